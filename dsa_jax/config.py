@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a model is: its sizes and constants, under DeepSeek's names."""
+
+import dataclasses
+import math
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+  """A DeepSeek-V3.2 model; the defaults are the released 671B one.
+
+  The fields of DeepSeek's inference/config_671B_v3.2.json, less its `dtype` and `scale_fmt`.
+  """
+
+  vocab_size: int = 129_280
+  dim: int = 7168
+  n_layers: int = 61
+  n_dense_layers: int = 3  # Leading layers with an MLP in place of experts.
+  n_mtp_layers: int = 0  # 0 or 1: predict the token after the next one, too.
+  inter_dim: int = 18_432  # Width of those layers' MLP.
+  norm_eps: float = 1e-6
+
+  # Mixture of experts.
+  n_routed_experts: int = 256
+  n_shared_experts: int = 1
+  n_activated_experts: int = 8
+  n_expert_groups: int = 8
+  n_limited_groups: int = 4  # Groups that a token may choose experts from.
+  moe_inter_dim: int = 2048
+  route_scale: float = 2.5
+  score_func: str = 'sigmoid'
+
+  # Multi-head latent attention.
+  n_heads: int = 128
+  q_lora_rank: int = 1536
+  kv_lora_rank: int = 512
+  qk_nope_head_dim: int = 128
+  qk_rope_head_dim: int = 64
+  v_head_dim: int = 128
+
+  # Lightning indexer.
+  index_n_heads: int = 64
+  index_head_dim: int = 128
+  index_topk: int = 2048
+
+  # Rotary positions: YaRN wherever max_seq_len exceeds original_seq_len.
+  max_seq_len: int = 163_840
+  original_seq_len: int = 4096
+  rope_theta: float = 10_000.0
+  rope_factor: float = 40.0
+  beta_fast: float = 32.0
+  beta_slow: float = 1.0
+  mscale: float = 1.0
+
+  dtype: str = 'bfloat16'  # Of activations; parameters and reductions are float32.
+
+  def __post_init__(self):
+    for name in ('vocab_size', 'dim', 'n_layers', 'n_heads', 'q_lora_rank', 'kv_lora_rank',
+                 'qk_nope_head_dim', 'v_head_dim', 'index_n_heads', 'index_head_dim',
+                 'index_topk', 'max_seq_len', 'original_seq_len'):
+      if getattr(self, name) < 1:
+        raise ValueError(f'{name}={getattr(self, name)} must be at least 1.')
+    if not 0 <= self.n_dense_layers <= self.n_layers:
+      raise ValueError(f'{self.n_dense_layers=} must be within 0 and {self.n_layers=}.')
+    if self.n_mtp_layers not in (0, 1):
+      raise ValueError(f'{self.n_mtp_layers=} must be 0 or 1.')
+    if self.qk_rope_head_dim % 2 or self.qk_rope_head_dim < 2:
+      raise ValueError(f'{self.qk_rope_head_dim=} must be even and at least 2.')
+    if self.index_head_dim < self.qk_rope_head_dim:
+      raise ValueError(f'{self.index_head_dim=} must hold {self.qk_rope_head_dim=} channels.')
+    if self.score_func != 'sigmoid':
+      raise ValueError(f"{self.score_func=} must be 'sigmoid'.")
+    if self.dtype not in ('float32', 'bfloat16'):
+      raise ValueError(f"{self.dtype=} must be 'float32' or 'bfloat16'.")
+    if self.n_dense_layers < self.n_layers:
+      self._check_experts()
+
+  def _check_experts(self):
+    if self.n_routed_experts % self.n_expert_groups:
+      raise ValueError(f'{self.n_routed_experts=} must be a multiple of {self.n_expert_groups=}.')
+    if not 1 <= self.n_limited_groups <= self.n_expert_groups:
+      raise ValueError(f'{self.n_limited_groups=} must be within 1 and {self.n_expert_groups=}.')
+    reachable = self.n_routed_experts // self.n_expert_groups * self.n_limited_groups
+    if not 1 <= self.n_activated_experts <= reachable:
+      raise ValueError(
+          f'{self.n_activated_experts=} must be within 1 and the {reachable} experts of '
+          f'{self.n_limited_groups=} groups.'
+      )
+
+  @property
+  def uses_yarn(self) -> bool:
+    return self.max_seq_len > self.original_seq_len
+
+  @property
+  def sm_scale(self) -> float:
+    """Softmax scale of the main attention, in both its forms; YaRN's factor included."""
+    m = 0.1 * self.mscale * math.log(self.rope_factor) + 1 if self.uses_yarn else 1.0
+    return m * m * (self.qk_nope_head_dim + self.qk_rope_head_dim) ** -0.5

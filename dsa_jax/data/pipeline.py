@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a random-access source of rows to batches."""
+
+from collections.abc import Sequence
+
+import grain
+import numpy as np
+
+from dsa_jax.data.batch import Batch
+
+
+def make_iterator(
+    source: grain.sources.RandomAccessDataSource, batch_size: int, seed: int
+) -> grain.DatasetIterator:
+  """Returns an endless iterator over `Batch`es of numpy arrays, in one process.
+
+  Every epoch takes each row once, in an order of its own. The batch between two epochs holds rows
+  of both, so no row is dropped.
+
+  `get_state()` is a dict of one number, the batches already returned; it survives JSON, and
+  `set_state()` continues from it exactly, on an iterator made with the same arguments (which it
+  cannot check).
+
+  Args:
+    source: rows, each a `Batch` of `[T]` arrays: `PackedText` or `Recall`.
+  """
+  _check(source, batch_size, seed)
+  # Without drop_remainder, grain's length of this endless dataset overflows at batch_size 1.
+  batches = _shuffled(source, seed).repeat().batch(batch_size, drop_remainder=True, batch_fn=_stack)
+  # grain's default, 500 batches ahead, takes 650 MB at 8 rows of 8192 tokens.
+  ahead = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
+  return iter(batches.to_iter_dataset(ahead))
+
+
+def first_batches(
+    source: grain.sources.RandomAccessDataSource, batch_size: int, n_batches: int, seed: int
+) -> list[Batch]:
+  """Returns `n_batches` fixed batches of rows drawn without repetition, for validation."""
+  _check(source, batch_size, seed)
+  if n_batches < 1:
+    raise ValueError(f'{n_batches=} must be at least 1')
+  if n_batches * batch_size > len(source):
+    raise ValueError(
+        f'{n_batches=} of {batch_size=} need {n_batches * batch_size} different rows, but the'
+        f' source has {len(source)}'
+    )
+  batches = _shuffled(source, seed).batch(batch_size, batch_fn=_stack)
+  return [batches[i] for i in range(n_batches)]
+
+
+def _check(source: grain.sources.RandomAccessDataSource, batch_size: int, seed: int) -> None:
+  if batch_size < 1:
+    raise ValueError(f'{batch_size=} must be at least 1')
+  if batch_size > len(source):
+    raise ValueError(f'{batch_size=} must not exceed the {len(source)} rows of the source')
+  if seed < 0:
+    raise ValueError(f'{seed=} must not be negative')
+
+
+def _shuffled(source: grain.sources.RandomAccessDataSource, seed: int) -> grain.MapDataset:
+  # Not shuffle(seed): grain adds the epoch to that seed, so seed 0 in its second epoch would
+  # repeat the order of seed 1 in its first. seed(seed) hashes it first.
+  return grain.MapDataset.source(source).seed(seed).shuffle()
+
+
+def _stack(rows: Sequence[Batch]) -> Batch:
+  return Batch(*(np.stack(arrays) for arrays in zip(*rows, strict=True)))

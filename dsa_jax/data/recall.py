@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Multi-query associative recall: a synthetic task that only long-range retrieval solves."""
+
+import dataclasses
+
+import numpy as np
+
+from dsa_jax.data.batch import Batch
+
+N_NOISE = 16
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Recall:
+  """Rows of key-value pairs lost in noise, then queries: a random-access source.
+
+  A row is a context and then `n_queries` queries, two tokens each: a key from the context and its
+  value. The context holds `n_pairs` pairs of adjacent tokens, key and value, every placement
+  without overlap being equally likely, and noise between them. Only the queried keys weigh in the
+  loss, and their target is the value, so the best guess without retrieval is right once in
+  `n_values`. With more queries than pairs, keys repeat, and an earlier query answers a later one;
+  otherwise every query has its evidence in the context alone.
+
+  Row i depends on (seed, i) alone: for validation rows take another seed.
+
+  Token ids: keys from 0, then values, then `N_NOISE` noise tokens.
+
+  Attributes:
+    n_keys: size of the key vocabulary; the keys of a row are distinct.
+    n_values: size of the value vocabulary; values may repeat within a row.
+    n_rows: how many rows to offer. They are made on demand, so a large number costs nothing.
+  """
+
+  seq_len: int
+  n_keys: int
+  n_values: int
+  n_pairs: int
+  n_queries: int
+  n_rows: int
+  seed: int
+
+  def __post_init__(self):
+    for name in ('n_keys', 'n_values', 'n_pairs', 'n_queries', 'n_rows'):
+      if getattr(self, name) < 1:
+        raise ValueError(f'{name}={getattr(self, name)} must be at least 1')
+    if self.seed < 0:
+      raise ValueError(f'{self.seed=} must not be negative')
+    if self.n_pairs > self.n_keys:
+      raise ValueError(
+          f'{self.n_pairs=} must not exceed {self.n_keys=}: the keys of a row are distinct'
+      )
+    needed = 2 * self.n_pairs + 2 * self.n_queries
+    if needed > self.seq_len:
+      raise ValueError(
+          f'{self.n_pairs=} and {self.n_queries=} take {needed} tokens, two each, which must not'
+          f' exceed {self.seq_len=}'
+      )
+
+  @property
+  def vocab_size(self) -> int:
+    return self.n_keys + self.n_values + N_NOISE
+
+  def __len__(self) -> int:
+    return self.n_rows
+
+  def __getitem__(self, i: int) -> Batch:
+    if not 0 <= i < self.n_rows:
+      raise IndexError(f'row {i} of {self.n_rows}')
+    rng = np.random.default_rng((self.seed, i))
+    context_len = self.seq_len - 2 * self.n_queries
+    first_noise = self.n_keys + self.n_values
+    keys = rng.choice(self.n_keys, self.n_pairs, replace=False)
+    values = self.n_keys + rng.integers(self.n_values, size=self.n_pairs)
+    queried = rng.choice(self.n_pairs, self.n_queries, replace=self.n_queries > self.n_pairs)
+    tokens = (first_noise + rng.integers(N_NOISE, size=self.seq_len)).astype(np.int32)
+
+    # A pair is drawn as one slot of a context that is shorter by n_pairs, then widened to two.
+    slots = rng.choice(context_len - self.n_pairs, self.n_pairs, replace=False)
+    pair_at = np.sort(slots) + np.arange(self.n_pairs)
+    tokens[pair_at] = keys
+    tokens[pair_at + 1] = values
+    query_at = np.arange(context_len, self.seq_len, 2)
+    tokens[query_at] = keys[queried]
+    tokens[query_at + 1] = values[queried]
+
+    weights = np.zeros(self.seq_len, np.float32)
+    weights[query_at] = 1
+    position = np.arange(self.seq_len, dtype=np.int32)
+    return Batch(
+        tokens=tokens,
+        targets=np.append(tokens[1:], np.int32(first_noise)),
+        weights=weights,
+        start=np.zeros_like(position),
+        end=position + 1,
+    )

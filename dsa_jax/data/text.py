@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Bytes of local text files, packed into rows."""
+
+from collections.abc import Sequence
+import glob
+import hashlib
+import os
+import pathlib
+import sysconfig
+
+import numpy as np
+
+from dsa_jax.data.batch import Batch
+
+BOS = 256
+PAD = 257
+VOCAB_SIZE = 258
+
+_NOT_LIBRARY = frozenset(
+    ('site-packages', 'dist-packages', '__pycache__', 'test', 'tests', 'idle_test')
+)
+
+
+def find_files(pattern: str | None) -> list[pathlib.Path]:
+  """Finds the non-empty files that `pattern` matches, as absolute paths in a fixed order.
+
+  The order is that of the paths below their common folder, so it does not depend on where that
+  folder lies or on the order in which the file system lists it.
+
+  Args:
+    pattern: a glob; `~` and a recursive `**` are expanded. None or '' means the Python sources
+      of the running interpreter's standard library, without its tests: some ten megabytes that
+      every machine has.
+
+  Raises:
+    ValueError: nothing matches.
+  """
+  if pattern:
+    names = glob.glob(os.path.expanduser(pattern), recursive=True)
+    wanted = 'give a glob of files, such as ~/texts/**/*.txt, or None for the standard library'
+  else:
+    names = _standard_library(sysconfig.get_path('stdlib'))
+    wanted = 'this interpreter has no standard library in source form: give a glob of files'
+  paths = {pathlib.Path(os.path.abspath(name)) for name in names}
+  files = [path for path in paths if path.is_file() and path.stat().st_size]
+  if not files:
+    raise ValueError(f'{pattern=} matches no file that holds anything; {wanted}')
+  return sorted(files, key=pathlib.Path.as_posix)
+
+
+def _standard_library(root: str) -> list[str]:
+  names = []
+  for folder, subfolders, files in os.walk(root):
+    subfolders[:] = [name for name in subfolders if name not in _NOT_LIBRARY]
+    names += [os.path.join(folder, name) for name in files if name.endswith('.py')]
+  return names
+
+
+def split_files(
+    files: Sequence[pathlib.Path], validation_share: float, seed: int = 0
+) -> tuple[list[pathlib.Path], list[pathlib.Path]]:
+  """Splits by file into (train, validation), each in the order given.
+
+  A file's side follows from `seed` and the last two parts of its path (folder and file name),
+  and from nothing else: not from the other files, nor from where the tree lies, so a corpus that
+  grows or moves keeps its split, and copies of one file in two trees land on the same side. The
+  exception: a side that would stay empty takes the one file whose hash is nearest to it.
+
+  Args:
+    validation_share: the share of the files (not of the bytes) to expect in validation.
+
+  Raises:
+    ValueError: the share is not between 0 and 1, or there are fewer than two files.
+  """
+  if not 0 < validation_share < 1:
+    raise ValueError(f'{validation_share=} must lie between 0 and 1, both excluded')
+  files = list(dict.fromkeys(files))
+  if len(files) < 2:
+    raise ValueError(f'a split by file needs at least 2 different files, got {len(files)}')
+  ranks = {file: _unit_hash('/'.join(file.parts[-2:]), seed) for file in files}
+  n_validation = sum(rank < validation_share for rank in ranks.values())
+  n_validation = min(max(n_validation, 1), len(files) - 1)
+  ordered = sorted(files, key=lambda file: (ranks[file], file.as_posix()))
+  validation = set(ordered[:n_validation])
+  return [f for f in files if f not in validation], [f for f in files if f in validation]
+
+
+def _unit_hash(name: str, seed: int) -> float:
+  digest = hashlib.sha256(f'{seed}:{name}'.encode('utf-8', 'surrogateescape')).digest()
+  return int.from_bytes(digest[:8], 'big') / 2**64
+
+
+class PackedText:
+  """Documents laid end to end and cut into rows of `seq_len` tokens: a random-access source.
+
+  A document is BOS and its bytes. Short documents share a row and do not see each other. A long
+  one is cut: the part in the next row sees nothing of the part before, but no byte and no target
+  is lost. The last token of a document has no target (PAD, weight 0); only the last row is padded.
+  """
+
+  def __init__(self, documents: Sequence[bytes], seq_len: int, seed: int = 0):
+    """Packs documents.
+
+    Args:
+      seed: of the order in which the documents are laid; rows are shuffled elsewhere.
+    """
+    if seq_len < 2:
+      raise ValueError(f'{seq_len=} must be at least 2: one token and its target')
+    if not documents:
+      raise ValueError('no documents to pack: give at least one')
+    if seed < 0:
+      raise ValueError(f'{seed=} must not be negative')
+    self.seq_len = seq_len
+    n_tokens = sum(len(document) + 1 for document in documents)
+    self._n_rows = -(-n_tokens // seq_len)
+    # One more than the rows hold: the target of the very last position.
+    self._stream = np.full(self._n_rows * seq_len + 1, PAD, np.uint16)
+    offset = 0
+    for i in np.random.default_rng(seed).permutation(len(documents)):
+      document = np.frombuffer(documents[i], np.uint8)
+      self._stream[offset] = BOS
+      self._stream[offset + 1 : offset + 1 + len(document)] = document
+      offset += 1 + len(document)
+
+  @classmethod
+  def from_files(cls, files: Sequence[pathlib.Path], seq_len: int, seed: int = 0) -> 'PackedText':
+    return cls([file.read_bytes() for file in files], seq_len, seed)
+
+  def __len__(self) -> int:
+    return self._n_rows
+
+  def __getitem__(self, i: int) -> Batch:
+    if not 0 <= i < self._n_rows:
+      raise IndexError(f'row {i} of {self._n_rows}')
+    first = i * self.seq_len
+    window = self._stream[first : first + self.seq_len + 1].astype(np.int32)
+    tokens = window[:-1]
+    targets = np.where(window[1:] < BOS, window[1:], PAD)
+    position = np.arange(self.seq_len, dtype=np.int32)
+    start = np.maximum.accumulate(np.where(tokens == BOS, position, 0))
+    padding = tokens == PAD
+    return Batch(
+        tokens=tokens,
+        targets=targets,
+        weights=(targets < BOS).astype(np.float32),
+        start=np.where(padding, position, start),
+        end=np.where(padding, position, position + 1),
+    )

@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention of each query to the interval of keys it sees: the teacher and the baseline."""
+
+import functools
+
+import jax
+from jaxtyping import Array, Float, Int
+
+from dsa_jax.kernels.backend import check_backend
+from dsa_jax.kernels.dense_attention import xla
+from dsa_jax.kernels.dense_attention.reference import dense_attention_reference
+from dsa_jax.kernels.visibility import check_intervals
+
+
+def dense_attention(
+    q: Float[Array, 'B T H E'],
+    k: Float[Array, 'B S G E'],
+    v: Float[Array, 'B S G V'],
+    start: Int[Array, 'B T'],
+    end: Int[Array, 'B T'],
+    *,
+    sm_scale: float,
+    indices: Int[Array, 'B T K'] | None = None,
+    backend: str,
+    blocks: xla.BlockSizes | None = None,
+) -> tuple[Float[Array, 'B T H V'], Float[Array, 'B T H']]:
+  """Attends each query to the keys start <= s < end, in linear memory.
+
+  Args:
+    q: Queries; head h reads key head h // (H / G).
+    k: Keys; G divides H.
+    v: Values.
+    start: int32; the first key position that each query sees.
+    end: int32; one past the last. start = end sees nothing.
+    sm_scale: Softmax scale, YaRN's factor included.
+    indices: If given, attention is restricted to these positions within the interval (-1 or >= S:
+      an empty slot): the numbers of `sparse_attention` at the cost of dense attention, which
+      is the cheaper of the two where the context is short.
+    backend: Which implementation. Never falls back to another.
+    blocks: Block sizes; the backend's own if None. They cannot change the result.
+
+  Returns:
+    The attention output in `q`'s dtype, and the float32 log-sum-exp of the logits in nats. A row
+    that sees nothing gives out 0, lse -inf and zero gradients. Both carry gradients.
+  """
+  check_backend(backend)
+  check_intervals(q, start, end)
+  if k.shape[:3] != v.shape[:3] or q.shape[-1] != k.shape[-1] or q.shape[2] % k.shape[2]:
+    raise ValueError(
+        'must be q [B, T, H, E], k [B, S, G, E], v [B, S, G, V] with G dividing H; got '
+        f'{q.shape}, {k.shape}, {v.shape}.'
+    )
+  if backend == 'reference':
+    return dense_attention_reference(q, k, v, start, end, sm_scale=sm_scale, indices=indices)
+  return _op(q, k, v, start, end, indices, sm_scale, blocks or xla.BlockSizes())
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
+def _op(q, k, v, start, end, indices, sm_scale, blocks):
+  return xla.forward(q, k, v, start, end, indices, sm_scale=sm_scale, blocks=blocks)
+
+
+def _fwd(q, k, v, start, end, indices, sm_scale, blocks):
+  out, lse = _op(q, k, v, start, end, indices, sm_scale, blocks)
+  return (out, lse), (q, k, v, start, end, indices, out, lse)
+
+
+def _bwd(sm_scale, blocks, residuals, cotangents):
+  dq, dk, dv = xla.backward(residuals, cotangents, sm_scale=sm_scale, blocks=blocks)
+  return dq, dk, dv, None, None, None
+
+
+_op.defvjp(_fwd, _bwd)

@@ -1,0 +1,33 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The definition of attention to an interval, or to a selection within it."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from dsa_jax.kernels.visibility import selected_keys, visible_keys
+
+
+def dense_attention_reference(
+    q: Float[Array, 'B T H E'],
+    k: Float[Array, 'B S G E'],
+    v: Float[Array, 'B S G V'],
+    start: Int[Array, 'B T'],
+    end: Int[Array, 'B T'],
+    *,
+    sm_scale: float,
+    indices: Int[Array, 'B T K'] | None = None,
+) -> tuple[Float[Array, 'B T H V'], Float[Array, 'B T H']]:
+  """See `dense_attention`. Makes all logits, then masks."""
+  n_keys, per_group = k.shape[1], q.shape[2] // k.shape[2]
+  visible = visible_keys(start, end, jnp.arange(n_keys))
+  if indices is not None:
+    visible &= selected_keys(indices, n_keys)
+  visible = visible[:, :, None]
+  dtype = q.dtype
+  q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
+  k, v = (jnp.repeat(x, per_group, axis=2) for x in (k, v))
+  logits = sm_scale * jnp.einsum('BTHE,BSHE->BTHS', q, k)
+  lse = jax.nn.logsumexp(logits, axis=-1, where=visible)
+  probs = jnp.where(visible, jnp.exp(logits - jnp.where(lse > -jnp.inf, lse, 0)[..., None]), 0)
+  return jnp.einsum('BTHS,BSHV->BTHV', probs, v).astype(dtype), lse

@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention to an interval by online softmax: blocks of rows meet blocks of keys they can see."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from dsa_jax.kernels.rows import map_rows, scan_rows
+from dsa_jax.kernels.visibility import selected_keys, visible_keys
+
+_f32 = {'preferred_element_type': jnp.float32}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BlockSizes:
+  """They change the speed, never the result."""
+
+  block_t: int = 128  # Query rows at one time.
+  block_s: int = 256  # Keys at one time.
+
+
+def forward(q, k, v, start, end, indices, *, sm_scale: float, blocks: BlockSizes):
+  n_groups, n_keys, block_s = k.shape[2], k.shape[1], min(blocks.block_s, k.shape[1])
+  k, v = _pad_keys(k, block_s), _pad_keys(v, block_s)
+
+  def attend(rows):
+    q, start, end, indices = rows
+    q = _split_heads(q, n_groups)
+    chosen = None if indices is None else _pad_keys(selected_keys(indices, n_keys), block_s, 2)
+
+    def meet(j, state):
+      top, total, out = state
+      logits = _logits(q, k, start, end, chosen, j, block_s, sm_scale)
+      new_top = jnp.maximum(top, jnp.max(logits, axis=-1))
+      safe = jnp.where(new_top > -jnp.inf, new_top, 0)
+      shrink = jnp.exp(top - safe)
+      weights = jnp.exp(logits - safe[..., None])
+      value = jnp.einsum('BGMTS,BSGV->BGMTV', weights, _key_block(v, j, block_s), **_f32)
+      return (
+          new_top,
+          total * shrink + jnp.sum(weights, axis=-1),
+          out * shrink[..., None] + value,
+      )
+
+    shape = q.shape[:-1]
+    state = (
+        jnp.full(shape, -jnp.inf),
+        jnp.zeros(shape),
+        jnp.zeros((*shape, v.shape[-1])),
+    )
+    first, last = _key_range(start, end, n_keys, block_s)
+    top, total, out = jax.lax.fori_loop(first, last, meet, state)
+    out = out / jnp.where(total > 0, total, 1)[..., None]
+    return _join_heads(out).astype(q.dtype), _join_heads((top + jnp.log(total))[..., None])[..., 0]
+
+  return map_rows(attend, (q, start, end, indices), blocks.block_t)
+
+
+def backward(residuals, cotangents, *, sm_scale: float, blocks: BlockSizes):
+  q, k, v, start, end, indices, out, lse = residuals
+  dout, dlse = cotangents
+  n_groups, n_keys, block_s = k.shape[2], k.shape[1], min(blocks.block_s, k.shape[1])
+  delta = jnp.sum(out.astype(jnp.float32) * dout, axis=-1) - jnp.where(lse > -jnp.inf, dlse, 0)
+  k, v = _pad_keys(k, block_s), _pad_keys(v, block_s)
+
+  def step(dkv, rows):
+    q, start, end, indices, lse, dout, delta = rows
+    q, dout = _split_heads(q, n_groups), _split_heads(dout, n_groups)
+    lse, delta = (_split_heads(x[..., None], n_groups) for x in (lse, delta))
+    lse = jnp.where(lse > -jnp.inf, lse, 0)
+    chosen = None if indices is None else _pad_keys(selected_keys(indices, n_keys), block_s, 2)
+
+    def meet(j, state):
+      dk, dv, dq = state
+      k_block, v_block = _key_block(k, j, block_s), _key_block(v, j, block_s)
+      probs = jnp.exp(_logits(q, k, start, end, chosen, j, block_s, sm_scale) - lse)
+      dprobs = jnp.einsum('BGMTV,BSGV->BGMTS', dout, v_block, **_f32)
+      dlogits = sm_scale * probs * (dprobs - delta)
+      dk = _add_block(dk, j, jnp.einsum('BGMTS,BGMTE->BSGE', dlogits, q, **_f32))
+      dv = _add_block(dv, j, jnp.einsum('BGMTS,BGMTV->BSGV', probs, dout, **_f32))
+      return dk, dv, dq + jnp.einsum('BGMTS,BSGE->BGMTE', dlogits, k_block, **_f32)
+
+    first, last = _key_range(start, end, n_keys, block_s)
+    dq = jnp.zeros(q.shape, jnp.float32)
+    dk, dv, dq = jax.lax.fori_loop(first, last, meet, (*dkv, dq))
+    return (dk, dv), _join_heads(dq).astype(q.dtype)
+
+  dkv = jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
+  rows = (q, start, end, indices, lse, dout, delta)
+  (dk, dv), dq = scan_rows(step, dkv, rows, blocks.block_t)
+  return dq, dk[:, :n_keys].astype(k.dtype), dv[:, :n_keys].astype(v.dtype)
+
+
+def _logits(q, k, start, end, chosen, j, block_s, sm_scale):
+  """Logits of a block of rows and key block `j`, [B, G, M, T, S]; -inf where not visible."""
+  visible = visible_keys(start, end, j * block_s + jnp.arange(block_s))
+  if chosen is not None:
+    visible &= jax.lax.dynamic_slice_in_dim(chosen, j * block_s, block_s, axis=2)
+  logits = jnp.einsum('BGMTE,BSGE->BGMTS', q, _key_block(k, j, block_s), **_f32)
+  return jnp.where(visible[:, None, None], sm_scale * logits, -jnp.inf)
+
+
+def _key_range(start, end, n_keys, block_s):
+  """The key blocks that some row of this block of rows can see: first, one past the last."""
+  seen = end > start
+  first = jnp.min(jnp.where(seen, start, n_keys)) // block_s
+  last = -(-jnp.max(jnp.where(seen, end, 0)) // block_s)
+  return jnp.maximum(first, 0), jnp.minimum(last, -(-n_keys // block_s))
+
+
+def _pad_keys(x, block_s, axis=1):
+  widths = [(0, 0)] * x.ndim
+  widths[axis] = (0, -x.shape[axis] % block_s)
+  return jnp.pad(x, widths)
+
+
+def _key_block(x, j, block_s):
+  return jax.lax.dynamic_slice_in_dim(x, j * block_s, block_s, axis=1)
+
+
+def _add_block(x, j, block):
+  old = _key_block(x, j, block.shape[1])
+  return jax.lax.dynamic_update_slice_in_dim(x, old + block, j * block.shape[1], axis=1)
+
+
+def _split_heads(x, n_groups):
+  """[B, T, H, E] to [B, G, M, T, E]: M heads share each key head."""
+  b, t, h, e = x.shape
+  return jnp.moveaxis(x.reshape(b, t, n_groups, h // n_groups, e), 1, 3)
+
+
+def _join_heads(x):
+  b, g, m, t, e = x.shape
+  return jnp.moveaxis(x, 3, 1).reshape(b, t, g * m, e)

@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How far the lightning indexer is from the attention it should predict."""
+
+import functools
+
+import jax
+from jaxtyping import Array, Float, Int
+
+from dsa_jax.kernels.backend import check_backend
+from dsa_jax.kernels.index_kl import xla
+from dsa_jax.kernels.index_kl.reference import index_kl_reference
+from dsa_jax.kernels.index_scores import check_index_inputs
+from dsa_jax.kernels.visibility import check_intervals
+
+
+def index_kl(
+    q: Float[Array, 'B T H E'],
+    k: Float[Array, 'B S G E'],
+    lse: Float[Array, 'B T H'],
+    index_q: Float[Array, 'B T I J'],
+    index_k: Float[Array, 'B S J'],
+    index_weights: Float[Array, 'B T I'],
+    start: Int[Array, 'B T'],
+    end: Int[Array, 'B T'],
+    *,
+    sm_scale: float,
+    indices: Int[Array, 'B T K'] | None = None,
+    backend: str,
+    blocks: xla.BlockSizes | None = None,
+) -> Float[Array, 'B T']:
+  """Returns KL(attention || indexer) of each query, in nats.
+
+  target[s] = mean over heads of exp(sm_scale * dot(q, k[s]) - lse)
+  kl = sum_s target[s] * (ln target[s] - ln softmax(index_scores)[s])
+
+  Both distributions live on the keys the query sees or, with `indices`, on those of them that
+  it selected; `lse` must be that of the same keys, so that the target sums to one.
+
+  Args:
+    q: The main attention's queries. Constant, like `k` and `lse`: no gradient reaches them.
+    k: The main attention's keys (G = 1 in the absorbed form).
+    lse: Log-sum-exp that `dense_attention` or `sparse_attention` returned, in nats.
+    index_q: See `index_scores`; these three receive the gradient.
+    index_k: Index keys.
+    index_weights: Head weights, with the scale factors, which this loss sees.
+    start: int32; the first key position that each query sees.
+    end: int32; one past the last.
+    sm_scale: Softmax scale of the main attention.
+    indices: The selection (sparse training); None for all visible keys (warm-up).
+    backend: Which implementation. Never falls back to another.
+    blocks: Block sizes; the backend's own if None. They cannot change the result.
+
+  Returns:
+    float32 nats, 0 for a query that sees nothing.
+
+  Source:
+    DeepSeek-V3.2-Exp report, eq. 3 (warm-up) and eq. 4 (sparse training).
+  """
+  check_backend(backend)
+  check_index_inputs(index_q, index_k, index_weights)
+  check_intervals(q, start, end)
+  if lse.shape != q.shape[:3]:
+    raise ValueError(f'lse must be {q.shape[:3]}, one per query and head; got {lse.shape}.')
+  q, k, lse = jax.lax.stop_gradient((q, k, lse))
+  if backend == 'reference':
+    return index_kl_reference(
+        q, k, lse, index_q, index_k, index_weights, start, end, sm_scale=sm_scale, indices=indices
+    )
+  constants = (q, k, lse, start, end, indices)
+  return _op(constants, index_q, index_k, index_weights, sm_scale, blocks or xla.BlockSizes())
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _op(constants, index_q, index_k, index_weights, sm_scale, blocks):
+  return _fwd(constants, index_q, index_k, index_weights, sm_scale, blocks)[0]
+
+
+def _fwd(constants, index_q, index_k, index_weights, sm_scale, blocks):
+  kl, scores_lse = xla.forward(
+      constants, index_q, index_k, index_weights, sm_scale=sm_scale, blocks=blocks
+  )
+  return kl, (constants, (index_q, index_k, index_weights, scores_lse))
+
+
+def _bwd(sm_scale, blocks, saved, dkl):
+  constants, residuals = saved
+  return None, *xla.backward(constants, residuals, dkl, sm_scale=sm_scale, blocks=blocks)
+
+
+_op.defvjp(_fwd, _bwd)

@@ -1,0 +1,38 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The definition of the indexer's loss."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from dsa_jax.kernels.index_scores import index_scores
+from dsa_jax.kernels.visibility import selected_keys, visible_keys
+
+
+def index_kl_reference(
+    q: Float[Array, 'B T H E'],
+    k: Float[Array, 'B S G E'],
+    lse: Float[Array, 'B T H'],
+    index_q: Float[Array, 'B T I J'],
+    index_k: Float[Array, 'B S J'],
+    index_weights: Float[Array, 'B T I'],
+    start: Int[Array, 'B T'],
+    end: Int[Array, 'B T'],
+    *,
+    sm_scale: float,
+    indices: Int[Array, 'B T K'] | None = None,
+) -> Float[Array, 'B T']:
+  """See `index_kl`. Makes both distributions over all keys, then compares them."""
+  n_keys, per_group = k.shape[1], q.shape[2] // k.shape[2]
+  visible = visible_keys(start, end, jnp.arange(n_keys))
+  if indices is not None:
+    visible &= selected_keys(indices, n_keys)
+  q, k, lse = jax.lax.stop_gradient((q.astype(jnp.float32), k.astype(jnp.float32), lse))
+  logits = sm_scale * jnp.einsum('BTHE,BSHE->BTHS', q, jnp.repeat(k, per_group, axis=2))
+  lse = jnp.where(lse > -jnp.inf, lse, 0)
+  target = jnp.where(visible, jnp.mean(jnp.exp(logits - lse[..., None]), axis=2), 0)  # B T S
+
+  scores = index_scores(index_q, index_k, index_weights)
+  scores_lse = jax.nn.logsumexp(scores, axis=-1, where=visible, keepdims=True)
+  log_ratio = jnp.log(jnp.where(target > 0, target, 1)) - jnp.where(target > 0, scores - scores_lse, 0)
+  return jnp.sum(target * log_ratio, axis=-1)

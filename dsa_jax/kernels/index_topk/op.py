@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The lightning indexer's scores and the exact selection of the K best, in one op."""
+
+import jax
+from jaxtyping import Array, Float, Int
+
+from dsa_jax.kernels.backend import check_backend
+from dsa_jax.kernels.index_scores import check_index_inputs
+from dsa_jax.kernels.index_topk import xla
+from dsa_jax.kernels.index_topk.reference import index_topk_reference
+from dsa_jax.kernels.visibility import check_intervals
+
+
+def index_topk(
+    q: Float[Array, 'B T I J'],
+    k: Float[Array, 'B S J'],
+    weights: Float[Array, 'B T I'],
+    start: Int[Array, 'B T'],
+    end: Int[Array, 'B T'],
+    *,
+    topk: int,
+    backend: str,
+    blocks: xla.BlockSizes | None = None,
+) -> Int[Array, 'B T {topk}']:
+  """Selects, for each query, the `topk` visible keys with the highest index scores.
+
+  Args:
+    q: Index queries; see `index_scores`.
+    k: Index keys.
+    weights: Head weights, scale folded in.
+    start: int32; the first key position that each query sees.
+    end: int32; one past the last. start = end sees nothing.
+    topk: K, how many to keep.
+    backend: Which implementation. Never falls back to another.
+    blocks: Block sizes; the backend's own if None. They cannot change the result.
+
+  Returns:
+    int32 positions, ascending, then -1 in the slots that nothing fills. All visible keys where
+    there are at most K. Ties at the cut go to the lowest position. Carries no gradient.
+  """
+  check_backend(backend)
+  check_index_inputs(q, k, weights)
+  check_intervals(q, start, end)
+  if topk < 1:
+    raise ValueError(f'{topk=} must be at least 1.')
+  q, k, weights = jax.lax.stop_gradient((q, k, weights))
+  if backend == 'reference':
+    return index_topk_reference(q, k, weights, start, end, topk=topk)
+  return xla.forward(q, k, weights, start, end, topk=topk, blocks=blocks or xla.BlockSizes())

@@ -1,0 +1,32 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where attention looks: the mean over heads of its probabilities, which the indexer predicts."""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+
+def mean_attention(
+    q: Float[Array, 'B T H E'],
+    k: Float[Array, 'B S G E'] | Float[Array, 'B T S G E'],
+    lse: Float[Array, 'B T H'],
+    seen: Bool[Array, 'B T S'],
+    sm_scale: float,
+) -> Float[Array, 'B T S']:
+  """Returns mean over heads of exp(sm_scale * dot(q, k[s]) - lse), 0 where not seen.
+
+  All [B, T, S] values are made: for plots and blocks of rows.
+
+  Args:
+    q: Queries.
+    k: Keys that all queries share, or each query's own.
+    lse: Log-sum-exp of the logits over the seen keys, in nats.
+    seen: Which keys count.
+    sm_scale: Softmax scale.
+  """
+  b, t, _, e = q.shape
+  q = q.reshape(b, t, k.shape[-2], -1, e)
+  equation = 'BTGME,BSGE->BTGMS' if k.ndim == 4 else 'BTGME,BTSGE->BTGMS'
+  logits = jnp.einsum(equation, q, k, preferred_element_type=jnp.float32)
+  lse = jnp.where(lse > -jnp.inf, lse, 0).reshape(b, t, k.shape[-2], -1, 1)
+  logits = jnp.where(seen[:, :, None, None], sm_scale * logits - lse, -jnp.inf)
+  return jnp.mean(jnp.exp(logits), axis=(2, 3))

@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Blocks of query rows: how the `xla` backends keep their memory linear in the context."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+def scan_rows(step: Callable, carry: Any, rows: Any, block: int) -> tuple[Any, Any]:
+  """Runs `carry, out = step(carry, rows)` over blocks of rows, one block at a time.
+
+  The last block is filled up with rows that see nothing: integers (positions, indices,
+  interval ends) are filled with -1, floats with 0.
+
+  Args:
+    step: Gets and returns trees of `[B, block, ...]`; the carry is handed on.
+    carry: What the first step receives.
+    rows: A tree of arrays `[B, T, ...]`.
+    block: Rows at a time.
+
+  Returns:
+    The last carry, and the outputs joined to `[B, T, ...]`.
+  """
+  n_rows = jax.tree.leaves(rows)[0].shape[1]
+  block = min(block, n_rows)
+  n_blocks = -(-n_rows // block)
+
+  def split(x):
+    fill = -1 if jnp.issubdtype(x.dtype, jnp.integer) else 0
+    widths = [(0, 0), (0, n_blocks * block - n_rows)] + [(0, 0)] * (x.ndim - 2)
+    x = jnp.pad(x, widths, constant_values=fill)
+    return jnp.moveaxis(x.reshape(x.shape[0], n_blocks, block, *x.shape[2:]), 1, 0)
+
+  def join(x):
+    x = jnp.moveaxis(x, 0, 1)
+    return x.reshape(x.shape[0], n_blocks * block, *x.shape[3:])[:, :n_rows]
+
+  carry, out = jax.lax.scan(step, carry, jax.tree.map(split, rows))
+  return carry, jax.tree.map(join, out)
+
+
+def map_rows(f: Callable, rows: Any, block: int) -> Any:
+  """Applies `f` to blocks of rows, one block at a time; see `scan_rows`."""
+  return scan_rows(lambda _, rows: (None, f(rows)), None, rows, block)[1]
+
+
+def gather_rows(x: jax.Array, indices: jax.Array) -> jax.Array:
+  """Returns `x[b, indices[b, t, k]]` as `[B, T, K, ...]`, zeros where an index is no position.
+
+  A row that is not selected is never touched by arithmetic: it may hold NaN.
+  """
+  filled = (indices >= 0) & (indices < x.shape[1])
+  rows = jax.vmap(lambda x, i: x[i])(x, jnp.where(filled, indices, 0))
+  return jnp.where(filled.reshape(filled.shape + (1,) * (x.ndim - 2)), rows, 0)
+
+
+def scatter_rows(x: jax.Array, indices: jax.Array, rows: jax.Array) -> jax.Array:
+  """Adds `rows[b, t, k]` to `x[b, indices[b, t, k]]`; indices that are no position add nothing."""
+  nowhere = x.shape[1]
+  where = jnp.where(indices >= 0, indices, nowhere)
+  return jax.vmap(lambda x, i, r: x.at[i].add(r, mode='drop'))(x, where, rows)

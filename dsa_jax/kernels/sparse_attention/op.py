@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention of each query to its own selected tokens."""
+
+import functools
+
+import jax
+from jaxtyping import Array, Float, Int
+
+from dsa_jax.kernels.backend import check_backend
+from dsa_jax.kernels.sparse_attention import xla
+from dsa_jax.kernels.sparse_attention.reference import sparse_attention_reference
+
+
+def sparse_attention(
+    q: Float[Array, 'B T H E'],
+    kv: Float[Array, 'B S E'],
+    indices: Int[Array, 'B T K'],
+    *,
+    v_dim: int,
+    sm_scale: float,
+    backend: str,
+    blocks: xla.BlockSizes | None = None,
+) -> tuple[Float[Array, 'B T H {v_dim}'], Float[Array, 'B T H']]:
+  """Attends each query to its own K selected tokens; every head shares the selection.
+
+  Args:
+    q: Absorbed queries: C latent channels, then R rotary ones (E = C + R).
+    kv: One vector per token, shared by all heads; its first `v_dim` channels are the value.
+      A token that nothing selects may hold NaN.
+    indices: Positions in `kv`, distinct within a row, in any order; -1 or >= S is an empty slot.
+      Causality is the selector's business.
+    v_dim: C, the width of the value and of the output.
+    sm_scale: Softmax scale, YaRN's factor included; never derived from E.
+    backend: Which implementation. Never falls back to another.
+    blocks: Block sizes; the backend's own if None. They cannot change the result.
+
+  Returns:
+    The attention output in `q`'s dtype, and the float32 log-sum-exp of the logits in nats. A row
+    without any selected token gives out 0, lse -inf and zero gradients. Both carry gradients.
+
+  Source:
+    DeepSeek-V3.2-Exp report, eq. 2 and appendix A (MQA mode).
+  """
+  check_backend(backend)
+  if q.shape[0] != kv.shape[0] or q.shape[-1] != kv.shape[-1] or indices.shape[:2] != q.shape[:2]:
+    raise ValueError(
+        'must be q [B, T, H, E], kv [B, S, E], indices [B, T, K]; got '
+        f'{q.shape}, {kv.shape}, {indices.shape}.'
+    )
+  if not 0 < v_dim <= kv.shape[-1]:
+    raise ValueError(f'{v_dim=} must be within 1 and the width of kv, {kv.shape[-1]}.')
+  if backend == 'reference':
+    return sparse_attention_reference(q, kv, indices, v_dim=v_dim, sm_scale=sm_scale)
+  return _op(q, kv, indices, v_dim, sm_scale, blocks or xla.BlockSizes())
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+def _op(q, kv, indices, v_dim, sm_scale, blocks):
+  return xla.forward(q, kv, indices, v_dim=v_dim, sm_scale=sm_scale, blocks=blocks)
+
+
+def _fwd(q, kv, indices, v_dim, sm_scale, blocks):
+  out, lse = _op(q, kv, indices, v_dim, sm_scale, blocks)
+  return (out, lse), (q, kv, indices, out, lse)
+
+
+def _bwd(v_dim, sm_scale, blocks, residuals, cotangents):
+  dq, dkv = xla.backward(residuals, cotangents, v_dim=v_dim, sm_scale=sm_scale, blocks=blocks)
+  return dq, dkv, None
+
+
+_op.defvjp(_fwd, _bwd)

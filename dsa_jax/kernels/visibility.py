@@ -1,0 +1,30 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which keys a query may see: the interval start <= s < end, and nothing else."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int
+
+
+def visible_keys(
+    start: Int[Array, 'B T'], end: Int[Array, 'B T'], positions: Int[Array, 'S']
+) -> Bool[Array, 'B T S']:
+  """Says which of the keys at `positions` each query sees."""
+  return (positions >= start[..., None]) & (positions < end[..., None])
+
+
+def selected_keys(indices: Int[Array, 'B T K'], n_keys: int) -> Bool[Array, 'B T S']:
+  """Says which of `n_keys` keys each query selected; indices that are no position select none."""
+  batch, rows, _ = indices.shape
+  b, t = jnp.ix_(jnp.arange(batch), jnp.arange(rows))
+  where = jnp.where(indices >= 0, indices, n_keys)
+  chosen = jnp.zeros((batch, rows, n_keys), bool)
+  return chosen.at[b[..., None], t[..., None], where].set(True, mode='drop')
+
+
+def check_intervals(q: jax.Array, start: jax.Array, end: jax.Array):
+  for name, x in (('start', start), ('end', end)):
+    if x.shape != q.shape[:2] or x.dtype != jnp.int32:
+      raise ValueError(
+          f'{name} must be int32 {q.shape[:2]}, one per query; got {x.dtype} {x.shape}.'
+      )

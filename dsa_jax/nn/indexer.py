@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The lightning indexer."""
+
+import functools
+from typing import NamedTuple
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from dsa_jax.config import ModelConfig
+from dsa_jax.nn.norms import LayerNorm
+from dsa_jax.nn.param import IndexerParam, param
+from dsa_jax.nn.rope import apply_rope, rope_frequencies
+
+
+class IndexInputs(NamedTuple):
+  """What the index ops read; see `index_scores`."""
+
+  q: Float[Array, 'B T I J']
+  k: Float[Array, 'B S J']
+  weights: Float[Array, 'B T I']
+
+
+class LightningIndexer(nnx.Module):
+  """Says which earlier tokens matter to each query; learns by distillation only.
+
+  Its inputs are detached: the main model never feels the indexer's loss.
+  """
+
+  def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs):
+    d, q, i, j = cfg.dim, cfg.q_lora_rank, cfg.index_n_heads, cfg.index_head_dim
+    weight = functools.partial(param, IndexerParam, rngs=rngs)
+    self.wq_b = weight((q, i, j), ('q_lora', 'index_heads', None), std=q**-0.5)
+    self.wk = weight((d, j), ('embed', None), std=d**-0.5)
+    self.k_norm = LayerNorm(j, kind=IndexerParam, eps=1e-6)
+    self.weights_proj = weight((d, i), ('embed', 'index_heads'), std=d**-0.5)
+    self.cfg = cfg
+
+  def __call__(
+      self,
+      x: Float[Array, 'B T D'],
+      q_latent: Float[Array, 'B T Q'],
+      positions: Int[Array, 'B T'],
+  ) -> IndexInputs:
+    """Projects the attention's input and its *normalised* query latent.
+
+    Source:
+      `Indexer.forward` in DeepSeek-V3.2-Exp inference/model.py at commit 87e509a2, less its
+      FP8 quantisation and Hadamard rotation.
+    """
+    x, q_latent = jax.lax.stop_gradient((x, q_latent))
+    q = jnp.einsum('BTQ,QIJ->BTIJ', q_latent, self.wq_b[...].astype(x.dtype))
+    k = self.k_norm(x @ self.wk[...].astype(x.dtype))
+    weights = x.astype(jnp.float32) @ self.weights_proj[...]
+    scale = (self.cfg.index_n_heads * self.cfg.index_head_dim) ** -0.5  # The loss sees it.
+    return IndexInputs(
+        self._rotate(q, positions), self._rotate(k[:, :, None], positions)[:, :, 0], scale * weights
+    )
+
+  def _rotate(self, x, positions):
+    rope, nope = jnp.split(x, [self.cfg.qk_rope_head_dim], axis=-1)  # MLA's are the last.
+    rope = apply_rope(rope, positions, rope_frequencies(self.cfg), interleaved=False)
+    return jnp.concatenate([rope, nope], axis=-1)

@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Multi-head latent attention in its three modes, with the lightning indexer beside it."""
+
+import dataclasses
+import functools
+from typing import Literal, NamedTuple
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from dsa_jax import selection
+from dsa_jax.config import ModelConfig
+from dsa_jax.kernels import dense_attention, index_kl, sparse_attention
+from dsa_jax.nn.indexer import LightningIndexer
+from dsa_jax.nn.norms import RMSNorm
+from dsa_jax.nn.param import BackboneParam, param
+from dsa_jax.nn.rope import apply_rope, rope_frequencies
+from dsa_jax.selection import measures
+
+Attention = Literal['dense', 'sparse', 'masked']
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Mode:
+  """How a forward pass attends, and what it reports beside its output."""
+
+  attention: Attention  # 'masked': the numbers of 'sparse' at the cost of dense attention.
+  backend: str
+  rule: str = 'indexer'  # A key of dsa_jax.selection.RULES.
+  index_loss: bool = False  # Report the indexer's divergence from the attention.
+  measure: tuple[str, ...] = ()  # Rules whose selections are compared with the true attention.
+  remat: bool = False  # Recompute each layer in the backward pass instead of keeping it.
+
+  def __post_init__(self):
+    if self.attention not in ('dense', 'sparse', 'masked'):
+      raise ValueError(f"attention={self.attention!r} must be 'dense', 'sparse' or 'masked'.")
+    for rule in (self.rule, *self.measure):
+      if rule not in selection.RULES:
+        raise ValueError(f'selection rule {rule!r} must be one of {tuple(selection.RULES)}.')
+
+
+class Measures(NamedTuple):
+  """One rule's selection in one layer, held against the layer's true attention."""
+
+  indices: Int[Array, 'B T K']
+  captured_mass: Float[Array, 'B T']
+  topk_recall: Float[Array, 'B T']  # Share of the oracle's selection that the rule found.
+  neighbour_overlap: Float[Array, 'B T']
+  selected_distance: Float[Array, 'B T']
+
+
+class AttentionReport(NamedTuple):
+  """What attention says of itself; None where the mode does not ask."""
+
+  index_kl: Float[Array, 'B T'] | None  # Nats.
+  measures: dict[str, Measures]
+
+
+class MLA(nnx.Module):
+  """Attention through a low-rank latent that all heads share.
+
+  Dense and masked attention expand the latent into keys and values for each head (MHA form);
+  sparse attention absorbs the expansion into the queries and gathers latents (MQA form). Both
+  forms are the same function of the same weights.
+  """
+
+  def __init__(self, cfg: ModelConfig, *, out_scale: float, rngs: nnx.Rngs):
+    d, h, q, c = cfg.dim, cfg.n_heads, cfg.q_lora_rank, cfg.kv_lora_rank
+    n, r, v = cfg.qk_nope_head_dim, cfg.qk_rope_head_dim, cfg.v_head_dim
+    weight = functools.partial(param, BackboneParam, rngs=rngs)
+    self.wq_a = weight((d, q), ('embed', 'q_lora'), std=d**-0.5)
+    self.q_norm = RMSNorm(q, eps=cfg.norm_eps)
+    self.wq_b = weight((q, h, n + r), ('q_lora', 'heads', None), std=q**-0.5)
+    self.wkv_a = weight((d, c + r), ('embed', None), std=d**-0.5)
+    self.kv_norm = RMSNorm(c, eps=cfg.norm_eps)
+    self.wkv_b = weight((c, h, n + v), (None, 'heads', None), std=c**-0.5)
+    self.wo = weight((h, v, d), ('heads', None, 'embed'), std=out_scale * (h * v) ** -0.5)
+    self.indexer = LightningIndexer(cfg, rngs=rngs)
+    self.cfg = cfg
+
+  def __call__(
+      self,
+      x: Float[Array, 'B T D'],
+      start: Int[Array, 'B T'],
+      end: Int[Array, 'B T'],
+      layer: Int[Array, ''],
+      mode: Mode,
+  ) -> tuple[Float[Array, 'B T D'], AttentionReport]:
+    """Attends from the normed `x`; query t sees the keys start <= s < end."""
+    cfg, how = self.cfg, {'sm_scale': self.cfg.sm_scale, 'backend': mode.backend}
+    positions = jnp.maximum(end - 1 - start, 0)
+    wkv_b = self.wkv_b[...].astype(x.dtype)
+    w_k, w_v = jnp.split(wkv_b, [cfg.qk_nope_head_dim], axis=-1)
+
+    q_latent = self.q_norm(x @ self.wq_a[...].astype(x.dtype))
+    q_nope, q_rope = self._queries(q_latent, positions)
+    c_kv, k_rope = self._latents(x, positions)
+    index = self.indexer(x, q_latent, positions)
+
+    q = jnp.concatenate([q_nope, q_rope], axis=-1)
+    k_nope = jnp.einsum('BSC,CHN->BSHN', c_kv, w_k)
+    k_rope_of_heads = jnp.broadcast_to(k_rope[:, :, None], q_rope.shape)
+    k = jnp.concatenate([k_nope, k_rope_of_heads], axis=-1)
+    absorbed_q = jnp.concatenate([jnp.einsum('BTHN,CHN->BTHC', q_nope, w_k), q_rope], axis=-1)
+    kv = jnp.concatenate([c_kv, k_rope], axis=-1)
+
+    candidates = selection.Candidates(
+        *jax.lax.stop_gradient((*index, q, k)), start, end, layer, topk=cfg.index_topk, **how
+    )
+    sparse = functools.partial(sparse_attention, absorbed_q, kv, v_dim=cfg.kv_lora_rank, **how)
+    dense = functools.partial(dense_attention, q, k, start=start, end=end, **how)
+
+    indices = None
+    if mode.attention != 'dense':
+      indices = selection.RULES[mode.rule](candidates)
+    if mode.attention == 'sparse':
+      out, lse = sparse(indices)
+      out = jnp.einsum('BTHC,CHV->BTHV', out, w_v)
+    else:
+      out, lse = dense(v=jnp.einsum('BSC,CHV->BSHV', c_kv, w_v), indices=indices)
+    out = jnp.einsum('BTHV,HVD->BTD', out, self.wo[...].astype(x.dtype))
+
+    kl = None
+    if mode.index_loss:
+      seen_by = (q, k) if indices is None else (absorbed_q, kv[:, :, None])
+      kl = index_kl(*seen_by, lse, *index, start, end, indices=indices, **how)
+    measured = {}
+    if mode.measure:
+      oracle = selection.RULES['oracle'](candidates)
+      lse_visible = dense(v=k[..., :1])[1]
+      for name in mode.measure:
+        chosen = selection.RULES[name](candidates)
+        measured[name] = Measures(
+            indices=chosen,
+            captured_mass=measures.captured_mass(sparse(chosen)[1], lse_visible),
+            topk_recall=measures.overlap(oracle, chosen),
+            neighbour_overlap=measures.neighbour_overlap(chosen),
+            selected_distance=measures.selected_distance(chosen, end),
+        )
+    return out, AttentionReport(kl, measured)
+
+  def _queries(self, q_latent, positions):
+    q = jnp.einsum('BTQ,QHE->BTHE', q_latent, self.wq_b[...].astype(q_latent.dtype))
+    nope, rope = jnp.split(q, [self.cfg.qk_nope_head_dim], axis=-1)
+    return nope, apply_rope(rope, positions, rope_frequencies(self.cfg), interleaved=True)
+
+  def _latents(self, x, positions):
+    """The latent and the rotary key of every token: all that a cache would hold."""
+    latent, rope = jnp.split(x @ self.wkv_a[...].astype(x.dtype), [self.cfg.kv_lora_rank], axis=-1)
+    frequencies = rope_frequencies(self.cfg)
+    rope = apply_rope(rope[:, :, None], positions, frequencies, interleaved=True)[:, :, 0]
+    return self.kv_norm(latent), rope

@@ -1,0 +1,26 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The SwiGLU block."""
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from dsa_jax.nn.param import BackboneParam, param
+
+
+class MLP(nnx.Module):
+  """w2(silu(w1 x) * w3 x), the product in float32."""
+
+  def __init__(self, dim: int, width: int, *, out_std: float, rngs: nnx.Rngs):
+    self.w1 = param(BackboneParam, (dim, width), ('embed', 'ffn'), std=dim**-0.5, rngs=rngs)
+    self.w3 = param(BackboneParam, (dim, width), ('embed', 'ffn'), std=dim**-0.5, rngs=rngs)
+    self.w2 = param(BackboneParam, (width, dim), ('ffn', 'embed'), std=out_std, rngs=rngs)
+
+  def __call__(self, x: Float[Array, '*any D']) -> Float[Array, '*any D']:
+    w1, w3, w2 = (w[...].astype(x.dtype) for w in (self.w1, self.w3, self.w2))
+    return swiglu(x @ w1, x @ w3).astype(x.dtype) @ w2
+
+
+def swiglu(gate: Float[Array, '*any F'], up: Float[Array, '*any F']) -> Float[Array, '*any F']:
+  return jax.nn.silu(gate.astype(jnp.float32)) * up.astype(jnp.float32)

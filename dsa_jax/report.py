@@ -1,0 +1,539 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A finished run in words, tables and pictures: report.md, PNG plots and report.json."""
+
+import io
+import itertools
+import json
+import math
+import os
+import pathlib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import rich.console
+import rich.table
+
+from dsa_jax import metrics
+
+
+class Look(NamedTuple):
+  """How one model, or one selection rule, is called and drawn."""
+
+  label: str
+  colour: str
+  marker: str
+
+
+MODELS = {
+    'dense_before': Look('dense, before going sparse', '#999999', 'd'),
+    'dense_baseline': Look('dense, trained on (the fair baseline)', '#404040', 's'),
+    'oracle': Look('sparse, oracle selection', '#009E73', '^'),
+    'sparse': Look('sparse, learned indexer', '#0072B2', 'o'),
+    'window_sinks': Look('sparse, window and sinks', '#E69F00', 'v'),
+    'random': Look('sparse, random selection', '#CC79A7', 'x'),
+}
+RULES = {'indexer': 'sparse', 'oracle': 'oracle', 'window_sinks': 'window_sinks', 'random': 'random'}
+STAGE_COLOURS = {
+    'dense': '#404040', 'baseline': '#E69F00', 'warmup': '#009E73', 'sparse': '#0072B2'
+}
+SELECTION_PANELS = {
+    'captured_mass': 'Share of the true attention captured',
+    'topk_recall': 'Recall of the true top-K',
+    'neighbour_overlap': 'Overlap with the previous query',
+    'layer_overlap': 'Overlap with the next layer',
+    'selected_distance': 'Mean distance (tokens)',
+}
+TITLES = {
+    'overview.png': 'The result in one picture',
+    'training.png': 'Language-model loss while training',
+    'selection.png': 'What the indexer selects while training',
+}
+CAPTIONS = {
+    'overview.png': (
+        'Where a panel has a dashed budget line, a token to its right sees more than it may select,'
+        ' so look there at how close the learned indexer stays to dense attention and to the'
+        ' oracle. The bars are the share of the true attention that each rule captures: higher is'
+        ' better. The divergence says how far the indexer is from the true attention: lower is'
+        ' better (the sparse stage measures it over the selected tokens only, so it may jump there).'
+    ),
+    'training.png': (
+        'Lower is better; faint lines are the raw values. The baseline is drawn where the sparse'
+        ' stage starts, because both continue the same dense model. In warm-up only the indexer'
+        ' learns, so the loss stays flat.'
+    ),
+    'selection.png': (
+        'One line per layer. Captured attention and recall should rise towards 1; an overlap of 1'
+        ' means that both select the same tokens; the distance is how far back the selected tokens'
+        ' lie on average.'
+    ),
+}
+MASS_CAPTION = (
+    'The share of the true (dense) attention that falls on the selected tokens, from 0 to 1: at 1,'
+    ' leaving out the other tokens changes nothing. The oracle is the most that can be reached.'
+)
+FLOPS_CAPTION = (
+    'Floating-point operations that attention needs for one token, the indexer included, by the'
+    ' number of tokens in the context. The last column says how many times cheaper sparse is.'
+)
+COST_CAPTION = 'Seconds include compilation; the whole run includes evaluation, too.'
+RC = {
+    'font.size': 10, 'axes.titlesize': 10.5, 'axes.titlelocation': 'left',
+    'axes.spines.top': False, 'axes.spines.right': False, 'axes.edgecolor': '#888888',
+    'axes.grid': True, 'axes.axisbelow': True, 'grid.color': '#e6e6e6', 'grid.linewidth': 0.7,
+    'lines.linewidth': 1.6, 'legend.frameon': False, 'xtick.color': '#444444',
+    'ytick.color': '#444444', 'xtick.labelcolor': '#222222', 'ytick.labelcolor': '#222222',
+}
+Table = tuple[list[str], list[list[str]]]
+
+
+def write_report(
+    workdir: pathlib.Path,
+    results: Mapping[str, Any],
+    console: rich.console.Console | None = None,
+) -> None:
+  """Writes report.md, its plots and report.json, and prints the main table.
+
+  What the results do not have is left out of the report. report.json is removed first and written
+  last: where it exists, the report is whole.
+  """
+  _check_lengths(results)
+  (workdir / 'report.json').unlink(missing_ok=True)
+  csv = workdir / 'metrics.csv'
+  curves = Curves(metrics.read_metrics(csv) if csv.exists() else [])
+  plots = _draw(workdir, results, curves)
+  _replace_bytes(workdir / 'report.md', _markdown(results, plots).encode())
+  text = json.dumps(_finite(results), indent=2, allow_nan=False) + '\n'
+  _replace_bytes(workdir / 'report.json', text.encode())
+  _print(results, workdir, console or rich.console.Console())
+
+
+# Tables
+
+
+def main_table(results: Mapping[str, Any]) -> Table:
+  """One row per model: its quality, and how it compares with the fair baseline."""
+  bits, beyond = (results.get(k, {}) for k in ('validation_bits_per_byte', 'bits_beyond_budget'))
+  accuracy = results.get('accuracy') or {}
+  unit = 'bits per answer' if accuracy else 'bits per byte'
+  columns = []
+  if accuracy:
+    columns += [('accuracy', accuracy, '{:.2%}'), ('of the baseline', _share(accuracy), '{:.1%}')]
+  columns.append((unit, bits, '{:.4f}'))
+  if not accuracy:
+    columns.append(('difference', _excess(bits), '{:+.2%}'))
+  columns.append((f'{unit} beyond the budget', beyond, '{:.4f}'))
+  if not accuracy:
+    columns.append(('difference beyond', _excess(beyond), '{:+.2%}'))
+  columns = [column for column in columns if column[1]]
+  rows = [
+      [_look(name).label, *(_number(values.get(name), form) for _, values, form in columns)]
+      for name in _ordered([bits, accuracy, beyond], MODELS)
+  ]
+  return ['model', *(title for title, _, _ in columns)], rows
+
+
+def _share(values: Mapping[str, float]) -> dict[str, float]:
+  baseline = values.get('dense_baseline')
+  if not _is_number(baseline) or not baseline:
+    return {}
+  return {name: value / baseline for name, value in values.items() if _is_number(value)}
+
+
+def _excess(values: Mapping[str, float]) -> dict[str, float]:
+  return {n: share - 1 for n, share in _share(values).items() if n != 'dense_baseline'}
+
+
+def _mass_table(by_rule: Mapping[str, Sequence[float]]) -> Table:
+  rules = _ordered([by_rule], RULES)
+  rows = [
+      [str(layer), *(_number(value, '{:.3f}') for value in values)]
+      for layer, values in enumerate(zip(*(by_rule[rule] for rule in rules), strict=True))
+  ]
+  means = [_number(float(np.mean(by_rule[rule])), '{:.3f}') for rule in rules]
+  return ['layer', *map(_rule_label, rules)], [*rows, ['mean', *means]]
+
+
+def _flops_table(flops: Mapping[str, Mapping[str, float]]) -> Table:
+  dense, sparse = flops.get('dense', {}), flops.get('sparse', {})
+  rows = []
+  for context in sorted({*dense, *sparse}, key=int):
+    d, s = dense.get(context), sparse.get(context)
+    ratio = d / s if _is_number(d) and _is_number(s) and s else None
+    rows.append([f'{int(context):,}', _si(d), _si(s), _number(ratio, '{:.1f} x')])
+  return ['context', 'dense', 'sparse', 'dense / sparse'], rows
+
+
+def _cost_table(results: Mapping[str, Any]) -> Table:
+  tokens, seconds = (results.get(k, {}) for k in ('tokens_by_stage', 'seconds_by_stage'))
+  rows = [
+      [stage, _number(tokens.get(stage), '{:,}'), _number(seconds.get(stage), '{:.1f}')]
+      for stage in _ordered([seconds, tokens], {})
+  ]
+  if 'seconds' in results:
+    total = sum(tokens.values()) if tokens else None
+    rows.append(['whole run', _number(total, '{:,}'), _number(results['seconds'], '{:.1f}')])
+  return ['stage', 'tokens', 'seconds'], rows
+
+
+def _is_number(value: Any) -> bool:
+  return value is not None and math.isfinite(value)
+
+
+def _number(value: float | None, form: str) -> str:
+  return form.format(value) if _is_number(value) else 'n/a'
+
+
+def _si(value: float | None) -> str:
+  if not _is_number(value):
+    return 'n/a'
+  power = min(max(int(math.log10(max(value, 1)) // 3), 0), 4)
+  return f'{value / 1000**power:.3g} {["", "k", "M", "G", "T"][power]}'.strip()
+
+
+def _look(model: str) -> Look:
+  return MODELS.get(model, Look(model, '#56B4E9', '.'))
+
+
+def _rule_label(rule: str) -> str:
+  return _look(RULES.get(rule, rule)).label.removeprefix('sparse, ')
+
+
+def _ordered(dicts: Iterable[Mapping[str, Any]], known: Iterable[str]) -> list[str]:
+  names = dict.fromkeys(itertools.chain.from_iterable(dicts))
+  first = [name for name in known if name in names]
+  return first + [name for name in names if name not in first]
+
+
+# Words
+
+
+def _markdown(results: Mapping[str, Any], plots: Sequence[str]) -> str:
+  parts = [f'# {results["title"]}', *_what_was_run(results)]
+  parts += ['## Result', _markdown_table(main_table(results)), _how_to_read(results)]
+  parts += _pictures(plots, ['overview.png'])
+  parts += _checks_section(results)
+  parts += _mass_section(results)
+  flops = results.get('attention_flops_per_token')
+  if flops:
+    parts += ['## Attention FLOPs per token', _markdown_table(_flops_table(flops))]
+    parts += [FLOPS_CAPTION]
+  parts += ['## Tokens and time', _markdown_table(_cost_table(results)), COST_CAPTION]
+  later = _pictures(plots, ['training.png', 'selection.png'])
+  parts += ['## While it trained', *later] if later else []
+  return '\n\n'.join(parts) + '\n'
+
+
+def _what_was_run(results: Mapping[str, Any]) -> list[str]:
+  sentence = f'Run on {results["machine"]}, {results["date"]}'
+  if 'seconds' in results:
+    sentence += f', in {results["seconds"]:.0f} seconds'
+  versions = ', '.join(f'{name} {v}' for name, v in results.get('versions', {}).items())
+  sentence += f' ({versions}).' if versions else '.'
+  return [sentence + ' The command:', f'```\n{results["command"]}\n```']
+
+
+def _how_to_read(results: Mapping[str, Any]) -> str:
+  names = results.get('validation_bits_per_byte', {})
+  sentences = ['Bits say how well the model predicts text it has not seen: lower is better.']
+  if results.get('accuracy'):
+    sentences = [
+        'Accuracy is the share of right answers, the main number here. Bits per answer say how'
+        ' sure the model is of the right one: lower is better.'
+    ]
+  if 'dense_baseline' in names:
+    sentences.append(
+        'The fair baseline is the same dense model, trained on for as many tokens as the sparse'
+        ' stage, and what the other rows are compared with.'
+    )
+  if 'sparse' in names:
+    sentences.append(
+        f'The sparse rows are one trained model, in which a token attends to {results["index_topk"]}'
+        f' of at most {results["context"]} tokens; only the rule that selects them differs. The'
+        ' oracle selects by the true attention, which a real model cannot know in advance.'
+    )
+  if results.get('bits_beyond_budget'):
+    sentences.append(
+        f'Beyond the budget means only at positions that see more than {results["index_topk"]}'
+        ' tokens: before them nothing has to be left out.'
+    )
+  return ' '.join(sentences)
+
+
+def _pictures(plots: Sequence[str], names: Sequence[str]) -> list[str]:
+  drawn = [name for name in names if name in plots]
+  return [part for n in drawn for part in (f'![{TITLES[n]}]({n})', CAPTIONS[n])]
+
+
+def _checks_section(results: Mapping[str, Any]) -> list[str]:
+  checks = results.get('checks')
+  if not checks:
+    return []
+  rows = [[c['name'], 'pass' if c['passed'] else '**FAIL**', c['detail']] for c in checks]
+  table = _markdown_table((['check', 'result', 'detail'], rows))
+  return ['## Checks', 'What this run has to show, and whether it does.', table]
+
+
+def _mass_section(results: Mapping[str, Any]) -> list[str]:
+  everywhere, beyond = _captured_mass(results), results.get('captured_mass_beyond_budget')
+  if not everywhere:
+    return []
+  parts = ['## Attention captured by the selection', MASS_CAPTION]
+  parts += [_markdown_table(_mass_table(everywhere))]
+  if beyond:
+    parts += ['The same, only at positions beyond the budget, where it is harder:']
+    parts += [_markdown_table(_mass_table(beyond))]
+  return parts
+
+
+def _captured_mass(results: Mapping[str, Any]) -> Mapping[str, Sequence[float]]:
+  if results.get('captured_mass_by_rule'):
+    return results['captured_mass_by_rule']
+  return {'indexer': results['captured_mass']} if results.get('captured_mass') else {}
+
+
+def _markdown_table(table: Table) -> str:
+  header, rows = table
+  ruler = ['---', *['---:'] * (len(header) - 1)]
+  escaped = ([cell.replace('|', '\\|') for cell in row] for row in (header, ruler, *rows))
+  return '\n'.join(f'| {" | ".join(row)} |' for row in escaped)
+
+
+def _print(
+    results: Mapping[str, Any], workdir: pathlib.Path, console: rich.console.Console
+) -> None:
+  header, rows = main_table(results)
+  table = rich.table.Table(title=results['title'], title_justify='left')
+  for i, column in enumerate(header):
+    table.add_column(column, justify='right' if i else 'left')
+  for row in rows:
+    table.add_row(*row)
+  console.print(table)
+  for check in results.get('checks') or []:
+    verdict = 'pass' if check['passed'] else 'FAIL'
+    console.print(f'{verdict}  {check["name"]}: {check["detail"]}', markup=False, highlight=False)
+  console.print(f'report: {workdir / "report.md"}', markup=False, highlight=False, soft_wrap=True)
+
+
+# Pictures
+
+
+class Curves:
+  """The rows of metrics.csv, grouped for drawing."""
+
+  def __init__(self, rows: Sequence[metrics.Row]):
+    self.last_step: dict[str, int] = {}
+    self._by_name: dict[str, list[metrics.Row]] = {}
+    for row in rows:
+      self.last_step[row.stage] = max(row.step, self.last_step.get(row.stage, 1))
+      self._by_name.setdefault(row.name, []).append(row)
+
+  def of(self, stage: str, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Steps and smoothed values, ready to plot."""
+    steps, values = metrics.series(self._by_name.get(name, []), stage, name)
+    return steps, _smooth(values)
+
+  def raw(self, stage: str, name: str) -> tuple[np.ndarray, np.ndarray]:
+    return metrics.series(self._by_name.get(name, []), stage, name)
+
+  @property
+  def n_layers(self) -> int:
+    return 1 + max(int(n.rpartition('_')[2]) for n in self._by_name if '/layer_' in n)
+
+  def layers(self, name: str) -> list[int]:
+    prefix = f'{name}/layer_'
+    return sorted(int(n.removeprefix(prefix)) for n in self._by_name if n.startswith(prefix))
+
+  def indexer_stages(self) -> dict[str, int]:
+    """The stages in which the indexer is trained, and the step at which each starts."""
+    stages = [s for s in ('warmup', 'sparse') if s in self.last_step]
+    ends = itertools.accumulate(self.last_step[stage] for stage in stages)
+    return dict(zip(stages, [0, *ends]))
+
+
+def _smooth(values: np.ndarray) -> np.ndarray:
+  window = np.ones(max(1, values.size // 40))
+  return np.convolve(values, window, 'same') / np.convolve(values * 0 + 1, window, 'same')
+
+
+def _draw(workdir: pathlib.Path, results: Mapping[str, Any], curves: Curves) -> list[str]:
+  """Draws what there is data for and returns the names of these files."""
+  import matplotlib  # Here, because it is slow to import.
+  from matplotlib import figure as mpl_figure
+
+  drawn = []
+  figures = {'overview.png': _overview, 'training.png': _training, 'selection.png': _selection}
+  with matplotlib.rc_context(RC):
+    for name, draw in figures.items():
+      (workdir / name).unlink(missing_ok=True)
+      figure = mpl_figure.Figure(dpi=150, layout='constrained')
+      draw(figure, results, curves)
+      if figure.get_axes() or figure.subfigs:
+        png = io.BytesIO()
+        figure.savefig(png, format='png')
+        _replace_bytes(workdir / name, png.getvalue())
+        drawn.append(name)
+  return drawn
+
+
+def _overview(figure: Any, results: Mapping[str, Any], curves: Curves) -> None:
+  by_position, mass = results.get('bits_by_position') or {}, _captured_mass(results)
+  n_left = bool(by_position) + bool(mass)
+  widths = [n_left] * bool(n_left) + [1] * bool(curves.layers('index_kl'))
+  if not widths:
+    return
+  figure.set_size_inches(4.4 * sum(widths), 4.4)
+  parts = figure.subfigures(1, len(widths), width_ratios=widths, squeeze=False)[0]
+  if by_position:
+    _draw_positions(parts[0], n_left, results, by_position)
+  if mass:
+    _draw_mass(parts[0].add_subplot(1, n_left, n_left), mass)
+  if n_left:
+    shown = [_shown(by_position), {RULES.get(rule, rule): None for rule in mass}]
+    handles = [_handle(_look(name)) for name in _ordered(shown, MODELS)]
+    parts[0].legend(handles=handles, loc='outside lower center', ncols=3)
+  if curves.layers('index_kl'):
+    axes = parts[-1].add_subplot()
+    _draw_layers(axes, curves, 'index_kl')
+    axes.set(title='Divergence of the indexer (KL, nats)', yscale='log', xlabel='training step')
+    parts[-1].legend(*_layer_legend(axes), loc='outside lower center', ncols=4)
+
+
+def _shown(by_position: Mapping[str, Any]) -> dict[str, Any]:
+  hidden = 'dense_before' if 'dense_baseline' in by_position else None
+  return {name: values for name, values in by_position.items() if name != hidden}
+
+
+def _draw_positions(part: Any, n_columns: int, results: Mapping[str, Any], by_position: Any):
+  edges = np.maximum(np.array(results['position_edges'], float), 1)
+  centres = np.sqrt(edges[:-1] * edges[1:])
+  bits = {name: np.array(values, float) for name, values in _shown(by_position).items()}
+  baseline = None if results.get('accuracy') else bits.get('dense_baseline')
+  unit = 'answer' if results.get('accuracy') else 'byte'
+  panels = {f'Bits per {unit}, by position': bits}
+  if baseline is not None:
+    excess = {name: 100 * (values / baseline - 1) for name, values in bits.items()}
+    panels['Difference to the fair baseline (%)'] = excess
+  grid = part.add_gridspec(len(panels), n_columns)
+  for row, (title, curves) in enumerate(panels.items()):
+    axes = part.add_subplot(grid[row, 0])
+    for name in reversed(_ordered([curves], MODELS)):
+      look = _look(name)
+      axes.plot(centres, curves[name], color=look.colour, marker=look.marker, ms=4)
+    axes.axvline(results['index_topk'], color='#888888', lw=1, ls='--')
+    axes.set_xscale('log', base=2)
+    axes.xaxis.set_major_formatter('{x:.0f}')
+    axes.set_title(title)
+  axes.set_xlabel(f'position in the context (dashed: the budget, {results["index_topk"]} tokens)')
+
+
+def _draw_mass(axes: Any, mass: Mapping[str, Sequence[float]]) -> None:
+  rules = _ordered([mass], RULES)
+  width = 0.8 / len(rules)
+  for i, rule in enumerate(rules):
+    at = np.arange(len(mass[rule])) + (i - (len(rules) - 1) / 2) * width
+    axes.bar(at, mass[rule], 0.9 * width, color=_look(RULES.get(rule, rule)).colour)
+  axes.set(ylim=(0, 1), xlabel='layer', title='Share of the true attention captured')
+  axes.xaxis.get_major_locator().set_params(integer=True)
+
+
+def _draw_layers(axes: Any, curves: Curves, name: str) -> None:
+  import matplotlib
+
+  layers = curves.layers(name)
+  colours = matplotlib.colormaps['viridis'](np.linspace(0, 0.88, curves.n_layers))
+  stages = curves.indexer_stages()
+  for layer in layers:
+    parts = [(start, *curves.of(s, f'{name}/layer_{layer}')) for s, start in stages.items()]
+    steps = np.concatenate([p for start, x, _ in parts for p in (start + x, [np.nan])])
+    values = np.concatenate([p for _, _, y in parts for p in (y, [np.nan])])
+    axes.plot(steps, values, color=colours[layer], label=f'layer {layer}')
+  for stage, start in stages.items():
+    if start:
+      axes.axvline(start, color='#888888', lw=1, ls='--')
+    axes.annotate(stage, (start, 1), xycoords=('data', 'axes fraction'), xytext=(4, -11),
+                  textcoords='offset points', color='#666666', fontsize=9)
+
+
+def _layer_legend(axes: Any) -> tuple[list[Any], list[str]]:
+  """At most eight entries, evenly spaced over the layers."""
+  handles, labels = axes.get_legend_handles_labels()
+  picked = sorted({round(i) for i in np.linspace(0, len(labels) - 1, 8)})
+  return [handles[i] for i in picked], [labels[i] for i in picked]
+
+
+def _training(figure: Any, results: Mapping[str, Any], curves: Curves) -> None:
+  stages = [s for s in curves.last_step if curves.raw(s, 'lm_loss')[0].size]
+  if not stages:
+    return
+  figure.set_size_inches(8, 4)
+  axes = figure.add_subplot()
+  tokens = results.get('tokens_by_stage') or {}
+  known = all(stage in tokens for stage in stages)
+  length = {s: tokens[s] if known else curves.last_step[s] for s in stages}
+  trunk = [stage for stage in stages if stage != 'baseline']
+  starts = dict(zip(trunk, [0, *itertools.accumulate(length[stage] for stage in trunk)]))
+  starts['baseline'] = starts.get('sparse', sum(length[stage] for stage in trunk))
+  for stage in stages:
+    colour = STAGE_COLOURS.get(stage, '#56B4E9')
+    steps, raw = curves.raw(stage, 'lm_loss')
+    at = starts[stage] + steps * (length[stage] / curves.last_step[stage])
+    axes.plot(at, raw, color=colour, alpha=0.2, lw=0.7)
+    axes.plot(at, curves.of(stage, 'lm_loss')[1], color=colour, label=stage)
+  axes.set(title='Language-model loss (nats per token)', xlabel='tokens' if known else 'steps')
+  axes.legend()
+
+
+def _selection(figure: Any, results: Mapping[str, Any], curves: Curves) -> None:
+  del results
+  names = [name for name in SELECTION_PANELS if curves.layers(name)]
+  if not names:
+    return
+  columns = min(3, len(names))
+  rows = -(-len(names) // columns)
+  figure.set_size_inches(4 * columns, 2.6 * rows + 0.4)
+  grid = figure.add_gridspec(rows, columns)
+  for i, name in enumerate(names):
+    axes = figure.add_subplot(grid[i // columns, i % columns])
+    _draw_layers(axes, curves, name)
+    axes.set_title(SELECTION_PANELS[name])
+  figure.legend(*_layer_legend(axes), loc='outside lower center', ncols=8)
+
+
+def _handle(look: Look) -> Any:
+  from matplotlib import lines
+
+  return lines.Line2D([], [], color=look.colour, marker=look.marker, label=look.label)
+
+
+# Files
+
+
+def _check_lengths(results: Mapping[str, Any]) -> None:
+  n_buckets = len(results.get('position_edges') or ()) - 1
+  for name, values in (results.get('bits_by_position') or {}).items():
+    if len(values) != n_buckets:
+      raise ValueError(
+          f'bits_by_position[{name!r}] has {len(values)} values; position_edges make {n_buckets}'
+      )
+  for key in ('captured_mass_by_rule', 'captured_mass_beyond_budget'):
+    for rule, values in (results.get(key) or {}).items():
+      if len(values) != results['n_layers']:
+        raise ValueError(
+            f'{key}[{rule!r}] has {len(values)} values; expected one per layer, {results["n_layers"]}'
+        )
+
+
+def _finite(value: Any) -> Any:
+  """The same, with null for what JSON cannot say."""
+  if isinstance(value, Mapping):
+    return {key: _finite(item) for key, item in value.items()}
+  if isinstance(value, (list, tuple)):
+    return [_finite(item) for item in value]
+  return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _replace_bytes(path: pathlib.Path, data: bytes) -> None:
+  temporary = path.with_name(f'.{path.name}.tmp')
+  temporary.write_bytes(data)
+  os.replace(temporary, path)

@@ -1,0 +1,30 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a selection rule may look at."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+from jaxtyping import Array, Float, Int
+
+
+class Candidates(NamedTuple):
+  """One layer's queries and keys, in the indexer's view and in the main attention's.
+
+  Compiled away where a rule does not use it.
+  """
+
+  index_q: Float[Array, 'B T I J']
+  index_k: Float[Array, 'B S J']
+  index_weights: Float[Array, 'B T I']
+  q: Float[Array, 'B T H E']
+  k: Float[Array, 'B S H E']
+  start: Int[Array, 'B T']
+  end: Int[Array, 'B T']
+  layer: Int[Array, '']
+  sm_scale: float
+  topk: int
+  backend: str
+
+
+Rule = Callable[[Candidates], jax.Array]  # To int32 [B, T, K] positions, ascending, then -1.

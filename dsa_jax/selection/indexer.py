@@ -1,0 +1,14 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The rule of DeepSeek Sparse Attention: the highest scores of the lightning indexer."""
+
+from jaxtyping import Array, Int
+
+from dsa_jax.kernels import index_topk
+from dsa_jax.selection.candidates import Candidates
+
+
+def indexer(c: Candidates) -> Int[Array, 'B T K']:
+  """Selects what the trained indexer scores highest."""
+  return index_topk(
+      c.index_q, c.index_k, c.index_weights, c.start, c.end, topk=c.topk, backend=c.backend
+  )

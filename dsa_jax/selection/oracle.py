@@ -1,0 +1,28 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The best that any rule can do for the attention mass: look at the attention itself."""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+
+from dsa_jax.kernels import dense_attention
+from dsa_jax.kernels.mean_attention import mean_attention
+from dsa_jax.kernels.rows import map_rows
+from dsa_jax.kernels.select_topk import select_topk
+from dsa_jax.kernels.visibility import visible_keys
+from dsa_jax.selection.candidates import Candidates
+
+
+def oracle(c: Candidates) -> Int[Array, 'B T K']:
+  """Selects the keys with the largest attention probability, averaged over the heads."""
+  # Only the log-sum-exp is wanted, so the values are the narrowest there are.
+  _, lse = dense_attention(
+      c.q, c.k, c.k[..., :1], c.start, c.end, sm_scale=c.sm_scale, backend=c.backend
+  )
+
+  def select(rows):
+    q, lse, start, end = rows
+    seen = visible_keys(start, end, jnp.arange(c.k.shape[1]))
+    mass = mean_attention(q, c.k, lse, seen, c.sm_scale)
+    return select_topk(mass, start, end, topk=c.topk)
+
+  return map_rows(select, (c.q, lse, c.start, c.end), block=64)
