@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+import rich.box
 import rich.console
 import rich.table
 
@@ -26,18 +27,22 @@ class Look(NamedTuple):
 
 
 MODELS = {
-    'dense_before': Look('dense, before going sparse', '#999999', 'd'),
-    'dense_baseline': Look('dense, trained on (the fair baseline)', '#404040', 's'),
-    'oracle': Look('sparse, oracle selection', '#009E73', '^'),
-    'sparse': Look('sparse, learned indexer', '#0072B2', 'o'),
-    'window_sinks': Look('sparse, window and sinks', '#E69F00', 'v'),
-    'random': Look('sparse, random selection', '#CC79A7', 'x'),
+    'dense_before': Look('dense', '#999999', 'd'),
+    'dense_baseline': Look('dense, fair baseline', '#404040', 's'),
+    'sparse': Look('sparse, indexer', '#0072B2', 'o'),
+    'oracle': Look('sparse, oracle', '#009E73', '^'),
+    'window_sinks': Look('sparse, window + sinks', '#E69F00', 'v'),
+    'random': Look('sparse, random', '#CC79A7', 'x'),
 }
-RULES = {'indexer': 'sparse', 'oracle': 'oracle', 'window_sinks': 'window_sinks', 'random': 'random'}
+# The model in MODELS whose look a selection rule shares.
+RULES = {
+    'indexer': 'sparse', 'oracle': 'oracle', 'window_sinks': 'window_sinks', 'random': 'random'
+}
 STAGE_COLOURS = {
     'dense': '#404040', 'baseline': '#E69F00', 'warmup': '#009E73', 'sparse': '#0072B2'
 }
 SELECTION_PANELS = {
+    'index_kl': 'Divergence of the indexer (KL, nats)',
     'captured_mass': 'Share of the true attention captured',
     'topk_recall': 'Recall of the true top-K',
     'neighbour_overlap': 'Overlap with the previous query',
@@ -51,23 +56,24 @@ TITLES = {
 }
 CAPTIONS = {
     'overview.png': (
-        'Where a panel has a dashed budget line, a token to its right sees more than it may select,'
-        ' so look there at how close the learned indexer stays to dense attention and to the'
-        ' oracle. The bars are the share of the true attention that each rule captures: higher is'
-        ' better. The divergence says how far the indexer is from the true attention: lower is'
-        ' better (the sparse stage measures it over the selected tokens only, so it may jump there).'
+        'Bits by position: right of the dashed line a token sees more than it may select, so look'
+        ' there at how close the indexer stays to dense attention and to the oracle (random'
+        ' selection may leave the frame of the difference). The bars are the share of the true'
+        ' attention that each rule captures: higher is better. The divergence says how far the'
+        ' indexer is from the true attention: lower is better (the sparse stage measures it over'
+        ' the selected tokens only, so it may jump there).'
     ),
-    'training.png': (
-        'Lower is better; faint lines are the raw values. The baseline is drawn where the sparse'
-        ' stage starts, because both continue the same dense model. In warm-up only the indexer'
-        ' learns, so the loss stays flat.'
-    ),
+    'training.png': 'Lower is better; faint lines are the raw values.',
     'selection.png': (
-        'One line per layer. Captured attention and recall should rise towards 1; an overlap of 1'
-        ' means that both select the same tokens; the distance is how far back the selected tokens'
-        ' lie on average.'
+        'One line per layer. The divergence should fall; captured attention and recall should'
+        ' rise towards 1; an overlap of 1 means that both select the same tokens; the distance is'
+        ' how far back the selected tokens lie on average.'
     ),
 }
+STAGES_CAPTION = (
+    ' The baseline is drawn where the sparse stage starts, because both continue the same dense'
+    ' model: compare these two. In warm-up only the indexer learns, so the loss stays flat.'
+)
 MASS_CAPTION = (
     'The share of the true (dense) attention that falls on the selected tokens, from 0 to 1: at 1,'
     ' leaving out the other tokens changes nothing. The oracle is the most that can be reached.'
@@ -78,6 +84,7 @@ FLOPS_CAPTION = (
 )
 COST_CAPTION = 'Seconds include compilation; the whole run includes evaluation, too.'
 RC = {
+    'figure.constrained_layout.h_pad': 0.08, 'figure.constrained_layout.w_pad': 0.08,
     'font.size': 10, 'axes.titlesize': 10.5, 'axes.titlelocation': 'left',
     'axes.spines.top': False, 'axes.spines.right': False, 'axes.edgecolor': '#888888',
     'axes.grid': True, 'axes.axisbelow': True, 'grid.color': '#e6e6e6', 'grid.linewidth': 0.7,
@@ -118,13 +125,13 @@ def main_table(results: Mapping[str, Any]) -> Table:
   unit = 'bits per answer' if accuracy else 'bits per byte'
   columns = []
   if accuracy:
-    columns += [('accuracy', accuracy, '{:.2%}'), ('of the baseline', _share(accuracy), '{:.1%}')]
+    columns += [('accuracy', accuracy, '{:.2%}'), ('of baseline', _share(accuracy), '{:.1%}')]
   columns.append((unit, bits, '{:.4f}'))
   if not accuracy:
-    columns.append(('difference', _excess(bits), '{:+.2%}'))
-  columns.append((f'{unit} beyond the budget', beyond, '{:.4f}'))
+    columns.append(('vs baseline', _excess(bits), '{:+.2%}'))
+  columns.append(('beyond budget', beyond, '{:.4f}'))
   if not accuracy:
-    columns.append(('difference beyond', _excess(beyond), '{:+.2%}'))
+    columns.append(('vs baseline', _excess(beyond), '{:+.2%}'))
   columns = [column for column in columns if column[1]]
   rows = [
       [_look(name).label, *(_number(values.get(name), form) for _, values, form in columns)]
@@ -141,7 +148,7 @@ def _share(values: Mapping[str, float]) -> dict[str, float]:
 
 
 def _excess(values: Mapping[str, float]) -> dict[str, float]:
-  return {n: share - 1 for n, share in _share(values).items() if n != 'dense_baseline'}
+  return {name: share - 1 for name, share in _share(values).items()}
 
 
 def _mass_table(by_rule: Mapping[str, Sequence[float]]) -> Table:
@@ -180,11 +187,11 @@ def _is_number(value: Any) -> bool:
   return value is not None and math.isfinite(value)
 
 
-def _number(value: float | None, form: str) -> str:
+def _number(value: float | int | None, form: str) -> str:
   return form.format(value) if _is_number(value) else 'n/a'
 
 
-def _si(value: float | None) -> str:
+def _si(value: float | int | None) -> str:
   if not _is_number(value):
     return 'n/a'
   power = min(max(int(math.log10(max(value, 1)) // 3), 0), 4)
@@ -211,7 +218,7 @@ def _ordered(dicts: Iterable[Mapping[str, Any]], known: Iterable[str]) -> list[s
 def _markdown(results: Mapping[str, Any], plots: Sequence[str]) -> str:
   parts = [f'# {results["title"]}', *_what_was_run(results)]
   parts += ['## Result', _markdown_table(main_table(results)), _how_to_read(results)]
-  parts += _pictures(plots, ['overview.png'])
+  parts += _picture('overview.png', plots, CAPTIONS['overview.png'])
   parts += _checks_section(results)
   parts += _mass_section(results)
   flops = results.get('attention_flops_per_token')
@@ -219,7 +226,9 @@ def _markdown(results: Mapping[str, Any], plots: Sequence[str]) -> str:
     parts += ['## Attention FLOPs per token', _markdown_table(_flops_table(flops))]
     parts += [FLOPS_CAPTION]
   parts += ['## Tokens and time', _markdown_table(_cost_table(results)), COST_CAPTION]
-  later = _pictures(plots, ['training.png', 'selection.png'])
+  stages = STAGES_CAPTION if 'sparse' in results.get('tokens_by_stage', {}) else ''
+  later = _picture('training.png', plots, CAPTIONS['training.png'] + stages)
+  later += _picture('selection.png', plots, CAPTIONS['selection.png'])
   parts += ['## While it trained', *later] if later else []
   return '\n\n'.join(parts) + '\n'
 
@@ -243,26 +252,26 @@ def _how_to_read(results: Mapping[str, Any]) -> str:
     ]
   if 'dense_baseline' in names:
     sentences.append(
-        'The fair baseline is the same dense model, trained on for as many tokens as the sparse'
-        ' stage, and what the other rows are compared with.'
+        'Dense is the model after the dense stage. The fair baseline is that model, trained on'
+        ' for as many tokens as the sparse stage, and what every row is compared with.'
     )
   if 'sparse' in names:
     sentences.append(
-        f'The sparse rows are one trained model, in which a token attends to {results["index_topk"]}'
-        f' of at most {results["context"]} tokens; only the rule that selects them differs. The'
-        ' oracle selects by the true attention, which a real model cannot know in advance.'
+        'The sparse rows are one trained model, in which a token attends to'
+        f' {results["index_topk"]} of at most {results["context"]} tokens; only the rule that'
+        ' selects them differs. The oracle selects by the true attention, which a real model cannot'
+        ' know in advance.'
     )
   if results.get('bits_beyond_budget'):
     sentences.append(
-        f'Beyond the budget means only at positions that see more than {results["index_topk"]}'
+        f'Beyond budget means bits only at positions that see more than {results["index_topk"]}'
         ' tokens: before them nothing has to be left out.'
     )
   return ' '.join(sentences)
 
 
-def _pictures(plots: Sequence[str], names: Sequence[str]) -> list[str]:
-  drawn = [name for name in names if name in plots]
-  return [part for n in drawn for part in (f'![{TITLES[n]}]({n})', CAPTIONS[n])]
+def _picture(name: str, plots: Sequence[str], caption: str) -> list[str]:
+  return [f'![{TITLES[name]}]({name})', caption] if name in plots else []
 
 
 def _checks_section(results: Mapping[str, Any]) -> list[str]:
@@ -270,7 +279,7 @@ def _checks_section(results: Mapping[str, Any]) -> list[str]:
   if not checks:
     return []
   rows = [[c['name'], 'pass' if c['passed'] else '**FAIL**', c['detail']] for c in checks]
-  table = _markdown_table((['check', 'result', 'detail'], rows))
+  table = _markdown_table((['check', 'result', 'detail'], rows), align='---')
   return ['## Checks', 'What this run has to show, and whether it does.', table]
 
 
@@ -292,9 +301,9 @@ def _captured_mass(results: Mapping[str, Any]) -> Mapping[str, Sequence[float]]:
   return {'indexer': results['captured_mass']} if results.get('captured_mass') else {}
 
 
-def _markdown_table(table: Table) -> str:
+def _markdown_table(table: Table, align: str = '---:') -> str:
   header, rows = table
-  ruler = ['---', *['---:'] * (len(header) - 1)]
+  ruler = ['---', *[align] * (len(header) - 1)]
   escaped = ([cell.replace('|', '\\|') for cell in row] for row in (header, ruler, *rows))
   return '\n'.join(f'| {" | ".join(row)} |' for row in escaped)
 
@@ -303,9 +312,11 @@ def _print(
     results: Mapping[str, Any], workdir: pathlib.Path, console: rich.console.Console
 ) -> None:
   header, rows = main_table(results)
-  table = rich.table.Table(title=results['title'], title_justify='left')
+  table = rich.table.Table(
+      title=results['title'], title_justify='left', box=rich.box.SIMPLE_HEAD, pad_edge=False
+  )
   for i, column in enumerate(header):
-    table.add_column(column, justify='right' if i else 'left')
+    table.add_column(column, justify='right' if i else 'left', no_wrap=not i)
   for row in rows:
     table.add_row(*row)
   console.print(table)
@@ -329,16 +340,12 @@ class Curves:
       self._by_name.setdefault(row.name, []).append(row)
 
   def of(self, stage: str, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Steps and smoothed values, ready to plot."""
-    steps, values = metrics.series(self._by_name.get(name, []), stage, name)
-    return steps, _smooth(values)
-
-  def raw(self, stage: str, name: str) -> tuple[np.ndarray, np.ndarray]:
     return metrics.series(self._by_name.get(name, []), stage, name)
 
   @property
   def n_layers(self) -> int:
-    return 1 + max(int(n.rpartition('_')[2]) for n in self._by_name if '/layer_' in n)
+    layers = [int(n.rpartition('_')[2]) for n in self._by_name if '/layer_' in n]
+    return 1 + max(layers, default=0)
 
   def layers(self, name: str) -> list[int]:
     prefix = f'{name}/layer_'
@@ -351,8 +358,8 @@ class Curves:
     return dict(zip(stages, [0, *ends]))
 
 
-def _smooth(values: np.ndarray) -> np.ndarray:
-  window = np.ones(max(1, values.size // 40))
+def _smooth(values: np.ndarray, windows: int = 20) -> np.ndarray:
+  window = np.ones(max(1, values.size // windows))
   return np.convolve(values, window, 'same') / np.convolve(values * 0 + 1, window, 'same')
 
 
@@ -363,12 +370,14 @@ def _draw(workdir: pathlib.Path, results: Mapping[str, Any], curves: Curves) -> 
 
   drawn = []
   figures = {'overview.png': _overview, 'training.png': _training, 'selection.png': _selection}
-  with matplotlib.rc_context(RC):
+  layer_colours = matplotlib.colormaps['viridis'](np.linspace(0, 0.88, curves.n_layers))
+  cycle = matplotlib.cycler(color=layer_colours)
+  with matplotlib.rc_context(RC | {'axes.prop_cycle': cycle}):
     for name, draw in figures.items():
       (workdir / name).unlink(missing_ok=True)
       figure = mpl_figure.Figure(dpi=150, layout='constrained')
       draw(figure, results, curves)
-      if figure.get_axes() or figure.subfigs:
+      if figure.get_axes():
         png = io.BytesIO()
         figure.savefig(png, format='png')
         _replace_bytes(workdir / name, png.getvalue())
@@ -382,49 +391,48 @@ def _overview(figure: Any, results: Mapping[str, Any], curves: Curves) -> None:
   widths = [n_left] * bool(n_left) + [1] * bool(curves.layers('index_kl'))
   if not widths:
     return
-  figure.set_size_inches(4.4 * sum(widths), 4.4)
-  parts = figure.subfigures(1, len(widths), width_ratios=widths, squeeze=False)[0]
-  if by_position:
-    _draw_positions(parts[0], n_left, results, by_position)
-  if mass:
-    _draw_mass(parts[0].add_subplot(1, n_left, n_left), mass)
+  figure.set_size_inches(4.5 * sum(widths), 4.8)
+  parts = figure.subfigures(1, len(widths), width_ratios=widths, wspace=0.04, squeeze=False)[0]
   if n_left:
-    shown = [_shown(by_position), {RULES.get(rule, rule): None for rule in mass}]
-    handles = [_handle(_look(name)) for name in _ordered(shown, MODELS)]
-    parts[0].legend(handles=handles, loc='outside lower center', ncols=3)
+    columns = iter(parts[0].add_gridspec(1, n_left, wspace=0.1))
+    if by_position:
+      _draw_positions(parts[0], next(columns), results, by_position)
+    if mass:
+      _draw_mass(parts[0].add_subplot(next(columns)), mass)
+    _legend_below(parts[0], 3)
   if curves.layers('index_kl'):
     axes = parts[-1].add_subplot()
     _draw_layers(axes, curves, 'index_kl')
-    axes.set(title='Divergence of the indexer (KL, nats)', yscale='log', xlabel='training step')
-    parts[-1].legend(*_layer_legend(axes), loc='outside lower center', ncols=4)
+    axes.set_xlabel('training step')
+    _legend_below(parts[-1], 3)
 
 
-def _shown(by_position: Mapping[str, Any]) -> dict[str, Any]:
-  hidden = 'dense_before' if 'dense_baseline' in by_position else None
-  return {name: values for name, values in by_position.items() if name != hidden}
-
-
-def _draw_positions(part: Any, n_columns: int, results: Mapping[str, Any], by_position: Any):
+def _draw_positions(part: Any, cell: Any, results: Mapping[str, Any], by_position: Any) -> None:
   edges = np.maximum(np.array(results['position_edges'], float), 1)
   centres = np.sqrt(edges[:-1] * edges[1:])
-  bits = {name: np.array(values, float) for name, values in _shown(by_position).items()}
-  baseline = None if results.get('accuracy') else bits.get('dense_baseline')
-  unit = 'answer' if results.get('accuracy') else 'byte'
-  panels = {f'Bits per {unit}, by position': bits}
-  if baseline is not None:
-    excess = {name: 100 * (values / baseline - 1) for name, values in bits.items()}
+  bits = {name: np.array(by_position[name], float) for name in _ordered([by_position], MODELS)}
+  if 'dense_baseline' in bits:
+    bits.pop('dense_before', None)
+  panels = {f'Bits per {"answer" if results.get("accuracy") else "byte"}, by position': bits}
+  if 'dense_baseline' in bits and not results.get('accuracy'):
+    excess = {name: 100 * (values / bits['dense_baseline'] - 1) for name, values in bits.items()}
     panels['Difference to the fair baseline (%)'] = excess
-  grid = part.add_gridspec(len(panels), n_columns)
-  for row, (title, curves) in enumerate(panels.items()):
-    axes = part.add_subplot(grid[row, 0])
-    for name in reversed(_ordered([curves], MODELS)):
-      look = _look(name)
-      axes.plot(centres, curves[name], color=look.colour, marker=look.marker, ms=4)
+  grid = cell.subgridspec(len(panels), 1)
+  for row, (title, lines) in enumerate(panels.items()):
+    axes = part.add_subplot(grid[row])
+    for name, values in lines.items():
+      label, colour, marker = _look(name)
+      axes.plot(centres, values, color=colour, marker=marker, ms=4, label=label)
     axes.axvline(results['index_topk'], color='#888888', lw=1, ls='--')
     axes.set_xscale('log', base=2)
-    axes.xaxis.set_major_formatter('{x:.0f}')
+    axes.xaxis.set_major_formatter('{x:.0f}' if row == len(panels) - 1 else '')
     axes.set_title(title)
-  axes.set_xlabel(f'position in the context (dashed: the budget, {results["index_topk"]} tokens)')
+  axes.set_xlabel(f'position in the context (dashed: budget of {results["index_topk"]} tokens)')
+  if len(panels) == 2:
+    others = np.concatenate([v for name, v in excess.items() if name != 'random'])
+    low, high = np.nanmin(others), np.nanmax(others)
+    if high > low:
+      axes.set_ylim(low - 0.15 * (high - low), high + 0.3 * (high - low))
 
 
 def _draw_mass(axes: Any, mass: Mapping[str, Sequence[float]]) -> None:
@@ -432,78 +440,84 @@ def _draw_mass(axes: Any, mass: Mapping[str, Sequence[float]]) -> None:
   width = 0.8 / len(rules)
   for i, rule in enumerate(rules):
     at = np.arange(len(mass[rule])) + (i - (len(rules) - 1) / 2) * width
-    axes.bar(at, mass[rule], 0.9 * width, color=_look(RULES.get(rule, rule)).colour)
+    label, colour, _ = _look(RULES.get(rule, rule))
+    axes.bar(at, mass[rule], 0.9 * width, color=colour, label=label)
   axes.set(ylim=(0, 1), xlabel='layer', title='Share of the true attention captured')
+  axes.grid(visible=False, axis='x')
   axes.xaxis.get_major_locator().set_params(integer=True)
 
 
 def _draw_layers(axes: Any, curves: Curves, name: str) -> None:
-  import matplotlib
-
-  layers = curves.layers(name)
-  colours = matplotlib.colormaps['viridis'](np.linspace(0, 0.88, curves.n_layers))
+  """One line per layer, along warm-up and sparse training."""
   stages = curves.indexer_stages()
-  for layer in layers:
+  for layer in curves.layers(name):
     parts = [(start, *curves.of(s, f'{name}/layer_{layer}')) for s, start in stages.items()]
-    steps = np.concatenate([p for start, x, _ in parts for p in (start + x, [np.nan])])
-    values = np.concatenate([p for _, _, y in parts for p in (y, [np.nan])])
-    axes.plot(steps, values, color=colours[layer], label=f'layer {layer}')
-  for stage, start in stages.items():
-    if start:
-      axes.axvline(start, color='#888888', lw=1, ls='--')
-    axes.annotate(stage, (start, 1), xycoords=('data', 'axes fraction'), xytext=(4, -11),
-                  textcoords='offset points', color='#666666', fontsize=9)
+    # A NaN between two stages breaks the line there.
+    steps = np.concatenate([part for start, x, _ in parts for part in (start + x, [np.nan])])
+    values = np.concatenate([part for *_, y in parts for part in (_smooth(y), [np.nan])])
+    axes.plot(steps, values, label=f'layer {layer}')
+  if stages.get('sparse'):
+    axes.axvline(stages['sparse'], color='#888888', lw=1, ls='--', label='sparse stage starts')
+  axes.set_title(SELECTION_PANELS[name])
+  if name == 'index_kl':
+    axes.set_yscale('log')
+    axes.yaxis.get_major_locator().set_params(subs=(1, 2, 5))
+    axes.yaxis.set_major_formatter('{x:g}')
+    axes.yaxis.set_minor_formatter('')
 
 
-def _layer_legend(axes: Any) -> tuple[list[Any], list[str]]:
-  """At most eight entries, evenly spaced over the layers."""
-  handles, labels = axes.get_legend_handles_labels()
-  picked = sorted({round(i) for i in np.linspace(0, len(labels) - 1, 8)})
-  return [handles[i] for i in picked], [labels[i] for i in picked]
+def _legend_below(figure: Any, columns: int) -> None:
+  """One legend for all axes; of many layers, only some."""
+  found = {}
+  for axes in figure.axes:
+    for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+      found.setdefault(label, handle)
+  labels = list(found)
+  if len(labels) > 9:
+    labels = [labels[round(i)] for i in np.linspace(0, len(labels) - 1, 9)]
+  handles = [found[label] for label in labels]
+  figure.legend(handles, labels, loc='outside lower center', ncols=columns)
 
 
 def _training(figure: Any, results: Mapping[str, Any], curves: Curves) -> None:
-  stages = [s for s in curves.last_step if curves.raw(s, 'lm_loss')[0].size]
+  stages = [stage for stage in curves.last_step if curves.of(stage, 'lm_loss')[0].size]
   if not stages:
     return
-  figure.set_size_inches(8, 4)
-  axes = figure.add_subplot()
   tokens = results.get('tokens_by_stage') or {}
   known = all(stage in tokens for stage in stages)
   length = {s: tokens[s] if known else curves.last_step[s] for s in stages}
   trunk = [stage for stage in stages if stage != 'baseline']
   starts = dict(zip(trunk, [0, *itertools.accumulate(length[stage] for stage in trunk)]))
-  starts['baseline'] = starts.get('sparse', sum(length[stage] for stage in trunk))
-  for stage in stages:
-    colour = STAGE_COLOURS.get(stage, '#56B4E9')
-    steps, raw = curves.raw(stage, 'lm_loss')
-    at = starts[stage] + steps * (length[stage] / curves.last_step[stage])
-    axes.plot(at, raw, color=colour, alpha=0.2, lw=0.7)
-    axes.plot(at, curves.of(stage, 'lm_loss')[1], color=colour, label=stage)
-  axes.set(title='Language-model loss (nats per token)', xlabel='tokens' if known else 'steps')
-  axes.legend()
+  starts.setdefault('baseline', starts.get('sparse', sum(length[stage] for stage in trunk)))
+  panels = {'Language-model loss (nats per token)': stages}
+  if len(stages) > 1:
+    panels['The same, after the first stage'] = stages[1:]
+  figure.set_size_inches(5.5 * len(panels), 4)
+  for title, shown in panels.items():
+    axes = figure.add_subplot(1, len(panels), len(figure.axes) + 1)
+    for stage in shown:
+      colour = STAGE_COLOURS.get(stage, '#56B4E9')
+      steps, loss = curves.of(stage, 'lm_loss')
+      at = starts[stage] + steps * (length[stage] / curves.last_step[stage])
+      axes.plot(at, loss, color=colour, alpha=0.2, lw=0.7)
+      axes.plot(at, _smooth(loss, 20 if shown is stages else 8), color=colour, label=stage)
+    axes.set(title=title, xlabel='tokens' if known else 'steps')
+    axes.xaxis.set_major_formatter(lambda x, _: _si(x))
+  _legend_below(figure, 4)
 
 
 def _selection(figure: Any, results: Mapping[str, Any], curves: Curves) -> None:
   del results
   names = [name for name in SELECTION_PANELS if curves.layers(name)]
-  if not names:
-    return
   columns = min(3, len(names))
-  rows = -(-len(names) // columns)
-  figure.set_size_inches(4 * columns, 2.6 * rows + 0.4)
-  grid = figure.add_gridspec(rows, columns)
+  figure.set_size_inches(4 * max(columns, 1), 2.6 * -(-len(names) // 3) + 0.6)
   for i, name in enumerate(names):
-    axes = figure.add_subplot(grid[i // columns, i % columns])
+    axes = figure.add_subplot(-(-len(names) // 3), columns, i + 1)
     _draw_layers(axes, curves, name)
-    axes.set_title(SELECTION_PANELS[name])
-  figure.legend(*_layer_legend(axes), loc='outside lower center', ncols=8)
-
-
-def _handle(look: Look) -> Any:
-  from matplotlib import lines
-
-  return lines.Line2D([], [], color=look.colour, marker=look.marker, label=look.label)
+    if i >= len(names) - columns:
+      axes.set_xlabel('training step')
+  if names:
+    _legend_below(figure, 9)
 
 
 # Files
@@ -520,7 +534,7 @@ def _check_lengths(results: Mapping[str, Any]) -> None:
     for rule, values in (results.get(key) or {}).items():
       if len(values) != results['n_layers']:
         raise ValueError(
-            f'{key}[{rule!r}] has {len(values)} values; expected one per layer, {results["n_layers"]}'
+            f'{key}[{rule!r}] has {len(values)} values; n_layers is {results["n_layers"]}'
         )
 
 

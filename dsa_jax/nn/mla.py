@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 from flax import nnx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Key
 
 from dsa_jax import selection
 from dsa_jax.config import ModelConfig
@@ -85,10 +85,13 @@ class MLA(nnx.Module):
       x: Float[Array, 'B T D'],
       start: Int[Array, 'B T'],
       end: Int[Array, 'B T'],
-      layer: Int[Array, ''],
+      key: Key[Array, ''],
       mode: Mode,
   ) -> tuple[Float[Array, 'B T D'], AttentionReport]:
-    """Attends from the normed `x`; query t sees the keys start <= s < end."""
+    """Attends from the normed `x`; query t sees the keys start <= s < end.
+
+    Only the rule `random` draws from `key`.
+    """
     cfg, how = self.cfg, {'sm_scale': self.cfg.sm_scale, 'backend': mode.backend}
     positions = jnp.maximum(end - 1 - start, 0)
     wkv_b = self.wkv_b[...].astype(x.dtype)
@@ -107,7 +110,7 @@ class MLA(nnx.Module):
     kv = jnp.concatenate([c_kv, k_rope], axis=-1)
 
     candidates = selection.Candidates(
-        *jax.lax.stop_gradient((*index, q, k)), start, end, layer, topk=cfg.index_topk, **how
+        *jax.lax.stop_gradient((*index, q, k)), start, end, key, topk=cfg.index_topk, **how
     )
     sparse = functools.partial(sparse_attention, absorbed_q, kv, v_dim=cfg.kv_lora_rank, **how)
     dense = functools.partial(dense_attention, q, k, start=start, end=end, **how)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from flax import nnx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Key
 
 from dsa_jax.config import ModelConfig
 from dsa_jax.nn.mla import MLA, Measures, Mode
@@ -15,6 +15,9 @@ from dsa_jax.nn.mlp import MLP
 from dsa_jax.nn.moe import MoE
 from dsa_jax.nn.norms import RMSNorm
 from dsa_jax.nn.param import BackboneParam, param
+
+
+STACKS = ('dense_blocks', 'moe_blocks', 'mtp')  # Leading MLP layers, expert layers, MTP layer.
 
 
 class LayerReport(NamedTuple):
@@ -31,19 +34,19 @@ class Output(NamedTuple):
 
   logits: Float[Array, 'B T W']  # float32.
   mtp_logits: Float[Array, 'B T W'] | None  # Of the token after the next one.
-  layers: list[LayerReport]  # One per stack: leading MLP layers, expert layers, MTP layer.
+  layers: dict[str, LayerReport]  # By stack, in order: see STACKS.
 
   @property
   def index_kl(self) -> Float[Array, 'L B T']:
-    return jnp.concatenate([stack.index_kl for stack in self.layers])
+    return jnp.concatenate([stack.index_kl for stack in self.layers.values()])
 
   @property
   def residual_rms(self) -> Float[Array, 'L']:
-    return jnp.concatenate([stack.residual_rms for stack in self.layers])
+    return jnp.concatenate([stack.residual_rms for stack in self.layers.values()])
 
   def measures(self, rule: str) -> Measures:
     """One rule's measures, every field with a leading L."""
-    stacks = [stack.measures[rule] for stack in self.layers]
+    stacks = [stack.measures[rule] for stack in self.layers.values()]
     return jax.tree.map(lambda *x: jnp.concatenate(x), *stacks)
 
 
@@ -65,11 +68,11 @@ class Block(nnx.Module):
       x: Float[Array, 'B T D'],
       start: Int[Array, 'B T'],
       end: Int[Array, 'B T'],
-      layer: Int[Array, ''],
+      key: Key[Array, ''],
       mode: Mode,
   ) -> tuple[Float[Array, 'B T D'], LayerReport]:
     with jax.named_scope('attention'):
-      out, attention = self.attn(self.attn_norm(x), start, end, layer, mode)
+      out, attention = self.attn(self.attn_norm(x), start, end, key, mode)
       x = _add(x, out)
     with jax.named_scope('feed_forward'):
       load, h = None, self.ffn_norm(x)
@@ -101,10 +104,10 @@ class MTP(nnx.Module):
     self.block = Block(cfg, experts=cfg.n_dense_layers < cfg.n_layers, rngs=rngs)
     self.norm = RMSNorm(d, eps=cfg.norm_eps)
 
-  def __call__(self, hidden, next_embedding, start, end, layer, mode: Mode):
+  def __call__(self, hidden, next_embedding, start, end, key, mode: Mode):
     x = jnp.concatenate([self.enorm(next_embedding), self.hnorm(hidden)], axis=-1)
     x = x @ self.eh_proj[...].astype(x.dtype)
-    x, report = self.block(x, start, end, layer, mode)
+    x, report = self.block(x, start, end, key, mode)
     return self.norm(x), jax.tree.map(lambda a: a[None], report)
 
 
@@ -129,6 +132,7 @@ class Transformer(nnx.Module):
       mode: Mode,
       *,
       next_tokens: Int[Array, 'B T'] | None = None,
+      key: Key[Array, ''] | None = None,
   ) -> Output:
     """Returns the logits of the next token, and every layer's report.
 
@@ -138,21 +142,20 @@ class Transformer(nnx.Module):
       end: One past the last key it sees: its own position + 1; start = end for padding.
       mode: How to attend.
       next_tokens: The tokens that follow; the MTP layer reads them and is skipped without.
+      key: For rules that draw lots; a fixed one if None.
     """
     embed = self.embed[...].astype(self.cfg.dtype)
-    layers = jnp.arange(self.cfg.n_layers + 1)
-    x, reports, done = embed[tokens], [], 0
-    for blocks in (self.dense_blocks, self.moe_blocks):
-      if blocks is not None:
-        depth = jax.tree.leaves(blocks)[0].shape[0]
-        x, report = _run(blocks, layers[done : done + depth], x, start, end, mode)
-        reports.append(report)
-        done += depth
+    keys = jax.random.split(jax.random.key(0) if key is None else key, self.cfg.n_layers + 1)
+    x, reports = embed[tokens], {}
+    leading, following = jnp.split(keys[:-1], [self.cfg.n_dense_layers])
+    if self.dense_blocks is not None:
+      x, reports['dense_blocks'] = _run(self.dense_blocks, leading, x, start, end, mode)
+    if self.moe_blocks is not None:
+      x, reports['moe_blocks'] = _run(self.moe_blocks, following, x, start, end, mode)
     mtp_logits = None
     if self.mtp is not None and next_tokens is not None:
-      hidden, report = self.mtp(x, embed[next_tokens], start, end, layers[done], mode)
+      hidden, reports['mtp'] = self.mtp(x, embed[next_tokens], start, end, keys[-1], mode)
       mtp_logits = self._logits(hidden)
-      reports.append(report)
     return Output(self._logits(self.norm(x)), mtp_logits, reports)
 
   def _logits(self, hidden):
@@ -175,12 +178,12 @@ def _stack(cfg: ModelConfig, depth: int, *, experts: bool, rngs: nnx.Rngs) -> Bl
   return jax.vmap(make)(jax.random.split(rngs.params(), depth))
 
 
-def _run(blocks: Block, layers, x, start, end, mode: Mode):
-  def layer(x, block_and_layer):
-    block, i = block_and_layer
-    return block(x, start, end, i, mode)
+def _run(blocks: Block, keys, x, start, end, mode: Mode):
+  def layer(x, block_and_key):
+    block, key = block_and_key
+    return block(x, start, end, key, mode)
 
-  return jax.lax.scan(jax.checkpoint(layer) if mode.remat else layer, x, (blocks, layers))
+  return jax.lax.scan(jax.checkpoint(layer) if mode.remat else layer, x, (blocks, keys))
 
 
 def _add(x, y):

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Key
 
 
 class Candidates(NamedTuple):
@@ -21,7 +21,7 @@ class Candidates(NamedTuple):
   k: Float[Array, 'B S H E']
   start: Int[Array, 'B T']
   end: Int[Array, 'B T']
-  layer: Int[Array, '']
+  key: Key[Array, '']  # Differs from layer to layer and from step to step.
   sm_scale: float
   topk: int
   backend: str

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The floor for any rule: keys drawn without looking."""
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
@@ -10,16 +11,16 @@ from dsa_jax.selection.candidates import Candidates
 
 
 def random(c: Candidates) -> Int[Array, 'B T K']:
-  """Selects visible keys uniformly; the same ones in every run for a layer and a position."""
+  """Selects visible keys uniformly, as `c.key` says."""
   batch, n_rows = c.start.shape
   positions = jnp.broadcast_to(jnp.arange(n_rows, dtype=jnp.int32), (batch, n_rows))
   keys = jnp.arange(c.k.shape[1], dtype=jnp.uint32)
   row = jnp.arange(batch, dtype=jnp.uint32)[:, None, None]
-  layer = c.layer.astype(jnp.uint32)
+  salt = jax.random.bits(c.key, dtype=jnp.uint32)
 
   def select(rows):
     positions, start, end = rows
-    seed = _mix(_mix(layer * 0x9E3779B1 + row) + positions[..., None].astype(jnp.uint32))
+    seed = _mix(_mix(salt + row) + positions[..., None].astype(jnp.uint32))
     lots = _mix(seed + keys) >> 8  # 24 bits are exact in float32.
     return select_topk(lots.astype(jnp.float32), start, end, topk=c.topk)
 

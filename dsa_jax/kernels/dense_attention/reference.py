@@ -27,7 +27,7 @@ def dense_attention_reference(
   dtype = q.dtype
   q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
   k, v = (jnp.repeat(x, per_group, axis=2) for x in (k, v))
-  logits = sm_scale * jnp.einsum('BTHE,BSHE->BTHS', q, k)
+  logits = jnp.where(visible, sm_scale * jnp.einsum('BTHE,BSHE->BTHS', q, k), -jnp.inf)
   lse = jax.nn.logsumexp(logits, axis=-1, where=visible)
-  probs = jnp.where(visible, jnp.exp(logits - jnp.where(lse > -jnp.inf, lse, 0)[..., None]), 0)
+  probs = jnp.exp(logits - jnp.where(lse > -jnp.inf, lse, 0)[..., None])
   return jnp.einsum('BTHS,BSHV->BTHV', probs, v).astype(dtype), lse

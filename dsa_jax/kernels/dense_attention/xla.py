@@ -23,6 +23,7 @@ class BlockSizes:
 def forward(q, k, v, start, end, indices, *, sm_scale: float, blocks: BlockSizes):
   n_groups, n_keys, block_s = k.shape[2], k.shape[1], min(blocks.block_s, k.shape[1])
   k, v = _pad_keys(k, block_s), _pad_keys(v, block_s)
+  end = jnp.minimum(end, n_keys)  # Never the padding.
 
   def attend(rows):
     q, start, end, indices = rows
@@ -63,6 +64,7 @@ def backward(residuals, cotangents, *, sm_scale: float, blocks: BlockSizes):
   n_groups, n_keys, block_s = k.shape[2], k.shape[1], min(blocks.block_s, k.shape[1])
   delta = jnp.sum(out.astype(jnp.float32) * dout, axis=-1) - jnp.where(lse > -jnp.inf, dlse, 0)
   k, v = _pad_keys(k, block_s), _pad_keys(v, block_s)
+  end = jnp.minimum(end, n_keys)  # Never the padding.
 
   def step(dkv, rows):
     q, start, end, indices, lse, dout, delta = rows

@@ -20,7 +20,8 @@ def sparse_attention_reference(
   filled = ((indices >= 0) & (indices < kv.shape[1]))[:, :, None]
   chosen = gather_rows(kv, indices).astype(jnp.float32)  # B T K E
   logits = sm_scale * jnp.einsum('BTHE,BTKE->BTHK', q.astype(jnp.float32), chosen)
+  logits = jnp.where(filled, logits, -jnp.inf)
   lse = jax.nn.logsumexp(logits, axis=-1, where=filled)
-  probs = jnp.where(filled, jnp.exp(logits - jnp.where(lse > -jnp.inf, lse, 0)[..., None]), 0)
+  probs = jnp.exp(logits - jnp.where(lse > -jnp.inf, lse, 0)[..., None])
   out = jnp.einsum('BTHK,BTKV->BTHV', probs, chosen[..., :v_dim])
   return out.astype(q.dtype), lse

@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every field of a run, its meaning and its default. Other configs change what differs."""
+
+import dataclasses
+
+from ml_collections import ConfigDict
+
+from dsa_jax.config import ModelConfig
+from dsa_jax.data.sources import DataConfig
+from dsa_jax.optim import OptimConfig
+from dsa_jax.recipe import ReportConfig
+from dsa_jax.stages import StageConfig
+
+
+def get_config() -> ConfigDict:
+  c = ConfigDict()
+  c.workdir = ''  # Checkpoints, metrics and the report; a run resumes from here.
+  c.seed = 0  # Of the weights and of every rule that draws lots.
+  c.backend = ''  # Of the kernels: 'xla' or 'reference'; '': the platform's default.
+  c.selection = 'indexer'  # A key of dsa_jax.selection.RULES.
+  c.remat = True  # Recompute each layer in the backward pass: less memory, more time.
+  c.log_every = 10  # Steps between rows of metrics.csv and TensorBoard.
+  c.measure_every = 100  # Steps between looks at what the selection captures.
+  c.measure_rows = 4  # Validation rows of such a look.
+  c.save_every = 100  # Steps between checkpoints.
+  c.recipe = ()  # The stages to run, in order: keys of `stages`.
+  c.stages = ConfigDict()  # name -> the fields of dsa_jax.stages.StageConfig.
+  c.model = dataclasses.asdict(ModelConfig())  # The released 671B model.
+  c.data = dataclasses.asdict(DataConfig())
+  c.optim = dataclasses.asdict(OptimConfig())
+  c.report = dataclasses.asdict(ReportConfig())
+  return c
+
+
+def stage(**fields) -> ConfigDict:
+  """Returns a stage with every field of StageConfig, the given ones changed."""
+  defaults = {
+      f.name: f.default
+      for f in dataclasses.fields(StageConfig)
+      if f.default is not dataclasses.MISSING
+  }
+  return ConfigDict(defaults | fields)

@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which rows a stage reads, by name of the source."""
+
+import dataclasses
+
+from dsa_jax.data.recall import Recall
+from dsa_jax.data.text import VOCAB_SIZE, PackedText, find_files, split_files
+
+SPLITS = ('train', 'validation')
+Source = PackedText | Recall
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig:
+  """Where tokens come from; the source's name says which of the fields it reads."""
+
+  source: str = 'text'  # 'text': bytes of local files. 'recall': synthetic key-value retrieval.
+  seed: int = 0  # Of the split and of the packing; each stage shuffles by its own.
+
+  files: str = ''  # text: a glob. '': the Python standard library's own sources.
+  validation_share: float = 0.05  # text: of the files.
+
+  n_keys: int = 512  # recall: size of the key vocabulary.
+  n_values: int = 64  # recall: size of the value vocabulary.
+  tokens_per_pair: int = 8  # recall: one key-value pair for so many tokens of a row.
+  tokens_per_query: int = 32  # recall: one question for so many tokens of a row.
+
+  def __post_init__(self):
+    if self.source not in ('text', 'recall'):
+      raise ValueError(f"data.source={self.source!r} must be 'text' or 'recall'.")
+
+  @property
+  def vocab_size(self) -> int:
+    if self.source == 'text':
+      return VOCAB_SIZE
+    return self._recall(seq_len=2 * self.tokens_per_query, split='train').vocab_size
+
+  def rows(self, seq_len: int, split: str) -> Source:
+    """Returns a random-access source of rows of `seq_len` tokens."""
+    if self.source == 'recall':
+      return self._recall(seq_len, split)
+    train, validation = split_files(find_files(self.files), self.validation_share, self.seed)
+    files = {'train': train, 'validation': validation}[split]
+    return PackedText.from_files(files, seq_len, self.seed)
+
+  def _recall(self, seq_len: int, split: str) -> Recall:
+    return Recall(
+        seq_len=seq_len,
+        n_keys=self.n_keys,
+        n_values=self.n_values,
+        n_pairs=seq_len // self.tokens_per_pair,
+        n_queries=seq_len // self.tokens_per_query,
+        n_rows=1 << 30,
+        seed=2 * self.seed + SPLITS.index(split),
+    )

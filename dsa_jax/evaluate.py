@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Validation: loss by position, and how much true attention a selection captures."""
+
+from collections.abc import Sequence
+import functools
+from typing import NamedTuple
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dsa_jax.data.batch import Batch
+from dsa_jax.losses import next_token_loss
+from dsa_jax.nn.mla import Mode
+from dsa_jax.selection import measures
+
+
+class Scores(NamedTuple):
+  """One entry per validation target."""
+
+  nats: np.ndarray
+  right: np.ndarray  # Whether the likeliest token was the target.
+  n_visible: np.ndarray  # How many tokens the query could see, itself included.
+
+  def bits(self, n_visible_above: int = 0) -> float:
+    """Mean bits per target, over the queries that see more than that."""
+    return float(self.nats[self.n_visible > n_visible_above].mean() / np.log(2))
+
+  def bits_by_position(self, edges: Sequence[int]) -> list[float]:
+    """Mean bits per target with edges[i] <= n_visible < edges[i + 1]; NaN where there is none."""
+    bucket = np.digitize(self.n_visible, edges) - 1
+    count = np.bincount(bucket, minlength=len(edges))[: len(edges) - 1]
+    total = np.bincount(bucket, self.nats, minlength=len(edges))[: len(edges) - 1]
+    return [float(t / c / np.log(2)) if c else float('nan') for t, c in zip(total, count)]
+
+
+def evaluate(
+    graph: nnx.GraphDef, params: nnx.State, batches: Sequence[Batch], mode: Mode
+) -> Scores:
+  """Scores every target of the batches."""
+  found = []
+  for batch in batches:
+    nats, right = _score(graph, params, batch, mode)
+    counts = batch.weights > 0
+    n_visible = (batch.end - batch.start)[counts]
+    found.append(Scores(np.asarray(nats)[counts], np.asarray(right)[counts], n_visible))
+  return Scores(*(np.concatenate(x) for x in zip(*found)))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 3))
+def _score(graph, params, batch, mode):
+  logits = nnx.merge(graph, params)(batch.tokens, batch.start, batch.end, mode).logits
+  return next_token_loss(logits, batch.targets), logits.argmax(-1) == batch.targets
+
+
+def measure(
+    graph: nnx.GraphDef,
+    params: nnx.State,
+    batches: Sequence[Batch],
+    mode: Mode,
+    *,
+    beyond: int = 0,
+) -> dict[str, dict[str, np.ndarray]]:
+  """Holds the selections of `mode.measure` against the true attention.
+
+  Args:
+    graph: The model without its weights.
+    params: Its weights.
+    batches: What to run on.
+    mode: How the model attends meanwhile; its `measure` names the rules.
+    beyond: Count only queries that see more tokens than this: with the budget, those for
+      which a rule has to choose.
+
+  Returns:
+    By rule, then by measure, means over queries for each layer: `captured_mass`, `topk_recall`,
+    `neighbour_overlap` (against the previous query), `layer_overlap` (against the previous layer;
+    one shorter) as shares, and `selected_distance` in tokens.
+  """
+  sums, count = None, 0.0
+  for batch in batches:
+    found, n = _measure(graph, params, batch, mode, beyond)
+    sums = found if sums is None else jax.tree.map(np.add, sums, found)
+    count += n
+  if not count:
+    raise ValueError(f'no query of the batches sees more than {beyond} tokens.')
+  return jax.tree.map(lambda x: np.asarray(x) / float(count), sums)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 3, 4))
+def _measure(graph, params, batch, mode, beyond):
+  out = nnx.merge(graph, params)(batch.tokens, batch.start, batch.end, mode)
+  counted = (batch.end - batch.start > beyond).astype(jnp.float32)
+  found = {}
+  for rule in mode.measure:
+    fields = out.measures(rule)._asdict()
+    indices = fields.pop('indices')
+    fields['layer_overlap'] = measures.overlap(indices[1:], indices[:-1])
+    found[rule] = {name: jnp.sum(x * counted, axis=(1, 2)) for name, x in fields.items()}
+  return found, jnp.sum(counted)

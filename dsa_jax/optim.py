@@ -1,0 +1,35 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One optax chain for each part of the model; neither sees the other's gradients."""
+
+import dataclasses
+
+import optax
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+  """What all stages share. AdamW; the published recipe does not name its optimiser."""
+
+  b1: float = 0.9
+  b2: float = 0.95
+  eps: float = 1e-8
+  weight_decay: float = 0.0
+  clip_norm: float = 1.0  # Of the backbone's gradient and of the indexer's, each by itself.
+  bias_rate: float = 1e-3  # Step of the experts' selection bias, after every step.
+  mtp_weight: float = 0.3  # Of the MTP layer's loss beside the next token's.
+
+
+def make_schedule(*, peak: float, warmup_steps: int, steps: int, end_share: float) -> optax.Schedule:
+  """Linear warm-up to `peak`, then a cosine down to `end_share` of it at the last step."""
+  if warmup_steps == 0:
+    return optax.cosine_decay_schedule(peak, steps, end_share)
+  return optax.warmup_cosine_decay_schedule(0.0, peak, warmup_steps, steps, peak * end_share)
+
+
+def make_optimizer(optim: OptimConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
+  return optax.chain(
+      optax.clip_by_global_norm(optim.clip_norm),
+      optax.adamw(
+          schedule, b1=optim.b1, b2=optim.b2, eps=optim.eps, weight_decay=optim.weight_decay
+      ),
+  )

@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a finished recipe has shown: every number of the report, and whether it met its bars."""
+
+import datetime
+import importlib.metadata
+import os
+import pathlib
+import platform
+from typing import Any
+
+from flax import nnx
+import jax
+import numpy as np
+
+from dsa_jax.checkpoint import Checkpoints, restore_params
+from dsa_jax.cost import attention_flops
+from dsa_jax.data.pipeline import first_batches
+from dsa_jax.evaluate import Scores, evaluate, measure
+from dsa_jax.nn.mla import Mode
+from dsa_jax.recipe import Recipe
+from dsa_jax.state import init_state
+
+LONG_CONTEXT = 131_072
+
+
+def evaluate_recipe(recipe: Recipe, graph: nnx.GraphDef, backend: str) -> dict[str, Any]:
+  """Evaluates the models that the recipe left behind; see `report.write_report` for the fields."""
+  setting, budget = recipe.report, recipe.model.index_topk
+  rows = recipe.data.rows(setting.seq_len, 'validation')
+  batches = first_batches(rows, setting.batch_size, setting.batches, seed=0)
+  like = init_state(recipe.model, {}, seed=0).params
+  load = lambda entry: restore_params(recipe.checkpoint_folder(entry), like)
+
+  scores: dict[str, Scores] = {}
+  dense = Mode(attention='dense', backend=backend)
+  for name in ('dense_before', 'dense_baseline'):
+    if (entry := getattr(setting, name)) in recipe.stages:
+      scores[name] = evaluate(graph, load(entry), batches, dense)
+  captured, captured_beyond = {}, {}
+  if setting.sparse in recipe.stages:
+    params = load(setting.sparse)
+    for rule in setting.rules:
+      name = 'sparse' if rule == recipe.selection else rule
+      mode = Mode(attention='sparse', backend=backend, rule=rule)
+      scores[name] = evaluate(graph, params, batches, mode)
+    mode = Mode(
+        attention='sparse', backend=backend, rule=recipe.selection, measure=setting.rules
+    )
+    captured = _captured(measure(graph, params, batches, mode))
+    captured_beyond = _captured(measure(graph, params, batches, mode, beyond=budget))
+
+  edges = [2**i for i in range(setting.seq_len.bit_length())]
+  edges = [e for e in edges if e < setting.seq_len] + [setting.seq_len + 1]
+  seconds = {name: _seconds(recipe, name) for name in recipe.stages}
+  results = {
+      'title': recipe.workdir.name,
+      'command': f'python -m dsa_jax.train --config.workdir={recipe.workdir.name}',
+      'machine': describe_machine(),
+      'date': datetime.date.today().isoformat(),
+      'versions': {p: importlib.metadata.version(p) for p in ('jax', 'flax', 'optax')},
+      'seconds': sum(seconds.values()),
+      'seconds_by_stage': seconds,
+      'tokens_by_stage': {name: entry.tokens for name, entry in recipe.stages.items()},
+      'context': setting.seq_len,
+      'index_topk': budget,
+      'n_layers': recipe.model.n_layers,
+      'validation_bits_per_byte': {n: s.bits() for n, s in scores.items()},
+      'bits_beyond_budget': {n: s.bits(n_visible_above=budget) for n, s in scores.items()},
+      'position_edges': edges,
+      'bits_by_position': {n: s.bits_by_position(edges) for n, s in scores.items()},
+      'captured_mass': captured.get(recipe.selection, []),
+      'captured_mass_by_rule': captured,
+      'captured_mass_beyond_budget': captured_beyond,
+      'attention_flops_per_token': {
+          kind: {
+              str(context): attention_flops(recipe.model, context, sparse=kind == 'sparse')
+              for context in (setting.seq_len, LONG_CONTEXT)
+          }
+          for kind in ('dense', 'sparse')
+      },
+  }
+  if recipe.data.source == 'recall':
+    results['accuracy'] = {n: float(s.right.mean()) for n, s in scores.items()}
+  results['checks'] = checks(results)
+  return results
+
+
+def checks(results: dict[str, Any]) -> list[dict[str, Any]]:
+  """Returns the bars that apply to these results, each with the numbers it was judged by."""
+  found = []
+
+  def check(name: str, passed: bool, detail: str):
+    found.append({'name': name, 'passed': bool(passed), 'detail': detail})
+
+  bits, beyond = results['validation_bits_per_byte'], results['bits_beyond_budget']
+  if 'accuracy' in results and {'dense_baseline', 'sparse'} <= results['accuracy'].keys():
+    accuracy = results['accuracy']
+    share = accuracy['sparse'] / accuracy['dense_baseline']
+    check('sparse reaches 98 % of the dense accuracy', share >= 0.98, f'{share:.4f}')
+    if 'window_sinks' in accuracy:
+      share = accuracy['window_sinks'] / accuracy['dense_baseline']
+      check('window and sinks fail (below half)', share < 0.5, f'{share:.4f}')
+  elif {'dense_baseline', 'sparse'} <= bits.keys():
+    excess = bits['sparse'] / bits['dense_baseline'] - 1
+    check('sparse loss within 0.5 % of the dense baseline', excess <= 0.005, f'{excess:+.2%}')
+  by_rule = results['captured_mass_by_rule']
+  if results['captured_mass'] and 'accuracy' not in results:
+    mean = float(np.mean(results['captured_mass']))
+    check('captured attention mass at least 0.9 on average', mean >= 0.9, f'{mean:.3f}')
+  if results['captured_mass'] and 'window_sinks' in by_rule:
+    margin = np.array(results['captured_mass']) - np.array(by_rule['window_sinks'])
+    check(
+        'captured mass above window and sinks in every layer',
+        (margin > 0).all(),
+        f'smallest margin {margin.min():+.3f}',
+    )
+  order = ('oracle', 'sparse', 'window_sinks', 'random')
+  if set(order) <= beyond.keys() and 'accuracy' not in results:
+    a, b, c, d = (beyond[name] for name in order)
+    text = ', '.join(f'{name} {beyond[name]:.4f}' for name in order)
+    check('beyond the budget: oracle <= sparse < window and sinks < random', a <= b < c < d, text)
+  return found
+
+
+def _captured(measured: dict[str, dict[str, np.ndarray]]) -> dict[str, list[float]]:
+  return {rule: found['captured_mass'].tolist() for rule, found in measured.items()}
+
+
+def _seconds(recipe: Recipe, entry: str) -> float:
+  with Checkpoints(recipe.checkpoint_folder(entry)) as checkpoints:
+    return checkpoints.seconds()
+
+
+def describe_machine() -> str:
+  """Returns cores, processor and accelerator in words."""
+  processor = platform.processor() or platform.machine()
+  cpuinfo = pathlib.Path('/proc/cpuinfo')
+  if cpuinfo.exists():
+    names = [line for line in cpuinfo.read_text().splitlines() if line.startswith('model name')]
+    processor = names[0].split(':')[1].strip() if names else processor
+  device = jax.devices()[0].device_kind
+  return f'{os.cpu_count()} cores, {processor}; jax device: {device}'

@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The train state, and how it is born."""
+
+from typing import Any, NamedTuple
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import optax
+
+from dsa_jax.config import ModelConfig
+from dsa_jax.nn.transformer import Transformer
+from dsa_jax.stages import PARTS
+
+
+class TrainState(NamedTuple):
+  """All arrays that a checkpoint holds."""
+
+  step: jax.Array
+  params: nnx.State
+  opt_state: dict[str, optax.OptState]  # For each part of the model that the stage trains.
+  key: jax.Array  # Random state, as the bits of a key.
+
+
+Optimizers = dict[str, optax.GradientTransformation]
+
+
+def split_parts(params: nnx.State, names: Any) -> tuple[dict[str, nnx.State], nnx.State]:
+  """Splits parameters into the named parts and the rest."""
+  *parts, rest = nnx.split_state(params, *(PARTS[name] for name in names), ...)
+  return dict(zip(names, parts)), rest
+
+
+def join_parts(parts: dict[str, nnx.State], rest: nnx.State) -> nnx.State:
+  return nnx.merge_state(*parts.values(), rest)
+
+
+def model_graph(cfg: ModelConfig) -> nnx.GraphDef:
+  """Returns the model without its weights; `nnx.merge` puts them back."""
+  return nnx.split(nnx.eval_shape(lambda: Transformer(cfg, rngs=nnx.Rngs(0))))[0]
+
+
+def init_state(cfg: ModelConfig, optimizers: Optimizers, *, seed: int) -> TrainState:
+  def init() -> TrainState:
+    return new_state(nnx.state(Transformer(cfg, rngs=nnx.Rngs(seed))), optimizers, seed=seed)
+
+  return jax.jit(init)()
+
+
+def new_state(params: nnx.State, optimizers: Optimizers, *, seed: int) -> TrainState:
+  """Returns a state at step 0 around weights that exist, with fresh optimisers."""
+  parts, _ = split_parts(params, tuple(optimizers))
+  return TrainState(
+      step=jnp.zeros((), jnp.int32),
+      params=params,
+      opt_state={name: optimizers[name].init(part) for name, part in parts.items()},
+      key=jax.random.key_data(jax.random.key(seed)),
+  )

@@ -1,0 +1,207 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs a recipe: python -m dsa_jax.train --config=configs/quickstart.py"""
+
+import logging
+import sys
+import time
+from typing import Any
+
+from absl import app
+from absl import flags
+from flax import nnx
+import jax
+from ml_collections import ConfigDict
+from ml_collections import config_flags
+import numpy as np
+
+from dsa_jax.checkpoint import Checkpoints, Progress, restore_params
+from dsa_jax.data.pipeline import first_batches, make_iterator
+from dsa_jax.data.sources import Source
+from dsa_jax.evaluate import measure
+from dsa_jax.kernels.backend import default_backend
+from dsa_jax.metrics import MetricsWriter, Progress as ProgressBar
+from dsa_jax.nn.mla import Mode
+from dsa_jax.optim import make_optimizer, make_schedule
+from dsa_jax.recipe import Recipe, claim_workdir, read_recipe
+from dsa_jax.report import write_report
+from dsa_jax.results import evaluate_recipe
+from dsa_jax.stages import STAGES, StageConfig
+from dsa_jax.state import Optimizers, TrainState, init_state, model_graph, new_state
+from dsa_jax.train_step import make_train_step
+
+
+def train(config: ConfigDict) -> dict[str, Any]:
+  """Runs the stages of a recipe one after another, each from where it stands; then reports.
+
+  Returns:
+    What `report.json` holds.
+
+  Raises:
+    ValueError: The config, the data or the workdir will not do; nothing has been written.
+    FloatingPointError: A loss or a gradient stopped being finite.
+  """
+  recipe = read_recipe(config)
+  rows = {e.seq_len: recipe.data.rows(e.seq_len, 'train') for e in recipe.stages.values()}
+  backend = recipe.backend or default_backend()
+  claim_workdir(config, recipe.workdir)
+  graph = model_graph(recipe.model)
+  with MetricsWriter(recipe.workdir) as writer, ProgressBar() as bar:
+    for name, entry in recipe.stages.items():
+      run_stage(recipe, name, graph, backend, rows[entry.seq_len], writer, bar)
+  results = evaluate_recipe(recipe, graph, backend)
+  write_report(recipe.workdir, results)
+  return results
+
+
+def run_stage(
+    recipe: Recipe,
+    name: str,
+    graph: nnx.GraphDef,
+    backend: str,
+    rows: Source,
+    writer: MetricsWriter,
+    bar: ProgressBar,
+):
+  """Runs one entry of the recipe to its last step, from its last checkpoint if it has one."""
+  entry = recipe.stages[name]
+  began, batch_tokens = time.monotonic(), entry.batch_size * entry.seq_len
+  optimizers = stage_optimizers(recipe, entry)
+  mode = stage_mode(recipe, entry, backend)
+  train_step = make_train_step(
+      graph, optimizers, mode, recipe.optim, micro_batches=entry.micro_batches
+  )
+  batches = make_iterator(rows, entry.batch_size, entry.data_seed)
+  with Checkpoints(recipe.checkpoint_folder(name)) as checkpoints:
+    first_step = checkpoints.latest_step or 0
+    writer.rewind(name, first_step)
+    bar.start_stage(name, entry.steps, first_step)
+    if first_step == entry.steps:
+      return
+    state = initial_state(recipe, entry, optimizers)
+    seconds_before = 0.0
+    if first_step:
+      state, progress = checkpoints.restore(state)
+      batches.set_state(progress.data)
+      seconds_before = progress.seconds
+
+    pending, last_time = None, time.monotonic()
+    for step in range(first_step + 1, entry.steps + 1):
+      state, metrics = train_step(state, next(batches))
+      if pending is not None:  # The step before this one; the device is already at work.
+        record(*pending, name, checkpoints, writer, recipe.log_every)
+      pending = step, metrics
+      save = step % recipe.save_every == 0 or step == entry.steps
+      look = step % recipe.measure_every == 0 or step == entry.steps
+      if save or look:
+        record(*pending, name, checkpoints, writer, recipe.log_every)
+        pending = None
+      if look and 'indexer' in entry.trains:
+        writer.write(name, step, look_at_selection(recipe, entry, graph, state, backend))
+      if save:
+        seconds = seconds_before + time.monotonic() - began
+        checkpoints.save(step, state, Progress(batches.get_state(), seconds))
+      now = time.monotonic()
+      bar.update(step, batch_tokens / (now - last_time), summary(metrics))
+      last_time = now
+
+
+def record(
+    step: int,
+    metrics: dict[str, jax.Array],
+    name: str,
+    checkpoints: Checkpoints,
+    writer: MetricsWriter,
+    log_every: int,
+):
+  """Stops a run that is no longer finite; writes the metrics of every `log_every`-th step."""
+  values = jax.tree.map(np.asarray, metrics)
+  if not all(np.isfinite(v).all() for v in values.values()):
+    raise FloatingPointError(nonfinite_message(name, step, values, checkpoints))
+  if step % log_every == 0:
+    writer.write(name, step, {k: v.tolist() for k, v in values.items()})
+
+
+def nonfinite_message(
+    name: str, step: int, values: dict[str, np.ndarray], checkpoints: Checkpoints
+) -> str:
+  """Says what stopped being finite, from which layer on, and where to go back to."""
+  wrong = [k for k, v in values.items() if not np.isfinite(v).all()]
+  layers = lambda k: np.flatnonzero(~np.isfinite(values[k]))
+  forward = [layers(k)[0] for k in ('residual_rms', 'index_kl') if k in wrong]
+  backward = [layers(k)[-1] for k in wrong if k.startswith('layer_grad_norm')]
+  if forward:
+    where = f'layer {min(forward)}, in the forward pass'
+  elif backward:
+    where = f'layer {max(backward)}, in the backward pass'
+  else:
+    where = 'the head'
+  last = checkpoints.latest_step
+  good = f'{checkpoints.folder / str(last)}' if last else 'none of this stage'
+  return (
+      f'{wrong} not finite at step {step} of stage {name}, first in {where}. Last good checkpoint: '
+      f'{good}. Try a lower learning rate, or more warmup_steps, in a new workdir.'
+  )
+
+
+def stage_optimizers(recipe: Recipe, entry: StageConfig) -> Optimizers:
+  def schedule(part):
+    return make_schedule(
+        peak=entry.learning_rate(part),
+        warmup_steps=entry.warmup_steps,
+        steps=entry.steps,
+        end_share=entry.end_share,
+    )
+
+  return {part: make_optimizer(recipe.optim, schedule(part)) for part in entry.trains}
+
+
+def stage_mode(recipe: Recipe, entry: StageConfig, backend: str) -> Mode:
+  return Mode(
+      attention=entry.attention or STAGES[entry.stage].attention[0],
+      backend=backend,
+      rule=recipe.selection,
+      index_loss='indexer' in entry.trains,
+      remat=recipe.remat,
+  )
+
+
+def initial_state(recipe: Recipe, entry: StageConfig, optimizers: Optimizers) -> TrainState:
+  """Returns the state at step 0: fresh, or around the weights that `init_from` names."""
+  state = init_state(recipe.model, optimizers, seed=recipe.seed)
+  if not entry.init_from:
+    return state
+  folder = recipe.init_folder(entry)
+  return new_state(restore_params(folder, state.params), optimizers, seed=recipe.seed)
+
+
+def look_at_selection(
+    recipe: Recipe, entry: StageConfig, graph: nnx.GraphDef, state: TrainState, backend: str
+) -> dict[str, list[float]]:
+  """Measures the selection on a few validation rows: per layer, what no loss shows."""
+  rows = recipe.data.rows(entry.seq_len, 'validation')
+  batches = first_batches(rows, recipe.measure_rows, 1, seed=0)
+  attention = entry.attention or STAGES[entry.stage].attention[0]
+  mode = Mode(attention=attention, backend=backend, rule=recipe.selection, measure=(recipe.selection,))
+  found = measure(graph, state.params, batches, mode)[recipe.selection]
+  return {name: values.tolist() for name, values in found.items()}
+
+
+def summary(metrics: dict[str, jax.Array]) -> str:
+  text = f'loss {float(metrics["lm_loss"]):.3f}'
+  if 'index_kl' in metrics:
+    text += f'  KL {float(metrics["index_kl"].mean()):.3f}'
+  return text
+
+
+def main(_):
+  logging.getLogger().setLevel(logging.WARNING)
+  try:
+    train(CONFIG.value)
+  except (ValueError, FloatingPointError) as error:
+    sys.exit(f'error: {error}')
+
+
+if __name__ == '__main__':
+  CONFIG = config_flags.DEFINE_config_file('config', help_string='A file of configs/.')
+  flags.mark_flag_as_required('config')
+  app.run(main)

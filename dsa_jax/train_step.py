@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One step for every stage: sums over micro-batches, one division, one update per part."""
+
+from collections.abc import Callable
+import functools
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import optax
+
+from dsa_jax.data.batch import Batch
+from dsa_jax.losses import next_token_loss, shift_targets
+from dsa_jax.nn.mla import Mode
+from dsa_jax.nn.moe import balance
+from dsa_jax.nn.transformer import STACKS, Output
+from dsa_jax.optim import OptimConfig
+from dsa_jax.state import Optimizers, TrainState, join_parts, split_parts
+
+
+def make_train_step(
+    graph: nnx.GraphDef,
+    optimizers: Optimizers,
+    mode: Mode,
+    optim: OptimConfig,
+    *,
+    micro_batches: int = 1,
+) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
+  """Returns the jitted step of a stage: it trains the parts that `optimizers` names.
+
+  The losses are means over the tokens of the whole batch that count, whatever the number of
+  micro-batches and the padding: `lm_loss` over the targets, the divergence of each layer over the
+  queries that see something, then summed over layers.
+  """
+
+  @functools.partial(jax.jit, donate_argnums=0)
+  def train_step(state: TrainState, batch: Batch):
+    key, step_key = jax.random.split(jax.random.wrap_key_data(state.key))
+    parts, rest = split_parts(state.params, tuple(optimizers))
+    totals = _count(batch)
+
+    def loss(parts, micro_batch_and_key):
+      micro_batch, key = micro_batch_and_key
+      model = nnx.merge(graph, join_parts(parts, rest))
+      out = model(
+          micro_batch.tokens, micro_batch.start, micro_batch.end, mode,
+          next_tokens=micro_batch.targets, key=key,
+      )
+      return _losses(out, micro_batch, totals, optim, mode)
+
+    def accumulate(sums, micro_batch_and_key):
+      (_, metrics), grads = jax.value_and_grad(loss, has_aux=True)(parts, micro_batch_and_key)
+      return jax.tree.map(jnp.add, sums, (grads, metrics)), None
+
+    split = lambda x: x.reshape(micro_batches, -1, *x.shape[1:])
+    inputs = jax.tree.map(split, batch), jax.random.split(step_key, micro_batches)
+    first = jax.tree.map(lambda x: x[0], inputs)
+    (_, metrics), grads = jax.value_and_grad(loss, has_aux=True)(parts, first)
+    if micro_batches > 1:
+      others = jax.tree.map(lambda x: x[1:], inputs)
+      (grads, metrics), _ = jax.lax.scan(accumulate, (grads, metrics), others)
+
+    opt_state = {}
+    for name, optimizer in optimizers.items():
+      updates, opt_state[name] = optimizer.update(grads[name], state.opt_state[name], parts[name])
+      parts[name] = optax.apply_updates(parts[name], updates)
+      metrics[f'grad_norm_{name}'] = optax.tree.norm(grads[name])
+      metrics[f'layer_grad_norm_{name}'] = _layer_grad_norm(grads[name])
+    params = join_parts(parts, rest)
+    if 'backbone' in optimizers:
+      params = _balance(graph, params, metrics['expert_load'], optim.bias_rate)
+    metrics = _summarize(metrics, micro_batches)
+    return TrainState(state.step + 1, params, opt_state, jax.random.key_data(key)), metrics
+
+  return train_step
+
+
+def _count(batch: Batch) -> dict[str, jax.Array]:
+  """How many tokens of the whole batch count, by loss."""
+  count = lambda weights: jnp.maximum(jnp.sum(weights), 1)
+  return {
+      'lm': count(batch.weights),
+      'mtp': count(shift_targets(batch.targets, batch.weights)[1]),
+      'kl': count(batch.end > batch.start),
+  }
+
+
+def _losses(out: Output, batch: Batch, totals, optim: OptimConfig, mode: Mode):
+  """The loss of all parts, and metrics that add up over micro-batches."""
+  metrics = {'residual_rms': out.residual_rms}
+  metrics['lm_loss'] = (
+      jnp.sum(next_token_loss(out.logits, batch.targets) * batch.weights) / totals['lm']
+  )
+  loss = metrics['lm_loss']
+  if out.mtp_logits is not None:
+    targets, weights = shift_targets(batch.targets, batch.weights)
+    mtp = jnp.sum(next_token_loss(out.mtp_logits, targets) * weights) / totals['mtp']
+    metrics['mtp_loss'] = mtp
+    loss += optim.mtp_weight * mtp
+  if mode.index_loss:
+    metrics['index_kl'] = jnp.sum(out.index_kl, axis=(1, 2)) / totals['kl']  # Of each layer.
+    loss += jnp.sum(metrics['index_kl'])
+  metrics['expert_load'] = {
+      stack: report.expert_load
+      for stack, report in out.layers.items()
+      if report.expert_load is not None
+  }
+  return loss, metrics
+
+
+def _balance(graph: nnx.GraphDef, params: nnx.State, load, rate: float) -> nnx.State:
+  """Moves every selection bias by the load its experts had in this step."""
+  model = nnx.merge(graph, params)
+  for stack, loads in load.items():
+    if stack == 'mtp':
+      bias, loads = model.mtp.block.ffn.bias, loads[0]
+    else:
+      bias = getattr(model, stack).ffn.bias
+    bias[...] = balance(bias[...], loads, rate)
+  return nnx.state(model)
+
+
+def _layer_grad_norm(grads: nnx.State) -> jax.Array:
+  """Norm of each layer's gradient, layers in order."""
+  square = lambda x: jnp.sum(jnp.square(x), axis=range(1, x.ndim))
+  stacks = [jax.tree.leaves(grads[stack]) for stack in STACKS if stack != 'mtp' and stack in grads]
+  return jnp.sqrt(jnp.concatenate([sum(map(square, leaves)) for leaves in stacks]))
+
+
+def _summarize(metrics: dict[str, jax.Array], micro_batches: int) -> dict[str, jax.Array]:
+  """Turns what was summed over micro-batches into what is logged."""
+  load = metrics.pop('expert_load')
+  metrics['residual_rms'] /= micro_batches
+  if load:
+    load = jnp.concatenate(list(load.values()))
+    metrics['expert_imbalance'] = load.max(axis=-1) / load.mean(axis=-1)  # 1 is balanced.
+  return metrics

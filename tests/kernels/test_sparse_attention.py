@@ -1,0 +1,209 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention to a selection: values and gradients, by name, against float32 and float64."""
+
+import functools
+
+import cases
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dsa_jax.kernels import sparse_attention
+from dsa_jax.kernels.sparse_attention import xla
+
+ALL = ['reference', *cases.BACKENDS]
+BLOCKS = [('xla', xla.BlockSizes(block_t=n)) for n in (1, 8, 1000)]
+H, E, V = 3, 8, 5
+
+
+@functools.partial(jax.jit, static_argnames=('v_dim', 'sm_scale', 'backend', 'blocks'))
+def values_and_grads(q, kv, indices, *, v_dim=V, sm_scale=0.6, backend, blocks=None):
+  def op(q, kv):
+    how = dict(v_dim=v_dim, sm_scale=sm_scale, backend=backend, blocks=blocks)
+    return sparse_attention(q, kv, indices, **how)
+
+  (out, lse), vjp = jax.vjp(op, q, kv)
+  dq, dkv = vjp(cotangents(out, lse))
+  return {'out': out, 'lse': lse, 'dq': dq, 'dkv': dkv}
+
+
+def cotangents(out, lse):
+  """Of both outputs, and not small where a row is empty."""
+  weights = [jnp.cos(jnp.arange(x.size) + 1.0).reshape(x.shape) for x in (out, lse)]
+  return weights[0].astype(out.dtype), weights[1]
+
+
+def make_inputs(visibility, dtype='float32', topk=cases.K):
+  start, end = cases.intervals(visibility)
+  q, kv = cases.normal(0, (2, start.shape[1], H, E), (2, cases.S, E), dtype=dtype)
+  return q, kv, cases.selection(start, end, topk)
+
+
+def witness(q, kv, indices, v_dim, sm_scale):
+  """The op in float64, a query and a head at a time."""
+  out = np.zeros((*q.shape[:3], v_dim))
+  lse = np.full(q.shape[:3], -np.inf)
+  for b, t, h in np.ndindex(q.shape[:3]):
+    chosen = kv[b, [i for i in np.asarray(indices)[b, t] if 0 <= i < kv.shape[1]]]
+    if len(chosen):
+      logits = sm_scale * chosen @ q[b, t, h]
+      lse[b, t, h] = np.log(np.sum(np.exp(logits - logits.max()))) + logits.max()
+      out[b, t, h] = np.exp(logits - lse[b, t, h]) @ chosen[:, :v_dim]
+  return out, lse
+
+
+@pytest.mark.parametrize('visibility', cases.VISIBILITY)
+def test_reference_matches_float64(visibility):
+  q, kv, indices = make_inputs(visibility)
+  actual = values_and_grads(q, kv, indices, backend='reference')
+  out, lse = witness(np.float64(q), np.float64(kv), indices, V, 0.6)
+  cases.assert_matches({x: actual[x] for x in ('out', 'lse')}, {'out': out, 'lse': lse})
+
+
+@pytest.mark.parametrize('backend', ALL)
+def test_gradients_match_finite_differences(backend):
+  q, kv = cases.normal(1, (1, 3, 2, 4), (1, 6, 4))
+  indices = jnp.array([[[-1, -1, -1], [4, 0, -1], [1, 5, 4]]], jnp.int32)
+  actual = values_and_grads(q, kv, indices, v_dim=3, backend=backend)
+  dout, dlse = (np.float64(x) for x in cotangents(actual['out'], actual['lse']))
+
+  def total(q, kv):
+    out, lse = witness(q, kv, indices, 3, 0.6)
+    return np.sum(dout * out) + np.sum((dlse * lse)[np.isfinite(lse)])
+
+  q, kv = np.float64(q), np.float64(kv)
+  dq = cases.numeric_gradient(lambda q: total(q, kv), q)
+  dkv = cases.numeric_gradient(lambda kv: total(q, kv), kv)
+  cases.assert_matches({x: actual[x] for x in ('dq', 'dkv')}, {'dq': dq, 'dkv': dkv})
+
+
+@pytest.mark.parametrize('dtype', cases.TOLERANCE)
+@pytest.mark.parametrize('visibility', cases.VISIBILITY)
+@pytest.mark.parametrize('backend', cases.BACKENDS)
+def test_matches_reference(backend, visibility, dtype):
+  q, kv, indices = make_inputs(visibility, dtype)
+  actual = values_and_grads(q, kv, indices, backend=backend)
+  exact = values_and_grads(*cases.f32(q, kv), indices, backend='reference')
+  assert actual['out'].dtype == actual['dq'].dtype == actual['dkv'].dtype == dtype
+  assert actual['lse'].dtype == jnp.float32
+  cases.assert_matches(actual, exact, cases.TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize('backend, blocks', BLOCKS, ids=str)
+def test_blocks_change_nothing(backend, blocks):
+  inputs = make_inputs('packed')
+  actual = values_and_grads(*inputs, backend=backend, blocks=blocks)
+  cases.assert_matches(actual, values_and_grads(*inputs, backend='reference'))
+
+
+@pytest.mark.parametrize('v_dim', [1, E])
+@pytest.mark.parametrize('backend', cases.BACKENDS)
+def test_any_value_width(backend, v_dim):
+  inputs = make_inputs('chunk')
+  exact = values_and_grads(*inputs, v_dim=v_dim, backend='reference')
+  cases.assert_matches(values_and_grads(*inputs, v_dim=v_dim, backend=backend), exact)
+
+
+@pytest.mark.parametrize('backend', ALL)
+def test_order_of_indices_does_not_matter(backend):
+  q, kv, indices = make_inputs('causal')
+  shuffled = np.random.default_rng(2).permuted(np.asarray(indices), axis=-1)
+  assert (shuffled != indices).any()
+  actual = values_and_grads(q, kv, jnp.asarray(shuffled), backend=backend)
+  cases.assert_matches(actual, values_and_grads(q, kv, indices, backend='reference'))
+
+
+@pytest.mark.parametrize('wild', [cases.S, cases.S + 1, 2**30, 2**31 - 1, -2, -(2**31)])
+@pytest.mark.parametrize('backend', ALL)
+def test_what_is_no_position_is_an_empty_slot(backend, wild):
+  q, kv, indices = make_inputs('causal')
+  actual = values_and_grads(q, kv, jnp.where(indices < 0, wild, indices), backend=backend)
+  cases.assert_matches(actual, values_and_grads(q, kv, indices, backend='reference'))
+
+
+@pytest.mark.parametrize('wild', [-1, 2**30])
+@pytest.mark.parametrize('backend', ALL)
+def test_unselected_keys_may_hold_nan(backend, wild):
+  q, kv, indices = make_inputs('packed')
+  indices = indices.at[:, ::2, 1].set(-1)
+  clean = values_and_grads(q, kv, indices, backend='reference')
+  unused = np.ones((2, cases.S), bool)
+  for b in range(2):
+    unused[b, np.asarray(indices)[b][np.asarray(indices)[b] >= 0]] = False
+  unused[0, 0] |= (indices[0] != 0).all()
+  assert unused[:, 2:4].all()
+  poisoned = jnp.where(unused[..., None], jnp.nan, kv)
+  actual = values_and_grads(q, poisoned, jnp.where(indices < 0, wild, indices), backend=backend)
+  cases.assert_matches(actual, clean)
+  assert not np.any(np.asarray(actual['dkv'])[unused])
+
+
+@pytest.mark.parametrize('backend', ALL)
+def test_nan_at_the_ends_of_the_keys(backend):
+  """Where an empty slot that is clipped to a position would read."""
+  q, kv, indices = make_inputs('chunk')
+  indices = jnp.where((indices == 0) | (indices == cases.S - 1), -1, indices)
+  clean = values_and_grads(q, kv, indices, backend='reference')
+  poisoned = kv.at[:, 0].set(jnp.nan).at[:, -1].set(jnp.nan)
+  for wild in (-1, cases.S):
+    slots = jnp.where(indices < 0, wild, indices)
+    cases.assert_matches(values_and_grads(q, poisoned, slots, backend=backend), clean)
+
+
+@pytest.mark.parametrize('empty', [-1, 2**30])
+@pytest.mark.parametrize('backend', ALL)
+def test_empty_rows_are_zero(backend, empty):
+  q, kv, indices = make_inputs('causal')
+  rows = np.arange(cases.T) % 3 != 1
+  indices = jnp.where(rows[:, None], empty, indices)
+  actual = values_and_grads(q, kv, indices, backend=backend)
+  assert np.all(np.asarray(actual['lse'])[:, rows] == -np.inf)
+  assert not np.any(np.asarray(actual['out'])[:, rows])
+  assert not np.any(np.asarray(actual['dq'])[:, rows])
+  assert np.isfinite(actual['dkv']).all() and np.any(actual['dkv'])
+  actual = values_and_grads(q, kv, jnp.full_like(indices, empty), backend=backend)
+  assert not any(np.any(actual[name]) for name in ('out', 'dq', 'dkv'))
+
+
+@pytest.mark.parametrize('scale', [300.0, -300.0])
+@pytest.mark.parametrize('backend', ALL)
+def test_large_logits_do_not_overflow(backend, scale):
+  """Rows of logits all far from 0, which is what an empty slot would score."""
+  q, kv, indices = make_inputs('causal')
+  q, kv = q.at[..., 0].set(1.0), kv.at[..., 0].set(scale)
+  actual = values_and_grads(q, kv, indices, sm_scale=1.0, backend=backend)
+  out, lse = witness(np.float64(q), np.float64(kv), indices, V, 1.0)
+  # The rounding of logits near 300 is a relative error of the probabilities.
+  cases.assert_matches({x: actual[x] for x in ('out', 'lse')}, {'out': out, 'lse': lse}, 1e-4)
+  assert np.isfinite(actual['dq']).all() and np.isfinite(actual['dkv']).all()
+
+
+@pytest.mark.parametrize('backend', cases.BACKENDS)
+def test_repeats_bit_by_bit(backend):
+  inputs = make_inputs('causal')
+  first, *rest = (values_and_grads(*inputs, backend=backend) for _ in range(5))
+  for again in rest:
+    assert all((first[name] == again[name]).all() for name in first)
+
+
+def test_memory_is_linear_in_the_context():
+  n, topk = 4096, 16
+  op = lambda q, kv, i, **how: sparse_attention(q, kv, i, v_dim=6, sm_scale=1.0, **how)
+  shapes = [((1, n, 2, 8), 'float32'), ((1, n, 8), 'float32'), ((1, n, topk), 'int32')]
+  for backend in ALL:
+    assert cases.largest_array(functools.partial(op, backend=backend), *shapes) < n * n
+
+
+def test_says_what_is_wrong():
+  q, kv, indices = make_inputs('causal')
+  how = dict(sm_scale=1.0, backend='xla')
+  with pytest.raises(ValueError, match="backend='tpu3' must be one of"):
+    sparse_attention(q, kv, indices, v_dim=V, sm_scale=1.0, backend='tpu3')
+  for v_dim in (0, -1, E + 1):
+    with pytest.raises(ValueError, match=f'{v_dim=} must be within 1 and the width of kv, 8'):
+      sparse_attention(q, kv, indices, v_dim=v_dim, **how)
+  with cases.unchecked(), pytest.raises(ValueError, match=r'must be q .* kv .* indices .*; got'):
+    sparse_attention(q, kv[..., 1:], indices, v_dim=V, **how)
+  with cases.unchecked(), pytest.raises(ValueError, match=r'must be q .* kv .* indices .*; got'):
+    sparse_attention(q, kv, indices[:, 1:], v_dim=V, **how)
