@@ -12,12 +12,12 @@ def get_config(variant: str = 'full'):
   c.workdir = 'runs/quickstart'
   c.remat = False
   c.model.update(
-      vocab_size=258, dim=128, n_layers=4, n_dense_layers=1, inter_dim=384,
+      vocab_size=258, dim=128, n_layers=4, n_dense_layers=2, inter_dim=256,
       n_heads=4, q_lora_rank=96, kv_lora_rank=64,
       qk_nope_head_dim=32, qk_rope_head_dim=16, v_head_dim=32,
       index_n_heads=4, index_head_dim=32, index_topk=64,
       n_routed_experts=4, n_activated_experts=2, n_expert_groups=2, n_limited_groups=2,
-      moe_inter_dim=128, route_scale=1.0,
+      moe_inter_dim=64, route_scale=1.0,
       max_seq_len=512, dtype='float32',
   )
   c.recipe = ('dense', 'baseline', 'warmup', 'sparse')

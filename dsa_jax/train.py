@@ -84,7 +84,7 @@ def run_stage(
       batches.set_state(progress.data)
       seconds_before = progress.seconds
 
-    pending, last_time = None, time.monotonic()
+    pending, loop_began = None, time.monotonic()
     for step in range(first_step + 1, entry.steps + 1):
       state, metrics = train_step(state, next(batches))
       if pending is not None:  # The step before this one; the device is already at work.
@@ -100,9 +100,8 @@ def run_stage(
       if save:
         seconds = seconds_before + time.monotonic() - began
         checkpoints.save(step, state, Progress(batches.get_state(), seconds))
-      now = time.monotonic()
-      bar.update(step, batch_tokens / (now - last_time), summary(metrics))
-      last_time = now
+      speed = batch_tokens * (step - first_step) / (time.monotonic() - loop_began)
+      bar.update(step, speed, summary(metrics))
 
 
 def record(
@@ -194,7 +193,7 @@ def summary(metrics: dict[str, jax.Array]) -> str:
 
 
 def main(_):
-  logging.getLogger().setLevel(logging.WARNING)
+  logging.getLogger('absl').setLevel(logging.ERROR)  # orbax and grain think aloud.
   try:
     train(CONFIG.value)
   except (ValueError, FloatingPointError) as error:

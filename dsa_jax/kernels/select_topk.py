@@ -22,11 +22,10 @@ def select_topk(
   """
   n_keys = scores.shape[-1]
   visible = visible_keys(start, end, jnp.arange(n_keys))
-  bits = jax.lax.bitcast_convert_type(jnp.where(scores == 0, 0.0, scores), jnp.int32)
-  order = jnp.where(bits < 0, bits ^ 0x7FFFFFFF, bits)  # As integers, in the scores' order.
-  order = jnp.where(visible, order, jnp.iinfo(jnp.int32).min)
-  best, position = jax.lax.top_k(order, min(topk, n_keys))  # Stable: the lowest position first.
-  position = jnp.where(best > jnp.iinfo(jnp.int32).min, position, n_keys)
+  scores = jnp.where(scores == 0, 0.0, jnp.maximum(scores, jnp.finfo(jnp.float32).min))
+  scores = jnp.where(visible, scores, -jnp.inf)
+  best, position = jax.lax.top_k(scores, min(topk, n_keys))  # Stable: the lowest position first.
+  position = jnp.where(best > -jnp.inf, position, n_keys)
   position = jnp.sort(position, axis=-1)
   position = jnp.where(position < n_keys, position, -1)
   return jnp.pad(position, ((0, 0), (0, 0), (0, topk - position.shape[-1])), constant_values=-1)

@@ -2,6 +2,7 @@
 """Inputs on which selection matters, and the comparisons that every backend must pass."""
 
 import contextlib
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,10 @@ TOLERANCE = {'float32': 2e-5, 'bfloat16': 2e-2}  # Of the largest |value|.
 
 T, S, K = 37, 53, 5  # Primes: no block size divides them.
 VISIBILITY = ('causal', 'packed', 'chunk', 'empty', 'padded', 'overhang')
+
+
+# Compilation is most of the time of these tests, and LLVM most of the compilation.
+jit = functools.partial(jax.jit, compiler_options={'xla_backend_optimization_level': 0})
 
 
 def intervals(name: str) -> tuple[jax.Array, jax.Array]:

@@ -12,7 +12,7 @@ from dsa_jax.kernels.visibility import selected_keys, visible_keys
 INDICES = [[[0, 4, 2], [-1, 5, 2**30], [4, -7, -1]], [[1, -1, 3], [3, 2, 1], [-(2**31), -1, 6]]]
 
 
-@pytest.mark.parametrize('block', [1, 2, 5, 7, 8, 1000])
+@pytest.mark.parametrize('block', [1, 5, 7, 1000])
 def test_map_rows_is_the_map(block):
   x, y = cases.normal(0, (2, 7, 3), (2, 7))
   rows = {'x': x, 'none': None, 'pair': (y, jnp.arange(14, dtype=jnp.int32).reshape(2, 7))}
@@ -27,7 +27,7 @@ def test_map_rows_is_the_map(block):
   np.testing.assert_array_equal(extra['i'], np.arange(14).reshape(2, 7) + 1)
 
 
-@pytest.mark.parametrize('block, n_blocks', [(1, 7), (2, 4), (4, 2), (7, 1), (1000, 1)])
+@pytest.mark.parametrize('block, n_blocks', [(1, 7), (4, 2), (1000, 1)])
 def test_scan_rows_goes_over_every_row_once_in_order(block, n_blocks):
   x = jnp.arange(1, 15, dtype=jnp.float32).reshape(2, 7)
 

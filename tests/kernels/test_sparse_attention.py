@@ -13,14 +13,15 @@ from dsa_jax.kernels import sparse_attention
 from dsa_jax.kernels.sparse_attention import xla
 
 ALL = ['reference', *cases.BACKENDS]
-BLOCKS = [('xla', xla.BlockSizes(block_t=n)) for n in (1, 8, 1000)]
+BLOCKS = [('xla', xla.BlockSizes(block_t=n)) for n in (1, 1000)]
 H, E, V = 3, 8, 5
+SCALE = 0.6
 
 
-@functools.partial(jax.jit, static_argnames=('v_dim', 'sm_scale', 'backend', 'blocks'))
-def values_and_grads(q, kv, indices, *, v_dim=V, sm_scale=0.6, backend, blocks=None):
+@functools.partial(cases.jit, static_argnames=('v_dim', 'backend', 'blocks'))
+def values_and_grads(q, kv, indices, *, v_dim=V, backend, blocks=None):
   def op(q, kv):
-    how = dict(v_dim=v_dim, sm_scale=sm_scale, backend=backend, blocks=blocks)
+    how = dict(v_dim=v_dim, sm_scale=SCALE, backend=backend, blocks=blocks)
     return sparse_attention(q, kv, indices, **how)
 
   (out, lse), vjp = jax.vjp(op, q, kv)
@@ -36,18 +37,18 @@ def cotangents(out, lse):
 
 def make_inputs(visibility, dtype='float32', topk=cases.K):
   start, end = cases.intervals(visibility)
-  q, kv = cases.normal(0, (2, start.shape[1], H, E), (2, cases.S, E), dtype=dtype)
+  q, kv = cases.normal(0, (2, cases.T, H, E), (2, cases.S, E), dtype=dtype)
   return q, kv, cases.selection(start, end, topk)
 
 
-def witness(q, kv, indices, v_dim, sm_scale):
+def witness(q, kv, indices, v_dim):
   """The op in float64, a query and a head at a time."""
   out = np.zeros((*q.shape[:3], v_dim))
   lse = np.full(q.shape[:3], -np.inf)
   for b, t, h in np.ndindex(q.shape[:3]):
     chosen = kv[b, [i for i in np.asarray(indices)[b, t] if 0 <= i < kv.shape[1]]]
     if len(chosen):
-      logits = sm_scale * chosen @ q[b, t, h]
+      logits = SCALE * chosen @ q[b, t, h]
       lse[b, t, h] = np.log(np.sum(np.exp(logits - logits.max()))) + logits.max()
       out[b, t, h] = np.exp(logits - lse[b, t, h]) @ chosen[:, :v_dim]
   return out, lse
@@ -57,19 +58,18 @@ def witness(q, kv, indices, v_dim, sm_scale):
 def test_reference_matches_float64(visibility):
   q, kv, indices = make_inputs(visibility)
   actual = values_and_grads(q, kv, indices, backend='reference')
-  out, lse = witness(np.float64(q), np.float64(kv), indices, V, 0.6)
+  out, lse = witness(np.float64(q), np.float64(kv), indices, V)
   cases.assert_matches({x: actual[x] for x in ('out', 'lse')}, {'out': out, 'lse': lse})
 
 
-@pytest.mark.parametrize('backend', ALL)
-def test_gradients_match_finite_differences(backend):
+def test_gradients_of_the_reference_match_finite_differences():
   q, kv = cases.normal(1, (1, 3, 2, 4), (1, 6, 4))
   indices = jnp.array([[[-1, -1, -1], [4, 0, -1], [1, 5, 4]]], jnp.int32)
-  actual = values_and_grads(q, kv, indices, v_dim=3, backend=backend)
+  actual = values_and_grads(q, kv, indices, v_dim=3, backend='reference')
   dout, dlse = (np.float64(x) for x in cotangents(actual['out'], actual['lse']))
 
   def total(q, kv):
-    out, lse = witness(q, kv, indices, 3, 0.6)
+    out, lse = witness(q, kv, indices, 3)
     return np.sum(dout * out) + np.sum((dlse * lse)[np.isfinite(lse)])
 
   q, kv = np.float64(q), np.float64(kv)
@@ -97,12 +97,11 @@ def test_blocks_change_nothing(backend, blocks):
   cases.assert_matches(actual, values_and_grads(*inputs, backend='reference'))
 
 
-@pytest.mark.parametrize('v_dim', [1, E])
 @pytest.mark.parametrize('backend', cases.BACKENDS)
-def test_any_value_width(backend, v_dim):
+def test_the_value_may_be_the_whole_key(backend):
   inputs = make_inputs('chunk')
-  exact = values_and_grads(*inputs, v_dim=v_dim, backend='reference')
-  cases.assert_matches(values_and_grads(*inputs, v_dim=v_dim, backend=backend), exact)
+  exact = values_and_grads(*inputs, v_dim=E, backend='reference')
+  cases.assert_matches(values_and_grads(*inputs, v_dim=E, backend=backend), exact)
 
 
 @pytest.mark.parametrize('backend', ALL)
@@ -131,7 +130,6 @@ def test_unselected_keys_may_hold_nan(backend, wild):
   unused = np.ones((2, cases.S), bool)
   for b in range(2):
     unused[b, np.asarray(indices)[b][np.asarray(indices)[b] >= 0]] = False
-  unused[0, 0] |= (indices[0] != 0).all()
   assert unused[:, 2:4].all()
   poisoned = jnp.where(unused[..., None], jnp.nan, kv)
   actual = values_and_grads(q, poisoned, jnp.where(indices < 0, wild, indices), backend=backend)
@@ -166,14 +164,14 @@ def test_empty_rows_are_zero(backend, empty):
   assert not any(np.any(actual[name]) for name in ('out', 'dq', 'dkv'))
 
 
-@pytest.mark.parametrize('scale', [300.0, -300.0])
+@pytest.mark.parametrize('logit', [300.0, -300.0])
 @pytest.mark.parametrize('backend', ALL)
-def test_large_logits_do_not_overflow(backend, scale):
+def test_large_logits_do_not_overflow(backend, logit):
   """Rows of logits all far from 0, which is what an empty slot would score."""
   q, kv, indices = make_inputs('causal')
-  q, kv = q.at[..., 0].set(1.0), kv.at[..., 0].set(scale)
-  actual = values_and_grads(q, kv, indices, sm_scale=1.0, backend=backend)
-  out, lse = witness(np.float64(q), np.float64(kv), indices, V, 1.0)
+  q, kv = q.at[..., 0].set(1.0), kv.at[..., 0].set(logit / SCALE)
+  actual = values_and_grads(q, kv, indices, backend=backend)
+  out, lse = witness(np.float64(q), np.float64(kv), indices, V)
   # The rounding of logits near 300 is a relative error of the probabilities.
   cases.assert_matches({x: actual[x] for x in ('out', 'lse')}, {'out': out, 'lse': lse}, 1e-4)
   assert np.isfinite(actual['dq']).all() and np.isfinite(actual['dkv']).all()

@@ -17,7 +17,7 @@ class BlockSizes:
   """They change the speed, never the result."""
 
   block_t: int = 128  # Query rows at one time.
-  block_s: int = 256  # Keys at one time.
+  block_s: int = 128  # Keys at one time.
 
 
 def forward(q, k, v, start, end, indices, *, sm_scale: float, blocks: BlockSizes):

@@ -17,7 +17,7 @@ _f32 = {'preferred_element_type': jnp.float32}
 class BlockSizes:
   """They change the speed, never the result."""
 
-  block_t: int = 64  # Query rows whose two distributions exist at one time.
+  block_t: int = 32  # Query rows whose two distributions exist at one time.
 
 
 def forward(constants, index_q, index_k, index_weights, *, sm_scale: float, blocks: BlockSizes):
@@ -80,7 +80,8 @@ def _keys(x, indices):
 def _seen(start, end, indices, n_keys):
   if indices is None:
     return visible_keys(start, end, jnp.arange(n_keys))
-  return (indices >= start[..., None]) & (indices < end[..., None]) & (indices >= 0)
+  filled = (indices >= 0) & (indices < n_keys)
+  return filled & (indices >= start[..., None]) & (indices < end[..., None])
 
 
 def _scores(q, k, weights):

@@ -14,7 +14,7 @@ _f32 = {'preferred_element_type': jnp.float32}
 class BlockSizes:
   """They change the speed, never the result."""
 
-  block_t: int = 64  # Query rows whose selection is gathered at one time.
+  block_t: int = 16  # Query rows whose selection is gathered at one time.
 
 
 def forward(q, kv, indices, *, v_dim: int, sm_scale: float, blocks: BlockSizes):

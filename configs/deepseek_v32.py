@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: Apache-2.0
+r"""DeepSeek-V3.2-Exp, 671B: warm-up and sparse training as published (report, section 2.1).
+
+python -m dsa_jax.train --config=configs/deepseek_v32.py \
+    --config.stages.warmup.init_from=FOLDER --config.workdir=runs/deepseek_v32
+
+FOLDER is a checkpoint folder of a dense model in our layout. The report does not give the
+optimiser, the schedule's shape or the clipping; a constant rate is assumed.
+"""
+
+from configs import base
+
+
+def get_config(variant: str = 'full'):
+  c = base.get_config()
+  c.workdir = 'runs/deepseek_v32'
+  c.recipe = ('warmup', 'sparse')
+  size = dict(seq_len=131_072, end_share=1.0)
+  c.stages.warmup = base.stage(
+      stage='warmup', init_from='checkpoints/deepseek_v31', steps=1000, batch_size=16,
+      indexer_lr=1e-3, data_seed=1, **size
+  )
+  c.stages.sparse = base.stage(
+      stage='sparse', init_from='warmup', steps=15_000, batch_size=480, micro_batches=480,
+      backbone_lr=7.3e-6, indexer_lr=7.3e-6, data_seed=2, **size
+  )
+  c.report.update(seq_len=131_072, batch_size=1)
+  if variant == 'tiny':
+    c.workdir = 'runs/deepseek_v32_tiny'
+    c.model.update(
+        vocab_size=258, dim=32, n_layers=2, n_dense_layers=1, n_mtp_layers=1, inter_dim=32,
+        moe_inter_dim=16, n_routed_experts=4, n_activated_experts=2, n_expert_groups=2,
+        n_limited_groups=1, n_heads=2, q_lora_rank=16, kv_lora_rank=16, qk_nope_head_dim=8,
+        qk_rope_head_dim=4, v_head_dim=8, index_n_heads=2, index_head_dim=8, index_topk=8,
+        original_seq_len=32, max_seq_len=64,
+    )
+    c.recipe = ('dense', 'warmup', 'sparse')
+    c.stages.dense = base.stage(stage='dense', steps=1, batch_size=2, seq_len=64, backbone_lr=1e-3)
+    c.stages.warmup.init_from = 'dense'
+    for entry in c.stages.values():
+      entry.update(steps=2, batch_size=2, seq_len=64, micro_batches=2)
+    c.report.update(seq_len=64, batch_size=2, batches=1)
+    c.measure_rows = 2
+  elif variant != 'full':
+    raise ValueError(f'Unknown variant {variant!r}; expected full or tiny.')
+  return c

@@ -1,0 +1,238 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A DeepSeek-V3.2 model in float64 numpy, written from its description alone: slow and plain.
+
+Nothing here is shared with the package but the names of the sizes. One row of tokens at a time;
+every query walks over its own list of keys.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from dsa_jax.config import ModelConfig
+
+Weights = dict[str, Any]  # Arrays by name, nested as the modules are.
+
+
+class Layer(NamedTuple):
+  """What one layer did, [T, ...]."""
+
+  selected: list[list[int]]  # What the indexer chose, ascending.
+  oracle: list[list[int]]  # What has the largest attention.
+  index_kl: np.ndarray
+  captured_mass: np.ndarray
+  expert_load: np.ndarray | None
+
+
+class Row(NamedTuple):
+  """What the model made of one row."""
+
+  logits: np.ndarray
+  mtp_logits: np.ndarray | None
+  layers: list[Layer]
+
+
+def frequencies(cfg: ModelConfig) -> np.ndarray:
+  width, length = cfg.qk_rope_head_dim, cfg.original_seq_len
+  correction = lambda turns: (
+      width * math.log(length / (turns * 2 * math.pi)) / (2 * math.log(cfg.rope_theta))
+  )
+  low = max(math.floor(correction(cfg.beta_fast)), 0)
+  high = min(math.ceil(correction(cfg.beta_slow)), width - 1)
+  if low == high:
+    high += 0.001
+  result = []
+  for i in range(width // 2):
+    f = cfg.rope_theta ** (-2 * i / width)
+    if cfg.max_seq_len > length:
+      ramp = min(max((i - low) / (high - low), 0), 1)
+      f = f * (1 - ramp) + f / cfg.rope_factor * ramp
+    result.append(f)
+  return np.array(result)
+
+
+def softmax_scale(cfg: ModelConfig) -> float:
+  scale = 1 / math.sqrt(cfg.qk_nope_head_dim + cfg.qk_rope_head_dim)
+  if cfg.max_seq_len > cfg.original_seq_len:
+    scale *= (0.1 * cfg.mscale * math.log(cfg.rope_factor) + 1) ** 2
+  return scale
+
+
+def rotate_pairs(x: np.ndarray, position: int, freqs: np.ndarray) -> np.ndarray:
+  """Channels (2i, 2i + 1) are a complex number; MLA's order."""
+  turned = (x[..., 0::2] + 1j * x[..., 1::2]) * np.exp(1j * position * freqs)
+  y = np.empty_like(x)
+  y[..., 0::2], y[..., 1::2] = turned.real, turned.imag
+  return y
+
+
+def rotate_halves(x: np.ndarray, position: int, freqs: np.ndarray) -> np.ndarray:
+  """Channels (i, i + R/2) are a complex number; the indexer's order."""
+  half = len(freqs)
+  turned = (x[..., :half] + 1j * x[..., half:]) * np.exp(1j * position * freqs)
+  return np.concatenate([turned.real, turned.imag], axis=-1)
+
+
+def rms_norm(x: np.ndarray, scale: np.ndarray, eps: float) -> np.ndarray:
+  return x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + eps) * scale
+
+
+def layer_norm(x: np.ndarray, scale: np.ndarray, bias: np.ndarray, eps: float) -> np.ndarray:
+  deviation = np.sqrt(x.var(axis=-1, keepdims=True) + eps)
+  return (x - x.mean(axis=-1, keepdims=True)) / deviation * scale + bias
+
+
+def sigmoid(x: np.ndarray) -> np.ndarray:
+  return 1 / (1 + np.exp(-x))
+
+
+def softmax(x: np.ndarray) -> np.ndarray:
+  e = np.exp(x - x.max())
+  return e / e.sum()
+
+
+def swiglu(x: np.ndarray, w1: np.ndarray, w3: np.ndarray, w2: np.ndarray) -> np.ndarray:
+  gate = x @ w1
+  return (gate * sigmoid(gate) * (x @ w3)) @ w2
+
+
+def top_k(scores: np.ndarray, keys: range, k: int) -> list[int]:
+  """The positions of the k highest, ascending; of equals, the lowest positions."""
+  return sorted(sorted(keys, key=lambda s: (-scores[s], s))[:k])
+
+
+def divergence(target: np.ndarray, scores: np.ndarray) -> float:
+  """KL(target || softmax(scores)) in nats."""
+  predicted = softmax(scores)
+  return sum(p * (math.log(p) - math.log(r)) for p, r in zip(target, predicted) if p > 0)
+
+
+def index_scores(w: Weights, x, c_q, positions, cfg: ModelConfig) -> np.ndarray:
+  """The indexer's opinion of every key for every query, [T, S]."""
+  freqs, r = frequencies(cfg), cfg.qk_rope_head_dim
+  q = np.einsum('tq,qij->tij', c_q, w['wq_b'])
+  k = layer_norm(x @ w['wk'], w['k_norm']['scale'], w['k_norm']['bias'], 1e-6)
+  for t, position in enumerate(positions):
+    q[t, :, :r] = rotate_halves(q[t, :, :r], position, freqs)
+    k[t, :r] = rotate_halves(k[t, :r], position, freqs)
+  head_weights = x @ w['weights_proj'] / math.sqrt(cfg.index_n_heads * cfg.index_head_dim)
+  scores = np.zeros((len(x), len(x)))
+  for j in range(cfg.index_n_heads):
+    scores += head_weights[:, j, None] * np.maximum(q[:, j] @ k.T, 0)
+  return scores
+
+
+def attention(w: Weights, x, start, end, cfg: ModelConfig, sparse: bool):
+  """Multi-head latent attention in its MHA form, over all visible keys or the selected ones."""
+  n_tokens, n, r, c = len(x), cfg.qk_nope_head_dim, cfg.qk_rope_head_dim, cfg.kv_lora_rank
+  freqs, scale = frequencies(cfg), softmax_scale(cfg)
+  positions = [max(e - 1 - s, 0) for s, e in zip(start, end)]
+  c_q = rms_norm(x @ w['wq_a'], w['q_norm']['scale'], cfg.norm_eps)
+  q = np.einsum('tq,qhe->the', c_q, w['wq_b'])
+  down = x @ w['wkv_a']
+  c_kv, k_rope = rms_norm(down[:, :c], w['kv_norm']['scale'], cfg.norm_eps), down[:, c:]
+  for t, position in enumerate(positions):
+    q[t, :, n:] = rotate_pairs(q[t, :, n:], position, freqs)
+    k_rope[t] = rotate_pairs(k_rope[t], position, freqs)
+  up = np.einsum('sc,chn->shn', c_kv, w['wkv_b'])
+  k_nope, v = up[..., :n], up[..., n:]
+  k = np.concatenate([k_nope, np.repeat(k_rope[:, None], cfg.n_heads, axis=1)], axis=-1)
+  scores = index_scores(w['indexer'], x, c_q, positions, cfg)
+
+  out = np.zeros((n_tokens, cfg.n_heads, cfg.v_head_dim))
+  kl, captured, selected, oracle = np.zeros(n_tokens), np.zeros(n_tokens), [], []
+  for t in range(n_tokens):
+    visible = range(start[t], end[t])
+    chosen = top_k(scores[t], visible, cfg.index_topk)
+    keys = chosen if sparse else list(visible)
+    true_mass, target = np.zeros(n_tokens), np.zeros(n_tokens)
+    for h in range(cfg.n_heads if keys else 0):
+      probs = softmax(scale * k[keys, h] @ q[t, h])
+      out[t, h] = probs @ v[keys, h]
+      target[keys] += probs  # Sum over heads ...
+      true_mass[visible] += softmax(scale * k[visible, h] @ q[t, h]) / cfg.n_heads
+    if keys:
+      kl[t] = divergence((target / target.sum())[keys], scores[t, keys])  # ... then to sum one.
+    captured[t] = true_mass[chosen].sum()
+    selected.append(chosen)
+    oracle.append(top_k(true_mass, visible, cfg.index_topk))
+  return np.einsum('thv,hvd->td', out, w['wo']), selected, oracle, kl, captured
+
+
+def route(scores: np.ndarray, bias: np.ndarray, cfg: ModelConfig) -> dict[int, float]:
+  """One token's experts and their weights."""
+  per_group = cfg.n_routed_experts // cfg.n_expert_groups
+  choice = scores + bias
+  groups = [list(range(g * per_group, (g + 1) * per_group)) for g in range(cfg.n_expert_groups)]
+  best_two = [sum(sorted(choice[group])[-2:]) for group in groups]
+  kept = top_k(np.array(best_two), range(len(groups)), cfg.n_limited_groups)
+  allowed = [expert for g in kept for expert in groups[g]]
+  if cfg.n_expert_groups == 1:
+    allowed = range(cfg.n_routed_experts)
+  experts = top_k(choice, allowed, cfg.n_activated_experts)
+  return {e: cfg.route_scale * scores[e] / sum(scores[experts]) for e in experts}
+
+
+def mixture(w: Weights, x, counted, cfg: ModelConfig) -> tuple[np.ndarray, np.ndarray]:
+  out, load = np.zeros_like(x), np.zeros(cfg.n_routed_experts)
+  for t, token in enumerate(x):
+    for e, gate in route(sigmoid(token @ w['gate']), w['bias'], cfg).items():
+      out[t] += gate * swiglu(token, w['w1'][e], w['w3'][e], w['w2'][e])
+      load[e] += counted[t]
+  shared = w['shared']
+  return out + swiglu(x, shared['w1'], shared['w3'], shared['w2']), load
+
+
+def block(w: Weights, x, start, end, cfg: ModelConfig, sparse: bool) -> tuple[np.ndarray, Layer]:
+  normed = rms_norm(x, w['attn_norm']['scale'], cfg.norm_eps)
+  out, selected, oracle, kl, captured = attention(w['attn'], normed, start, end, cfg, sparse)
+  x = x + out
+  normed, ffn, load = rms_norm(x, w['ffn_norm']['scale'], cfg.norm_eps), w['ffn'], None
+  if 'gate' in ffn:
+    out, load = mixture(ffn, normed, np.asarray(end) > np.asarray(start), cfg)
+  else:
+    out = swiglu(normed, ffn['w1'], ffn['w3'], ffn['w2'])
+  return x + out, Layer(selected, oracle, kl, captured, load)
+
+
+def transformer(
+    weights: Weights, tokens, start, end, cfg: ModelConfig, *, sparse: bool, next_tokens=None
+) -> Row:
+  """Runs one row of tokens; query t sees start[t] <= s < end[t]."""
+  w = _float64(weights)
+  x, layers = w['embed'][tokens], []
+  for i in range(cfg.n_layers):
+    leading = i < cfg.n_dense_layers
+    stack = w['dense_blocks'] if leading else w['moe_blocks']
+    x, layer = block(
+        _layer(stack, i if leading else i - cfg.n_dense_layers), x, start, end, cfg, sparse
+    )
+    layers.append(layer)
+  mtp_logits = None
+  if cfg.n_mtp_layers:
+    mtp = w['mtp']
+    following = rms_norm(w['embed'][next_tokens], mtp['enorm']['scale'], cfg.norm_eps)
+    hidden = rms_norm(x, mtp['hnorm']['scale'], cfg.norm_eps)
+    y = np.concatenate([following, hidden], axis=-1) @ mtp['eh_proj']
+    y, layer = block(mtp['block'], y, start, end, cfg, sparse)
+    layers.append(layer)
+    mtp_logits = rms_norm(y, mtp['norm']['scale'], cfg.norm_eps) @ w['head']
+  return Row(rms_norm(x, w['norm']['scale'], cfg.norm_eps) @ w['head'], mtp_logits, layers)
+
+
+def cross_entropy(logits: np.ndarray, targets: np.ndarray) -> np.ndarray:
+  """-ln of each target's probability."""
+  return np.array([-np.log(softmax(row)[target]) for row, target in zip(logits, targets)])
+
+
+def _float64(tree):
+  if isinstance(tree, dict):
+    return {name: _float64(value) for name, value in tree.items()}
+  return np.asarray(tree, np.float64)
+
+
+def _layer(tree, i: int):
+  if isinstance(tree, dict):
+    return {name: _layer(value, i) for name, value in tree.items()}
+  return tree[i]

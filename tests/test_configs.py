@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every config builds; every tiny variant runs its whole recipe."""
+
+import importlib
+import pathlib
+
+import pytest
+
+from dsa_jax.config import ModelConfig
+from dsa_jax.recipe import read_recipe
+from dsa_jax.train import train
+
+ROOT = pathlib.Path(__file__).parents[1]
+NAMES = sorted(p.stem for p in (ROOT / 'configs').glob('*.py') if p.stem != 'base')
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_full_variant_builds(name):
+  recipe = read_recipe(importlib.import_module(f'configs.{name}').get_config())
+  assert recipe.stages
+
+
+@pytest.mark.parametrize('name', [n for n in NAMES if n != 'quickstart'])  # See test_train.py.
+def test_tiny_variant_runs(name, tmp_path):
+  config = importlib.import_module(f'configs.{name}').get_config('tiny')
+  config.workdir = str(tmp_path)
+  results = train(config)
+  assert (tmp_path / 'report.json').exists()
+  assert results['validation_bits_per_byte']['sparse'] > 0
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_unknown_variant_is_refused(name):
+  with pytest.raises(ValueError, match="'huge'.* full or tiny"):
+    importlib.import_module(f'configs.{name}').get_config('huge')
+
+
+def test_deepseek_v32_is_the_released_model():
+  config = importlib.import_module('configs.deepseek_v32').get_config()
+  assert read_recipe(config).model == ModelConfig()

@@ -1,0 +1,222 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A whole tiny recipe: what it leaves behind, and that no kill changes a number."""
+
+import json
+import pathlib
+import random
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from configs import quickstart
+from dsa_jax import train
+from dsa_jax.metrics import read_metrics
+from dsa_jax.recipe import claim_workdir, read_recipe
+
+ROOT = pathlib.Path(__file__).parents[1]
+COMMAND = [sys.executable, '-m', 'dsa_jax.train', '--config=configs/quickstart.py:tiny']
+
+
+def tiny(workdir, **changes):
+  c = quickstart.get_config('tiny')
+  c.workdir = str(workdir)
+  with c.unlocked():
+    c.update_from_flattened_dict(changes)
+  return c
+
+
+def run(workdir, *flags, kill_after=None):
+  """Runs the command in a process of its own; None if it was killed before it ended."""
+  process = subprocess.Popen(
+      [*COMMAND, f'--config.workdir={workdir}', *flags],
+      cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+  )
+  try:
+    output, _ = process.communicate(timeout=kill_after)
+    return process.returncode, output
+  except subprocess.TimeoutExpired:
+    process.kill()  # SIGKILL.
+    process.communicate()
+    return None
+
+
+@pytest.fixture(scope='module')
+def undisturbed(tmp_path_factory):
+  workdir = tmp_path_factory.mktemp('undisturbed')
+  code, output = run(workdir)
+  assert code == 0, output
+  return workdir, output
+
+
+def arrays(workdir, entry, step):
+  with ocp.PyTreeCheckpointer() as checkpointer:
+    tree = checkpointer.restore(workdir / 'checkpoints' / entry / str(step) / 'state')
+  return {jax.tree_util.keystr(k): np.asarray(v) for k, v in jax.tree.leaves_with_path(tree)}
+
+
+def same_numbers(a: pathlib.Path, b: pathlib.Path):
+  assert (a / 'metrics.csv').read_text() == (b / 'metrics.csv').read_text()
+  for entry in ('dense', 'baseline', 'warmup', 'sparse'):
+    ours, theirs = arrays(a, entry, 8), arrays(b, entry, 8)
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+      np.testing.assert_array_equal(ours[name], theirs[name], err_msg=f'{entry} {name}')
+  reports = [json.loads((x / 'report.json').read_text()) for x in (a, b)]
+  for name in ('validation_bits_per_byte', 'captured_mass_by_rule', 'bits_by_position'):
+    assert reports[0][name] == reports[1][name]
+
+
+def test_leaves_a_whole_report(undisturbed):
+  workdir, output = undisturbed
+  report = json.loads((workdir / 'report.json').read_text())
+  names = {'dense_before', 'dense_baseline', 'sparse', 'window_sinks', 'random', 'oracle'}
+  assert report['validation_bits_per_byte'].keys() == names
+  assert all(0 < bits < 9 for bits in report['validation_bits_per_byte'].values())
+  assert len(report['captured_mass']) == report['n_layers']
+  assert report['index_topk'] == 8 and report['context'] == 64 and report['seconds'] > 0
+  for name in ('report.md', 'overview.png', 'training.png', 'selection.png'):
+    assert (workdir / name).stat().st_size > 1000
+  assert 'fair baseline' in output and 'report.md' in output
+  assert list((workdir / 'tensorboard' / 'sparse').iterdir())
+
+
+def test_logs_what_a_researcher_wants(undisturbed):
+  rows = read_metrics(undisturbed[0] / 'metrics.csv')
+  names = {(row.stage, row.name) for row in rows}
+  for stage in ('warmup', 'sparse'):
+    for name in ('index_kl', 'captured_mass', 'topk_recall', 'neighbour_overlap', 'selected_distance'):
+      assert {(stage, f'{name}/layer_{i}') for i in range(2)} <= names
+    assert (stage, 'layer_overlap/layer_0') in names
+  warmup = [r.value for r in rows if r.stage == 'warmup' and r.name.startswith('index_kl')]
+  assert np.mean(warmup[-4:]) < np.mean(warmup[:4])
+
+
+@pytest.mark.parametrize('seed', [0, 1])
+def test_sigkill_at_random_moments_changes_nothing(undisturbed, tmp_path, seed):
+  moments = random.Random(seed)
+  kills = 0
+  for _ in range(4):
+    ended = run(tmp_path, kill_after=moments.uniform(4, 20))
+    kills += ended is None
+    if ended is not None:
+      break
+  assert kills, 'the run ended before any kill'
+  code, output = ended or run(tmp_path)
+  assert code == 0, output
+  same_numbers(undisturbed[0], tmp_path)
+
+
+def test_a_failure_between_any_two_steps_changes_nothing(undisturbed, tmp_path, monkeypatch):
+  """Stops right after each save was asked for, and half-way between saves, in one process."""
+  record, seen = train.record, []
+
+  def fail_once(step, metrics, name, *rest):
+    if (name, step) in (('dense', 6), ('warmup', 4), ('sparse', 5)) and (name, step) not in seen:
+      seen.append((name, step))
+      raise KeyboardInterrupt
+    return record(step, metrics, name, *rest)
+
+  monkeypatch.setattr(train, 'record', fail_once)
+  for _ in range(3):
+    with pytest.raises(KeyboardInterrupt):
+      train.train(tiny(tmp_path))
+  train.train(tiny(tmp_path))
+  assert len(seen) == 3
+  same_numbers(undisturbed[0], tmp_path)
+
+
+def test_running_again_changes_nothing(undisturbed):
+  workdir, _ = undisturbed
+  before = (workdir / 'metrics.csv').read_text()
+  train.train(tiny(workdir))
+  assert (workdir / 'metrics.csv').read_text() == before
+
+
+def test_another_config_is_refused(undisturbed):
+  with pytest.raises(ValueError, match=r'(?s)belongs to another config.*seed: 0 there, 7 here'):
+    train.train(tiny(undisturbed[0], seed=7))
+
+
+def test_misspelt_field_names_the_right_one(tmp_path):
+  code, output = run(tmp_path / 'new', '--config.model.index_top=4')
+  assert code != 0 and 'index_topk' in output
+  assert not (tmp_path / 'new').exists()
+
+
+@pytest.mark.parametrize(
+    'changes, message',
+    [
+        ({'stages.sparse.seq_len': 8}, r"must exceed .*index_topk=8"),
+        ({'stages.sparse.steps': 0}, r'stages\.sparse: steps=0 must be at least 1'),
+        ({'stages.sparse.stage': 'spares'}, r"must be one of .*'sparse'"),
+        ({'stages.warmup.indexer_lr': 0.0}, r'indexer_lr must be above 0'),
+        ({'stages.warmup.init_from': 'sparse'}, r'must come before it'),
+        ({'stages.warmup.init_from': ''}, r'init_from must say'),
+        ({'stages.dense.micro_batches': 3}, r'batch_size=2 must be a multiple'),
+        ({'stages.dense.seq_len': 4096}, r'exceeds .*max_seq_len=512'),
+        ({'stages.dense.attention': 'sparse'}, r'of a dense stage'),
+        ({'model.vocab_size': 100}, r'vocab_size=100 is too small'),
+        ({'model.n_heads': 0}, r'n_heads=0 must be at least 1'),
+        ({'model.n_limited_groups': 5}, r'n_limited_groups=5'),
+        ({'data.files': 'no/such/*.txt'}, r'no/such/\*\.txt.* matches no file'),
+        ({'data.source': 'texts'}, r"must be 'text' or 'recall'"),
+        ({'selection': 'best'}, r"selection='best' must be one of"),
+        ({'recipe': ('dense', 'dence')}, r"names \['dence'\]"),
+        ({'workdir': ''}, r'workdir must name a folder'),
+        ({'model.index_tpk': 8}, r"did you mean 'index_topk'"),
+    ],
+)
+def test_bad_configs_say_what_to_do_and_write_nothing(tmp_path, changes, message):
+  workdir = tmp_path / 'new'
+  with pytest.raises(ValueError, match=message):
+    train.train(tiny(workdir, **changes))
+  assert not workdir.exists()
+
+
+def test_unwritable_workdir(tmp_path):
+  (tmp_path / 'file').write_text('')
+  with pytest.raises(ValueError, match='cannot be written'):
+    train.train(tiny(tmp_path / 'file' / 'run'))
+
+
+def test_missing_init_from(tmp_path):
+  config = tiny(tmp_path, recipe=('warmup',), **{'stages.warmup.init_from': str(tmp_path / 'none')})
+  with pytest.raises(ValueError, match='there is no checkpoint folder'):
+    train.train(config)
+
+
+def test_one_stage_starts_from_another_run(undisturbed, tmp_path):
+  source = undisturbed[0] / 'checkpoints' / 'dense'
+  changes = {'stages.warmup.init_from': str(source), 'recipe': ('warmup',)}
+  train.train(tiny(tmp_path, **changes))
+  ours, theirs = arrays(tmp_path, 'warmup', 8), arrays(undisturbed[0], 'warmup', 8)
+  for name in ours:
+    np.testing.assert_array_equal(ours[name], theirs[name], err_msg=name)
+
+
+def test_another_model_is_refused(undisturbed, tmp_path):
+  source = undisturbed[0] / 'checkpoints' / 'dense'
+  changes = {'stages.warmup.init_from': str(source), 'recipe': ('warmup',), 'model.index_n_heads': 3}
+  with pytest.raises(ValueError, match=r"(?s)holds another model.*indexer.*\(.*4.*\) there"):
+    train.train(tiny(tmp_path, **changes))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
+  changes = {'recipe': ('dense',), 'stages.dense.backbone_lr': 1e30, 'optim.clip_norm': 1e30}
+  with pytest.raises(FloatingPointError, match=r'(?s)at step \d+ of stage dense.*layer \d.*checkpoint'):
+    train.train(tiny(tmp_path, **changes))
+  saved = [p.name for p in (tmp_path / 'checkpoints' / 'dense').iterdir() if p.name.isdigit()]
+  for step in saved:
+    assert all(np.isfinite(x).all() for x in arrays(tmp_path, 'dense', step).values())
+
+
+def test_config_is_kept_whole(tmp_path):
+  config = tiny(tmp_path)
+  claim_workdir(config, read_recipe(config).workdir)
+  claim_workdir(config, read_recipe(config).workdir)
+  assert json.loads((tmp_path / 'config.json').read_text())['model']['index_topk'] == 8
+  assert [p.name for p in tmp_path.iterdir()] == ['config.json']
