@@ -60,8 +60,8 @@ def measure(
     batches: Sequence[Batch],
     mode: Mode,
     *,
-    beyond: int = 0,
-) -> dict[str, dict[str, np.ndarray]]:
+    beyond: tuple[int, ...] = (0,),
+) -> list[dict[str, dict[str, np.ndarray]]]:
   """Holds the selections of `mode.measure` against the true attention.
 
   Args:
@@ -69,32 +69,33 @@ def measure(
     params: Its weights.
     batches: What to run on.
     mode: How the model attends meanwhile; its `measure` names the rules.
-    beyond: Count only queries that see more tokens than this: with the budget, those for
-      which a rule has to choose.
+    beyond: For each of these numbers, count only queries that see more tokens than it: with
+      the budget, those for which a rule has to choose.
 
   Returns:
-    By rule, then by measure, means over queries for each layer: `captured_mass`, `topk_recall`,
+    For each number, by rule, then by measure, means over queries for each layer: `captured_mass`, `topk_recall`,
     `neighbour_overlap` (against the previous query), `layer_overlap` (against the previous layer;
     one shorter) as shares, and `selected_distance` in tokens.
   """
-  sums, count = None, 0.0
-  for batch in batches:
-    found, n = _measure(graph, params, batch, mode, beyond)
-    sums = found if sums is None else jax.tree.map(np.add, sums, found)
-    count += n
-  if not count:
-    raise ValueError(f'no query of the batches sees more than {beyond} tokens.')
-  return jax.tree.map(lambda x: np.asarray(x) / float(count), sums)
+  found = [_measure(graph, params, batch, mode, beyond) for batch in batches]
+  sums, counts = jax.tree.map(lambda *x: np.sum(x, axis=0), *found)
+  if not all(counts):
+    raise ValueError(f'no query of the batches sees more than {max(beyond)} tokens.')
+  return [jax.tree.map(lambda x: x / n, total) for total, n in zip(sums, counts)]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3, 4))
 def _measure(graph, params, batch, mode, beyond):
   out = nnx.merge(graph, params)(batch.tokens, batch.start, batch.end, mode)
-  counted = (batch.end - batch.start > beyond).astype(jnp.float32)
   found = {}
   for rule in mode.measure:
     fields = out.measures(rule)._asdict()
     indices = fields.pop('indices')
     fields['layer_overlap'] = measures.overlap(indices[1:], indices[:-1])
-    found[rule] = {name: jnp.sum(x * counted, axis=(1, 2)) for name, x in fields.items()}
-  return found, jnp.sum(counted)
+    found[rule] = fields
+  sums, counts = [], []
+  for n in beyond:
+    counted = (batch.end - batch.start > n).astype(jnp.float32)
+    sums.append(jax.tree.map(lambda x: jnp.sum(x * counted, axis=(1, 2)), found))
+    counts.append(jnp.sum(counted))
+  return sums, counts

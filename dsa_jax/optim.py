@@ -26,10 +26,15 @@ def make_schedule(*, peak: float, warmup_steps: int, steps: int, end_share: floa
   return optax.warmup_cosine_decay_schedule(0.0, peak, warmup_steps, steps, peak * end_share)
 
 
-def make_optimizer(optim: OptimConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
+def make_optimizer(optim: OptimConfig) -> optax.GradientTransformation:
+  """Returns AdamW behind its own clipping, for a learning rate of one.
+
+  The step scales the updates by the rate it is given, so that stages which differ in their
+  schedules only share one compiled program.
+  """
   return optax.chain(
       optax.clip_by_global_norm(optim.clip_norm),
       optax.adamw(
-          schedule, b1=optim.b1, b2=optim.b2, eps=optim.eps, weight_decay=optim.weight_decay
+          1.0, b1=optim.b1, b2=optim.b2, eps=optim.eps, weight_decay=optim.weight_decay
       ),
   )

@@ -18,7 +18,7 @@ from dsa_jax.data.pipeline import first_batches
 from dsa_jax.evaluate import Scores, evaluate, measure
 from dsa_jax.nn.mla import Mode
 from dsa_jax.recipe import Recipe
-from dsa_jax.state import init_state
+from dsa_jax.state import init_params
 
 LONG_CONTEXT = 131_072
 
@@ -28,7 +28,7 @@ def evaluate_recipe(recipe: Recipe, graph: nnx.GraphDef, backend: str) -> dict[s
   setting, budget = recipe.report, recipe.model.index_topk
   rows = recipe.data.rows(setting.seq_len, 'validation')
   batches = first_batches(rows, setting.batch_size, setting.batches, seed=0)
-  like = init_state(recipe.model, {}, seed=0).params
+  like = init_params(recipe.model, seed=0)
   load = lambda entry: restore_params(recipe.checkpoint_folder(entry), like)
 
   scores: dict[str, Scores] = {}
@@ -46,8 +46,8 @@ def evaluate_recipe(recipe: Recipe, graph: nnx.GraphDef, backend: str) -> dict[s
     mode = Mode(
         attention='sparse', backend=backend, rule=recipe.selection, measure=setting.rules
     )
-    captured = _captured(measure(graph, params, batches, mode))
-    captured_beyond = _captured(measure(graph, params, batches, mode, beyond=budget))
+    measured = measure(graph, params, batches, mode, beyond=(0, budget))
+    captured, captured_beyond = map(_captured, measured)
 
   edges = [2**i for i in range(setting.seq_len.bit_length())]
   edges = [e for e in edges if e < setting.seq_len] + [setting.seq_len + 1]

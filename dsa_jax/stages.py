@@ -4,8 +4,10 @@
 import dataclasses
 
 from flax import nnx
+import optax
 
 from dsa_jax.nn.param import BackboneParam, IndexerParam
+from dsa_jax.optim import make_schedule
 
 PARTS: dict[str, type[nnx.Variable]] = {'backbone': BackboneParam, 'indexer': IndexerParam}
 
@@ -67,6 +69,18 @@ class StageConfig:
 
   def learning_rate(self, part: str) -> float:
     return {'backbone': self.backbone_lr, 'indexer': self.indexer_lr}[part]
+
+  def schedules(self) -> dict[str, optax.Schedule]:
+    """Returns the learning rate of each trained part, by step."""
+    return {
+        part: make_schedule(
+            peak=self.learning_rate(part),
+            warmup_steps=self.warmup_steps,
+            steps=self.steps,
+            end_share=self.end_share,
+        )
+        for part in self.trains
+    }
 
   @property
   def trains(self) -> tuple[str, ...]:

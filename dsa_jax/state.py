@@ -10,6 +10,7 @@ import optax
 
 from dsa_jax.config import ModelConfig
 from dsa_jax.nn.transformer import Transformer
+from dsa_jax.optim import OptimConfig, make_optimizer
 from dsa_jax.stages import PARTS
 
 
@@ -20,9 +21,6 @@ class TrainState(NamedTuple):
   params: nnx.State
   opt_state: dict[str, optax.OptState]  # For each part of the model that the stage trains.
   key: jax.Array  # Random state, as the bits of a key.
-
-
-Optimizers = dict[str, optax.GradientTransformation]
 
 
 def split_parts(params: nnx.State, names: Any) -> tuple[dict[str, nnx.State], nnx.State]:
@@ -40,19 +38,19 @@ def model_graph(cfg: ModelConfig) -> nnx.GraphDef:
   return nnx.split(nnx.eval_shape(lambda: Transformer(cfg, rngs=nnx.Rngs(0))))[0]
 
 
-def init_state(cfg: ModelConfig, optimizers: Optimizers, *, seed: int) -> TrainState:
-  def init() -> TrainState:
-    return new_state(nnx.state(Transformer(cfg, rngs=nnx.Rngs(seed))), optimizers, seed=seed)
-
-  return jax.jit(init)()
+def init_params(cfg: ModelConfig, *, seed: int) -> nnx.State:
+  return jax.jit(lambda: nnx.state(Transformer(cfg, rngs=nnx.Rngs(seed))))()
 
 
-def new_state(params: nnx.State, optimizers: Optimizers, *, seed: int) -> TrainState:
-  """Returns a state at step 0 around weights that exist, with fresh optimisers."""
-  parts, _ = split_parts(params, tuple(optimizers))
+def new_state(
+    params: nnx.State, trains: tuple[str, ...], optim: OptimConfig, *, seed: int
+) -> TrainState:
+  """Returns a state at step 0 around weights that exist, with a fresh optimiser for each part."""
+  parts, _ = split_parts(params, trains)
+  optimizer = make_optimizer(optim)
   return TrainState(
       step=jnp.zeros((), jnp.int32),
       params=params,
-      opt_state={name: optimizers[name].init(part) for name, part in parts.items()},
+      opt_state={name: optimizer.init(part) for name, part in parts.items()},
       key=jax.random.key_data(jax.random.key(seed)),
   )

@@ -21,12 +21,11 @@ from dsa_jax.evaluate import measure
 from dsa_jax.kernels.backend import default_backend
 from dsa_jax.metrics import MetricsWriter, Progress as ProgressBar
 from dsa_jax.nn.mla import Mode
-from dsa_jax.optim import make_optimizer, make_schedule
 from dsa_jax.recipe import Recipe, claim_workdir, read_recipe
 from dsa_jax.report import write_report
 from dsa_jax.results import evaluate_recipe
 from dsa_jax.stages import STAGES, StageConfig
-from dsa_jax.state import Optimizers, TrainState, init_state, model_graph, new_state
+from dsa_jax.state import TrainState, init_params, model_graph, new_state
 from dsa_jax.train_step import make_train_step
 
 
@@ -65,10 +64,10 @@ def run_stage(
   """Runs one entry of the recipe to its last step, from its last checkpoint if it has one."""
   entry = recipe.stages[name]
   began, batch_tokens = time.monotonic(), entry.batch_size * entry.seq_len
-  optimizers = stage_optimizers(recipe, entry)
-  mode = stage_mode(recipe, entry, backend)
+  schedules = entry.schedules()
   train_step = make_train_step(
-      graph, optimizers, mode, recipe.optim, micro_batches=entry.micro_batches
+      graph, entry.trains, stage_mode(recipe, entry, backend), recipe.optim,
+      micro_batches=entry.micro_batches,
   )
   batches = make_iterator(rows, entry.batch_size, entry.data_seed)
   with Checkpoints(recipe.checkpoint_folder(name)) as checkpoints:
@@ -77,7 +76,7 @@ def run_stage(
     bar.start_stage(name, entry.steps, first_step)
     if first_step == entry.steps:
       return
-    state = initial_state(recipe, entry, optimizers)
+    state = initial_state(recipe, entry)
     seconds_before = 0.0
     if first_step:
       state, progress = checkpoints.restore(state)
@@ -86,7 +85,8 @@ def run_stage(
 
     pending, loop_began = None, time.monotonic()
     for step in range(first_step + 1, entry.steps + 1):
-      state, metrics = train_step(state, next(batches))
+      rates = {part: schedule(step - 1) for part, schedule in schedules.items()}
+      state, metrics = train_step(state, next(batches), rates)
       if pending is not None:  # The step before this one; the device is already at work.
         record(*pending, name, checkpoints, writer, recipe.log_every)
       pending = step, metrics
@@ -142,18 +142,6 @@ def nonfinite_message(
   )
 
 
-def stage_optimizers(recipe: Recipe, entry: StageConfig) -> Optimizers:
-  def schedule(part):
-    return make_schedule(
-        peak=entry.learning_rate(part),
-        warmup_steps=entry.warmup_steps,
-        steps=entry.steps,
-        end_share=entry.end_share,
-    )
-
-  return {part: make_optimizer(recipe.optim, schedule(part)) for part in entry.trains}
-
-
 def stage_mode(recipe: Recipe, entry: StageConfig, backend: str) -> Mode:
   return Mode(
       attention=entry.attention or STAGES[entry.stage].attention[0],
@@ -164,13 +152,12 @@ def stage_mode(recipe: Recipe, entry: StageConfig, backend: str) -> Mode:
   )
 
 
-def initial_state(recipe: Recipe, entry: StageConfig, optimizers: Optimizers) -> TrainState:
+def initial_state(recipe: Recipe, entry: StageConfig) -> TrainState:
   """Returns the state at step 0: fresh, or around the weights that `init_from` names."""
-  state = init_state(recipe.model, optimizers, seed=recipe.seed)
-  if not entry.init_from:
-    return state
-  folder = recipe.init_folder(entry)
-  return new_state(restore_params(folder, state.params), optimizers, seed=recipe.seed)
+  params = init_params(recipe.model, seed=recipe.seed)
+  if entry.init_from:
+    params = restore_params(recipe.init_folder(entry), params)
+  return new_state(params, entry.trains, recipe.optim, seed=recipe.seed)
 
 
 def look_at_selection(
@@ -181,8 +168,8 @@ def look_at_selection(
   batches = first_batches(rows, recipe.measure_rows, 1, seed=0)
   attention = entry.attention or STAGES[entry.stage].attention[0]
   mode = Mode(attention=attention, backend=backend, rule=recipe.selection, measure=(recipe.selection,))
-  found = measure(graph, state.params, batches, mode)[recipe.selection]
-  return {name: values.tolist() for name, values in found.items()}
+  [found] = measure(graph, state.params, batches, mode)
+  return {name: values.tolist() for name, values in found[recipe.selection].items()}
 
 
 def summary(metrics: dict[str, jax.Array]) -> str:

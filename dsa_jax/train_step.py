@@ -14,29 +14,36 @@ from dsa_jax.losses import next_token_loss, shift_targets
 from dsa_jax.nn.mla import Mode
 from dsa_jax.nn.moe import balance
 from dsa_jax.nn.transformer import STACKS, Output
-from dsa_jax.optim import OptimConfig
-from dsa_jax.state import Optimizers, TrainState, join_parts, split_parts
+from dsa_jax.optim import OptimConfig, make_optimizer
+from dsa_jax.state import TrainState, join_parts, split_parts
 
 
+Rates = dict[str, jax.Array | float]  # The learning rate of each part that is trained.
+Metrics = dict[str, jax.Array]
+
+
+@functools.cache  # Stages that differ in their schedules only share one compiled program.
 def make_train_step(
     graph: nnx.GraphDef,
-    optimizers: Optimizers,
+    trains: tuple[str, ...],
     mode: Mode,
     optim: OptimConfig,
     *,
     micro_batches: int = 1,
-) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
-  """Returns the jitted step of a stage: it trains the parts that `optimizers` names.
+) -> Callable[[TrainState, Batch, Rates], tuple[TrainState, Metrics]]:
+  """Returns the jitted step of a stage that trains the parts of the model that `trains` names.
 
   The losses are means over the tokens of the whole batch that count, whatever the number of
   micro-batches and the padding: `lm_loss` over the targets, the divergence of each layer over the
   queries that see something, then summed over layers.
   """
 
+  optimizer = make_optimizer(optim)
+
   @functools.partial(jax.jit, donate_argnums=0)
-  def train_step(state: TrainState, batch: Batch):
+  def train_step(state: TrainState, batch: Batch, rates: Rates):
     key, step_key = jax.random.split(jax.random.wrap_key_data(state.key))
-    parts, rest = split_parts(state.params, tuple(optimizers))
+    parts, rest = split_parts(state.params, trains)
     totals = _count(batch)
 
     def loss(parts, micro_batch_and_key):
@@ -61,13 +68,14 @@ def make_train_step(
       (grads, metrics), _ = jax.lax.scan(accumulate, (grads, metrics), others)
 
     opt_state = {}
-    for name, optimizer in optimizers.items():
+    for name in trains:
       updates, opt_state[name] = optimizer.update(grads[name], state.opt_state[name], parts[name])
+      updates = optax.tree.scale(rates[name], updates)
       parts[name] = optax.apply_updates(parts[name], updates)
       metrics[f'grad_norm_{name}'] = optax.tree.norm(grads[name])
       metrics[f'layer_grad_norm_{name}'] = _layer_grad_norm(grads[name])
     params = join_parts(parts, rest)
-    if 'backbone' in optimizers:
+    if 'backbone' in trains:
       params = _balance(graph, params, metrics['expert_load'], optim.bias_rate)
     metrics = _summarize(metrics, micro_batches)
     return TrainState(state.step + 1, params, opt_state, jax.random.key_data(key)), metrics

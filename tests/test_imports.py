@@ -14,7 +14,7 @@ RANKS = [
     {'nn'},
     {'losses', 'optim', 'data', 'metrics', 'report', 'plots', 'cost'},
     {'stages', 'state', 'recipe', 'checkpoint', 'train_step', 'evaluate', 'results'},
-    {'train'},
+    {'train', 'load'},
 ]
 OUTSIDE = {'flax': 3, 'optax': 4, 'orbax': 5, 'ml_collections': 5, 'grain': 4}  # From this rank on.
 

@@ -177,7 +177,7 @@ def test_report_json_comes_last_and_an_old_one_goes_first(tmp_path, monkeypatch)
     os.rename(source, target)
     replaced.append(target.name)
 
-  monkeypatch.setattr(report.os, 'replace', replace)
+  monkeypatch.setattr(os, 'replace', replace)
   report.write_report(tmp_path, dense_results(), rich.console.Console(file=io.StringIO()))
   assert replaced == ['training.png', 'report.md', 'report.json']
 

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int, Key
 from dsa_jax import selection
 from dsa_jax.config import ModelConfig
 from dsa_jax.kernels import dense_attention, index_kl, sparse_attention
-from dsa_jax.nn.indexer import LightningIndexer
+from dsa_jax.nn.indexer import IndexInputs, LightningIndexer
 from dsa_jax.nn.norms import RMSNorm
 from dsa_jax.nn.param import BackboneParam, param
 from dsa_jax.nn.rope import apply_rope, rope_frequencies
@@ -58,6 +58,31 @@ class AttentionReport(NamedTuple):
   measures: dict[str, Measures]
 
 
+class Views(NamedTuple):
+  """A layer's queries and keys: in MHA form (E = N + R), absorbed (P = C + R), and the indexer's."""
+
+  q: Float[Array, 'B T H E']
+  k: Float[Array, 'B S H E']
+  v: Float[Array, 'B S H V']
+  absorbed_q: Float[Array, 'B T H P']
+  kv: Float[Array, 'B S P']  # The latent, then the rotary key: all that a cache would hold.
+  index: IndexInputs
+
+  def candidates(
+      self,
+      start: Int[Array, 'B T'],
+      end: Int[Array, 'B T'],
+      key: Key[Array, ''],
+      cfg: ModelConfig,
+      backend: str,
+  ) -> selection.Candidates:
+    """What a selection rule may look at, cut off from the gradients."""
+    arrays = jax.lax.stop_gradient((*self.index, self.q, self.k))
+    return selection.Candidates(
+        *arrays, start, end, key, sm_scale=cfg.sm_scale, topk=cfg.index_topk, backend=backend
+    )
+
+
 class MLA(nnx.Module):
   """Attention through a low-rank latent that all heads share.
 
@@ -92,50 +117,34 @@ class MLA(nnx.Module):
 
     Only the rule `random` draws from `key`.
     """
-    cfg, how = self.cfg, {'sm_scale': self.cfg.sm_scale, 'backend': mode.backend}
-    positions = jnp.maximum(end - 1 - start, 0)
-    wkv_b = self.wkv_b[...].astype(x.dtype)
-    w_k, w_v = jnp.split(wkv_b, [cfg.qk_nope_head_dim], axis=-1)
-
-    q_latent = self.q_norm(x @ self.wq_a[...].astype(x.dtype))
-    q_nope, q_rope = self._queries(q_latent, positions)
-    c_kv, k_rope = self._latents(x, positions)
-    index = self.indexer(x, q_latent, positions)
-
-    q = jnp.concatenate([q_nope, q_rope], axis=-1)
-    k_nope = jnp.einsum('BSC,CHN->BSHN', c_kv, w_k)
-    k_rope_of_heads = jnp.broadcast_to(k_rope[:, :, None], q_rope.shape)
-    k = jnp.concatenate([k_nope, k_rope_of_heads], axis=-1)
-    absorbed_q = jnp.concatenate([jnp.einsum('BTHN,CHN->BTHC', q_nope, w_k), q_rope], axis=-1)
-    kv = jnp.concatenate([c_kv, k_rope], axis=-1)
-
-    candidates = selection.Candidates(
-        *jax.lax.stop_gradient((*index, q, k)), start, end, key, topk=cfg.index_topk, **how
+    seen = self.views(x, start, end)
+    candidates = seen.candidates(start, end, key, self.cfg, mode.backend)
+    how = {'sm_scale': self.cfg.sm_scale, 'backend': mode.backend}
+    dense = functools.partial(dense_attention, seen.q, seen.k, start=start, end=end, **how)
+    sparse = functools.partial(
+        sparse_attention, seen.absorbed_q, seen.kv, v_dim=self.cfg.kv_lora_rank, **how
     )
-    sparse = functools.partial(sparse_attention, absorbed_q, kv, v_dim=cfg.kv_lora_rank, **how)
-    dense = functools.partial(dense_attention, q, k, start=start, end=end, **how)
-
     indices = None
     if mode.attention != 'dense':
       indices = selection.RULES[mode.rule](candidates)
     if mode.attention == 'sparse':
-      out, lse = sparse(indices)
-      out = jnp.einsum('BTHC,CHV->BTHV', out, w_v)
+      latent_out, lse = sparse(indices)
+      out = jnp.einsum('BTHC,CHV->BTHV', latent_out, self._expansion(x.dtype)[1])
     else:
-      out, lse = dense(v=jnp.einsum('BSC,CHV->BSHV', c_kv, w_v), indices=indices)
+      out, lse = dense(v=seen.v, indices=indices)
     out = jnp.einsum('BTHV,HVD->BTD', out, self.wo[...].astype(x.dtype))
 
     kl = None
     if mode.index_loss:
-      seen_by = (q, k) if indices is None else (absorbed_q, kv[:, :, None])
-      kl = index_kl(*seen_by, lse, *index, start, end, indices=indices, **how)
+      q, k = (seen.q, seen.k) if indices is None else (seen.absorbed_q, seen.kv[:, :, None])
+      kl = index_kl(q, k, lse, *seen.index, start, end, indices=indices, **how)
     measured = {}
     if mode.measure:
+      lse_visible = dense(v=seen.v)[1]
       oracle = selection.RULES['oracle'](candidates)
-      lse_visible = dense(v=k[..., :1])[1]
-      for name in mode.measure:
-        chosen = selection.RULES[name](candidates)
-        measured[name] = Measures(
+      for rule in mode.measure:
+        chosen = selection.RULES[rule](candidates)
+        measured[rule] = Measures(
             indices=chosen,
             captured_mass=measures.captured_mass(sparse(chosen)[1], lse_visible),
             topk_recall=measures.overlap(oracle, chosen),
@@ -144,13 +153,37 @@ class MLA(nnx.Module):
         )
     return out, AttentionReport(kl, measured)
 
+  def views(
+      self, x: Float[Array, 'B T D'], start: Int[Array, 'B T'], end: Int[Array, 'B T']
+  ) -> Views:
+    """Projects the normed `x` into all that attention and indexer read; unused parts cost nothing."""
+    positions = jnp.maximum(end - 1 - start, 0)
+    w_k, w_v = self._expansion(x.dtype)
+    q_latent = self.q_norm(x @ self.wq_a[...].astype(x.dtype))
+    q_nope, q_rope = self._queries(q_latent, positions)
+    c_kv, k_rope = self._latents(x, positions)
+    k_nope = jnp.einsum('BSC,CHN->BSHN', c_kv, w_k)
+    k_rope_of_heads = jnp.broadcast_to(k_rope[:, :, None], q_rope.shape)
+    return Views(
+        q=jnp.concatenate([q_nope, q_rope], axis=-1),
+        k=jnp.concatenate([k_nope, k_rope_of_heads], axis=-1),
+        v=jnp.einsum('BSC,CHV->BSHV', c_kv, w_v),
+        absorbed_q=jnp.concatenate([jnp.einsum('BTHN,CHN->BTHC', q_nope, w_k), q_rope], axis=-1),
+        kv=jnp.concatenate([c_kv, k_rope], axis=-1),
+        index=self.indexer(x, q_latent, positions),
+    )
+
+  def _expansion(self, dtype):
+    """The weights that expand a latent into each head's key [C, H, N] and value [C, H, V]."""
+    return jnp.split(self.wkv_b[...].astype(dtype), [self.cfg.qk_nope_head_dim], axis=-1)
+
   def _queries(self, q_latent, positions):
     q = jnp.einsum('BTQ,QHE->BTHE', q_latent, self.wq_b[...].astype(q_latent.dtype))
     nope, rope = jnp.split(q, [self.cfg.qk_nope_head_dim], axis=-1)
     return nope, apply_rope(rope, positions, rope_frequencies(self.cfg), interleaved=True)
 
   def _latents(self, x, positions):
-    """The latent and the rotary key of every token: all that a cache would hold."""
+    """The normed latent and the rotated key of every token."""
     latent, rope = jnp.split(x @ self.wkv_a[...].astype(x.dtype), [self.cfg.kv_lora_rank], axis=-1)
     frequencies = rope_frequencies(self.cfg)
     rope = apply_rope(rope[:, :, None], positions, frequencies, interleaved=True)[:, :, 0]

@@ -1,0 +1,455 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Facts that hold for any weights, each one a function that asserts it.
+
+The model is tiny, but its budget is several times smaller than the context, its rows hold several
+documents and padding, and no weight sits at a value that hides a mistake. `eager` runs it without
+compiling whole programs: the second call of any law costs a fraction of a second.
+"""
+
+import contextlib
+import dataclasses
+import functools
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from dsa_jax.config import ModelConfig
+from dsa_jax.data.batch import Batch
+from dsa_jax.losses import next_token_loss
+from dsa_jax.nn.indexer import LightningIndexer
+from dsa_jax.nn.mla import MLA, Mode
+from dsa_jax.nn.param import BackboneParam, IndexerParam
+from dsa_jax.nn.transformer import Transformer
+from dsa_jax.optim import OptimConfig
+from dsa_jax.stages import STAGES
+from dsa_jax.state import model_graph, new_state, split_parts
+from dsa_jax.train_step import make_train_step
+
+BACKENDS = ('reference', 'xla')
+CFG = ModelConfig(
+    vocab_size=37, dim=24, n_layers=3, n_dense_layers=1, inter_dim=40,
+    n_routed_experts=8, n_activated_experts=3, n_expert_groups=4, n_limited_groups=2,
+    moe_inter_dim=12,
+    n_heads=3, q_lora_rank=16, kv_lora_rank=12,
+    qk_nope_head_dim=6, qk_rope_head_dim=8, v_head_dim=5,
+    index_n_heads=2, index_head_dim=12, index_topk=5,  # Two heads: many rows of ReLU's zeros.
+    max_seq_len=64, original_seq_len=32, rope_theta=20.0, rope_factor=8.0,  # YaRN in all its parts.
+    dtype='float32',
+)
+SMALL = dataclasses.replace(CFG, n_layers=2, n_dense_layers=1)
+T = 29
+LENGTHS = ((17, 12), (21, 5))  # Documents of each row; the second ends in padding.
+RATES = {'backbone': 0.01, 'indexer': 0.01}
+
+
+@contextlib.contextmanager
+def eager():
+  """Operations run one by one, so that patches are seen and compilations shared."""
+  with jax.disable_jit(), _few_optimizations():
+    yield
+
+
+@contextlib.contextmanager
+def compiled():
+  """Programs compile whole, quickly rather than well."""
+  make_train_step.cache_clear()
+  with jax.disable_jit(False), _few_optimizations():
+    yield
+  make_train_step.cache_clear()
+
+
+@contextlib.contextmanager
+def _few_optimizations():
+  before = jax.config.read('jax_disable_most_optimizations')
+  jax.config.update('jax_disable_most_optimizations', True)
+  try:
+    yield
+  finally:
+    jax.config.update('jax_disable_most_optimizations', before)
+
+
+# Weights and batches.
+
+
+@functools.cache
+def graph_of(cfg: ModelConfig) -> nnx.GraphDef:
+  return model_graph(cfg)
+
+
+@functools.cache
+def _weights(cfg: ModelConfig, seed: int) -> nnx.State:
+  abstract = nnx.state(nnx.eval_shape(lambda: Transformer(cfg, rngs=nnx.Rngs(0))))
+  rng = np.random.default_rng(seed)
+
+  def draw(path, leaf):
+    name = jax.tree_util.keystr(path)
+    std, mean = 0.25, 0.0
+    if 'scale' in name:
+      mean = 1.0
+    elif 'embed' in name:
+      std = 1.0
+    return np.asarray(mean + std * rng.normal(size=leaf.shape), np.float32)
+
+  return jax.tree_util.tree_map_with_path(draw, abstract)
+
+
+def weights(cfg: ModelConfig = CFG, seed: int = 0) -> nnx.State:
+  """Weights of which none is zero or one: norms, biases and the router's bias included."""
+  return jax.tree.map(jnp.array, _weights(cfg, seed))
+
+
+def model_of(params: nnx.State, cfg: ModelConfig = CFG) -> Transformer:
+  return nnx.merge(graph_of(cfg), params)
+
+
+def with_indexer_of(params: nnx.State, other: nnx.State) -> nnx.State:
+  """The backbone of the first, the indexers of the second."""
+  _, rest = nnx.split_state(params, IndexerParam, ...)
+  indexer, _ = nnx.split_state(other, IndexerParam, ...)
+  return nnx.merge_state(indexer, rest)
+
+
+def scaled(params: nnx.State, factor: float, *names: str) -> nnx.State:
+  """Multiplies the weights whose path holds one of the names."""
+
+  def leaf(path, x):
+    return factor * x if any(name in jax.tree_util.keystr(path) for name in names) else x
+
+  return jax.tree_util.tree_map_with_path(leaf, params)
+
+
+def make_batch(lengths: tuple[tuple[int, ...], ...], n_tokens: int = T, seed: int = 0) -> Batch:
+  """Rows of documents, then padding; a document's last token has no target."""
+  rng = np.random.default_rng(seed)
+  shape = len(lengths), n_tokens
+  tokens = rng.integers(CFG.vocab_size, size=shape).astype(np.int32)
+  targets = np.roll(tokens, -1, axis=1)
+  weights = np.zeros(shape, np.float32)
+  start = np.broadcast_to(np.arange(n_tokens), shape).astype(np.int32)
+  end = start.copy()
+  for row, documents in enumerate(lengths):
+    at = 0
+    for length in documents:
+      start[row, at : at + length] = at
+      end[row, at : at + length] += 1
+      weights[row, at : at + length - 1] = 1
+      at += length
+  return Batch(*map(jnp.asarray, (tokens, targets, weights, start, end)))
+
+
+def forward(params, batch: Batch, mode: Mode, cfg: ModelConfig = CFG, **kwargs):
+  return model_of(params, cfg)(batch.tokens, batch.start, batch.end, mode, **kwargs)
+
+
+def losses(params, batch: Batch, mode: Mode, cfg: ModelConfig = CFG):
+  """Sums over what counts: the language model's loss and the indexer's."""
+  out = forward(params, batch, mode, cfg)
+  lm = jnp.sum(next_token_loss(out.logits, batch.targets) * batch.weights)
+  return lm, jnp.sum(out.index_kl)
+
+
+def gradients(which: int, params, batch: Batch, mode: Mode, cfg: ModelConfig = CFG) -> nnx.State:
+  """Of the language model's loss (0) or of the indexer's (1)."""
+  return jax.grad(lambda p: losses(p, batch, mode, cfg)[which])(params)
+
+
+def selected(out) -> np.ndarray:
+  return np.asarray(out.measures('indexer').indices)
+
+
+def assert_close(got, want, tolerance: float = 2e-5, floor: float = 0.0):
+  """Compares trees, each array relative to its largest value."""
+  got, want = jax.tree.leaves_with_path(got), jax.tree.leaves_with_path(want)
+  assert [path for path, _ in got] == [path for path, _ in want]
+  for (path, a), (_, b) in zip(got, want):
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    limit = tolerance * max(np.abs(b).max(initial=0), floor)
+    np.testing.assert_allclose(a, b, rtol=0, atol=limit, err_msg=jax.tree_util.keystr(path))
+
+
+def assert_same(got, want):
+  """Compares trees to the last bit."""
+  jax.tree.map(np.testing.assert_array_equal, got, want)
+
+
+def assert_zero(tree):
+  for path, x in jax.tree.leaves_with_path(tree):
+    assert not np.any(np.asarray(x)), jax.tree_util.keystr(path)
+
+
+def assert_differs(a, b, least: float = 1e-3):
+  difference = np.abs(np.asarray(a, np.float64) - np.asarray(b, np.float64)).max()
+  assert difference > least, difference
+
+
+# How attention, selection and documents behave.
+
+
+def law_masked_is_sparse(backend: str):
+  batch, params = make_batch(LENGTHS), weights()
+  found = {}
+  for attention in ('sparse', 'masked'):
+    mode = Mode(attention=attention, backend=backend, index_loss=True, measure=('indexer',))
+    out = forward(params, batch, mode)
+    plain = dataclasses.replace(mode, measure=())
+    grads = [gradients(which, params, batch, plain) for which in (0, 1)]
+    found[attention] = out, grads
+  (sparse, sparse_grads), (masked, masked_grads) = found['sparse'], found['masked']
+  assert_same(selected(masked), selected(sparse))
+  assert_close((masked.logits, masked.index_kl), (sparse.logits, sparse.index_kl))
+  assert_close(masked_grads, sparse_grads, 1e-4, floor=1e-2)
+
+
+def law_all_selected_is_dense(backend: str, attention: str):
+  cfg = dataclasses.replace(CFG, index_topk=T + 3)
+  batch, params = make_batch(LENGTHS), weights()
+  outs = []
+  for how in ('dense', attention):
+    outs.append(forward(params, batch, Mode(attention=how, backend=backend, index_loss=True), cfg))
+  assert_close(outs[1].logits, outs[0].logits)
+  assert_close(outs[1].index_kl, outs[0].index_kl, 1e-4)
+
+
+def law_packed_is_alone(backend: str, attention: str):
+  """A document's numbers do not depend on where it lies, nor on its neighbours."""
+  mode = Mode(attention=attention, backend=backend, index_loss=True, measure=('indexer',))
+  batch, params = make_batch(LENGTHS), weights()
+  packed = forward(params, batch, mode)
+  for row, documents in enumerate(LENGTHS):
+    at = 0
+    for length in documents:
+      alone = make_batch(((length,),) * 2)
+      tokens = np.array(alone.tokens)
+      tokens[:, :length] = batch.tokens[row, at : at + length]
+      out = forward(params, alone._replace(tokens=jnp.asarray(tokens)), mode)
+      here, there = np.s_[row, at : at + length], np.s_[0, :length]
+      assert_close(packed.logits[here], out.logits[there])
+      assert_close(packed.index_kl[:, *here], out.index_kl[:, *there])
+      shifted = selected(packed)[:, *here]
+      shifted = np.where(shifted < 0, -1, shifted - at)
+      assert_same(shifted, selected(out)[:, *there])
+      at += length
+
+
+def law_positions_restart():
+  """What a cache would hold of a document, to the last bit, wherever it lies in a row."""
+  block = model_of(weights()).block(0)
+  x = jnp.asarray(np.random.default_rng(0).normal(size=(1, T, CFG.dim)), jnp.float32)
+  length = 9
+  caches = []
+  for at in (0, 11):
+    lengths = (at, length) if at else (length,)
+    batch = make_batch((lengths,))
+    moved = jnp.zeros_like(x).at[:, at : at + length].set(x[:, :length])
+    views = block.attn.views(moved, batch.start, batch.end)
+    caches.append([part[:, at : at + length] for part in (views.kv, views.k, views.index.k)])
+  assert_same(caches[1], caches[0])
+
+
+def law_no_future(backend: str, attention: str):
+  """Later tokens change neither earlier logits nor the gradients of earlier losses."""
+  mode = Mode(attention=attention, backend=backend, index_loss=True)
+  batch, params, cut = make_batch(((T,), (T,))), weights(), 13
+  tokens = batch.tokens.at[:, cut:].set((batch.tokens[:, cut:] + 5) % CFG.vocab_size)
+  other = batch._replace(tokens=tokens)
+
+  def early_losses(params, batch):
+    out = forward(params, batch, mode)
+    loss = next_token_loss(out.logits, batch.targets)[:, :cut]
+    return jnp.sum(loss) + jnp.sum(out.index_kl[:, :, :cut]), out
+
+  found = [
+      jax.value_and_grad(early_losses, has_aux=True)(params, b) for b in (batch, other)
+  ]
+  (before, out), grads = found[0]
+  (after, other_out), other_grads = found[1]
+  assert_close(other_out.logits[:, :cut], out.logits[:, :cut], 1e-6)
+  assert_close(other_out.index_kl[:, :, :cut], out.index_kl[:, :, :cut], 1e-5)
+  assert_differs(other_out.logits[:, cut:], out.logits[:, cut:])
+  assert_close(after, before, 1e-6)
+  assert_close(other_grads, grads, 2e-5, floor=1e-2)
+
+
+def law_selection_reaches_output(backend: str, attention: str):
+  """Another indexer changes the logits, except where attention is dense."""
+  mode, batch = Mode(attention=attention, backend=backend), make_batch(LENGTHS)
+  params = weights()
+  outs = [
+      forward(with_indexer_of(params, other), batch, mode).logits
+      for other in (params, weights(seed=1))
+  ]
+  if attention == 'dense':
+    assert_same(outs[1], outs[0])
+  else:
+    assert_differs(outs[1], outs[0])
+    few = np.asarray(batch.end - batch.start) <= CFG.index_topk  # Nothing to choose yet.
+    few &= np.asarray(batch.end > batch.start)
+    assert_close(outs[1][few], outs[0][few])
+
+
+# Who trains whom.
+
+
+def law_own_losses_only(backend: str, attention: str):
+  """The divergence moves the indexer only, the language model's loss the backbone only."""
+  mode = Mode(attention=attention, backend=backend, index_loss=True)
+  batch, params = make_batch(LENGTHS), weights()
+  for which, (own, stray) in enumerate([(BackboneParam, IndexerParam)] * 2):
+    own, stray = (own, stray) if which == 0 else (stray, own)
+    trained, silent, rest = nnx.split_state(gradients(which, params, batch, mode), own, stray, ...)
+    assert_zero(silent)
+    assert_zero(rest)  # The router's bias: no loss trains it.
+    for path, x in jax.tree.leaves_with_path(trained):
+      assert np.isfinite(x).all()
+      if which == 1 or 'moe' not in jax.tree_util.keystr(path):
+        assert np.any(np.asarray(x)), jax.tree_util.keystr(path)
+
+
+def law_selection_is_constant(backend: str):
+  """With the selection held, the language model's loss has the gradient it says it has."""
+  mode = Mode(attention='sparse', backend=backend, index_loss=True)
+  batch, params = make_batch(LENGTHS), weights()
+  grads = gradients(0, params, batch, mode)
+  held = gradients(0, with_indexer_of(params, params), batch, mode)
+  assert_same(grads, held)
+
+
+def take_step(
+    params, batch: Batch, mode: Mode, *, trains=('backbone', 'indexer'), cfg=CFG,
+    optim=OptimConfig(), micro_batches: int = 1, rates=None,
+):
+  """One real step from fresh optimisers; returns the new parameters and the metrics."""
+  state = new_state(jax.tree.map(jnp.array, params), trains, optim, seed=0)
+  step = make_train_step(graph_of(cfg), trains, mode, optim, micro_batches=micro_batches)
+  state, metrics = step(state, batch, {name: (rates or RATES)[name] for name in trains})
+  return state.params, metrics
+
+
+def law_own_clipping(attention: str):
+  """A huge gradient of one part leaves the other's update as it was, to the last bit."""
+  mode = Mode(attention=attention, backend='xla', index_loss=True)
+  batch, params = make_batch(LENGTHS), weights(SMALL)
+  optim = OptimConfig(eps=1.0)  # So that the update feels the gradient's size.
+  step = functools.partial(take_step, batch=batch, mode=mode, cfg=SMALL, optim=optim)
+  before, _ = step(params)
+  changes = {'indexer': scaled(params, 1024.0, 'weights_proj')}  # A power of two: no new rounding.
+  changes['backbone'] = scaled(params, 1024.0, 'head')
+  for name, huge in changes.items():
+    after, metrics = step(huge)
+    other = 'backbone' if name == 'indexer' else 'indexer'
+    assert metrics[f'grad_norm_{name}'] > 100, metrics[f'grad_norm_{name}']
+    assert_same(split_parts(after, (other,))[0][other], split_parts(before, (other,))[0][other])
+
+
+def law_only_trained_parts_move(stage: str):
+  """A stage's step leaves the other part's weights alone, to the last bit."""
+  trains = STAGES[stage].trains
+  mode = Mode(
+      attention=STAGES[stage].attention[0], backend='xla', index_loss='indexer' in trains
+  )
+  params = weights(SMALL)
+  after, _ = take_step(params, make_batch(LENGTHS), mode, trains=trains, cfg=SMALL)
+  for part in ('backbone', 'indexer'):
+    old, new = (split_parts(p, (part,))[0][part] for p in (params, after))
+    if part in trains:
+      assert_differs(*(jnp.concatenate([x.ravel() for x in jax.tree.leaves(p)]) for p in (old, new)))
+    else:
+      assert_same(new, old)
+
+
+def law_warmup_is_dense():
+  """Warm-up's output is dense attention's, whatever the indexer; its steps leave the loss alone."""
+  stage, batch, params = STAGES['warmup'], make_batch(LENGTHS), weights(SMALL)
+  warmup = Mode(attention=stage.attention[0], backend='xla', index_loss=True)
+  dense = Mode(attention='dense', backend='xla')
+  want = forward(params, batch, dense, SMALL).logits
+  for seed in (1, 2):
+    mixed = with_indexer_of(params, weights(SMALL, seed))
+    assert_same(forward(mixed, batch, warmup, SMALL).logits, want)
+  state = new_state(params, stage.trains, OptimConfig(), seed=0)
+  step = make_train_step(graph_of(SMALL), stage.trains, warmup, OptimConfig())
+  history = []
+  for _ in range(4):
+    state, metrics = step(state, batch, {'indexer': 0.01})
+    history.append((float(metrics['lm_loss']), float(jnp.sum(metrics['index_kl']))))
+  lm, kl = zip(*history)
+  assert len(set(lm)) == 1, lm
+  assert kl[-1] < kl[0], kl
+
+
+# What counts in a loss.
+
+
+_STEPS = {}
+
+
+def law_loss_scale(micro_batches: int, padded: bool, attention: str):
+  """The numbers of a step do not depend on how its batch is cut up, nor on padding."""
+  lengths = ((17, 12), (21, 5), (29,), (7, 6))
+  batch, params = make_batch(lengths), weights(SMALL)
+  want_batch = batch
+  if padded:  # The same documents with a tail, and rows of nothing: weights and sizes differ.
+    tail = Batch(*(np.array(x) for x in make_batch(lengths + ((),) * 4, T + 3, seed=1)))
+    for wide, x in zip(tail, batch):
+      wide[:4, :T] = x
+    batch = Batch(*map(jnp.asarray, tail))
+  mode = Mode(attention=attention, backend='xla', index_loss=True)
+  optim = OptimConfig(eps=1.0)  # Plain Adam divides out the scale that this law is about.
+  step = functools.partial(take_step, params, mode=mode, cfg=SMALL, optim=optim)
+  want, want_metrics = step(batch=want_batch)
+  got, metrics = step(batch=batch, micro_batches=micro_batches)
+  names = ('lm_loss', 'index_kl', 'grad_norm_backbone', 'grad_norm_indexer', 'expert_imbalance')
+  for name in names:
+    assert_close(metrics[name], want_metrics[name], 1e-4)
+  moved, want_moved = (jax.tree.map(jnp.subtract, p, params) for p in (got, want))
+  assert_close(moved, want_moved, 1e-3, floor=1e-5)
+
+
+def law_loss_is_a_mean():
+  """The step's losses are plain means over what counts, worked out by hand."""
+  mode = Mode(attention='sparse', backend='xla', index_loss=True)
+  batch, params = make_batch(LENGTHS), weights(SMALL)
+  _, metrics = take_step(params, batch, mode, cfg=SMALL)
+  out = forward(params, batch, mode, SMALL)
+  nats = np.asarray(next_token_loss(out.logits, batch.targets))
+  lm = [nats[row, :length - 1] for row, length in ((0, 17), (1, 21))]
+  lm += [nats[0, 17:28], nats[1, 21:25]]
+  assert_close(metrics['lm_loss'], np.concatenate(lm).mean())
+  kl = np.asarray(out.index_kl)
+  assert_close(metrics['index_kl'], (kl[:, 0].sum(-1) + kl[:, 1, :26].sum(-1)) / (29 + 26))
+  assert_zero(kl[:, 1, 26:])
+
+
+# Experts.
+
+
+def law_bias_balances():
+  """The step moves each selection bias by the rate: up where few tokens came, else down."""
+  mode = Mode(attention='dense', backend='xla')
+  batch, params = make_batch(LENGTHS), weights(SMALL)
+  after, _ = take_step(
+      params, batch, mode, trains=('backbone',), cfg=SMALL, optim=OptimConfig(bias_rate=0.01)
+  )
+  load = np.asarray(forward(params, batch, mode, SMALL).layers['moe_blocks'].expert_load)
+  n_tokens = float(np.sum(batch.end > batch.start))
+  assert_close(load.sum(-1), np.full(1, n_tokens * SMALL.n_activated_experts))
+  old, new = (model_of(p, SMALL).moe_blocks.ffn.bias[...] for p in (params, after))
+  want = 0.01 * np.sign(load.mean(-1, keepdims=True) - load)
+  np.testing.assert_allclose(np.asarray(new - old), want, atol=1e-6)
+
+
+def law_balance_converges():
+  """Repeated, the bias spreads the load."""
+  from dsa_jax.nn.moe import balance, route
+
+  rng = np.random.default_rng(0)
+  logits = jnp.asarray(rng.normal(size=(256, 8)) + 2 * rng.normal(size=8), jnp.float32)
+  bias, imbalance = jnp.zeros(8), []
+  for _ in range(60):
+    load = jnp.bincount(route(logits, bias, CFG)[0].ravel(), length=8).astype(jnp.float32)
+    imbalance.append(float(load.max() / load.mean()))
+    bias = balance(bias, load, 0.02)
+  assert imbalance[-1] < 0.5 * (1 + imbalance[0]), (imbalance[0], imbalance[-1])

@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The whole model equals the one of `plain`; and the constants of the released one."""
+
+import dataclasses
+
+from flax import nnx
+import golden
+import jax
+import laws
+import numpy as np
+import pytest
+
+from dsa_jax.config import ModelConfig
+from dsa_jax.nn.param import IndexerParam
+from dsa_jax.nn.rope import rope_frequencies
+from dsa_jax.nn.transformer import Transformer
+
+
+@pytest.fixture(autouse=True, scope='module')
+def eager():
+  with laws.eager():
+    yield
+
+
+@pytest.mark.parametrize('backend', laws.BACKENDS)
+@pytest.mark.parametrize('attention', ['dense', 'sparse', 'masked'])
+def test_forward(attention, backend):
+  golden.check_forward(attention, backend)
+
+
+@pytest.mark.parametrize('backend', laws.BACKENDS)
+@pytest.mark.parametrize('attention', ['dense', 'sparse'])
+def test_gradients(attention, backend):
+  golden.check_gradients(attention, backend)
+
+
+@pytest.mark.parametrize(
+    'changes',
+    [
+        dict(n_mtp_layers=1),
+        dict(max_seq_len=32),  # No YaRN.
+        dict(n_expert_groups=1, n_limited_groups=1),
+        dict(n_dense_layers=3),
+        dict(n_dense_layers=0),
+    ],
+    ids=lambda changes: '-'.join(changes),
+)
+def test_other_configs(changes):
+  golden.check_forward('sparse', 'xla', dataclasses.replace(laws.CFG, **changes))
+
+
+# Spec: DeepSeek's inference/config_671B_v3.2.json with the formulas of its inference/model.py.
+FREQUENCIES = [
+    1, 0.74989421, 0.56234133, 0.4216965, 0.31622777, 0.23713737, 0.17782794, 0.13335214, 0.1,
+    0.074989421, 0.056234133, 0.039006927, 0.02687936, 0.018378146, 0.012447956, 0.008334509,
+    0.0055, 0.0035619975, 0.0022493653, 0.0013705136, 0.00079056942, 0.0004149904, 0.00017782794,
+    3.3338036e-05, 2.5e-05, 1.8747355e-05, 1.4058533e-05, 1.0542413e-05, 7.9056942e-06,
+    5.9284343e-06, 4.4456985e-06, 3.3338036e-06,
+]
+
+
+def test_frequencies_of_the_released_model():
+  np.testing.assert_allclose(rope_frequencies(ModelConfig()), FREQUENCIES, rtol=1e-7)
+
+
+def test_softmax_scale_of_the_released_model():
+  cfg = ModelConfig()
+  assert cfg.sm_scale == pytest.approx(0.1352337789, rel=1e-9)
+  assert cfg.sm_scale != pytest.approx((cfg.kv_lora_rank + cfg.qk_rope_head_dim) ** -0.5, rel=0.1)
+  short = dataclasses.replace(cfg, max_seq_len=cfg.original_seq_len)
+  assert short.sm_scale == pytest.approx(192**-0.5)
+
+
+def test_parameter_counts_of_the_released_model():
+  cfg = ModelConfig()
+  with jax.disable_jit(False):
+    params = nnx.state(nnx.eval_shape(lambda: Transformer(cfg, rngs=nnx.Rngs(0))))
+  count = lambda tree: sum(x.size for x in jax.tree.leaves(tree))
+  indexer, _ = nnx.split_state(params, IndexerParam, ...)
+  assert count(params) == 671_877_944_064
+  assert count(indexer) == 61 * 13_959_424
