@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 from dsa_jax.checkpoint import restore_params
 from dsa_jax.nn.transformer import Transformer
 from dsa_jax.recipe import Recipe, read_recipe
-from dsa_jax.state import init_params, model_graph
+from dsa_jax.state import abstract_params, model_graph
 
 
 def load_model(workdir: str | pathlib.Path, entry: str) -> tuple[Transformer, Recipe]:
@@ -29,6 +29,6 @@ def load_model(workdir: str | pathlib.Path, entry: str) -> tuple[Transformer, Re
   recipe = read_recipe(ConfigDict(json.loads(path.read_text()) | {'workdir': str(workdir)}))
   if entry not in recipe.stages:
     raise ValueError(f'{entry=} must be one of the recipe, {tuple(recipe.stages)}.')
-  like = init_params(recipe.model, seed=0)
+  like = abstract_params(recipe.model)
   params = restore_params(recipe.checkpoint_folder(entry), like)
   return nnx.merge(model_graph(recipe.model), params), recipe

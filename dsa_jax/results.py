@@ -6,6 +6,7 @@ import importlib.metadata
 import os
 import pathlib
 import platform
+import sys
 from typing import Any
 
 from flax import nnx
@@ -18,7 +19,7 @@ from dsa_jax.data.pipeline import first_batches
 from dsa_jax.evaluate import Scores, evaluate, measure
 from dsa_jax.nn.mla import Mode
 from dsa_jax.recipe import Recipe
-from dsa_jax.state import init_params
+from dsa_jax.state import abstract_params
 
 LONG_CONTEXT = 131_072
 
@@ -28,7 +29,7 @@ def evaluate_recipe(recipe: Recipe, graph: nnx.GraphDef, backend: str) -> dict[s
   setting, budget = recipe.report, recipe.model.index_topk
   rows = recipe.data.rows(setting.seq_len, 'validation')
   batches = first_batches(rows, setting.batch_size, setting.batches, seed=0)
-  like = init_params(recipe.model, seed=0)
+  like = abstract_params(recipe.model)
   load = lambda entry: restore_params(recipe.checkpoint_folder(entry), like)
 
   scores: dict[str, Scores] = {}
@@ -54,7 +55,7 @@ def evaluate_recipe(recipe: Recipe, graph: nnx.GraphDef, backend: str) -> dict[s
   seconds = {name: _seconds(recipe, name) for name in recipe.stages}
   results = {
       'title': recipe.workdir.name,
-      'command': f'python -m dsa_jax.train --config.workdir={recipe.workdir.name}',
+      'command': describe_command(),
       'machine': describe_machine(),
       'date': datetime.date.today().isoformat(),
       'versions': {p: importlib.metadata.version(p) for p in ('jax', 'flax', 'optax')},
@@ -129,6 +130,12 @@ def _captured(measured: dict[str, dict[str, np.ndarray]]) -> dict[str, list[floa
 def _seconds(recipe: Recipe, entry: str) -> float:
   with Checkpoints(recipe.checkpoint_folder(entry)) as checkpoints:
     return checkpoints.seconds()
+
+
+def describe_command() -> str:
+  """Returns what was typed; a call from a notebook or a test has no command."""
+  typed = sys.orig_argv[1:]
+  return ' '.join(['python', *typed]) if 'dsa_jax.train' in typed else 'dsa_jax.train.train(config)'
 
 
 def describe_machine() -> str:

@@ -25,7 +25,7 @@ from dsa_jax.recipe import Recipe, claim_workdir, read_recipe
 from dsa_jax.report import write_report
 from dsa_jax.results import evaluate_recipe
 from dsa_jax.stages import STAGES, StageConfig
-from dsa_jax.state import TrainState, init_params, model_graph, new_state
+from dsa_jax.state import TrainState, abstract_params, init_params, model_graph, new_state
 from dsa_jax.train_step import make_train_step
 
 
@@ -154,9 +154,10 @@ def stage_mode(recipe: Recipe, entry: StageConfig, backend: str) -> Mode:
 
 def initial_state(recipe: Recipe, entry: StageConfig) -> TrainState:
   """Returns the state at step 0: fresh, or around the weights that `init_from` names."""
-  params = init_params(recipe.model, seed=recipe.seed)
   if entry.init_from:
-    params = restore_params(recipe.init_folder(entry), params)
+    params = restore_params(recipe.init_folder(entry), abstract_params(recipe.model))
+  else:
+    params = init_params(recipe.model, seed=recipe.seed)
   return new_state(params, entry.trains, recipe.optim, seed=recipe.seed)
 
 

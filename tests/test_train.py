@@ -157,7 +157,7 @@ def test_misspelt_field_names_the_right_one(tmp_path):
         ({'stages.warmup.init_from': 'sparse'}, r'must come before it'),
         ({'stages.warmup.init_from': ''}, r'init_from must say'),
         ({'stages.dense.micro_batches': 3}, r'batch_size=2 must be a multiple'),
-        ({'stages.dense.seq_len': 4096}, r'exceeds .*max_seq_len=512'),
+        ({'stages.dense.seq_len': 4096}, r'exceeds .*max_seq_len=256'),
         ({'stages.dense.attention': 'sparse'}, r'of a dense stage'),
         ({'model.vocab_size': 100}, r'vocab_size=100 is too small'),
         ({'model.n_heads': 0}, r'n_heads=0 must be at least 1'),

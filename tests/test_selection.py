@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every rule of the package keeps the contract of a selection; and the measures measure."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import laws
+import numpy as np
+import pytest
+
+from dsa_jax.kernels import dense_attention
+from dsa_jax.selection import RULES, Candidates, measures
+
+K = 5
+LENGTHS = ((17, 12), (21, 5))
+
+
+@pytest.fixture(autouse=True, scope='module')
+def eager():
+  with laws.eager():
+    yield
+
+
+def make_candidates(backend='xla', seed=0, key=0, topk=K) -> Candidates:
+  rng = np.random.default_rng(seed)
+  normal = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+  b, t = 2, laws.T
+  batch = laws.make_batch(LENGTHS)
+  return Candidates(
+      normal(b, t, 2, 12), normal(b, t, 12), normal(b, t, 2), 2 * normal(b, t, 3, 14),
+      normal(b, t, 3, 14), batch.start, batch.end, jax.random.key(key),
+      sm_scale=0.4, topk=topk, backend=backend,
+  )
+
+
+@functools.cache
+def choose(rule: str, backend: str = 'xla', key: int = 0, topk: int = K) -> np.ndarray:
+  return np.asarray(RULES[rule](make_candidates(backend, key=key, topk=topk)))
+
+
+@pytest.mark.parametrize('topk', [K, laws.T + 3])
+@pytest.mark.parametrize('backend', laws.BACKENDS)
+@pytest.mark.parametrize('rule', RULES)
+def test_contract(rule, backend, topk):
+  c, found = make_candidates(backend, topk=topk), choose(rule, backend, topk=topk)
+  assert found.dtype == np.int32 and found.shape == (2, laws.T, topk)
+  for row, start, end in zip(
+      found.reshape(-1, topk), np.ravel(c.start).tolist(), np.ravel(c.end).tolist()
+  ):
+    n = min(topk, end - start)
+    chosen = row[:n].tolist()
+    assert (row[n:] == -1).all(), row
+    assert chosen == sorted(set(chosen)), row
+    assert all(start <= s < end for s in chosen), row
+  np.testing.assert_array_equal(RULES[rule](c), found)
+
+
+@pytest.mark.parametrize('rule', RULES)
+def test_backends_agree(rule):
+  np.testing.assert_array_equal(choose(rule, 'xla'), choose(rule, 'reference'))
+
+
+def test_rules_differ():
+  chosen = [choose(rule) for rule in RULES]
+  for i, a in enumerate(chosen):
+    for b in chosen[:i]:
+      assert (a != b).any()
+
+
+def captured(rule: str) -> np.ndarray:
+  c = make_candidates()
+  _, lse = dense_attention(
+      c.q, c.k, c.k, c.start, c.end, sm_scale=c.sm_scale, backend='reference'
+  )
+  indices = jnp.asarray(choose(rule))
+  _, chosen = dense_attention(
+      c.q, c.k, c.k, c.start, c.end, sm_scale=c.sm_scale, indices=indices, backend='reference'
+  )
+  return np.asarray(measures.captured_mass(chosen, lse))
+
+
+@pytest.mark.parametrize('rule', RULES)
+def test_captured_mass(rule):
+  """Against a softmax written out; and no rule captures more than the oracle, at any query."""
+  c, mass = make_candidates(), captured(rule)
+  for b, t in np.ndindex(*mass.shape):
+    start, end = int(c.start[b, t]), int(c.end[b, t])
+    want = 0.0
+    if end > start:
+      logits = 0.4 * np.einsum(
+          'he,she->hs', np.asarray(c.q[b, t], np.float64), np.asarray(c.k[b, start:end], np.float64)
+      )
+      probs = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+      chosen = [s - start for s in choose(rule)[b, t].tolist() if s >= 0]
+      want = probs.mean(0)[chosen].sum()
+    np.testing.assert_allclose(mass[b, t], want, atol=1e-5)
+  assert (captured('oracle') >= mass - 1e-6).all()
+
+
+def test_window_sinks_by_hand():
+  found = choose('window_sinks')  # One sink of the five.
+  np.testing.assert_array_equal(found[0, 3], [0, 1, 2, 3, -1])
+  np.testing.assert_array_equal(found[0, 4], [0, 1, 2, 3, 4])
+  np.testing.assert_array_equal(found[0, 16], [0, 13, 14, 15, 16])
+  np.testing.assert_array_equal(found[0, 28], [17, 25, 26, 27, 28])
+  np.testing.assert_array_equal(found[1, 28], [-1] * 5)
+  found = choose('window_sinks', topk=3)
+  np.testing.assert_array_equal(found[0, 16], [14, 15, 16])
+
+
+def test_random_goes_by_its_key():
+  a, b = choose('random', key=0), choose('random', key=1)
+  assert (a != b).any()
+  few = np.asarray(make_candidates().end - make_candidates().start) <= K
+  np.testing.assert_array_equal(a[few], b[few])
+  first = np.stack([choose('random', key=key)[0, 16] for key in range(30)])
+  count = np.bincount(first.ravel(), minlength=17)
+  assert count.min() > 0 and count.max() < 25, count  # 150 draws from 17 keys.
+
+
+def test_overlap_and_distance():
+  rng = np.random.default_rng(0)
+  rows = [np.sort(rng.permutation(12)[:n]) for n in rng.integers(0, 6, size=24)]
+  padded = np.full((2, 12, 5), -1, np.int32)
+  for row, chosen in zip(padded.reshape(-1, 5), rows):
+    row[: len(chosen)] = chosen
+  end = rng.integers(12, 20, size=(2, 12)).astype(np.int32)
+  share = lambda a, b: len(set(a) & set(b)) / len(a) if len(a) else 0
+  before = [np.array([])] + rows[:-1]
+  before[12] = np.array([])  # The first query of the second row.
+  want = np.reshape([share(a, b) for a, b in zip(rows, before)], (2, 12))
+  np.testing.assert_allclose(measures.neighbour_overlap(jnp.asarray(padded)), want, rtol=1e-6)
+  others = rows[::-1]
+  want = np.reshape([share(a, b) for a, b in zip(rows, others)], (2, 12))
+  other = jnp.asarray(padded.reshape(-1, 5)[::-1].reshape(padded.shape))
+  np.testing.assert_allclose(measures.overlap(jnp.asarray(padded), other), want, rtol=1e-6)
+  want = [np.mean(e - 1 - row) if len(row) else 0 for e, row in zip(end.ravel(), rows)]
+  got = measures.selected_distance(jnp.asarray(padded), jnp.asarray(end))
+  np.testing.assert_allclose(got, np.reshape(want, (2, 12)), rtol=1e-6)
