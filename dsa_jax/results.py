@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a finished recipe has shown: every number of the report, and whether it met its bars."""
 
+from collections.abc import Sequence
 import datetime
 import importlib.metadata
 import os
@@ -15,7 +16,7 @@ import numpy as np
 
 from dsa_jax.checkpoint import Checkpoints, restore_params
 from dsa_jax.cost import attention_flops
-from dsa_jax.data.pipeline import first_batches
+from dsa_jax.data.batch import Batch
 from dsa_jax.evaluate import Scores, evaluate, measure
 from dsa_jax.nn.mla import Mode
 from dsa_jax.recipe import Recipe
@@ -24,11 +25,11 @@ from dsa_jax.state import abstract_params
 LONG_CONTEXT = 131_072
 
 
-def evaluate_recipe(recipe: Recipe, graph: nnx.GraphDef, backend: str) -> dict[str, Any]:
+def evaluate_recipe(
+    recipe: Recipe, graph: nnx.GraphDef, backend: str, batches: Sequence[Batch]
+) -> dict[str, Any]:
   """Evaluates the models that the recipe left behind; see `report.write_report` for the fields."""
   setting, budget = recipe.report, recipe.model.index_topk
-  rows = recipe.data.rows(setting.seq_len, 'validation')
-  batches = first_batches(rows, setting.batch_size, setting.batches, seed=0)
   like = abstract_params(recipe.model)
   load = lambda entry: restore_params(recipe.checkpoint_folder(entry), like)
 
@@ -91,7 +92,7 @@ def checks(results: dict[str, Any]) -> list[dict[str, Any]]:
   found = []
 
   def check(name: str, passed: bool, detail: str):
-    found.append({'name': name, 'passed': bool(passed), 'detail': detail})
+    found.append({'name': name, 'passed': passed, 'detail': detail})
 
   bits, beyond = results['validation_bits_per_byte'], results['bits_beyond_budget']
   if 'accuracy' in results and {'dense_baseline', 'sparse'} <= results['accuracy'].keys():
@@ -112,7 +113,7 @@ def checks(results: dict[str, Any]) -> list[dict[str, Any]]:
     margin = np.array(results['captured_mass']) - np.array(by_rule['window_sinks'])
     check(
         'captured mass above window and sinks in every layer',
-        (margin > 0).all(),
+        bool((margin > 0).all()),
         f'smallest margin {margin.min():+.3f}',
     )
   order = ('oracle', 'sparse', 'window_sinks', 'random')

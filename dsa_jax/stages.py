@@ -87,5 +87,10 @@ class StageConfig:
     return STAGES[self.stage].trains
 
   @property
+  def mode(self) -> str:
+    """How the stage attends."""
+    return self.attention or STAGES[self.stage].attention[0]
+
+  @property
   def tokens(self) -> int:
     return self.steps * self.batch_size * self.seq_len

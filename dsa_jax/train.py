@@ -4,19 +4,20 @@
 import logging
 import sys
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 from absl import app
 from absl import flags
 from flax import nnx
+from grain import DatasetIterator
 import jax
 from ml_collections import ConfigDict
 from ml_collections import config_flags
 import numpy as np
 
 from dsa_jax.checkpoint import Checkpoints, Progress, restore_params
+from dsa_jax.data.batch import Batch
 from dsa_jax.data.pipeline import first_batches, make_iterator
-from dsa_jax.data.sources import Source
 from dsa_jax.evaluate import measure
 from dsa_jax.kernels.backend import default_backend
 from dsa_jax.metrics import MetricsWriter, Progress as ProgressBar
@@ -24,7 +25,7 @@ from dsa_jax.nn.mla import Mode
 from dsa_jax.recipe import Recipe, claim_workdir, read_recipe
 from dsa_jax.report import write_report
 from dsa_jax.results import evaluate_recipe
-from dsa_jax.stages import STAGES, StageConfig
+from dsa_jax.stages import StageConfig
 from dsa_jax.state import TrainState, abstract_params, init_params, model_graph, new_state
 from dsa_jax.train_step import make_train_step
 
@@ -40,16 +41,37 @@ def train(config: ConfigDict) -> dict[str, Any]:
     FloatingPointError: A loss or a gradient stopped being finite.
   """
   recipe = read_recipe(config)
-  rows = {e.seq_len: recipe.data.rows(e.seq_len, 'train') for e in recipe.stages.values()}
+  data = open_data(recipe)
   backend = recipe.backend or default_backend()
   claim_workdir(config, recipe.workdir)
   graph = model_graph(recipe.model)
   with MetricsWriter(recipe.workdir) as writer, ProgressBar() as bar:
-    for name, entry in recipe.stages.items():
-      run_stage(recipe, name, graph, backend, rows[entry.seq_len], writer, bar)
-  results = evaluate_recipe(recipe, graph, backend)
+    for name in recipe.stages:
+      run_stage(recipe, name, graph, backend, data, writer, bar)
+  results = evaluate_recipe(recipe, graph, backend, data.report)
   write_report(recipe.workdir, results)
   return results
+
+
+class Data(NamedTuple):
+  """All that a recipe reads."""
+
+  train: dict[str, DatasetIterator]  # By entry.
+  look: dict[str, Batch]  # By entry: the validation rows on which its selection is watched.
+  report: list[Batch]
+
+
+def open_data(recipe: Recipe) -> Data:
+  """Opens every source before anything is written, so that bad data stops the run at once."""
+  lengths = {entry.seq_len for entry in recipe.stages.values()}
+  rows = {n: recipe.data.rows(n, 'train') for n in lengths}
+  held_out = {n: recipe.data.rows(n, 'validation') for n in lengths | {recipe.report.seq_len}}
+  report, train, look = recipe.report, {}, {}
+  for name, entry in recipe.stages.items():
+    train[name] = make_iterator(rows[entry.seq_len], entry.batch_size, entry.data_seed)
+    [look[name]] = first_batches(held_out[entry.seq_len], recipe.measure_rows, 1, seed=0)
+  batches = first_batches(held_out[report.seq_len], report.batch_size, report.batches, seed=0)
+  return Data(train, look, batches)
 
 
 def run_stage(
@@ -57,7 +79,7 @@ def run_stage(
     name: str,
     graph: nnx.GraphDef,
     backend: str,
-    rows: Source,
+    data: Data,
     writer: MetricsWriter,
     bar: ProgressBar,
 ):
@@ -69,7 +91,7 @@ def run_stage(
       graph, entry.trains, stage_mode(recipe, entry, backend), recipe.optim,
       micro_batches=entry.micro_batches,
   )
-  batches = make_iterator(rows, entry.batch_size, entry.data_seed)
+  batches = data.train[name]
   with Checkpoints(recipe.checkpoint_folder(name)) as checkpoints:
     first_step = checkpoints.latest_step or 0
     writer.rewind(name, first_step)
@@ -96,7 +118,8 @@ def run_stage(
         record(*pending, name, checkpoints, writer, recipe.log_every)
         pending = None
       if look and 'indexer' in entry.trains:
-        writer.write(name, step, look_at_selection(recipe, entry, graph, state, backend))
+        seen = look_at_selection(recipe, entry, graph, state, backend, data.look[name])
+        writer.write(name, step, seen)
       if save:
         seconds = seconds_before + time.monotonic() - began
         checkpoints.save(step, state, Progress(batches.get_state(), seconds))
@@ -144,7 +167,7 @@ def nonfinite_message(
 
 def stage_mode(recipe: Recipe, entry: StageConfig, backend: str) -> Mode:
   return Mode(
-      attention=entry.attention or STAGES[entry.stage].attention[0],
+      attention=entry.mode,
       backend=backend,
       rule=recipe.selection,
       index_loss='indexer' in entry.trains,
@@ -162,14 +185,18 @@ def initial_state(recipe: Recipe, entry: StageConfig) -> TrainState:
 
 
 def look_at_selection(
-    recipe: Recipe, entry: StageConfig, graph: nnx.GraphDef, state: TrainState, backend: str
+    recipe: Recipe,
+    entry: StageConfig,
+    graph: nnx.GraphDef,
+    state: TrainState,
+    backend: str,
+    batch: Batch,
 ) -> dict[str, list[float]]:
   """Measures the selection on a few validation rows: per layer, what no loss shows."""
-  rows = recipe.data.rows(entry.seq_len, 'validation')
-  batches = first_batches(rows, recipe.measure_rows, 1, seed=0)
-  attention = entry.attention or STAGES[entry.stage].attention[0]
-  mode = Mode(attention=attention, backend=backend, rule=recipe.selection, measure=(recipe.selection,))
-  [found] = measure(graph, state.params, batches, mode)
+  mode = Mode(
+      attention=entry.mode, backend=backend, rule=recipe.selection, measure=(recipe.selection,)
+  )
+  [found] = measure(graph, state.params, [batch], mode)
   return {name: values.tolist() for name, values in found[recipe.selection].items()}
 
 

@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Scores by position, and the verdicts of a report."""
+
+import math
+
+import numpy as np
+
+from dsa_jax.evaluate import Scores
+from dsa_jax.results import checks
+
+
+def test_bits_by_position():
+  scores = Scores(
+      nats=np.log(2) * np.array([1.0, 2.0, 3.0, 5.0]),
+      right=np.array([True, False, True, True]),
+      n_visible=np.array([1, 2, 3, 8]),
+  )
+  assert scores.bits() == 2.75
+  assert scores.bits(n_visible_above=2) == 4.0
+  by_position = scores.bits_by_position([1, 2, 4, 8, 9])
+  np.testing.assert_allclose(by_position[:2], [1.0, 2.5])
+  assert math.isnan(by_position[2]) and by_position[3] == 5.0
+
+
+def results(**changes):
+  found = {
+      'validation_bits_per_byte': {'dense_baseline': 2.0, 'sparse': 2.005},
+      'bits_beyond_budget': {
+          'oracle': 2.0, 'sparse': 2.01, 'window_sinks': 2.1, 'random': 3.0, 'dense_baseline': 2.0
+      },
+      'captured_mass': [0.91, 0.93],
+      'captured_mass_by_rule': {'indexer': [0.91, 0.93], 'window_sinks': [0.5, 0.9]},
+  }
+  return found | changes
+
+
+def passed(found):
+  return [check['passed'] for check in checks(found)]
+
+
+def test_good_results_pass_every_bar():
+  assert passed(results()) == [True] * 4
+
+
+def test_each_bar_can_fail():
+  beyond = results()['bits_beyond_budget']
+  mass = results()['captured_mass_by_rule']
+  worse = [
+      {'validation_bits_per_byte': {'dense_baseline': 2.0, 'sparse': 2.011}},
+      {'captured_mass': [0.85, 0.94]},
+      {'captured_mass_by_rule': mass | {'window_sinks': [0.92, 0.1]}},
+      {'bits_beyond_budget': beyond | {'oracle': 2.02}},
+  ]
+  for i, change in enumerate(worse):
+    assert passed(results(**change)) == [j != i for j in range(4)]
+
+
+def test_recall_is_judged_by_accuracy():
+  accuracy = {'dense_baseline': 1.0, 'sparse': 0.99, 'window_sinks': 0.1}
+  assert passed(results(accuracy=accuracy))[:2] == [True, True]
+  assert passed(results(accuracy=accuracy | {'sparse': 0.97}))[:2] == [False, True]
+  assert passed(results(accuracy=accuracy | {'window_sinks': 0.6}))[:2] == [True, False]
