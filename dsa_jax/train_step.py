@@ -3,6 +3,7 @@
 
 from collections.abc import Callable
 import functools
+from typing import Any
 
 from flax import nnx
 import jax
@@ -135,7 +136,7 @@ def _layer_grad_norm(grads: nnx.State) -> jax.Array:
   return jnp.sqrt(jnp.concatenate([sum(map(square, leaves)) for leaves in stacks]))
 
 
-def _summarize(metrics: dict[str, jax.Array], micro_batches: int) -> dict[str, jax.Array]:
+def _summarize(metrics: dict[str, Any], micro_batches: int) -> Metrics:
   """Turns what was summed over micro-batches into what is logged."""
   load = metrics.pop('expert_load')
   metrics['residual_rms'] /= micro_batches

@@ -41,13 +41,13 @@ CFG = ModelConfig(
 )
 T = 29
 LENGTHS = ((17, 12), (21, 5))  # Documents of each row; the second ends in padding.
-RATES = {'backbone': 0.01, 'indexer': 0.01}
+RATES = {'backbone': 0.1, 'indexer': 0.1}
+OPTIM = OptimConfig(eps=1.0, bias_rate=0.01)  # A small eps divides the gradient's size out.
 
 
 @contextlib.contextmanager
 def eager():
   """Operations run one by one, so that patches are seen and compilations shared."""
-  make_train_step.cache_clear()
   with jax.disable_jit(), _few_optimizations():
     yield
 
@@ -142,7 +142,7 @@ def losses(params, batch: Batch, mode: Mode, cfg: ModelConfig = CFG):
   return lm, jnp.sum(out.index_kl)
 
 
-def gradients(which: int, params, batch: Batch, mode: Mode, cfg: ModelConfig = CFG) -> nnx.State:
+def gradients(which: int, params, batch: Batch, mode: Mode, cfg: ModelConfig = CFG):
   """Of the language model's loss (0) or of the indexer's (1)."""
   return jax.grad(lambda p: losses(p, batch, mode, cfg)[which])(params)
 
@@ -317,64 +317,69 @@ def law_kl_target_is_constant(backend: str):
   assert np.any(np.asarray(own))
 
 
-def take_step(
-    params, batch: Batch, mode: Mode, *, trains=('backbone', 'indexer'), cfg=CFG,
-    optim=OptimConfig(), micro_batches: int = 1, rates=None,
-):
+@contextlib.contextmanager
+def compiled():
+  """Whole programs again, where the many shapes of a step's update would cost more."""
+  with jax.disable_jit(False):
+    yield
+
+
+def take_step(params, batch: Batch, mode: Mode, *, trains, cfg=CFG, micro_batches: int = 1):
   """One real step from fresh optimisers; returns the new parameters and the metrics."""
-  state = new_state(jax.tree.map(jnp.array, params), trains, optim, seed=0)
-  step = make_train_step(graph_of(cfg), trains, mode, optim, micro_batches=micro_batches)
-  state, metrics = step(state, batch, {name: (rates or RATES)[name] for name in trains})
+  with compiled():
+    state = new_state(jax.tree.map(jnp.array, params), trains, OPTIM, seed=0)
+    step = make_train_step(graph_of(cfg), trains, mode, OPTIM, micro_batches=micro_batches)
+    state, metrics = step(state, batch, {part: RATES[part] for part in trains})
   return state.params, metrics
+
+
+def stage_step(stage: str, **kwargs):
+  """How a stage steps: its mode, and `take_step` for it."""
+  trains = STAGES[stage].trains
+  attention = STAGES[stage].attention[0]
+  mode = Mode(attention=attention, backend='xla', index_loss='indexer' in trains)
+  return mode, functools.partial(take_step, mode=mode, trains=trains, **kwargs)
 
 
 def law_own_clipping(attention: str):
   """A huge gradient of one part leaves the other's update as it was, to the last bit."""
   mode = Mode(attention=attention, backend='xla', index_loss=True)
   batch, params = make_batch(LENGTHS), weights()
-  optim = OptimConfig(eps=1.0)  # So that the update feels the gradient's size.
-  step = functools.partial(take_step, batch=batch, mode=mode, optim=optim)
+  step = functools.partial(take_step, batch=batch, mode=mode, trains=('backbone', 'indexer'))
   before, _ = step(params)
   changes = {'indexer': scaled(params, 1024.0, 'weights_proj')}  # A power of two: no new rounding.
   changes['backbone'] = scaled(params, 1024.0, 'head')
   for name, huge in changes.items():
     after, metrics = step(huge)
     other = 'backbone' if name == 'indexer' else 'indexer'
-    assert metrics[f'grad_norm_{name}'] > 100, metrics[f'grad_norm_{name}']
     assert_same(split_parts(after, (other,))[0][other], split_parts(before, (other,))[0][other])
+    assert metrics[f'grad_norm_{name}'] > 100, metrics[f'grad_norm_{name}']
 
 
 def law_only_trained_parts_move(stage: str):
   """Warm-up trains the indexer alone, and so on; the other part stays to the last bit."""
   parts = {'dense': ('backbone',), 'warmup': ('indexer',), 'sparse': ('backbone', 'indexer')}
-  trains = STAGES[stage].trains
-  mode = Mode(
-      attention=STAGES[stage].attention[0], backend='xla', index_loss='indexer' in trains
-  )
   params = weights()
-  after, _ = take_step(params, make_batch(LENGTHS), mode, trains=trains)
+  after, _ = stage_step(stage)[1](params, make_batch(LENGTHS))
   for part in ('backbone', 'indexer'):
-    old, new = (split_parts(p, (part,))[0][part] for p in (params, after))
+    old, new = (jax.tree.leaves(split_parts(p, (part,))[0][part]) for p in (params, after))
     if part in parts[stage]:
-      assert_differs(*(jnp.concatenate([x.ravel() for x in jax.tree.leaves(p)]) for p in (old, new)))
+      assert all(np.any(np.asarray(a != b)) for a, b in zip(old, new)), part
     else:
       assert_same(new, old)
 
 
 def law_warmup_is_dense():
   """Warm-up's output is dense attention's, whatever the indexer; its steps leave the loss alone."""
-  stage, batch, params = STAGES['warmup'], make_batch(LENGTHS), weights()
-  warmup = Mode(attention=stage.attention[0], backend='xla', index_loss=True)
-  dense = Mode(attention='dense', backend='xla')
-  want = forward(params, batch, dense).logits
+  batch, params = make_batch(LENGTHS), weights()
+  warmup, step = stage_step('warmup')
+  want = forward(params, batch, Mode(attention='dense', backend='xla')).logits
   for seed in (1, 2):
     mixed = with_indexer_of(params, weights(seed=seed))
     assert_same(forward(mixed, batch, warmup).logits, want)
-  state = new_state(params, stage.trains, OptimConfig(), seed=0)
-  step = make_train_step(graph_of(CFG), stage.trains, warmup, OptimConfig())
   history = []
   for _ in range(3):
-    state, metrics = step(state, batch, {part: RATES[part] for part in stage.trains})
+    params, metrics = step(params, batch)
     history.append((float(metrics['lm_loss']), float(jnp.sum(metrics['index_kl']))))
   lm, kl = zip(*history)
   assert len(set(lm)) == 1, lm
@@ -384,21 +389,19 @@ def law_warmup_is_dense():
 # What counts in a loss.
 
 
-def law_loss_scale(layout: str, attention: str):
+def law_loss_scale(layout: str, stage: str):
   """The numbers of a step do not depend on how its batch is packed, padded and cut up."""
   micro_batches = {'padded_rows': 2, 'unpacked': 2, 'unpacked_and_padded': 4}[layout]
-  mode = Mode(attention=attention, backend='xla', index_loss=True)
-  params = weights()
-  # Plain Adam divides out the scale that this law is about.
-  step = functools.partial(take_step, params, mode=mode, optim=OptimConfig(eps=1.0))
-  batch = make_batch(LENGTHS)
-  want, want_metrics = step(batch=batch)
-  got, metrics = step(batch=_lay_out(batch, layout), micro_batches=micro_batches)
-  names = ('lm_loss', 'index_kl', 'grad_norm_backbone', 'grad_norm_indexer', 'expert_imbalance')
+  batch, params = make_batch(LENGTHS), weights()
+  step = stage_step(stage)[1]
+  want, want_metrics = step(params, batch)
+  got, metrics = step(params, _lay_out(batch, layout), micro_batches=micro_batches)
+  names = ['lm_loss', 'index_kl', 'expert_imbalance']
+  names += [f'grad_norm_{part}' for part in STAGES[stage].trains]
   for name in names:
     assert_close(metrics[name], want_metrics[name], 1e-4)
   moved, want_moved = (jax.tree.map(jnp.subtract, p, params) for p in (got, want))
-  assert_close(moved, want_moved, 1e-3, floor=1e-5)
+  assert_close(moved, want_moved, 1e-3, floor=1e-4)
 
 
 def _lay_out(batch: Batch, layout: str) -> Batch:
@@ -423,15 +426,14 @@ def _lay_out(batch: Batch, layout: str) -> Batch:
   return Batch(*map(jnp.asarray, out))
 
 
-def law_loss_is_a_mean():
+def law_loss_is_a_mean(stage: str):
   """The step's losses are plain means over what counts, worked out by hand."""
-  mode = Mode(attention='sparse', backend='xla', index_loss=True)
+  mode, step = stage_step(stage)
   batch, params = make_batch(LENGTHS), weights()
-  _, metrics = take_step(params, batch, mode)
+  _, metrics = step(params, batch)
   out = forward(params, batch, mode)
   nats = np.asarray(next_token_loss(out.logits, batch.targets))
-  lm = [nats[row, :length - 1] for row, length in ((0, 17), (1, 21))]
-  lm += [nats[0, 17:28], nats[1, 21:25]]
+  lm = [nats[0, :16], nats[0, 17:28], nats[1, :20], nats[1, 21:25]]
   assert_close(metrics['lm_loss'], np.concatenate(lm).mean())
   kl = np.asarray(out.index_kl)
   assert_close(metrics['index_kl'], (kl[:, 0].sum(-1) + kl[:, 1, :26].sum(-1)) / (29 + 26))
@@ -443,16 +445,14 @@ def law_loss_is_a_mean():
 
 def law_bias_balances():
   """The step moves each selection bias by the rate: up where few tokens came, else down."""
-  mode = Mode(attention='dense', backend='xla')
+  mode, step = stage_step('dense')
   batch, params = make_batch(LENGTHS), weights()
-  after, _ = take_step(
-      params, batch, mode, trains=('backbone',), optim=OptimConfig(bias_rate=0.01)
-  )
+  after, _ = step(params, batch)
   load = np.asarray(forward(params, batch, mode).layers['moe_blocks'].expert_load)
   n_tokens = float(np.sum(batch.end > batch.start))
   assert_close(load.sum(-1), np.full(1, n_tokens * CFG.n_activated_experts))
   old, new = (model_of(p).moe_blocks.ffn.bias[...] for p in (params, after))
-  want = 0.01 * np.sign(load.mean(-1, keepdims=True) - load)
+  want = OPTIM.bias_rate * np.sign(load.mean(-1, keepdims=True) - load)
   np.testing.assert_allclose(np.asarray(new - old), want, atol=1e-6)
 
 
