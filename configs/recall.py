@@ -11,28 +11,30 @@ def get_config(variant: str = 'full'):
   c = base.get_config()
   c.workdir = 'runs/recall'
   c.remat = False
-  c.data.update(source='recall', n_keys=128, n_values=64, tokens_per_pair=8, tokens_per_query=8)
+  c.data.update(source='recall', n_keys=128, n_values=16, tokens_per_pair=4, tokens_per_query=8)
+  c.measure_every = 50
   c.model.update(
-      vocab_size=208, dim=64, n_layers=2, n_dense_layers=2, inter_dim=128,
+      vocab_size=2208, dim=64, n_layers=2, n_dense_layers=2, inter_dim=128,
       n_heads=2, q_lora_rank=64, kv_lora_rank=64,
       qk_nope_head_dim=32, qk_rope_head_dim=16, v_head_dim=32,
       index_n_heads=4, index_head_dim=32, index_topk=32,
       max_seq_len=512, dtype='float32',
   )
   c.recipe = ('short', 'dense', 'baseline', 'warmup', 'sparse')
-  c.stages.short = base.stage(
-      stage='dense', steps=1500, batch_size=16, seq_len=128, backbone_lr=3e-3, warmup_steps=100
+  c.stages.short = base.stage(  # Retrieval is learnt where rows are cheap, then stretched.
+      stage='dense', steps=2500, batch_size=32, seq_len=64, backbone_lr=3e-3, warmup_steps=100
   )
   size = dict(batch_size=8, seq_len=512)
-  tune = size | dict(steps=200, backbone_lr=5e-4, data_seed=1, warmup_steps=10)
+  tune = size | dict(steps=120, backbone_lr=3e-4, data_seed=1, warmup_steps=10)
   c.stages.dense = base.stage(
-      stage='dense', init_from='short', steps=500, backbone_lr=1e-3, warmup_steps=20, **size
+      stage='dense', init_from='short', steps=240, backbone_lr=2e-3, warmup_steps=20, **size
   )
   c.stages.baseline = base.stage(stage='dense', init_from='dense', **tune)
   c.stages.warmup = base.stage(
       stage='warmup', init_from='dense', steps=200, indexer_lr=5e-3, data_seed=2, **size
   )
   c.stages.sparse = base.stage(stage='sparse', init_from='warmup', indexer_lr=2e-3, **tune)
+  c.report.update(seq_len=512, batch_size=8, batches=16)
   if variant == 'tiny':
     c.workdir = 'runs/recall_tiny'
     c.model.update(dim=32, q_lora_rank=16, kv_lora_rank=16, index_topk=8)

@@ -52,6 +52,7 @@ class ModelConfig:
   beta_slow: float = 1.0
   mscale: float = 1.0
 
+  embed_init_std: float = 0.02  # Of fresh embeddings; other weights by their fan-in.
   dtype: str = 'bfloat16'  # Of activations; parameters and reductions are float32.
 
   def __post_init__(self):

@@ -14,16 +14,15 @@ N_NOISE = 16
 class Recall:
   """Rows of key-value pairs lost in noise, then queries: a random-access source.
 
-  A row is a context and then `n_queries` queries, two tokens each: a key from the context and its
-  value. The context holds `n_pairs` pairs of adjacent tokens, key and value, every placement
-  without overlap being equally likely, and noise between them. Only the queried keys weigh in the
-  loss, and their target is the value, so the best guess without retrieval is right once in
-  `n_values`. With more queries than pairs, keys repeat, and an earlier query answers a later one;
-  otherwise every query has its evidence in the context alone.
+  A row is a context and then `n_queries` queries. A pair is one token, a key with its value, so
+  that a single attention step can retrieve it; the context holds `n_pairs` of them, every
+  placement being equally likely, and noise between them. A query is the token of a key alone, and
+  its target is the value. Only queries weigh in the loss, so the best guess without retrieval is
+  right once in `n_values`. With more queries than pairs, keys repeat.
 
   Row i depends on (seed, i) alone: for validation rows take another seed.
 
-  Token ids: keys from 0, then values, then `N_NOISE` noise tokens.
+  Token ids: keys from 0, then values, then pairs (key by key), then `N_NOISE` noise tokens.
 
   Attributes:
     n_keys: size of the key vocabulary; the keys of a row are distinct.
@@ -49,16 +48,16 @@ class Recall:
       raise ValueError(
           f'{self.n_pairs=} must not exceed {self.n_keys=}: the keys of a row are distinct'
       )
-    needed = 2 * self.n_pairs + 2 * self.n_queries
+    needed = self.n_pairs + self.n_queries
     if needed > self.seq_len:
       raise ValueError(
-          f'{self.n_pairs=} and {self.n_queries=} take {needed} tokens, two each, which must not'
+          f'{self.n_pairs=} and {self.n_queries=} take {needed} tokens, which must not'
           f' exceed {self.seq_len=}'
       )
 
   @property
   def vocab_size(self) -> int:
-    return self.n_keys + self.n_values + N_NOISE
+    return self.n_keys + self.n_values + self.n_keys * self.n_values + N_NOISE
 
   def __len__(self) -> int:
     return self.n_rows
@@ -67,29 +66,25 @@ class Recall:
     if not 0 <= i < self.n_rows:
       raise IndexError(f'row {i} of {self.n_rows}')
     rng = np.random.default_rng((self.seed, i))
-    context_len = self.seq_len - 2 * self.n_queries
-    first_noise = self.n_keys + self.n_values
+    context_len = self.seq_len - self.n_queries
     keys = rng.choice(self.n_keys, self.n_pairs, replace=False)
-    values = self.n_keys + rng.integers(self.n_values, size=self.n_pairs)
+    values = rng.integers(self.n_values, size=self.n_pairs)
     queried = rng.choice(self.n_pairs, self.n_queries, replace=self.n_queries > self.n_pairs)
-    tokens = (first_noise + rng.integers(N_NOISE, size=self.seq_len)).astype(np.int32)
+    pair_at = rng.choice(context_len, self.n_pairs, replace=False)
 
-    # A pair is drawn as one slot of a context that is shorter by n_pairs, then widened to two.
-    slots = rng.choice(context_len - self.n_pairs, self.n_pairs, replace=False)
-    pair_at = np.sort(slots) + np.arange(self.n_pairs)
-    tokens[pair_at] = keys
-    tokens[pair_at + 1] = values
-    query_at = np.arange(context_len, self.seq_len, 2)
-    tokens[query_at] = keys[queried]
-    tokens[query_at + 1] = values[queried]
-
-    weights = np.zeros(self.seq_len, np.float32)
-    weights[query_at] = 1
+    first_value = self.n_keys
+    first_pair = first_value + self.n_values
+    first_noise = first_pair + self.n_keys * self.n_values
+    tokens = first_noise + rng.integers(N_NOISE, size=self.seq_len)
+    tokens[pair_at] = first_pair + keys * self.n_values + values
+    tokens[context_len:] = keys[queried]
+    targets = np.append(tokens[1:], first_noise)
+    targets[context_len:] = first_value + values[queried]
     position = np.arange(self.seq_len, dtype=np.int32)
     return Batch(
-        tokens=tokens,
-        targets=np.append(tokens[1:], np.int32(first_noise)),
-        weights=weights,
+        tokens=tokens.astype(np.int32),
+        targets=targets.astype(np.int32),
+        weights=(position >= context_len).astype(np.float32),
         start=np.zeros_like(position),
         end=position + 1,
     )

@@ -20,10 +20,10 @@ class DataConfig:
   files: str = ''  # text: a glob. '': the Python standard library's own sources.
   validation_share: float = 0.05  # text: of the files.
 
-  n_keys: int = 512  # recall: size of the key vocabulary.
-  n_values: int = 64  # recall: size of the value vocabulary.
-  tokens_per_pair: int = 8  # recall: one key-value pair for so many tokens of a row.
-  tokens_per_query: int = 32  # recall: one question for so many tokens of a row.
+  n_keys: int = 128  # recall: size of the key vocabulary.
+  n_values: int = 16  # recall: size of the value vocabulary.
+  tokens_per_pair: int = 4  # recall: one key-value pair for so many tokens of a row.
+  tokens_per_query: int = 8  # recall: one question for so many tokens of a row.
 
   def __post_init__(self):
     if self.source not in ('text', 'recall'):

@@ -22,6 +22,11 @@ def selected_keys(indices: Int[Array, 'B T K'], n_keys: int) -> Bool[Array, 'B T
   return chosen.at[b[..., None], t[..., None], where].set(True, mode='drop')
 
 
+def check_indices(q: jax.Array, indices: jax.Array | None):
+  if indices is not None and (indices.ndim != 3 or indices.shape[:2] != q.shape[:2]):
+    raise ValueError(f'indices must be {(*q.shape[:2], "K")}, K per query; got {indices.shape}.')
+
+
 def check_intervals(q: jax.Array, start: jax.Array, end: jax.Array):
   for name, x in (('start', start), ('end', end)):
     if x.shape != q.shape[:2] or x.dtype != jnp.int32:

@@ -116,7 +116,8 @@ class Transformer(nnx.Module):
 
   def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs):
     d, w = cfg.dim, cfg.vocab_size
-    self.embed = param(BackboneParam, (w, d), ('vocab', 'embed'), std=0.02, rngs=rngs)
+    embed_std = cfg.embed_init_std
+    self.embed = param(BackboneParam, (w, d), ('vocab', 'embed'), std=embed_std, rngs=rngs)
     self.dense_blocks = _stack(cfg, cfg.n_dense_layers, experts=False, rngs=rngs)
     self.moe_blocks = _stack(cfg, cfg.n_layers - cfg.n_dense_layers, experts=True, rngs=rngs)
     self.norm = RMSNorm(d, eps=cfg.norm_eps)

@@ -9,50 +9,46 @@ import pytest
 from dsa_jax.data.recall import N_NOISE, Recall
 
 TASK = Recall(seq_len=96, n_keys=40, n_values=10, n_pairs=12, n_queries=8, n_rows=1000, seed=0)
-CONTEXT = TASK.seq_len - 2 * TASK.n_queries
-FULL = dataclasses.replace(TASK, seq_len=40)
+CONTEXT = TASK.seq_len - TASK.n_queries
+FIRST_PAIR = TASK.n_keys + TASK.n_values
+FIRST_NOISE = FIRST_PAIR + TASK.n_keys * TASK.n_values
+FULL = dataclasses.replace(TASK, seq_len=20)
 REPEATING = dataclasses.replace(TASK, n_pairs=3)
 
 
 def _pairs(task: Recall, tokens: np.ndarray) -> dict[int, tuple[int, int]]:
   """Reads key -> (value, position) from the context; fails if a key occurs twice."""
   pairs = {}
-  for t in range(task.seq_len - 2 * task.n_queries):
-    if tokens[t] < task.n_keys:
-      assert tokens[t] not in pairs
-      pairs[int(tokens[t])] = (int(tokens[t + 1]), t)
+  for t, token in enumerate(tokens[: task.seq_len - task.n_queries]):
+    if FIRST_PAIR <= token < FIRST_NOISE:
+      key, value = divmod(int(token) - FIRST_PAIR, task.n_values)
+      assert key not in pairs
+      pairs[key] = (value, t)
   return pairs
 
 
 @pytest.mark.parametrize('task', [TASK, FULL, REPEATING], ids=['sparse', 'full', 'repeating'])
 def test_each_query_is_answered_by_its_pair(task):
-  context_len = task.seq_len - 2 * task.n_queries
+  context_len = task.seq_len - task.n_queries
   for i in range(50):
     row = task[i]
     pairs = _pairs(task, row.tokens)
     assert len(pairs) == task.n_pairs
-    values = [value for value, _ in pairs.values()]
-    assert all(task.n_keys <= value < task.n_keys + task.n_values for value in values)
-    noise = row.tokens[:context_len] >= task.n_keys + task.n_values
-    assert noise.sum() == context_len - 2 * task.n_pairs
-
-    asked = row.tokens[context_len::2].tolist()
-    query_at = np.arange(context_len, task.seq_len, 2)
-    assert len(asked) == task.n_queries
-    assert row.targets[query_at].tolist() == [pairs[key][0] for key in asked]
-    assert row.tokens[query_at + 1].tolist() == row.targets[query_at].tolist()
+    assert (row.tokens[:context_len] >= FIRST_NOISE).sum() == context_len - task.n_pairs
+    asked = row.tokens[context_len:].tolist()
+    answers = [task.n_keys + pairs[key][0] for key in asked]
+    assert row.targets[context_len:].tolist() == answers
     if task.n_queries <= task.n_pairs:
       assert len(set(asked)) == len(asked)
-    assert np.flatnonzero(row.weights).tolist() == query_at.tolist()
-    assert set(row.weights.tolist()) == {0, 1}
+    assert row.weights.tolist() == [0] * context_len + [1] * task.n_queries
 
 
 def test_a_row_is_one_causal_document_in_the_vocabulary():
-  assert TASK.vocab_size == 40 + 10 + N_NOISE
+  assert TASK.vocab_size == 40 + 10 + 400 + N_NOISE
   used = set()
-  for i in range(100):
+  for i in range(300):
     row = TASK[i]
-    assert row.tokens[1:].tolist() == row.targets[:-1].tolist()
+    assert row.tokens[1:CONTEXT].tolist() == row.targets[: CONTEXT - 1].tolist()
     assert row.start.tolist() == [0] * TASK.seq_len
     assert row.end.tolist() == list(range(1, TASK.seq_len + 1))
     used |= set(row.tokens.tolist()) | set(row.targets.tolist())
@@ -65,11 +61,11 @@ def test_evidence_is_uniform_over_the_context():
   for i in range(TASK.n_rows):
     tokens = TASK[i].tokens
     pairs = _pairs(TASK, tokens)
-    at += [pairs[int(key)][1] for key in tokens[CONTEXT::2]]
+    at += [pairs[int(key)][1] for key in tokens[CONTEXT:]]
   # In units of the context: a uniform variable has mean 1/2 and standard deviation 1/sqrt(12).
   # The tolerance is five standard errors of 8000 draws for the mean, and about as much for the
   # deviation.
-  at = np.array(at) / (CONTEXT - 2)
+  at = np.array(at) / (CONTEXT - 1)
   assert at.min() == 0 and at.max() == 1
   assert abs(at.mean() - 1 / 2) < 5 / np.sqrt(12 * len(at))
   assert abs(at.std() - 1 / np.sqrt(12)) < 0.01
@@ -83,11 +79,11 @@ def test_keys_values_and_queries_are_drawn_uniformly():
     tokens = TASK[i].tokens
     pairs = _pairs(TASK, tokens)
     order = list(pairs)
-    for key in tokens[CONTEXT::2]:
+    for key in tokens[CONTEXT:]:
       ranks[order.index(key)] += 1
     for key, (value, _) in pairs.items():
       keys[key] += 1
-      values[value - TASK.n_keys] += 1
+      values[value] += 1
   for counts in (keys, values, ranks):
     np.testing.assert_allclose(counts, counts.mean(), rtol=0.25)
 
@@ -114,7 +110,7 @@ def test_the_number_of_rows_costs_nothing_and_bounds_the_index():
 @pytest.mark.parametrize(
     ('change', 'message'),
     [
-        ({'seq_len': 39}, r'n_pairs=12 and self.n_queries=8 take 40 tokens.*self.seq_len=39'),
+        ({'seq_len': 19}, r'n_pairs=12 and self.n_queries=8 take 20 tokens.*self.seq_len=19'),
         ({'n_keys': 11}, r'n_pairs=12 must not exceed self.n_keys=11'),
         ({'n_values': 0}, 'n_values=0 must be at least 1'),
         ({'n_queries': 0}, 'n_queries=0 must be at least 1'),

@@ -223,6 +223,8 @@ def test_says_what_is_wrong():
     dense_attention(q, k, v, start, end, sm_scale=1.0, backend='')
   with pytest.raises(ValueError, match='end must be int32 .*; got int8'):
     dense_attention(q, k, v, start, end.astype('int8'), sm_scale=1.0, backend='xla')
+  with pytest.raises(ValueError, match='share a dtype; got float32, bfloat16 and float32'):
+    dense_attention(q, k.astype('bfloat16'), v, start, end, sm_scale=1.0, backend='xla')
   with pytest.raises(ValueError, match='with G dividing H; got'):
     k, v = (jnp.concatenate([x, x[:, :, :1]], axis=2) for x in (k, v))
     dense_attention(q, k, v, start, end, sm_scale=1.0, backend='xla')

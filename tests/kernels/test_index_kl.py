@@ -289,5 +289,9 @@ def test_says_what_is_wrong():
   with pytest.raises(ValueError, match='share a dtype; got bfloat16 and float32'):
     index_q, *others = index_inputs
     index_kl(q, k, lse, index_q.astype('bfloat16'), *others, start, end, **how)
+  with cases.unchecked(), pytest.raises(ValueError, match='with G dividing H; got'):
+    index_kl(q, k[..., 1:], lse, *index_inputs, start, end, **how)
+  with cases.unchecked(), pytest.raises(ValueError, match='indices must be .* per query; got'):
+    index_kl(q, k, lse, *index_inputs, start, end, indices=start[:, 1:, None], **how)
   with cases.unchecked(), pytest.raises(ValueError, match='lse must be .* per query and head; got'):
     index_kl(q, k, lse[..., 1:], *index_inputs, start, end, **how)

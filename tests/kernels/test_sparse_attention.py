@@ -201,7 +201,9 @@ def test_says_what_is_wrong():
   for v_dim in (0, -1, E + 1):
     with pytest.raises(ValueError, match=f'{v_dim=} must be within 1 and the width of kv, 8'):
       sparse_attention(q, kv, indices, v_dim=v_dim, **how)
-  with cases.unchecked(), pytest.raises(ValueError, match=r'must be q .* kv .* indices .*; got'):
+  with pytest.raises(ValueError, match=r'of one dtype; got float32 .*, bfloat16'):
+    sparse_attention(q, kv.astype('bfloat16'), indices, v_dim=V, **how)
+  with cases.unchecked(), pytest.raises(ValueError, match=r'must be q .* kv .*; got'):
     sparse_attention(q, kv[..., 1:], indices, v_dim=V, **how)
-  with cases.unchecked(), pytest.raises(ValueError, match=r'must be q .* kv .* indices .*; got'):
+  with cases.unchecked(), pytest.raises(ValueError, match=r'indices must be .* per query; got'):
     sparse_attention(q, kv, indices[:, 1:], v_dim=V, **how)

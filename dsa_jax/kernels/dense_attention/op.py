@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int
 from dsa_jax.kernels.backend import check_backend
 from dsa_jax.kernels.dense_attention import xla
 from dsa_jax.kernels.dense_attention.reference import dense_attention_reference
-from dsa_jax.kernels.visibility import check_intervals
+from dsa_jax.kernels.visibility import check_indices, check_intervals
 
 
 def dense_attention(
@@ -45,11 +45,14 @@ def dense_attention(
   """
   check_backend(backend)
   check_intervals(q, start, end)
+  check_indices(q, indices)
   if k.shape[:3] != v.shape[:3] or q.shape[-1] != k.shape[-1] or q.shape[2] % k.shape[2]:
     raise ValueError(
         'must be q [B, T, H, E], k [B, S, G, E], v [B, S, G, V] with G dividing H; got '
         f'{q.shape}, {k.shape}, {v.shape}.'
     )
+  if not q.dtype == k.dtype == v.dtype:
+    raise ValueError(f'q, k and v must share a dtype; got {q.dtype}, {k.dtype} and {v.dtype}.')
   if backend == 'reference':
     return dense_attention_reference(q, k, v, start, end, sm_scale=sm_scale, indices=indices)
   return _op(q, k, v, start, end, indices, sm_scale, blocks or xla.BlockSizes())

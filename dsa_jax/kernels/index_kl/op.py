@@ -10,7 +10,7 @@ from dsa_jax.kernels.backend import check_backend
 from dsa_jax.kernels.index_kl import xla
 from dsa_jax.kernels.index_kl.reference import index_kl_reference
 from dsa_jax.kernels.index_scores import check_index_inputs
-from dsa_jax.kernels.visibility import check_intervals
+from dsa_jax.kernels.visibility import check_indices, check_intervals
 
 
 def index_kl(
@@ -59,6 +59,11 @@ def index_kl(
   check_backend(backend)
   check_index_inputs(index_q, index_k, index_weights)
   check_intervals(q, start, end)
+  check_indices(q, indices)
+  if q.shape[-1] != k.shape[-1] or q.shape[2] % k.shape[2]:
+    raise ValueError(
+        f'must be q [B, T, H, E], k [B, S, G, E] with G dividing H; got {q.shape}, {k.shape}.'
+    )
   if lse.shape != q.shape[:3]:
     raise ValueError(f'lse must be {q.shape[:3]}, one per query and head; got {lse.shape}.')
   q, k, lse = jax.lax.stop_gradient((q, k, lse))

@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, Int
 from dsa_jax.kernels.backend import check_backend
 from dsa_jax.kernels.sparse_attention import xla
 from dsa_jax.kernels.sparse_attention.reference import sparse_attention_reference
+from dsa_jax.kernels.visibility import check_indices
 
 
 def sparse_attention(
@@ -42,10 +43,11 @@ def sparse_attention(
     DeepSeek-V3.2-Exp report, eq. 2 and appendix A (MQA mode).
   """
   check_backend(backend)
-  if q.shape[0] != kv.shape[0] or q.shape[-1] != kv.shape[-1] or indices.shape[:2] != q.shape[:2]:
+  check_indices(q, indices)
+  if q.shape[0] != kv.shape[0] or q.shape[-1] != kv.shape[-1] or q.dtype != kv.dtype:
     raise ValueError(
-        'must be q [B, T, H, E], kv [B, S, E], indices [B, T, K]; got '
-        f'{q.shape}, {kv.shape}, {indices.shape}.'
+        'must be q [B, T, H, E], kv [B, S, E] of one dtype; got '
+        f'{q.dtype} {q.shape}, {kv.dtype} {kv.shape}.'
     )
   if not 0 < v_dim <= kv.shape[-1]:
     raise ValueError(f'{v_dim=} must be within 1 and the width of kv, {kv.shape[-1]}.')
