@@ -8,6 +8,7 @@ import os
 import pathlib
 import platform
 import sys
+import time
 from typing import Any
 
 from flax import nnx
@@ -29,6 +30,7 @@ def evaluate_recipe(
     recipe: Recipe, graph: nnx.GraphDef, backend: str, batches: Sequence[Batch]
 ) -> dict[str, Any]:
   """Evaluates the models that the recipe left behind; see `report.write_report` for the fields."""
+  began = time.monotonic()
   setting, budget = recipe.report, recipe.model.index_topk
   like = abstract_params(recipe.model)
   load = lambda entry: restore_params(recipe.checkpoint_folder(entry), like)
@@ -60,7 +62,7 @@ def evaluate_recipe(
       'machine': describe_machine(),
       'date': datetime.date.today().isoformat(),
       'versions': {p: importlib.metadata.version(p) for p in ('jax', 'flax', 'optax')},
-      'seconds': sum(seconds.values()),
+      'seconds': sum(seconds.values()) + time.monotonic() - began,
       'seconds_by_stage': seconds,
       'tokens_by_stage': {name: entry.tokens for name, entry in recipe.stages.items()},
       'context': setting.seq_len,

@@ -21,9 +21,9 @@ ROOT = pathlib.Path(__file__).parents[1]
 COMMAND = [sys.executable, '-m', 'dsa_jax.train', '--config=configs/quickstart.py:tiny']
 
 
-def tiny(workdir, **changes):
+def tiny(folder, **changes):
   c = quickstart.get_config('tiny')
-  c.workdir = str(workdir)
+  c.workdir = str(folder)
   with c.unlocked():
     c.update_from_flattened_dict(changes)
   return c

@@ -46,7 +46,7 @@ def test_each_query_is_answered_by_its_pair(task):
 def test_a_row_is_one_causal_document_in_the_vocabulary():
   assert TASK.vocab_size == 40 + 10 + 400 + N_NOISE
   used = set()
-  for i in range(300):
+  for i in range(TASK.n_rows):
     row = TASK[i]
     assert row.tokens[1:CONTEXT].tolist() == row.targets[: CONTEXT - 1].tolist()
     assert row.start.tolist() == [0] * TASK.seq_len
