@@ -17,7 +17,7 @@ def get_config(variant: str = 'full'):
       vocab_size=2208, dim=64, n_layers=2, n_dense_layers=2, inter_dim=128,
       n_heads=2, q_lora_rank=64, kv_lora_rank=64,
       qk_nope_head_dim=32, qk_rope_head_dim=16, v_head_dim=32,
-      index_n_heads=4, index_head_dim=32, index_topk=32,
+      index_n_heads=8, index_head_dim=64, index_topk=32,  # 48 channels free of rotation tell keys.
       max_seq_len=512, dtype='float32',
   )
   c.recipe = ('short', 'dense', 'baseline', 'warmup', 'sparse')
@@ -31,7 +31,7 @@ def get_config(variant: str = 'full'):
   )
   c.stages.baseline = base.stage(stage='dense', init_from='dense', **tune)
   c.stages.warmup = base.stage(
-      stage='warmup', init_from='dense', steps=200, indexer_lr=5e-3, data_seed=2, **size
+      stage='warmup', init_from='dense', steps=240, indexer_lr=1e-2, data_seed=2, **size
   )
   c.stages.sparse = base.stage(stage='sparse', init_from='warmup', indexer_lr=2e-3, **tune)
   c.report.update(seq_len=512, batch_size=8, batches=16)

@@ -58,15 +58,18 @@ def make_train_step(
 
     def accumulate(sums, micro_batch_and_key):
       (_, metrics), grads = jax.value_and_grad(loss, has_aux=True)(parts, micro_batch_and_key)
-      return jax.tree.map(jnp.add, sums, (grads, metrics)), None
+      own = grads, metrics
+      return (own if sums is None else jax.tree.map(jnp.add, sums, own)), None
 
     split = lambda x: x.reshape(micro_batches, -1, *x.shape[1:])
     inputs = jax.tree.map(split, batch), jax.random.split(step_key, micro_batches)
-    first = jax.tree.map(lambda x: x[0], inputs)
-    (_, metrics), grads = jax.value_and_grad(loss, has_aux=True)(parts, first)
-    if micro_batches > 1:
-      others = jax.tree.map(lambda x: x[1:], inputs)
-      (grads, metrics), _ = jax.lax.scan(accumulate, (grads, metrics), others)
+    if micro_batches == 1:
+      only = jax.tree.map(lambda x: x[0], inputs)
+      (_, metrics), grads = jax.value_and_grad(loss, has_aux=True)(parts, only)
+    else:
+      shapes = jax.eval_shape(accumulate, None, jax.tree.map(lambda x: x[0], inputs))[0]
+      zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+      (grads, metrics), _ = jax.lax.scan(accumulate, zeros, inputs)
 
     opt_state = {}
     for name in trains:
