@@ -13,9 +13,3 @@
 | Q      | `q_lora_rank`                       | W      | vocabulary                    |
 | C      | `kv_lora_rank`                      | F, X   | feed-forward width, experts   |
 """
-
-from jaxtyping import Array, Float, Int
-
-Interval = Int[Array, 'B T']  # One end of what each query sees: start <= s < end.
-Indices = Int[Array, 'B T K']  # Selected positions; -1 marks an empty slot.
-PerToken = Float[Array, 'B T']

@@ -105,17 +105,17 @@ def run_stage(
       batches.set_state(progress.data)
       seconds_before = progress.seconds
 
-    pending, loop_began = None, time.monotonic()
+    pending, text, loop_began = None, '', time.monotonic()
     for step in range(first_step + 1, entry.steps + 1):
       rates = {part: schedule(step - 1) for part, schedule in schedules.items()}
       state, metrics = train_step(state, next(batches), rates)
       if pending is not None:  # The step before this one; the device is already at work.
-        record(*pending, name, checkpoints, writer, recipe.log_every)
+        text = record(*pending, name, checkpoints, writer, recipe.log_every)
       pending = step, metrics
       save = step % recipe.save_every == 0 or step == entry.steps
       look = step % recipe.measure_every == 0 or step == entry.steps
       if save or look:
-        record(*pending, name, checkpoints, writer, recipe.log_every)
+        text = record(*pending, name, checkpoints, writer, recipe.log_every)
         pending = None
       if look and 'indexer' in entry.trains:
         seen = look_at_selection(recipe, entry, graph, state, backend, data.look[name])
@@ -124,7 +124,7 @@ def run_stage(
         seconds = seconds_before + time.monotonic() - began
         checkpoints.save(step, state, Progress(batches.get_state(), seconds))
       speed = batch_tokens * (step - first_step) / (time.monotonic() - loop_began)
-      bar.update(step, speed, summary(metrics))
+      bar.update(step, speed, text)
 
 
 def record(
@@ -134,13 +134,19 @@ def record(
     checkpoints: Checkpoints,
     writer: MetricsWriter,
     log_every: int,
-):
-  """Stops a run that is no longer finite; writes the metrics of every `log_every`-th step."""
+) -> str:
+  """Stops a run that is no longer finite; writes the metrics of every `log_every`-th step.
+
+  Returns:
+    The losses, for the progress bar.
+  """
   values = jax.tree.map(np.asarray, metrics)
   if not all(np.isfinite(v).all() for v in values.values()):
     raise FloatingPointError(nonfinite_message(name, step, values, checkpoints))
   if step % log_every == 0:
     writer.write(name, step, {k: v.tolist() for k, v in values.items()})
+  kl = f'  KL {values["index_kl"].mean():.3f}' if 'index_kl' in values else ''
+  return f'loss {values["lm_loss"]:.3f}{kl}'
 
 
 def nonfinite_message(
@@ -198,13 +204,6 @@ def look_at_selection(
   )
   [found] = measure(graph, state.params, [batch], mode)
   return {name: values.tolist() for name, values in found[recipe.selection].items()}
-
-
-def summary(metrics: dict[str, jax.Array]) -> str:
-  text = f'loss {float(metrics["lm_loss"]):.3f}'
-  if 'index_kl' in metrics:
-    text += f'  KL {float(metrics["index_kl"].mean()):.3f}'
-  return text
 
 
 def main(_):

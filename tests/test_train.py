@@ -4,8 +4,10 @@
 import json
 import pathlib
 import random
+import signal
 import subprocess
 import sys
+import time
 
 import jax
 import numpy as np
@@ -29,19 +31,29 @@ def tiny(folder, **changes):
   return c
 
 
-def run(workdir, *flags, kill_after=None):
-  """Runs the command in a process of its own; None if it was killed before it ended."""
-  process = subprocess.Popen(
+def start(workdir, *flags):
+  return subprocess.Popen(
       [*COMMAND, f'--config.workdir={workdir}', *flags],
       cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
   )
-  try:
-    output, _ = process.communicate(timeout=kill_after)
-    return process.returncode, output
-  except subprocess.TimeoutExpired:
-    process.kill()  # SIGKILL.
-    process.communicate()
-    return None
+
+
+def run(workdir, *flags):
+  """Runs the command in a process of its own, to its end."""
+  process = start(workdir, *flags)
+  output, _ = process.communicate()
+  return process.returncode, output
+
+
+def kill_at(workdir, n_rows, delay):
+  """Starts the command and kills it `delay` seconds after it has written so many metrics."""
+  process, csv = start(workdir), workdir / 'metrics.csv'
+  while process.poll() is None and (not csv.exists() or csv.read_bytes().count(b'\n') < n_rows):
+    time.sleep(0.01)
+  time.sleep(delay)
+  process.kill()  # SIGKILL.
+  process.communicate()
+  assert process.returncode == -signal.SIGKILL, 'the run ended before it could be killed'
 
 
 @pytest.fixture(scope='module')
@@ -95,17 +107,12 @@ def test_logs_what_a_researcher_wants(undisturbed):
   assert np.mean(warmup[-4:]) < np.mean(warmup[:4])
 
 
-@pytest.mark.parametrize('seed', [0, 1])
-def test_sigkill_at_random_moments_changes_nothing(undisturbed, tmp_path, seed):
-  moments = random.Random(seed)
-  kills = 0
-  for _ in range(4):
-    ended = run(tmp_path, kill_after=moments.uniform(4, 20))
-    kills += ended is None
-    if ended is not None:
-      break
-  assert kills, 'the run ended before any kill'
-  code, output = ended or run(tmp_path)
+def test_sigkill_at_random_moments_changes_nothing(undisturbed, tmp_path):
+  moments = random.Random(0)
+  total = (undisturbed[0] / 'metrics.csv').read_text().count('\n')
+  for n_rows in [0, *sorted(moments.sample(range(1, total - 20), 3))]:
+    kill_at(tmp_path, n_rows, delay=moments.uniform(0, 0.3))
+  code, output = run(tmp_path)
   assert code == 0, output
   same_numbers(undisturbed[0], tmp_path)
 
