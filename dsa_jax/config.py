@@ -9,7 +9,9 @@ import math
 class ModelConfig:
   """A DeepSeek-V3.2 model; the defaults are the released 671B one.
 
-  The fields of DeepSeek's inference/config_671B_v3.2.json, less its `dtype` and `scale_fmt`.
+  The fields of DeepSeek's inference/config_671B_v3.2.json, less its `dtype` and `scale_fmt`, and
+  GLM-5's two of the indexer. GLM-5 is this model without YaRN (original_seq_len = max_seq_len) and
+  without expert groups.
   """
 
   vocab_size: int = 129_280
@@ -42,6 +44,10 @@ class ModelConfig:
   index_n_heads: int = 64
   index_head_dim: int = 128
   index_topk: int = 2048
+  indexer_rope_interleave: bool = False  # True pairs neighbouring channels, as GLM-5's indexer does.
+  # IndexShare: 'full' or 'shared' for each layer; a shared one attends to what the last full one
+  # selected. (): every layer has an indexer of its own.
+  indexer_types: tuple[str, ...] = ()
 
   # Rotary positions: YaRN wherever max_seq_len exceeds original_seq_len.
   max_seq_len: int = 163_840
@@ -56,6 +62,7 @@ class ModelConfig:
   dtype: str = 'bfloat16'  # Of activations; parameters and reductions are float32.
 
   def __post_init__(self):
+    object.__setattr__(self, 'indexer_types', tuple(self.indexer_types))  # JSON has lists.
     for name in ('vocab_size', 'dim', 'n_layers', 'n_heads', 'q_lora_rank', 'kv_lora_rank',
                  'qk_nope_head_dim', 'v_head_dim', 'index_n_heads', 'index_head_dim',
                  'index_topk', 'max_seq_len', 'original_seq_len'):
@@ -75,6 +82,12 @@ class ModelConfig:
       raise ValueError(f"{self.dtype=} must be 'float32' or 'bfloat16'.")
     if self.n_dense_layers < self.n_layers:
       self._check_experts()
+    if types := self.indexer_types:
+      if len(types) != self.n_layers or set(types) - {'full', 'shared'} or types[0] != 'full':
+        raise ValueError(
+            f"indexer_types={types} must be () or 'full' or 'shared' for each of the {self.n_layers} "
+            "layers, the first of them 'full'."
+        )
 
   def _check_experts(self):
     if self.n_routed_experts % self.n_expert_groups:
@@ -87,6 +100,19 @@ class ModelConfig:
           f'{self.n_activated_experts=} must be within 1 and the {reachable} experts of '
           f'{self.n_limited_groups=} groups.'
       )
+
+  @property
+  def full_layers(self) -> tuple[int, ...]:
+    """The layers with an indexer of their own."""
+    return tuple(i for i in range(self.n_layers) if self.is_full(i))
+
+  def is_full(self, layer: int) -> bool:
+    """Whether a layer has its own indexer, and does not attend to what an earlier one selected."""
+    return not self.indexer_types or self.indexer_types[layer] == 'full'
+
+  @property
+  def shares_indexers(self) -> bool:
+    return len(self.full_layers) < self.n_layers
 
   @property
   def uses_yarn(self) -> bool:

@@ -19,4 +19,5 @@ def attention_flops(cfg: ModelConfig, context: int, *, sparse: bool) -> float:
   selected = k - k * (k - 1) / (2 * context)  # The first k tokens see fewer.
   absorbed = 2 * cfg.kv_lora_rank + cfg.qk_rope_head_dim
   indexer = 2 * cfg.index_n_heads * cfg.index_head_dim * visible
-  return cfg.n_layers * (indexer + 2 * cfg.n_heads * absorbed * selected)
+  attention = 2 * cfg.n_heads * absorbed * selected
+  return len(cfg.full_layers) * indexer + cfg.n_layers * attention

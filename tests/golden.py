@@ -59,10 +59,12 @@ def check_forward(attention: str, backend: str, cfg: ModelConfig = laws.CFG):
     laws.assert_close(out.mtp_logits, np.stack([row.mtp_logits for row in rows]), 1e-4)
 
 
-def check_gradients(attention: str, backend: str):
+def check_gradients(
+    attention: str, backend: str, cfg: ModelConfig = laws.CFG, *, remat: bool = False
+):
   """Each loss's gradient along random directions, against differences of the plain model."""
-  batch, params, cfg = laws.make_batch(laws.LENGTHS), laws.weights(), laws.CFG
-  mode = Mode(attention=attention, backend=backend, index_loss=True)
+  batch, params = laws.make_batch(laws.LENGTHS), laws.weights(cfg)
+  mode = Mode(attention=attention, backend=backend, index_loss=True, remat=remat)
 
   def plain_losses(params):
     rows = run_plain(params, batch, cfg, attention != 'dense')
@@ -72,7 +74,7 @@ def check_gradients(attention: str, backend: str):
 
   rng, h = np.random.default_rng(0), 1e-6
   for which, kind in enumerate([BackboneParam, IndexerParam]):
-    grads = laws.gradients(which, params, batch, mode)
+    grads = laws.gradients(which, params, batch, mode, cfg)
     own, _ = nnx.split_state(grads, kind, ...)
     names = {jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(own)}
     draw = lambda path, x: rng.normal(size=x.shape) * (jax.tree_util.keystr(path) in names)

@@ -113,9 +113,10 @@ def index_scores(w: Weights, x, c_q, positions, cfg: ModelConfig) -> np.ndarray:
   freqs, r = frequencies(cfg), cfg.qk_rope_head_dim
   q = np.einsum('tq,qij->tij', c_q, w['wq_b'])
   k = layer_norm(x @ w['wk'], w['k_norm']['scale'], w['k_norm']['bias'], 1e-6)
+  rotate = rotate_pairs if cfg.indexer_rope_interleave else rotate_halves
   for t, position in enumerate(positions):
-    q[t, :, :r] = rotate_halves(q[t, :, :r], position, freqs)
-    k[t, :r] = rotate_halves(k[t, :r], position, freqs)
+    q[t, :, :r] = rotate(q[t, :, :r], position, freqs)
+    k[t, :r] = rotate(k[t, :r], position, freqs)
   head_weights = x @ w['weights_proj'] / math.sqrt(cfg.index_n_heads * cfg.index_head_dim)
   scores = np.zeros((len(x), len(x)))
   for j in range(cfg.index_n_heads):
@@ -123,8 +124,11 @@ def index_scores(w: Weights, x, c_q, positions, cfg: ModelConfig) -> np.ndarray:
   return scores
 
 
-def attention(w: Weights, x, start, end, cfg: ModelConfig, sparse: bool):
-  """Multi-head latent attention in its MHA form, over all visible keys or the selected ones."""
+def attention(w: Weights, x, start, end, cfg: ModelConfig, sparse: bool, earlier=None):
+  """Multi-head latent attention in its MHA form, over all visible keys or the selected ones.
+
+  A layer without an indexer reuses the `earlier` selection, and has no divergence.
+  """
   n_tokens, n, r, c = len(x), cfg.qk_nope_head_dim, cfg.qk_rope_head_dim, cfg.kv_lora_rank
   freqs, scale = frequencies(cfg), softmax_scale(cfg)
   positions = [max(e - 1 - s, 0) for s, e in zip(start, end)]
@@ -138,13 +142,14 @@ def attention(w: Weights, x, start, end, cfg: ModelConfig, sparse: bool):
   up = np.einsum('sc,chn->shn', c_kv, w['wkv_b'])
   k_nope, v = up[..., :n], up[..., n:]
   k = np.concatenate([k_nope, np.repeat(k_rope[:, None], cfg.n_heads, axis=1)], axis=-1)
-  scores = index_scores(w['indexer'], x, c_q, positions, cfg)
+  own = w.get('indexer')
+  scores = index_scores(own, x, c_q, positions, cfg) if own else None
 
   out = np.zeros((n_tokens, cfg.n_heads, cfg.v_head_dim))
   kl, captured, selected, oracle = np.zeros(n_tokens), np.zeros(n_tokens), [], []
   for t in range(n_tokens):
     visible = range(start[t], end[t])
-    chosen = top_k(scores[t], visible, cfg.index_topk)
+    chosen = top_k(scores[t], visible, cfg.index_topk) if own else earlier[t]
     keys = chosen if sparse else list(visible)
     true_mass, target = np.zeros(n_tokens), np.zeros(n_tokens)
     for h in range(cfg.n_heads if keys else 0):
@@ -152,7 +157,7 @@ def attention(w: Weights, x, start, end, cfg: ModelConfig, sparse: bool):
       out[t, h] = probs @ v[keys, h]
       target[keys] += probs  # Sum over heads ...
       true_mass[visible] += softmax(scale * k[visible, h] @ q[t, h]) / cfg.n_heads
-    if keys:
+    if keys and own:
       kl[t] = divergence((target / target.sum())[keys], scores[t, keys])  # ... then to sum one.
     captured[t] = true_mass[chosen].sum()
     selected.append(chosen)
@@ -184,9 +189,13 @@ def mixture(w: Weights, x, counted, cfg: ModelConfig) -> tuple[np.ndarray, np.nd
   return out + swiglu(x, shared['w1'], shared['w3'], shared['w2']), load
 
 
-def block(w: Weights, x, start, end, cfg: ModelConfig, sparse: bool) -> tuple[np.ndarray, Layer]:
+def block(
+    w: Weights, x, start, end, cfg: ModelConfig, sparse: bool, earlier=None
+) -> tuple[np.ndarray, Layer]:
   normed = rms_norm(x, w['attn_norm']['scale'], cfg.norm_eps)
-  out, selected, oracle, kl, captured = attention(w['attn'], normed, start, end, cfg, sparse)
+  out, selected, oracle, kl, captured = attention(
+      w['attn'], normed, start, end, cfg, sparse, earlier
+  )
   x = x + out
   normed, ffn, load = rms_norm(x, w['ffn_norm']['scale'], cfg.norm_eps), w['ffn'], None
   if 'gate' in ffn:
@@ -201,14 +210,19 @@ def transformer(
 ) -> Row:
   """Runs one row of tokens; query t sees start[t] <= s < end[t]."""
   w = _float64(weights)
-  x, layers = w['embed'][tokens], []
+  x, layers, earlier = w['embed'][tokens], [], None
+  types = cfg.indexer_types or ('full',) * cfg.n_layers
   for i in range(cfg.n_layers):
     leading = i < cfg.n_dense_layers
-    stack = w['dense_blocks'] if leading else w['moe_blocks']
-    x, layer = block(
-        _layer(stack, i if leading else i - cfg.n_dense_layers), x, start, end, cfg, sparse
-    )
+    stack, first = ('dense_blocks', 0) if leading else ('moe_blocks', cfg.n_dense_layers)
+    attn = dict(w[stack]['attn'])
+    indexers = attn.pop('indexer', None)
+    weights = _layer({**w[stack], 'attn': attn}, i - first)
+    if types[i] == 'full':
+      weights['attn']['indexer'] = _layer(indexers, types[first:i].count('full'))
+    x, layer = block(weights, x, start, end, cfg, sparse, earlier)
     layers.append(layer)
+    earlier = layer.selected
   mtp_logits = None
   if cfg.n_mtp_layers:
     mtp = w['mtp']

@@ -39,11 +39,40 @@ def test_gradients(attention):
         dict(n_mtp_layers=1),
         # No YaRN, no groups, and expert layers only.
         dict(max_seq_len=32, n_expert_groups=1, n_limited_groups=1, n_layers=3, n_dense_layers=0),
+        dict(indexer_types=('full', 'shared')),  # No indexer at all among the expert layers.
     ],
-    ids=['mtp', 'plain'],
+    ids=['mtp', 'plain', 'shared_experts'],
 )
 def test_other_configs(changes):
   golden.check_forward('sparse', 'xla', dataclasses.replace(laws.CFG, **changes))
+
+
+# GLM-5.2: IndexShare, and rotation of neighbouring channels in the indexer too.
+GLM = dataclasses.replace(
+    laws.CFG, max_seq_len=32, n_expert_groups=1, n_limited_groups=1, indexer_rope_interleave=True,
+    n_layers=6, n_dense_layers=2, n_mtp_layers=1,
+    indexer_types=('full', 'full', 'shared', 'shared', 'full', 'shared'),
+)
+
+
+@pytest.mark.parametrize('attention', ['dense', 'sparse', 'masked'])
+def test_index_share(attention):
+  golden.check_forward(attention, 'xla', GLM)
+
+
+def test_index_share_gradients():
+  cfg = dataclasses.replace(GLM, n_mtp_layers=0)
+  with laws.compiled():
+    golden.check_gradients('sparse', 'xla', cfg, remat=True)
+
+
+def test_shared_layers_own_no_indexer():
+  params = laws.weights(GLM)
+  assert params['dense_blocks']['attn']['indexer']['wk'].shape[0] == 2
+  assert params['moe_blocks']['attn']['indexer']['wk'].shape[0] == 1
+  model = laws.model_of(params, GLM)
+  assert [i for i in range(6) if model.block(i).attn.indexer is not None] == [0, 1, 4]
+  laws.assert_same(model.block(4).attn.indexer.wk[...], params['moe_blocks']['attn']['indexer']['wk'][0])
 
 
 # Spec: DeepSeek's inference/config_671B_v3.2.json with the formulas of its inference/model.py.

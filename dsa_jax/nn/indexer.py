@@ -61,5 +61,7 @@ class LightningIndexer(nnx.Module):
 
   def _rotate(self, x, positions):
     rope, nope = jnp.split(x, [self.cfg.qk_rope_head_dim], axis=-1)  # MLA's are the last.
-    rope = apply_rope(rope, positions, rope_frequencies(self.cfg), interleaved=False)
+    rope = apply_rope(
+        rope, positions, rope_frequencies(self.cfg), interleaved=self.cfg.indexer_rope_interleave
+    )
     return jnp.concatenate([rope, nope], axis=-1)

@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 from flax import nnx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from dsa_jax import selection
 from dsa_jax.config import ModelConfig
@@ -33,6 +33,12 @@ class Mode:
   measure: tuple[str, ...] = ()  # Rules whose selections are compared with the true attention.
   remat: bool = False  # Recompute each layer in the backward pass instead of keeping it.
 
+  @property
+  def rules(self) -> tuple[str, ...]:
+    """All rules that must select, each once."""
+    used = () if self.attention == 'dense' else (self.rule,)
+    return tuple(dict.fromkeys(used + self.measure))
+
   def __post_init__(self):
     if self.attention not in ('dense', 'sparse', 'masked'):
       raise ValueError(f"attention={self.attention!r} must be 'dense', 'sparse' or 'masked'.")
@@ -51,6 +57,16 @@ class Measures(NamedTuple):
   selected_distance: Float[Array, 'B T']
 
 
+Selections = dict[str, Int[Array, 'B T K']]  # By rule.
+
+
+class Shared(NamedTuple):
+  """What a layer of a model with IndexShare receives from the layers before it."""
+
+  selections: Selections  # Of the last layer that has an indexer.
+  is_full: Bool[Array, '']  # Whether this layer selects for itself.
+
+
 class AttentionReport(NamedTuple):
   """What attention says of itself; None where the mode does not ask."""
 
@@ -66,7 +82,7 @@ class Views(NamedTuple):
   v: Float[Array, 'B S H V']
   absorbed_q: Float[Array, 'B T H P']
   kv: Float[Array, 'B S P']  # The latent, then the rotary key: all that a cache would hold.
-  index: IndexInputs
+  index: IndexInputs | None  # None in a layer that shares another's selection.
 
   def candidates(
       self,
@@ -77,7 +93,8 @@ class Views(NamedTuple):
       backend: str,
   ) -> selection.Candidates:
     """What a selection rule may look at, cut off from the gradients."""
-    arrays = jax.lax.stop_gradient((*self.index, self.q, self.k))
+    index = self.index or (None, None, None)
+    arrays = jax.lax.stop_gradient((*index, self.q, self.k))
     return selection.Candidates(
         *arrays, start, end, key, sm_scale=cfg.sm_scale, topk=cfg.index_topk, backend=backend
     )
@@ -112,21 +129,37 @@ class MLA(nnx.Module):
       end: Int[Array, 'B T'],
       key: Key[Array, ''],
       mode: Mode,
-  ) -> tuple[Float[Array, 'B T D'], AttentionReport]:
+      shared: Shared | None = None,
+  ) -> tuple[Float[Array, 'B T D'], Selections, AttentionReport]:
     """Attends from the normed `x`; query t sees the keys start <= s < end.
 
-    Only the rule `random` draws from `key`.
+    Only the rule `random` draws from `key`. Without `shared`, the layer selects for itself.
     """
     seen = self.views(x, start, end)
-    candidates = seen.candidates(start, end, key, self.cfg, mode.backend)
+
+    def select(seen: Views) -> tuple[IndexInputs, Selections]:
+      candidates = seen.candidates(start, end, key, self.cfg, mode.backend)
+      return seen.index, {rule: selection.RULES[rule](candidates) for rule in mode.rules}
+
+    def index_loss(index: IndexInputs) -> Float[Array, 'B T']:
+      q, k = (seen.q, seen.k) if indices is None else (seen.absorbed_q, seen.kv[:, :, None])
+      return index_kl(q, k, lse, *index, start, end, indices=indices, **how)
+
+    if shared is None:
+      index, selections = select(seen)
+    elif self.indexer is None:
+      index, selections = None, shared.selections
+    else:  # A full layer alone pays for its indexer: it projects again within the branch.
+      own = lambda: select(self.views(x, start, end))
+      zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(own)[0])
+      index, selections = jax.lax.cond(shared.is_full, own, lambda: (zeros, shared.selections))
+
     how = {'sm_scale': self.cfg.sm_scale, 'backend': mode.backend}
     dense = functools.partial(dense_attention, seen.q, seen.k, start=start, end=end, **how)
     sparse = functools.partial(
         sparse_attention, seen.absorbed_q, seen.kv, v_dim=self.cfg.kv_lora_rank, **how
     )
-    indices = None
-    if mode.attention != 'dense':
-      indices = selection.RULES[mode.rule](candidates)
+    indices = None if mode.attention == 'dense' else selections[mode.rule]
     if mode.attention == 'sparse':
       latent_out, lse = sparse(indices)
       out = jnp.einsum('BTHC,CHV->BTHV', latent_out, self._expansion(x.dtype)[1])
@@ -136,14 +169,20 @@ class MLA(nnx.Module):
 
     kl = None
     if mode.index_loss:
-      q, k = (seen.q, seen.k) if indices is None else (seen.absorbed_q, seen.kv[:, :, None])
-      kl = index_kl(q, k, lse, *seen.index, start, end, indices=indices, **how)
+      nothing = jnp.zeros(start.shape)
+      if shared is None:
+        kl = index_loss(index)
+      elif self.indexer is None:
+        kl = nothing
+      else:
+        kl = jax.lax.cond(shared.is_full, index_loss, lambda _: nothing, index)
     measured = {}
     if mode.measure:
       lse_visible = dense(v=seen.v)[1]
+      candidates = seen.candidates(start, end, key, self.cfg, mode.backend)
       oracle = selection.RULES['oracle'](candidates)
       for rule in mode.measure:
-        chosen = selection.RULES[rule](candidates)
+        chosen = selections[rule]
         measured[rule] = Measures(
             indices=chosen,
             captured_mass=measures.captured_mass(sparse(chosen)[1], lse_visible),
@@ -151,7 +190,7 @@ class MLA(nnx.Module):
             neighbour_overlap=measures.neighbour_overlap(chosen),
             selected_distance=measures.selected_distance(chosen, end),
         )
-    return out, AttentionReport(kl, measured)
+    return out, selections, AttentionReport(kl, measured)
 
   def views(
       self, x: Float[Array, 'B T D'], start: Int[Array, 'B T'], end: Int[Array, 'B T']
@@ -170,7 +209,7 @@ class MLA(nnx.Module):
         v=jnp.einsum('BSC,CHV->BSHV', c_kv, w_v),
         absorbed_q=jnp.concatenate([jnp.einsum('BTHN,CHN->BTHC', q_nope, w_k), q_rope], axis=-1),
         kv=jnp.concatenate([c_kv, k_rope], axis=-1),
-        index=self.indexer(x, q_latent, positions),
+        index=None if self.indexer is None else self.indexer(x, q_latent, positions),
     )
 
   def _expansion(self, dtype):

@@ -47,8 +47,8 @@ def apply_rope(
     x: Queries or keys.
     positions: From the beginning of the token's document.
     frequencies: See `rope_frequencies`.
-    interleaved: True pairs channels (2i, 2i+1), as MLA does; False pairs (i, i + R/2), as the
-      indexer does. The order of the channels is kept. The wrong one is silent below
+    interleaved: True pairs channels (2i, 2i+1), as MLA does; False pairs (i, i + R/2), as
+      DeepSeek's indexer does. The order of the channels is kept. The wrong one is silent below
       `index_topk` tokens, so there is no default.
   """
   angle = positions[..., None, None].astype(jnp.float32) * jnp.asarray(frequencies, jnp.float32)

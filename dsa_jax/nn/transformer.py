@@ -8,9 +8,10 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
+import numpy as np
 
 from dsa_jax.config import ModelConfig
-from dsa_jax.nn.mla import MLA, Measures, Mode
+from dsa_jax.nn.mla import MLA, Measures, Mode, Selections, Shared
 from dsa_jax.nn.mlp import MLP
 from dsa_jax.nn.moe import MoE
 from dsa_jax.nn.norms import RMSNorm
@@ -24,7 +25,7 @@ class LayerReport(NamedTuple):
   """What a layer says beside its output; stacked over layers by the scan."""
 
   residual_rms: Float[Array, '*L']  # Root mean square of the residual stream after the layer.
-  index_kl: Float[Array, '*L B T'] | None  # Nats.
+  index_kl: Float[Array, '*L B T'] | None  # Nats; 0 in layers that share another's selection.
   expert_load: Float[Array, '*L X'] | None  # Tokens per expert; None without experts.
   measures: dict[str, Measures]
 
@@ -70,9 +71,10 @@ class Block(nnx.Module):
       end: Int[Array, 'B T'],
       key: Key[Array, ''],
       mode: Mode,
-  ) -> tuple[Float[Array, 'B T D'], LayerReport]:
+      shared: Shared | None = None,
+  ) -> tuple[Float[Array, 'B T D'], Selections, LayerReport]:
     with jax.named_scope('attention'):
-      out, attention = self.attn(self.attn_norm(x), start, end, key, mode)
+      out, selections, attention = self.attn(self.attn_norm(x), start, end, key, mode, shared)
       x = _add(x, out)
     with jax.named_scope('feed_forward'):
       load, h = None, self.ffn_norm(x)
@@ -82,7 +84,7 @@ class Block(nnx.Module):
         h = self.ffn(h)
       x = _add(x, h)
     rms = jnp.sqrt(jnp.mean(jnp.square(x.astype(jnp.float32))))
-    return x, LayerReport(rms, attention.index_kl, load, attention.measures)
+    return x, selections, LayerReport(rms, attention.index_kl, load, attention.measures)
 
 
 class MTP(nnx.Module):
@@ -107,7 +109,7 @@ class MTP(nnx.Module):
   def __call__(self, hidden, next_embedding, start, end, key, mode: Mode):
     x = jnp.concatenate([self.enorm(next_embedding), self.hnorm(hidden)], axis=-1)
     x = x @ self.eh_proj[...].astype(x.dtype)
-    x, report = self.block(x, start, end, key, mode)
+    x, _, report = self.block(x, start, end, key, mode)
     return self.norm(x), jax.tree.map(lambda a: a[None], report)
 
 
@@ -118,8 +120,8 @@ class Transformer(nnx.Module):
     d, w = cfg.dim, cfg.vocab_size
     embed_std = cfg.embed_init_std
     self.embed = param(BackboneParam, (w, d), ('vocab', 'embed'), std=embed_std, rngs=rngs)
-    self.dense_blocks = _stack(cfg, cfg.n_dense_layers, experts=False, rngs=rngs)
-    self.moe_blocks = _stack(cfg, cfg.n_layers - cfg.n_dense_layers, experts=True, rngs=rngs)
+    self.dense_blocks = _stack(cfg, 'dense_blocks', rngs)
+    self.moe_blocks = _stack(cfg, 'moe_blocks', rngs)
     self.norm = RMSNorm(d, eps=cfg.norm_eps)
     self.head = param(BackboneParam, (d, w), ('embed', 'vocab'), std=0.02, rngs=rngs)
     self.mtp = MTP(cfg, rngs=rngs) if cfg.n_mtp_layers else None
@@ -147,12 +149,17 @@ class Transformer(nnx.Module):
     """
     embed = self.embed[...].astype(self.cfg.dtype)
     keys = jax.random.split(jax.random.key(0) if key is None else key, self.cfg.n_layers + 1)
-    x, reports = embed[tokens], {}
-    leading, following = jnp.split(keys[:-1], [self.cfg.n_dense_layers])
-    if self.dense_blocks is not None:
-      x, reports['dense_blocks'] = _run(self.dense_blocks, leading, x, start, end, mode)
-    if self.moe_blocks is not None:
-      x, reports['moe_blocks'] = _run(self.moe_blocks, following, x, start, end, mode)
+    x, reports, selections = embed[tokens], {}, None
+    if self.cfg.shares_indexers:  # Nothing is selected before the first layer, which is full.
+      nothing = jnp.full((*tokens.shape, self.cfg.index_topk), -1, jnp.int32)
+      selections = {rule: nothing for rule in mode.rules}
+    for name, layers in _layers_of_stacks(self.cfg).items():
+      if blocks := getattr(self, name):
+        keys_of = keys[layers.start : layers.stop]
+        full = _are_full(self.cfg, layers)
+        x, selections, reports[name] = _run(
+            blocks, full, x, selections, start, end, keys_of, mode
+        )
     mtp_logits = None
     if self.mtp is not None and next_tokens is not None:
       hidden, reports['mtp'] = self.mtp(x, embed[next_tokens], start, end, keys[-1], mode)
@@ -167,24 +174,62 @@ class Transformer(nnx.Module):
     """Layer `i` on its own, for a notebook: `model.block(3).attn.indexer(...)`."""
     if not 0 <= i < self.cfg.n_layers:
       raise ValueError(f'layer {i} must be within 0 and {self.cfg.n_layers - 1}.')
-    leading = self.cfg.n_dense_layers
-    blocks, i = (self.dense_blocks, i) if i < leading else (self.moe_blocks, i - leading)
-    return jax.tree.map(lambda a: a[i], blocks)
+    stacks = _layers_of_stacks(self.cfg).items()
+    name, layers = next((name, layers) for name, layers in stacks if i in layers)
+    blocks = _with_every_indexer(getattr(self, name), _are_full(self.cfg, layers))
+    block = jax.tree.map(lambda a: a[i - layers.start], blocks)
+    if not self.cfg.is_full(i):
+      block.attn.indexer = None
+    return block
 
 
-def _stack(cfg: ModelConfig, depth: int, *, experts: bool, rngs: nnx.Rngs) -> Block | None:
-  if depth == 0:
+def _layers_of_stacks(cfg: ModelConfig) -> dict[str, range]:
+  leading = cfg.n_dense_layers
+  return {'dense_blocks': range(leading), 'moe_blocks': range(leading, cfg.n_layers)}
+
+
+def _are_full(cfg: ModelConfig, layers: range) -> np.ndarray:
+  return np.array([cfg.is_full(i) for i in layers])
+
+
+def _stack(cfg: ModelConfig, name: str, rngs: nnx.Rngs) -> Block | None:
+  """Makes the layers of a stack; of indexers, only those of full layers."""
+  layers = _layers_of_stacks(cfg)[name]
+  if not layers:
     return None
-  make: Callable = lambda key: Block(cfg, experts=experts, rngs=nnx.Rngs(key))
-  return jax.vmap(make)(jax.random.split(rngs.params(), depth))
+  make: Callable = lambda key: Block(cfg, experts=name == 'moe_blocks', rngs=nnx.Rngs(key))
+  blocks = jax.vmap(make)(jax.random.split(rngs.params(), len(layers)))
+  full = np.flatnonzero(_are_full(cfg, layers))
+  if not len(full):
+    blocks.attn.indexer = None
+  elif len(full) < len(layers):
+    blocks.attn.indexer = jax.tree.map(lambda a: a[full], blocks.attn.indexer)
+  return blocks
 
 
-def _run(blocks: Block, keys, x, start, end, mode: Mode):
-  def layer(x, block_and_key):
-    block, key = block_and_key
-    return block(x, start, end, key, mode)
+def _with_every_indexer(blocks: Block, full: np.ndarray) -> Block:
+  """Repeats indexers until there is one for each layer, which shared layers do not use."""
+  if full.all() or blocks.attn.indexer is None:
+    return blocks
+  blocks = jax.tree.map(lambda a: a, blocks)  # A new module; the given one stays as it is.
+  owner = np.maximum(np.cumsum(full) - 1, 0)
+  blocks.attn.indexer = jax.tree.map(lambda a: a[owner], blocks.attn.indexer)
+  return blocks
 
-  return jax.lax.scan(jax.checkpoint(layer) if mode.remat else layer, x, (blocks, keys))
+
+def _run(blocks: Block, full: np.ndarray, x, selections, start, end, keys, mode: Mode):
+  """Scans the layers; models with IndexShare hand selections on from layer to layer."""
+
+  def layer(carry, inputs):
+    (x, selections), (block, key, is_full) = carry, inputs
+    shared = None if selections is None else Shared(selections, is_full)
+    x, own, report = block(x, start, end, key, mode, shared)
+    return (x, None if selections is None else own), report
+
+  layer = jax.checkpoint(layer) if mode.remat else layer
+  inputs = _with_every_indexer(blocks, full), keys, full
+  (x, selections), reports = jax.lax.scan(layer, (x, selections), inputs)
+  return x, selections, reports
 
 
 def _add(x, y):

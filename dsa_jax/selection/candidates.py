@@ -11,12 +11,12 @@ from jaxtyping import Array, Float, Int, Key
 class Candidates(NamedTuple):
   """One layer's queries and keys, in the indexer's view and in the main attention's.
 
-  Compiled away where a rule does not use it.
+  Compiled away where a rule does not use it. The indexer's view is None in a layer that has none.
   """
 
-  index_q: Float[Array, 'B T I J']
-  index_k: Float[Array, 'B S J']
-  index_weights: Float[Array, 'B T I']
+  index_q: Float[Array, 'B T I J'] | None
+  index_k: Float[Array, 'B S J'] | None
+  index_weights: Float[Array, 'B T I'] | None
   q: Float[Array, 'B T H E']
   k: Float[Array, 'B S H E']
   start: Int[Array, 'B T']
