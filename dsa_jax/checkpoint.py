@@ -63,19 +63,28 @@ class Checkpoints:
     return self._manager.restore(self.latest_step, args=args)['progress']['seconds']
 
 
+def latest_checkpoint(folder: pathlib.Path) -> pathlib.Path:
+  """Returns the latest step in a stage's folder.
+
+  Raises:
+    ValueError: There is none.
+  """
+  if not folder.is_dir():
+    raise ValueError(f'there is no checkpoint folder {folder}.')
+  with Checkpoints(folder) as checkpoints:
+    step = checkpoints.latest_step
+  if step is None:
+    raise ValueError(f'{folder} holds no checkpoint.')
+  return folder.absolute() / str(step)
+
+
 def restore_params(folder: pathlib.Path, like: nnx.State) -> nnx.State:
   """Returns the parameters of the latest step in a stage's folder; optimiser and step stay behind.
 
   Raises:
     ValueError: There is no checkpoint, or it is of a model with other shapes.
   """
-  if not folder.is_dir():
-    raise ValueError(f'init_from: there is no checkpoint folder {folder}.')
-  with Checkpoints(folder) as checkpoints:
-    step = checkpoints.latest_step
-  if step is None:
-    raise ValueError(f'init_from: {folder} holds no checkpoint.')
-  path = folder.absolute() / str(step) / 'state'
+  path = latest_checkpoint(folder) / 'state'
   with ocp.PyTreeCheckpointer() as checkpointer:
     stored = checkpointer.metadata(path).item_metadata.tree['params']
     _check_shapes(stored, nnx.as_pure(like), folder)
@@ -91,7 +100,7 @@ def _check_shapes(stored: Any, like: Any, folder: pathlib.Path):
   wrong = sorted(n for n in ours.keys() | theirs.keys() if ours.get(n) != theirs.get(n))
   if wrong:
     rows = [f'  {n}: {theirs.get(n, "absent")} there, {ours.get(n, "absent")} here' for n in wrong]
-    raise ValueError(f'init_from: {folder} holds another model:\n' + '\n'.join(rows))
+    raise ValueError(f'{folder} holds another model:\n' + '\n'.join(rows))
 
 
 def _shapes(tree: Any) -> Any:

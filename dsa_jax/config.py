@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a model is: its sizes and constants, under DeepSeek's names."""
 
+from collections.abc import Sequence
 import dataclasses
 import math
 
@@ -47,7 +48,7 @@ class ModelConfig:
   indexer_rope_interleave: bool = False  # True pairs neighbouring channels, as GLM-5's indexer does.
   # IndexShare: 'full' or 'shared' for each layer; a shared one attends to what the last full one
   # selected. (): every layer has an indexer of its own.
-  indexer_types: tuple[str, ...] = ()
+  indexer_types: Sequence[str] = ()
 
   # Rotary positions: YaRN wherever max_seq_len exceeds original_seq_len.
   max_seq_len: int = 163_840

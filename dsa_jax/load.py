@@ -1,16 +1,46 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A trained model in one call, for notebooks."""
+"""A model in one call, for notebooks: from a converted checkpoint, or from a run."""
 
 import json
 import pathlib
+from typing import Any
 
 from flax import nnx
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from dsa_jax.checkpoint import restore_params
+from dsa_jax.config import ModelConfig
 from dsa_jax.nn.transformer import Transformer
 from dsa_jax.recipe import Recipe, read_recipe
 from dsa_jax.state import abstract_params, model_graph
+
+
+def load_checkpoint(
+    folder: str | pathlib.Path, *, mesh: Mesh | None = None, dtype: str = 'float32'
+) -> Transformer:
+  """Returns the model of a converted checkpoint, or of a run's `checkpoints/<entry>`.
+
+  Args:
+    folder: The checkpoint.
+    mesh: Devices to split the weights over; each reads its own share only. None: the first device.
+    dtype: Of matrices, whatever they are stored in; norms and the router's bias are float32.
+
+  Raises:
+    ValueError: The folder holds no checkpoint, or the mesh does not divide its weights.
+  """
+  folder = pathlib.Path(folder).expanduser()
+  cfg = ModelConfig(**read_record(folder)['model'])
+  params = restore_params(folder, abstract_params(cfg, mesh=mesh, dtype=dtype))
+  return nnx.merge(model_graph(cfg), params)
+
+
+def read_record(folder: pathlib.Path) -> dict[str, Any]:
+  """Returns the config.json of a converted checkpoint, or of the run that a checkpoint is of."""
+  for path in (folder / 'config.json', folder.parent.parent / 'config.json'):
+    if path.exists():
+      return json.loads(path.read_text())
+  raise ValueError(f'{folder} is neither a converted checkpoint nor RUN/checkpoints/ENTRY.')
 
 
 def load_model(workdir: str | pathlib.Path, entry: str) -> tuple[Transformer, Recipe]:
@@ -29,6 +59,4 @@ def load_model(workdir: str | pathlib.Path, entry: str) -> tuple[Transformer, Re
   recipe = read_recipe(ConfigDict(json.loads(path.read_text()) | {'workdir': str(workdir)}))
   if entry not in recipe.stages:
     raise ValueError(f'{entry=} must be one of the recipe, {tuple(recipe.stages)}.')
-  like = abstract_params(recipe.model)
-  params = restore_params(recipe.checkpoint_folder(entry), like)
-  return nnx.merge(model_graph(recipe.model), params), recipe
+  return load_checkpoint(recipe.checkpoint_folder(entry)), recipe

@@ -173,6 +173,45 @@ class Progress:
       self._printed_at = time.monotonic()
 
 
+class ByteProgress:
+  """A bar of bytes done, speed and time left on a terminal; elsewhere a line every ten seconds."""
+
+  def __init__(self, name: str, total: int, console: rich.console.Console | None = None):
+    self._name, self._total, self._done = name, total, 0
+    self._console = console or rich.console.Console()
+    self._began = self._printed_at = time.monotonic()
+    self._bar = rich.progress.Progress(
+        rich.progress.TextColumn('{task.description}'),
+        rich.progress.BarColumn(bar_width=None),
+        rich.progress.DownloadColumn(),
+        rich.progress.TransferSpeedColumn(),
+        rich.progress.TimeRemainingColumn(elapsed_when_finished=True),
+        console=self._console,
+        disable=not self._console.is_terminal,
+    )
+
+  def __enter__(self) -> 'ByteProgress':
+    self._bar.start()
+    self._task = self._bar.add_task(self._name, total=self._total)
+    return self
+
+  def __exit__(self, *exc_info: object) -> None:
+    self._bar.stop()
+
+  def advance(self, nbytes: int) -> None:
+    self._done += nbytes
+    self._bar.update(self._task, completed=self._done)
+    now = time.monotonic()
+    finished = self._done >= self._total
+    if self._console.is_terminal or not (finished or now - self._printed_at >= PLAIN_LINE_SECONDS):
+      return
+    self._printed_at, seconds = now, now - self._began
+    left = datetime.timedelta(seconds=round(seconds * (self._total / max(self._done, 1) - 1)))
+    speed = self._done / max(seconds, 1e-9) / 1e6
+    line = f'{self._name} {self._done:,}/{self._total:,} bytes, {speed:,.0f} MB/s, {left} left'
+    self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
 def _bars(console: rich.console.Console) -> rich.progress.Progress:
   text = rich.progress.TextColumn
   return rich.progress.Progress(

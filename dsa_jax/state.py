@@ -7,11 +7,13 @@ from typing import Any, NamedTuple
 from flax import nnx
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 import optax
 
 from dsa_jax.config import ModelConfig
 from dsa_jax.nn.transformer import Transformer
 from dsa_jax.optim import OptimConfig, make_optimizer
+from dsa_jax.sharding import weight_sharding
 from dsa_jax.stages import PARTS
 
 
@@ -49,11 +51,28 @@ def _init_params(cfg: ModelConfig, key: jax.Array) -> nnx.State:
   return nnx.state(Transformer(cfg, rngs=nnx.Rngs(key)))
 
 
-def abstract_params(cfg: ModelConfig) -> nnx.State:
-  """Returns the weights' shapes, dtypes and places, for a checkpoint to fill."""
-  place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-  shape = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
-  return jax.tree.map(shape, nnx.state(nnx.eval_shape(lambda: Transformer(cfg, rngs=nnx.Rngs(0)))))
+def abstract_params(
+    cfg: ModelConfig, *, mesh: Mesh | None = None, dtype: str = 'float32'
+) -> nnx.State:
+  """Returns the weights' shapes, dtypes and places, for a checkpoint to fill.
+
+  Args:
+    cfg: The model.
+    mesh: Devices to split the weights over, see `weight_sharding`; None puts all on the first.
+    dtype: Of matrices; norms and the router's bias are float32 always.
+  """
+  if dtype not in ('float32', 'bfloat16'):
+    raise ValueError(f"{dtype=} must be 'float32' or 'bfloat16'.")
+  first = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+
+  def leaf(x: nnx.Variable) -> nnx.Variable:
+    axes = x.get_metadata()['axes']
+    place = first if mesh is None else weight_sharding(x.shape, axes, mesh)
+    stored = dtype if len(axes) > 1 else 'float32'
+    return x.replace(jax.ShapeDtypeStruct(x.shape, stored, sharding=place))
+
+  params = nnx.state(nnx.eval_shape(lambda: Transformer(cfg, rngs=nnx.Rngs(0))))
+  return jax.tree.map(leaf, params, is_leaf=lambda x: isinstance(x, nnx.Variable))
 
 
 def new_state(

@@ -223,16 +223,16 @@ def transformer(
     x, layer = block(weights, x, start, end, cfg, sparse, earlier)
     layers.append(layer)
     earlier = layer.selected
-  mtp_logits = None
+  final, mtp_logits = rms_norm(x, w['norm']['scale'], cfg.norm_eps), None
   if cfg.n_mtp_layers:
     mtp = w['mtp']
     following = rms_norm(w['embed'][next_tokens], mtp['enorm']['scale'], cfg.norm_eps)
-    hidden = rms_norm(x, mtp['hnorm']['scale'], cfg.norm_eps)
+    hidden = rms_norm(final, mtp['hnorm']['scale'], cfg.norm_eps)
     y = np.concatenate([following, hidden], axis=-1) @ mtp['eh_proj']
     y, layer = block(mtp['block'], y, start, end, cfg, sparse)
     layers.append(layer)
     mtp_logits = rms_norm(y, mtp['norm']['scale'], cfg.norm_eps) @ w['head']
-  return Row(rms_norm(x, w['norm']['scale'], cfg.norm_eps) @ w['head'], mtp_logits, layers)
+  return Row(final @ w['head'], mtp_logits, layers)
 
 
 def cross_entropy(logits: np.ndarray, targets: np.ndarray) -> np.ndarray:

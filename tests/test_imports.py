@@ -11,10 +11,10 @@ RANKS = [
     {'config', 'shapes'},
     {'kernels'},
     {'selection'},
-    {'nn'},
+    {'nn', 'sharding'},
     {'losses', 'optim', 'data', 'metrics', 'report', 'plots', 'cost'},
     {'stages', 'state', 'recipe', 'checkpoint', 'train_step', 'evaluate', 'results'},
-    {'train', 'load'},
+    {'train', 'load', 'convert'},
 ]
 OUTSIDE = {'flax': 3, 'optax': 4, 'orbax': 5, 'ml_collections': 5, 'grain': 4}  # From this rank on.
 

@@ -90,10 +90,12 @@ class Block(nnx.Module):
 class MTP(nnx.Module):
   """One more layer, that predicts the token after the next one from the next one's embedding.
 
-  The hidden state is taken before the model's final norm; descriptions differ on this.
+  It reads the model's hidden state after the final norm, and shares embedding and head with it.
 
   Source:
-    DeepSeek-V3 report, section 2.2. Embedding and head are the model's own.
+    DeepSeek-V3 report, section 2.2, which does not say on which side of the norm. After it: the
+    modeling_deepseek.py shipped with DeepSeek-R1-0528's MTP weights, and the engines that serve
+    them (vllm-project/vllm#47448, ROCm/ATOM#1764).
   """
 
   def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs):
@@ -160,11 +162,11 @@ class Transformer(nnx.Module):
         x, selections, reports[name] = _run(
             blocks, full, x, selections, start, end, keys_of, mode
         )
-    mtp_logits = None
+    hidden, mtp_logits = self.norm(x), None
     if self.mtp is not None and next_tokens is not None:
-      hidden, reports['mtp'] = self.mtp(x, embed[next_tokens], start, end, keys[-1], mode)
-      mtp_logits = self._logits(hidden)
-    return Output(self._logits(self.norm(x)), mtp_logits, reports)
+      following, reports['mtp'] = self.mtp(hidden, embed[next_tokens], start, end, keys[-1], mode)
+      mtp_logits = self._logits(following)
+    return Output(self._logits(hidden), mtp_logits, reports)
 
   def _logits(self, hidden):
     head = self.head[...].astype(hidden.dtype)

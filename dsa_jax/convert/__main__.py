@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+r"""Converts checkpoints.
+
+python -m dsa_jax.convert SOURCE TARGET            released -> ours
+python -m dsa_jax.convert --export SOURCE TARGET   ours -> released
+"""
+
+import logging
+import pathlib
+import sys
+
+from absl import app
+from absl import flags
+
+from dsa_jax.convert.exporter import export_bytes, export_checkpoint, open_checkpoint
+from dsa_jax.convert.families import FAMILIES
+from dsa_jax.convert.importer import DTYPES_OF, import_checkpoint, open_source
+from dsa_jax.metrics import ByteProgress
+
+EXPORT = flags.DEFINE_bool('export', False, 'SOURCE is ours: write the released layout.')
+MTP = flags.DEFINE_bool('mtp', True, 'Import the multi-token-prediction layer, if there is one.')
+DTYPE = flags.DEFINE_enum('dtype', 'bfloat16', list(DTYPES_OF), 'Import FP8 weights as this.')
+SEED = flags.DEFINE_integer('seed', 0, 'Of fresh indexers, where the family has none.')
+FAMILY = flags.DEFINE_enum('family', '', ['', *FAMILIES], 'Export as; default: as imported.')
+FP8 = flags.DEFINE_bool('fp8', None, 'Export in FP8; default: as imported.')
+SHARD_GB = flags.DEFINE_float('shard_gb', 4, 'Export files of at most this many GiB.', lower_bound=0)
+
+
+def main(argv: list[str]):
+  logging.getLogger('absl').setLevel(logging.CRITICAL)  # orbax thinks aloud; errors are raised.
+  if len(argv) != 3:
+    sys.exit(f'usage: python -m dsa_jax.convert [--export] SOURCE TARGET; got {argv[1:]}.')
+  source, target = (pathlib.Path(name).expanduser() for name in argv[1:])
+  try:
+    run = run_export if EXPORT.value else run_import
+    summary = run(source, target)
+  except (ValueError, OSError) as error:
+    sys.exit(f'error: {error}')
+  print(summary)
+  print(f'written to {target}')
+
+
+def run_import(folder: pathlib.Path, target: pathlib.Path):
+  source = open_source(folder, mtp=MTP.value)
+  with ByteProgress('convert', source.nbytes) as bar:
+    return import_checkpoint(
+        source, target, dtype=DTYPE.value, seed=SEED.value, advance=bar.advance
+    )
+
+
+def run_export(folder: pathlib.Path, target: pathlib.Path):
+  source = open_checkpoint(folder, FAMILY.value)
+  with ByteProgress('export', export_bytes(source, FP8.value)) as bar:
+    return export_checkpoint(
+        source,
+        target,
+        quantized=FP8.value,
+        shard_bytes=int(SHARD_GB.value * 2**30),
+        advance=bar.advance,
+    )
+
+
+if __name__ == '__main__':
+  app.run(main)

@@ -1,0 +1,216 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One of our checkpoints becomes a folder that its family's own loaders read."""
+
+from collections.abc import Iterator
+import json
+import math
+import pathlib
+import shutil
+from typing import Any, NamedTuple
+
+import numpy as np
+import tensorstore as ts
+
+from dsa_jax.checkpoint import latest_checkpoint
+from dsa_jax.config import ModelConfig
+from dsa_jax.convert import fp8
+from dsa_jax.convert.families import FAMILIES, write_config
+from dsa_jax.convert.importer import SCALE, Advance
+from dsa_jax.convert.shards import CODES, DTYPES, SINGLE, write_file, write_index
+from dsa_jax.convert.stream import open_tree
+from dsa_jax.convert.target import KEPT_FILES, Summary, building, nested
+from dsa_jax.convert.tensors import Array, Path, Tensor, arrays_of, mtp_copies
+from dsa_jax.load import read_record
+
+QUANTIZATION = {  # As DeepSeek's config.json has it.
+    'quant_method': 'fp8',
+    'fmt': 'e4m3',
+    'activation_scheme': 'dynamic',
+    'weight_block_size': [fp8.BLOCK, fp8.BLOCK],
+    'scale_fmt': 'ue8m0',
+}
+
+
+class Checkpoint(NamedTuple):
+  """One of ours, open."""
+
+  folder: pathlib.Path
+  family: str
+  model: ModelConfig
+  origin: dict[str, Any]  # What the import knew of the source; {} for a run.
+  arrays: dict[Path, Array]
+  stores: dict[Path, ts.TensorStore]
+  scales: dict[Path, ts.TensorStore]  # Of weights that were FP8 when they were imported.
+
+
+class Out(NamedTuple):
+  """A tensor to be written."""
+
+  name: str
+  dtype: np.dtype
+  shape: tuple[int, ...]
+  path: Path
+  tensor: Tensor
+
+  @property
+  def nbytes(self) -> int:
+    return math.prod(self.shape) * self.dtype.itemsize
+
+  @property
+  def is_quantized(self) -> bool:
+    return CODES[self.dtype] == 'F8_E4M3'
+
+
+def open_checkpoint(folder: pathlib.Path, family: str = '') -> Checkpoint:
+  """Opens a converted checkpoint, or RUN/checkpoints/ENTRY.
+
+  Args:
+    folder: The checkpoint.
+    family: What to export it as; '': what it was imported as, else what its config amounts to.
+
+  Raises:
+    ValueError: It is none, or the family cannot hold it.
+  """
+  record = read_record(folder)
+  model = ModelConfig(**record['model'])
+  origin = record.get('source', {})
+  usual = 'glm_moe_dsa' if model.indexer_rope_interleave else 'deepseek_v32'
+  family = family or origin.get('family', usual)
+  if family not in FAMILIES:
+    raise ValueError(f'{family=} must be one of {tuple(FAMILIES)}.')
+  traits = FAMILIES[family]
+  if traits.has_indexer and traits.indexer_rope_interleave != model.indexer_rope_interleave:
+    raise ValueError(f'{family=} rotates index channels in another way: export as {usual!r}.')
+  step = latest_checkpoint(folder)
+  flat = open_tree(step / 'state')
+  stores = {path[1:]: store for path, store in flat.items() if path[0] == 'params'}
+  scales = open_tree(step / 'scales') if (step / 'scales').is_dir() else {}
+  arrays = arrays_of(model, family)
+  wrong = [path for path, a in arrays.items() if path not in stores or stores[path].shape != a.shape]
+  if wrong:
+    raise ValueError(f'{folder} lacks, or has in another shape: {[".".join(p) for p in wrong]}.')
+  return Checkpoint(folder, family, model, origin, arrays, stores, scales)
+
+
+def export_checkpoint(
+    source: Checkpoint,
+    target: pathlib.Path,
+    *,
+    quantized: bool | None = None,
+    shard_bytes: int = 4 * 2**30,
+    advance: Advance = lambda _: None,
+) -> Summary:
+  """Writes config.json, safetensors files and their index; `target` appears when it is whole.
+
+  Tensors have the dtypes they were imported in; those of a run are bfloat16, its norms, biases and
+  scales as the family has them. Memory: one file, `shard_bytes`, or the largest tensor.
+
+  Args:
+    source: From `open_checkpoint`.
+    target: A folder that does not exist yet.
+    quantized: Write the large matrices in FP8; None: as they were imported. The scales of an
+      import are used again, so that its bytes come back; else they are powers of two.
+    shard_bytes: Largest size of a file of several tensors.
+    advance: Called with the number of bytes that were written.
+
+  Raises:
+    ValueError: `target` exists.
+    OSError: It cannot be written, or the disk is full. Nothing is left.
+  """
+  if quantized is None:
+    quantized = bool(source.scales)
+  outs = list(_outs(source, quantized))
+  files = _into_files(outs, shard_bytes)
+  nbytes = sum(out.nbytes for out in outs)
+  with building(target, needs=nbytes) as partial:
+    for file, members in files.items():
+      write_file(partial / file, {out.name: _read(source, out) for out in members})
+      advance(sum(out.nbytes for out in members))
+    if len(files) > 1:
+      names = {out.name: file for file, members in files.items() for out in members}
+      write_index(partial, names, nbytes)
+    for name in KEPT_FILES:
+      if (source.folder / name).is_file():
+        shutil.copyfile(source.folder / name, partial / name)
+    config = write_config(source.family, source.model, source.origin.get('config', {}))
+    config.pop('quantization_config', None)
+    if quantized:
+      config['quantization_config'] = (
+          source.origin.get('config', {}).get('quantization_config') or QUANTIZATION
+      )
+    (partial / 'config.json').write_text(json.dumps(config, indent=2, sort_keys=True))
+  weights = [out for out in outs if not out.name.endswith(SCALE)]
+  return Summary(
+      family=source.family,
+      n_layers=source.model.n_layers,
+      n_parameters=sum(math.prod(out.shape) for out in weights),
+      nbytes=nbytes,
+  )
+
+
+def export_bytes(source: Checkpoint, quantized: bool | None = None) -> int:
+  """Returns how many bytes `export_checkpoint` will write."""
+  return sum(out.nbytes for out in _outs(source, bool(source.scales) if quantized is None else quantized))
+
+
+def _outs(source: Checkpoint, quantized: bool) -> Iterator[Out]:
+  """Everything to write, layer after layer."""
+  copies: dict[str, list[str]] = {}
+  for name, original in mtp_copies(source.model).items():
+    copies.setdefault(original, []).append(name)
+  found = []
+  for path, array in source.arrays.items():
+    dtype = DTYPES[_code(source, path, array, quantized)]
+    for tensor in array.tensors:
+      for name in (tensor.name, *copies.get(tensor.name, ())):
+        found.append(Out(name, dtype, tensor.shape, path, tensor))
+      if CODES[dtype] == 'F8_E4M3':
+        shape = fp8.scale_shape(tensor.shape)
+        found.append(Out(tensor.name + SCALE, np.dtype(np.float32), shape, path, tensor))
+  layer = lambda out: int(out.name.split('.')[2]) if out.name.startswith('model.layers.') else -1
+  return iter(sorted(found, key=layer))
+
+
+def _code(source: Checkpoint, path: Path, array: Array, quantized: bool) -> str:
+  """What a tensor is stored in."""
+  recorded = source.origin.get('dtypes', {}).get('/'.join(path))
+  if array.quantizable and quantized:
+    return 'F8_E4M3'
+  if recorded not in (None, 'F8_E4M3'):
+    return recorded
+  is_matrix = len(array.tensors[0].shape) > 1
+  if is_matrix:
+    return 'BF16'
+  return 'F32' if path[-1:] == ('bias',) and 'ffn' in path else FAMILIES[source.family].norms
+
+
+def _into_files(outs: list[Out], shard_bytes: int) -> dict[str, list[Out]]:
+  """Fills one file after another; a tensor and its scales stay together."""
+  shards: list[list[Out]] = [[]]
+  filled = 0
+  for out in outs:
+    if shards[-1] and filled + out.nbytes > shard_bytes and not out.name.endswith(SCALE):
+      shards.append([])
+      filled = 0
+    shards[-1].append(out)
+    filled += out.nbytes
+  if len(shards) == 1:
+    return {SINGLE: shards[0]}
+  total = len(shards)
+  return {f'model-{i:05}-of-{total:05}.safetensors': s for i, s in enumerate(shards, start=1)}
+
+
+def _read(source: Checkpoint, out: Out) -> np.ndarray:
+  """Reads one tensor, or makes the scales of one."""
+  index = out.tensor.index
+  is_scale = out.name.endswith(SCALE)
+  if (is_scale or out.is_quantized) and out.path in source.scales:
+    scale = source.scales[out.path][index].read().result()
+    if is_scale:
+      return scale
+  weight = out.tensor.to_theirs(source.stores[out.path][index].read().result())
+  if not is_scale and not out.is_quantized:
+    return np.ascontiguousarray(weight.astype(out.dtype, copy=False))
+  if out.path not in source.scales:
+    scale = fp8.block_scales(weight)
+  return scale if is_scale else fp8.quantize(weight, scale)

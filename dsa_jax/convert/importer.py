@@ -1,0 +1,223 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A released checkpoint becomes ours: everything is checked first, then streamed, then named."""
+
+from collections.abc import Callable, Iterator
+import dataclasses
+import json
+import pathlib
+import shutil
+from typing import Any
+
+from flax import nnx
+import jax
+import ml_dtypes
+import numpy as np
+
+from dsa_jax.config import ModelConfig
+from dsa_jax.convert import fp8
+from dsa_jax.convert.families import read_config
+from dsa_jax.convert.shards import DTYPES, Place, open_folder
+from dsa_jax.convert.stream import Streamed, write_tree
+from dsa_jax.convert.target import KEPT_FILES, Summary, building, nested
+from dsa_jax.convert.tensors import Array, Path, Tensor, arrays_of, mtp_copies, weight_shapes
+from dsa_jax.nn.indexer import LightningIndexer
+from dsa_jax.nn.transformer import STACKS
+
+SCALE = '_scale_inv'  # Appended to the name of a tensor in FP8.
+Advance = Callable[[int], None]  # Told of bytes that were read.
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+  """A released checkpoint that has passed all checks."""
+
+  folder: pathlib.Path
+  family: str
+  config: dict[str, Any]  # As it came.
+  model: ModelConfig
+  arrays: dict[Path, Array]
+  places: dict[str, Place]
+  copies: dict[str, str]  # Tensors that must equal others.
+
+  @property
+  def nbytes(self) -> int:
+    return sum(place.nbytes for place in self.places.values())
+
+  def dtype(self, path: Path) -> str:
+    return self.places[self.arrays[path].tensors[0].name].dtype
+
+
+def open_source(folder: pathlib.Path, *, mtp: bool = True) -> Source:
+  """Reads config and headers, and checks that every tensor is there and nothing else.
+
+  Args:
+    folder: config.json, safetensors files and their index.
+    mtp: Keep the MTP layer, if the checkpoint has one.
+
+  Raises:
+    ValueError: Not a whole checkpoint of a known family; all problems are listed.
+  """
+  try:
+    config = json.loads((folder / 'config.json').read_bytes())
+  except (OSError, ValueError, RecursionError) as error:
+    raise ValueError(f'{folder} is no released checkpoint: config.json: {error}') from error
+  family, model = read_config(config)
+  places, problems = open_folder(folder)
+  extra_layer = [name for name in places if name.startswith(f'model.layers.{model.n_layers}.')]
+  if not mtp or not extra_layer:  # The `transformers` package saves no MTP layer.
+    model = dataclasses.replace(model, n_mtp_layers=0)
+    places = {name: place for name, place in places.items() if name not in set(extra_layer)}
+  arrays = arrays_of(model, family)
+  copies = {name: of for name, of in mtp_copies(model).items() if name in places}
+  if not problems:  # Else a missing file would be told once for each of its tensors.
+    problems = _check_tensors(arrays, copies, places)
+  if problems:
+    raise ValueError(f'{folder} cannot be converted:\n  ' + '\n  '.join(problems))
+  return Source(folder, family, config, model, arrays, places, copies)
+
+
+def _check_tensors(
+    arrays: dict[Path, Array], copies: dict[str, str], places: dict[str, Place]
+) -> list[str]:
+  problems, known = [], set()
+  for array in arrays.values():
+    for tensor in array.tensors:
+      known.add(tensor.name)
+      problems += _check_tensor(tensor, array, places, known)
+    dtypes = {places[t.name].dtype: t.name for t in array.tensors if t.name in places}
+    if len(dtypes) > 1:
+      names = ' and '.join(f'{name} ({dtype})' for dtype, name in dtypes.items())
+      problems.append(f'{names} are stacked and must share a dtype.')
+  for name, original in copies.items():
+    known.add(name)
+    if original in places and places[name][1:3] != places[original][1:3]:
+      problems.append(f'{name} must be a copy of {original}: their dtypes or shapes differ.')
+    elif original in places and not _same(places[name], places[original]):
+      problems.append(f'{name} must be a copy of {original}: our MTP layer shares it.')
+  return problems + [f'{name} is in no place of this model.' for name in places if name not in known]
+
+
+def _check_tensor(tensor: Tensor, array: Array, places: dict[str, Place], known: set[str]):
+  place = places.get(tensor.name)
+  if place is None:
+    return [f'{tensor.name} is missing.']
+  if place.shape != tensor.shape:
+    return [f'{tensor.name} has shape {place.shape}; config.json asks for {tensor.shape}.']
+  if place.dtype not in DTYPES or (place.dtype == 'F8_E4M3' and not array.quantizable):
+    return [f'{tensor.name} has dtype {place.dtype}, which does not belong there.']
+  if place.dtype != 'F8_E4M3':
+    return []
+  name, shape = tensor.name + SCALE, fp8.scale_shape(tensor.shape)
+  known.add(name)
+  if name not in places:
+    return [f'{name} is missing: {tensor.name} is FP8.']
+  if places[name].shape != shape or places[name].dtype != 'F32':
+    found = f'{places[name].dtype} {places[name].shape}'
+    return [f'{name} is {found}; it must be F32 {shape}, a scale for each 128 x 128 block.']
+  return []
+
+
+def _same(a: Place, b: Place) -> bool:
+  step = 2**26
+  read = lambda place, at: np.fromfile(
+      place.path, np.uint8, min(step, place.nbytes - at), offset=place.offset + at
+  )
+  return all(np.array_equal(read(a, at), read(b, at)) for at in range(0, a.nbytes, step))
+
+
+def import_checkpoint(
+    source: Source, target: pathlib.Path, *, dtype: str = 'bfloat16', seed: int = 0, advance: Advance
+) -> Summary:
+  """Writes a released checkpoint as one of ours; `target` appears when it is whole.
+
+  Memory: of large arrays one tensor of theirs exists at a time, with its transposed copy.
+
+  Args:
+    source: From `open_source`.
+    target: A folder that does not exist yet.
+    dtype: Of dequantised FP8 weights; all others keep their own.
+    seed: Of the indexers, where the family has none.
+    advance: Called with the number of bytes that were read.
+
+  Raises:
+    ValueError: `target` exists.
+    OSError: It cannot be written, or the disk is full. Nothing is left.
+  """
+  params = {
+      path: _streamed(source, path, DTYPES_OF[dtype], advance) for path in source.arrays
+  }
+  for path, shape in weight_shapes(source.model).items():
+    if path not in params:
+      params[path] = _fresh(source.model, path, shape, seed)
+  quantized = [path for path in source.arrays if source.dtype(path) == 'F8_E4M3']
+  with building(target, needs=source.nbytes) as partial:
+    write_tree(partial / '0' / 'state', {'params': nested(params)})
+    if quantized:
+      scales = {path: _streamed_scales(source, path, advance) for path in quantized}
+      write_tree(partial / '0' / 'scales', nested(scales))
+    for name in KEPT_FILES:
+      if (source.folder / name).is_file():
+        shutil.copyfile(source.folder / name, partial / name)
+    origin = {
+        'family': source.family,
+        'config': source.config,
+        'dtypes': {'/'.join(path): source.dtype(path) for path in source.arrays},
+    }
+    record = {'model': dataclasses.asdict(source.model), 'source': origin}
+    (partial / 'config.json').write_text(json.dumps(record, indent=2))
+  return Summary(
+      family=source.family,
+      n_layers=source.model.n_layers,
+      n_parameters=sum(array.size for array in params.values()),
+      nbytes=sum(array.nbytes for array in params.values()),
+  )
+
+
+DTYPES_OF = {'bfloat16': np.dtype(ml_dtypes.bfloat16), 'float32': np.dtype(np.float32)}
+
+
+def _streamed(source: Source, path: Path, wide: np.dtype, advance: Advance) -> Streamed:
+  array, code = source.arrays[path], source.dtype(path)
+  dtype = wide if code == 'F8_E4M3' else DTYPES[code]
+
+  def pieces() -> Iterator[tuple[tuple[int, ...], np.ndarray]]:
+    for tensor in array.tensors:
+      x = source.places[tensor.name].read()
+      if code == 'F8_E4M3':
+        x = fp8.dequantize(x, source.places[tensor.name + SCALE].read(), dtype)
+      yield tensor.index, tensor.to_ours(x)
+      advance(source.places[tensor.name].nbytes)
+
+  return Streamed(array.shape, dtype, array.n_leading, pieces)
+
+
+def _streamed_scales(source: Source, path: Path, advance: Advance) -> Streamed:
+  """The scales of an array, in their own orientation: with them, export gives the same bytes."""
+  array = source.arrays[path]
+  shape = fp8.scale_shape(array.tensors[0].shape)
+
+  def pieces():
+    for tensor in array.tensors:
+      place = source.places[tensor.name + SCALE]
+      yield tensor.index, place.read()
+      advance(place.nbytes)
+
+  leading = array.shape[: array.n_leading]
+  return Streamed((*leading, *shape), np.dtype(np.float32), array.n_leading, pieces)
+
+
+def _fresh(cfg: ModelConfig, path: Path, shape: tuple[int, ...], seed: int) -> Streamed:
+  """A stack of untrained weights of the indexer, as the model itself would make them."""
+  within = path[path.index('indexer') + 1 :]
+  n_leading = 0 if path[0] == 'mtp' else 1
+  key_of_stack = jax.random.fold_in(jax.random.key(seed), STACKS.index(path[0]))
+
+  def pieces():
+    for index in np.ndindex(shape[:n_leading]):
+      key = jax.random.fold_in(key_of_stack, sum(index))  # One for all weights of a layer.
+      found = nnx.as_pure(nnx.state(LightningIndexer(cfg, rngs=nnx.Rngs(key))))
+      for name in within:
+        found = found[name]
+      yield index, np.asarray(found)
+
+  return Streamed(shape, np.dtype(np.float32), n_leading, pieces)

@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A folder of safetensors files: read one tensor at a time, written one file at a time."""
+
+from collections.abc import Iterator
+import json
+import pathlib
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+import safetensors
+
+INDEX = 'model.safetensors.index.json'
+SINGLE = 'model.safetensors'
+DTYPES = {
+    'F32': np.dtype(np.float32),
+    'F16': np.dtype(np.float16),
+    'BF16': np.dtype(ml_dtypes.bfloat16),
+    'F8_E4M3': np.dtype(ml_dtypes.float8_e4m3fn),
+}
+CODES = {dtype: code for code, dtype in DTYPES.items()}
+
+
+class Place(NamedTuple):
+  """Where a tensor lies."""
+
+  path: pathlib.Path
+  dtype: str  # A key of DTYPES, or another code that safetensors knows.
+  shape: tuple[int, ...]
+  offset: int  # In bytes, from the beginning of the file.
+  nbytes: int
+
+  def read(self) -> np.ndarray:
+    dtype = DTYPES[self.dtype]
+    flat = np.fromfile(self.path, dtype, self.nbytes // dtype.itemsize, offset=self.offset)
+    if flat.nbytes != self.nbytes:
+      raise ValueError(f'{self.path.name} was cut short while it was read.')
+    return flat.reshape(self.shape)
+
+
+def open_folder(folder: pathlib.Path) -> tuple[dict[str, Place], list[str]]:
+  """Finds every tensor of a checkpoint, by its index or in its only file.
+
+  Returns:
+    The tensors by name, and all that is wrong with the files.
+  """
+  index, problems = None, []
+  if (folder / INDEX).exists():
+    index = _read_index(folder / INDEX, problems)
+    files = sorted(set(index.values()))
+  elif (folder / SINGLE).exists():
+    files = [SINGLE]
+  else:
+    return {}, [f'there is neither {INDEX} nor {SINGLE}.']
+  places: dict[str, Place] = {}
+  for file in files:
+    if not (folder / file).is_file():
+      problems.append(f'{file} is missing; {INDEX} names it.')
+      continue
+    for name, place in _open_file(folder / file, problems):
+      if name in places:
+        problems.append(f'{name} is in both {places[name].path.name} and {file}.')
+      if index is not None and index.get(name) != file:
+        problems.append(f'{name} is in {file}, where {INDEX} does not list it.')
+      places[name] = place
+  found = {place.path.name for place in places.values()}
+  for name, file in (index or {}).items():
+    if name not in places and file in found:
+      problems.append(f'{name} is not in {file}, where {INDEX} lists it.')
+  return places, problems
+
+
+def _read_index(path: pathlib.Path, problems: list[str]) -> dict[str, str]:
+  try:
+    index = json.loads(path.read_bytes())['weight_map']
+    names = [*index, *index.values()]
+    plain = all(isinstance(n, str) and '/' not in n and n not in ('', '.', '..') for n in names)
+  except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+    plain = False
+  if not plain:
+    problems.append(f'{path.name} must be JSON with a weight_map from tensor to file name.')
+    return {}
+  return index
+
+
+def _open_file(path: pathlib.Path, problems: list[str]) -> Iterator[tuple[str, Place]]:
+  try:
+    with safetensors.safe_open(path, framework='numpy'):
+      pass  # It checks the header, and the length of the file against it.
+    with open(path, 'rb') as f:
+      length = int.from_bytes(f.read(8), 'little')
+      header = json.loads(f.read(length))
+  except (safetensors.SafetensorError, OSError, ValueError) as error:
+    problems.append(f'{path.name} is damaged or cut short: {error}')
+    return
+  header.pop('__metadata__', None)
+  for name, entry in header.items():
+    begin, end = entry['data_offsets']
+    yield name, Place(path, entry['dtype'], tuple(entry['shape']), 8 + length + begin, end - begin)
+
+
+def write_file(path: pathlib.Path, tensors: dict[str, np.ndarray]):
+  """Writes one file as the `transformers` package does."""
+  contiguous = {name: np.ascontiguousarray(x) for name, x in tensors.items()}
+  specs = {
+      name: safetensors.TensorSpec(
+          dtype=x.dtype.name,
+          shape=x.shape,
+          data_ptr=x.ctypes.data,
+          data_len=x.nbytes,
+      )
+      for name, x in contiguous.items()
+  }
+  safetensors.serialize_file(specs, path, {'format': 'pt'})
+
+
+def write_index(folder: pathlib.Path, files: dict[str, str], nbytes: int):
+  index: dict[str, Any] = {'metadata': {'total_size': nbytes}, 'weight_map': files}
+  (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True))

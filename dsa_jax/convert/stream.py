@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Arrays that pass through memory a piece at a time, into an orbax checkpoint and out of one."""
+
+from collections.abc import Callable, Iterator
+import dataclasses
+import math
+import pathlib
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import tensorstore as ts
+
+CHUNK_BYTES = 64 * 2**20  # Of the files a checkpoint is cut into: what a reader must hold at least.
+
+CACHE_BYTES = 256 * 2**20  # Of chunks just read, for the next piece out of them.
+
+Index = tuple[int, ...]  # Of leading axes: () is the whole array.
+
+
+@dataclasses.dataclass(frozen=True)
+class Streamed:
+  """An array that is made piece by piece while it is written.
+
+  A small array is put together in memory and written at once; of a large one, `n_leading` axes are
+  walked, and no two pieces exist at the same time.
+  """
+
+  shape: tuple[int, ...]
+  dtype: np.dtype
+  n_leading: int  # Axes that `pieces` indexes: layers, experts.
+  pieces: Callable[[], Iterator[tuple[Index, np.ndarray]]]  # Each of shape[n_leading:].
+
+  @property
+  def size(self) -> int:
+    return math.prod(self.shape)
+
+  @property
+  def nbytes(self) -> int:
+    return self.size * self.dtype.itemsize
+
+  @property
+  def chunk_shape(self) -> tuple[int, ...]:
+    """How the array is cut into files: never across pieces unless it is one file altogether."""
+    if self.nbytes <= CHUNK_BYTES:
+      return self.shape
+    chunk = [1] * self.n_leading + list(self.shape[self.n_leading :])
+    while math.prod(chunk) * self.dtype.itemsize > CHUNK_BYTES:
+      widest = max(range(len(chunk)), key=lambda axis: chunk[axis])
+      chunk[widest] = -(-chunk[widest] // 2)
+    return tuple(chunk)
+
+  def assemble(self) -> np.ndarray:
+    whole = np.empty(self.shape, self.dtype)
+    for index, piece in self.pieces():
+      whole[index] = piece
+    return whole
+
+
+class _StreamHandler(ocp.type_handlers.NumpyHandler):
+  """Writes `Streamed` arrays as orbax writes numpy's, one after another; they read as any other."""
+
+  def __init__(self):
+    super().__init__(deepcopy_host_arrays=False)
+    self._failed = False
+
+  async def _open_and_write(self, value: Streamed, tspec: dict[str, Any], ts_context: ts.Context):
+    """Blocks where orbax would await, so that no two arrays are under way at once."""
+    if self._failed:
+      return
+    self._failed = True
+    zarr = tspec['base'] if tspec['driver'] == 'cast' else tspec
+    zarr['metadata']['chunks'] = value.chunk_shape
+    store = ts.open(ts.Spec(tspec), create=True, open=True, context=ts_context).result()
+    pieces = [((), value.assemble())] if value.nbytes <= CHUNK_BYTES else value.pieces()
+    for index, piece in pieces:
+      store[index].write(piece, can_reference_source_data_indefinitely=True).result()
+    self._failed = False
+
+
+def write_tree(folder: pathlib.Path, tree: Any):
+  """Writes a tree of `Streamed` arrays, or of any that orbax knows, as an orbax checkpoint."""
+  registry = ocp.type_handlers.create_type_handler_registry((Streamed, _StreamHandler()))
+  handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False, type_handler_registry=registry)
+  with ocp.Checkpointer(handler) as checkpointer:
+    checkpointer.save(folder.absolute(), args=ocp.args.PyTreeSave(tree))
+
+
+def open_tree(folder: pathlib.Path) -> dict[tuple[str, ...], ts.TensorStore]:
+  """Opens the arrays of an orbax checkpoint without reading them.
+
+  Returns:
+    By path, what has `shape`, `dtype`, and `store[index].read().result()`.
+  """
+  folder = folder.absolute()
+  with ocp.PyTreeCheckpointer() as checkpointer:
+    tree = checkpointer.metadata(folder).item_metadata.tree
+  packed = (folder / 'manifest.ocdbt').exists()  # As a run saves; a conversion leaves plain files.
+  context = ts.Context({'cache_pool': {'total_bytes_limit': CACHE_BYTES}})
+  stores = {}
+  for keys, _ in jax.tree.leaves_with_path(tree):
+    path = tuple(str(getattr(key, 'key', getattr(key, 'idx', key))) for key in keys)
+    kvstore = {'driver': 'file', 'path': f'{folder}/{".".join(path)}/'}
+    if packed:
+      kvstore = {'driver': 'ocdbt', 'base': f'file://{folder}/', 'path': f'{".".join(path)}/'}
+    spec = {'driver': 'zarr', 'kvstore': kvstore, 'recheck_cached_data': False}
+    stores[path] = ts.open(spec, open=True, read=True, context=context).result()
+  return stores

@@ -1,0 +1,382 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Golden numbers from Hugging Face transformers, on tiny random checkpoints in released layouts.
+
+  python tests/parity/make_golden.py                  # Writes every case beside this file.
+  python tests/parity/make_golden.py --only glm_moe_dsa
+  python tests/parity/make_golden.py --check          # Makes all anew and compares; writes nothing.
+  python tests/parity/make_golden.py --load FOLDER --tokens golden.npz --out live.npz
+
+Needs torch and transformers (versions in README.md), neither jax nor dsa_jax. The last form reads
+any checkpoint folder, refuses one that transformers would fill up or read in part, and writes the
+arrays of a golden.npz for those tokens.
+"""
+
+import argparse
+import itertools
+import json
+import pathlib
+import shutil
+import tempfile
+
+import numpy as np
+import torch
+from torch.overrides import TorchFunctionMode
+import transformers
+
+HERE = pathlib.Path(__file__).parent
+MARGIN = 2e-4  # Least distance of any selection's cut, relative to its row's largest |score|.
+N_STEPS = 12  # Tokens decoded one by one.
+CHUNKS = (40, 30)  # Lengths of two cached prefills; a third takes the rest.
+
+SIZES = dict(
+    vocab_size=64,
+    hidden_size=32,
+    intermediate_size=48,
+    moe_intermediate_size=16,
+    num_attention_heads=4,
+    num_key_value_heads=4,
+    q_lora_rank=24,
+    kv_lora_rank=16,
+    qk_nope_head_dim=12,
+    qk_rope_head_dim=8,
+    v_head_dim=8,
+    n_routed_experts=8,
+    n_shared_experts=1,
+    num_experts_per_tok=2,
+    norm_topk_prob=True,
+    scoring_func='sigmoid',
+    topk_method='noaux_tc',
+    routed_scaling_factor=2.5,
+    moe_layer_freq=1,
+    hidden_act='silu',
+    attention_bias=False,
+    attention_dropout=0.0,
+    tie_word_embeddings=False,
+    initializer_range=0.02,
+    bos_token_id=0,
+    eos_token_id=1,
+    ep_size=1,
+    num_nextn_predict_layers=0,
+    use_cache=True,
+)
+INDEXER = dict(index_topk=8, index_n_heads=8, index_head_dim=16)
+DEEPSEEK = SIZES | dict(
+    num_hidden_layers=3,
+    first_k_dense_replace=1,
+    n_group=4,
+    topk_group=2,
+    rms_norm_eps=1e-6,
+    max_position_embeddings=2560,
+    rope_theta=10000,
+    # With base 10000 and 8 channels: one frequency kept, one half-way, two divided by 40.
+    rope_scaling=dict(
+        type='yarn',
+        factor=40,
+        original_max_position_embeddings=64,
+        beta_fast=32,
+        beta_slow=1,
+        mscale=1.0,
+        mscale_all_dim=1.0,
+    ),
+    torch_dtype='float32',
+)
+GLM = SIZES | INDEXER | dict(
+    architectures=['GlmMoeDsaForCausalLM'],
+    model_type='glm_moe_dsa',
+    qk_head_dim=20,
+    v_head_dim=16,
+    n_group=1,
+    topk_group=1,
+    rms_norm_eps=1e-6,  # Not the released 1e-5: see 'latent_eps' in deviations.py.
+    max_position_embeddings=4096,
+    indexer_rope_interleave=True,
+    rope_interleave=True,
+    dtype='float32',
+)
+
+# config.json of each case, with the released files' keys. 'glm_moe_dsa_full' is the exception:
+# its config.json is what transformers itself writes.
+CASES = {
+    'deepseek_v32': DEEPSEEK | INDEXER | dict(
+        architectures=['DeepseekV32ForCausalLM'], model_type='deepseek_v32',
+    ),
+    'deepseek_v3': DEEPSEEK | dict(
+        architectures=['DeepseekV3ForCausalLM'], model_type='deepseek_v3',
+    ),
+    'glm_moe_dsa': GLM | dict(
+        num_hidden_layers=5,
+        first_k_dense_replace=2,
+        indexer_types=['full', 'full', 'shared', 'full', 'shared'],
+        index_topk_freq=2,
+        index_skip_topk_offset=2,
+        index_topk_pattern=None,
+        index_share_for_mtp_iteration=True,
+        rope_parameters=dict(rope_theta=8_000_000, rope_type='default'),
+    ),
+    'glm_moe_dsa_full': GLM | dict(
+        num_hidden_layers=3,
+        first_k_dense_replace=1,
+        rope_parameters=dict(rope_theta=1_000_000, rope_type='default'),
+    ),
+}
+SAVED_CONFIG = ('glm_moe_dsa_full',)
+SHARDED = {'glm_moe_dsa': '225KB'}
+SEQ_LEN = 96
+
+
+class Watch(TorchFunctionMode):
+  """While active, records what decoder layers' indexers and routers select, and by what margin."""
+
+  def __init__(self, layers):
+    super().__init__()
+    self._layers = layers
+    self._handles = []
+    self._inside = None  # The indexer or router that is running.
+    self.selected = []  # In order of layers, then of calls; shared layers included.
+    self.experts = []
+    self.margins = {'index': np.inf, 'group': np.inf, 'expert': np.inf}
+    self.least_choice = np.inf  # Least sigmoid(logit) + bias.
+
+  def __enter__(self):
+    for layer in self._layers:
+      indexer = getattr(layer.self_attn, 'indexer', None)
+      if indexer is not None:
+        self._watch(indexer, lambda out: self.selected.append(out.numpy()))
+      elif hasattr(layer.self_attn, 'skip_topk'):
+        self._watch(layer.self_attn, lambda out: self.selected.append(out[2].numpy()))
+      if hasattr(layer.mlp, 'gate'):
+        self._watch(layer.mlp.gate, lambda out: self.experts.append(out[1:]))
+    return super().__enter__()
+
+  def __exit__(self, *error):
+    for handle in self._handles:
+      handle.remove()
+    return super().__exit__(*error)
+
+  def _watch(self, module, record):
+    def before(module, args):
+      self._inside = module
+    def after(module, args, out):
+      self._inside = None
+      record(out)
+    self._handles += [module.register_forward_pre_hook(before), module.register_forward_hook(after)]
+
+  def __torch_function__(self, func, types, args=(), kwargs=None):
+    kwargs = kwargs or {}
+    if self._inside is not None and func in (torch.Tensor.topk, torch.topk):
+      scores, k = args[0], args[1] if len(args) > 1 else kwargs['k']
+      n_experts = getattr(self._inside, 'num_experts', None)
+      if n_experts is None:
+        self._margin('index', scores, k)
+      elif scores.ndim == 3:  # The two best of each group: only their sum matters.
+        self.least_choice = min(self.least_choice, float(scores.min()))
+      else:
+        self._margin('expert' if scores.shape[-1] == n_experts else 'group', scores, k)
+    return func(*args, **kwargs)
+
+  def _margin(self, kind, scores, k):
+    if scores.shape[-1] <= k:
+      return
+    scores = scores.double().reshape(-1, scores.shape[-1])
+    masked = scores < torch.finfo(torch.float32).min / 2
+    best = scores.masked_fill(masked, -torch.inf).sort(-1, descending=True).values
+    scale = scores.masked_fill(masked, 0).abs().amax(-1)
+    gaps = (best[:, k - 1] - best[:, k]) / scale
+    gaps = gaps[torch.isfinite(best[:, k])]
+    if len(gaps):
+      self.margins[kind] = min(self.margins[kind], float(gaps.min()))
+
+
+  def is_clear(self):
+    """Whether float32 rounding cannot change a set, and every sigmoid + bias is positive."""
+    return min(self.margins.values()) > MARGIN and self.least_choice > 0
+
+
+def randomize(model):
+  """Fills a model so that routing, selection and logits differ clearly from token to token."""
+  with torch.no_grad():
+    for name, x in itertools.chain(model.named_parameters(), model.named_buffers()):
+      if 'rotary_emb' in name:
+        continue
+      if name.endswith('e_score_correction_bias'):
+        x.copy_(torch.randn(x.shape) * 0.03)
+      elif name.endswith('norm.bias'):
+        x.copy_(torch.randn(x.shape) * 0.3)
+      elif x.ndim == 1:
+        x.copy_(torch.rand(x.shape) + 0.5)
+      elif 'embed_tokens' in name:
+        x.copy_(torch.randn(x.shape))
+      else:
+        x.copy_(torch.randn(x.shape) * x.shape[-1] ** -0.5)
+
+
+def load(folder, **kwargs):
+  """Reads a checkpoint folder; raises ValueError unless it holds exactly the model's tensors.
+
+  Those of an MTP layer may be there too: transformers leaves them alone.
+  """
+  model, info = transformers.AutoModelForCausalLM.from_pretrained(
+      folder, dtype=torch.float32, attn_implementation='eager', output_loading_info=True, **kwargs
+  )
+  mtp = f'model.layers.{model.config.num_hidden_layers}.'
+  info['unexpected_keys'] = {x for x in info['unexpected_keys'] if not x.startswith(mtp)}
+  faults = {key: sorted(map(str, value)) for key, value in info.items() if value}
+  if faults:
+    raise ValueError(f'{folder}: {faults}')
+  return model.eval()
+
+
+def visible(selected, start=0):
+  """int32 [B, T, K]: ascending, with the future's positions (short rows only) turned to -1."""
+  positions = start + np.arange(selected.shape[1])[None, :, None]
+  end = np.iinfo(np.int32).max
+  rows = np.sort(np.where(selected <= positions, selected, end), -1)
+  return np.where(rows == end, -1, rows).astype(np.int32)
+
+
+@torch.no_grad()
+def full_forward(model, tokens):
+  """The arrays of a forward pass over whole rows, and its Watch."""
+  with Watch(model.model.layers) as watch:
+    arrays = {'logits': model(tokens, use_cache=False).logits.numpy()}
+  if watch.selected:
+    arrays['selected'] = np.stack([visible(x) for x in watch.selected])
+  if watch.experts:
+    weights, experts = (torch.stack(x) for x in zip(*watch.experts))
+    experts, order = experts.sort(-1)
+    shape = (len(experts), *tokens.shape, -1)
+    arrays['experts'] = experts.reshape(shape).numpy().astype(np.int32)
+    arrays['expert_weights'] = weights.gather(-1, order).reshape(shape).numpy()
+  return arrays, watch
+
+
+@torch.no_grad()
+def cached_forward(model, tokens, lengths):
+  """Logits and selections of consecutive calls on `lengths` tokens, sharing one cache."""
+  cache, start, logits, selected = None, 0, [], []
+  for length in lengths:
+    with Watch(model.model.layers) as watch:
+      out = model(tokens[:, start:start + length], past_key_values=cache, use_cache=True)
+    cache = out.past_key_values
+    logits.append(out.logits.numpy())
+    if watch.selected:
+      selected.append(np.stack([visible(x, start) for x in watch.selected]))
+    start += length
+  return logits, selected
+
+
+def golden(model, tokens):
+  """Every array of a golden.npz."""
+  seq_len = tokens.shape[1]
+  arrays, _ = full_forward(model, tokens)
+  logits, selected = cached_forward(model, tokens, (seq_len - N_STEPS,) + (1,) * N_STEPS)
+  arrays['incremental_logits'] = np.concatenate(logits[1:], 1)
+  if selected:
+    arrays['incremental_selected'] = np.concatenate(selected[1:], 2)
+    np.testing.assert_array_equal(
+        arrays['incremental_selected'], arrays['selected'][:, :, -N_STEPS:]
+    )
+  if seq_len > sum(CHUNKS):
+    logits, selected = cached_forward(model, tokens, (*CHUNKS, seq_len - sum(CHUNKS)))
+    np.testing.assert_allclose(np.concatenate(logits, 1), arrays['logits'], atol=1e-4, rtol=0)
+    if selected:
+      np.testing.assert_array_equal(np.concatenate(selected, 2), arrays['selected'])
+  return {'tokens': tokens.numpy().astype(np.int32)} | arrays
+
+
+def build(config_path, seed):
+  """A random model and tokens for it."""
+  torch.manual_seed(seed)
+  config = transformers.AutoConfig.from_pretrained(config_path)
+  model = transformers.AutoModelForCausalLM.from_config(
+      config, dtype=torch.float32, attn_implementation='eager'
+  ).eval()
+  randomize(model)
+  return model, torch.randint(config.vocab_size, (2, SEQ_LEN))
+
+
+def make(name, folder):
+  """Writes one case: config.json, safetensors (with an index where sharded) and golden.npz."""
+  folder.mkdir(parents=True, exist_ok=True)
+  config_json = folder / 'config.json'
+  config_json.write_text(json.dumps(CASES[name], indent=2) + '\n')
+  for seed in itertools.count():
+    model, tokens = build(config_json, seed)
+    _, watch = full_forward(model, tokens)
+    if watch.is_clear():
+      break
+
+  with tempfile.TemporaryDirectory() as scratch:
+    scratch = pathlib.Path(scratch)
+    model.save_pretrained(scratch, max_shard_size=SHARDED.get(name, '1GB'))
+    for old in folder.glob('model*.safetensors*'):
+      old.unlink()
+    for new in scratch.glob('model*.safetensors*'):
+      shutil.copyfile(new, folder / new.name)
+    config = 'config.json' if name in SAVED_CONFIG else 'saved_config.json'
+    shutil.copyfile(scratch / 'config.json', folder / config)
+
+  loaded = load(folder)
+  for key, value in model.state_dict().items():
+    assert torch.equal(value, loaded.state_dict()[key]), key
+  arrays = golden(loaded, tokens)
+  again, _ = full_forward(model, tokens)
+  np.testing.assert_array_equal(again['logits'], arrays['logits'])
+  np.savez_compressed(folder / 'golden.npz', seed=seed, **arrays)
+
+  incremental = np.abs(arrays['logits'][:, -N_STEPS:] - arrays['incremental_logits']).max()
+  margins = ', '.join(f'{kind} {value:.1e}' for kind, value in watch.margins.items())
+  size = sum(path.stat().st_size for path in folder.iterdir())
+  print(f'{name}: seed {seed}; margins {margins}; least sigmoid + bias {watch.least_choice:.2f}; '
+        f'logits std {arrays["logits"].std():.2f}; incremental within {incremental:.1e}; {size} B')
+
+
+def check(name, folder):
+  """Makes a case anew and compares it with `folder`."""
+  with tempfile.TemporaryDirectory() as scratch:
+    scratch = pathlib.Path(scratch) / name
+    make(name, scratch)
+    for path in sorted(folder.iterdir()):
+      if path.suffix == '.npz':
+        compare(path, scratch / path.name)
+      elif path.read_bytes() != (scratch / path.name).read_bytes():
+        raise AssertionError(f'{name}/{path.name} differs.')
+
+
+def compare(path, other):
+  """Raises unless two npz files hold equal integers, and floats within 1e-5."""
+  with np.load(path) as old, np.load(other) as new:
+    assert set(old.files) == set(new.files), (old.files, new.files)
+    for key in old.files:
+      atol = 1e-5 if old[key].dtype.kind == 'f' else 0
+      np.testing.assert_allclose(new[key], old[key], atol=atol, rtol=0, err_msg=f'{path}: {key}')
+
+
+def quiet():
+  """One core, and no bars or reports: `load` raises what they would warn of."""
+  torch.set_num_threads(1)
+  transformers.utils.logging.disable_progress_bar()
+  transformers.utils.logging.set_verbosity_error()
+
+
+def main():
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument('--only', choices=CASES)
+  parser.add_argument('--check', action='store_true')
+  parser.add_argument('--load', type=pathlib.Path, metavar='FOLDER')
+  parser.add_argument('--tokens', type=pathlib.Path, metavar='NPZ')
+  parser.add_argument('--out', type=pathlib.Path, metavar='NPZ')
+  args = parser.parse_args()
+  quiet()
+  if args.load:
+    if not (args.tokens and args.out):
+      parser.error('--load needs --tokens and --out.')
+    tokens = torch.from_numpy(np.load(args.tokens)['tokens']).long()
+    np.savez_compressed(args.out, **golden(load(args.load), tokens))
+    return
+  for name in [args.only] if args.only else CASES:
+    (check if args.check else make)(name, HERE / name)
+
+
+if __name__ == '__main__':
+  main()

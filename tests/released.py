@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Random checkpoints in the released layout, written from its description alone.
+
+Nothing here is shared with the package. Names, shapes and dtypes: DeepSeek-V3.2's checkpoint
+(163 shards, revision a7e62ac0) and the headers of GLM-5.2-FP8.
+"""
+
+import json
+import pathlib
+
+import ml_dtypes
+import numpy as np
+import safetensors
+
+CODES = {'F32': np.float32, 'BF16': ml_dtypes.bfloat16, 'F8': ml_dtypes.float8_e4m3fn}
+
+V32 = {
+    'model_type': 'deepseek_v32', 'vocab_size': 48, 'hidden_size': 160, 'num_hidden_layers': 3,
+    'first_k_dense_replace': 1, 'num_nextn_predict_layers': 1, 'intermediate_size': 144,
+    'rms_norm_eps': 1e-6, 'n_routed_experts': 4, 'n_shared_experts': 1, 'num_experts_per_tok': 2,
+    'n_group': 2, 'topk_group': 1, 'moe_intermediate_size': 24, 'routed_scaling_factor': 2.5,
+    'num_attention_heads': 4, 'q_lora_rank': 40, 'kv_lora_rank': 136, 'qk_nope_head_dim': 16,
+    'qk_rope_head_dim': 8, 'v_head_dim': 12, 'max_position_embeddings': 512, 'rope_theta': 10000,
+    'rope_scaling': {
+        'type': 'yarn', 'factor': 40, 'original_max_position_embeddings': 64, 'beta_fast': 32,
+        'beta_slow': 1, 'mscale': 1.0, 'mscale_all_dim': 1.0,
+    },
+    'index_n_heads': 4, 'index_head_dim': 16, 'index_topk': 8, 'torch_dtype': 'bfloat16',
+    'architectures': ['DeepseekV32ForCausalLM'], 'scoring_func': 'sigmoid', 'hidden_act': 'silu',
+    'quantization_config': {'quant_method': 'fp8', 'weight_block_size': [128, 128]},
+}  # fmt: skip
+V3 = {k: v for k, v in V32.items() if not k.startswith('index_')} | {
+    'model_type': 'deepseek_v3', 'architectures': ['DeepseekV3ForCausalLM'],
+}  # fmt: skip
+GLM = {k: v for k, v in V32.items() if k != 'rope_scaling'} | {
+    'model_type': 'glm_moe_dsa', 'num_hidden_layers': 6, 'first_k_dense_replace': 2, 'n_group': 1,
+    'topk_group': 1, 'rms_norm_eps': 1e-5, 'indexer_rope_interleave': True, 'v_head_dim': 20,
+    'index_topk_freq': 2, 'index_skip_topk_offset': 2, 'architectures': ['GlmMoeDsaForCausalLM'],
+}  # Full layers: 0, 1, 3, 5.  # fmt: skip
+
+
+def layout(c: dict, *, fp8: bool = True, norms: str = 'F32') -> dict[str, tuple[tuple, str]]:
+  """Returns shape and dtype of every tensor but the scales."""
+  d, heads, wide = c['hidden_size'], c['num_attention_heads'], 'F8' if fp8 else 'BF16'
+  q, kv, depth = c['q_lora_rank'], c['kv_lora_rank'], c['num_hidden_layers']
+  nope, rope, v = c['qk_nope_head_dim'], c['qk_rope_head_dim'], c['v_head_dim']
+  found = {
+      'model.embed_tokens.weight': ((c['vocab_size'], d), 'BF16'),
+      'lm_head.weight': ((c['vocab_size'], d), 'BF16'),
+      'model.norm.weight': ((d,), norms),
+  }
+  for i in range(depth + c['num_nextn_predict_layers']):
+    layer, attn = f'model.layers.{i}.', f'model.layers.{i}.self_attn.'
+    found |= {
+        layer + 'input_layernorm.weight': ((d,), norms),
+        layer + 'post_attention_layernorm.weight': ((d,), norms),
+        attn + 'q_a_proj.weight': ((q, d), wide),
+        attn + 'q_a_layernorm.weight': ((q,), norms),
+        attn + 'q_b_proj.weight': ((heads * (nope + rope), q), wide),
+        attn + 'kv_a_proj_with_mqa.weight': ((kv + rope, d), wide),
+        attn + 'kv_a_layernorm.weight': ((kv,), norms),
+        attn + 'kv_b_proj.weight': ((heads * (nope + v), kv), wide),
+        attn + 'o_proj.weight': ((d, heads * v), wide),
+    }
+    freq, offset = c.get('index_topk_freq', 1), c.get('index_skip_topk_offset', 0)
+    owns_indexer = i == depth or max(i - offset + 1, 0) % freq == 0
+    if 'index_n_heads' in c and owns_indexer:
+      n, width = c['index_n_heads'], c['index_head_dim']
+      found |= {
+          attn + 'indexer.wq_b.weight': ((n * width, q), wide),
+          attn + 'indexer.wk.weight': ((width, d), wide),
+          attn + 'indexer.k_norm.weight': ((width,), norms),
+          attn + 'indexer.k_norm.bias': ((width,), norms),
+          attn + 'indexer.weights_proj.weight': ((n, d), 'BF16'),
+      }
+    if i < c['first_k_dense_replace']:
+      found |= _swiglu(layer + 'mlp.', d, c['intermediate_size'], wide)
+    else:
+      f, shared = c['moe_intermediate_size'], c['n_shared_experts'] * c['moe_intermediate_size']
+      found[layer + 'mlp.gate.weight'] = (c['n_routed_experts'], d), 'BF16'
+      found[layer + 'mlp.gate.e_score_correction_bias'] = (c['n_routed_experts'],), 'F32'
+      for e in range(c['n_routed_experts']):
+        found |= _swiglu(layer + f'mlp.experts.{e}.', d, f, wide)
+      found |= _swiglu(layer + 'mlp.shared_experts.', d, shared, wide)
+    if i == depth:
+      found |= {
+          layer + 'enorm.weight': ((d,), norms),
+          layer + 'hnorm.weight': ((d,), norms),
+          layer + 'eh_proj.weight': ((d, 2 * d), 'BF16'),
+          layer + 'shared_head.norm.weight': ((d,), norms),
+          layer + 'shared_head.head.weight': ((c['vocab_size'], d), 'BF16'),
+          layer + 'embed_tokens.weight': ((c['vocab_size'], d), 'BF16'),
+      }
+  return found
+
+
+def _swiglu(prefix: str, d: int, f: int, dtype: str) -> dict:
+  return {
+      prefix + 'gate_proj.weight': ((f, d), dtype),
+      prefix + 'up_proj.weight': ((f, d), dtype),
+      prefix + 'down_proj.weight': ((d, f), dtype),
+  }
+
+
+def random_tensors(c: dict, *, odd_scales: bool = False, **kwargs) -> dict[str, np.ndarray]:
+  """Returns a whole checkpoint; FP8 codes are of all kinds but NaN, zeros of both signs included.
+
+  Args:
+    c: A config.json.
+    odd_scales: Scales that are no powers of two, as DeepSeek-V3's are not.
+    **kwargs: See `layout`.
+  """
+  rng, found = np.random.default_rng(0), {}
+  for name, (shape, code) in layout(c, **kwargs).items():
+    if code == 'F8':
+      codes = rng.integers(0, 127, size=shape) + 128 * rng.integers(2, size=shape)
+      found[name] = codes.astype(np.uint8).view(CODES['F8'])
+      blocks = [-(-n // 128) for n in shape]
+      scale = rng.uniform(0.5, 1, blocks) if odd_scales else 2.0 ** rng.integers(-12, -9, blocks)
+      found[name + '_scale_inv'] = (scale * (1e-3 if odd_scales else 1)).astype(np.float32)
+    else:
+      found[name] = rng.normal(size=shape).astype(CODES[code])
+  extra = f"model.layers.{c['num_hidden_layers']}."
+  if c['num_nextn_predict_layers']:
+    found[extra + 'embed_tokens.weight'] = found['model.embed_tokens.weight']
+    found[extra + 'shared_head.head.weight'] = found['lm_head.weight']
+  return found
+
+
+def write(folder: pathlib.Path, c: dict, tensors: dict[str, np.ndarray], *, shards: int = 3):
+  """Writes config.json, the shards and their index."""
+  folder.mkdir(parents=True)
+  (folder / 'config.json').write_text(json.dumps(c))
+  names = sorted(tensors)
+  weight_map = {}
+  for i in range(shards):
+    file = f'model-{i + 1:05}-of-{shards:05}.safetensors'
+    mine = names[i::shards]
+    weight_map |= {name: file for name in mine}
+    write_shard(folder / file, {name: tensors[name] for name in mine})
+  index = {'metadata': {'total_size': sum(x.nbytes for x in tensors.values())}}
+  index['weight_map'] = weight_map
+  (folder / 'model.safetensors.index.json').write_text(json.dumps(index))
+
+
+def write_shard(path: pathlib.Path, tensors: dict[str, np.ndarray]):
+  tensors = {name: np.ascontiguousarray(x) for name, x in tensors.items()}
+  specs = {
+      name: safetensors.TensorSpec(
+          dtype=x.dtype.name, shape=x.shape, data_ptr=x.ctypes.data, data_len=x.nbytes
+      )
+      for name, x in tensors.items()
+  }
+  safetensors.serialize_file(specs, path, {'format': 'pt'})
+
+
+def read(folder: pathlib.Path) -> dict[str, tuple[str, tuple, bytes]]:
+  """Returns dtype, shape and bytes of every tensor of a folder."""
+  found = {}
+  for path in sorted(folder.glob('*.safetensors')):
+    for name, entry in safetensors.deserialize(path.read_bytes()):
+      found[name] = entry['dtype'], tuple(entry['shape']), bytes(entry['data'])
+  return found

@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The package against `transformers`: see parity/README.md."""
+
+import functools
+import json
+import pathlib
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dsa_jax.convert.importer import import_checkpoint, open_source
+from dsa_jax.load import load_checkpoint
+from dsa_jax.nn.mla import Mode
+from dsa_jax.nn.transformer import Transformer
+
+GOLDEN = pathlib.Path(__file__).parent / 'parity'
+
+
+@functools.cache
+def golden(case: str) -> dict[str, np.ndarray]:
+  with np.load(GOLDEN / case / 'golden.npz') as arrays:
+    return dict(arrays)
+
+
+@pytest.fixture(scope='module')
+def converted(tmp_path_factory):
+  """A case's checkpoint as our model, converted once."""
+
+  @functools.cache
+  def load(case: str) -> Transformer:
+    target = tmp_path_factory.mktemp(case) / 'converted'
+    import_checkpoint(open_source(GOLDEN / case), target, advance=lambda _: None)
+    return load_checkpoint(target)
+
+  return load
+
+
+@functools.partial(jax.jit, static_argnames='mode')
+def _forward(model, tokens, start, end, mode):
+  out = model(tokens, start, end, mode, next_tokens=jnp.roll(tokens, -1, axis=1))
+  indices = out.measures('indexer').indices if mode.measure else None
+  experts = {name: report.expert_load for name, report in out.layers.items()}
+  return out.logits, out.mtp_logits, indices, experts
+
+
+def forward(model, tokens, attention: str, backend: str = 'xla', measure=('indexer',)):
+  n_rows, length = tokens.shape
+  start = jnp.zeros(tokens.shape, jnp.int32)
+  end = jnp.broadcast_to(jnp.arange(1, length + 1, dtype=jnp.int32), (n_rows, length))
+  mode = Mode(attention=attention, backend=backend, measure=measure)
+  return _forward(model, jnp.asarray(tokens), start, end, mode)
+
+
+def close(got, want):
+  np.testing.assert_allclose(got, want, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize('case', ['deepseek_v32', 'glm_moe_dsa', 'glm_moe_dsa_full'])
+@pytest.mark.parametrize(
+    'attention, backend', [('sparse', 'reference'), ('sparse', 'xla'), ('masked', 'xla')]
+)
+def test_parity(converted, case, attention, backend):
+  """Logits, and the selected set of every layer and query; in one pass and token by token."""
+  want, model = golden(case), converted(case)
+  assert want['tokens'].shape[1] == 12 * model.cfg.index_topk
+  logits, _, selected, _ = forward(model, want['tokens'], attention, backend)
+  np.testing.assert_array_equal(selected, want['selected'])
+  close(logits, want['logits'])
+  n_steps = want['incremental_logits'].shape[1]
+  close(logits[:, -n_steps:], want['incremental_logits'])
+  np.testing.assert_array_equal(selected[:, :, -n_steps:], want['incremental_selected'])
+
+
+@pytest.mark.parametrize('case', ['deepseek_v32', 'glm_moe_dsa'])
+def test_expert_choice(converted, case):
+  want, model = golden(case), converted(case)
+  load = forward(model, want['tokens'], 'sparse')[3]['moe_blocks']
+  for chosen, count in zip(want['experts'], np.asarray(load)):
+    np.testing.assert_array_equal(np.bincount(chosen.ravel(), minlength=len(count)), count)
+
+
+def test_dense_model(converted):
+  """DeepSeek-V3, which becomes a DSA model by warm-up: dense as it is, whatever its indexers are."""
+  want, model = golden('deepseek_v3'), converted('deepseek_v3')
+  close(forward(model, want['tokens'], 'dense', measure=())[0], want['logits'])
+
+
+def test_mtp(converted):
+  want, model = golden('deepseek_v32_mtp'), converted('deepseek_v32_mtp')
+  logits, mtp_logits, selected, _ = forward(model, want['tokens'], 'sparse')
+  close(logits, want['logits'])
+  n = want['mtp_logits'].shape[1]
+  close(mtp_logits[:, :n], want['mtp_logits'])
+  np.testing.assert_array_equal(selected[-1][:, :n], want['mtp_selected'])
+
+
+@functools.cache
+def deviations() -> dict[str, np.ndarray]:
+  with np.load(GOLDEN / 'deviations.npz') as arrays:
+    return dict(arrays)
+
+
+def source_of(entry: str, folder: pathlib.Path) -> pathlib.Path:
+  """The checkpoint of a deviation: a case's weights under another config.json."""
+  case, config = (str(deviations()[f'{entry}/{name}']) for name in ('case', 'config'))
+  shutil.copytree(GOLDEN / case, folder)
+  whole = json.loads((folder / 'config.json').read_text()) | json.loads(config)
+  (folder / 'config.json').write_text(json.dumps(whole))
+  return folder
+
+
+@pytest.mark.parametrize('entry', ['latent_eps', 'short_context_yarn'])
+def test_where_transformers_leaves_the_specification(entry, tmp_path):
+  """We follow the specification; `transformers` would, with its constants put right."""
+  source = source_of(entry, tmp_path / 'source')
+  import_checkpoint(open_source(source), tmp_path / 'ours', advance=lambda _: None)
+  want = {name: deviations()[f'{entry}/{name}'] for name in ('tokens', 'spec_logits', 'as_is_logits')}
+  model = load_checkpoint(tmp_path / 'ours')
+  logits, _, selected, _ = forward(model, want['tokens'], 'sparse')
+  close(logits, want['spec_logits'])
+  np.testing.assert_array_equal(selected, deviations()[f'{entry}/spec_selected'])
+  assert np.abs(want['as_is_logits'] - want['spec_logits']).max() > 0.1
+
+
+@pytest.mark.parametrize('entry', ['mscale_unequal', 'mscale_all_dim_absent'])
+def test_rope_that_deepseek_never_released_is_refused(entry, tmp_path):
+  with pytest.raises(ValueError, match='mscale_all_dim=.* must be mscale=1.0'):
+    open_source(source_of(entry, tmp_path / 'source'))
