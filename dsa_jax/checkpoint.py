@@ -7,8 +7,12 @@ from typing import Any, NamedTuple
 from flax import nnx
 import jax
 import orbax.checkpoint as ocp
+import tensorstore as ts
 
 from dsa_jax.state import TrainState
+
+
+CACHE_BYTES = 64 * 2**20  # Of what was just read, for the next piece out of the same file.
 
 
 class Progress(NamedTuple):
@@ -84,22 +88,53 @@ def restore_params(folder: pathlib.Path, like: nnx.State) -> nnx.State:
   Raises:
     ValueError: There is no checkpoint, or it is of a model with other shapes.
   """
-  path = latest_checkpoint(folder) / 'state'
+  stores = open_tree(latest_checkpoint(folder) / 'state')
+  stores = {path[1:]: store for path, store in stores.items() if path[0] == 'params'}
+  targets, treedef = jax.tree.flatten_with_path(nnx.as_pure(like))
+  targets = {tuple(key.key for key in path): target for path, target in targets}
+  _check_shapes(stores, targets, folder)
+  arrays = [_read(stores[path], target) for path, target in targets.items()]
+  return _with_structure(jax.tree.unflatten(treedef, arrays), like)
+
+
+def _read(store: ts.TensorStore, target: jax.ShapeDtypeStruct) -> jax.Array:
+  """Reads one array: every device's own share, one share after another."""
+  shares = []
+  for device, index in target.sharding.addressable_devices_indices_map(target.shape).items():
+    share = store[index].read().result().astype(target.dtype, copy=False)
+    shares.append(jax.block_until_ready(jax.device_put(share, device)))
+  return jax.make_array_from_single_device_arrays(target.shape, target.sharding, shares)
+
+
+def open_tree(folder: pathlib.Path) -> dict[tuple[str, ...], ts.TensorStore]:
+  """Opens the arrays of an orbax checkpoint without reading them.
+
+  Returns:
+    By path, what has `shape`, `dtype`, and `store[index].read().result()`.
+  """
+  folder = folder.absolute()
   with ocp.PyTreeCheckpointer() as checkpointer:
-    stored = checkpointer.metadata(path).item_metadata.tree['params']
-    _check_shapes(stored, nnx.as_pure(like), folder)
-    target = {'params': _shapes(like)}
-    args = ocp.checkpoint_utils.construct_restore_args(target)
-    found = checkpointer.restore(path, item=target, restore_args=args, partial_restore=True)
-  return _with_structure(found['params'], like)
+    tree = checkpointer.metadata(folder).item_metadata.tree
+  packed = (folder / 'manifest.ocdbt').exists()  # As a run saves; a conversion leaves plain files.
+  context = ts.Context({'cache_pool': {'total_bytes_limit': CACHE_BYTES}})
+  stores = {}
+  for keys, _ in jax.tree.leaves_with_path(tree):
+    path = tuple(str(getattr(key, 'key', getattr(key, 'idx', key))) for key in keys)
+    kvstore = {'driver': 'file', 'path': f'{folder}/{".".join(path)}/'}
+    if packed:
+      kvstore = {'driver': 'ocdbt', 'base': f'file://{folder}/', 'path': f'{".".join(path)}/'}
+    spec = {'driver': 'zarr', 'kvstore': kvstore, 'recheck_cached_data': False}
+    stores[path] = ts.open(spec, open=True, read=True, context=context).result()
+  return stores
 
 
-def _check_shapes(stored: Any, like: Any, folder: pathlib.Path):
-  names = lambda tree: {jax.tree_util.keystr(p): x.shape for p, x in jax.tree.leaves_with_path(tree)}
-  ours, theirs = names(like), names(stored)
-  wrong = sorted(n for n in ours.keys() | theirs.keys() if ours.get(n) != theirs.get(n))
+def _check_shapes(stores: dict, targets: dict, folder: pathlib.Path):
+  ours, theirs = ({p: x.shape for p, x in tree.items()} for tree in (targets, stores))
+  wrong = sorted(p for p in ours.keys() | theirs.keys() if ours.get(p) != theirs.get(p))
   if wrong:
-    rows = [f'  {n}: {theirs.get(n, "absent")} there, {ours.get(n, "absent")} here' for n in wrong]
+    rows = [
+        f'  {".".join(p)}: {theirs.get(p, "absent")} there, {ours.get(p, "absent")} here' for p in wrong
+    ]
     raise ValueError(f'{folder} holds another model:\n' + '\n'.join(rows))
 
 

@@ -12,13 +12,12 @@ import numpy as np
 import pytest
 import released
 
-from dsa_jax.checkpoint import Checkpoints, Progress
+from dsa_jax.checkpoint import Checkpoints, Progress, open_tree
 from dsa_jax.config import ModelConfig
 from dsa_jax.convert import fp8
 from dsa_jax.convert.exporter import Checkpoint, _outs, export_checkpoint, open_checkpoint
 from dsa_jax.convert.families import read_config
 from dsa_jax.convert.importer import import_checkpoint, open_source
-from dsa_jax.convert.stream import open_tree
 from dsa_jax.convert.tensors import arrays_of
 from dsa_jax.load import load_checkpoint
 from dsa_jax.optim import OptimConfig

@@ -198,6 +198,8 @@ def write_config(name: str, cfg: ModelConfig, base: dict[str, Any]) -> dict[str,
   names = FIELDS | (INDEXER_FIELDS if family.has_indexer else {})
   config |= {key: getattr(cfg, field) for key, field in names.items()}
   config['num_key_value_heads'] = cfg.n_heads
+  if not {'dtype', 'torch_dtype'} & config.keys():
+    config['torch_dtype'] = cfg.dtype  # Of activations.
   config['first_k_dense_replace'] = cfg.n_dense_layers
   config['num_nextn_predict_layers'] = cfg.n_mtp_layers
   if family.indexer_rope_interleave:

@@ -130,7 +130,7 @@ def import_checkpoint(
 ) -> Summary:
   """Writes a released checkpoint as one of ours; `target` appears when it is whole.
 
-  Memory: of large arrays one tensor of theirs exists at a time, with its transposed copy.
+  Memory: small arrays are put together whole; of a large one, two tensors of theirs at a time.
 
   Args:
     source: From `open_source`.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Arrays that pass through memory a piece at a time, into an orbax checkpoint and out of one."""
+"""Arrays that pass through memory a piece at a time, into an orbax checkpoint."""
 
 from collections.abc import Callable, Iterator
 import dataclasses
@@ -7,14 +7,11 @@ import math
 import pathlib
 from typing import Any
 
-import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
 
 CHUNK_BYTES = 64 * 2**20  # Of the files a checkpoint is cut into: what a reader must hold at least.
-
-CACHE_BYTES = 256 * 2**20  # Of chunks just read, for the next piece out of them.
 
 Index = tuple[int, ...]  # Of leading axes: () is the whole array.
 
@@ -24,7 +21,7 @@ class Streamed:
   """An array that is made piece by piece while it is written.
 
   A small array is put together in memory and written at once; of a large one, `n_leading` axes are
-  walked, and no two pieces exist at the same time.
+  walked, and no more than two pieces exist at the same time.
   """
 
   shape: tuple[int, ...]
@@ -74,8 +71,12 @@ class _StreamHandler(ocp.type_handlers.NumpyHandler):
     zarr['metadata']['chunks'] = value.chunk_shape
     store = ts.open(ts.Spec(tspec), create=True, open=True, context=ts_context).result()
     pieces = [((), value.assemble())] if value.nbytes <= CHUNK_BYTES else value.pieces()
+    writing = None
     for index, piece in pieces:
-      store[index].write(piece, can_reference_source_data_indefinitely=True).result()
+      before, writing = writing, store[index].write(piece, can_reference_source_data_indefinitely=True)
+      if before:  # One piece is written while the next one is made.
+        before.result()
+    writing.result()
     self._failed = False
 
 
@@ -85,25 +86,3 @@ def write_tree(folder: pathlib.Path, tree: Any):
   handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False, type_handler_registry=registry)
   with ocp.Checkpointer(handler) as checkpointer:
     checkpointer.save(folder.absolute(), args=ocp.args.PyTreeSave(tree))
-
-
-def open_tree(folder: pathlib.Path) -> dict[tuple[str, ...], ts.TensorStore]:
-  """Opens the arrays of an orbax checkpoint without reading them.
-
-  Returns:
-    By path, what has `shape`, `dtype`, and `store[index].read().result()`.
-  """
-  folder = folder.absolute()
-  with ocp.PyTreeCheckpointer() as checkpointer:
-    tree = checkpointer.metadata(folder).item_metadata.tree
-  packed = (folder / 'manifest.ocdbt').exists()  # As a run saves; a conversion leaves plain files.
-  context = ts.Context({'cache_pool': {'total_bytes_limit': CACHE_BYTES}})
-  stores = {}
-  for keys, _ in jax.tree.leaves_with_path(tree):
-    path = tuple(str(getattr(key, 'key', getattr(key, 'idx', key))) for key in keys)
-    kvstore = {'driver': 'file', 'path': f'{folder}/{".".join(path)}/'}
-    if packed:
-      kvstore = {'driver': 'ocdbt', 'base': f'file://{folder}/', 'path': f'{".".join(path)}/'}
-    spec = {'driver': 'zarr', 'kvstore': kvstore, 'recheck_cached_data': False}
-    stores[path] = ts.open(spec, open=True, read=True, context=context).result()
-  return stores

@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The comparison of test_parity.py, live: pip install -e '.[test,parity]'
+
+What we export is read by `transformers` itself, which must find every tensor and give our logits.
+"""
+
+import pathlib
+import sys
+
+import numpy as np
+import pytest
+from test_parity import GOLDEN, forward
+
+from dsa_jax.convert.exporter import export_checkpoint, open_checkpoint
+from dsa_jax.convert.importer import import_checkpoint, open_source
+from dsa_jax.load import load_checkpoint
+
+torch = pytest.importorskip('torch', reason='needs the extra [parity]')
+pytest.importorskip('transformers', reason='needs the extra [parity]')
+
+
+@pytest.fixture(scope='module')
+def make_golden():
+  sys.path.insert(0, str(GOLDEN))
+  import make_golden
+
+  return make_golden
+
+
+@pytest.mark.parametrize('case', ['deepseek_v32', 'deepseek_v3', 'glm_moe_dsa', 'glm_moe_dsa_full'])
+def test_transformers_reads_our_export(case, tmp_path: pathlib.Path, make_golden):
+  import_checkpoint(open_source(GOLDEN / case), tmp_path / 'ours', advance=lambda n: None)
+  export_checkpoint(open_checkpoint(tmp_path / 'ours'), tmp_path / 'out', shard_bytes=100_000)
+  theirs = make_golden.load(tmp_path / 'out')  # Raises if a tensor is missing or unexpected.
+  ours = load_checkpoint(tmp_path / 'ours')
+  for seed in range(100):  # Until no cut is so close that rounding could decide it.
+    tokens = np.random.default_rng(seed).integers(ours.cfg.vocab_size, size=(1, 64)).astype(np.int32)
+    want, watch = make_golden.full_forward(theirs, torch.from_numpy(tokens).long())
+    if watch.is_clear():
+      break
+  else:
+    raise AssertionError('no tokens give clear selections')
+  attention = 'dense' if case == 'deepseek_v3' else 'sparse'
+  logits = forward(ours, tokens, attention, measure=())[0]
+  np.testing.assert_allclose(logits, want['logits'], atol=1e-4, rtol=0)
+
+
+def test_golden_numbers_can_be_made_again(make_golden):
+  """The script beside them gives what is stored."""
+  for case in ('deepseek_v32', 'glm_moe_dsa'):
+    make_golden.check(case, GOLDEN / case)
