@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-r"""DeepSeek-V3.2-Exp, 671B: warm-up and sparse training as published (report, section 2.1).
+r"""DeepSeek-V3.2-Exp, 671B: how a dense model becomes a sparse one, as published (report, section 2.1).
 
-python -m dsa_jax.train --config=configs/deepseek_v32.py \
-    --config.stages.warmup.init_from=FOLDER --config.workdir=runs/deepseek_v32
+python -m dsa_jax.convert --nomtp DeepSeek-V3.1-Terminus checkpoints/deepseek_v31
+python -m dsa_jax.train --config=configs/deepseek_v32.py --config.workdir=runs/deepseek_v32
 
-FOLDER is a checkpoint folder of a dense model in our layout. The report does not give the
-optimiser, the schedule's shape or the clipping; a constant rate is assumed.
+The first line reads the released dense model and gives it fresh indexers; the second warms them up
+and goes on sparsely. From the weights of V3.2 itself, take `recipe` and `init_from` of `sparse`
+alone. The report does not give the optimiser, the schedule's shape or the clipping; a constant rate
+is assumed. Variant `:tiny` has a dense stage of its own to start from.
 """
 
 from configs import base

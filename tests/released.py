@@ -88,9 +88,10 @@ def layout(c: dict, *, fp8: bool = True, norms: str = 'F32') -> dict[str, tuple[
           layer + 'hnorm.weight': ((d,), norms),
           layer + 'eh_proj.weight': ((d, 2 * d), 'BF16'),
           layer + 'shared_head.norm.weight': ((d,), norms),
-          layer + 'shared_head.head.weight': ((c['vocab_size'], d), 'BF16'),
-          layer + 'embed_tokens.weight': ((c['vocab_size'], d), 'BF16'),
       }
+      if c['model_type'] != 'glm_moe_dsa':
+        for name in ('embed_tokens.weight', 'shared_head.head.weight'):
+          found[layer + name] = (c['vocab_size'], d), 'BF16'
   return found
 
 
@@ -121,7 +122,7 @@ def random_tensors(c: dict, *, odd_scales: bool = False, **kwargs) -> dict[str, 
     else:
       found[name] = rng.normal(size=shape).astype(CODES[code])
   extra = f"model.layers.{c['num_hidden_layers']}."
-  if c['num_nextn_predict_layers']:
+  if extra + 'embed_tokens.weight' in found:
     found[extra + 'embed_tokens.weight'] = found['model.embed_tokens.weight']
     found[extra + 'shared_head.head.weight'] = found['lm_head.weight']
   return found

@@ -3,6 +3,7 @@
 
 import dataclasses
 import json
+import math
 import pathlib
 
 from flax import nnx
@@ -12,9 +13,10 @@ import numpy as np
 import pytest
 import released
 
+from configs import deepseek_v32
 from dsa_jax.checkpoint import Checkpoints, Progress, open_tree
 from dsa_jax.config import ModelConfig
-from dsa_jax.convert import fp8
+from dsa_jax.convert import families, fp8
 from dsa_jax.convert.exporter import Checkpoint, _outs, export_checkpoint, open_checkpoint
 from dsa_jax.convert.families import read_config
 from dsa_jax.convert.importer import import_checkpoint, open_source
@@ -22,6 +24,7 @@ from dsa_jax.convert.tensors import arrays_of
 from dsa_jax.load import load_checkpoint
 from dsa_jax.optim import OptimConfig
 from dsa_jax.state import init_params, new_state
+from dsa_jax.train import train
 
 quiet = lambda nbytes: None
 
@@ -122,11 +125,14 @@ def test_every_weight_is_in_its_place(variant):
   close(model.mtp.norm.scale, theirs[f'model.layers.{depth}.shared_head.norm.weight'])
 
 
-def test_layout_of_the_released_model():
-  """DeepSeek-V3.2's own totals: tensors, elements and bytes."""
-  cfg = ModelConfig(n_mtp_layers=1)
-  source = Checkpoint(None, 'deepseek_v32', cfg, {}, arrays_of(cfg, 'deepseek_v32'), {}, {})
-  outs = list(_outs(source, quantized=True))
+def layout_of(family: str, cfg: ModelConfig):
+  source = Checkpoint(pathlib.Path(), family, cfg, {}, arrays_of(cfg, family), {}, {})
+  return list(_outs(source, quantized=True))
+
+
+def test_layout_of_deepseek_v32():
+  """The released checkpoint's own totals: tensors, elements and bytes."""
+  outs = layout_of('deepseek_v32', ModelConfig(n_mtp_layers=1))
   assert len(outs) == len({out.name for out in outs}) == 92_425
   assert sum(out.nbytes for out in outs) == 689_471_107_200
   assert sum(int(np.prod(out.shape)) for out in outs) == 685_396_921_376
@@ -138,6 +144,38 @@ def v3(tmp_path_factory):
   released.write(folder / 'source', released.V3, released.random_tensors(released.V3))
   import_folder(folder / 'source', folder / 'ours')
   return folder
+
+
+GLM_5 = {
+    'model_type': 'glm_moe_dsa', 'vocab_size': 154880, 'hidden_size': 6144, 'n_group': 1,
+    'intermediate_size': 12288, 'moe_intermediate_size': 2048, 'num_hidden_layers': 78,
+    'num_attention_heads': 64, 'n_shared_experts': 1, 'n_routed_experts': 256, 'topk_group': 1,
+    'routed_scaling_factor': 2.5, 'kv_lora_rank': 512, 'q_lora_rank': 2048, 'qk_rope_head_dim': 64,
+    'v_head_dim': 256, 'qk_nope_head_dim': 192, 'num_experts_per_tok': 8, 'rms_norm_eps': 1e-5,
+    'max_position_embeddings': 202752, 'index_topk': 2048, 'index_head_dim': 128,
+    'index_n_heads': 32, 'first_k_dense_replace': 3, 'num_nextn_predict_layers': 1,
+    'rope_parameters': {'rope_theta': 1e6, 'rope_type': 'default'},
+}  # fmt: skip
+GLM_52 = GLM_5 | {
+    'max_position_embeddings': 1048576, 'index_topk_freq': 4, 'index_skip_topk_offset': 3,
+    'rope_parameters': {'rope_theta': 8e6, 'rope_type': 'default'},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    'config, billions, full',
+    [(GLM_5, 753.9, 78), (GLM_5 | {'num_nextn_predict_layers': 0}, 743.9, 78), (GLM_52, 753.3, 21)],
+    ids=['5', '5_without_mtp', '5.2'],
+)
+def test_layout_of_glm(config, billions, full):
+  """Published: 754B with the MTP layer, 744B without; 753.3B for 5.2, where 21 layers score."""
+  family, cfg = read_config(config)
+  weights = [out for out in layout_of(family, cfg) if not out.name.endswith('_scale_inv')]
+  assert round(sum(math.prod(out.shape) for out in weights) / 1e9, 1) == billions
+  assert len(cfg.full_layers) == full
+  assert cfg.sm_scale == 256**-0.5
+  assert not cfg.uses_yarn
+  assert cfg.full_layers[:5] == ((0, 1, 2, 6, 10) if full == 21 else (0, 1, 2, 3, 4))
 
 
 def test_fresh_indexers(v3, tmp_path):
@@ -244,3 +282,34 @@ def test_export_of_a_run(tmp_path):
   )
   for (path, x), y in pairs:
     np.testing.assert_allclose(y, x, rtol=2**-8, err_msg=jax.tree_util.keystr(path))
+
+
+def test_a_dense_release_becomes_a_sparse_model(tmp_path):
+  """configs/deepseek_v32.py from a DeepSeek-V3 folder: convert, warm up, go sparse, export."""
+  config = deepseek_v32.get_config('tiny')
+  model = config.model.to_dict()
+  source = released.V3 | {key: model[field] for key, field in families.FIELDS.items()}
+  yarn = {key: model[field] for key, field in families.YARN_FIELDS.items()}
+  source['rope_scaling'] = {'type': 'yarn', 'mscale_all_dim': yarn['mscale']} | yarn
+  source |= {'first_k_dense_replace': 1, 'num_nextn_predict_layers': 1}
+  released.write(tmp_path / 'v3', source, released.random_tensors(source))
+  sizes = {name: model[name] for name in families.INDEXER_FIELDS}
+  opened = open_source(tmp_path / 'v3', indexer=sizes)
+  import_checkpoint(opened, tmp_path / 'ours', advance=quiet)
+
+  config.recipe = ('warmup', 'sparse')
+  config.stages.warmup.init_from = str(tmp_path / 'ours')
+  config.report.update(dense_before='warmup', dense_baseline='warmup')
+  config.workdir = str(tmp_path / 'run')
+  train(config)
+  before = load_checkpoint(tmp_path / 'ours')
+  warm = load_checkpoint(tmp_path / 'run' / 'checkpoints' / 'warmup')
+  np.testing.assert_array_equal(warm.embed[...], before.embed[...])
+  assert not np.allclose(warm.mtp.block.attn.indexer.wk[...], before.mtp.block.attn.indexer.wk[...])
+  run = open_checkpoint(tmp_path / 'run' / 'checkpoints' / 'sparse')
+  export_checkpoint(run, tmp_path / 'v32')
+  written = json.loads((tmp_path / 'v32' / 'config.json').read_text())
+  assert written['model_type'] == 'deepseek_v32'
+  assert dataclasses.replace(read_config(written)[1], embed_init_std=0.02) == open_source(
+      tmp_path / 'v32'
+  ).model

@@ -21,6 +21,11 @@ EXPORT = flags.DEFINE_bool('export', False, 'SOURCE is ours: write the released 
 MTP = flags.DEFINE_bool('mtp', True, 'Import the multi-token-prediction layer, if there is one.')
 DTYPE = flags.DEFINE_enum('dtype', 'bfloat16', list(DTYPES_OF), 'Import FP8 weights as this.')
 SEED = flags.DEFINE_integer('seed', 0, 'Of fresh indexers, where the family has none.')
+INDEXER = {  # Of fresh indexers; the defaults are DeepSeek-V3.2's.
+    'index_n_heads': flags.DEFINE_integer('index_n_heads', None, 'Heads of a fresh indexer.'),
+    'index_head_dim': flags.DEFINE_integer('index_head_dim', None, 'Width of their heads.'),
+    'index_topk': flags.DEFINE_integer('index_topk', None, 'Tokens that they will select.'),
+}
 FAMILY = flags.DEFINE_enum('family', '', ['', *FAMILIES], 'Export as; default: as imported.')
 FP8 = flags.DEFINE_bool('fp8', None, 'Export in FP8; default: as imported.')
 SHARD_GB = flags.DEFINE_float('shard_gb', 4, 'Export files of at most this many GiB.', lower_bound=0)
@@ -41,7 +46,8 @@ def main(argv: list[str]):
 
 
 def run_import(folder: pathlib.Path, target: pathlib.Path):
-  source = open_source(folder, mtp=MTP.value)
+  indexer = {name: flag.value for name, flag in INDEXER.items() if flag.value is not None}
+  source = open_source(folder, mtp=MTP.value, indexer=indexer)
   with ByteProgress('convert', source.nbytes) as bar:
     return import_checkpoint(
         source, target, dtype=DTYPE.value, seed=SEED.value, advance=bar.advance

@@ -154,15 +154,16 @@ def export_bytes(source: Checkpoint, quantized: bool | None = None) -> int:
 
 def _outs(source: Checkpoint, quantized: bool) -> Iterator[Out]:
   """Everything to write, layer after layer."""
-  copies: dict[str, list[str]] = {}
-  for name, original in mtp_copies(source.model).items():
-    copies.setdefault(original, []).append(name)
+  usual = FAMILIES[source.family].repeats_embedding
+  repeats = mtp_copies(source.model) if source.origin.get('repeats_embedding', usual) else {}
+  copies = {original: name for name, original in repeats.items()}
   found = []
   for path, array in source.arrays.items():
     dtype = DTYPES[_code(source, path, array, quantized)]
     for tensor in array.tensors:
-      for name in (tensor.name, *copies.get(tensor.name, ())):
-        found.append(Out(name, dtype, tensor.shape, path, tensor))
+      found.append(Out(tensor.name, dtype, tensor.shape, path, tensor))
+      if copy := copies.get(tensor.name):
+        found.append(Out(copy, dtype, tensor.shape, path, tensor))
       if CODES[dtype] == 'F8_E4M3':
         shape = fp8.scale_shape(tensor.shape)
         found.append(Out(tensor.name + SCALE, np.dtype(np.float32), shape, path, tensor))

@@ -13,16 +13,17 @@ class Family:
 
   architecture: str
   has_indexer: bool = True
-  uses_yarn: bool = True
   indexer_rope_interleave: bool = False
-  norms: str = 'BF16'  # What norm weights are stored in, where an import does not say.
+  # Where an import does not say:
+  norms: str = 'BF16'  # What norm weights are stored in.
+  repeats_embedding: bool = True  # Whether the MTP layer has copies of embedding and head.
 
 
 FAMILIES = {
     'deepseek_v32': Family(architecture='DeepseekV32ForCausalLM', norms='F32'),
     'deepseek_v3': Family(architecture='DeepseekV3ForCausalLM', has_indexer=False),
     'glm_moe_dsa': Family(
-        architecture='GlmMoeDsaForCausalLM', uses_yarn=False, indexer_rope_interleave=True
+        architecture='GlmMoeDsaForCausalLM', indexer_rope_interleave=True, repeats_embedding=False
     ),
 }
 

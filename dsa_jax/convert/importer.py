@@ -15,7 +15,7 @@ import numpy as np
 
 from dsa_jax.config import ModelConfig
 from dsa_jax.convert import fp8
-from dsa_jax.convert.families import read_config
+from dsa_jax.convert.families import FAMILIES, read_config
 from dsa_jax.convert.shards import DTYPES, Place, open_folder
 from dsa_jax.convert.stream import Streamed, write_tree
 from dsa_jax.convert.target import KEPT_FILES, Summary, building, nested
@@ -47,12 +47,16 @@ class Source:
     return self.places[self.arrays[path].tensors[0].name].dtype
 
 
-def open_source(folder: pathlib.Path, *, mtp: bool = True) -> Source:
+def open_source(
+    folder: pathlib.Path, *, mtp: bool = True, indexer: dict[str, int] | None = None
+) -> Source:
   """Reads config and headers, and checks that every tensor is there and nothing else.
 
   Args:
     folder: config.json, safetensors files and their index.
     mtp: Keep the MTP layer, if the checkpoint has one.
+    indexer: index_n_heads, index_head_dim and index_topk for a family that has no indexer;
+      DeepSeek-V3.2's own where not given.
 
   Raises:
     ValueError: Not a whole checkpoint of a known family; all problems are listed.
@@ -62,6 +66,10 @@ def open_source(folder: pathlib.Path, *, mtp: bool = True) -> Source:
   except (OSError, ValueError, RecursionError) as error:
     raise ValueError(f'{folder} is no released checkpoint: config.json: {error}') from error
   family, model = read_config(config)
+  if not FAMILIES[family].has_indexer:
+    model = dataclasses.replace(model, **(indexer or {}))
+  elif indexer:
+    raise ValueError(f'{family} checkpoints have indexers: {indexer} cannot be chosen.')
   places, problems = open_folder(folder)
   extra_layer = [name for name in places if name.startswith(f'model.layers.{model.n_layers}.')]
   if not mtp or not extra_layer:  # The `transformers` package saves no MTP layer.
@@ -161,6 +169,7 @@ def import_checkpoint(
     origin = {
         'family': source.family,
         'config': source.config,
+        'repeats_embedding': bool(source.copies),
         'dtypes': {'/'.join(path): source.dtype(path) for path in source.arrays},
     }
     record = {'model': dataclasses.asdict(source.model), 'source': origin}
