@@ -162,10 +162,10 @@ class MLA(nnx.Module):
     indices = None if mode.attention == 'dense' else selections[mode.rule]
     if mode.attention == 'sparse':
       latent_out, lse = sparse(indices)
-      out = jnp.einsum('BTHC,CHV->BTHV', latent_out, self._expansion(x.dtype)[1])
+      out = self.from_latents(latent_out)
     else:
       out, lse = dense(v=seen.v, indices=indices)
-    out = jnp.einsum('BTHV,HVD->BTD', out, self.wo[...].astype(x.dtype))
+      out = self._join_heads(out)
 
     kl = None
     if mode.index_loss:
@@ -211,6 +211,13 @@ class MLA(nnx.Module):
         kv=jnp.concatenate([c_kv, k_rope], axis=-1),
         index=None if self.indexer is None else self.indexer(x, q_latent, positions),
     )
+
+  def from_latents(self, out: Float[Array, 'B T H C']) -> Float[Array, 'B T D']:
+    """Turns what each head read in absorbed form, a mean of latents, into the layer's output."""
+    return self._join_heads(jnp.einsum('BTHC,CHV->BTHV', out, self._expansion(out.dtype)[1]))
+
+  def _join_heads(self, out):
+    return jnp.einsum('BTHV,HVD->BTD', out, self.wo[...].astype(out.dtype))
 
   def _expansion(self, dtype):
     """The weights that expand a latent into each head's key [C, H, N] and value [C, H, V]."""

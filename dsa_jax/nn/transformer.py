@@ -7,7 +7,7 @@ from typing import NamedTuple
 from flax import nnx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 import numpy as np
 
 from dsa_jax.config import ModelConfig
@@ -75,16 +75,22 @@ class Block(nnx.Module):
   ) -> tuple[Float[Array, 'B T D'], Selections, LayerReport]:
     with jax.named_scope('attention'):
       out, selections, attention = self.attn(self.attn_norm(x), start, end, key, mode, shared)
-      x = _add(x, out)
+      x = add(x, out)
+    x, load = self.feed_forward(x, end > start)
+    rms = jnp.sqrt(jnp.mean(jnp.square(x.astype(jnp.float32))))
+    return x, selections, LayerReport(rms, attention.index_kl, load, attention.measures)
+
+  def feed_forward(
+      self, x: Float[Array, 'B T D'], counted: Bool[Array, 'B T']
+  ) -> tuple[Float[Array, 'B T D'], Float[Array, 'X'] | None]:
+    """The second half of the layer, and how many of the counted tokens each expert received."""
     with jax.named_scope('feed_forward'):
       load, h = None, self.ffn_norm(x)
       if isinstance(self.ffn, MoE):
-        h, load = self.ffn(h, (end > start).astype(jnp.float32))
+        h, load = self.ffn(h, counted.astype(jnp.float32))
       else:
         h = self.ffn(h)
-      x = _add(x, h)
-    rms = jnp.sqrt(jnp.mean(jnp.square(x.astype(jnp.float32))))
-    return x, selections, LayerReport(rms, attention.index_kl, load, attention.measures)
+      return add(x, h), load
 
 
 class MTP(nnx.Module):
@@ -155,20 +161,21 @@ class Transformer(nnx.Module):
     if self.cfg.shares_indexers:  # Nothing is selected before the first layer, which is full.
       nothing = jnp.full((*tokens.shape, self.cfg.index_topk), -1, jnp.int32)
       selections = {rule: nothing for rule in mode.rules}
-    for name, layers in _layers_of_stacks(self.cfg).items():
+    for name, layers in layers_of_stacks(self.cfg).items():
       if blocks := getattr(self, name):
         keys_of = keys[layers.start : layers.stop]
-        full = _are_full(self.cfg, layers)
+        full = are_full(self.cfg, layers)
         x, selections, reports[name] = _run(
             blocks, full, x, selections, start, end, keys_of, mode
         )
     hidden, mtp_logits = self.norm(x), None
     if self.mtp is not None and next_tokens is not None:
       following, reports['mtp'] = self.mtp(hidden, embed[next_tokens], start, end, keys[-1], mode)
-      mtp_logits = self._logits(following)
-    return Output(self._logits(hidden), mtp_logits, reports)
+      mtp_logits = self.logits(following)
+    return Output(self.logits(hidden), mtp_logits, reports)
 
-  def _logits(self, hidden):
+  def logits(self, hidden: Float[Array, 'B T D']) -> Float[Array, 'B T W']:
+    """The float32 logits of normed hidden states."""
     head = self.head[...].astype(hidden.dtype)
     return jnp.einsum('BTD,DW->BTW', hidden, head, preferred_element_type=jnp.float32)
 
@@ -176,32 +183,32 @@ class Transformer(nnx.Module):
     """Layer `i` on its own, for a notebook: `model.block(3).attn.indexer(...)`."""
     if not 0 <= i < self.cfg.n_layers:
       raise ValueError(f'layer {i} must be within 0 and {self.cfg.n_layers - 1}.')
-    stacks = _layers_of_stacks(self.cfg).items()
+    stacks = layers_of_stacks(self.cfg).items()
     name, layers = next((name, layers) for name, layers in stacks if i in layers)
-    blocks = _with_every_indexer(getattr(self, name), _are_full(self.cfg, layers))
+    blocks = with_every_indexer(getattr(self, name), are_full(self.cfg, layers))
     block = jax.tree.map(lambda a: a[i - layers.start], blocks)
     if not self.cfg.is_full(i):
       block.attn.indexer = None
     return block
 
 
-def _layers_of_stacks(cfg: ModelConfig) -> dict[str, range]:
+def layers_of_stacks(cfg: ModelConfig) -> dict[str, range]:
   leading = cfg.n_dense_layers
   return {'dense_blocks': range(leading), 'moe_blocks': range(leading, cfg.n_layers)}
 
 
-def _are_full(cfg: ModelConfig, layers: range) -> np.ndarray:
+def are_full(cfg: ModelConfig, layers: range) -> np.ndarray:
   return np.array([cfg.is_full(i) for i in layers])
 
 
 def _stack(cfg: ModelConfig, name: str, rngs: nnx.Rngs) -> Block | None:
   """Makes the layers of a stack; of indexers, only those of full layers."""
-  layers = _layers_of_stacks(cfg)[name]
+  layers = layers_of_stacks(cfg)[name]
   if not layers:
     return None
   make: Callable = lambda key: Block(cfg, experts=name == 'moe_blocks', rngs=nnx.Rngs(key))
   blocks = jax.vmap(make)(jax.random.split(rngs.params(), len(layers)))
-  full = np.flatnonzero(_are_full(cfg, layers))
+  full = np.flatnonzero(are_full(cfg, layers))
   if not len(full):
     blocks.attn.indexer = None
   elif len(full) < len(layers):
@@ -209,7 +216,7 @@ def _stack(cfg: ModelConfig, name: str, rngs: nnx.Rngs) -> Block | None:
   return blocks
 
 
-def _with_every_indexer(blocks: Block, full: np.ndarray) -> Block:
+def with_every_indexer(blocks: Block, full: np.ndarray) -> Block:
   """Repeats indexers until there is one for each layer, which shared layers do not use."""
   if full.all() or blocks.attn.indexer is None:
     return blocks
@@ -229,11 +236,11 @@ def _run(blocks: Block, full: np.ndarray, x, selections, start, end, keys, mode:
     return (x, None if selections is None else own), report
 
   layer = jax.checkpoint(layer) if mode.remat else layer
-  inputs = _with_every_indexer(blocks, full), keys, full
+  inputs = with_every_indexer(blocks, full), keys, full
   (x, selections), reports = jax.lax.scan(layer, (x, selections), inputs)
   return x, selections, reports
 
 
-def _add(x, y):
+def add(x, y):
   """Adds to the residual stream in float32, keeps it in its own dtype."""
   return (x.astype(jnp.float32) + y.astype(jnp.float32)).astype(x.dtype)

@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reads on from where a cache ends: prefill in chunks, and decoding, are the same function."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+import numpy as np
+
+from dsa_jax.kernels import dense_attention, index_topk, sparse_attention
+from dsa_jax.nn import cache as caches
+from dsa_jax.nn.cache import Cache
+from dsa_jax.nn.mla import MLA, Attention
+from dsa_jax.nn.transformer import Transformer, add, are_full, layers_of_stacks, with_every_indexer
+
+
+class Reading(NamedTuple):
+  """What came of new tokens."""
+
+  hidden: Float[Array, 'B T D']  # After the final norm; `Transformer.logits` turns it into logits.
+  cache: Cache
+  selected: Int[Array, 'L B T K']  # Positions; [L, 0] where attention is dense.
+
+
+def extend(
+    model: Transformer,
+    cache: Cache,
+    tokens: Int[Array, 'B T'],
+    n_new: Int[Array, 'B'],
+    *,
+    attention: Attention,
+    backend: str,
+) -> Reading:
+  """Reads up to T new tokens of each sequence, and keeps them.
+
+  Nothing depends on T, on the other sequences or on the capacity but the cost: the numbers are those
+  of one pass over the whole text.
+
+  Args:
+    model: The model.
+    cache: What was read before; donate it, it is updated in place.
+    tokens: Token ids; of row b, the first `n_new[b]` count and the rest is padding.
+    n_new: At most what the cache has room for; more is lost.
+    attention: 'sparse'; 'masked', the same numbers at the cost of 'dense'; or 'dense'.
+    backend: Of the kernels.
+  """
+  cfg = model.cfg
+  capacity = jax.tree.leaves(cache.kv)[0].shape[1] // cfg.n_layers
+  position = cache.length[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)
+  counted = (jnp.arange(tokens.shape[1]) < n_new[:, None]) & (position < capacity)
+  end = jnp.where(counted, position + 1, 0)
+  at = jnp.where(counted, position, -1)
+  full = are_full(cfg, range(cfg.n_layers))
+  slot = np.maximum(np.cumsum(full) - 1, 0)  # Of each layer's index keys, its own or its owner's.
+
+  def layer(carry, inputs):
+    x, kv, index_key, selected = carry
+    block, i, slot, is_full = inputs
+    reader = _Reader(block.attn, capacity, i, slot, is_full, end, at, attention, backend)
+    out, kv, index_key, selected = reader.read(block.attn_norm(x), kv, index_key, selected)
+    x, _ = block.feed_forward(add(x, out), counted)
+    return (x, kv, index_key, selected), selected
+
+  x = model.embed[...].astype(cfg.dtype)[tokens]
+  k = 0 if attention == 'dense' else cfg.index_topk
+  carry = x, cache.kv, cache.index_key, jnp.full((*tokens.shape, k), -1, jnp.int32)
+  selections = []
+  for name, layers in layers_of_stacks(cfg).items():
+    if blocks := getattr(model, name):
+      ids = np.arange(layers.start, layers.stop)
+      inputs = with_every_indexer(blocks, full[ids]), ids, slot[ids], full[ids]
+      carry, selected = jax.lax.scan(layer, carry, inputs)
+      selections.append(selected)
+  x, kv, index_key, _ = carry
+  length = cache.length + jnp.sum(counted, axis=1, dtype=jnp.int32)
+  return Reading(model.norm(x), Cache(kv, index_key, length), jnp.concatenate(selections))
+
+
+class _Reader(NamedTuple):
+  """One layer's attention over the cache."""
+
+  attn: MLA
+  capacity: int
+  layer: Int[Array, '']
+  slot: Int[Array, '']
+  is_full: Bool[Array, '']
+  end: Int[Array, 'B T']
+  at: Int[Array, 'B T']
+  attention: str
+  backend: str
+
+  def read(self, x: Float[Array, 'B T D'], kv: Any, index_key: Any, selected: Any):
+    """Attends from the normed `x`; returns the output and what is handed on."""
+    start = jnp.zeros_like(self.end)
+    seen = self.attn.views(x, start, self.end)
+    kv = caches.write(kv, caches.encode(kv, seen.kv, self._v_dim), self._rows(self.at, self.layer))
+    if self.attn.indexer is not None:
+      new = caches.encode(index_key, seen.index.k, self._v_dim)
+      at = jnp.where(self.is_full, self._rows(self.at, self.slot), -1)
+      index_key = caches.write(index_key, new, at)
+      if self.attention != 'dense':
+        own = lambda: self._select(seen.index, index_key, start)
+        selected = jax.lax.cond(self.is_full, own, lambda: selected)
+    how = {'sm_scale': self.attn.cfg.sm_scale, 'backend': self.backend}
+    if self.attention == 'sparse':
+      keys, indices = self._chosen(kv, selected, x.dtype)
+      out, _ = sparse_attention(seen.absorbed_q, keys, indices, v_dim=self._v_dim, **how)
+    else:
+      keys = caches.decode(caches.read_layer(kv, self.layer, self.capacity), x.dtype)[:, :, None]
+      indices = selected if self.attention == 'masked' else None
+      out, _ = dense_attention(
+          seen.absorbed_q, keys, keys[..., : self._v_dim], start, self.end, indices=indices, **how
+      )
+    return self.attn.from_latents(out), kv, index_key, selected
+
+  def _select(self, index, index_key, start):
+    keys = caches.decode(caches.read_layer(index_key, self.slot, self.capacity), index.q.dtype)
+    topk = self.attn.cfg.index_topk
+    return index_topk(
+        index.q, keys, index.weights, start, self.end, topk=topk, backend=self.backend
+    )
+
+  def _chosen(self, kv: Any, selected: Int[Array, 'B T K'], dtype: Any):
+    """What sparse attention gathers from, and where: nothing is copied that it can read as it is."""
+    batch, n_rows, k = selected.shape
+    if isinstance(kv, jax.Array) and kv.dtype == dtype:
+      return kv, self._rows(selected, self.layer)
+    if n_rows * k >= self.capacity:
+      return caches.decode(caches.read_layer(kv, self.layer, self.capacity), dtype), selected
+    rows = caches.decode(caches.gather(kv, self._rows(selected, self.layer)), dtype)
+    slots = jnp.arange(n_rows * k, dtype=jnp.int32).reshape(n_rows, k)
+    return rows.reshape(batch, n_rows * k, -1), jnp.where(selected >= 0, slots, -1)
+
+  def _rows(self, positions, layer):
+    return jnp.where(positions >= 0, layer * self.capacity + positions, -1)
+
+  @property
+  def _v_dim(self) -> int:
+    return self.attn.cfg.kv_lora_rank
