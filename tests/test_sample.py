@@ -1,0 +1,246 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Continuing texts: the same whatever the batch, the chunks and the cache; and clear errors."""
+
+import dataclasses
+import itertools
+import json
+
+import jax
+import jax.numpy as jnp
+import laws
+import numpy as np
+import pytest
+import tokenizers
+
+from dsa_jax import sample
+from dsa_jax.checkpoint import Checkpoints, Progress
+from dsa_jax.data.text import BOS, VOCAB_SIZE
+from dsa_jax.nn.extend import extend
+from dsa_jax.nn.mla import Mode
+from dsa_jax.optim import OptimConfig
+from dsa_jax.sample import SampleConfig, Sampler, draw
+from dsa_jax.state import new_state
+from dsa_jax.tokenizer import Bytes, Pretrained
+
+CFG = dataclasses.replace(laws.CFG, vocab_size=VOCAB_SIZE, max_seq_len=48)
+PROMPTS = [[3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5], [2, 7], [1, 8, 2, 8, 1, 8]]
+
+
+@pytest.fixture(scope='module')
+def model():
+  return laws.model_of(laws.weights(CFG), CFG)
+
+
+@pytest.fixture(scope='module')
+def sampler(model):
+  return Sampler(model, capacity=40, chunk=4)
+
+
+def greedy(model, prompt, n):
+  """The definition: the whole text again for every token."""
+  ids, mode = list(prompt), Mode(attention='sparse', backend='xla')
+  forward = jax.jit(lambda tokens, end: model(tokens, jnp.zeros_like(end), end, mode).logits)
+  for _ in range(n):
+    tokens = jnp.zeros((1, 40), jnp.int32).at[0, : len(ids)].set(jnp.asarray(ids))
+    end = jnp.where(jnp.arange(40) < len(ids), jnp.arange(1, 41), 0)[None].astype(jnp.int32)
+    ids.append(int(forward(tokens, end)[0, len(ids) - 1].argmax()))
+  return ids[len(prompt) :]
+
+
+def test_greedy_is_the_likeliest_of_whole_passes(model, sampler):
+  config = SampleConfig(max_new_tokens=12)
+  found = sampler.generate(PROMPTS, config)
+  assert found == [greedy(model, prompt, 12) for prompt in PROMPTS]
+  other = Sampler(model, capacity=24, chunk=512, attention='masked')
+  assert [other.generate([prompt], config)[0] for prompt in PROMPTS] == found
+
+
+def test_one_prefix_many_times(sampler):
+  prefix = sampler.read(PROMPTS, 12)
+  config = SampleConfig(max_new_tokens=12, temperature=1.0)
+  take = lambda **kw: list(sampler.steps(prefix, dataclasses.replace(config, **kw)))
+  assert take() == take()
+  assert take(seed=1) != take()
+  longer = sampler.read([[7, 7, 7]] * 3, 12, after=prefix)
+  whole = sampler.read([prompt + [7, 7, 7] for prompt in PROMPTS], 12)
+  np.testing.assert_array_equal(longer.lengths, whole.lengths)
+  np.testing.assert_allclose(longer.logits, whole.logits, atol=1e-5)
+  np.testing.assert_array_equal(prefix.lengths, [len(prompt) for prompt in PROMPTS])
+
+
+def test_draws_do_not_feel_the_batch(sampler):
+  config = SampleConfig(max_new_tokens=10, temperature=1.5, seed=3)
+  assert sampler.generate(PROMPTS[:1], config)[0] == sampler.generate(PROMPTS, config)[0]
+
+
+def test_stop(sampler):
+  [[*ids]] = sampler.generate(PROMPTS[:1], SampleConfig(max_new_tokens=12))
+  at = next(i for i in range(1, 12) if ids[i] not in ids[:i])
+  stopped = sampler.generate(PROMPTS, SampleConfig(max_new_tokens=12, stop=(ids[at],)))
+  assert stopped[0] == ids[:at]
+  alone = [sampler.generate([p], SampleConfig(max_new_tokens=12, stop=(ids[at],)))[0] for p in PROMPTS]
+  assert stopped == alone
+
+
+def test_streaming_yields_as_it_goes(model):
+  sampler = Sampler(model, capacity=40)
+  pieces = sampler.stream('hello', max_new_tokens=20, stop=())
+  first = list(itertools.islice(pieces, 3))
+  whole = sampler('hello', max_new_tokens=20, stop=())
+  assert ''.join([*first, *pieces]) == whole
+
+
+def test_no_compilation_as_the_context_grows(model):
+  sampler = Sampler(model, capacity=40, chunk=4)
+  prefix = sampler.read([list(range(1, 12))], 20)
+  list(sampler.steps(prefix, SampleConfig(max_new_tokens=20)))
+  sampler.read([list(range(1, 30))], 1)
+  assert sampler._step._cache_size() == 1
+  assert sampler._read._cache_size() == 1
+
+
+# Drawing.
+
+LOGITS = jnp.log(jnp.array([[0.1, 0.5, 0.15, 0.25]]))
+
+
+def frequencies(**kwargs):
+  n = 4000
+  keys = jax.random.split(jax.random.key(0), n)
+  ids = draw(jnp.tile(LOGITS, (n, 1)), keys, **({'temperature': 1.0, 'top_k': 0, 'top_p': 1.0} | kwargs))
+  return np.bincount(ids, minlength=4) / n
+
+
+@pytest.mark.parametrize(
+    'kwargs, want',
+    [
+        ({}, [0.1, 0.5, 0.15, 0.25]),
+        ({'temperature': 0.0}, [0, 1, 0, 0]),
+        ({'temperature': 0.5}, np.array([0.01, 0.25, 0.0225, 0.0625]) / 0.345),
+        ({'top_k': 2}, [0, 2 / 3, 0, 1 / 3]),
+        ({'top_p': 0.75}, [0, 2 / 3, 0, 1 / 3]),
+        ({'top_p': 0.76}, [0, 5 / 9, 1.5 / 9, 2.5 / 9]),
+        ({'top_p': 1e-6}, [0, 1, 0, 0]),
+        ({'top_k': 3, 'top_p': 0.6}, [0, 2 / 3, 0, 1 / 3]),
+    ],
+)
+def test_draw(kwargs, want):
+  np.testing.assert_allclose(frequencies(**kwargs), want, atol=0.03)
+
+
+def test_likeliest_tie_goes_to_the_lowest_id():
+  logits = jnp.array([[0.0, 2.0, 2.0, 1.0]])
+  assert draw(logits, jax.random.split(jax.random.key(0), 1), 0.0, 0, 1.0)[0] == 1
+
+
+# Text.
+
+
+def test_bytes_stream_whole_characters():
+  ids = Bytes().encode('aß日')
+  assert ids == [BOS, 97, 0xC3, 0x9F, 0xE6, 0x97, 0xA5]
+  assert list(Bytes().stream(ids)) == ['', 'a', '', 'ß', '', '', '日', '']
+  assert ''.join(Bytes().stream([0xE6, 97])) == '\N{REPLACEMENT CHARACTER}a'
+
+
+def save_run(folder, **changes):
+  """A run's checkpoint of the model under test."""
+  state = new_state(laws.weights(CFG), ('backbone',), OptimConfig(), seed=0)
+  with Checkpoints(folder / 'checkpoints' / 'sparse') as checkpoints:
+    checkpoints.save(1, state, Progress({}, 0.0))
+  record = {'model': dataclasses.asdict(CFG) | changes}
+  (folder / 'config.json').write_text(json.dumps(record))
+  return folder / 'checkpoints' / 'sparse'
+
+
+def test_load_with_a_tokenizer(model, tmp_path):
+  folder = save_run(tmp_path)
+  assert isinstance(Sampler.load(folder).tokenizer, Bytes)
+  words = {word: i for i, word in enumerate('[UNK] a b c'.split())}
+  tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, '[UNK]'))
+  tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+  tokenizer.save(str(folder / 'tokenizer.json'))
+  loaded = Sampler.load(folder, capacity=24)
+  assert isinstance(loaded.tokenizer, Pretrained)
+  assert loaded.tokenizer.encode('a b x') == [1, 2, 0]
+  assert ''.join(loaded.tokenizer.stream([1, 2, 3])) == 'a b c'
+  prompt = loaded.tokenizer.encode('a b c')
+  [want] = Sampler(model, capacity=24).generate([prompt], SampleConfig(max_new_tokens=5))
+  assert loaded.generate([prompt], SampleConfig(max_new_tokens=5)) == [want]
+
+
+def test_prompt_from_a_file(tmp_path):
+  (tmp_path / 'prompt.txt').write_text('text\n')
+  assert sample.read_prompt(f'@{tmp_path}/prompt.txt') == 'text\n'
+  assert sample.read_prompt('text') == 'text'
+
+
+# Errors.
+
+
+@pytest.mark.parametrize(
+    'prompts, room, message',
+    [
+        ([[]], 1, 'prompt 0 is empty'),
+        ([[1], []], 1, 'prompt 1 is empty'),
+        ([], 1, '0 prompts'),
+        ([list(range(40))], 1, '41 do not fit into a cache of 40'),
+        ([[1, VOCAB_SIZE]], 1, f'holds id {VOCAB_SIZE}; ids must be within 0 and {VOCAB_SIZE - 1}'),
+        ([[1, -1]], 1, 'holds id -1'),
+    ],
+)
+def test_bad_prompts(sampler, prompts, room, message):
+  with pytest.raises(ValueError, match=message):
+    sampler.read(prompts, room)
+
+
+def test_prefixes_that_do_not_match(sampler):
+  prefix = sampler.read([[1, 2]], 1)
+  with pytest.raises(ValueError, match='2 prompts for 1 texts'):
+    sampler.read([[1], [2]], 1, after=prefix)
+  with pytest.raises(ValueError, match='do not fit into a cache of 40'):
+    next(sampler.steps(prefix, SampleConfig(max_new_tokens=39)))
+
+
+@pytest.mark.parametrize(
+    'changes',
+    [{'max_new_tokens': 0}, {'temperature': -1.0}, {'top_k': -1}, {'top_p': 0.0}, {'top_p': 1.1}],
+)
+def test_bad_config(changes):
+  with pytest.raises(ValueError, match=next(iter(changes))):
+    SampleConfig(**changes)
+
+
+def test_bad_sampler(model, sampler):
+  with pytest.raises(ValueError, match='capacity=49'):
+    Sampler(model, capacity=49)
+  with pytest.raises(ValueError, match='chunk=-1'):
+    Sampler(model, chunk=-1)
+  with pytest.raises(ValueError, match='top_k=10000'):
+    next(sampler.steps(sampler.read([[1]], 1), SampleConfig(top_k=10000, max_new_tokens=1)))
+
+
+def test_checkpoint_of_another_config(tmp_path):
+  with pytest.raises(ValueError, match='holds another model(.|\n)*wkv_a'):
+    Sampler.load(save_run(tmp_path, kv_lora_rank=16))
+  with pytest.raises(ValueError, match='neither a converted checkpoint nor'):
+    Sampler.load(tmp_path / 'nothing')
+
+
+def test_damaged_tokenizer(tmp_path):
+  folder = save_run(tmp_path)
+  (folder / 'tokenizer.json').write_text('{')
+  with pytest.raises(ValueError, match='tokenizer.json is no tokenizer'):
+    Sampler.load(folder)
+
+
+def test_several_tokens_of_decoding_at_once(model, sampler):
+  """As speculative decoding verifies drafts: three tokens in a step, on what was read."""
+  prefix = sampler.read(PROMPTS, 12)
+  drafts = jnp.array([[1, 2, 3], [4, 5, 6], [7, 8, 9]], jnp.int32)
+  step = jax.jit(lambda cache: extend(
+      model, cache, drafts, jnp.full(3, 3, jnp.int32), attention='sparse', backend='xla'
+  ).hidden)  # fmt: skip
+  logits = model.logits(step(prefix.cache))[:, -1]
+  whole = sampler.read([p + d for p, d in zip(PROMPTS, drafts.tolist())], 1)
+  np.testing.assert_allclose(logits, whole.logits, atol=1e-5)
