@@ -109,10 +109,10 @@ class _Reader(NamedTuple):
     else:
       indices = selected if self.attention == 'masked' else None
       keys, first = self._visible(kv, x.dtype)
-      values = keys[..., : self._v_dim]
-      out, _ = dense_attention(
-          seen.absorbed_q, keys, values, start + first, self.end + first, indices=indices, **how
+      out, _ = dense_attention(  # Keys for values, too: cutting the latents out would copy them all.
+          seen.absorbed_q, keys, keys, start + first, self.end + first, indices=indices, **how
       )
+      out = out[..., : self._v_dim]
     return self.attn.from_latents(out), kv, index_key, selected
 
   def _select(self, index, index_key, start):
