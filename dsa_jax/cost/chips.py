@@ -46,6 +46,6 @@ class Efficiency:
 # borrow them. In decode FlashMLA dequantises each gathered row before it multiplies, which keeps it
 # at 410 TFLOP/s where its dense kernel reaches 660 (H800; its README of 2025-09-29).
 FITTED = {
-    'prefill': Efficiency(weights=0.35, context=0.58),
-    'decode': Efficiency(weights=0.26, context=0.6, gather=410 / 660),
+    'prefill': Efficiency(weights=0.352, context=0.583),
+    'decode': Efficiency(weights=0.266, context=0.606, gather=410 / 660),
 }
