@@ -1,21 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a whole call costs, from what a token costs at each position."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
-from jaxtyping import Float
 import numpy as np
 
 from dsa_jax.config import ModelConfig
-from dsa_jax.cost.serving import Phase, Serving, token_seconds
-
-Numbers = float | Float[np.ndarray, '*X']
+from dsa_jax.cost.serving import Numbers, Serving, token_seconds
 
 
 class Curve:
   """The cost of a token by its position: straight lines between points, from position 0 on."""
 
-  def __init__(self, positions: Sequence[float], costs: Sequence[float]):
+  def __init__(self, positions: Numbers, costs: Numbers):
     self.positions, self.costs = np.asarray(positions, float), np.asarray(costs, float)
     if self.positions[0] or np.any(np.diff(self.positions) <= 0):
       raise ValueError(f'positions={list(positions)} must start at 0 and increase.')
@@ -34,7 +31,8 @@ class Curve:
     return self._until(stop) - self._until(start)
 
   def _until(self, position: Numbers) -> Numbers:
-    if np.any(np.asarray(position) > self.limit):
+    position = np.asarray(position, float)
+    if np.any(position > self.limit):
       raise ValueError(f'position={np.max(position):g} must be at most {self.limit:g}.')
     i = np.searchsorted(self.positions, position, side='right') - 1
     rest = position - self.positions[i]
@@ -43,7 +41,7 @@ class Curve:
 
 def model_curve(
     cfg: ModelConfig,
-    phase: Phase,
+    phase: str,
     *,
     sparse: bool,
     serving: Serving = Serving(),
@@ -72,12 +70,13 @@ def call_seconds(
   """
   if np.any(np.less(hit_share, 0) | np.greater(hit_share, 1)):
     raise ValueError(f'{hit_share=} must be within 0 and 1.')
+  inputs = np.asarray(inputs, float)
   return prefill.total(hit_share * inputs, inputs) + decode.total(inputs, inputs + outputs)
 
 
 def cheaper_from(
-    dense: Mapping[Phase, Curve],
-    sparse: Mapping[Phase, Curve],
+    dense: Mapping[str, Curve],
+    sparse: Mapping[str, Curve],
     output_share: float,
     hit_share: float,
     ratio: float = 0.5,
@@ -88,7 +87,7 @@ def cheaper_from(
   """
   if not 0 <= output_share <= 1:
     raise ValueError(f'{output_share=} must be within 0 and 1.')
-  contexts = np.geomspace(64, dense['prefill'].limit, 512)
+  contexts = np.geomspace(1, dense['prefill'].limit, 1024)
   outputs = output_share * contexts
   costs = [
       call_seconds(c['prefill'], c['decode'], contexts - outputs, outputs, hit_share)

@@ -1,14 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Seconds per token by a roofline: each part is bound by arithmetic or by memory, and parts add up."""
 
+from collections.abc import Sequence
 import dataclasses
 from typing import Literal, NamedTuple
 
+import numpy as np
+
 from dsa_jax.config import ModelConfig
 from dsa_jax.cost.chips import CHIPS, Chip, Efficiency, FITTED
-from dsa_jax.cost.work import Cache, Work, token_work
+from dsa_jax.cost.work import Work, token_work
 
-Phase = Literal['prefill', 'decode']
+Numbers = int | float | Sequence | np.ndarray  # One, or an array of them.
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -21,7 +24,7 @@ class Serving:
   """
 
   chip: Chip = CHIPS['h800']
-  cache: Cache = 'fp8'
+  cache: str = 'fp8'  # Or 'bf16'.
   batch: int = 128  # Sequences per chip that decode together.
   queries: int = 2  # Tokens per sequence and decode step, which read its cache together.
   chunk: int = 8192  # Prompt tokens per chip in one forward pass.
@@ -47,7 +50,7 @@ class Part(NamedTuple):
 
 
 def token_parts(
-    cfg: ModelConfig, context: int, phase: Phase, *, sparse: bool, serving: Serving = Serving()
+    cfg: ModelConfig, context: int, phase: str, *, sparse: bool, serving: Serving = Serving()
 ) -> dict[str, Part]:
   """Returns what one token costs, by part.
 
@@ -83,13 +86,13 @@ def token_parts(
 
 
 def token_seconds(
-    cfg: ModelConfig, context: int, phase: Phase, *, sparse: bool, serving: Serving = Serving()
+    cfg: ModelConfig, context: int, phase: str, *, sparse: bool, serving: Serving = Serving()
 ) -> float:
   """Returns the chip-seconds of one token. See token_parts."""
   return _total(token_parts(cfg, context, phase, sparse=sparse, serving=serving))
 
 
-def dollars_per_million(seconds: float, price: float) -> float:
+def dollars_per_million(seconds: Numbers, price: float) -> Numbers:
   """Returns dollars per million tokens of that many chip-seconds, at a price per chip-hour."""
   return seconds * price / 3600 * 1e6
 

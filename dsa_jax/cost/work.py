@@ -6,8 +6,6 @@ from typing import Literal, NamedTuple
 
 from dsa_jax.config import ModelConfig
 
-Cache = Literal['fp8', 'bf16']
-
 
 class Work(NamedTuple):
   """What one part of the model does for one token, in all layers."""
@@ -35,22 +33,22 @@ def attention_flops(cfg: ModelConfig, context: int, *, sparse: bool) -> float:
   return len(cfg.full_layers) * indexer + cfg.n_layers * mqa_flops(cfg) * selected
 
 
-def mha_flops(cfg: ModelConfig) -> float:
+def mha_flops(cfg: ModelConfig) -> int:
   """Attention per query, key and layer where keys and values of each head are made up first."""
   return 2 * cfg.n_heads * (cfg.qk_nope_head_dim + cfg.qk_rope_head_dim + cfg.v_head_dim)
 
 
-def mqa_flops(cfg: ModelConfig) -> float:
+def mqa_flops(cfg: ModelConfig) -> int:
   """Attention per query, key and layer on the latents themselves (absorbed)."""
   return 2 * cfg.n_heads * (2 * cfg.kv_lora_rank + cfg.qk_rope_head_dim)
 
 
-def index_flops(cfg: ModelConfig) -> float:
+def index_flops(cfg: ModelConfig) -> int:
   """Index scores per query, key and layer."""
   return 2 * cfg.index_n_heads * cfg.index_head_dim
 
 
-def latent_bytes(cfg: ModelConfig, cache: Cache) -> int:
+def latent_bytes(cfg: ModelConfig, cache: str) -> int:
   """Bytes per token and layer of latent and rotary key.
 
   'fp8' as FlashMLA has it: the latent in FP8 with a float32 scale per 128 channels, the rotary key
@@ -61,12 +59,12 @@ def latent_bytes(cfg: ModelConfig, cache: Cache) -> int:
   return cfg.kv_lora_rank + 4 * math.ceil(cfg.kv_lora_rank / 128) + 2 * cfg.qk_rope_head_dim
 
 
-def index_key_bytes(cfg: ModelConfig, cache: Cache) -> int:
+def index_key_bytes(cfg: ModelConfig, cache: str) -> int:
   """Bytes per token and full layer of the index key: in FP8 with one float32 scale, or bfloat16."""
   return 2 * cfg.index_head_dim if cache == 'bf16' else cfg.index_head_dim + 4
 
 
-def cache_bytes(cfg: ModelConfig, cache: Cache, *, sparse: bool = True) -> int:
+def cache_bytes(cfg: ModelConfig, cache: str, *, sparse: bool = True) -> int:
   """Bytes per cached token, all layers."""
   keys = len(cfg.full_layers) * index_key_bytes(cfg, cache) if sparse else 0
   return cfg.n_layers * latent_bytes(cfg, cache) + keys
@@ -78,7 +76,7 @@ def token_work(
     *,
     sparse: bool,
     form: Literal['mha', 'mqa'],
-    cache: Cache = 'fp8',
+    cache: str = 'fp8',
     readers: int = 1,
     pass_tokens: int = 1,
     chips: int = 1,

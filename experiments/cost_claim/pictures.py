@@ -27,10 +27,11 @@ def draw_curves(path: pathlib.Path, model: Curves) -> None:
         points = _dollars(published.CURVES[phase, kind].at(there))
         axes.plot(there / 1024, points, 'o', ms=4.5, mfc='none', color=COLOURS[kind],
                   label=f'{kind}, published')  # fmt: skip
-      axes.set(xscale='symlog', yscale='log', title=phase, xlabel='position (thousands of 1024)')
-      axes.set_xlim(0, 140)
+      axes.set(yscale='log', title=phase, xlabel='position (K = 1024 tokens)')
+      axes.set_xscale('function', functions=(lambda x: np.log(x + 2), lambda y: np.exp(y) - 2))
+      axes.set_xlim(-0.15, 140)
       axes.set_xticks([0, 1, 2, 4, 8, 16, 32, 64, 128])
-      axes.xaxis.set_major_formatter('{x:g}K')
+      axes.set_xticklabels(['0', *(f'{2**i}K' for i in range(8))])
       axes.yaxis.get_major_locator().set_params(subs=(1, 2, 5))
       axes.yaxis.set_major_formatter('{x:g}')
       axes.yaxis.set_minor_formatter('')
@@ -46,19 +47,20 @@ def draw_halves(path: pathlib.Path, halves: np.ndarray) -> None:
     axes = figure.subplots()
     mesh = axes.pcolormesh(OUTPUT_SHARES, HIT_SHARES, halves / 1024, cmap='viridis_r')
     lines = axes.contour(OUTPUT_SHARES, HIT_SHARES, halves / 1024, colors='w', linewidths=0.8,
-                         levels=[12, 16, 20, 24, 32, 40, 48])  # fmt: skip
+                         levels=[20, 24, 32, 40, 48, 64])  # fmt: skip
     axes.clabel(lines, fmt='%gK')
     for name, mix in MIXES.items():
       axes.plot(mix['output_share'], mix['hit_share'], 'o', color='#D55E00', clip_on=False, zorder=3)
       right = mix['output_share'] > 0.15
-      axes.annotate(name, (mix['output_share'], mix['hit_share']), fontsize=8.5, color='#111111',
-                    xytext=(-6 if right else 6, 5), textcoords='offset points',
+      axes.annotate(name, (mix['output_share'], mix['hit_share']), fontsize=8.5,
+                    bbox=dict(facecolor='w', alpha=0.75, lw=0, pad=1.2),
+                    xytext=(-7 if right else 7, 6), textcoords='offset points',
                     ha='right' if right else 'left')  # fmt: skip
     axes.set(xscale='log', xlabel="share of the call's tokens that are generated",
              ylabel='share of the prompt that is cached',
              title='Context from which a sparse call costs half (published curves)')  # fmt: skip
     axes.xaxis.set_major_formatter('{x:g}')
-    figure.colorbar(mesh, label='prompt and answer, thousands of 1024 tokens')
+    figure.colorbar(mesh, label='prompt and answer, K = 1024 tokens')
     figure.savefig(path)
 
 
