@@ -133,7 +133,7 @@ def test_seconds_are_the_longer_of_arithmetic_and_memory():
 
 
 def test_sparse_prefill_takes_the_faster_form():
-  """Masked MHA up to 2048 * 278528 / 81920 keys, gathered MQA beyond; the published kink is 6.6K."""
+  """Masked MHA up to 2048 * 278528 / 81920 keys, gathered MQA beyond. Published kink: 6.6K."""
   flops = [
       cost.token_parts(V32, n, 'prefill', sparse=True)['attention'].flops for n in (6900, 7000)
   ]
@@ -145,9 +145,7 @@ def test_sparse_prefill_takes_the_faster_form():
 @pytest.mark.parametrize('phase', ['prefill', 'decode'])
 def test_more_context_costs_more_and_a_better_chip_less(phase, sparse, chip):
   serving = cost.Serving(chip=cost.CHIPS[chip])
-  seconds = [
-      cost.token_seconds(V32, n, phase, sparse=sparse, serving=serving) for n in CONTEXTS
-  ]
+  seconds = [cost.token_seconds(V32, n, phase, sparse=sparse, serving=serving) for n in CONTEXTS]
   assert np.all(np.diff(seconds) > 0)
   chip = serving.chip
   better = dataclasses.replace(
@@ -258,9 +256,7 @@ def test_half_as_expensive_by_hand():
 
 
 def test_more_hits_halve_a_prompt_sooner():
-  dense, sparse = (
-      {p: published.CURVES[p, kind] for p in FLAT} for kind in ('dense', 'sparse')
-  )
+  dense, sparse = ({p: published.CURVES[p, kind] for p in FLAT} for kind in ('dense', 'sparse'))
   lengths = [cost.cheaper_from(dense, sparse, 0.02, h) for h in (0.0, 0.3, 0.6, 0.9)]
   assert lengths == sorted(lengths, reverse=True)
 

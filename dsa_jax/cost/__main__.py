@@ -35,8 +35,7 @@ def paragraph(
     hit_share: float,
 ) -> str:
   """Returns the answer in words."""
-  chip = serving.chip.name
-  said = [f'On {chip}, at {context:,} tokens of context:']
+  said = []
   curves = {'dense': {}, 'sparse': {}}
   for phase in PHASES:
     parts = {
@@ -51,31 +50,32 @@ def paragraph(
     indexer = sum(parts['sparse'][n].seconds for n in ('index scores', 'selection')) / sparse
     start = crossover(curves['dense'][phase], curves['sparse'][phase])
     said.append(
-        f'{phase} takes {1e6 * sparse:,.0f} µs sparse and {1e6 * dense:,.0f} µs dense, a factor'
-        f' of {dense / sparse:.1f} (${dollars_per_million(sparse, price):.3f} and'
-        f' ${dollars_per_million(dense, price):.3f} per million tokens at ${price:g} per chip-hour);'
-        f' scoring and selecting are {indexer:.0%} of the sparse time, and sparse is the cheaper one'
-        f' {_from(start, cfg.max_seq_len)};'
+        f'On {serving.chip.name}, {phase} of a token that sees {context:,} tokens takes'
+        f' {1e6 * sparse:,.0f} µs sparse and {1e6 * dense:,.0f} µs dense, a factor of'
+        f' {dense / sparse:.1f} (${dollars_per_million(sparse, price):.3f} and'
+        f' ${dollars_per_million(dense, price):.3f} per million tokens, ${price:g} per chip-hour);'
+        f' scoring and selecting are {indexer:.0%} of the sparse time; sparse is the cheaper one'
+        f' {_from(start, cfg.max_seq_len)}.'
     )
-  said[-1] = said[-1][:-1] + '.'
   half = cheaper_from(curves['dense'], curves['sparse'], output_share, hit_share)
   said.append(
       f'A call with {output_share:.0%} of its tokens generated and {hit_share:.0%} of its prompt'
       f' cached costs half as much sparse as dense {_from(half, cfg.max_seq_len)}.'
   )
+  said.append(_memory(cfg, serving, context))
+  return ' '.join(said)
+
+
+def _memory(cfg: ModelConfig, serving: Serving, context: int) -> str:
   per_token = cache_bytes(cfg, serving.cache)
   needed, memory = per_token * context * serving.batch, serving.chip.memory
-  said.append(
+  text = (
       f'A cached token takes {per_token:,} bytes, so {serving.batch} sequences of this length take'
-      f' {needed / 1e9:,.0f} GB per chip. '
-      + (
-          f'{chip} has {memory / 1e9:.0f} GB: no more than'
-          f' {math.floor(memory / per_token / context)} fit, weights aside; see what --batch does.'
-          if needed > memory
-          else f'{chip} has {memory / 1e9:.0f} GB.'
-      )
+      f' {needed / 1e9:,.0f} GB per chip; {serving.chip.name} has {memory / 1e9:.0f} GB'
   )
-  return ' '.join(said)
+  if needed <= memory:
+    return f'{text}.'
+  return f'{text}, enough for {memory // (per_token * context):.0f}, weights aside: try --batch.'
 
 
 def phase_table(cfg: ModelConfig, serving: Serving, context: int, phase: str, price: float):
@@ -112,7 +112,9 @@ def _number(x: float) -> str:
 
 
 def _from(context: float, limit: int) -> str:
-  return f'at no length up to {limit:,}' if math.isnan(context) else f'from {context:,.0f} tokens on'
+  if math.isnan(context):
+    return f'at no length up to {limit:,}'
+  return f'from {context:,.0f} tokens on'
 
 
 def main(_):

@@ -16,9 +16,7 @@ _CORNERS = {
     ('decode', 'sparse'): [(0, 0.0951), (2.06, 0.1457), (101.6, 0.2274), (128, 0.2491)],
 }
 CURVES = {  # Chip-seconds per token, by phase and kind.
-    key: Curve(
-        [1024 * k for k, _ in corners], np.array([d for _, d in corners]) * 3600e-6 / PRICE
-    )
+    key: Curve([1024 * k for k, _ in corners], np.array([d for _, d in corners]) * 3600e-6 / PRICE)
     for key, corners in _CORNERS.items()
 }
 # Where the curves are also printed as a table, in tokens.

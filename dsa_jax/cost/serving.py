@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Seconds per token by a roofline: each part is bound by arithmetic or by memory, and parts add up."""
+"""Seconds per token by a roofline: a part is bound by arithmetic or memory, and parts add up."""
 
 from collections.abc import Sequence
 import dataclasses

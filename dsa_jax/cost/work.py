@@ -12,7 +12,7 @@ class Work(NamedTuple):
 
   part: str
   flops: float
-  bytes: float  # Read and written in memory, this token's share of what several tokens read together.
+  bytes: float  # Read or written; of what several tokens read together, this one's share.
   unit: Literal['fp8', 'bf16']
   kind: Literal['weights', 'context', 'gather']  # Which efficiency applies.
 
@@ -107,9 +107,8 @@ def token_work(
       + cfg.kv_lora_rank * cfg.n_heads * (cfg.qk_nope_head_dim + cfg.v_head_dim)
       + cfg.n_heads * cfg.v_head_dim * cfg.dim
   )
-  index = (
-      cfg.q_lora_rank * cfg.index_n_heads * cfg.index_head_dim
-      + cfg.dim * (cfg.index_head_dim + cfg.index_n_heads)
+  index = cfg.q_lora_rank * cfg.index_n_heads * cfg.index_head_dim + cfg.dim * (
+      cfg.index_head_dim + cfg.index_n_heads
   )
 
   def weights(part: str, size: int, unit='fp8'):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From which length is a call half as expensive? By the published curves, the model and the prices."""
+"""From which length a call is half as expensive: published curves, model, list prices."""
 
 import math
 
@@ -58,10 +58,12 @@ def compare(curves: Curves, model: Curves) -> dict[str, dict[str, float]]:
 
 def half_map(curves: Curves) -> np.ndarray:
   """Returns the context from which a call costs half, by cache-hit share and output share."""
-  return np.array([
-      [half_from(curves, {'output_share': o, 'hit_share': h}) for o in OUTPUT_SHARES]
-      for h in HIT_SHARES
-  ])
+  return np.array(
+      [
+          [half_from(curves, {'output_share': o, 'hit_share': h}) for o in OUTPUT_SHARES]
+          for h in HIT_SHARES
+      ]
+  )
 
 
 def answer(curves: Curves, compared: dict[str, dict[str, float]], halves: np.ndarray) -> str:
@@ -72,9 +74,9 @@ def answer(curves: Curves, compared: dict[str, dict[str, float]], halves: np.nda
   ]
   said.append(
       '; '.join(
-          f'{name} ({found["output_share"]:.0%} of the tokens generated, {found["hit_share"]:.0%} of'
-          f' the prompt cached) from {_tokens(found["half_from"])} (model:'
-          f' {_tokens(found["half_from_model"])})'
+          f'{name} ({found["output_share"]:.0%} of the tokens generated,'
+          f' {found["hit_share"]:.0%} of the prompt cached) from {_tokens(found["half_from"])}'
+          f' (model: {_tokens(found["half_from_model"])})'
           for name, found in compared.items()
       )
       + '.'
@@ -91,24 +93,22 @@ def answer(curves: Curves, compared: dict[str, dict[str, float]], halves: np.nda
   first, last = (f(cut, key=lambda name: cut[name][1]) for f in (min, max))
   short, long = ([d[f'ratio_at_{n}'] for d in compared.values()] for n in (8192, 131_072))
   said.append(
-      'The announced price cuts (60 % of a cached, 50 % of another prompt token, 75 % of a generated'
+      'The announced price cuts (60% of a cached, 50% of another prompt token, 75% of a generated'
       f' one) hold at every length: these calls now cost {_range([p for p, _ in cut.values()])} of'
       f' what they did. Computing them costs {_range(short)} of what it did at 8K tokens and'
       f' {_range(long)} at 128K; it falls as far as the price only from {_tokens(cut[first][1])}'
       f' tokens ({first}) to {_tokens(cut[last][1])} ({last}) on.'
   )
-  dollars = {
-      k: cost.dollars_per_million(1, published.PRICE) * c.at(c.limit)
-      for k, c in curves['decode'].items()
-  }
   old, new = published.PRICES_BEFORE['output'], published.PRICES_AFTER['output']
-  dense = curves['decode']['dense']
-  above = np.interp(old / cost.dollars_per_million(1, published.PRICE), dense.costs, dense.positions)
+  dense, sparse = curves['decode'].values()
+  dollars = cost.dollars_per_million(1.0, published.PRICE)  # Per chip-second of each token.
+  above = np.interp(old / dollars, dense.costs, dense.positions)
   said.append(
       f'A dense generated token cost more than its old list price (${old}) beyond {_tokens(above)}'
-      f' tokens; a sparse one costs ${dollars["sparse"]:.2f} at 128K, below the new one (${new}).'
-      ' A cache hit is counted as free here: what it saves is computation, and its storage is priced'
-      ' nowhere in the curves.'
+      f' tokens; a sparse one costs ${dollars * sparse.at(sparse.limit):.2f} at 128K, below the'
+      f' new one (${new}).'
+      ' A cache hit is counted as free here: it saves the computation, and what its storage costs'
+      ' is in none of the curves.'
   )
   return ' '.join(said)
 

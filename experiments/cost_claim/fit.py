@@ -35,13 +35,15 @@ def fit(phase: str, serving: cost.Serving) -> cost.Serving:
 
 def errors(phase: str, serving: cost.Serving, positions=published.POSITIONS) -> np.ndarray:
   """Returns model / published - 1, of dense and then of sparse, at each position."""
-  return np.array([
-      cost.token_seconds(CFG, max(1, round(p)), phase, sparse=kind == 'sparse', serving=serving)
-      / published.CURVES[phase, kind].at(p)
-      - 1
-      for kind in KINDS
-      for p in positions
-  ])
+  return np.array(
+      [
+          cost.token_seconds(CFG, max(1, round(p)), phase, sparse=kind == 'sparse', serving=serving)
+          / published.CURVES[phase, kind].at(p)
+          - 1
+          for kind in KINDS
+          for p in positions
+      ]
+  )
 
 
 def summary(phase: str, serving: cost.Serving) -> dict[str, float]:
@@ -114,14 +116,17 @@ def slopes() -> dict[str, float]:
   FLOP/s of dense attention (MHA in prefill, MQA in decode) and of index scores, and bytes per
   second of index keys if each decoded token read its own.
   """
+
   def per_key(phase, kind):
     curve = published.CURVES[phase, kind]
     seconds = (curve.costs[-1] - curve.costs[-2]) / (curve.positions[-1] - curve.positions[-2])
     return seconds / CFG.n_layers
 
   return {
-      'dense prefill, MHA attention, FLOP/s': cost.work.mha_flops(CFG) / per_key('prefill', 'dense'),
-      'dense decode, MQA attention, FLOP/s': cost.work.mqa_flops(CFG) / per_key('decode', 'dense'),
+      'dense prefill, MHA attention, FLOP/s':
+          cost.work.mha_flops(CFG) / per_key('prefill', 'dense'),
+      'dense decode, MQA attention, FLOP/s':
+          cost.work.mqa_flops(CFG) / per_key('decode', 'dense'),
       'sparse prefill, index scores, FLOP/s':
           cost.work.index_flops(CFG) / per_key('prefill', 'sparse'),
       'sparse decode, index scores, FLOP/s':

@@ -50,7 +50,9 @@ def draw_halves(path: pathlib.Path, halves: np.ndarray) -> None:
                          levels=[20, 24, 32, 40, 48, 64])  # fmt: skip
     axes.clabel(lines, fmt='%gK')
     for name, mix in MIXES.items():
-      axes.plot(mix['output_share'], mix['hit_share'], 'o', color='#D55E00', clip_on=False, zorder=3)
+      axes.plot(
+          mix['output_share'], mix['hit_share'], 'o', color='#D55E00', clip_on=False, zorder=3
+      )
       right = mix['output_share'] > 0.15
       axes.annotate(name, (mix['output_share'], mix['hit_share']), fontsize=8.5,
                     bbox=dict(facecolor='w', alpha=0.75, lw=0, pad=1.2),

@@ -79,13 +79,13 @@ def verdict(phases: dict) -> str:
         f' {worst:.1%} ({kind}, position {row["position"] / 1024:g}K), so the bar of {BAR:.0%} is'
         f' {"met" if worst <= BAR else "missed"}; the mean one is'
         f' {np.mean([e for e, *_ in errors]):.1%}. At 128K dense costs {model["ratio_at_128k"]:.2f}'
-        f' times as much as sparse (published: {there["ratio_at_128k"]:.2f}); sparse is cheaper from'
-        f' {model["crossover"]:,.0f} tokens on (published: {there["crossover"]:,.0f}). The miss that'
-        f' remains: at position 0, where nothing is to be selected, sparse costs'
+        f' times as much as sparse (published: {there["ratio_at_128k"]:.2f}); sparse is cheaper'
+        f' from {model["crossover"]:,.0f} tokens on (published: {there["crossover"]:,.0f}). The'
+        f' miss that remains: at position 0, where nothing is to be selected, sparse costs'
         f' {zero["published_microseconds"]:.1f} µs more than dense in the published curves and'
-        f' {zero["model_microseconds"]:.1f} µs by arithmetic. Two shares move both alike, so that no'
-        f' choice of them gets the two points at 0 nearer than {zero["least_error"]:.1%}, and the'
-        ' crossover comes out too early.'
+        f' {zero["model_microseconds"]:.1f} µs by arithmetic. Two shares move both alike, so that'
+        f' no choice of them gets the two points at 0 nearer than {zero["least_error"]:.1%}, and'
+        ' the crossover comes out too early.'
     )
   return ' '.join(said)
 
@@ -102,7 +102,10 @@ def markdown(found: dict) -> str:
            for name, form in (('published', '{:.4f}'), ('model', '{:.4f}'), ('error', '{:+.1%}'))]
         for row in data['positions']
     ]  # fmt: skip
-    header = ['position', *(f'{k}, {n}' for k in fit.KINDS for n in ('published', 'model', 'error'))]
+    header = [
+        'position',
+        *(f'{k}, {n}' for k in fit.KINDS for n in ('published', 'model', 'error')),
+    ]
     parts += [f'### {phase.capitalize()}, dollars per million tokens (H800, $2 per hour)',
               table(header, rows)]  # fmt: skip
   parts += ['## What the published slopes say by themselves', table(
@@ -114,9 +117,9 @@ def markdown(found: dict) -> str:
           ('worst_error', '{:.1%}'), ('ratio_at_128k', '{:.2f}'), ('crossover', '{:,.0f}'))]
       for name, data in found['variations'].items()
   ]  # fmt: skip
-  parts += ['## Fitted again with one stated constant changed', table(
-      ['', *(f'{p}: {n}' for p in fit.PHASES for n in ('worst error', 'ratio at 128K', 'crossover'))],
-      rows)]  # fmt: skip
+  columns = 'worst error', 'ratio at 128K', 'crossover'
+  header = ['', *(f'{phase}: {name}' for phase in fit.PHASES for name in columns)]
+  parts += ['## Fitted again with one stated constant changed', table(header, rows)]
   rows = [
       [name, f'{d["output_share"]:.0%}', f'{d["hit_share"]:.0%}', tokens(d['half_from']),
        tokens(d['half_from_model']), *(f'{d[f"ratio_at_{n}"]:.2f}' for n in calls.LENGTHS),
