@@ -100,6 +100,15 @@ def test_one_token_reads_its_experts_and_a_crowd_all_of_them():
   spread = of('routed experts', V32, sparse=False, pass_tokens=1000, chips=32)
   assert spread.bytes * 32 == pytest.approx(crowd.bytes)
   assert alone.flops == crowd.flops == spread.flops == 2 * 58 * 8 * size
+  # Two chips of one token each wake 256 * (1 - (1 - 8 / 256)²) = 15.75 experts between them.
+  pair = of('routed experts', V32, sparse=False, chips=2)
+  assert pair.bytes == pytest.approx(58 * 15.75 * size / 2)
+
+
+def test_only_quantised_rows_are_dequantised():
+  assert of('attention', V32, sparse=True, cache='fp8').kind == 'gather'
+  assert of('attention', V32, sparse=True, cache='bf16').kind == 'context'
+  assert of('attention', V32, sparse=False, cache='fp8').kind == 'context'
 
 
 def test_shared_indexers_cost_nothing():
