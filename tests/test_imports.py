@@ -12,8 +12,8 @@ RANKS = [
     {'kernels'},
     {'selection'},
     {'nn', 'sharding'},
-    {'losses', 'optim', 'data', 'metrics', 'report', 'plots', 'cost', 'tokenizer'},
-    {'stages', 'state', 'recipe', 'checkpoint', 'train_step', 'evaluate', 'results'},
+    {'losses', 'optim', 'data', 'metrics', 'report', 'plots', 'tokenizer'},
+    {'stages', 'state', 'recipe', 'checkpoint', 'train_step', 'evaluate', 'results', 'cost'},
     {'train', 'load', 'convert', 'sample'},
 ]
 OUTSIDE = {'flax': 3, 'optax': 4, 'orbax': 5, 'ml_collections': 5, 'grain': 4}  # From this rank on.

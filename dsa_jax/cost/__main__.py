@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: Apache-2.0
+r"""Prints what a token costs on a chip, dense and sparse, by part.
+
+python -m dsa_jax.cost --model=configs/deepseek_v32.py --chip=h800 --context=131072
+"""
+
+from collections.abc import Sequence
+import dataclasses
+import math
+import sys
+
+from absl import app
+from absl import flags
+from ml_collections import config_flags
+import rich.box
+import rich.console
+import rich.table
+
+from dsa_jax.config import ModelConfig
+from dsa_jax.cost.calls import cheaper_from, crossover, model_curve
+from dsa_jax.cost.chips import CHIPS
+from dsa_jax.cost.serving import Part, Serving, dollars_per_million, token_parts
+from dsa_jax.cost.work import cache_bytes
+
+PHASES = 'prefill', 'decode'
+
+
+def paragraph(
+    cfg: ModelConfig,
+    serving: Serving,
+    context: int,
+    *,
+    price: float,
+    output_share: float,
+    hit_share: float,
+) -> str:
+  """Returns the answer in words."""
+  said = []
+  curves = {'dense': {}, 'sparse': {}}
+  for phase in PHASES:
+    parts = {
+        kind: token_parts(cfg, context, phase, sparse=kind == 'sparse', serving=serving)
+        for kind in curves
+    }
+    for kind in curves:
+      curves[kind][phase] = model_curve(
+          cfg, phase, sparse=kind == 'sparse', serving=serving, limit=cfg.max_seq_len
+      )
+    dense, sparse = (sum(p.seconds for p in parts[kind].values()) for kind in curves)
+    indexer = sum(parts['sparse'][n].seconds for n in ('index scores', 'selection')) / sparse
+    start = crossover(curves['dense'][phase], curves['sparse'][phase])
+    said.append(
+        f'On {serving.chip.name}, {phase} of a token that sees {context:,} tokens takes'
+        f' {1e6 * sparse:,.0f} µs sparse and {1e6 * dense:,.0f} µs dense, a factor of'
+        f' {dense / sparse:.1f} (${dollars_per_million(sparse, price):.3f} and'
+        f' ${dollars_per_million(dense, price):.3f} per million tokens, ${price:g} per chip-hour);'
+        f' scoring and selecting are {indexer:.0%} of the sparse time; sparse is the cheaper one'
+        f' {_from(start, cfg.max_seq_len)}.'
+    )
+  half = cheaper_from(curves['dense'], curves['sparse'], output_share, hit_share)
+  said.append(
+      f'A call with {output_share:.0%} of its tokens generated and {hit_share:.0%} of its prompt'
+      f' cached costs half as much sparse as dense {_from(half, cfg.max_seq_len)}.'
+  )
+  said.append(_memory(cfg, serving, context))
+  return ' '.join(said)
+
+
+def _memory(cfg: ModelConfig, serving: Serving, context: int) -> str:
+  per_token = cache_bytes(cfg, serving.cache)
+  needed, memory = per_token * context * serving.batch, serving.chip.memory
+  text = (
+      f'A cached token takes {per_token:,} bytes, so {serving.batch} sequences of this length take'
+      f' {needed / 1e9:,.0f} GB per chip; {serving.chip.name} has {memory / 1e9:.0f} GB'
+  )
+  if needed <= memory:
+    return f'{text}.'
+  return f'{text}, enough for {memory // (per_token * context):.0f}, weights aside: try --batch.'
+
+
+def phase_table(cfg: ModelConfig, serving: Serving, context: int, phase: str, price: float):
+  """Returns one row per part: its work and time, dense and sparse."""
+  table = rich.table.Table(
+      title=f'{phase}, per token at context {context:,}, {serving.chip.name}',
+      title_justify='left', box=rich.box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True,
+  )  # fmt: skip
+  table.add_column('', no_wrap=True)
+  for unit in ('GFLOP', 'MB', 'µs'):
+    for kind in ('dense', 'sparse'):
+      table.add_column(f'{unit}\n{kind}', justify='right', no_wrap=True)
+  table.add_column('\nbound by', no_wrap=True)
+  both = [token_parts(cfg, context, phase, sparse=kind, serving=serving) for kind in (False, True)]
+  for name in both[1]:
+    found = [parts[name] for parts in both if name in parts]
+    bound = ' / '.join(dict.fromkeys(part.bound for part in found))
+    table.add_row(name, *_cells([parts.get(name) for parts in both]), bound,
+                  end_section=name == [*both[1]][-1])  # fmt: skip
+  totals = [Part(*(sum(p[i] for p in parts.values()) for i in range(3)), '') for parts in both]
+  table.add_row('all', *_cells(totals))
+  dollars = [f'{dollars_per_million(total.seconds, price):.3f}' for total in totals]
+  table.add_row('$ per million', *[''] * 4, *dollars)
+  return table
+
+
+def _cells(parts: Sequence[Part | None]) -> list[str]:
+  scaled = [p and (p.flops / 1e9, p.bytes / 1e6, p.seconds * 1e6) for p in parts]
+  return [_number(values[i]) if values else '' for i in range(3) for values in scaled]
+
+
+def _number(x: float) -> str:
+  return f'{x:,.0f}' if x >= 100 else f'{x:.3g}'
+
+
+def _from(context: float, limit: int) -> str:
+  if math.isnan(context):
+    return f'at no length up to {limit:,}'
+  return f'from {context:,.0f} tokens on'
+
+
+def main(_):
+  console = rich.console.Console()
+  try:
+    cfg = ModelConfig(**MODEL.value.model)
+    serving = Serving(
+        chip=CHIPS[CHIP.value], cache=CACHE.value, batch=BATCH.value, queries=QUERIES.value
+    )
+    answer = paragraph(
+        cfg, serving, CONTEXT.value,
+        price=PRICE.value, output_share=OUTPUT_SHARE.value, hit_share=HIT_SHARE.value,
+    )  # fmt: skip
+    tables = [phase_table(cfg, serving, CONTEXT.value, p, PRICE.value) for p in PHASES]
+  except ValueError as error:
+    sys.exit(f'error: {error}')
+  for table in tables:
+    console.print(table)
+  console.print(answer, markup=False, highlight=False)
+  for phase in PHASES:
+    shares = dataclasses.asdict(getattr(serving, phase)).items()
+    console.print(
+        f'Shares of peak, {phase}: {", ".join(f"{n} {x:.3g}" for n, x in shares)}.', highlight=False
+    )
+
+
+if __name__ == '__main__':
+  DEFAULTS = Serving()
+  MODEL = config_flags.DEFINE_config_file(
+      'model', 'configs/deepseek_v32.py', 'A file of configs/, of which `model` counts.'
+  )
+  CHIP = flags.DEFINE_enum('chip', 'h800', [*CHIPS], 'What to run on.')
+  CONTEXT = flags.DEFINE_integer('context', 131_072, 'Tokens that a token sees, itself included.')
+  PRICE = flags.DEFINE_float('price', 2.0, 'Dollars per chip and hour.', lower_bound=0)
+  CACHE = flags.DEFINE_enum('cache', DEFAULTS.cache, ['fp8', 'bf16'], 'How keys are stored.')
+  BATCH = flags.DEFINE_integer('batch', DEFAULTS.batch, 'Sequences per chip that decode together.')
+  QUERIES = flags.DEFINE_integer(
+      'queries', DEFAULTS.queries, 'Tokens per sequence and decode step; more than 1: MTP.'
+  )
+  OUTPUT_SHARE = flags.DEFINE_float('output_share', 0.1, "Of a call's tokens, those generated.")
+  HIT_SHARE = flags.DEFINE_float('hit_share', 0.0, 'Of its prompt, what is cached.')
+  app.run(main)

@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Seconds per token by a roofline: a part is bound by arithmetic or memory, and parts add up."""
+
+from collections.abc import Sequence
+import dataclasses
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from dsa_jax.config import ModelConfig
+from dsa_jax.cost.chips import CHIPS, Chip, Efficiency, FITTED
+from dsa_jax.cost.work import Work, token_work
+
+Numbers = int | float | Sequence | np.ndarray  # One, or an array of them.
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Serving:
+  """How a model is served; the defaults are DeepSeek's, as far as they are known.
+
+  128 sequences of 2 tokens: the setting of FlashMLA's published decode figure, the second token
+  from MTP, both counted as useful. 144 chips: DeepSeek's overview of its inference system (2025).
+  The chunk is ours: any large number gives the same seconds.
+  """
+
+  chip: Chip = CHIPS['h800']
+  cache: str = 'fp8'  # Or 'bf16'.
+  batch: int = 128  # Sequences per chip that decode together.
+  queries: int = 2  # Tokens per sequence and decode step, which read its cache together.
+  chunk: int = 8192  # Prompt tokens per chip in one forward pass.
+  expert_chips: int = 144  # Chips that hold the routed experts between them.
+  prefill: Efficiency = FITTED['prefill']
+  decode: Efficiency = FITTED['decode']
+
+  def __post_init__(self):
+    for name in ('batch', 'queries', 'chunk', 'expert_chips'):
+      if getattr(self, name) < 1:
+        raise ValueError(f'{name}={getattr(self, name)} must be at least 1.')
+    if self.cache not in ('fp8', 'bf16'):
+      raise ValueError(f"{self.cache=} must be 'fp8' or 'bf16'.")
+
+
+class Part(NamedTuple):
+  """What a part of the model costs per token."""
+
+  flops: float
+  bytes: float
+  seconds: float
+  bound: Literal['compute', 'memory']
+
+
+def token_parts(
+    cfg: ModelConfig, context: int, phase: str, *, sparse: bool, serving: Serving = Serving()
+) -> dict[str, Part]:
+  """Returns what one token costs, by part.
+
+  Attention runs in MHA form in dense prefill, in MQA form in decode; sparse prefill takes the
+  faster of masked MHA and gathered MQA.
+
+  Args:
+    cfg: The model.
+    context: Tokens that this one sees, itself included.
+    phase: 'prefill' or 'decode'.
+    sparse: Whether an indexer selects among them.
+    serving: The chip and how it is used.
+
+  Raises:
+    ValueError: The phase is unknown, or the model has no such context.
+  """
+  if not 1 <= context <= cfg.max_seq_len:
+    raise ValueError(f'{context=} must be within 1 and max_seq_len={cfg.max_seq_len} of the model.')
+  shared = dict(sparse=sparse, cache=serving.cache, chips=serving.expert_chips)
+  if phase == 'prefill':
+    shared |= dict(readers=serving.chunk, pass_tokens=serving.chunk, logits=False)
+    forms, efficiency = ('mha', 'mqa') if sparse else ('mha',), serving.prefill
+  elif phase == 'decode':
+    shared |= dict(readers=serving.queries, pass_tokens=serving.batch * serving.queries)
+    forms, efficiency = ('mqa',), serving.decode
+  else:
+    raise ValueError(f"{phase=} must be 'prefill' or 'decode'.")
+  found = []
+  for form in forms:
+    works = token_work(cfg, context, form=form, **shared)
+    found.append({work.part: _roofline(work, serving.chip, efficiency) for work in works})
+  return min(found, key=_total)
+
+
+def token_seconds(
+    cfg: ModelConfig, context: int, phase: str, *, sparse: bool, serving: Serving = Serving()
+) -> float:
+  """Returns the chip-seconds of one token. See token_parts."""
+  return _total(token_parts(cfg, context, phase, sparse=sparse, serving=serving))
+
+
+def dollars_per_million(seconds: Numbers, price: float) -> Numbers:
+  """Returns dollars per million tokens of that many chip-seconds, at a price per chip-hour."""
+  return seconds * price / 3600 * 1e6
+
+
+def _roofline(work: Work, chip: Chip, efficiency: Efficiency) -> Part:
+  share = efficiency.weights if work.kind == 'weights' else efficiency.context
+  if work.kind == 'gather':
+    share *= efficiency.gather
+  compute = work.flops / (getattr(chip, work.unit) * share)
+  memory = work.bytes / (chip.bandwidth * efficiency.bandwidth)
+  bound = 'compute' if compute >= memory else 'memory'
+  return Part(work.flops, work.bytes, max(compute, memory), bound)
+
+
+def _total(parts: dict[str, Part]) -> float:
+  return sum(part.seconds for part in parts.values())

@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Two shares of peak per phase, fitted to the published curves; and how far off the model stays."""
+
+import dataclasses
+from unittest import mock
+
+import numpy as np
+import scipy.optimize
+
+from dsa_jax import cost
+from dsa_jax.config import ModelConfig
+from dsa_jax.cost import published
+from dsa_jax.cost import serving as serving_module
+
+CFG = ModelConfig()  # DeepSeek-V3.2.
+PHASES, KINDS = ('prefill', 'decode'), ('dense', 'sparse')
+
+
+def fit(phase: str, serving: cost.Serving) -> cost.Serving:
+  """Returns the same with the phase's `weights` and `context` of least squared relative error.
+
+  Over the nine positions of the published table, dense and sparse alike; rounded to three digits.
+  """
+
+  def with_shares(x):
+    weights, context = map(float, x)
+    shares = dataclasses.replace(getattr(serving, phase), weights=weights, context=context)
+    return dataclasses.replace(serving, **{phase: shares})
+
+  found = scipy.optimize.least_squares(
+      lambda x: errors(phase, with_shares(x)), x0=(0.4, 0.5), bounds=(0.05, 1.0)
+  )
+  return with_shares(np.round(found.x, 3))
+
+
+def errors(phase: str, serving: cost.Serving, positions=published.POSITIONS) -> np.ndarray:
+  """Returns model / published - 1, of dense and then of sparse, at each position."""
+  return np.array(
+      [
+          cost.token_seconds(CFG, max(1, round(p)), phase, sparse=kind == 'sparse', serving=serving)
+          / published.CURVES[phase, kind].at(p)
+          - 1
+          for kind in KINDS
+          for p in positions
+      ]
+  )
+
+
+def summary(phase: str, serving: cost.Serving) -> dict[str, float]:
+  """Returns the shares, the errors and what follows from the curves."""
+  found, limit = errors(phase, serving), published.POSITIONS[-1]
+  dense, sparse = model_curves(serving)[phase].values()
+  shares = getattr(serving, phase)
+  return {
+      'weights': shares.weights,
+      'context': shares.context,
+      'worst_error': float(np.abs(found).max()),
+      'mean_error': float(np.abs(found).mean()),
+      'ratio_at_128k': float(dense.at(limit) / sparse.at(limit)),
+      'crossover': cost.crossover(dense, sparse),
+  }
+
+
+def published_summary(phase: str) -> dict[str, float]:
+  dense, sparse = (published.CURVES[phase, kind] for kind in KINDS)
+  return {
+      'ratio_at_128k': float(dense.at(dense.limit) / sparse.at(dense.limit)),
+      'crossover': cost.crossover(dense, sparse),
+  }
+
+
+def model_curves(serving: cost.Serving) -> dict[str, dict[str, cost.Curve]]:
+  return {
+      phase: {
+          kind: cost.model_curve(CFG, phase, sparse=kind == 'sparse', serving=serving)
+          for kind in KINDS
+      }
+      for phase in PHASES
+  }
+
+
+def variations(serving: cost.Serving) -> dict[str, dict[str, dict[str, float]]]:
+  """Returns the summaries after a fit with each of the stated, unfitted constants changed."""
+
+  def shares(**changed):
+    return {p: dataclasses.replace(getattr(serving, p), **changed) for p in PHASES}
+
+  changes = {
+      'as stated': {},
+      'bandwidth 0.7': shares(bandwidth=0.7),
+      'bandwidth 0.9': shares(bandwidth=0.9),
+      'gathered attention as fast as dense': shares(gather=1.0),
+      'one token per decode step': {'queries': 1},
+      'bf16 cache': {'cache': 'bf16'},
+      '12 sequences per chip, what 80 GB hold at 128K': {'batch': 12},
+  }
+  found = {name: _fitted(dataclasses.replace(serving, **x)) for name, x in changes.items()}
+  original = cost.token_work
+
+  def regrouped(*args, **kwargs):
+    works = original(*args, **kwargs)
+    return [w._replace(kind='weights') if w.part == 'index scores' else w for w in works]
+
+  with mock.patch.object(serving_module, 'token_work', regrouped):
+    found['index scores at the share of the weights'] = _fitted(serving)
+  return found
+
+
+def _fitted(serving: cost.Serving) -> dict[str, dict[str, float]]:
+  return {phase: summary(phase, fit(phase, serving)) for phase in PHASES}
+
+
+def slopes() -> dict[str, float]:
+  """Returns what the published slopes mean on an H800, without any model of the rest.
+
+  FLOP/s of dense attention (MHA in prefill, MQA in decode) and of index scores, and bytes per
+  second of index keys if each decoded token read its own.
+  """
+
+  def per_key(phase, kind):
+    curve = published.CURVES[phase, kind]
+    seconds = (curve.costs[-1] - curve.costs[-2]) / (curve.positions[-1] - curve.positions[-2])
+    return seconds / CFG.n_layers
+
+  return {
+      'dense prefill, MHA attention, FLOP/s':
+          cost.work.mha_flops(CFG) / per_key('prefill', 'dense'),
+      'dense decode, MQA attention, FLOP/s':
+          cost.work.mqa_flops(CFG) / per_key('decode', 'dense'),
+      'sparse prefill, index scores, FLOP/s':
+          cost.work.index_flops(CFG) / per_key('prefill', 'sparse'),
+      'sparse decode, index scores, FLOP/s':
+          cost.work.index_flops(CFG) / per_key('decode', 'sparse'),
+      'sparse decode, index keys, bytes/s':
+          cost.work.index_key_bytes(CFG, 'fp8') / per_key('decode', 'sparse'),
+  }  # fmt: skip
+
+
+def unexplained(phase: str, serving: cost.Serving) -> dict[str, float]:
+  """Returns what sparse costs more than dense at position 0, where nothing is to be selected.
+
+  `least_error`: what two shares of peak cannot avoid there, since they move both alike.
+  """
+  there = {k: float(published.CURVES[phase, k].at(0)) for k in KINDS}
+  model = {
+      k: cost.token_seconds(CFG, 1, phase, sparse=k == 'sparse', serving=serving) for k in KINDS
+  }
+  ratio = there['sparse'] / there['dense'] / (model['sparse'] / model['dense'])
+  return {
+      'published_microseconds': 1e6 * (there['sparse'] - there['dense']),
+      'model_microseconds': 1e6 * (model['sparse'] - model['dense']),
+      'least_error': (ratio - 1) / (ratio + 1),
+  }
