@@ -61,3 +61,20 @@ def scatter_rows(x: jax.Array, indices: jax.Array, rows: jax.Array) -> jax.Array
   nowhere = x.shape[1]
   where = jnp.where(indices >= 0, indices, nowhere)
   return jax.vmap(lambda x, i, r: x.at[i].add(r, mode='drop'))(x, where, rows)
+
+
+def pad_axis(x: jax.Array, axis: int, multiple: int) -> jax.Array:
+  """Appends zeros until the axis is a multiple."""
+  widths = [(0, 0)] * x.ndim
+  widths[axis] = (0, -x.shape[axis] % multiple)
+  return jnp.pad(x, widths)
+
+
+def key_range(
+    start: jax.Array, end: jax.Array, n_keys: int, block: int
+) -> tuple[jax.Array, jax.Array]:
+  """Returns the blocks of keys that some row sees: the first, one past the last."""
+  seen = end > start
+  first = jnp.min(jnp.where(seen, start, n_keys)) // block
+  last = -(-jnp.max(jnp.where(seen, end, 0)) // block)
+  return jnp.maximum(first, 0), jnp.minimum(last, -(-n_keys // block))
