@@ -52,7 +52,8 @@ def gather_rows(x: jax.Array, indices: jax.Array) -> jax.Array:
   A row that is not selected is never touched by arithmetic: it may hold NaN.
   """
   filled = (indices >= 0) & (indices < x.shape[1])
-  rows = jax.vmap(lambda x, i: x[i])(x, jnp.where(filled, indices, 0))
+  take = lambda x, i: x.at[i].get(mode='promise_in_bounds')
+  rows = jax.vmap(take)(x, jnp.where(filled, indices, 0))
   return jnp.where(filled.reshape(filled.shape + (1,) * (x.ndim - 2)), rows, 0)
 
 
