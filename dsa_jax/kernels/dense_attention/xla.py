@@ -6,7 +6,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from dsa_jax.kernels.rows import key_range, map_rows, pad_axis, scan_rows
+from dsa_jax.kernels.rows import add_block, key_range, map_rows, pad_axis, scan_rows, take_block
 from dsa_jax.kernels.visibility import selected_keys, visible_keys
 
 _f32 = {'preferred_element_type': jnp.float32}
@@ -37,7 +37,7 @@ def forward(q, k, v, start, end, indices, *, sm_scale: float, blocks: BlockSizes
       safe = jnp.where(new_top > -jnp.inf, new_top, 0)
       shrink = jnp.exp(top - safe)
       weights = jnp.exp(logits - safe[..., None])
-      value = jnp.einsum('BGMTS,BSGV->BGMTV', weights, _key_block(v, j, block_s), **_f32)
+      value = jnp.einsum('BGMTS,BSGV->BGMTV', weights, take_block(v, j, block_s), **_f32)
       return (
           new_top,
           total * shrink + jnp.sum(weights, axis=-1),
@@ -75,12 +75,12 @@ def backward(residuals, cotangents, *, sm_scale: float, blocks: BlockSizes):
 
     def meet(j, state):
       dk, dv, dq = state
-      k_block, v_block = _key_block(k, j, block_s), _key_block(v, j, block_s)
+      k_block, v_block = take_block(k, j, block_s), take_block(v, j, block_s)
       probs = jnp.exp(_logits(q, k, start, end, chosen, j, block_s, sm_scale) - lse)
       dprobs = jnp.einsum('BGMTV,BSGV->BGMTS', dout, v_block, **_f32)
       dlogits = sm_scale * probs * (dprobs - delta)
-      dk = _add_block(dk, j, jnp.einsum('BGMTS,BGMTE->BSGE', dlogits, q, **_f32))
-      dv = _add_block(dv, j, jnp.einsum('BGMTS,BGMTV->BSGV', probs, dout, **_f32))
+      dk = add_block(dk, j, jnp.einsum('BGMTS,BGMTE->BSGE', dlogits, q, **_f32))
+      dv = add_block(dv, j, jnp.einsum('BGMTS,BGMTV->BSGV', probs, dout, **_f32))
       return dk, dv, dq + jnp.einsum('BGMTS,BSGE->BGMTE', dlogits, k_block, **_f32)
 
     first, last = key_range(start, end, n_keys, block_s)
@@ -99,17 +99,8 @@ def _logits(q, k, start, end, chosen, j, block_s, sm_scale):
   visible = visible_keys(start, end, j * block_s + jnp.arange(block_s))
   if chosen is not None:
     visible &= jax.lax.dynamic_slice_in_dim(chosen, j * block_s, block_s, axis=2)
-  logits = jnp.einsum('BGMTE,BSGE->BGMTS', q, _key_block(k, j, block_s), **_f32)
+  logits = jnp.einsum('BGMTE,BSGE->BGMTS', q, take_block(k, j, block_s), **_f32)
   return jnp.where(visible[:, None, None], sm_scale * logits, -jnp.inf)
-
-
-def _key_block(x, j, block_s):
-  return jax.lax.dynamic_slice_in_dim(x, j * block_s, block_s, axis=1)
-
-
-def _add_block(x, j, block):
-  old = _key_block(x, j, block.shape[1])
-  return jax.lax.dynamic_update_slice_in_dim(x, old + block, j * block.shape[1], axis=1)
 
 
 def _split_heads(x, n_groups):
