@@ -81,7 +81,7 @@ def _op(constants, index_q, index_k, index_weights, sm_scale, blocks):
 
 
 def _fwd(constants, index_q, index_k, index_weights, sm_scale, blocks):
-  kl, *sums = xla.forward(
+  kl, sums = xla.forward(
       constants, index_q, index_k, index_weights, sm_scale=sm_scale, blocks=blocks
   )
   return kl, (constants, (index_q, index_k, index_weights, *sums))

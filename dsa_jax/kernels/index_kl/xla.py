@@ -24,11 +24,15 @@ class BlockSizes:
 
   block_t: int = 128  # Query rows at one time,
   block_s: int = 256  # and the keys that they meet at one time.
-  block_selected: int = 16  # Query rows at one time where each has its own keys.
+  block_selected: int = 8  # Query rows at one time where each has its own keys.
 
 
 def forward(constants, index_q, index_k, index_weights, *, sm_scale: float, blocks: BlockSizes):
-  """Returns [B, T] each: the divergence, ln sum exp of the scores, the sum of the target."""
+  """Returns the divergence, and what its gradient needs.
+
+  That is ln sum exp of the scores and the sum of the target, both [B, T], and the target itself
+  where it is one of selected keys, [B, T, K]: smaller than the queries it is made of.
+  """
   q, k, lse, start, end, indices = constants
   block_t, block_s = _sizes(blocks, indices, k.shape[1])
 
@@ -36,7 +40,7 @@ def forward(constants, index_q, index_k, index_weights, *, sm_scale: float, bloc
     q, lse, start, end, indices, index_q, index_weights = rows
 
     def meet(keys, state):
-      top, total, mass, entropy, cross = state
+      top, total, mass, entropy, cross, _ = state
       target = mean_attention(q, keys.k, lse, keys.seen, sm_scale)
       _, scores = _scores(index_q, keys, index_weights)
       new_top = jnp.maximum(top, jnp.max(scores, axis=-1))
@@ -45,14 +49,16 @@ def forward(constants, index_q, index_k, index_weights, *, sm_scale: float, bloc
       some = target > 0
       entropy += jnp.sum(target * jnp.log(jnp.where(some, target, 1)), axis=-1)
       cross += jnp.sum(target * jnp.where(some, scores, 0), axis=-1)
-      return new_top, total, mass + jnp.sum(target, axis=-1), entropy, cross
+      mass += jnp.sum(target, axis=-1)
+      return new_top, total, mass, entropy, cross, target if keys.own else None
 
     zero = jnp.zeros(start.shape)
-    state = zero - jnp.inf, zero, zero, zero, zero
+    state = zero - jnp.inf, zero, zero, zero, zero, None
     state = over_keys(meet, state, k, index_k, start, end, indices, block_s)
-    top, total, mass, entropy, cross = state
+    top, total, mass, entropy, cross, target = state
     scores_lse = top + jnp.log(total)
-    return entropy - cross + mass * jnp.where(mass > 0, scores_lse, 0), scores_lse, mass
+    kl = entropy - cross + mass * jnp.where(mass > 0, scores_lse, 0)
+    return kl, (scores_lse, mass, target)
 
   rows = q, lse, start, end, indices, index_q, index_weights
   return map_rows(compare, rows, block_t)
@@ -61,17 +67,19 @@ def forward(constants, index_q, index_k, index_weights, *, sm_scale: float, bloc
 def backward(constants, residuals, dkl, *, sm_scale: float, blocks: BlockSizes):
   """Returns the gradients of the three index inputs; the scores' own is softmax - target."""
   q, k, lse, start, end, indices = constants
-  index_q, index_k, index_weights, scores_lse, mass = residuals
+  index_q, index_k, index_weights, scores_lse, mass, target = residuals
   block_t, block_s = _sizes(blocks, indices, k.shape[1])
   scores_lse = jnp.where(scores_lse > -jnp.inf, scores_lse, 0)
 
   def step(dindex_k, rows):
-    q, lse, start, end, indices, index_q, index_weights, scores_lse, mass, dkl = rows
+    q, lse, start, end, indices, index_q, index_weights, scores_lse, mass, known, dkl = rows
 
     def meet(keys, state):
       dindex_k, dindex_q, dweights = state
       key_axes, dot_axes = _axes(keys)
-      target = mean_attention(q, keys.k, lse, keys.seen, sm_scale)
+      target = known
+      if target is None:
+        target = mean_attention(q, keys.k, lse, keys.seen, sm_scale)
       dots, scores = _scores(index_q, keys, index_weights)
       probs = jnp.exp(scores - scores_lse[..., None])
       dscores = dkl[..., None] * (mass[..., None] * probs - target)  # B T S
@@ -87,7 +95,7 @@ def backward(constants, residuals, dkl, *, sm_scale: float, blocks: BlockSizes):
     dindex_k, dindex_q, dweights = state
     return dindex_k, (dindex_q.astype(index_q.dtype), dweights.astype(index_weights.dtype))
 
-  rows = q, lse, start, end, indices, index_q, index_weights, scores_lse, mass, dkl
+  rows = q, lse, start, end, indices, index_q, index_weights, scores_lse, mass, target, dkl
   dindex_k = pad_axis(jnp.zeros(index_k.shape), 1, block_s)
   dindex_k, (dindex_q, dweights) = scan_rows(step, dindex_k, rows, block_t)
   return dindex_q, dindex_k[:, : k.shape[1]].astype(index_k.dtype), dweights
