@@ -75,7 +75,7 @@ def plot(results: dict, path: pathlib.Path):
     if name in sum(PLOTTED.values(), ()):
       axes[2].plot([int(n) for n in row], [x / 2**20 for x in row.values()], 'o-', label=name)
   axes[2].set(title='temporary memory', xlabel='context', ylabel='MiB')
-  for axis in axes:
+  for axis in (x for x in axes if x.lines):
     axis.set(xscale='log', yscale='log')
     axis.legend(fontsize=8)
     axis.grid(alpha=0.3)

@@ -21,7 +21,7 @@ class BlockSizes:
   """They change the speed, never the result."""
 
   block_t: int = 128  # Query rows whose scores exist at one time.
-  block_s: int = 2048  # Keys scored at one time.
+  block_s: int = 1024  # Keys scored at one time.
 
 
 def forward(q, k, weights, start, end, *, topk: int, blocks: BlockSizes):
@@ -79,7 +79,9 @@ def _best_keys(scores, tops, topk):
   groups = best_positions(tops, topk, spare=topk // 8)
   found = jnp.take_along_axis(scores, groups[:, :, None], axis=3, mode='clip')
   found = jnp.where(groups[:, :, None] >= 0, found, -jnp.inf)
+  reached = jnp.min(jnp.max(found, axis=2), axis=-1)  # By a key of each chosen group.
+  floor = jnp.where(groups[..., topk - 1] >= 0, reached, -jnp.inf)
   found = jnp.swapaxes(found, 2, 3).reshape(*groups.shape[:2], -1)  # By position.
-  slots = best_positions(found, topk)
+  slots = best_positions(found, topk, floor=floor)
   group = jnp.take_along_axis(groups, slots // size, axis=2, mode='clip')
   return jnp.where(slots >= 0, group * size + slots % size, -1)
