@@ -40,6 +40,8 @@ def main():
   args = parser.parse_args()
   results = json.loads(args.results.read_text()) if args.results.exists() else {}
   results |= {'machine': machine()}
+  if (HERE / 'transformers.json').exists():
+    results['transformers'] = json.loads((HERE / 'transformers.json').read_text())
   for n in args.memory_sizes:
     for name in args.ops:
       put(results, 'memory', name, n, memory(name, n))
