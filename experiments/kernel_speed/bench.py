@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import pathlib
 import platform
+import re
 import time
 
 import jax
@@ -89,10 +90,8 @@ def machine() -> dict[str, float | str]:
   big = jnp.ones(2**28, jnp.float32)
   square = jax.jit(lambda x: x @ x)
   double = jax.jit(lambda x: 2 * x)
-  cpuinfo = pathlib.Path('/proc/cpuinfo')
-  models = [x for x in cpuinfo.read_text().splitlines() if 'model name' in x] if cpuinfo.exists() else []
   return {
-      'processor': f'{len(models)} x {models[0].split(":")[1].strip()}' if models else platform.machine(),
+      'processor': processor(),
       'python': platform.python_version(),
       'jax': importlib.metadata.version('jax'),
       'jaxlib': importlib.metadata.version('jaxlib'),
@@ -100,6 +99,12 @@ def machine() -> dict[str, float | str]:
       'matmul_flops': 2 * 2048**3 / best_of(lambda: square(x)),
       'copy_bytes': 2 * big.nbytes / best_of(lambda: double(big)),
   }
+
+
+def processor() -> str:
+  path = pathlib.Path('/proc/cpuinfo')
+  models = re.findall(r'model name\s*: (.*)', path.read_text()) if path.exists() else []
+  return f'{len(models)} x {models[0]}' if models else platform.machine()
 
 
 def best_of(f, runs: int = 10) -> float:

@@ -80,8 +80,8 @@ def main():
   if args.one:
     print(measure(args.one, args.runs))
     return
-  name = 'transformers (torch, sdpa)' if importlib.util.find_spec('torch') else 'dsa_jax (xla, sparse)'
-  row = {}
+  torch = importlib.util.find_spec('torch')
+  name, row = 'transformers (torch, sdpa)' if torch else 'dsa_jax (xla, sparse)', {}
   for n in args.sizes:  # Each in a process of its own: a peak never falls again.
     command = [sys.executable, __file__, f'--one={n}', f'--runs={args.runs}']
     row[str(n)] = subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()

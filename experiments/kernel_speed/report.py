@@ -12,11 +12,11 @@ import programs
 
 RATIOS = [  # Title, what is slow, what is fast.
     ('dense / (selection + sparse), forward', 'dense_attention', 'sparse_forward'),
-    ('dense / sparse stage with KL, forward + backward', 'dense_attention_grad', 'sparse_stage_grad'),
+    ('dense / sparse stage, forward + backward', 'dense_attention_grad', 'sparse_stage_grad'),
     ('lax.top_k form / index_topk', 'naive_topk', 'index_topk'),
 ]
 PLOTTED = {
-    'forward': ('dense_attention', 'sparse_forward', 'naive_topk', 'index_topk', 'sparse_attention'),
+    'forward': ('dense_attention', 'sparse_forward', 'naive_topk', 'index_topk'),
     'forward and backward': ('dense_attention_grad', 'sparse_stage_grad', 'sparse_attention_grad'),
 }
 
@@ -28,9 +28,9 @@ def write(results: dict, folder: pathlib.Path):
 
 def tables(results: dict):
   machine, seconds = results['machine'], results.get('seconds', {})
-  yield f'{machine["processor"]}, Python {machine["python"]}, jax {machine["jax"]}, {machine["date"]}.'
-  yield f'2048 x 2048 matmul {machine["matmul_flops"] / 1e9:.0f} GFLOP/s, ' + (
-      f'copy {machine["copy_bytes"] / 1e9:.0f} GB/s.'
+  yield '{processor}, Python {python}, jax {jax}, {date}.'.format(**machine)
+  yield '2048 x 2048 matmul {:.0f} GFLOP/s, copy {:.0f} GB/s.'.format(
+      machine['matmul_flops'] / 1e9, machine['copy_bytes'] / 1e9
   )
   yield '\n## Seconds, the fastest run (the median run)\n'
   yield from grid(seconds, lambda x: f'{min(x):.3f} ({sorted(x)[len(x) // 2]:.3f})')

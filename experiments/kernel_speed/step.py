@@ -48,9 +48,8 @@ def one_document(context: int, cfg: ModelConfig) -> Batch:
 def run(stage: str, context: int):
   cfg, optim = small_model(context), OptimConfig()
   trains = STAGES[stage].trains
-  mode = Mode(
-      attention=STAGES[stage].attention[0], backend='xla', index_loss='indexer' in trains, remat=True
-  )
+  how = dict(attention=STAGES[stage].attention[0], index_loss='indexer' in trains)
+  mode = Mode(backend='xla', remat=True, **how)
   state = new_state(init_params(cfg, seed=0), trains, optim, seed=0)
   step = make_train_step(model_graph(cfg), trains, mode, optim)
   inputs = state, one_document(context, cfg), {part: 1e-3 for part in trains}
