@@ -86,9 +86,8 @@ def main():
     command = [sys.executable, __file__, f'--one={n}', f'--runs={args.runs}']
     row[str(n)] = subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
     print(name, n, row[str(n)], flush=True)
-  results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-  results[name] = row
-  RESULTS.write_text(json.dumps(results, indent=1) + '\n')
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    RESULTS.write_text(json.dumps(results | {name: row}, indent=1) + '\n')
 
 
 if __name__ == '__main__':
