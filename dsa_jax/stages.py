@@ -27,7 +27,7 @@ class Stage:
 STAGES = {
     'dense': Stage(('dense',), ('backbone',)),
     'warmup': Stage(('dense',), ('indexer',)),
-    'sparse': Stage(('sparse', 'masked'), ('backbone', 'indexer')),
+    'sparse': Stage(('sparse', 'masked', 'auto'), ('backbone', 'indexer')),
 }
 
 
@@ -42,7 +42,7 @@ class StageConfig:
   seq_len: int
   micro_batches: int = 1  # Gradients are accumulated over them; the numbers stay the same.
   data_seed: int = 0  # Entries with one seed, batch and length read the same batches.
-  attention: str = ''  # '': the stage's default.
+  attention: str = ''  # '': the stage's default. 'auto': the cheaper of 'sparse' and 'masked'.
   backbone_lr: float = 0.0
   indexer_lr: float = 0.0
   warmup_steps: int = 0  # Of the learning rates, to their peak.
@@ -88,7 +88,7 @@ class StageConfig:
 
   @property
   def mode(self) -> str:
-    """How the stage attends."""
+    """How the stage attends; 'auto' is for who knows the backend to settle."""
     return self.attention or STAGES[self.stage].attention[0]
 
   @property

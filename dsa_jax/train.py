@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs a recipe: python -m dsa_jax.train --config=configs/quickstart.py"""
 
+import dataclasses
 import logging
 import sys
 import time
@@ -20,6 +21,7 @@ from dsa_jax.data.batch import Batch
 from dsa_jax.data.pipeline import first_batches, make_iterator
 from dsa_jax.evaluate import measure
 from dsa_jax.kernels.backend import default_backend
+from dsa_jax.kernels.crossover import faster_attention
 from dsa_jax.metrics import MetricsWriter, Progress as ProgressBar
 from dsa_jax.nn.mla import Mode
 from dsa_jax.recipe import Recipe, claim_workdir, read_recipe
@@ -87,9 +89,9 @@ def run_stage(
   entry = recipe.stages[name]
   began, batch_tokens = time.monotonic(), entry.batch_size * entry.seq_len
   schedules = entry.schedules()
+  mode = stage_mode(recipe, entry, backend)
   train_step = make_train_step(
-      graph, entry.trains, stage_mode(recipe, entry, backend), recipe.optim,
-      micro_batches=entry.micro_batches,
+      graph, entry.trains, mode, recipe.optim, micro_batches=entry.micro_batches
   )
   batches = data.train[name]
   with Checkpoints(recipe.checkpoint_folder(name)) as checkpoints:
@@ -118,7 +120,7 @@ def run_stage(
         text = record(*pending, name, checkpoints, writer, recipe.log_every)
         pending = None
       if look and 'indexer' in entry.trains:
-        seen = look_at_selection(recipe, entry, graph, state, backend, data.look[name])
+        seen = look_at_selection(recipe, mode, graph, state, data.look[name])
         writer.write(name, step, seen)
       if save:
         seconds = seconds_before + time.monotonic() - began
@@ -172,8 +174,12 @@ def nonfinite_message(
 
 
 def stage_mode(recipe: Recipe, entry: StageConfig, backend: str) -> Mode:
+  attention = entry.mode
+  if attention == 'auto':
+    attention = faster_attention(backend, entry.seq_len, recipe.model.index_topk)
+    logging.info('stage %s at %d tokens: %s attention', entry.stage, entry.seq_len, attention)
   return Mode(
-      attention=entry.mode,
+      attention=attention,
       backend=backend,
       rule=recipe.selection,
       index_loss='indexer' in entry.trains,
@@ -191,17 +197,10 @@ def initial_state(recipe: Recipe, entry: StageConfig) -> TrainState:
 
 
 def look_at_selection(
-    recipe: Recipe,
-    entry: StageConfig,
-    graph: nnx.GraphDef,
-    state: TrainState,
-    backend: str,
-    batch: Batch,
+    recipe: Recipe, mode: Mode, graph: nnx.GraphDef, state: TrainState, batch: Batch
 ) -> dict[str, list[float]]:
   """Measures the selection on a few validation rows: per layer, what no loss shows."""
-  mode = Mode(
-      attention=entry.mode, backend=backend, rule=recipe.selection, measure=(recipe.selection,)
-  )
+  mode = dataclasses.replace(mode, index_loss=False, remat=False, measure=(recipe.selection,))
   [found] = measure(graph, state.params, [batch], mode)
   return {name: values.tolist() for name, values in found[recipe.selection].items()}
 

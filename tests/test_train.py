@@ -227,3 +227,15 @@ def test_config_is_kept_whole(tmp_path):
   claim_workdir(config, read_recipe(config).workdir)
   assert json.loads((tmp_path / 'config.json').read_text())['model']['index_topk'] == 8
   assert [p.name for p in tmp_path.iterdir()] == ['config.json']
+
+
+@pytest.mark.parametrize('topk, want', [(8, 'sparse'), (32, 'masked')])
+def test_auto_is_one_of_the_two_modes_and_says_which(tmp_path, caplog, topk, want):
+  """The two give the same numbers: law_masked_is_sparse."""
+  caplog.set_level('INFO')
+  changes = {'model.index_topk': topk, 'stages.sparse.attention': 'auto'}
+  recipe = read_recipe(tiny(tmp_path, **changes))
+  mode = train.stage_mode(recipe, recipe.stages['sparse'], 'xla')
+  assert f'stage sparse at 64 tokens: {want} attention' in caplog.text
+  named = read_recipe(tiny(tmp_path, **changes | {'stages.sparse.attention': want}))
+  assert mode == train.stage_mode(named, named.stages['sparse'], 'xla')

@@ -25,8 +25,11 @@ def mean_attention(
   """
   b, t, _, e = q.shape
   q = q.reshape(b, t, k.shape[-2], -1, e)
-  equation = 'BTGME,BSGE->BTGMS' if k.ndim == 4 else 'BTGME,BTSGE->BTGMS'
-  logits = jnp.einsum(equation, q, k, preferred_element_type=jnp.float32)
-  lse = jnp.where(lse > -jnp.inf, lse, 0).reshape(b, t, k.shape[-2], -1, 1)
-  logits = jnp.where(seen[:, :, None, None], sm_scale * logits - lse, -jnp.inf)
-  return jnp.mean(jnp.exp(logits), axis=(2, 3))
+  lse = jnp.where(lse > -jnp.inf, lse, 0).reshape(*q.shape[:-1])
+  if k.ndim == 4:
+    logits = jnp.einsum('BTGME,BSGE->BTGMS', q, k, preferred_element_type=jnp.float32)
+    logits = jnp.where(seen[:, :, None, None], sm_scale * logits - lse[..., None], -jnp.inf)
+    return jnp.mean(jnp.exp(logits), axis=(2, 3))
+  logits = jnp.einsum('BTSGE,BTGME->BTSGM', k, q, preferred_element_type=jnp.float32)
+  logits = jnp.where(seen[..., None, None], sm_scale * logits - lse[:, :, None], -jnp.inf)
+  return jnp.mean(jnp.exp(logits), axis=(3, 4))

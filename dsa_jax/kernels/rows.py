@@ -52,7 +52,8 @@ def gather_rows(x: jax.Array, indices: jax.Array) -> jax.Array:
   A row that is not selected is never touched by arithmetic: it may hold NaN.
   """
   filled = (indices >= 0) & (indices < x.shape[1])
-  rows = jax.vmap(lambda x, i: x[i])(x, jnp.where(filled, indices, 0))
+  take = lambda x, i: x.at[i].get(mode='promise_in_bounds')
+  rows = jax.vmap(take)(x, jnp.where(filled, indices, 0))
   return jnp.where(filled.reshape(filled.shape + (1,) * (x.ndim - 2)), rows, 0)
 
 
@@ -61,3 +62,31 @@ def scatter_rows(x: jax.Array, indices: jax.Array, rows: jax.Array) -> jax.Array
   nowhere = x.shape[1]
   where = jnp.where(indices >= 0, indices, nowhere)
   return jax.vmap(lambda x, i, r: x.at[i].add(r, mode='drop'))(x, where, rows)
+
+
+def pad_axis(x: jax.Array, axis: int, multiple: int) -> jax.Array:
+  """Appends zeros until the axis is a multiple."""
+  widths = [(0, 0)] * x.ndim
+  widths[axis] = (0, -x.shape[axis] % multiple)
+  return jnp.pad(x, widths)
+
+
+def key_range(
+    start: jax.Array, end: jax.Array, n_keys: int, block: int
+) -> tuple[jax.Array, jax.Array]:
+  """Returns the blocks of keys that some row sees: the first, one past the last."""
+  seen = end > start
+  first = jnp.min(jnp.where(seen, start, n_keys)) // block
+  last = -(-jnp.max(jnp.where(seen, end, 0)) // block)
+  return jnp.maximum(first, 0), jnp.minimum(last, -(-n_keys // block))
+
+
+def take_block(x: jax.Array, j: jax.Array, block: int) -> jax.Array:
+  """Returns the j-th block of keys of `x`, [B, S, ...]."""
+  return jax.lax.dynamic_slice_in_dim(x, j * block, block, axis=1)
+
+
+def add_block(x: jax.Array, j: jax.Array, block: jax.Array) -> jax.Array:
+  """Adds a block to the j-th block of keys of `x`."""
+  size = block.shape[1]
+  return jax.lax.dynamic_update_slice_in_dim(x, take_block(x, j, size) + block, j * size, axis=1)

@@ -6,7 +6,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from dsa_jax.kernels.rows import map_rows, scan_rows
+from dsa_jax.kernels.rows import add_block, key_range, map_rows, pad_axis, scan_rows, take_block
 from dsa_jax.kernels.visibility import selected_keys, visible_keys
 
 _f32 = {'preferred_element_type': jnp.float32}
@@ -22,13 +22,13 @@ class BlockSizes:
 
 def forward(q, k, v, start, end, indices, *, sm_scale: float, blocks: BlockSizes):
   n_groups, n_keys, block_s = k.shape[2], k.shape[1], min(blocks.block_s, k.shape[1])
-  k, v = _pad_keys(k, block_s), _pad_keys(v, block_s)
+  k, v = pad_axis(k, 1, block_s), pad_axis(v, 1, block_s)
   end = jnp.minimum(end, n_keys)  # Never the padding.
 
   def attend(rows):
     q, start, end, indices = rows
     q = _split_heads(q, n_groups)
-    chosen = None if indices is None else _pad_keys(selected_keys(indices, n_keys), block_s, 2)
+    chosen = None if indices is None else pad_axis(selected_keys(indices, n_keys), 2, block_s)
 
     def meet(j, state):
       top, total, out = state
@@ -37,7 +37,7 @@ def forward(q, k, v, start, end, indices, *, sm_scale: float, blocks: BlockSizes
       safe = jnp.where(new_top > -jnp.inf, new_top, 0)
       shrink = jnp.exp(top - safe)
       weights = jnp.exp(logits - safe[..., None])
-      value = jnp.einsum('BGMTS,BSGV->BGMTV', weights, _key_block(v, j, block_s), **_f32)
+      value = jnp.einsum('BGMTS,BSGV->BGMTV', weights, take_block(v, j, block_s), **_f32)
       return (
           new_top,
           total * shrink + jnp.sum(weights, axis=-1),
@@ -50,7 +50,7 @@ def forward(q, k, v, start, end, indices, *, sm_scale: float, blocks: BlockSizes
         jnp.zeros(shape),
         jnp.zeros((*shape, v.shape[-1])),
     )
-    first, last = _key_range(start, end, n_keys, block_s)
+    first, last = key_range(start, end, n_keys, block_s)
     top, total, out = jax.lax.fori_loop(first, last, meet, state)
     out = out / jnp.where(total > 0, total, 1)[..., None]
     return _join_heads(out).astype(q.dtype), _join_heads((top + jnp.log(total))[..., None])[..., 0]
@@ -63,7 +63,7 @@ def backward(residuals, cotangents, *, sm_scale: float, blocks: BlockSizes):
   dout, dlse = cotangents
   n_groups, n_keys, block_s = k.shape[2], k.shape[1], min(blocks.block_s, k.shape[1])
   delta = jnp.sum(out.astype(jnp.float32) * dout, axis=-1) - jnp.where(lse > -jnp.inf, dlse, 0)
-  k, v = _pad_keys(k, block_s), _pad_keys(v, block_s)
+  k, v = pad_axis(k, 1, block_s), pad_axis(v, 1, block_s)
   end = jnp.minimum(end, n_keys)  # Never the padding.
 
   def step(dkv, rows):
@@ -71,19 +71,19 @@ def backward(residuals, cotangents, *, sm_scale: float, blocks: BlockSizes):
     q, dout = _split_heads(q, n_groups), _split_heads(dout, n_groups)
     lse, delta = (_split_heads(x[..., None], n_groups) for x in (lse, delta))
     lse = jnp.where(lse > -jnp.inf, lse, 0)
-    chosen = None if indices is None else _pad_keys(selected_keys(indices, n_keys), block_s, 2)
+    chosen = None if indices is None else pad_axis(selected_keys(indices, n_keys), 2, block_s)
 
     def meet(j, state):
       dk, dv, dq = state
-      k_block, v_block = _key_block(k, j, block_s), _key_block(v, j, block_s)
+      k_block, v_block = take_block(k, j, block_s), take_block(v, j, block_s)
       probs = jnp.exp(_logits(q, k, start, end, chosen, j, block_s, sm_scale) - lse)
       dprobs = jnp.einsum('BGMTV,BSGV->BGMTS', dout, v_block, **_f32)
       dlogits = sm_scale * probs * (dprobs - delta)
-      dk = _add_block(dk, j, jnp.einsum('BGMTS,BGMTE->BSGE', dlogits, q, **_f32))
-      dv = _add_block(dv, j, jnp.einsum('BGMTS,BGMTV->BSGV', probs, dout, **_f32))
+      dk = add_block(dk, j, jnp.einsum('BGMTS,BGMTE->BSGE', dlogits, q, **_f32))
+      dv = add_block(dv, j, jnp.einsum('BGMTS,BGMTV->BSGV', probs, dout, **_f32))
       return dk, dv, dq + jnp.einsum('BGMTS,BSGE->BGMTE', dlogits, k_block, **_f32)
 
-    first, last = _key_range(start, end, n_keys, block_s)
+    first, last = key_range(start, end, n_keys, block_s)
     dq = jnp.zeros(q.shape, jnp.float32)
     dk, dv, dq = jax.lax.fori_loop(first, last, meet, (*dkv, dq))
     return (dk, dv), _join_heads(dq).astype(q.dtype)
@@ -99,31 +99,8 @@ def _logits(q, k, start, end, chosen, j, block_s, sm_scale):
   visible = visible_keys(start, end, j * block_s + jnp.arange(block_s))
   if chosen is not None:
     visible &= jax.lax.dynamic_slice_in_dim(chosen, j * block_s, block_s, axis=2)
-  logits = jnp.einsum('BGMTE,BSGE->BGMTS', q, _key_block(k, j, block_s), **_f32)
+  logits = jnp.einsum('BGMTE,BSGE->BGMTS', q, take_block(k, j, block_s), **_f32)
   return jnp.where(visible[:, None, None], sm_scale * logits, -jnp.inf)
-
-
-def _key_range(start, end, n_keys, block_s):
-  """The key blocks that some row of this block of rows can see: first, one past the last."""
-  seen = end > start
-  first = jnp.min(jnp.where(seen, start, n_keys)) // block_s
-  last = -(-jnp.max(jnp.where(seen, end, 0)) // block_s)
-  return jnp.maximum(first, 0), jnp.minimum(last, -(-n_keys // block_s))
-
-
-def _pad_keys(x, block_s, axis=1):
-  widths = [(0, 0)] * x.ndim
-  widths[axis] = (0, -x.shape[axis] % block_s)
-  return jnp.pad(x, widths)
-
-
-def _key_block(x, j, block_s):
-  return jax.lax.dynamic_slice_in_dim(x, j * block_s, block_s, axis=1)
-
-
-def _add_block(x, j, block):
-  old = _key_block(x, j, block.shape[1])
-  return jax.lax.dynamic_update_slice_in_dim(x, old + block, j * block.shape[1], axis=1)
 
 
 def _split_heads(x, n_groups):

@@ -81,10 +81,10 @@ def _op(constants, index_q, index_k, index_weights, sm_scale, blocks):
 
 
 def _fwd(constants, index_q, index_k, index_weights, sm_scale, blocks):
-  kl, scores_lse = xla.forward(
+  kl, sums = xla.forward(
       constants, index_q, index_k, index_weights, sm_scale=sm_scale, blocks=blocks
   )
-  return kl, (constants, (index_q, index_k, index_weights, scores_lse))
+  return kl, (constants, (index_q, index_k, index_weights, *sums))
 
 
 def _bwd(sm_scale, blocks, saved, dkl):

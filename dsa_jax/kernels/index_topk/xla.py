@@ -1,11 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Scores and exact selection, a block of query rows at a time."""
+"""Scores and exact selection, a block of query rows at a time: the best groups, then the best keys.
+
+The K best keys lie in the K groups of neighbouring keys with the highest maxima (ties to the
+lowest group): a group left out has K groups before it, each with a key before any of its own.
+"""
 
 import dataclasses
 
+import jax
+import jax.numpy as jnp
+
+from dsa_jax.kernels.best import best_positions
 from dsa_jax.kernels.index_scores import index_scores
-from dsa_jax.kernels.rows import map_rows
-from dsa_jax.kernels.select_topk import select_topk
+from dsa_jax.kernels.rows import key_range, pad_axis, scan_rows
+from dsa_jax.kernels.select_topk import hide
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -13,11 +21,67 @@ class BlockSizes:
   """They change the speed, never the result."""
 
   block_t: int = 128  # Query rows whose scores exist at one time.
+  block_s: int = 1024  # Keys scored at one time.
 
 
 def forward(q, k, weights, start, end, *, topk: int, blocks: BlockSizes):
-  def select(rows):
-    q, weights, start, end = rows
-    return select_topk(index_scores(q, k, weights), start, end, topk=topk)
+  batch, n_keys, _ = k.shape
+  size = _group_size(n_keys, topk)
+  n_groups = -(-n_keys // size)
+  step_groups = min(max(blocks.block_s // size, 1), n_groups)
+  k = _interleave(pad_axis(k, 1, size * step_groups), size)
+  end = jnp.minimum(end, n_keys)  # Never the padding.
+  block_t = min(blocks.block_t, q.shape[1])
 
-  return map_rows(select, (q, weights, start, end), blocks.block_t)
+  def select(scores, rows):
+    q, weights, start, end = rows
+
+    def score(j, state):
+      scores, tops = state
+      first = j * step_groups
+      keys = jax.lax.dynamic_slice_in_dim(k, first, step_groups, axis=2)
+      new = index_scores(q, keys.reshape(batch, -1, keys.shape[-1]), weights)
+      position = (first + jnp.arange(step_groups)) * size + jnp.arange(size)[:, None]
+      visible = (position >= start[..., None, None]) & (position < end[..., None, None])
+      new = hide(new.reshape(visible.shape), visible)
+      put = lambda x, y: jax.lax.dynamic_update_slice_in_dim(x, y, first, axis=-1)
+      return put(scores, new), put(tops, jnp.max(new, axis=2))
+
+    tops = jnp.full((batch, block_t, k.shape[2]), -jnp.inf)
+    first, last = key_range(start, end, n_keys, size * step_groups)
+    scores, tops = jax.lax.fori_loop(first, last, score, (scores, tops))
+    return scores, _best_keys(scores, tops, topk)
+
+  # The scores of groups that no row sees are of earlier rows; no such group is chosen.
+  scores = jnp.zeros((batch, block_t, size, k.shape[2]))
+  return scan_rows(select, scores, (q, weights, start, end), block_t)[1]
+
+
+def _group_size(n_keys: int, topk: int) -> int:
+  """A power of two near (S / K) ** 0.5: as many group maxima as keys in the chosen groups."""
+  size = 1
+  while n_keys >= 2 * topk * size * size:
+    size *= 2
+  return size
+
+
+def _interleave(k, size):
+  """Keys [B, S, J] to [B, size, groups, J]: a group's maximum is one over whole slices."""
+  batch, _, j = k.shape
+  return jnp.swapaxes(k.reshape(batch, -1, size, j), 1, 2)
+
+
+def _best_keys(scores, tops, topk):
+  """Positions of the best keys, from scores [B, T, size, groups] and their maxima."""
+  size = scores.shape[2]
+  if size == 1:
+    return best_positions(tops, topk)
+  groups = best_positions(tops, topk, spare=topk // 8)
+  found = jnp.take_along_axis(scores, groups[:, :, None], axis=3, mode='clip')
+  found = jnp.where(groups[:, :, None] >= 0, found, -jnp.inf)
+  reached = jnp.min(jnp.max(found, axis=2), axis=-1)  # By a key of each chosen group.
+  floor = jnp.where(groups[..., topk - 1] >= 0, reached, -jnp.inf)
+  found = jnp.swapaxes(found, 2, 3).reshape(*groups.shape[:2], -1)  # By position.
+  slots = best_positions(found, topk, floor=floor)
+  group = jnp.take_along_axis(groups, slots // size, axis=2, mode='clip')
+  return jnp.where(slots >= 0, group * size + slots % size, -1)

@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention to a selection, a block of query rows at a time: gather, attend, scatter back."""
+"""Attention to a selection, a block of query rows at a time: gather, attend, scatter back.
+
+Every product reads the gathered rows as they lie, [K, E], at their full width: copying the value
+channels out or the selection to the last axis would cost more than the products themselves.
+"""
 
 import dataclasses
 
@@ -14,19 +18,21 @@ _f32 = {'preferred_element_type': jnp.float32}
 class BlockSizes:
   """They change the speed, never the result."""
 
-  block_t: int = 16  # Query rows whose selection is gathered at one time.
+  block_t: int = 8  # Query rows whose selection is gathered at one time.
 
 
 def forward(q, kv, indices, *, v_dim: int, sm_scale: float, blocks: BlockSizes):
   def attend(rows):
     q, indices = rows
-    chosen, logits = _logits(q, kv, indices, sm_scale)
-    top = jnp.max(logits, axis=-1, keepdims=True)
-    weights = jnp.exp(logits - jnp.where(top > -jnp.inf, top, 0))
-    total = jnp.sum(weights, axis=-1, keepdims=True)
-    out = jnp.einsum('BTHK,BTKV->BTHV', weights, chosen[..., :v_dim], **_f32)
-    out = out / jnp.where(total > 0, total, 1)
-    return out.astype(q.dtype), (top + jnp.log(total))[..., 0]
+    chosen = gather_rows(kv, indices)
+    logits = sm_scale * jnp.einsum('BTKE,BTHE->BTKH', chosen, q, **_f32)
+    logits = jnp.where(_filled(indices, kv), logits, -jnp.inf)
+    top = jnp.max(logits, axis=2)
+    weights = jnp.exp(logits - jnp.where(top > -jnp.inf, top, 0)[:, :, None])
+    total = jnp.sum(weights, axis=2)
+    out = jnp.einsum('BTKH,BTKE->BTHE', weights, chosen, **_f32)[..., :v_dim]
+    out = out / jnp.where(total > 0, total, 1)[..., None]
+    return out.astype(q.dtype), top + jnp.log(total)
 
   return map_rows(attend, (q, indices), blocks.block_t)
 
@@ -35,17 +41,20 @@ def backward(residuals, cotangents, *, v_dim: int, sm_scale: float, blocks: Bloc
   q, kv, indices, out, lse = residuals
   dout, dlse = cotangents
   delta = jnp.sum(out.astype(jnp.float32) * dout, axis=-1) - jnp.where(lse > -jnp.inf, dlse, 0)
+  lse = jnp.where(lse > -jnp.inf, lse, 0)
 
   def step(dkv, rows):
     q, indices, lse, dout, delta = rows
-    chosen, logits = _logits(q, kv, indices, sm_scale)
-    probs = jnp.exp(logits - jnp.where(lse > -jnp.inf, lse, 0)[..., None])
-    dprobs = jnp.einsum('BTHV,BTKV->BTHK', dout, chosen[..., :v_dim], **_f32)
-    dlogits = sm_scale * probs * (dprobs - delta[..., None])
-    dq = jnp.einsum('BTHK,BTKE->BTHE', dlogits, chosen, **_f32)
-    dchosen = jnp.einsum('BTHK,BTHE->BTKE', dlogits, q, **_f32)
-    dvalue = jnp.einsum('BTHK,BTHV->BTKV', probs, dout, **_f32)
-    dchosen = dchosen.at[..., :v_dim].add(dvalue)
+    chosen = gather_rows(kv, indices)
+    dout = jnp.pad(dout, [(0, 0)] * 3 + [(0, kv.shape[-1] - v_dim)])
+    both = jnp.concatenate([q, dout], axis=2)  # Two dots with the same keys, twice.
+    logits, dprobs = jnp.split(jnp.einsum('BTKE,BTHE->BTKH', chosen, both, **_f32), 2, axis=-1)
+    logits = jnp.where(_filled(indices, kv), sm_scale * logits, -jnp.inf)
+    probs = jnp.exp(logits - lse[:, :, None])
+    dlogits = sm_scale * probs * (dprobs - delta[:, :, None])
+    dq = jnp.einsum('BTKH,BTKE->BTHE', dlogits, chosen, **_f32)
+    weights = jnp.concatenate([dlogits, probs], axis=-1)
+    dchosen = jnp.einsum('BTKH,BTHE->BTKE', weights, both, **_f32)
     return scatter_rows(dkv, indices, dchosen), dq.astype(q.dtype)
 
   dkv = jnp.zeros(kv.shape, jnp.float32)
@@ -53,8 +62,5 @@ def backward(residuals, cotangents, *, v_dim: int, sm_scale: float, blocks: Bloc
   return dq, dkv.astype(kv.dtype)
 
 
-def _logits(q, kv, indices, sm_scale):
-  chosen = gather_rows(kv, indices)  # B T K E
-  filled = (indices >= 0) & (indices < kv.shape[1])
-  logits = sm_scale * jnp.einsum('BTHE,BTKE->BTHK', q, chosen, **_f32)
-  return chosen, jnp.where(filled[:, :, None], logits, -jnp.inf)
+def _filled(indices, kv):
+  return ((indices >= 0) & (indices < kv.shape[1]))[..., None]

@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Time and memory of the xla backend: python experiments/kernel_speed/bench.py"""
+
+import argparse
+import importlib.metadata
+import json
+import pathlib
+import platform
+import re
+import time
+
+import jax
+import jax.numpy as jnp
+
+import programs
+import report
+
+HERE = pathlib.Path(__file__).parent
+UP_TO = {  # The longest context that is worth its time.
+    'naive_topk': 32_768,
+    'dense_attention_16_heads': 4096,
+    'masked_attention': 4096,
+    'masked_attention_grad': 4096,
+    'index_kl': 8192,
+    'index_kl_grad': 8192,
+    'dense_attention_grad': 32_768,
+    'dense_attention': 32_768,
+}
+
+
+def main():
+  parser = argparse.ArgumentParser(description=__doc__)
+  add = parser.add_argument
+  add('--sizes', type=int, nargs='*', default=[1024, 2048, 4096, 8192, 16_384, 32_768])
+  add('--memory_sizes', type=int, nargs='*', default=[16_384, 32_768, 65_536, 131_072])
+  add('--ops', nargs='*', default=list(programs.PROGRAMS), choices=list(programs.PROGRAMS))
+  add('--seconds', type=float, default=20, help='about how long each program is repeated')
+  add('--runs', type=int, default=5, help='at most so many times, and at least twice')
+  add('--no_limit', action='store_true', help='also run what UP_TO leaves out')
+  add('--results', type=pathlib.Path, default=HERE / 'results.json')
+  args = parser.parse_args()
+  results = json.loads(args.results.read_text()) if args.results.exists() else {}
+  results |= {'machine': machine()}
+  if (HERE / 'transformers.json').exists():
+    results['transformers'] = json.loads((HERE / 'transformers.json').read_text())
+  for n in args.memory_sizes:
+    for name in args.ops:
+      put(results, 'memory', name, n, memory(name, n))
+    args.results.write_text(json.dumps(results, indent=1))
+  for n in args.sizes:
+    ops = [x for x in args.ops if args.no_limit or n <= UP_TO.get(x, n)]
+    for name, seconds in time_side_by_side(ops, n, args.runs, args.seconds).items():
+      put(results, 'seconds', name, n, seconds)
+    args.results.write_text(json.dumps(results, indent=1))
+  report.write(results, HERE)
+
+
+def put(results, kind, name, n, value):
+  results.setdefault(kind, {}).setdefault(name, {})[str(n)] = value
+
+
+def memory(name: str, n: int) -> int:
+  """Bytes of temporary buffers, the compiler's own count; nothing runs."""
+  shapes = jax.eval_shape(lambda: programs.make_inputs(programs.K))
+  longer = lambda x: jax.ShapeDtypeStruct((1, n, *x.shape[2:]), x.dtype)
+  compiled = jax.jit(programs.PROGRAMS[name]).lower(jax.tree.map(longer, shapes)).compile()
+  return compiled.memory_analysis().temp_size_in_bytes
+
+
+def time_side_by_side(names, n: int, runs: int, budget: float) -> dict[str, list[float]]:
+  """Seconds of every run, programs in turn, so that a slow minute of the machine hits all."""
+  x = programs.make_inputs(n)
+  run = {name: jax.jit(programs.PROGRAMS[name]).lower(x).compile() for name in names}
+  seconds = {name: [] for name in names}
+  for _ in range(runs):
+    for name in names:
+      if len(seconds[name]) >= 2 and sum(seconds[name]) > budget:
+        continue
+      began = time.perf_counter()
+      jax.block_until_ready(run[name](x))
+      seconds[name].append(time.perf_counter() - began)
+  for name, times in seconds.items():
+    print(f'{n:7d} {name:26s} {min(times):9.3f} s of {len(times)}', flush=True)
+  return seconds
+
+
+def machine() -> dict[str, float | str]:
+  """What the figures were measured on, and what it can do at best."""
+  x = jnp.ones((2048, 2048))
+  big = jnp.ones(2**28, jnp.float32)
+  square = jax.jit(lambda x: x @ x)
+  double = jax.jit(lambda x: 2 * x)
+  return {
+      'processor': processor(),
+      'python': platform.python_version(),
+      'jax': importlib.metadata.version('jax'),
+      'jaxlib': importlib.metadata.version('jaxlib'),
+      'date': time.strftime('%Y-%m-%d'),
+      'matmul_flops': 2 * 2048**3 / best_of(lambda: square(x)),
+      'copy_bytes': 2 * big.nbytes / best_of(lambda: double(big)),
+  }
+
+
+def processor() -> str:
+  path = pathlib.Path('/proc/cpuinfo')
+  models = re.findall(r'model name\s*: (.*)', path.read_text()) if path.exists() else []
+  return f'{len(models)} x {models[0]}' if models else platform.machine()
+
+
+def best_of(f, runs: int = 10) -> float:
+  seconds = []
+  for _ in range(runs + 1):
+    began = time.perf_counter()
+    jax.block_until_ready(f())
+    seconds.append(time.perf_counter() - began)
+  return min(seconds[1:])
+
+
+if __name__ == '__main__':
+  main()
