@@ -81,12 +81,12 @@ def key_range(
   return jnp.maximum(first, 0), jnp.minimum(last, -(-n_keys // block))
 
 
-def take_block(x: jax.Array, j: jax.Array, block: int) -> jax.Array:
+def take_block(x: jax.Array, j: jax.Array | int, block: int) -> jax.Array:
   """Returns the j-th block of keys of `x`, [B, S, ...]."""
   return jax.lax.dynamic_slice_in_dim(x, j * block, block, axis=1)
 
 
-def add_block(x: jax.Array, j: jax.Array, block: jax.Array) -> jax.Array:
+def add_block(x: jax.Array, j: jax.Array | int, block: jax.Array) -> jax.Array:
   """Adds a block to the j-th block of keys of `x`."""
   size = block.shape[1]
   return jax.lax.dynamic_update_slice_in_dim(x, take_block(x, j, size) + block, j * size, axis=1)

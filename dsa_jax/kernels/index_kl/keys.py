@@ -16,7 +16,7 @@ class Keys(NamedTuple):
   k: jax.Array  # [B, S, G, E], or each query's own [B, T, S, G, E]; so with `index_k`.
   index_k: jax.Array
   seen: jax.Array  # [B, T, S]
-  place: jax.Array  # The number of the block, or the indices of the selection.
+  place: jax.Array | int  # The number of the block, or the indices of the selection.
 
   @property
   def own(self) -> bool:
