@@ -96,16 +96,16 @@ def row_shorter_than_budget_loses_a_key(patch):
 
 @mistake(sparse)
 def ties_to_the_highest(patch):
-  def make(select_topk):
-    def wrong(scores, start, end, *, topk):
-      n = scores.shape[-1]
-      indices = select_topk(scores[..., ::-1], n - end, n - start, topk=topk)
-      indices = jnp.sort(jnp.where(indices < 0, n, n - 1 - indices), axis=-1)
-      return jnp.where(indices < n, indices, -1)
+  def make(best_positions):
+    def wrong(values, k, **kwargs):
+      n = values.shape[-1]
+      positions = best_positions(values[..., ::-1], k, **kwargs)
+      positions = jnp.sort(jnp.where(positions < 0, n, n - 1 - positions), axis=-1)
+      return jnp.where(positions < n, positions, -1)
 
     return wrong
 
-  wrap(patch, index_topk_xla, 'select_topk', make)
+  wrap(patch, index_topk_xla, 'best_positions', make)
 
 
 @mistake(sparse)
