@@ -159,7 +159,8 @@ def plot(report: dict, path: pathlib.Path):
       panel.plot(report['contexts'], 1e3 * np.array(report['measured'][phase][kind]), 'o-', color=color, label=f'{kind}, measured')
       panel.plot(report['contexts'], 1e3 * np.array(report['predicted'][phase][kind]), ':', color=color, label=f'{kind}, at peak speed')
     panel.set(xscale='log', yscale='log', title=phase, xlabel='tokens of context', ylabel='ms per token')
-    panel.set_xticks(report['contexts'], [f'{c // 1024}K' for c in report['contexts']], minor=False)
+    panel.set_xticks(report['contexts'], [f'{c // 1024}K' for c in report['contexts']])
+    panel.set_xticks([], minor=True)
     panel.legend(frameon=False)
   figure.savefig(path, dpi=120)
 
