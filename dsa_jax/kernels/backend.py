@@ -5,7 +5,7 @@ import logging
 
 import jax
 
-BACKENDS = ('reference', 'xla')
+BACKENDS = ('reference', 'xla', 'tpu')
 
 
 def default_backend() -> str:

@@ -7,9 +7,11 @@ import jax
 from jaxtyping import Array, Float, Int
 
 from dsa_jax.kernels.backend import check_backend
-from dsa_jax.kernels.sparse_attention import xla
+from dsa_jax.kernels.sparse_attention import tpu, xla
 from dsa_jax.kernels.sparse_attention.reference import sparse_attention_reference
 from dsa_jax.kernels.visibility import check_indices
+
+BACKENDS = {'xla': xla, 'tpu': tpu}
 
 
 def sparse_attention(
@@ -20,7 +22,7 @@ def sparse_attention(
     v_dim: int,
     sm_scale: float,
     backend: str,
-    blocks: xla.BlockSizes | None = None,
+    blocks: tpu.BlockSizes | xla.BlockSizes | None = None,
 ) -> tuple[Float[Array, 'B T H {v_dim}'], Float[Array, 'B T H']]:
   """Attends each query to its own K selected tokens; every head shares the selection.
 
@@ -53,21 +55,23 @@ def sparse_attention(
     raise ValueError(f'{v_dim=} must be within 1 and the width of kv, {kv.shape[-1]}.')
   if backend == 'reference':
     return sparse_attention_reference(q, kv, indices, v_dim=v_dim, sm_scale=sm_scale)
-  return _op(q, kv, indices, v_dim, sm_scale, blocks or xla.BlockSizes())
+  kernels = BACKENDS[backend]
+  return _op(q, kv, indices, v_dim, sm_scale, backend, blocks or kernels.BlockSizes())
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
-def _op(q, kv, indices, v_dim, sm_scale, blocks):
-  return xla.forward(q, kv, indices, v_dim=v_dim, sm_scale=sm_scale, blocks=blocks)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5, 6))
+def _op(q, kv, indices, v_dim, sm_scale, backend, blocks):
+  return BACKENDS[backend].forward(q, kv, indices, v_dim=v_dim, sm_scale=sm_scale, blocks=blocks)
 
 
-def _fwd(q, kv, indices, v_dim, sm_scale, blocks):
-  out, lse = _op(q, kv, indices, v_dim, sm_scale, blocks)
+def _fwd(q, kv, indices, v_dim, sm_scale, backend, blocks):
+  out, lse = _op(q, kv, indices, v_dim, sm_scale, backend, blocks)
   return (out, lse), (q, kv, indices, out, lse)
 
 
-def _bwd(v_dim, sm_scale, blocks, residuals, cotangents):
-  dq, dkv = xla.backward(residuals, cotangents, v_dim=v_dim, sm_scale=sm_scale, blocks=blocks)
+def _bwd(v_dim, sm_scale, backend, blocks, residuals, cotangents):
+  how = dict(v_dim=v_dim, sm_scale=sm_scale, blocks=blocks)
+  dq, dkv = BACKENDS[backend].backward(residuals, cotangents, **how)
   return dq, dkv, None
 
 
