@@ -7,6 +7,7 @@ lies in whole lines of 128 words, two 16-bit channels to a word, so that a copy 
 one store, and cost depends on what is selected, neither on where nor on what neighbours select.
 """
 
+import dataclasses
 import functools
 from typing import NamedTuple
 
@@ -16,7 +17,6 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 LANES = 128
-GROUP = 16  # Rows copied or added without a branch between them.
 SPARE = 8  # Rows of zeros behind each shard, where slots of other shards point.
 
 
@@ -39,6 +39,11 @@ class Rows(NamedTuple):
   def channels(self) -> int:
     """The width that kernels compute with."""
     return self.blocks * LANES
+
+  @property
+  def words(self) -> jnp.dtype:
+    """What a packed row is made of."""
+    return jnp.dtype(jnp.int32) if self.dtype.itemsize == 2 else self.dtype
 
   @property
   def bytes(self) -> int:
@@ -120,39 +125,158 @@ def locate(slots: jax.Array, shard: jax.Array, shards: Shards, tile: int):
   return spans, jnp.pad(local, [(0, 0), (0, 0), (0, tile)], constant_values=shards.size)
 
 
-def copy_rows(rows: Rows, source, target, slot, n):
-  """Copies the rows `slot(0), slot(1), ... slot(n - 1)` of a shard to the beginning of a buffer.
+@dataclasses.dataclass(frozen=True)
+class ShardKernels:
+  """What kernels share whose grid is (batch, steps of a few queries) and that meet one shard.
 
-  Up to GROUP - 1 more are copied after them.
+  Their scalars say, for each query, which slots are of the shard and where those rows begin.
   """
 
-  def group(g, _):
-    for r in range(GROUP):
-      line = g * GROUP + r
-      found = source[pl.ds(slot(line) * rows.lines, rows.lines), :]
-      target[pl.ds(line * rows.lines, rows.lines), :] = found
+  shards: Shards
+  step_t: int  # Query rows of a step of the grid.
+  tile: int  # Selected rows that are met at one time.
+  group: int  # Rows copied between two branches.
+
+  def __post_init__(self):
+    if self.tile % self.group:
+      raise ValueError(f'tile={self.tile} must be a multiple of group={self.group}.')
+
+  def block(self, n_queries: int, most: int) -> int:
+    """Query rows whose sums over the shards exist at one time: whole steps."""
+    return pl.cdiv(min(most, n_queries), self.step_t) * self.step_t
+
+  def scalars(self, shard: jax.Array, slots: jax.Array, *lines: int) -> list[jax.Array]:
+    """Spans, then slots as lines of arrays of so many lines a row; a step's queries in a row."""
+    spans, local = locate(slots, shard, self.shards, self.tile)
+    scalars = [spans, *(local * n for n in lines)]
+    return [x.reshape(x.shape[0], -1, 1, self.step_t * x.shape[2]) for x in scalars]
+
+  def call(self, kernel, name, shard, scalars, inputs, in_specs, out_specs, *, aliases, scratch):
+    """Runs a kernel; `aliases` says which of the inputs become which outputs."""
+    index = lambda b, t, _: (b, t, 0, 0)
+    smem = lambda x: pl.BlockSpec((1, 1, *x.shape[2:]), index, memory_space=pltpu.SMEM)
+    call = pl.pallas_call(
+        kernel,
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1,
+            grid=scalars[0].shape[:2],
+            in_specs=[*map(smem, scalars), *in_specs],
+            out_specs=out_specs,
+            scratch_shapes=scratch,
+        ),
+        out_shape=[jax.ShapeDtypeStruct(inputs[i].shape, inputs[i].dtype) for i in aliases],
+        input_output_aliases={1 + len(scalars) + i: to for i, to in aliases.items()},
+        compiler_params=pltpu.CompilerParams(
+            vmem_limit_bytes=int(0.95 * vmem_bytes()), disable_bounds_checks=True
+        ),
+        name=name,
+    )
+    return call(jnp.reshape(shard, 1), *scalars, *inputs)
+
+  def queries(self, x: jax.Array) -> pl.BlockSpec:
+    """A step's part of what is [B, T, ...]."""
+    rest = x.shape[2:]
+    return pl.BlockSpec((1, self.step_t, *rest), lambda b, t, _: (b, t, *[0] * len(rest)))
+
+  def shard(self, packed: jax.Array) -> pl.BlockSpec:
+    """The shard of packed keys, fetched once."""
+    index = lambda b, t, shard: (b, shard[0], 0, 0)
+    return pl.BlockSpec((1, 1, *packed.shape[2:]), index, pipeline_mode=pl.Buffered(1))
+
+  def buffer(self, lines: int, dtype) -> pltpu.VMEM:
+    return pltpu.VMEM((self.tile * lines, LANES), dtype)
+
+  def sums(self, lines: int) -> list:
+    """What `fetch_sums` needs: sums of a shard, and its semaphore."""
+    sums = pltpu.VMEM((self.shards.stored * lines, LANES), jnp.float32)
+    return [sums, pltpu.SemaphoreType.DMA]
+
+  def tiles(self, spans, i) -> jax.Array:
+    """How many tiles query i of a step has."""
+    return pl.cdiv(spans[0, 0, 0, 2 * i + 1] - spans[0, 0, 0, 2 * i], self.tile)
+
+  def filled(self, spans, i, j) -> jax.Array:
+    """How many rows its j-th tile has."""
+    left = spans[0, 0, 0, 2 * i + 1] - spans[0, 0, 0, 2 * i] - j * self.tile
+    return jnp.minimum(left, self.tile)
+
+  def seen(self, spans, i, j) -> jax.Array:
+    """Which rows of the tile are no filling, [1, tile]."""
+    return jax.lax.broadcasted_iota(jnp.int32, (1, self.tile), 1) < self.filled(spans, i, j)
+
+  def read(self, rows: Rows, shard, spans, lines, i, j, buffer) -> jax.Array:
+    """Copies the j-th tile of query i and returns it as [tile, channels], zeros as filling."""
+    n = self.filled(spans, i, j)
+    line = self._line(spans, lines, i, j)
+    copy_rows(rows.lines, shard.at[0, 0], buffer, line, n, self.group)
+    return read_rows(rows, buffer, n, self.tile)
+
+  def add(self, x: jax.Array, buffer, sums, spans, lines, i, j):
+    """Adds float32 [tile, channels] to the rows of the j-th tile of query i."""
+    write_sums(buffer, x)
+    line = self._line(spans, lines, i, j)
+    n = self.filled(spans, i, j)
+    add_rows(x.shape[1] // LANES, buffer, sums, line, n, self.group)
+
+  def _line(self, spans, lines, i, j):
+    """The line where the r-th row of that tile begins, as a function of r."""
+    first = i * (lines.shape[3] // self.step_t) + spans[0, 0, 0, 2 * i] + j * self.tile
+    return lambda r: lines[0, 0, 0, first + r]
+
+
+def fetch_sums(shard, in_hbm, sums, sem):
+  """In the first step of each sequence, brings the sums of earlier blocks of queries to VMEM."""
+
+  @pl.when(pl.program_id(1) == 0)
+  def _():
+    pltpu.async_copy(in_hbm.at[pl.program_id(0), shard[0]], sums, sem).wait()
+
+
+def store_sums(shard, in_hbm, sums, sem):
+  """In its last step, takes them back."""
+
+  @pl.when(pl.program_id(1) == pl.num_programs(1) - 1)
+  def _():
+    pltpu.async_copy(sums, in_hbm.at[pl.program_id(0), shard[0]], sem).wait()
+
+
+def dot(x: jax.Array, y: jax.Array, x_axis: int, y_axis: int) -> jax.Array:
+  """A product over one axis of each, summed in float32."""
+  precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+  dims = ((x_axis,), (y_axis,)), ((), ())
+  return jax.lax.dot_general(x, y, dims, precision=precision, preferred_element_type=jnp.float32)
+
+
+def copy_rows(lines: int, source, target, line, n, group: int):
+  """Copies n rows, which begin at `line(0), line(1), ...` of a shard, to the start of a buffer.
+
+  Rows go in groups without a branch; up to group - 1 more are copied.
+  """
+
+  def copy(g, _):
+    for r in range(group):
+      i = g * group + r
+      target[pl.ds(i * lines, lines), :] = source[pl.ds(line(i), lines), :]
     return 0
 
-  jax.lax.fori_loop(0, pl.cdiv(n, GROUP), group, 0)
+  jax.lax.fori_loop(0, pl.cdiv(n, group), copy, 0)
 
 
-def add_rows(lines: int, source, target, slot, n):
-  """Adds float32 rows of a buffer to the rows `slot(i)` of a shard of sums.
+def add_rows(lines: int, source, target, line, n, group: int):
+  """Adds n float32 rows of a buffer to the rows of a shard of sums that begin at `line(i)`.
 
   The rows of a group are distinct, but for spare ones: all loads may precede all stores.
   """
 
-  def group(g, _):
-    where = [slot(g * GROUP + r) * lines for r in range(GROUP)]
-    sums = [
-        target[pl.ds(at, lines), :] + source[pl.ds((g * GROUP + r) * lines, lines), :]
-        for r, at in enumerate(where)
-    ]
-    for at, x in zip(where, sums):
-      target[pl.ds(at, lines), :] = x
+  def add(g, _):
+    at = [line(g * group + r) for r in range(group)]
+    rows = [source[pl.ds((g * group + r) * lines, lines), :] for r in range(group)]
+    sums = [target[pl.ds(at, lines), :] + row for at, row in zip(at, rows)]
+    for i, x in zip(at, sums):
+      target[pl.ds(i, lines), :] = x
     return 0
 
-  jax.lax.fori_loop(0, pl.cdiv(n, GROUP), group, 0)
+  jax.lax.fori_loop(0, pl.cdiv(n, group), add, 0)
 
 
 def read_rows(rows: Rows, buffer, n, tile: int) -> jax.Array:
