@@ -141,10 +141,6 @@ class ShardKernels:
     if self.tile % self.group:
       raise ValueError(f'tile={self.tile} must be a multiple of group={self.group}.')
 
-  def block(self, n_queries: int, most: int) -> int:
-    """Query rows whose sums over the shards exist at one time: whole steps."""
-    return pl.cdiv(min(most, n_queries), self.step_t) * self.step_t
-
   def scalars(self, shard: jax.Array, slots: jax.Array, *lines: int) -> list[jax.Array]:
     """Spans, then slots as lines of arrays of so many lines a row; a step's queries in a row."""
     spans, local = locate(slots, shard, self.shards, self.tile)
@@ -183,7 +179,7 @@ class ShardKernels:
     index = lambda b, t, shard: (b, shard[0], 0, 0)
     return pl.BlockSpec((1, 1, *packed.shape[2:]), index, pipeline_mode=pl.Buffered(1))
 
-  def buffer(self, lines: int, dtype) -> pltpu.VMEM:
+  def buffer(self, lines: int, dtype):
     return pltpu.VMEM((self.tile * lines, LANES), dtype)
 
   def sums(self, lines: int) -> list:

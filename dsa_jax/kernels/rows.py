@@ -8,7 +8,9 @@ import jax
 import jax.numpy as jnp
 
 
-def scan_rows(step: Callable, carry: Any, rows: Any, block: int) -> tuple[Any, Any]:
+def scan_rows(
+    step: Callable, carry: Any, rows: Any, block: int, multiple: int = 1
+) -> tuple[Any, Any]:
   """Runs `carry, out = step(carry, rows)` over blocks of rows, one block at a time.
 
   The last block is filled up with rows that see nothing: integers (positions, indices,
@@ -18,13 +20,14 @@ def scan_rows(step: Callable, carry: Any, rows: Any, block: int) -> tuple[Any, A
     step: Gets and returns trees of `[B, block, ...]`; the carry is handed on.
     carry: What the first step receives.
     rows: A tree of arrays `[B, T, ...]`.
-    block: Rows at a time.
+    block: Rows at a time; all of them where there are fewer,
+    multiple: but always a multiple of this.
 
   Returns:
     The last carry, and the outputs joined to `[B, T, ...]`.
   """
   n_rows = jax.tree.leaves(rows)[0].shape[1]
-  block = min(block, n_rows)
+  block = -(-min(block, n_rows) // multiple) * multiple
   n_blocks = -(-n_rows // block)
 
   def split(x):
@@ -41,9 +44,9 @@ def scan_rows(step: Callable, carry: Any, rows: Any, block: int) -> tuple[Any, A
   return carry, jax.tree.map(join, out)
 
 
-def map_rows(f: Callable, rows: Any, block: int) -> Any:
+def map_rows(f: Callable, rows: Any, block: int, multiple: int = 1) -> Any:
   """Applies `f` to blocks of rows, one block at a time; see `scan_rows`."""
-  return scan_rows(lambda _, rows: (None, f(rows)), None, rows, block)[1]
+  return scan_rows(lambda _, rows: (None, f(rows)), None, rows, block, multiple)[1]
 
 
 def gather_rows(x: jax.Array, indices: jax.Array) -> jax.Array:

@@ -8,8 +8,10 @@ import jax
 import jax.numpy as jnp
 import jaxtyping
 import numpy as np
+from jax._src.pallas.mosaic.interpret import interpret_pallas_call
+from jax.experimental.pallas import tpu as pltpu
 
-BACKENDS = ['xla']
+BACKENDS = ['xla', 'tpu']
 TOLERANCE = {'float32': 2e-5, 'bfloat16': 2e-2}  # Of the largest |value|.
 
 T, S, K = 37, 53, 5  # Primes: no block size divides them.
@@ -18,6 +20,24 @@ VISIBILITY = ('causal', 'packed', 'chunk', 'empty', 'padded', 'overhang')
 
 # Compilation is most of the time of these tests, and LLVM most of the compilation.
 jit = functools.partial(jax.jit, compiler_options={'xla_backend_optimization_level': 0})
+
+
+@contextlib.contextmanager
+def interpreted(backend: str, races: bool = False):
+  """Runs the kernels of a backend that this machine lacks by jax's simulation of its memory.
+
+  What no one wrote holds NaN, reads out of bounds raise, and so do races, where they are looked
+  for: that takes three times as long.
+  """
+  if backend != 'tpu':
+    yield
+    return
+  how = dict(uninitialized_memory='nan', out_of_bounds_reads='raise', detect_races=races)
+  with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(**how)):
+    yield
+    if races:
+      jax.effects_barrier()
+      assert not interpret_pallas_call.races.races_found
 
 
 def intervals(name: str) -> tuple[jax.Array, jax.Array]:

@@ -48,7 +48,7 @@ def forward(constants, index_q, index_k, index_weights, *, sm_scale: float, bloc
     return sums[..., ENTROPY] - sums[..., CROSS] + mass * scores_lse, scores_lse, mass
 
   block = q, lse, start, end, indices, index_q, index_weights
-  kl, *saved = map_rows(diverge, block, kernels.block(q.shape[1], blocks.block_t))
+  kl, *saved = map_rows(diverge, block, blocks.block_t, blocks.step_t)
   return kl, tuple(saved)
 
 
@@ -72,8 +72,9 @@ def backward(constants, residuals, dkl, *, sm_scale: float, blocks: BlockSizes):
 
   dindex_k = jnp.zeros(resident.sums_shape(packed[1], index_rows, kernels.shards))
   rows = q, lse, start, end, indices, index_q, index_weights, scores_lse, mass, dkl
-  block_t = kernels.block(q.shape[1], blocks.block_t)
-  dindex_k, (dindex_q, dweights) = scan_rows(step, dindex_k, rows, block_t)
+  dindex_k, (dindex_q, dweights) = scan_rows(
+      step, dindex_k, rows, blocks.block_t, blocks.step_t
+  )
   dindex_k = resident.unpack_sums(dindex_k, kernels.shards, *index_k.shape[1:])
   return dindex_q, dindex_k.astype(index_k.dtype), dweights
 

@@ -56,15 +56,16 @@ def _forward(q, kv, indices, *, v_dim, sm_scale, blocks):
     out, lse = jax.lax.fori_loop(0, kernels.shards.n, step, state)
     return out[..., :v_dim].astype(q.dtype), lse[..., 0]
 
-  return map_rows(attend, (q, indices), kernels.block(q.shape[1], blocks.block_t))
+  return map_rows(attend, (q, indices), blocks.block_t, blocks.step_t)
 
 
 def backward(residuals, cotangents, *, v_dim: int, sm_scale: float, blocks: BlockSizes):
   q, kv, indices, out, lse = residuals
   dout, dlse = cotangents
   delta = jnp.sum(out.astype(jnp.float32) * dout, axis=-1) - jnp.where(lse > -jnp.inf, dlse, 0)
-  rows = Rows(kv.shape[-1], kv.dtype)
-  kernels = _Kernels.of(rows, kv.shape[1], rows.bytes + 4 * rows.channels, sm_scale, blocks)
+  key_rows = Rows(kv.shape[-1], kv.dtype)
+  bytes_per_key = key_rows.bytes + 4 * key_rows.channels
+  kernels = _Kernels.of(key_rows, kv.shape[1], bytes_per_key, sm_scale, blocks)
   packed = resident.pack(kv, kernels.shards)
 
   def step(dkv, block):
@@ -76,9 +77,9 @@ def backward(residuals, cotangents, *, v_dim: int, sm_scale: float, blocks: Bloc
     dkv, dq = jax.lax.fori_loop(0, kernels.shards.n, step, state)
     return dkv, dq[..., : q.shape[-1]].astype(q.dtype)
 
-  dkv = jnp.zeros(resident.sums_shape(packed, rows, kernels.shards))
-  block_t = kernels.block(q.shape[1], blocks.block_t)
-  dkv, dq = scan_rows(step, dkv, (q, indices, lse, dout, delta), block_t)
+  dkv = jnp.zeros(resident.sums_shape(packed, key_rows, kernels.shards))
+  rows = q, indices, lse, dout, delta
+  dkv, dq = scan_rows(step, dkv, rows, blocks.block_t, blocks.step_t)
   dkv = resident.unpack_sums(dkv, kernels.shards, *kv.shape[1:])
   return dq, dkv.astype(kv.dtype)
 
