@@ -6,9 +6,11 @@ from jaxtyping import Array, Float, Int
 
 from dsa_jax.kernels.backend import check_backend
 from dsa_jax.kernels.index_scores import check_index_inputs
-from dsa_jax.kernels.index_topk import xla
+from dsa_jax.kernels.index_topk import tpu, xla
 from dsa_jax.kernels.index_topk.reference import index_topk_reference
 from dsa_jax.kernels.visibility import check_intervals
+
+BACKENDS = {'xla': xla, 'tpu': tpu}
 
 
 def index_topk(
@@ -20,7 +22,7 @@ def index_topk(
     *,
     topk: int,
     backend: str,
-    blocks: xla.BlockSizes | None = None,
+    blocks: tpu.BlockSizes | xla.BlockSizes | None = None,
 ) -> Int[Array, 'B T {topk}']:
   """Selects, for each query, the `topk` visible keys with the highest index scores.
 
@@ -46,4 +48,6 @@ def index_topk(
   q, k, weights = jax.lax.stop_gradient((q, k, weights))
   if backend == 'reference':
     return index_topk_reference(q, k, weights, start, end, topk=topk)
-  return xla.forward(q, k, weights, start, end, topk=topk, blocks=blocks or xla.BlockSizes())
+  kernels = BACKENDS[backend]
+  blocks = blocks or kernels.BlockSizes()
+  return kernels.forward(q, k, weights, start, end, topk=topk, blocks=blocks)
