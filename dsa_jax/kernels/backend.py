@@ -11,10 +11,12 @@ BACKENDS = ('reference', 'xla', 'tpu')
 def default_backend() -> str:
   """Returns the backend for this platform and logs it; entry points call it once.
 
-  The portable `xla` backend serves every platform until a kernel for it exists.
+  The portable `xla` backend serves every platform that has no kernels of its own.
   """
-  logging.info('kernels: backend xla on platform %s', jax.default_backend())
-  return 'xla'
+  platform = jax.default_backend()
+  backend = 'tpu' if platform == 'tpu' else 'xla'
+  logging.info('kernels: backend %s on platform %s', backend, platform)
+  return backend
 
 
 def check_backend(backend: str):

@@ -12,7 +12,7 @@ import pytest
 from dsa_jax.kernels import dense_attention, sparse_attention
 from dsa_jax.kernels.dense_attention import xla
 
-ALL = ['reference', *cases.BACKENDS]
+ALL = ['reference', *cases.PORTABLE]
 BLOCKS = [
     ('xla', xla.BlockSizes(block_t=t, block_s=s), restricted)
     for t, s, restricted in [(1, 1, False), (8, 5, True), (5, 8, False)]
@@ -84,7 +84,7 @@ def test_gradients_of_the_reference_match_finite_differences():
 
 @pytest.mark.parametrize('groups, dtype', [(2, 'float32'), (H, 'float32'), (2, 'bfloat16')])
 @pytest.mark.parametrize('visibility', cases.VISIBILITY)
-@pytest.mark.parametrize('backend', cases.BACKENDS)
+@pytest.mark.parametrize('backend', cases.PORTABLE)
 def test_matches_reference(backend, visibility, groups, dtype):
   *qkv, start, end = make_inputs(visibility, groups, dtype)
   actual = values_and_grads(*qkv, start, end, backend=backend)
@@ -213,7 +213,7 @@ def test_memory_is_linear_in_the_context(restricted):
     return cases.largest_array(op, *shapes)
 
   assert largest('reference') >= n * n  # The count sees what it must.
-  for backend in cases.BACKENDS:
+  for backend in cases.PORTABLE:
     assert largest(backend) < n * n
 
 

@@ -94,7 +94,7 @@ def compile_op(name, backend, scale=1):
 
 
 @pytest.mark.parametrize('name', OPS)
-@pytest.mark.parametrize('backend', cases.BACKENDS)
+@pytest.mark.parametrize('backend', cases.PORTABLE)
 def test_no_array_of_queries_by_keys(backend, name):
   traced = jax.make_jaxpr(with_gradients(name, backend))(*shapes_of(name))
   assert T * 8 <= max(traced_sizes(traced)) < T * T / 4
@@ -103,7 +103,7 @@ def test_no_array_of_queries_by_keys(backend, name):
 
 
 @pytest.mark.parametrize('name', OPS)
-@pytest.mark.parametrize('backend', cases.BACKENDS)
+@pytest.mark.parametrize('backend', cases.PORTABLE)
 def test_twice_the_context_takes_twice_the_memory(backend, name):
   """Which also forbids [T, S] in disguise, such as packed into bits."""
   once, twice = (compile_op(name, backend, scale) for scale in (1, 2))

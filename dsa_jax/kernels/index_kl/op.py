@@ -7,7 +7,7 @@ import jax
 from jaxtyping import Array, Float, Int
 
 from dsa_jax.kernels.backend import check_backend
-from dsa_jax.kernels.index_kl import xla
+from dsa_jax.kernels.index_kl import tpu, xla
 from dsa_jax.kernels.index_kl.reference import index_kl_reference
 from dsa_jax.kernels.index_scores import check_index_inputs
 from dsa_jax.kernels.visibility import check_indices, check_intervals
@@ -26,7 +26,7 @@ def index_kl(
     sm_scale: float,
     indices: Int[Array, 'B T K'] | None = None,
     backend: str,
-    blocks: xla.BlockSizes | None = None,
+    blocks: tpu.BlockSizes | xla.BlockSizes | None = None,
 ) -> Float[Array, 'B T']:
   """Returns KL(attention || indexer) of each query, in nats.
 
@@ -47,7 +47,8 @@ def index_kl(
     end: int32; one past the last.
     sm_scale: Softmax scale of the main attention.
     indices: The selection (sparse training); None for all visible keys (warm-up).
-    backend: Which implementation. Never falls back to another.
+    backend: Which implementation. Never falls back to another; `tpu` has kernels for selected
+      keys, and takes the portable form for all visible ones.
     blocks: Block sizes; the backend's own if None. They cannot change the result.
 
   Returns:
@@ -72,24 +73,26 @@ def index_kl(
         q, k, lse, index_q, index_k, index_weights, start, end, sm_scale=sm_scale, indices=indices
     )
   constants = (q, k, lse, start, end, indices)
-  return _op(constants, index_q, index_k, index_weights, sm_scale, blocks or xla.BlockSizes())
+  kernels = tpu if backend == 'tpu' and indices is not None else xla
+  blocks = blocks or kernels.BlockSizes()
+  return _op(constants, index_q, index_k, index_weights, sm_scale, kernels, blocks)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _op(constants, index_q, index_k, index_weights, sm_scale, blocks):
-  return _fwd(constants, index_q, index_k, index_weights, sm_scale, blocks)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+def _op(constants, index_q, index_k, index_weights, sm_scale, kernels, blocks):
+  return _fwd(constants, index_q, index_k, index_weights, sm_scale, kernels, blocks)[0]
 
 
-def _fwd(constants, index_q, index_k, index_weights, sm_scale, blocks):
-  kl, sums = xla.forward(
+def _fwd(constants, index_q, index_k, index_weights, sm_scale, kernels, blocks):
+  kl, sums = kernels.forward(
       constants, index_q, index_k, index_weights, sm_scale=sm_scale, blocks=blocks
   )
   return kl, (constants, (index_q, index_k, index_weights, *sums))
 
 
-def _bwd(sm_scale, blocks, saved, dkl):
+def _bwd(sm_scale, kernels, blocks, saved, dkl):
   constants, residuals = saved
-  return None, *xla.backward(constants, residuals, dkl, sm_scale=sm_scale, blocks=blocks)
+  return None, *kernels.backward(constants, residuals, dkl, sm_scale=sm_scale, blocks=blocks)
 
 
 _op.defvjp(_fwd, _bwd)

@@ -32,8 +32,8 @@ class BlockSizes:
   """They change the speed, never the result."""
 
   block_t: int = 512  # Query rows whose bits exist at one time.
-  step_t: int = 8  # Query rows whose scores are in VMEM at one time.
-  step_s: int = 512  # Keys that meet all heads at one time; divides TILE.
+  step_t: int = 16  # Query rows whose scores are in VMEM at one time.
+  step_s: int = 1024  # Keys that meet all heads at one time; divides TILE.
 
 
 def forward(q, k, weights, start, end, *, topk: int, blocks: BlockSizes):
@@ -181,8 +181,10 @@ def _positions(words, topk, blocks):
   groups = words.reshape(batch, n_queries, -1, GROUP)
   held = jnp.cumsum(set_bits.count(groups), axis=-1)
   ends = jnp.cumsum(held[..., -1], axis=-1)[..., None]
-  tables = jnp.stack([held, groups & 0xFFFF, groups >> 16], axis=2)
-  tables = jnp.swapaxes(tables.astype(jnp.float32), -1, -2)  # B T 3 GROUP n
+  held = [held & 0xFF, held >> 8]
+  bits = [groups >> shift & 0xFF for shift in (0, 8, 16, 24)]
+  tables = jnp.stack([x.astype(jnp.bfloat16) for x in held + bits], axis=2)  # Exact: bytes.
+  tables = jnp.swapaxes(tables, -1, -2).reshape(batch, n_queries, 6 * GROUP, -1)
   per_step = lambda *shape: pl.BlockSpec((1, step_t, *shape), lambda b, t: (b, t, *[0] * len(shape)))
   out = pl.pallas_call(
       _positions_kernel,
@@ -197,7 +199,7 @@ def _positions(words, topk, blocks):
 
 
 def _positions_kernel(tables, ends, out):
-  """tables: of each word, [3, GROUP, n]: bits up to its end in its group; its two halves."""
+  """tables: bytes [6 * GROUP, n]; of a word, how many bits its group has up to its end; its bits."""
   n_slots = out.shape[2]
   n_groups = ends.shape[2]
   as_float = lambda x: x.astype(jnp.float32)
@@ -210,14 +212,15 @@ def _positions_kernel(tables, ends, out):
     before = end <= as_float(slot)  # n slots
     group = total(before.astype(jnp.int32))
     left = as_float(slot) - jnp.max(jnp.where(before, end, 0), axis=0, keepdims=True)
-    own = as_float(iota(n_groups) == group)
-    held, low, high = (dot(tables[0, i, x], own, 1, 0) for x in range(3))  # GROUP slots
+    own = as_float(iota(n_groups) == group).astype(jnp.bfloat16)
+    found = dot(tables[0, i], own, 1, 0).reshape(6, GROUP, n_slots)
+    held = found[0] + 256 * found[1]
     before = held <= left
     word = total(before.astype(jnp.int32))
     left = left - jnp.max(jnp.where(before, held, 0), axis=0, keepdims=True)
     mine = iota(GROUP) == word
-    pick = lambda x: total(jnp.where(mine, x, 0)).astype(jnp.int32)
-    bits = pick(low) | pick(high) << 16
+    of_word = [total(jnp.where(mine, x, 0)).astype(jnp.int32) for x in found[2:]]
+    bits = sum(byte << 8 * i for i, byte in enumerate(of_word))
     bit = set_bits.nth(jax.lax.bitcast_convert_type(bits, jnp.uint32), left.astype(jnp.int32))
     filled = as_float(slot) < jnp.max(end, axis=0, keepdims=True)
     out[0, pl.ds(i, 1)] = jnp.where(filled, (group * GROUP + word) * WORD + bit, -1)

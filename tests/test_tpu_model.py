@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A model trains alike with the TPU's kernels, interpreted, and with the portable ones."""
+
+import dataclasses
+import pathlib
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+sys.path.append(str(pathlib.Path(__file__).parent / 'kernels'))
+import cases  # noqa: E402
+from configs import quickstart
+from dsa_jax.config import ModelConfig
+from dsa_jax.data.batch import Batch
+from dsa_jax.nn.mla import Mode
+from dsa_jax.optim import OptimConfig
+from dsa_jax.stages import STAGES
+from dsa_jax.state import init_params, model_graph, new_state
+from dsa_jax.train_step import make_train_step
+
+
+def test_the_sparse_stage_steps_alike():
+  cfg = ModelConfig(**quickstart.get_config('tiny').model)
+  graph, trains, optim = model_graph(cfg), STAGES['sparse'].trains, OptimConfig()
+  tokens = jax.random.randint(jax.random.key(1), (1, 24), 0, cfg.vocab_size)
+  position = jnp.arange(24, dtype=jnp.int32)[None]
+  start = jnp.where(position < 9, 0, 9)  # Two documents.
+  weights = jnp.ones((1, 24), jnp.float32)
+  batch = Batch(
+      tokens=tokens, targets=jnp.roll(tokens, -1, 1), weights=weights, start=start, end=position + 1
+  )
+  found = {}
+  for backend in ('xla', 'tpu'):
+    mode = Mode(backend=backend, attention='sparse', index_loss=True)
+    state = new_state(init_params(cfg, seed=0), trains, optim, seed=0)
+    with cases.interpreted(backend):
+      step = make_train_step(graph, trains, mode, optim)
+      found[backend] = jax.block_until_ready(step(state, batch, {part: 1e-3 for part in trains}))
+  (state, metrics), (other, other_metrics) = found['xla'], found['tpu']
+  for name in ('lm_loss', 'index_kl', 'grad_norm_backbone', 'grad_norm_indexer'):
+    assert metrics[name].sum() > 0
+    np.testing.assert_allclose(other_metrics[name], metrics[name], rtol=2e-5, err_msg=name)
+  norms = lambda metrics: {k: v for k, v in metrics.items() if k.startswith('layer_grad_norm')}
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4), norms(metrics), norms(other_metrics))
