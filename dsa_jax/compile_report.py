@@ -94,8 +94,8 @@ def work(args):
           path.unlink()
 
 
-def cycles_of(dump: pathlib.Path, kernel: str, trips: list[tuple[int, float]]) -> float:
-  """Bundles times trips; `trips` has a depth and a count for each loop, in the schedule's order."""
+def cycles_of(dump: pathlib.Path, kernel: str, trips: list) -> float:
+  """Bundles times trips; `trips` has (depth, count) for each loop, in the schedule's order."""
   found = [x for x in dump.glob(f'*-{kernel}.*final_bundles.txt') if 'analysis' not in x.name]
   loops = loop_bodies(max(found).read_text())
   if [depth for depth, _ in loops] != [depth for depth, _ in trips]:

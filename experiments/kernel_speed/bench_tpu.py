@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checks and times the TPU kernels on a TPU: python experiments/kernel_speed/bench_tpu.py
+
+Each op is first compared with the portable backend on the same inputs, then both are timed.
+Try it without a TPU, on toy sizes and interpreted: --interpret --sizes 64 --queries 16 --small
+"""
+
+import argparse
+import contextlib
+import functools
+import json
+import pathlib
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.pallas import tpu as pltpu
+
+from dsa_jax.kernels import dense_attention, index_kl, index_topk, sparse_attention
+
+DIMS = dict(H=128, E=576, V=512, I=64, J=128, K=2048)
+SMALL = dict(H=8, E=40, V=24, I=4, J=16, K=24)
+HERE = pathlib.Path(__file__).parent
+
+
+def main():
+  parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
+  add = parser.add_argument
+  add('--sizes', type=int, nargs='*', default=[4096, 8192, 16_384, 32_768, 65_536, 131_072])
+  add('--queries', type=int, default=4096, help='the last so many of the context')
+  add('--runs', type=int, default=5)
+  add('--small', action='store_true', help='toy widths')
+  add('--interpret', action='store_true', help="under jax's interpreter: no times worth having")
+  add('--json', type=pathlib.Path, default=HERE / 'tpu_measured.json')
+  args = parser.parse_args()
+  if jax.default_backend() != 'tpu' and not args.interpret:
+    raise SystemExit(f'no TPU here, only {jax.default_backend()}; see --interpret.')
+  rows = [row for n in args.sizes for row in measure(n, args)]
+  device = jax.devices()[0].device_kind
+  args.json.write_text(json.dumps({'device': device, 'jax': jax.__version__, 'rows': rows}, indent=1))
+
+
+def measure(n_keys: int, args):
+  dims = SMALL if args.small else DIMS
+  x = make_inputs(n_keys, min(args.queries, n_keys), dims)
+  for name, program in programs(dims).items():
+    row = {'S': n_keys, 'program': name}
+    outputs = {}
+    for backend in ('xla', 'tpu'):
+      if name.startswith('dense') and backend == 'tpu':
+        continue
+      with interpreted(args.interpret and backend == 'tpu'):
+        run = jax.jit(functools.partial(program, backend))
+        outputs[backend] = jax.block_until_ready(run(x))
+        row[f'{backend}_ms'] = 1e3 * median_seconds(run, x, args.runs)
+    if 'tpu' in outputs:
+      row['largest_difference'] = difference(outputs['tpu'], outputs['xla'])
+    print(json.dumps(row), flush=True)
+    yield row
+
+
+def make_inputs(n_keys, n_queries, dims):
+  rng = np.random.default_rng(0)
+  normal = lambda *shape: jnp.asarray(rng.standard_normal(shape, np.float32), jnp.bfloat16)
+  end = jnp.arange(n_keys - n_queries + 1, n_keys + 1, dtype=jnp.int32)[None]
+  d = dims
+  x = {
+      'q': normal(1, n_queries, d['H'], d['E']), 'kv': normal(1, n_keys, d['E']),
+      'index_q': normal(1, n_queries, d['I'], d['J']), 'index_k': normal(1, n_keys, d['J']),
+      'weights': normal(1, n_queries, d['I']).astype(jnp.float32),
+      'start': jnp.zeros_like(end), 'end': end,
+  }
+  select = jax.jit(lambda x: topk('xla', x, d))
+  return x | {'indices': select(x)}
+
+
+def topk(backend, x, d):
+  index = x['index_q'], x['index_k'], x['weights']
+  return index_topk(*index, x['start'], x['end'], topk=d['K'], backend=backend)
+
+
+def programs(d):
+  how = dict(sm_scale=d['E'] ** -0.5)
+
+  def attend(backend, x, q, kv):
+    return sparse_attention(q, kv, x['indices'], v_dim=d['V'], backend=backend, **how)
+
+  def attend_grad(backend, x):
+    out, vjp = jax.vjp(functools.partial(attend, backend, x), x['q'], x['kv'])
+    return out, vjp(jax.tree.map(jnp.ones_like, out))
+
+  def kl_grad(backend, x):
+    _, lse = attend(backend, x, x['q'], x['kv'])
+    op = lambda *index: index_kl(
+        x['q'], x['kv'][:, :, None], lse, *index, x['start'], x['end'],
+        indices=x['indices'], backend=backend, **how,
+    )
+    kl, vjp = jax.vjp(op, x['index_q'], x['index_k'], x['weights'])
+    return kl, vjp(jnp.ones_like(kl))
+
+  def dense(backend, x):
+    k = x['kv'][:, :, None]
+    return dense_attention(
+        x['q'], k, k[..., : d['V']], x['start'], x['end'], backend=backend, **how
+    )
+
+  return {
+      'index_topk': lambda backend, x: topk(backend, x, d),
+      'sparse_attention': lambda backend, x: attend(backend, x, x['q'], x['kv']),
+      'sparse_attention_grad': attend_grad,
+      'index_kl_selected_grad': kl_grad,
+      'dense_attention': dense,
+  }
+
+
+def interpreted(wanted: bool):
+  return pltpu.force_tpu_interpret_mode() if wanted else contextlib.nullcontext()
+
+
+def median_seconds(run, x, runs: int) -> float:
+  seconds = []
+  for _ in range(runs):
+    began = time.perf_counter()
+    jax.block_until_ready(run(x))
+    seconds.append(time.perf_counter() - began)
+  return sorted(seconds)[len(seconds) // 2]
+
+
+def difference(actual, expected) -> float:
+  """The largest difference, relative to the largest value of its array."""
+  as_float = lambda x: np.where(np.isfinite(x), x, 0).astype(np.float64)
+  pairs = zip(jax.tree.leaves(actual), jax.tree.leaves(expected))
+  pairs = [(as_float(np.asarray(a, np.float32)), as_float(np.asarray(b, np.float32))) for a, b in pairs]
+  return max(float(np.abs(a - b).max() / max(np.abs(b).max(), 1e-30)) for a, b in pairs)
+
+
+if __name__ == '__main__':
+  main()
