@@ -65,7 +65,7 @@ def rows_of(chip: str, args) -> list[dict]:
     env = os.environ | environment(chip, pathlib.Path(dump))
     done = subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True, check=True)
   rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{')]
-  print('| chip | model | S | kernel | temporaries MiB | compiled s | cycles a query | us | of them MXU |')
+  print('| chip | model | S | kernel | temporaries MiB | compiled s | cycles a query | us | MXU |')
   print('| --- | --- | ---: | --- | ---: | ---: | ---: | ---: | ---: |')
   for r in rows:
     print('| {chip} | {model} | {S} | {kernel} | {temporaries_mib:.0f} | {seconds:.0f} '

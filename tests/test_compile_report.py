@@ -20,7 +20,8 @@ second_minor_factor: 1 */ } /* End region 25 */
    0x7 PF: > { sbr.rel target = $region3 }
    0x8   :  {}
 """
-ROW = {'chip': 'v6e', 'model': 'v32', 'S': 4096, 'kernel': 'x', 'cycles': 100.0, 'temporaries_mib': 50.0}
+ROW = {'chip': 'v6e', 'model': 'v32', 'S': 4096, 'kernel': 'x'}
+ROW |= {'cycles': 100.0, 'temporaries_mib': 50.0}
 
 
 def test_bundles_of_a_loop_exclude_those_of_its_inner_loops():
@@ -48,9 +49,11 @@ def test_notices_what_is_more_than_a_tenth_worse(what):
 
 def test_every_chip_and_kernel_of_the_check_is_committed():
   rows = json.loads(compile_report.COMMITTED.read_text())
-  found = {(row['chip'], row['kernel']) for row in rows if (row['model'], row['S']) == ('v32', 32_768)}
+  rows = [row for row in rows if (row['model'], row['S']) == ('v32', 32_768)]
   kernels = {'index_topk_cut', 'index_topk_positions'}
-  kernels |= {f'{op}_{way}' for op in ('sparse_attention', 'index_kl_selected') for way in ('forward', 'backward')}
+  for op in ('sparse_attention', 'index_kl_selected'):
+    kernels |= {f'{op}_forward', f'{op}_backward'}
+  found = {(row['chip'], row['kernel']) for row in rows}
   assert found == {(chip, kernel) for chip in targets.CHIPS for kernel in kernels}
 
 
@@ -58,7 +61,7 @@ def test_says_what_is_wrong(tmp_path, monkeypatch):
   with pytest.raises(ValueError, match="chip='v9' must be one of"):
     targets.environment('v9', tmp_path)
   monkeypatch.setattr(targets.importlib.util, 'find_spec', lambda name: None)
-  with pytest.raises(ValueError, match=r"libtpu is not installed: pip install 'dsa_jax\[compile\]'"):
+  with pytest.raises(ValueError, match='libtpu is not installed: pip install'):
     targets.environment('v6e', tmp_path)
   monkeypatch.setattr(sys, 'argv', ['compile_report', '--chips', 'v9'])
   with pytest.raises(SystemExit):

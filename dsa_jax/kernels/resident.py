@@ -43,6 +43,8 @@ class Rows(NamedTuple):
   @property
   def words(self) -> jnp.dtype:
     """What a packed row is made of."""
+    if self.dtype not in (jnp.bfloat16, jnp.float32):
+      raise ValueError(f'keys on a TPU must be bfloat16 or float32; got {self.dtype}.')
     return jnp.dtype(jnp.int32) if self.dtype.itemsize == 2 else self.dtype
 
   @property
@@ -81,13 +83,14 @@ def pad_channels(x: jax.Array) -> jax.Array:
 def pack(x: jax.Array, shards: Shards) -> jax.Array:
   """Keys [B, S, E] to [B, shards, lines, 128] as `Rows` has them, spare rows of zeros behind."""
   rows = Rows(x.shape[-1], x.dtype)
+  words = rows.words
   x = jnp.pad(pad_channels(x), [(0, 0), (0, shards.n * shards.size - x.shape[1]), (0, 0)])
   x = x.reshape(x.shape[0], shards.n, shards.size, rows.blocks, LANES)
-  words = rows.lines * 4 // x.dtype.itemsize  # Blocks that fill the lines.
-  x = jnp.pad(x, [(0, 0), (0, 0), (0, SPARE), (0, words - rows.blocks), (0, 0)])
+  fill = rows.lines * words.itemsize // x.dtype.itemsize - rows.blocks
+  x = jnp.pad(x, [(0, 0), (0, 0), (0, SPARE), (0, fill), (0, 0)])
   if x.dtype.itemsize == 2:
     halves = jnp.split(jax.lax.bitcast_convert_type(x, jnp.uint16).astype(jnp.uint32), 2, axis=3)
-    x = jax.lax.bitcast_convert_type(halves[0] | halves[1] << 16, jnp.int32)
+    x = jax.lax.bitcast_convert_type(halves[0] | halves[1] << 16, words)
   return x.reshape(x.shape[0], shards.n, shards.stored * rows.lines, LANES)
 
 

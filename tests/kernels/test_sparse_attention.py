@@ -232,6 +232,9 @@ def test_says_what_is_wrong():
       sparse_attention(q, kv, indices, v_dim=v_dim, **how)
   with pytest.raises(ValueError, match=r'of one dtype; got float32 .*, bfloat16'):
     sparse_attention(q, kv.astype('bfloat16'), indices, v_dim=V, **how)
+  with pytest.raises(ValueError, match='on a TPU must be bfloat16 or float32; got float16'):
+    half = q.astype('float16'), kv.astype('float16')
+    sparse_attention(*half, indices, v_dim=V, sm_scale=1.0, backend='tpu')
   with cases.unchecked(), pytest.raises(ValueError, match=r'must be q .* kv .*; got'):
     sparse_attention(q, kv[..., 1:], indices, v_dim=V, **how)
   with cases.unchecked(), pytest.raises(ValueError, match=r'indices must be .* per query; got'):

@@ -185,7 +185,9 @@ def _positions(words, topk, blocks):
   bits = [groups >> shift & 0xFF for shift in (0, 8, 16, 24)]
   tables = jnp.stack([x.astype(jnp.bfloat16) for x in held + bits], axis=2)  # Exact: bytes.
   tables = jnp.swapaxes(tables, -1, -2).reshape(batch, n_queries, 6 * GROUP, -1)
-  per_step = lambda *shape: pl.BlockSpec((1, step_t, *shape), lambda b, t: (b, t, *[0] * len(shape)))
+  per_step = lambda *shape: pl.BlockSpec(
+      (1, step_t, *shape), lambda b, t: (b, t, *[0] * len(shape))
+  )
   out = pl.pallas_call(
       _positions_kernel,
       grid=(batch, n_queries // step_t),
@@ -199,7 +201,11 @@ def _positions(words, topk, blocks):
 
 
 def _positions_kernel(tables, ends, out):
-  """tables: bytes [6 * GROUP, n]; of a word, how many bits its group has up to its end; its bits."""
+  """Finds the words of all slots, then the bits.
+
+  tables: bytes [6 * GROUP, n]; for each word, two of the bits that its group holds up to its end,
+  and its own four. ends: [n, 1], the bits up to the end of each group.
+  """
   n_slots = out.shape[2]
   n_groups = ends.shape[2]
   as_float = lambda x: x.astype(jnp.float32)
