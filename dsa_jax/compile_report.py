@@ -10,6 +10,8 @@ a query that selects K keys, evenly spread, and sees half of S; DMA and stalls a
 """
 
 import argparse
+import concurrent.futures
+import functools
 import json
 import os
 import pathlib
@@ -23,7 +25,7 @@ import jax.numpy as jnp
 
 from dsa_jax.kernels.index_kl import tpu as kl
 from dsa_jax.kernels.index_topk import tpu as select
-from dsa_jax.kernels.resident import LANES, Rows, make_shards
+from dsa_jax.kernels.resident import LANES, Rows, fit_tile, make_shards
 from dsa_jax.kernels.sparse_attention import tpu as attention
 from dsa_jax.targets import CHIPS, compile_for, environment, loop_bodies
 
@@ -49,7 +51,9 @@ def main():
     args.sizes, args.models = [4096, 32_768, 131_072], list(HEADS)
   if args.worker:
     return work(args)
-  rows = [row for chip in args.chips for row in rows_of(chip, args)]
+  with concurrent.futures.ThreadPoolExecutor(2) as pool:
+    rows = sum(pool.map(functools.partial(rows_of, args), args.chips), [])
+  print_table(rows)
   if args.json:
     args.json.write_text(json.dumps(rows, indent=1) + '\n')
   if args.check:
@@ -57,20 +61,22 @@ def main():
     sys.exit('\n'.join(complaints) or None)
 
 
-def rows_of(chip: str, args) -> list[dict]:
+def rows_of(args, chip: str) -> list[dict]:
   """The rows of a chip, from a process of its own: libtpu reads its flags once."""
   with tempfile.TemporaryDirectory() as dump:
     command = [sys.executable, '-m', 'dsa_jax.compile_report', '--worker', dump, '--chips', chip]
     command += ['--models', *args.models, '--sizes', *map(str, args.sizes)]
     env = os.environ | environment(chip, pathlib.Path(dump))
     done = subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True, check=True)
-  rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{')]
+  return [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{')]
+
+
+def print_table(rows: list[dict]):
   print('| chip | model | S | kernel | temporaries MiB | compiled s | cycles a query | us | MXU |')
   print('| --- | --- | ---: | --- | ---: | ---: | ---: | ---: | ---: |')
   for r in rows:
     print('| {chip} | {model} | {S} | {kernel} | {temporaries_mib:.0f} | {seconds:.0f} '
-          '| {cycles:.0f} | {us:.2f} | {mxu_cycles:.0f} |'.format(**r), flush=True)
-  return rows
+          '| {cycles:.0f} | {us:.2f} | {mxu_cycles:.0f} |'.format(**r))
 
 
 def work(args):
@@ -133,8 +139,9 @@ def float32(*dims: int) -> jax.ShapeDtypeStruct:
 def tile_trips(blocks, bytes_per_key: int, n_keys: int, vmem: int, row_loops: int) -> list:
   """Loops of a kernel that meets shards, for one query: step, query, tile, groups of rows."""
   shards = make_shards(n_keys, bytes_per_key, int(blocks.vmem_share * vmem * 2**20))
-  tiles = shards.n * -(-K // (shards.n * blocks.tile))
-  groups = tiles * blocks.tile / blocks.group
+  slots = -(-K // shards.n)
+  tiles = shards.n * -(-slots // fit_tile(blocks.tile, K, shards))
+  groups = shards.n * -(-slots // blocks.group)
   return [(1, shards.n / blocks.step_t), (2, shards.n), (3, tiles), *[(4, groups)] * row_loops]
 
 

@@ -44,6 +44,7 @@ def environment(chip: str, dump: pathlib.Path) -> dict[str, str]:
       'TPU_SKIP_MDS_QUERY': '1',
       'TPU_WORKER_HOSTNAMES': 'localhost',
       'TPU_ACCELERATOR_TYPE': CHIPS[chip].accelerator,
+      'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',  # Two chips at a time.
       'LIBTPU_INIT_ARGS': f'--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true',
   }
 

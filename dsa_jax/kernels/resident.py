@@ -70,6 +70,11 @@ def make_shards(n_keys: int, bytes_per_key: int, budget: int) -> Shards:
   return Shards(n, pl.cdiv(pl.cdiv(n_keys, n), 8) * 8)
 
 
+def fit_tile(tile: int, n_slots: int, shards: Shards) -> int:
+  """A tile no larger than what a query has of a shard, where its slots are spread evenly."""
+  return min(tile, pl.cdiv(pl.cdiv(n_slots, shards.n), LANES) * LANES)
+
+
 def vmem_bytes() -> int:
   """What the chip has; the least of all chips where there is none to ask."""
   return pltpu.get_tpu_info().vmem_capacity_bytes if pltpu.is_tpu_device() else 64 * 2**20

@@ -34,7 +34,7 @@ class BlockSizes:
 def forward(constants, index_q, index_k, index_weights, *, sm_scale: float, blocks: BlockSizes):
   """Returns the divergence [B, T], and what its gradient needs, as `xla.forward` does."""
   q, k, lse, start, end, indices = constants
-  kernels = _Kernels.of(k, index_k, 0, sm_scale, blocks)
+  kernels = _Kernels.of(k, index_k, indices, 0, sm_scale, blocks)
   packed = kernels.pack(k, index_k)
 
   def diverge(block):
@@ -56,7 +56,7 @@ def backward(constants, residuals, dkl, *, sm_scale: float, blocks: BlockSizes):
   q, k, lse, start, end, indices = constants
   index_q, index_k, index_weights, scores_lse, mass = residuals
   index_rows = Rows(index_k.shape[-1], index_k.dtype)
-  kernels = _Kernels.of(k, index_k, 4 * index_rows.channels, sm_scale, blocks)
+  kernels = _Kernels.of(k, index_k, indices, 4 * index_rows.channels, sm_scale, blocks)
   packed = kernels.pack(k, index_k)
 
   def step(dindex_k, block):
@@ -87,14 +87,15 @@ class _Kernels(ShardKernels):
   sm_scale: float
 
   @classmethod
-  def of(cls, k, index_k, more_bytes, sm_scale, blocks):
+  def of(cls, k, index_k, indices, more_bytes, sm_scale, blocks):
     head = Rows(k.shape[-1], k.dtype)
     rows = Rows(k.shape[2] * head.channels, k.dtype)
     index_rows = Rows(index_k.shape[-1], index_k.dtype)
     budget = int(blocks.vmem_share * resident.vmem_bytes())
     bytes_per_key = rows.bytes + index_rows.bytes + more_bytes
     shards = resident.make_shards(k.shape[1], bytes_per_key, budget)
-    how = blocks.step_t, blocks.tile, blocks.group
+    tile = resident.fit_tile(blocks.tile, indices.shape[2], shards)
+    how = blocks.step_t, tile, blocks.group
     return cls(shards, *how, k.shape[2], rows, index_rows, sm_scale)
 
   def pack(self, k, index_k):

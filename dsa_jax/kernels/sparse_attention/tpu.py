@@ -43,7 +43,7 @@ def forward(q, kv, indices, *, v_dim: int, sm_scale: float, blocks: BlockSizes):
 
 def _forward(q, kv, indices, *, v_dim, sm_scale, blocks):
   rows = Rows(kv.shape[-1], kv.dtype)
-  kernels = _Kernels.of(rows, kv.shape[1], rows.bytes, sm_scale, blocks)
+  kernels = _Kernels.of(rows, kv, indices, rows.bytes, sm_scale, blocks)
   packed = resident.pack(kv, kernels.shards)
   v_channels = Rows(v_dim, kv.dtype).channels
 
@@ -65,7 +65,7 @@ def backward(residuals, cotangents, *, v_dim: int, sm_scale: float, blocks: Bloc
   delta = jnp.sum(out.astype(jnp.float32) * dout, axis=-1) - jnp.where(lse > -jnp.inf, dlse, 0)
   key_rows = Rows(kv.shape[-1], kv.dtype)
   bytes_per_key = key_rows.bytes + 4 * key_rows.channels
-  kernels = _Kernels.of(key_rows, kv.shape[1], bytes_per_key, sm_scale, blocks)
+  kernels = _Kernels.of(key_rows, kv, indices, bytes_per_key, sm_scale, blocks)
   packed = resident.pack(kv, kernels.shards)
 
   def step(dkv, block):
@@ -90,10 +90,11 @@ class _Kernels(ShardKernels):
   sm_scale: float
 
   @classmethod
-  def of(cls, rows, n_keys, bytes_per_key, sm_scale, blocks):
+  def of(cls, rows, kv, indices, bytes_per_key, sm_scale, blocks):
     budget = int(blocks.vmem_share * resident.vmem_bytes())
-    shards = resident.make_shards(n_keys, bytes_per_key, budget)
-    return cls(shards, blocks.step_t, blocks.tile, blocks.group, rows, sm_scale)
+    shards = resident.make_shards(kv.shape[1], bytes_per_key, budget)
+    tile = resident.fit_tile(blocks.tile, indices.shape[2], shards)
+    return cls(shards, blocks.step_t, tile, blocks.group, rows, sm_scale)
 
   def forward(self, shard, slots, q, packed, state):
     """Adds a shard to (out, lse): float32 [B, T, H, V] and [B, T, H, 1] of the keys before it."""
