@@ -170,6 +170,19 @@ def test_many_tiles_and_groups(visibility):
   np.testing.assert_array_equal(select(*inputs, start, end, topk=topk, backend='tpu'), want)
 
 
+def test_fewer_rows_where_their_scores_would_fill_vmem(monkeypatch):
+  """16 rows of a million keys are all that the smaller chips have."""
+  inputs = *make_inputs('integers'), *cases.intervals('packed')
+  bytes_of_row = 4 * tpu.TILE
+  monkeypatch.setattr(tpu.resident, 'vmem_bytes', lambda: 2 * 15 * bytes_of_row)
+  assert tpu._fit(tpu.BlockSizes(), tpu.TILE).step_t == 8
+  want = select(*inputs, topk=6, backend='reference')
+  np.testing.assert_array_equal(select(*inputs, topk=6, backend='tpu'), want)
+  monkeypatch.setattr(tpu.resident, 'vmem_bytes', lambda: 2 * 7 * bytes_of_row)
+  with pytest.raises(ValueError, match='n_keys=4096 are too many for VMEM; at most 3584'):
+    select(*inputs, topk=7, backend='tpu')
+
+
 @pytest.mark.parametrize('backend', cases.BACKENDS)
 def test_repeats_bit_by_bit(backend):
   inputs = *make_inputs('sparse'), *cases.intervals('packed')

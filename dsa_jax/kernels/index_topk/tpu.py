@@ -24,6 +24,7 @@ from dsa_jax.kernels.set_bits import WORD
 
 TILE = WORD * LANES  # Keys whose flags are a line of words.
 GROUP = 64  # Words in a group.
+LEAST_ROWS = 8  # A line of scores is that high, whatever is in it.
 HIDDEN = jnp.iinfo(jnp.int32).min
 
 
@@ -40,6 +41,7 @@ def forward(q, k, weights, start, end, *, topk: int, blocks: BlockSizes):
   n_keys = k.shape[1]
   k = _interleave(pad_axis(resident.pad_channels(k), 1, TILE))
   end = jnp.minimum(end, n_keys)  # Never the padding.
+  blocks = _fit(blocks, k.shape[1])
 
   def select(rows):
     q, weights, start, end = rows
@@ -48,6 +50,17 @@ def forward(q, k, weights, start, end, *, topk: int, blocks: BlockSizes):
     return _positions(above | set_bits.keep_first(tied, missing), topk, blocks)
 
   return map_rows(select, (q, weights, start, end), blocks.block_t, blocks.step_t)
+
+
+def _fit(blocks: BlockSizes, n_keys: int) -> BlockSizes:
+  """Fewer rows at one time where their scores would take more than half of VMEM."""
+  most = resident.vmem_bytes() // (2 * 4 * n_keys)
+  if blocks.step_t <= most:
+    return blocks
+  if most < LEAST_ROWS:
+    longest = resident.vmem_bytes() // (2 * 4 * LEAST_ROWS)
+    raise ValueError(f'{n_keys=} are too many for VMEM; at most {longest}, padding included.')
+  return dataclasses.replace(blocks, step_t=LEAST_ROWS)
 
 
 def _interleave(k):
