@@ -33,7 +33,7 @@ class BlockSizes:
 
   block_t: int = 512  # Query rows whose bits exist at one time.
   step_t: int = 16  # Query rows whose scores are in VMEM at one time.
-  step_s: int = 1024  # Keys that meet all heads at one time; divides TILE.
+  step_s: int = 2048  # Keys that meet all heads at one time; divides TILE.
 
 
 def forward(q, k, weights, start, end, *, topk: int, blocks: BlockSizes):
@@ -145,13 +145,15 @@ def _score(tile, q, k, weights, interval, scores, blocks):
 def _bisect(scores, first, last, topk):
   """The highest value that at least `topk` of a row reach, [T, 1]; the lowest where none is."""
 
+  wide = 4 * LANES  # Sums that do not wait for each other.
+
   def count(least):
     def add(tile, total):
-      chosen = scores[:, pl.ds(tile * TILE, TILE)] >= least
-      return total + jnp.sum(chosen.astype(jnp.float32), axis=1, keepdims=True)
+      lines = [scores[:, pl.ds(tile * TILE + i, wide)] for i in range(0, TILE, wide)]
+      return total + sum((x >= least).astype(jnp.float32) for x in lines)
 
-    zero = jnp.zeros((scores.shape[0], 1), jnp.float32)  # Exact below 2**24.
-    return jax.lax.fori_loop(first, last, add, zero)
+    zero = jnp.zeros((scores.shape[0], wide), jnp.float32)  # Exact below 2**24.
+    return jnp.sum(jax.lax.fori_loop(first, last, add, zero), axis=1, keepdims=True)
 
   def undecided(state):
     _, _, done = state
