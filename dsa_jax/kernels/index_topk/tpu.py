@@ -2,9 +2,9 @@
 """Scores and exact selection on a TPU: two kernels, one that finds the cut and one that numbers.
 
 `index_topk_cut` keeps the scores of a few queries in VMEM, as integers of the same order, bisects
-each row's cut, and leaves two bits for each key: above the cut, at the cut. Ties are settled on
-those words. `index_topk_positions` turns a row of bits into positions, all slots at once: a slot
-counts the groups of words that end before it, then the words, then the bits.
+each row's cut, and leaves two bits for each key: above the cut, at the cut. `index_topk_positions`
+settles ties and turns bits into positions: each slot looks up the lane whose words hold it, the
+word, the bit. Slots of many rows do so at once, each in tables of its own row.
 
 Keys are stored so that a word is made without moving a lane: of WORD x LANES keys, the i-th line
 of 128 holds every WORD-th key from the i-th on.
@@ -23,7 +23,7 @@ from dsa_jax.kernels.rows import map_rows, pad_axis
 from dsa_jax.kernels.set_bits import WORD
 
 TILE = WORD * LANES  # Keys whose flags are a line of words.
-GROUP = 64  # Words in a group.
+CHUNK = 8  # Words of a lane that are met at one time.
 LEAST_ROWS = 8  # A line of scores is that high, whatever is in it.
 HIDDEN = jnp.iinfo(jnp.int32).min
 
@@ -34,7 +34,7 @@ class BlockSizes:
 
   block_t: int = 512  # Query rows whose bits exist at one time.
   step_t: int = 16  # Query rows whose scores are in VMEM at one time.
-  step_s: int = 1024  # Keys that meet all heads at one time; divides TILE.
+  step_s: int = 2048  # Keys that meet all heads at one time; divides TILE.
 
 
 def forward(q, k, weights, start, end, *, topk: int, blocks: BlockSizes):
@@ -46,8 +46,7 @@ def forward(q, k, weights, start, end, *, topk: int, blocks: BlockSizes):
   def select(rows):
     q, weights, start, end = rows
     above, tied = _cut(resident.pad_channels(q), k, weights, start, end, topk, blocks)
-    missing = topk - jnp.sum(set_bits.count(above), axis=-1)
-    return _positions(above | set_bits.keep_first(tied, missing), topk, blocks)
+    return _positions(above, tied, topk, blocks)
 
   return map_rows(select, (q, weights, start, end), blocks.block_t, blocks.step_t)
 
@@ -70,7 +69,7 @@ def _interleave(k):
 
 
 def _cut(q, k, weights, start, end, topk, blocks):
-  """Words of flags, uint32 [B, T, S / WORD] each: keys above the cut of their row, and at it."""
+  """Words of flags, int32 [B, T, S / WORD] each: keys above the cut of their row, and at it."""
   batch, n_queries, n_heads, width = q.shape
   n_tiles, step_t = k.shape[1] // TILE, blocks.step_t
   n_steps = n_queries // step_t
@@ -107,8 +106,7 @@ def _cut(q, k, weights, start, end, topk, blocks):
       compiler_params=pltpu.CompilerParams(vmem_limit_bytes=int(0.9 * resident.vmem_bytes())),
       name='index_topk_cut',
   )(first, last, q, k, weights, jnp.stack([start, end], axis=-1).reshape(batch, n_steps, step_t, 2))
-  words = lambda x: x.reshape(batch, n_queries, -1).astype(jnp.uint32)
-  return words(above), words(tied)
+  return [x.reshape(batch, n_queries, -1) for x in (above, tied)]
 
 
 def _cut_kernel(first, last, q, k, weights, interval, above, tied, scores, *, topk, blocks):
@@ -160,13 +158,15 @@ def _score(tile, q, k, weights, interval, scores, blocks):
 def _bisect(scores, first, last, topk):
   """The highest value that at least `topk` of a row reach, [T, 1]; the lowest where none is."""
 
+  wide = 4 * LANES  # Sums that do not wait for each other.
+
   def count(least):
     def add(tile, total):
-      chosen = scores[:, pl.ds(tile * TILE, TILE)] >= least
-      return total + jnp.sum(chosen.astype(jnp.float32), axis=1, keepdims=True)
+      lines = [scores[:, pl.ds(tile * TILE + i, wide)] for i in range(0, TILE, wide)]
+      return total + sum((x >= least).astype(jnp.float32) for x in lines)
 
-    zero = jnp.zeros((scores.shape[0], 1), jnp.float32)  # Exact below 2**24.
-    return jax.lax.fori_loop(first, last, add, zero)
+    zero = jnp.zeros((scores.shape[0], wide), jnp.float32)  # Exact below 2**24.
+    return jnp.sum(jax.lax.fori_loop(first, last, add, zero), axis=1, keepdims=True)
 
   def undecided(state):
     _, _, done = state
@@ -186,63 +186,106 @@ def _bisect(scores, first, last, topk):
   return jax.lax.while_loop(undecided, halve, (low, high, done))[0]
 
 
-def _positions(words, topk, blocks):
-  """Where the set bits of words uint32 [B, T, N] are: ascending, then -1, [B, T, topk]."""
-  batch, n_queries, _ = words.shape
+def _positions(above, tied, topk, blocks):
+  """Where the `topk` first keys are, those above the cut before those at it: [B, T, topk].
+
+  A lane gets consecutive words, so that a slot finds its lane by bisection, then its word in it.
+  """
+  batch, n_queries, _ = above.shape
   step_t, n_slots = blocks.step_t, pl.cdiv(topk, LANES) * LANES
-  words = pad_axis(words, 2, 8 * GROUP)
-  groups = words.reshape(batch, n_queries, -1, GROUP)
-  held = jnp.cumsum(set_bits.count(groups), axis=-1)
-  ends = jnp.cumsum(held[..., -1], axis=-1)[..., None]
-  held = [held & 0xFF, held >> 8]
-  bits = [groups >> shift & 0xFF for shift in (0, 8, 16, 24)]
-  tables = jnp.stack([x.astype(jnp.bfloat16) for x in held + bits], axis=2)  # Exact: bytes.
-  tables = jnp.swapaxes(tables, -1, -2).reshape(batch, n_queries, 6 * GROUP, -1)
-  per_step = lambda *shape: pl.BlockSpec(
-      (1, step_t, *shape), lambda b, t: (b, t, *[0] * len(shape))
-  )
+
+  def spread(words):
+    words = pad_axis(words, 2, CHUNK * LANES).reshape(batch, -1, step_t, LANES, words_per_lane)
+    return jnp.moveaxis(words, 4, 2)  # B steps words step_t LANES
+
+  words_per_lane = pl.cdiv(above.shape[2], CHUNK * LANES) * CHUNK
+  words = pl.BlockSpec((1, 1, words_per_lane, step_t, LANES), lambda b, t: (b, t, 0, 0, 0))
   out = pl.pallas_call(
-      _positions_kernel,
+      lambda *refs: _positions_kernel(*refs, topk=topk),
       grid=(batch, n_queries // step_t),
-      in_specs=[per_step(*tables.shape[2:]), per_step(*ends.shape[2:])],
-      out_specs=per_step(n_slots),
+      in_specs=[words, words],
+      out_specs=pl.BlockSpec((1, step_t, n_slots), lambda b, t: (b, t, 0)),
       out_shape=jax.ShapeDtypeStruct((batch, n_queries, n_slots), jnp.int32),
+      scratch_shapes=[pltpu.VMEM((words_per_lane, step_t, LANES), jnp.int32)],
       compiler_params=pltpu.CompilerParams(vmem_limit_bytes=int(0.9 * resident.vmem_bytes())),
       name='index_topk_positions',
-  )(tables, ends.astype(jnp.float32))
+  )(spread(above), spread(tied))
   return out[..., :topk]
 
 
-def _positions_kernel(tables, ends, out):
-  """Finds the words of all slots, then the bits.
+def _positions_kernel(above, tied, out, words, *, topk):
+  """Joins the words of flags, then finds the lane, the word and the bit of LANES slots a row."""
+  n_words, rows, _ = words.shape
+  n_chunks = n_words // CHUNK
+  lane = jax.lax.broadcasted_iota(jnp.int32, (rows, LANES), 1)
+  none = jnp.zeros((rows, LANES), jnp.int32)
+  row_sum = lambda x: jnp.sum(x, axis=1, keepdims=True)
+  chunk = lambda ref, c: ref[0, 0, pl.ds(c * CHUNK, CHUNK)]
+  held = lambda x: jnp.sum(jax.lax.population_count(x), axis=0)
 
-  tables: bytes [6 * GROUP, n]; for each word, two of the bits that its group holds up to its end,
-  and its own four. ends: [n, 1], the bits up to the end of each group.
-  """
-  n_slots = out.shape[2]
-  n_groups = ends.shape[2]
-  as_float = lambda x: x.astype(jnp.float32)
-  total = lambda x: jnp.sum(x, axis=0, keepdims=True)
-  iota = lambda n: jax.lax.broadcasted_iota(jnp.int32, (n, n_slots), 0)
+  def count(c, n):
+    return n[0] + held(chunk(above, c)), n[1] + held(chunk(tied, c))
 
-  def row(i, _):
-    slot = jax.lax.broadcasted_iota(jnp.int32, (1, n_slots), 1)
-    end = ends[0, i]  # n 1
-    before = end <= as_float(slot)  # n slots
-    group = total(before.astype(jnp.int32))
-    left = as_float(slot) - jnp.max(jnp.where(before, end, 0), axis=0, keepdims=True)
-    own = as_float(iota(n_groups) == group).astype(jnp.bfloat16)
-    found = dot(tables[0, i], own, 1, 0).reshape(6, GROUP, n_slots)
-    held = found[0] + 256 * found[1]
-    before = held <= left
-    word = total(before.astype(jnp.int32))
-    left = left - jnp.max(jnp.where(before, held, 0), axis=0, keepdims=True)
-    mine = iota(GROUP) == word
-    of_word = [total(jnp.where(mine, x, 0)).astype(jnp.int32) for x in found[2:]]
-    bits = sum(byte << 8 * i for i, byte in enumerate(of_word))
-    bit = set_bits.nth(jax.lax.bitcast_convert_type(bits, jnp.uint32), left.astype(jnp.int32))
-    filled = as_float(slot) < jnp.max(end, axis=0, keepdims=True)
-    out[0, pl.ds(i, 1)] = jnp.where(filled, (group * GROUP + word) * WORD + bit, -1)
+  def join(c, state):
+    left, total = state
+    strict, equal = chunk(above, c), chunk(tied, c)
+    kept = []
+    for word in equal:
+      kept.append(_keep_first(word, left))
+      left = left - jax.lax.population_count(word)
+    joined = strict | jnp.stack(kept)
+    words[pl.ds(c * CHUNK, CHUNK)] = joined
+    return left, total + held(joined)
+
+  def find(v, _):
+    slot = v * LANES + lane
+    of_lane, base = none, none
+    for half in (64, 32, 16, 8, 4, 2, 1):
+      first = _look_up(begin, of_lane + half)
+      of_lane = jnp.where(first <= slot, of_lane + half, of_lane)
+      base = jnp.where(first <= slot, first, base)
+
+    def search(c, state):
+      first, base, index, found = state
+      for i, word in enumerate(words[pl.ds(c * CHUNK, CHUNK)]):
+        word = _look_up(word, of_lane)
+        reached = first <= slot
+        base = jnp.where(reached, first, base)
+        index = jnp.where(reached, c * CHUNK + i, index)
+        found = jnp.where(reached, word, found)
+        first = first + jax.lax.population_count(word)
+      return first, base, index, found
+
+    state = base, base, none, none
+    _, base, index, found = jax.lax.fori_loop(0, n_chunks, search, state)
+    bit = set_bits.nth(jax.lax.bitcast_convert_type(found, jnp.uint32), slot - base)
+    position = (of_lane * n_words + index) * WORD + bit
+    out[0, :, pl.ds(v * LANES, LANES)] = jnp.where(slot < row_sum(total), position, -1)
     return 0
 
-  jax.lax.fori_loop(0, out.shape[1], row, 0)
+  n_above, n_tied = jax.lax.fori_loop(0, n_chunks, count, (none, none))
+  missing = topk - row_sum(n_above) - _sum_before(n_tied)
+  _, total = jax.lax.fori_loop(0, n_chunks, join, (missing, none))
+  begin = _sum_before(total)
+  jax.lax.fori_loop(0, out.shape[2] // LANES, find, 0)
+
+
+def _look_up(x, lane):
+  """x [rows, LANES] at lanes of its own row."""
+  return jnp.take_along_axis(x, lane, axis=1, mode='promise_in_bounds')
+
+
+def _sum_before(x):
+  """For each lane, the sum of those before it."""
+  lane = jax.lax.broadcasted_iota(jnp.int32, x.shape, 1)
+  total = x
+  for shift in (1, 2, 4, 8, 16, 32, 64):
+    total = total + jnp.where(lane >= shift, pltpu.roll(total, shift, axis=1), 0)
+  return total - x
+
+
+def _keep_first(word, n):
+  """Clears all but the first n set bits of each word."""
+  bit = set_bits.nth(jax.lax.bitcast_convert_type(word, jnp.uint32), n)
+  below = word & ((1 << bit) - 1)
+  return jnp.where(n >= jax.lax.population_count(word), word, jnp.where(n > 0, below, 0))
