@@ -7,6 +7,7 @@ python -m dsa_jax.compile_report --check   # Against that file, as CI does.
 
 Cycles are bundles of each loop of the compiler's final schedule times how often the loop runs for
 a query that selects K keys, evenly spread, and sees half of S; DMA and stalls are not in them.
+VMEM is what the kernel allocates there, the largest where an op has several kernels.
 """
 
 import argparse
@@ -19,196 +20,304 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from dsa_jax import schedule
+from dsa_jax.kernels import resident
 from dsa_jax.kernels.index_kl import tpu as kl
 from dsa_jax.kernels.index_topk import tpu as select
 from dsa_jax.kernels.resident import LANES, Rows, fit_tile, make_shards
 from dsa_jax.kernels.sparse_attention import tpu as attention
-from dsa_jax.targets import CHIPS, compile_for, environment, loop_bodies
+from dsa_jax.targets import CHIPS, compile_for, environment, make_mesh
 
 COMMITTED = pathlib.Path('experiments/kernel_speed/compile_report.json')
 T, E, V, J, K = 4096, 576, 512, 128, 2048
 HEADS = {'v32': (128, 64), 'glm5': (64, 32)}  # Of attention, of the indexer.
+DEFAULT = [('v32', 4096), ('v32', 32_768), ('glm5', 32_768)]  # CI has four minutes.
 BISECTIONS = 26  # Seen for random scores; at most 32.
 WORSE = 1.10  # What --check lets pass.
-VMEM = {'v5p': 64, 'v6e': 128, 'tpu7x': 64}  # MiB.
+BF16 = jnp.dtype(jnp.bfloat16)
+
+
+class Dims(NamedTuple):
+  """What an op is compiled at: a model's heads, keys, and the chip's bytes of VMEM."""
+
+  heads: int
+  index_heads: int
+  n_keys: int
+  vmem: int
+
+
+class Op(NamedTuple):
+  """A row of the report. All but the name are functions of `Dims`, or take the shapes."""
+
+  name: str
+  function: Callable
+  shapes: Callable  # Its arguments.
+  flops: Callable  # Of the matrix unit, for one query.
+  trips: Callable | None = None  # kernel: [(depth, trips for one query)], in schedule's order.
 
 
 def main():
-  parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
-  parser.add_argument('--chips', nargs='*', default=list(CHIPS), choices=list(CHIPS))
-  parser.add_argument('--sizes', type=int, nargs='*', default=[32_768])
-  parser.add_argument('--models', nargs='*', default=['v32'], choices=list(HEADS))
-  parser.add_argument('--all', action='store_true', help='4K, 32K and 128K keys, both models')
-  parser.add_argument('--check', action='store_true', help=f'fail where worse than {COMMITTED}')
-  parser.add_argument('--json', type=pathlib.Path, help='also write the rows there')
-  parser.add_argument('--worker', help=argparse.SUPPRESS)
-  args = parser.parse_args()
-  if args.all:
-    args.sizes, args.models = [4096, 32_768, 131_072], list(HEADS)
+  args = parse()
   if args.worker:
     return work(args)
-  with concurrent.futures.ThreadPoolExecutor(2) as pool:
-    rows = sum(pool.map(functools.partial(rows_of, args), args.chips), [])
+  jobs = [(chip, *case) for chip in args.chips for case in plan(args)]
+  with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
+    rows = sum(pool.map(functools.partial(rows_of, args), jobs), [])
   print_table(rows)
   if args.json:
     args.json.write_text(json.dumps(rows, indent=1) + '\n')
+  complaints = [f'{name(row)}: {row["error"]}' for row in rows if 'error' in row]
   if args.check:
     complaints = compare(rows, json.loads(COMMITTED.read_text()))
-    sys.exit('\n'.join(complaints) or None)
+  sys.exit('\n'.join(complaints) or None)
 
 
-def rows_of(args, chip: str) -> list[dict]:
-  """The rows of a chip, from a process of its own: libtpu reads its flags once."""
+def parse():
+  parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
+  parser.add_argument('--chips', nargs='+', default=list(CHIPS), choices=list(CHIPS))
+  parser.add_argument('--sizes', type=int, nargs='+', help='keys; by default 4K and 32K, GLM-5 32K')
+  parser.add_argument('--models', nargs='+', choices=list(HEADS))
+  parser.add_argument('--ops', nargs='+', default=list(OPS), choices=list(OPS))
+  parser.add_argument('--all', action='store_true', help='4K, 32K and 128K keys, both models')
+  parser.add_argument('--check', action='store_true', help=f'fail where worse than {COMMITTED}')
+  parser.add_argument('--json', type=pathlib.Path, help='also write the rows there')
+  parser.add_argument('--jobs', type=int, default=2, help='processes at a time')
+  parser.add_argument('--worker', type=pathlib.Path, help=argparse.SUPPRESS)
+  return parser.parse_args()
+
+
+def plan(args) -> list[tuple[str, int]]:
+  """Models and sizes to compile at."""
+  if args.all:
+    return [(model, size) for model in HEADS for size in (4096, 32_768, 131_072)]
+  if not (args.models or args.sizes):
+    return DEFAULT
+  sizes = args.sizes or sorted({size for _, size in DEFAULT})
+  return [(model, size) for model in args.models or HEADS for size in sizes]
+
+
+def rows_of(args, job: tuple[str, str, int]) -> list[dict]:
+  """The rows of a chip, model and size, from a process of its own: libtpu reads its flags once."""
+  chip, model, n_keys = job
   with tempfile.TemporaryDirectory() as dump:
     command = [sys.executable, '-m', 'dsa_jax.compile_report', '--worker', dump, '--chips', chip]
-    command += ['--models', *args.models, '--sizes', *map(str, args.sizes)]
+    command += ['--models', model, '--sizes', str(n_keys), '--ops', *args.ops]
     env = os.environ | environment(chip, pathlib.Path(dump))
-    done = subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True, check=True)
-  return [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{')]
-
-
-def print_table(rows: list[dict]):
-  print('| chip | model | S | kernel | temporaries MiB | compiled s | cycles a query | us | MXU |')
-  print('| --- | --- | ---: | --- | ---: | ---: | ---: | ---: | ---: |')
-  for r in rows:
-    print('| {chip} | {model} | {S} | {kernel} | {temporaries_mib:.0f} | {seconds:.0f} '
-          '| {cycles:.0f} | {us:.2f} | {mxu_cycles:.0f} |'.format(**r))
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+  rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{')]
+  if done.returncode:  # The compiler may abort its process.
+    reason = (done.stderr.strip().splitlines() or ['no message'])[-1]
+    lost = {'chip': chip, 'model': model, 'S': n_keys, 'error': f'process ended: {reason}'}
+    rows += [lost | {'op': op} for op in args.ops if op not in {row['op'] for row in rows}]
+  return rows
 
 
 def work(args):
-  dump, (chip,) = pathlib.Path(args.worker), args.chips
-  for model in args.models:
-    for n_keys in args.sizes:
-      for op in OPS:
-        began = time.perf_counter()
-        f, shapes, kernels = op(n_keys, *HEADS[model], VMEM[chip])
-        compiled = compile_for(chip, f, *shapes)
-        seconds = time.perf_counter() - began
-        temporaries = compiled.memory_analysis().temp_size_in_bytes / 2**20
-        for kernel, (trips, flops) in kernels.items():
-          cycles = cycles_of(dump, kernel, trips)
-          spec = CHIPS[chip]
-          row = {'chip': chip, 'model': model, 'S': n_keys, 'kernel': kernel}
-          row |= {'temporaries_mib': temporaries, 'seconds': seconds, 'cycles': cycles}
-          row |= {'us': 1e6 * cycles / spec.hertz, 'mxu_cycles': flops / spec.flops * spec.hertz}
-          print(json.dumps(row), flush=True)
-        for path in dump.iterdir():
-          path.unlink()
+  """Compiles the ops for one chip, model and size; prints a row of JSON for each."""
+  (chip,), (model,), (n_keys,) = args.chips, args.models, args.sizes
+  with jax.set_mesh(make_mesh(chip)):
+    dims = Dims(*HEADS[model], n_keys, resident.vmem_bytes())
+  for op in args.ops:
+    row = {'chip': chip, 'model': model, 'S': n_keys, 'op': op}
+    try:
+      row |= measure(OPS[op], chip, dims, args.worker)
+    except Exception as e:  # Whatever the compiler raises, the other ops are still reported.
+      row['error'] = f'{type(e).__name__}: {e}'.splitlines()[0]
+    print(json.dumps(row), flush=True)
+    for path in args.worker.iterdir():
+      path.unlink()
+
+
+def measure(op: Op, chip: str, dims: Dims, dump: pathlib.Path) -> dict:
+  """Compiles an op and reads what the compiler left."""
+  began, spec = time.perf_counter(), CHIPS[chip]
+  compiled = compile_for(chip, op.function, *op.shapes(dims))
+  row = {
+      'temporaries_mib': compiled.memory_analysis().temp_size_in_bytes / 2**20,
+      'seconds': time.perf_counter() - began,
+      'mxu_cycles': op.flops(dims) / spec.flops * spec.hertz,
+  }
+  if op.trips is None:
+    return row | {'vmem_mib': None, 'kernels': {}, 'cycles': None, 'us': None}
+  kernels = {kernel: cycles_of(dump, kernel, n) for kernel, n in op.trips(dims).items()}
+  vmem = max(schedule.vmem_bytes(dumped(dump, kernel, 'original')) for kernel in kernels)
+  cycles = sum(kernels.values())
+  row |= {'vmem_mib': vmem / 2**20, 'kernels': kernels}
+  return row | {'cycles': cycles, 'us': 1e6 * cycles / spec.hertz}
 
 
 def cycles_of(dump: pathlib.Path, kernel: str, trips: list) -> float:
-  """Bundles times trips; `trips` has (depth, count) for each loop, in the schedule's order."""
-  found = [x for x in dump.glob(f'*-{kernel}.*final_bundles.txt') if 'analysis' not in x.name]
-  loops = loop_bodies(max(found).read_text())
-  if [depth for depth, _ in loops] != [depth for depth, _ in trips]:
-    raise ValueError(f'{kernel} has loops {loops}, (depth, bundles); expected {trips}.')
-  return sum(bundles * n for (_, bundles), (_, n) in zip(loops, trips))
+  """A kernel's cycles for one query."""
+  try:
+    return schedule.cycles(schedule.loop_bodies(dumped(dump, kernel, 'final_bundles')), trips)
+  except ValueError as e:
+    raise ValueError(f'{kernel}: {e}') from None
+
+
+def dumped(dump: pathlib.Path, kernel: str, label: str) -> str:
+  """What the compiler wrote of a kernel after a pass."""
+  found = [x for x in dump.glob(f'*-{kernel}[.-]*-{label}.txt') if 'analysis' not in x.name]
+  if not found:
+    raise ValueError(f'{kernel}: the compiler wrote no {label}.')
+  return max(found).read_text()
+
+
+def name(row: dict) -> tuple:
+  return row['chip'], row['model'], row['S'], row['op']
+
+
+def print_table(rows: list[dict]):
+  columns = {'temporaries_mib': '.0f', 'vmem_mib': '.1f', 'seconds': '.0f'}
+  columns |= {'mxu_cycles': '.0f', 'cycles': '.0f', 'us': '.2f'}
+  print('| chip | model | op | S | temporaries MiB | VMEM MiB | compiled s | MXU floor, cycles '
+        '| cycles a query | us a query |')  # fmt: skip
+  print('| --- | --- | --- |' + ' ---: |' * 7)
+  for row in rows:
+    known = [row.get(key) for key in columns]
+    cells = ['' if x is None else format(x, how) for x, how in zip(known, columns.values())]
+    cells = [row['error']] if 'error' in row else cells
+    print('|', ' | '.join([row['chip'], row['model'], row['op'], str(row['S']), *cells]), '|')
 
 
 def compare(rows: list[dict], committed: list[dict]) -> list[str]:
-  """What is worse than what was committed, a line each."""
-  name = lambda row: (row['chip'], row['model'], row['S'], row['kernel'])
+  """What does not compile, or is worse than what was committed, a line each."""
   known, complaints = {name(row): row for row in committed}, []
   for row in rows:
     before = known.get(name(row))
-    if before is None:
+    if 'error' in row:
+      complaints.append(f'{name(row)}: {row["error"]}')
+    elif before is None:
       complaints.append(f'{name(row)}: not in the committed report.')
-      continue
-    for what in ('cycles', 'temporaries_mib'):
-      if row[what] > WORSE * before[what]:
-        complaints.append(f'{name(row)}: {what} {row[what]:.0f}, was {before[what]:.0f}.')
+    else:
+      complaints += [f'{name(row)}: {worse}.' for worse in _worse(row, before)]
   return complaints
+
+
+def _worse(row, before):
+  for what in ('cycles', 'temporaries_mib'):
+    now, then = row.get(what), before.get(what)
+    if then is not None and now is None:
+      yield f'{what} unknown, was {then:.0f}'
+    elif then is not None and now > WORSE * then:
+      yield f'{what} {now:.0f}, was {then:.0f}'
 
 
 def shape(*dims: int, dtype=jnp.bfloat16) -> jax.ShapeDtypeStruct:
   return jax.ShapeDtypeStruct((1, *dims), dtype)
 
 
-def int32(*dims: int) -> jax.ShapeDtypeStruct:
-  return shape(*dims, dtype=jnp.int32)
+int32 = functools.partial(shape, dtype=jnp.int32)
+float32 = functools.partial(shape, dtype=jnp.float32)
 
 
-def float32(*dims: int) -> jax.ShapeDtypeStruct:
-  return shape(*dims, dtype=jnp.float32)
-
-
-def tile_trips(blocks, bytes_per_key: int, n_keys: int, vmem: int, row_loops: int) -> list:
+def tile_trips(kernel: str, blocks, bytes_per_key: int, row_loops: int) -> Callable:
   """Loops of a kernel that meets shards, for one query: step, query, tile, groups of rows."""
-  shards = make_shards(n_keys, bytes_per_key, int(blocks.vmem_share * vmem * 2**20))
-  slots = -(-K // shards.n)
-  tiles = shards.n * -(-slots // fit_tile(blocks.tile, K, shards))
-  groups = shards.n * -(-slots // blocks.group)
-  return [(1, shards.n / blocks.step_t), (2, shards.n), (3, tiles), *[(4, groups)] * row_loops]
+
+  def trips(dims: Dims) -> dict:
+    shards = make_shards(dims.n_keys, bytes_per_key, int(blocks.vmem_share * dims.vmem))
+    slots = -(-min(K, dims.n_keys) // shards.n)
+    tiles = shards.n * -(-slots // fit_tile(blocks.tile, K, shards))
+    groups = shards.n * -(-slots // blocks.group)
+    outer = [(1, shards.n / blocks.step_t), (2, shards.n), (3, tiles)]
+    return {kernel: [*outer, *[(4, groups)] * row_loops]}
+
+  return trips
 
 
-def index_topk(n_keys, _, heads, vmem):
+def topk_shapes(dims):
+  heads = dims.index_heads
+  return shape(T, heads, J), shape(dims.n_keys, J), float32(T, heads), int32(T), int32(T)
+
+
+def topk_trips(dims) -> dict:
   blocks = select.BlockSizes()
-  how = dict(topk=K, blocks=blocks)
-  shapes = shape(T, heads, J), shape(n_keys, J), float32(T, heads), int32(T), int32(T)
-  seen, tiles = n_keys / 2 / select.TILE, -(-n_keys // select.TILE)
-  per_tile = select.TILE / blocks.step_s
-  loops = (1, tiles), (2, seen * per_tile), (2, seen), (2, BISECTIONS)
+  seen, tiles = dims.n_keys / 2 / select.TILE, -(-dims.n_keys // select.TILE)
+  loops = (1, tiles), (2, seen * select.TILE / blocks.step_s), (2, seen), (2, BISECTIONS)
   loops += (3, BISECTIONS * seen), (2, seen)
-  trips = [(depth, n / blocks.step_t) for depth, n in loops]
-  return lambda *x: select.forward(*x, **how), shapes, {
-      'index_topk_cut': (trips, n_keys / 2 * heads * 2 * J),
-      'index_topk_positions': ([(1, 1 / blocks.step_t), (2, 1)], 0),
-  }
+  chunks = -(-tiles // select.CHUNK)
+  sums, slots = [(2, chunks)] * 2, K / LANES
+  numbering = (1, 1), *sums, (2, slots), (3, slots * chunks)
+  if chunks == 1:  # No loop is made of one trip.
+    numbering = (1, 1), (2, slots)
+  per_query = lambda loops: [(depth, n / blocks.step_t) for depth, n in loops]
+  return {'index_topk_cut': per_query(loops), 'index_topk_positions': per_query(numbering)}
 
 
-def attention_forward(n_keys, heads, _, vmem):
-  blocks = attention.BlockSizes()
-  how = dict(v_dim=V, sm_scale=0.1, blocks=blocks)
-  shapes = shape(T, heads, E), shape(n_keys, E), int32(T, K)
-  trips = tile_trips(blocks, Rows(E, jnp.dtype('bfloat16')).bytes, n_keys, vmem, 1)
-  work = 2 * K * heads * (E + V)
-  f = lambda *x: attention.forward(*x, **how)
-  return f, shapes, {'sparse_attention_forward': (trips, work)}
+def attention_shapes(dims):
+  return shape(T, dims.heads, E), shape(dims.n_keys, E), int32(T, K)
 
 
-def attention_backward(n_keys, heads, _, vmem):
-  blocks, rows = attention.BlockSizes(), Rows(E, jnp.dtype('bfloat16'))
-  how = dict(v_dim=V, sm_scale=0.1, blocks=blocks)
-  out, lse = shape(T, heads, V), float32(T, heads)
-  shapes = (shape(T, heads, E), shape(n_keys, E), int32(T, K), out, lse), (out, lse)
-  trips = tile_trips(blocks, rows.bytes + 4 * rows.channels, n_keys, vmem, 2)
-  work = 2 * K * heads * (3 * E + 2 * V)
-  f = lambda *x: attention.backward(*x, **how)
-  return f, shapes, {'sparse_attention_backward': (trips, work)}
+def attention_backward_shapes(dims):
+  out, lse = shape(T, dims.heads, V), float32(T, dims.heads)
+  return (*attention_shapes(dims), out, lse), (out, lse)
 
 
-def _kl_shapes(n_keys, heads, index_heads):
-  constants = shape(T, heads, E), shape(n_keys, 1, E), float32(T, heads)
-  constants += int32(T), int32(T), int32(T, K)
-  return constants, (shape(T, index_heads, J), shape(n_keys, J), float32(T, index_heads))
+def kl_constants(dims):
+  keys = shape(dims.n_keys, 1, E)
+  return shape(T, dims.heads, E), keys, float32(T, dims.heads), int32(T), int32(T), int32(T, K)
 
 
-def kl_forward(n_keys, heads, index_heads, vmem):
-  blocks, bf16 = kl.BlockSizes(), jnp.dtype('bfloat16')
-  constants, index = _kl_shapes(n_keys, heads, index_heads)
-  size = Rows(E, bf16).bytes + Rows(J, bf16).bytes
-  trips = tile_trips(blocks, size, n_keys, vmem, 2)
-  f = lambda constants, index: kl.forward(constants, *index, sm_scale=0.1, blocks=blocks)
-  work = 2 * K * (heads * E + index_heads * J)
-  return f, (constants, index), {'index_kl_selected_forward': (trips, work)}
+def kl_index(dims):
+  return shape(T, dims.index_heads, J), shape(dims.n_keys, J), float32(T, dims.index_heads)
 
 
-def kl_backward(n_keys, heads, index_heads, vmem):
-  blocks, bf16 = kl.BlockSizes(), jnp.dtype('bfloat16')
-  constants, index = _kl_shapes(n_keys, heads, index_heads)
-  size = Rows(E, bf16).bytes + Rows(J, bf16).bytes + 4 * LANES
-  trips = tile_trips(blocks, size, n_keys, vmem, 3)
-  f = lambda *x: kl.backward(*x, sm_scale=0.1, blocks=blocks)
-  work = 2 * K * (heads * E + 3 * index_heads * J)
-  shapes = constants, (*index, float32(T), float32(T)), float32(T)
-  return f, shapes, {'index_kl_selected_backward': (trips, work)}
-
-
-OPS = (index_topk, attention_forward, attention_backward, kl_forward, kl_backward)
+ATTENTION = dict(v_dim=V, sm_scale=0.1, blocks=attention.BlockSizes())
+KL = dict(sm_scale=0.1, blocks=kl.BlockSizes())
+KV, INDEX = Rows(E, BF16), Rows(J, BF16)
+TABLE = [
+    Op(
+        'index_topk',
+        lambda *x: select.forward(*x, topk=K, blocks=select.BlockSizes()),
+        topk_shapes,
+        lambda dims: 2 * dims.n_keys / 2 * dims.index_heads * J,
+        topk_trips,
+    ),
+    Op(
+        'sparse_attention_forward',
+        lambda *x: attention.forward(*x, **ATTENTION),
+        attention_shapes,
+        lambda dims: 2 * K * dims.heads * (E + V),
+        tile_trips('sparse_attention_forward', ATTENTION['blocks'], KV.bytes, 1),
+    ),
+    Op(
+        'sparse_attention_backward',
+        lambda *x: attention.backward(*x, **ATTENTION),
+        attention_backward_shapes,
+        lambda dims: 2 * K * dims.heads * (3 * E + 2 * V),
+        tile_trips(
+            'sparse_attention_backward',
+            ATTENTION['blocks'],
+            KV.bytes + 4 * KV.channels,
+            2,
+        ),
+    ),
+    Op(
+        'index_kl_selected_forward',
+        lambda constants, index: kl.forward(constants, *index, **KL),
+        lambda dims: (kl_constants(dims), kl_index(dims)),
+        lambda dims: 2 * K * (dims.heads * E + dims.index_heads * J),
+        tile_trips('index_kl_selected_forward', KL['blocks'], KV.bytes + INDEX.bytes, 2),
+    ),
+    Op(
+        'index_kl_selected_backward',
+        lambda *x: kl.backward(*x, **KL),
+        lambda dims: (kl_constants(dims), (*kl_index(dims), *[float32(T)] * 2), float32(T)),
+        lambda dims: 2 * K * (dims.heads * E + 3 * dims.index_heads * J),
+        tile_trips(
+            'index_kl_selected_backward',
+            KL['blocks'],
+            KV.bytes + INDEX.bytes + 4 * INDEX.channels,
+            3,
+        ),
+    ),
+]
+OPS = {op.name: op for op in TABLE}
 
 if __name__ == '__main__':
   main()

@@ -2,11 +2,13 @@
 """The compile report reads schedules as they are, and notices what got worse."""
 
 import json
+import subprocess
 import sys
 
+import jax
 import pytest
 
-from dsa_jax import compile_report, targets
+from dsa_jax import compile_report, schedule, targets
 
 SCHEDULE = """\
 LB: loop body
@@ -20,49 +22,145 @@ second_minor_factor: 1 */ } /* End region 25 */
    0x7 PF: > { sbr.rel target = $region3 }
    0x8   :  {}
 """
-ROW = {'chip': 'v6e', 'model': 'v32', 'S': 4096, 'kernel': 'x'}
-ROW |= {'cycles': 100.0, 'temporaries_mib': 50.0}
+PROGRAM = """\
+  #allocation1 [shape = 'u32[144,128]{1,0:T(1,128)}', space=vmem, size = 0x12000, scoped]
+  #allocation3 [shape = 's32[1]{0}', space=sflag, size = 0x4, scoped, tag = 'scoped memory']
+    #allocation5 [shape = 'u8[1024]{0}', space=vmem, size = 0x400, scoped, tag = 'window']
+"""
+ROW = {'chip': 'v6e', 'model': 'v32', 'S': 4096, 'op': 'x'}
+NAME = "'v6e', 'v32', 4096, 'x'"
+GOOD = ROW | {'cycles': 100.0, 'temporaries_mib': 50.0}
 
 
 def test_bundles_of_a_loop_exclude_those_of_its_inner_loops():
-  assert targets.loop_bodies(SCHEDULE) == [(1, 3), (2, 3)]
+  assert schedule.loop_bodies(SCHEDULE) == [(1, 3), (2, 3)]
+
+
+def test_an_outer_loop_goes_on_after_its_inner_ones():
+  labels = 'LB: >', 'LB: >>', '  : >>', '  : >', 'LB: >>', '  : >', '  : ', 'LB: >'
+  text = '\n'.join(f' 0x{i:x} {label} {{ }}' for i, label in enumerate(labels))
+  assert schedule.loop_bodies(text) == [(1, 3), (2, 2), (2, 1), (1, 1)]
+
+
+def test_loops_that_start_dmas_are_left_out():
+  loops = [(1, 50), (2, 33), (2, 3), (2, 39), (3, 900), (2, 70)]
+  loops = [schedule.Loop(*loop) for loop in loops]
+  assert schedule.cycles(loops, [(1, 1), (2, 2), (3, 3), (2, 4)]) == 50 + 2 * 39 + 3 * 900 + 4 * 70
+  assert schedule.cycles(loops[3:5], [(2, 2), (3, 3)]) == 2 * 39 + 3 * 900
+  assert schedule.cycles(loops[1:2], [(2, 2)]) == 66  # Short, but expected.
+
+
+def test_vmem_is_what_the_program_allocates_there():
+  assert schedule.vmem_bytes(PROGRAM) == 0x12400
 
 
 def test_cycles_are_bundles_times_trips(tmp_path):
-  (tmp_path / '1-x.2-70-schedule-analysis_final_bundles.txt').write_text('no schedule')
-  (tmp_path / '1-x.2-71-final_bundles.txt').write_text(SCHEDULE)
+  (tmp_path / '1-x.2-01-schedule-analysis_final_bundles.txt').write_text('no schedule')
+  (tmp_path / '1-xy.2-02-final_bundles.txt').write_text('another kernel')
+  (tmp_path / '1-x.2-02-final_bundles.txt').write_text(SCHEDULE)
   assert compile_report.cycles_of(tmp_path, 'x', [(1, 0.5), (2, 10)]) == 31.5
-  with pytest.raises(ValueError, match=r'x has loops \[\(1, 3\), \(2, 3\)\]'):
-    compile_report.cycles_of(tmp_path, 'x', [(1, 0.5), (3, 10)])
+  for wrong in [(1, 0.5), (3, 10)], [(1, 0.5)], []:
+    with pytest.raises(ValueError) as e:
+      compile_report.cycles_of(tmp_path, 'x', wrong)
+    assert 'x: ' in str(e.value) and 'bundles=3' in str(e.value) and str(wrong) in str(e.value)
+  with pytest.raises(ValueError, match='z: the compiler wrote no final_bundles'):
+    compile_report.cycles_of(tmp_path, 'z', [])
 
 
 @pytest.mark.parametrize('what', ['cycles', 'temporaries_mib'])
 def test_notices_what_is_more_than_a_tenth_worse(what):
-  change = lambda factor: [ROW | {what: factor * ROW[what]}]
-  assert not compile_report.compare(change(1.09), [ROW])
-  assert not compile_report.compare(change(0.5), [ROW])
-  (complaint,) = compile_report.compare(change(1.11), [ROW])
-  assert what in complaint and "'v6e', 'v32', 4096, 'x'" in complaint
-  (complaint,) = compile_report.compare([ROW], [])
-  assert 'not in the committed report' in complaint
+  change = lambda factor: [GOOD | {what: factor * GOOD[what]}]
+  assert not compile_report.compare(change(1.09), [GOOD])
+  assert not compile_report.compare(change(0.5), [GOOD])
+  (complaint,) = compile_report.compare(change(1.11), [GOOD])
+  assert what in complaint and NAME in complaint
 
 
-def test_every_chip_and_kernel_of_the_check_is_committed():
+def test_notices_what_is_missing_or_does_not_compile():
+  (complaint,) = compile_report.compare([GOOD], [])
+  assert NAME in complaint and 'not in the committed report' in complaint
+  (complaint,) = compile_report.compare([ROW | {'error': 'no VMEM left'}], [GOOD])
+  assert NAME in complaint and 'no VMEM left' in complaint
+  (complaint,) = compile_report.compare([GOOD | {'cycles': None}], [GOOD])
+  assert 'cycles unknown, was 100' in complaint
+  no_schedule = GOOD | {'cycles': None}
+  assert not compile_report.compare([no_schedule], [no_schedule])
+
+
+def test_an_op_that_fails_is_a_row_and_the_others_go_on(tmp_path, monkeypatch, capsys):
+  def measure(op, *_):
+    if op.name == 'index_topk':
+      raise RuntimeError('RESOURCE_EXHAUSTED: vmem\nmore')
+    return {'cycles': 1.0}
+
+  monkeypatch.setattr(compile_report, 'measure', measure)
+  monkeypatch.setattr(compile_report, 'make_mesh', lambda chip: _cpu_mesh())
+  line = 'x --worker DIR --chips v6e --models v32 --sizes 8 --ops index_topk'.split()
+  line[2] = str(tmp_path)
+  monkeypatch.setattr(sys, 'argv', [*line, 'sparse_attention_forward'])
+  compile_report.main()
+  failed, fine = map(json.loads, capsys.readouterr().out.splitlines())
+  assert failed['error'] == 'RuntimeError: RESOURCE_EXHAUSTED: vmem'
+  assert fine['op'] == 'sparse_attention_forward' and fine['cycles'] == 1
+
+
+def test_an_aborted_compiler_leaves_a_row_for_each_op(monkeypatch):
+  monkeypatch.setattr(sys, 'argv', ['x', '--ops', 'index_topk', 'sparse_attention_forward'])
+  args = compile_report.parse()
+  out = json.dumps(ROW | {'op': 'index_topk', 'cycles': 1.0})
+  ended = subprocess.CompletedProcess([], -6, stdout=out, stderr='Check failed: x\n')
+  monkeypatch.setattr(compile_report.subprocess, 'run', lambda *_, **__: ended)
+  monkeypatch.setattr(compile_report, 'environment', lambda *_: {})
+  fine, lost = compile_report.rows_of(args, ('v6e', 'v32', 4096))
+  assert 'error' not in fine
+  assert lost['op'] == 'sparse_attention_forward' and 'Check failed: x' in lost['error']
+
+
+def test_every_row_of_the_check_is_committed_and_above_its_floor(monkeypatch):
   rows = json.loads(compile_report.COMMITTED.read_text())
-  rows = [row for row in rows if (row['model'], row['S']) == ('v32', 32_768)]
-  kernels = {'index_topk_cut', 'index_topk_positions'}
-  for op in ('sparse_attention', 'index_kl_selected'):
-    kernels |= {f'{op}_forward', f'{op}_backward'}
-  found = {(row['chip'], row['kernel']) for row in rows}
-  assert found == {(chip, kernel) for chip in targets.CHIPS for kernel in kernels}
+  found = {compile_report.name(row): row for row in rows}
+  monkeypatch.setattr(sys, 'argv', ['x'])
+  for chip in targets.CHIPS:
+    for model, size in compile_report.plan(compile_report.parse()):
+      for op in compile_report.OPS.values():
+        row = found[chip, model, size, op.name]
+        assert 'error' not in row
+        assert op.trips is None or row['cycles'] > row['mxu_cycles']
+
+
+@pytest.mark.parametrize('wrong', ['--chips=v9', '--ops=x', '--models=x', '--sizes=x'])
+def test_refuses_what_it_does_not_know(wrong, monkeypatch):
+  monkeypatch.setattr(sys, 'argv', ['compile_report', wrong])
+  with pytest.raises(SystemExit):
+    compile_report.main()
 
 
 def test_says_what_is_wrong(tmp_path, monkeypatch):
-  with pytest.raises(ValueError, match="chip='v9' must be one of"):
-    targets.environment('v9', tmp_path)
+  monkeypatch.delenv('TPU_ACCELERATOR_TYPE', raising=False)
+  for call in lambda: targets.environment('v9', tmp_path), lambda: targets.compile_for('v9', abs):
+    with pytest.raises(ValueError, match="chip='v9' must be one of"):
+      call()
+  monkeypatch.setattr(targets.importlib.util, 'find_spec', lambda name: 'libtpu')
+  with pytest.raises(ValueError, match=r"needs a process with environment\('v6e'\)"):
+    targets.compile_for('v6e', abs)
   monkeypatch.setattr(targets.importlib.util, 'find_spec', lambda name: None)
   with pytest.raises(ValueError, match='libtpu is not installed: pip install'):
     targets.environment('v6e', tmp_path)
-  monkeypatch.setattr(sys, 'argv', ['compile_report', '--chips', 'v9'])
-  with pytest.raises(SystemExit):
-    compile_report.main()
+
+
+def test_compiles_an_op_for_a_chip(tmp_path):
+  pytest.importorskip('libtpu', reason="needs the TPU's compiler: pip install 'dsa_jax[compile]'")
+  path = tmp_path / 'rows.json'
+  what = '--chips v6e --models glm5 --sizes 4096 --ops sparse_attention_forward'
+  command = [sys.executable, '-m', 'dsa_jax.compile_report', *what.split(), f'--json={path}']
+  done = subprocess.run(command, capture_output=True, text=True)
+  assert done.returncode == 0, done.stderr
+  (row,) = json.loads(path.read_text())
+  assert compile_report.name(row) == ('v6e', 'glm5', 4096, 'sparse_attention_forward')
+  assert row['cycles'] > row['mxu_cycles'] > 0
+  assert 0 < row['vmem_mib'] < 128 and row['temporaries_mib'] > 0
+  assert '| v6e | glm5 | sparse_attention_forward | 4096 |' in done.stdout
+
+
+def _cpu_mesh():
+  return jax.make_mesh((1,), ('device',), (jax.sharding.AxisType.Auto,))

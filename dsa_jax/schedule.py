@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the TPU compiler's dumps say of a kernel: loops of its final schedule, VMEM it takes."""
+
+import re
+from collections.abc import Sequence
+from typing import NamedTuple
+
+SHORT = 40  # Bundles; a shorter loop without inner ones may be the parts of a large DMA.
+
+
+class Loop(NamedTuple):
+  """A loop body of a schedule: how deep it is nested, and its bundles without inner loops'."""
+
+  depth: int
+  bundles: int
+
+
+def loop_bodies(schedule: str) -> list[Loop]:
+  """The loops of a final schedule, in its order. A bundle is a cycle where nothing stalls."""
+  loops = []
+  for depth, label in _bundles(schedule):
+    if label == 'LB':
+      loops.append(Loop(depth, 0))
+    own = [i for i, loop in enumerate(loops) if loop.depth == depth]
+    if own:
+      loops[own[-1]] = Loop(depth, loops[own[-1]].bundles + 1)
+  return loops
+
+
+def cycles(loops: Sequence[Loop], trips: Sequence[tuple[int, int | float]]) -> float:
+  """Bundles times trips; `trips` has (depth, count) for each loop, in the schedule's order.
+
+  Where there are more loops, those that start DMAs, a few times in many queries, are left out.
+
+  Raises:
+    ValueError: The loops are not those that `trips` counts.
+  """
+  if len(loops) > len(trips):
+    loops = [loop for loop, after in zip(loops, [*loops[1:], None]) if not _is_dma(loop, after)]
+  if [loop.depth for loop in loops] != [depth for depth, _ in trips]:
+    raise ValueError(f'the schedule has {loops}; (depth, trips) are given as {list(trips)}.')
+  return float(sum(loop.bundles * n for loop, (_, n) in zip(loops, trips)))
+
+
+def _is_dma(loop: Loop, after: Loop | None) -> bool:
+  is_leaf = after is None or after.depth <= loop.depth
+  return is_leaf and loop.depth > 1 and loop.bundles < SHORT
+
+
+def vmem_bytes(program: str) -> int:
+  """VMEM that a kernel's program allocates: scratch, and windows with their second buffers."""
+  return sum(int(size, 16) for size in re.findall(r'space=vmem, size = (0x[0-9a-f]+)', program))
+
+
+def _bundles(schedule: str):
+  line = r'^ *0x[0-9a-f]+ +(LB|LH|LE|PB|PF|CT)?:? *((?:> ?)*)\{'
+  for label, marks in re.findall(line, schedule, re.MULTILINE):
+    yield marks.count('>'), label
