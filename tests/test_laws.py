@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from dsa_jax.losses import shift_targets
+from dsa_jax.nn import mla
 from dsa_jax.nn.mla import Mode
 
 backends = pytest.mark.parametrize('backend', laws.BACKENDS)
@@ -130,3 +131,18 @@ def test_remat_is_invisible():
       for remat in (False, True)
   ]
   laws.assert_close(grads[1], grads[0], 1e-5)
+
+
+@pytest.mark.parametrize('types', [(), ('full', 'shared')])
+def test_blocks_of_queries_are_invisible(types, monkeypatch):
+  cfg = dataclasses.replace(laws.CFG, indexer_types=types)
+  batch, params = laws.make_batch(laws.LENGTHS), laws.weights(cfg)
+  mode = Mode(attention='sparse', backend='xla', index_loss=True)
+  run = lambda: [laws.gradients(loss, params, batch, mode, cfg) for loss in (0, 1)]
+  whole = run()
+  blocks, map_rows = [], mla.map_rows
+  monkeypatch.setattr(mla, 'map_rows', lambda *x: blocks.append(x[2]) or map_rows(*x))
+  channels = cfg.n_heads * (cfg.kv_lora_rank + cfg.qk_rope_head_dim)
+  monkeypatch.setattr(mla, 'QUERY_CHANNELS', 9 * channels)  # The last block has rows to spare.
+  laws.assert_close(run(), whole, 1e-5)
+  assert set(blocks) == {8}

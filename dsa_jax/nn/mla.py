@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from dsa_jax import selection
 from dsa_jax.config import ModelConfig
 from dsa_jax.kernels import dense_attention, index_kl, sparse_attention
+from dsa_jax.kernels.rows import map_rows
 from dsa_jax.nn.indexer import IndexInputs, LightningIndexer
 from dsa_jax.nn.norms import RMSNorm
 from dsa_jax.nn.param import BackboneParam, param
@@ -20,6 +21,7 @@ from dsa_jax.nn.rope import apply_rope, rope_frequencies
 from dsa_jax.selection import measures
 
 Attention = Literal['dense', 'sparse', 'masked']
+QUERY_CHANNELS = 2**29  # Of absorbed queries at one time; more go in blocks of rows.
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -77,6 +79,7 @@ class AttentionReport(NamedTuple):
 class Views(NamedTuple):
   """A layer's queries and keys: in MHA form (E = N + R), absorbed (P = C + R), and the indexer's."""
 
+  q_latent: Float[Array, 'B T Q']
   q: Float[Array, 'B T H E']
   k: Float[Array, 'B S H E']
   v: Float[Array, 'B S H V']
@@ -141,9 +144,22 @@ class MLA(nnx.Module):
       candidates = seen.candidates(start, end, key, self.cfg, mode.backend)
       return seen.index, {rule: selection.RULES[rule](candidates) for rule in mode.rules}
 
-    def index_loss(index: IndexInputs) -> Float[Array, 'B T']:
-      q, k = (seen.q, seen.k) if indices is None else (seen.absorbed_q, seen.kv[:, :, None])
-      return index_kl(q, k, lse, *index, start, end, indices=indices, **how)
+    def divergence(q, k, lse, index, start, end, indices=None) -> Float[Array, 'B T'] | None:
+      loss = lambda index: index_kl(q, k, lse, *index, start, end, indices=indices, **how)
+      nothing = jnp.zeros(start.shape)
+      if not mode.index_loss:
+        return None
+      if index is None:
+        return nothing
+      return jax.lax.cond(shared.is_full, loss, lambda _: nothing, index) if shared else loss(index)
+
+    def read(rows, keys):
+      q_latent, start, end, indices, index_rows = rows
+      kv, index_k = keys
+      q = self._absorbed_queries(q_latent, _positions(start, end))
+      out, lse = sparse_attention(q, kv, indices, v_dim=self.cfg.kv_lora_rank, **how)
+      index = index_rows and IndexInputs(index_rows[0], index_k, index_rows[1])
+      return self.from_latents(out), divergence(q, kv[:, :, None], lse, index, start, end, indices)
 
     if shared is None:
       index, selections = select(seen)
@@ -155,48 +171,43 @@ class MLA(nnx.Module):
       index, selections = jax.lax.cond(shared.is_full, own, lambda: (zeros, shared.selections))
 
     how = {'sm_scale': self.cfg.sm_scale, 'backend': mode.backend}
-    dense = functools.partial(dense_attention, seen.q, seen.k, start=start, end=end, **how)
-    sparse = functools.partial(
-        sparse_attention, seen.absorbed_q, seen.kv, v_dim=self.cfg.kv_lora_rank, **how
-    )
     indices = None if mode.attention == 'dense' else selections[mode.rule]
     if mode.attention == 'sparse':
-      latent_out, lse = sparse(indices)
-      out = self.from_latents(latent_out)
+      index_rows, index_k = ((index.q, index.weights), index.k) if index else (None, None)
+      rows = seen.q_latent, start, end, indices, index_rows
+      channels = self.cfg.n_heads * seen.kv.shape[-1]
+      out, kl = _by_blocks(read, rows, (seen.kv, index_k), QUERY_CHANNELS // channels)
     else:
-      out, lse = dense(v=seen.v, indices=indices)
+      out, lse = dense_attention(seen.q, seen.k, seen.v, start, end, indices=indices, **how)
       out = self._join_heads(out)
+      kl = divergence(seen.q, seen.k, lse, index, start, end, indices)
 
-    kl = None
-    if mode.index_loss:
-      nothing = jnp.zeros(start.shape)
-      if shared is None:
-        kl = index_loss(index)
-      elif self.indexer is None:
-        kl = nothing
-      else:
-        kl = jax.lax.cond(shared.is_full, index_loss, lambda _: nothing, index)
-    measured = {}
-    if mode.measure:
-      lse_visible = dense(v=seen.v)[1]
-      candidates = seen.candidates(start, end, key, self.cfg, mode.backend)
-      oracle = selection.RULES['oracle'](candidates)
-      for rule in mode.measure:
-        chosen = selections[rule]
-        measured[rule] = Measures(
-            indices=chosen,
-            captured_mass=measures.captured_mass(sparse(chosen)[1], lse_visible),
-            topk_recall=measures.overlap(oracle, chosen),
-            neighbour_overlap=measures.neighbour_overlap(chosen),
-            selected_distance=measures.selected_distance(chosen, end),
-        )
+    measured = self._measured(seen, selections, start, end, key, mode) if mode.measure else {}
     return out, selections, AttentionReport(kl, measured)
+
+  def _measured(self, seen: Views, selections: Selections, start, end, key, mode: Mode):
+    """What each rule of `mode.measure` selected, against all that the queries see."""
+    how = {'sm_scale': self.cfg.sm_scale, 'backend': mode.backend}
+    lse_visible = dense_attention(seen.q, seen.k, seen.v, start, end, **how)[1]
+    oracle = selection.RULES['oracle'](seen.candidates(start, end, key, self.cfg, mode.backend))
+    measured = {}
+    for rule in mode.measure:
+      chosen, v_dim = selections[rule], self.cfg.kv_lora_rank
+      lse = sparse_attention(seen.absorbed_q, seen.kv, chosen, v_dim=v_dim, **how)[1]
+      measured[rule] = Measures(
+          indices=chosen,
+          captured_mass=measures.captured_mass(lse, lse_visible),
+          topk_recall=measures.overlap(oracle, chosen),
+          neighbour_overlap=measures.neighbour_overlap(chosen),
+          selected_distance=measures.selected_distance(chosen, end),
+      )
+    return measured
 
   def views(
       self, x: Float[Array, 'B T D'], start: Int[Array, 'B T'], end: Int[Array, 'B T']
   ) -> Views:
     """Projects the normed `x` into all that attention and indexer read; unused parts cost nothing."""
-    positions = jnp.maximum(end - 1 - start, 0)
+    positions = _positions(start, end)
     w_k, w_v = self._expansion(x.dtype)
     q_latent = self.q_norm(x @ self.wq_a[...].astype(x.dtype))
     q_nope, q_rope = self._queries(q_latent, positions)
@@ -204,10 +215,11 @@ class MLA(nnx.Module):
     k_nope = jnp.einsum('BSC,CHN->BSHN', c_kv, w_k)
     k_rope_of_heads = jnp.broadcast_to(k_rope[:, :, None], q_rope.shape)
     return Views(
+        q_latent=q_latent,
         q=jnp.concatenate([q_nope, q_rope], axis=-1),
         k=jnp.concatenate([k_nope, k_rope_of_heads], axis=-1),
         v=jnp.einsum('BSC,CHV->BSHV', c_kv, w_v),
-        absorbed_q=jnp.concatenate([jnp.einsum('BTHN,CHN->BTHC', q_nope, w_k), q_rope], axis=-1),
+        absorbed_q=self._absorbed_queries(q_latent, positions),
         kv=jnp.concatenate([c_kv, k_rope], axis=-1),
         index=None if self.indexer is None else self.indexer(x, q_latent, positions),
     )
@@ -228,9 +240,35 @@ class MLA(nnx.Module):
     nope, rope = jnp.split(q, [self.cfg.qk_nope_head_dim], axis=-1)
     return nope, apply_rope(rope, positions, rope_frequencies(self.cfg), interleaved=True)
 
+  def _absorbed_queries(self, q_latent, positions):
+    nope, rope = self._queries(q_latent, positions)
+    absorbed = jnp.einsum('BTHN,CHN->BTHC', nope, self._expansion(q_latent.dtype)[0])
+    return jnp.concatenate([absorbed, rope], axis=-1)
+
   def _latents(self, x, positions):
     """The normed latent and the rotated key of every token."""
     latent, rope = jnp.split(x @ self.wkv_a[...].astype(x.dtype), [self.cfg.kv_lora_rank], axis=-1)
     frequencies = rope_frequencies(self.cfg)
     rope = apply_rope(rope[:, :, None], positions, frequencies, interleaved=True)[:, :, 0]
     return self.kv_norm(latent), rope
+
+
+def _positions(start, end):
+  """Where each token is in its document."""
+  return jnp.maximum(end - 1 - start, 0)
+
+
+def _by_blocks(f, rows, keys, most: int):
+  """`f(rows, keys)`; more than `most` rows go in blocks, computed again in the backward pass.
+
+  The gradients of the keys add up over the blocks in float32.
+  """
+  if rows[0].shape[1] <= most:
+    return f(rows, keys)
+  wide = jax.tree.map(lambda x: x.astype(jnp.float32), keys)
+  narrow = lambda: jax.tree.map(lambda x, y: x.astype(y.dtype), wide, keys)
+  return map_rows(jax.checkpoint(lambda rows: f(rows, narrow())), rows, _power_of_two(most))
+
+
+def _power_of_two(most: int) -> int:
+  return 1 << max(most, 1).bit_length() - 1
