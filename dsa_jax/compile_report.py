@@ -216,16 +216,17 @@ int32 = functools.partial(shape, dtype=jnp.int32)
 float32 = functools.partial(shape, dtype=jnp.float32)
 
 
-def tile_trips(kernel: str, blocks, bytes_per_key: int, row_loops: int) -> Callable:
+def tile_trips(kernel: str, blocks, bytes_per_key: int, copies: int, adds: int = 0) -> Callable:
   """Loops of a kernel that meets shards, for one query: step, query, tile, groups of rows."""
 
   def trips(dims: Dims) -> dict:
     shards = make_shards(dims.n_keys, bytes_per_key, int(blocks.vmem_share * dims.vmem))
-    slots = -(-min(K, dims.n_keys) // shards.n)
-    tiles = shards.n * -(-slots // fit_tile(blocks.tile, K, shards))
-    groups = shards.n * -(-slots // blocks.group)
-    outer = [(1, shards.n / blocks.step_t), (2, shards.n), (3, tiles)]
-    return {kernel: [*outer, *[(4, groups)] * row_loops]}
+    slots, tile = -(-min(K, dims.n_keys) // shards.n), fit_tile(blocks.tile, K, shards)
+    group = resident.fit_group(blocks.group, tile)
+    groups = lambda n: (4, shards.n * -(-slots // n))
+    outer = [(1, shards.n / blocks.step_t), (2, shards.n), (3, shards.n * -(-slots // tile))]
+    rows = [groups(group)] * copies + [groups(resident.fit_added(group))] * adds
+    return {kernel: outer + rows}
 
   return trips
 
@@ -283,7 +284,7 @@ TABLE = [
         lambda *x: attention.forward(*x, **ATTENTION),
         attention_shapes,
         lambda dims: 2 * K * dims.heads * (E + V),
-        tile_trips('sparse_attention_forward', ATTENTION['blocks'], KV.bytes, 1),
+        tile_trips('sparse_attention_forward', ATTENTION['blocks'], KV.bytes, copies=1),
     ),
     Op(
         'sparse_attention_backward',
@@ -294,7 +295,8 @@ TABLE = [
             'sparse_attention_backward',
             ATTENTION['blocks'],
             KV.bytes + 4 * KV.channels,
-            2,
+            copies=1,
+            adds=1,
         ),
     ),
     Op(
@@ -302,7 +304,7 @@ TABLE = [
         lambda constants, index: kl.forward(constants, *index, **KL),
         lambda dims: (kl_constants(dims), kl_index(dims)),
         lambda dims: 2 * K * (dims.heads * E + dims.index_heads * J),
-        tile_trips('index_kl_selected_forward', KL['blocks'], KV.bytes + INDEX.bytes, 2),
+        tile_trips('index_kl_selected_forward', KL['blocks'], KV.bytes + INDEX.bytes, copies=2),
     ),
     Op(
         'index_kl_selected_backward',
@@ -313,7 +315,8 @@ TABLE = [
             'index_kl_selected_backward',
             KL['blocks'],
             KV.bytes + INDEX.bytes + 4 * INDEX.channels,
-            3,
+            copies=2,
+            adds=1,
         ),
     ),
 ]

@@ -18,6 +18,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 LANES = 128
 SPARE = 8  # Rows of zeros behind each shard, where slots of other shards point.
+ADDED = 16  # Rows of sums whose loads precede all stores.
 
 
 class Rows(NamedTuple):
@@ -73,6 +74,16 @@ def make_shards(n_keys: int, bytes_per_key: int, budget: int) -> Shards:
 def fit_tile(tile: int, n_slots: int, shards: Shards) -> int:
   """A tile no larger than what a query has of a shard, where its slots are spread evenly."""
   return min(tile, pl.cdiv(pl.cdiv(n_slots, shards.n), LANES) * LANES)
+
+
+def fit_group(group: int, tile: int) -> int:
+  """A group of at most a quarter of a tile, which a small tile would not fill."""
+  return min(group, pl.cdiv(tile, 4))
+
+
+def fit_added(group: int) -> int:
+  """Rows that are added between two branches: all of them are in registers."""
+  return min(group, ADDED)
 
 
 def vmem_bytes() -> int:
@@ -211,21 +222,26 @@ class ShardKernels:
   def read(self, rows: Rows, shard, spans, lines, i, j, buffer) -> jax.Array:
     """Copies the j-th tile of query i and returns it as [tile, channels], zeros as filling."""
     n = self.filled(spans, i, j)
-    line = self._line(spans, lines, i, j)
-    copy_rows(rows.lines, shard.at[0, 0], buffer, line, n, self.group)
+    lines = self._lines(spans, lines, i, j)
+    copy_rows(rows.lines, shard.at[0, 0], buffer, lines, n, self.group)
     return read_rows(rows, buffer, n, self.tile)
 
   def add(self, x: jax.Array, buffer, sums, spans, lines, i, j):
     """Adds float32 [tile, channels] to the rows of the j-th tile of query i."""
     write_sums(buffer, x)
-    line = self._line(spans, lines, i, j)
     n = self.filled(spans, i, j)
-    add_rows(x.shape[1] // LANES, buffer, sums, line, n, self.group)
+    lines = self._lines(spans, lines, i, j)
+    add_rows(x.shape[1] // LANES, buffer, sums, lines, n, fit_added(self.group))
 
-  def _line(self, spans, lines, i, j):
-    """The line where the r-th row of that tile begins, as a function of r."""
-    first = i * (lines.shape[3] // self.step_t) + spans[0, 0, 0, 2 * i] + j * self.tile
-    return lambda r: lines[0, 0, 0, first + r]
+  def _lines(self, spans, lines, i, j):
+    """Where n rows of that tile begin, from a row on: a function of that row and of n."""
+    tile = i * (lines.shape[3] // self.step_t) + spans[0, 0, 0, 2 * i] + j * self.tile
+
+    def of_group(row, n):
+      first = tile + row  # One sum for all of them: copies wait for the scalar unit.
+      return [lines[0, 0, 0, first + r] for r in range(n)]
+
+    return of_group
 
 
 def fetch_sums(shard, in_hbm, sums, sem):
@@ -251,29 +267,29 @@ def dot(x: jax.Array, y: jax.Array, x_axis: int, y_axis: int) -> jax.Array:
   return jax.lax.dot_general(x, y, dims, precision=precision, preferred_element_type=jnp.float32)
 
 
-def copy_rows(lines: int, source, target, line, n, group: int):
-  """Copies n rows, which begin at `line(0), line(1), ...` of a shard, to the start of a buffer.
+def copy_rows(lines: int, source, target, lines_of_group, n, group: int):
+  """Copies n rows of a shard to the start of a buffer.
 
-  Rows go in groups without a branch; up to group - 1 more are copied.
+  Rows go in groups without a branch; up to group - 1 more are copied. Those of the group from the
+  i-th row on begin at `lines_of_group(i, group)`.
   """
 
   def copy(g, _):
-    for r in range(group):
-      i = g * group + r
-      target[pl.ds(i * lines, lines), :] = source[pl.ds(line(i), lines), :]
+    for r, at in enumerate(lines_of_group(g * group, group)):
+      target[pl.ds((g * group + r) * lines, lines), :] = source[pl.ds(at, lines), :]
     return 0
 
   jax.lax.fori_loop(0, pl.cdiv(n, group), copy, 0)
 
 
-def add_rows(lines: int, source, target, line, n, group: int):
-  """Adds n float32 rows of a buffer to the rows of a shard of sums that begin at `line(i)`.
+def add_rows(lines: int, source, target, lines_of_group, n, group: int):
+  """Adds n float32 rows of a buffer to rows of a shard of sums; see `copy_rows`.
 
   The rows of a group are distinct, but for spare ones: all loads may precede all stores.
   """
 
   def add(g, _):
-    at = [line(g * group + r) for r in range(group)]
+    at = lines_of_group(g * group, group)
     rows = [source[pl.ds((g * group + r) * lines, lines), :] for r in range(group)]
     sums = [target[pl.ds(at, lines), :] + row for at, row in zip(at, rows)]
     for i, x in zip(at, sums):

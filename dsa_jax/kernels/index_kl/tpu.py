@@ -26,9 +26,9 @@ class BlockSizes:
 
   block_t: int = 1024  # Query rows whose sums over the shards exist at one time.
   step_t: int = 2  # Query rows of a step of the grid.
-  tile: int = 512  # Selected rows that are met at one time.
-  group: int = 32  # Rows copied between two branches.
-  vmem_share: float = 0.7  # Of VMEM, for a shard of keys and of their gradients.
+  tile: int = 2048  # Selected rows that are met at one time.
+  group: int = 128  # Rows copied between two branches.
+  vmem_share: float = 0.8  # Of VMEM, for a shard of keys and of their gradients.
 
 
 def forward(constants, index_q, index_k, index_weights, *, sm_scale: float, blocks: BlockSizes):
@@ -95,7 +95,7 @@ class _Kernels(ShardKernels):
     bytes_per_key = rows.bytes + index_rows.bytes + more_bytes
     shards = resident.make_shards(k.shape[1], bytes_per_key, budget)
     tile = resident.fit_tile(blocks.tile, indices.shape[2], shards)
-    how = blocks.step_t, tile, blocks.group
+    how = blocks.step_t, tile, resident.fit_group(blocks.group, tile)
     return cls(shards, *how, k.shape[2], rows, index_rows, sm_scale)
 
   def pack(self, k, index_k):

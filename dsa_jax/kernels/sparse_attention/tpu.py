@@ -23,9 +23,9 @@ class BlockSizes:
 
   block_t: int = 1024  # Query rows whose sums over the shards exist at one time.
   step_t: int = 2  # Query rows of a step of the grid.
-  tile: int = 512  # Selected rows that meet the heads at one time.
-  group: int = 32  # Rows copied between two branches.
-  vmem_share: float = 0.7  # Of VMEM, for a shard of keys and of their gradients.
+  tile: int = 2048  # Selected rows that meet the heads at one time.
+  group: int = 128  # Rows copied between two branches.
+  vmem_share: float = 0.8  # Of VMEM, for a shard of keys and of their gradients.
 
 
 def forward(q, kv, indices, *, v_dim: int, sm_scale: float, blocks: BlockSizes):
@@ -94,7 +94,7 @@ class _Kernels(ShardKernels):
     budget = int(blocks.vmem_share * resident.vmem_bytes())
     shards = resident.make_shards(kv.shape[1], bytes_per_key, budget)
     tile = resident.fit_tile(blocks.tile, indices.shape[2], shards)
-    return cls(shards, blocks.step_t, tile, blocks.group, rows, sm_scale)
+    return cls(shards, blocks.step_t, tile, resident.fit_group(blocks.group, tile), rows, sm_scale)
 
   def forward(self, shard, slots, q, packed, state):
     """Adds a shard to (out, lse): float32 [B, T, H, V] and [B, T, H, 1] of the keys before it."""
