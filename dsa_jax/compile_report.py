@@ -20,46 +20,17 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 
 from dsa_jax import schedule
+from dsa_jax.compile_cases import BASELINES, HEADS, OPS, Dims, Op
 from dsa_jax.kernels import resident
-from dsa_jax.kernels.index_kl import tpu as kl
-from dsa_jax.kernels.index_topk import tpu as select
-from dsa_jax.kernels.resident import LANES, Rows, fit_tile, make_shards
-from dsa_jax.kernels.sparse_attention import tpu as attention
 from dsa_jax.targets import CHIPS, compile_for, environment, make_mesh
 
 COMMITTED = pathlib.Path('experiments/kernel_speed/compile_report.json')
-T, E, V, J, K = 4096, 576, 512, 128, 2048
-HEADS = {'v32': (128, 64), 'glm5': (64, 32)}  # Of attention, of the indexer.
 DEFAULT = [('v32', 4096), ('v32', 32_768), ('glm5', 32_768)]  # CI has four minutes.
-BISECTIONS = 26  # Seen for random scores; at most 32.
 WORSE = 1.10  # What --check lets pass.
-BF16 = jnp.dtype(jnp.bfloat16)
-
-
-class Dims(NamedTuple):
-  """What an op is compiled at: a model's heads, keys, and the chip's bytes of VMEM."""
-
-  heads: int
-  index_heads: int
-  n_keys: int
-  vmem: int
-
-
-class Op(NamedTuple):
-  """A row of the report. All but the name are functions of `Dims`, or take the shapes."""
-
-  name: str
-  function: Callable
-  shapes: Callable  # Its arguments.
-  flops: Callable  # Of the matrix unit, for one query.
-  trips: Callable | None = None  # kernel: [(depth, trips for one query)], in schedule's order.
 
 
 def main():
@@ -83,7 +54,7 @@ def parse():
   parser.add_argument('--chips', nargs='+', default=list(CHIPS), choices=list(CHIPS))
   parser.add_argument('--sizes', type=int, nargs='+', help='keys; by default 4K and 32K, GLM-5 32K')
   parser.add_argument('--models', nargs='+', choices=list(HEADS))
-  parser.add_argument('--ops', nargs='+', default=list(OPS), choices=list(OPS))
+  parser.add_argument('--ops', nargs='+', default=list(OPS), choices=[*OPS, *BASELINES])
   parser.add_argument('--all', action='store_true', help='4K, 32K and 128K keys, both models')
   parser.add_argument('--check', action='store_true', help=f'fail where worse than {COMMITTED}')
   parser.add_argument('--json', type=pathlib.Path, help='also write the rows there')
@@ -105,16 +76,17 @@ def plan(args) -> list[tuple[str, int]]:
 def rows_of(args, job: tuple[str, str, int]) -> list[dict]:
   """The rows of a chip, model and size, from a process of its own: libtpu reads its flags once."""
   chip, model, n_keys = job
+  ops = [op for op in args.ops if chip in (OPS | BASELINES)[op].chips]
   with tempfile.TemporaryDirectory() as dump:
     command = [sys.executable, '-m', 'dsa_jax.compile_report', '--worker', dump, '--chips', chip]
-    command += ['--models', model, '--sizes', str(n_keys), '--ops', *args.ops]
+    command += ['--models', model, '--sizes', str(n_keys), '--ops', *ops]
     env = os.environ | environment(chip, pathlib.Path(dump))
     done = subprocess.run(command, env=env, capture_output=True, text=True)
   rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{')]
   if done.returncode:  # The compiler may abort its process.
     reason = (done.stderr.strip().splitlines() or ['no message'])[-1]
     lost = {'chip': chip, 'model': model, 'S': n_keys, 'error': f'process ended: {reason}'}
-    rows += [lost | {'op': op} for op in args.ops if op not in {row['op'] for row in rows}]
+    rows += [lost | {'op': op} for op in ops if op not in {row['op'] for row in rows}]
   return rows
 
 
@@ -126,7 +98,7 @@ def work(args):
   for op in args.ops:
     row = {'chip': chip, 'model': model, 'S': n_keys, 'op': op}
     try:
-      row |= measure(OPS[op], chip, dims, args.worker)
+      row |= measure((OPS | BASELINES)[op], chip, dims, args.worker)
     except Exception as e:  # Whatever the compiler raises, the other ops are still reported.
       row['error'] = f'{type(e).__name__}: {e}'.splitlines()[0]
     print(json.dumps(row), flush=True)
@@ -207,120 +179,6 @@ def _worse(row, before):
     elif then is not None and now > WORSE * then:
       yield f'{what} {now:.0f}, was {then:.0f}'
 
-
-def shape(*dims: int, dtype=jnp.bfloat16) -> jax.ShapeDtypeStruct:
-  return jax.ShapeDtypeStruct((1, *dims), dtype)
-
-
-int32 = functools.partial(shape, dtype=jnp.int32)
-float32 = functools.partial(shape, dtype=jnp.float32)
-
-
-def tile_trips(kernel: str, blocks, bytes_per_key: int, copies: int, adds: int = 0) -> Callable:
-  """Loops of a kernel that meets shards, for one query: step, query, tile, groups of rows."""
-
-  def trips(dims: Dims) -> dict:
-    shards = make_shards(dims.n_keys, bytes_per_key, int(blocks.vmem_share * dims.vmem))
-    slots, tile = -(-min(K, dims.n_keys) // shards.n), fit_tile(blocks.tile, K, shards)
-    group = resident.fit_group(blocks.group, tile)
-    groups = lambda n: (4, shards.n * -(-slots // n))
-    outer = [(1, shards.n / blocks.step_t), (2, shards.n), (3, shards.n * -(-slots // tile))]
-    rows = [groups(group)] * copies + [groups(resident.fit_added(group))] * adds
-    return {kernel: outer + rows}
-
-  return trips
-
-
-def topk_shapes(dims):
-  heads = dims.index_heads
-  return shape(T, heads, J), shape(dims.n_keys, J), float32(T, heads), int32(T), int32(T)
-
-
-def topk_trips(dims) -> dict:
-  blocks = select.BlockSizes()
-  seen, tiles = dims.n_keys / 2 / select.TILE, -(-dims.n_keys // select.TILE)
-  loops = (1, tiles), (2, seen * select.TILE / blocks.step_s), (2, seen), (2, BISECTIONS)
-  loops += (3, BISECTIONS * seen), (2, seen)
-  chunks = -(-tiles // select.CHUNK)
-  sums, slots = [(2, chunks)] * 2, K / LANES
-  numbering = (1, 1), *sums, (2, slots), (3, slots * chunks)
-  if chunks == 1:  # No loop is made of one trip.
-    numbering = (1, 1), (2, slots)
-  per_query = lambda loops: [(depth, n / blocks.step_t) for depth, n in loops]
-  return {'index_topk_cut': per_query(loops), 'index_topk_positions': per_query(numbering)}
-
-
-def attention_shapes(dims):
-  return shape(T, dims.heads, E), shape(dims.n_keys, E), int32(T, K)
-
-
-def attention_backward_shapes(dims):
-  out, lse = shape(T, dims.heads, V), float32(T, dims.heads)
-  return (*attention_shapes(dims), out, lse), (out, lse)
-
-
-def kl_constants(dims):
-  keys = shape(dims.n_keys, 1, E)
-  return shape(T, dims.heads, E), keys, float32(T, dims.heads), int32(T), int32(T), int32(T, K)
-
-
-def kl_index(dims):
-  return shape(T, dims.index_heads, J), shape(dims.n_keys, J), float32(T, dims.index_heads)
-
-
-ATTENTION = dict(v_dim=V, sm_scale=0.1, blocks=attention.BlockSizes())
-KL = dict(sm_scale=0.1, blocks=kl.BlockSizes())
-KV, INDEX = Rows(E, BF16), Rows(J, BF16)
-TABLE = [
-    Op(
-        'index_topk',
-        lambda *x: select.forward(*x, topk=K, blocks=select.BlockSizes()),
-        topk_shapes,
-        lambda dims: 2 * dims.n_keys / 2 * dims.index_heads * J,
-        topk_trips,
-    ),
-    Op(
-        'sparse_attention_forward',
-        lambda *x: attention.forward(*x, **ATTENTION),
-        attention_shapes,
-        lambda dims: 2 * K * dims.heads * (E + V),
-        tile_trips('sparse_attention_forward', ATTENTION['blocks'], KV.bytes, copies=1),
-    ),
-    Op(
-        'sparse_attention_backward',
-        lambda *x: attention.backward(*x, **ATTENTION),
-        attention_backward_shapes,
-        lambda dims: 2 * K * dims.heads * (3 * E + 2 * V),
-        tile_trips(
-            'sparse_attention_backward',
-            ATTENTION['blocks'],
-            KV.bytes + 4 * KV.channels,
-            copies=1,
-            adds=1,
-        ),
-    ),
-    Op(
-        'index_kl_selected_forward',
-        lambda constants, index: kl.forward(constants, *index, **KL),
-        lambda dims: (kl_constants(dims), kl_index(dims)),
-        lambda dims: 2 * K * (dims.heads * E + dims.index_heads * J),
-        tile_trips('index_kl_selected_forward', KL['blocks'], KV.bytes + INDEX.bytes, copies=2),
-    ),
-    Op(
-        'index_kl_selected_backward',
-        lambda *x: kl.backward(*x, **KL),
-        lambda dims: (kl_constants(dims), (*kl_index(dims), *[float32(T)] * 2), float32(T)),
-        lambda dims: 2 * K * (dims.heads * E + 3 * dims.index_heads * J),
-        tile_trips(
-            'index_kl_selected_backward',
-            KL['blocks'],
-            KV.bytes + INDEX.bytes + 4 * INDEX.channels,
-            copies=2,
-            adds=1,
-        ),
-    ),
-]
-OPS = {op.name: op for op in TABLE}
 
 if __name__ == '__main__':
   main()

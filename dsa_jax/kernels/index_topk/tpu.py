@@ -33,7 +33,7 @@ class BlockSizes:
   """They change the speed, never the result."""
 
   block_t: int = 512  # Query rows whose bits exist at one time.
-  step_t: int = 16  # Query rows whose scores are in VMEM at one time.
+  step_t: int = 32  # Query rows whose scores are in VMEM at one time.
   step_s: int = 2048  # Keys that meet all heads at one time; divides TILE.
 
 
@@ -41,7 +41,7 @@ def forward(q, k, weights, start, end, *, topk: int, blocks: BlockSizes):
   n_keys = k.shape[1]
   k = _interleave(pad_axis(resident.pad_channels(k), 1, TILE))
   end = jnp.minimum(end, n_keys)  # Never the padding.
-  blocks = _fit(blocks, k.shape[1])
+  blocks = _fit(blocks, q.shape[1], k.shape[1])
 
   def select(rows):
     q, weights, start, end = rows
@@ -51,15 +51,15 @@ def forward(q, k, weights, start, end, *, topk: int, blocks: BlockSizes):
   return map_rows(select, (q, weights, start, end), blocks.block_t, blocks.step_t)
 
 
-def _fit(blocks: BlockSizes, n_keys: int) -> BlockSizes:
-  """Fewer rows at one time where their scores would take more than half of VMEM."""
+def _fit(blocks: BlockSizes, n_queries: int, n_keys: int) -> BlockSizes:
+  """Fewer rows at one time where there are fewer, or their scores would fill half of VMEM."""
   most = resident.vmem_bytes() // (2 * 4 * n_keys)
-  if blocks.step_t <= most:
-    return blocks
   if most < LEAST_ROWS:
     longest = resident.vmem_bytes() // (2 * 4 * LEAST_ROWS)
     raise ValueError(f'{n_keys=} are too many for VMEM; at most {longest}, padding included.')
-  return dataclasses.replace(blocks, step_t=LEAST_ROWS)
+  if most < blocks.step_t or n_queries <= LEAST_ROWS:
+    return dataclasses.replace(blocks, step_t=LEAST_ROWS)
+  return blocks
 
 
 def _interleave(k):

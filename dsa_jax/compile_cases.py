@@ -1,0 +1,247 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What `compile_report` compiles: our kernels, a layer, and the dense attention of jax beside them."""
+
+from collections.abc import Callable
+import functools
+from typing import NamedTuple
+
+from flax import nnx
+import jax
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+import jax.numpy as jnp
+
+from dsa_jax.config import ModelConfig
+from dsa_jax.kernels import resident
+from dsa_jax.kernels.index_kl import tpu as kl
+from dsa_jax.kernels.index_topk import tpu as select
+from dsa_jax.kernels.resident import LANES, Rows, fit_tile, make_shards
+from dsa_jax.kernels.sparse_attention import tpu as attention
+from dsa_jax.nn.mla import MLA, Mode
+from dsa_jax.targets import CHIPS
+
+T, E, V, J, K = 4096, 576, 512, 128, 2048
+HEADS = {'v32': (128, 64), 'glm5': (64, 32)}  # Of attention, of the indexer.
+BISECTIONS = 29  # Of 64K random scores, for the slowest of 16 rows; at most 32.
+BF16 = jnp.dtype(jnp.bfloat16)
+SPLASH_HEADS = 2  # Compiled; the grid goes over more of them one by one.
+
+
+class Dims(NamedTuple):
+  """What an op is compiled at: a model's heads, keys, and the chip's bytes of VMEM."""
+
+  heads: int
+  index_heads: int
+  n_keys: int
+  vmem: int
+
+
+class Op(NamedTuple):
+  """A row of the report. All but the name are functions of `Dims`, or take the shapes."""
+
+  name: str
+  function: Callable
+  shapes: Callable  # Its arguments.
+  flops: Callable  # Of the matrix unit, for one query.
+  trips: Callable | None = None  # kernel: [(depth, trips for one query)], in schedule's order.
+  chips: tuple[str, ...] = tuple(CHIPS)
+
+
+def shape(*dims: int, dtype=jnp.bfloat16) -> jax.ShapeDtypeStruct:
+  return jax.ShapeDtypeStruct((1, *dims), dtype)
+
+
+int32 = functools.partial(shape, dtype=jnp.int32)
+float32 = functools.partial(shape, dtype=jnp.float32)
+
+
+def tile_trips(kernel: str, blocks, bytes_per_key: int, copies: int, adds: int = 0) -> Callable:
+  """Loops of a kernel that meets shards, for one query: step, query, tile, groups of rows."""
+
+  def trips(dims: Dims) -> dict:
+    shards = make_shards(dims.n_keys, bytes_per_key, int(blocks.vmem_share * dims.vmem))
+    slots, tile = -(-min(K, dims.n_keys) // shards.n), fit_tile(blocks.tile, K, shards)
+    group = resident.fit_group(blocks.group, tile)
+    groups = lambda n: (4, shards.n * -(-slots // n))
+    outer = [(1, shards.n / blocks.step_t), (2, shards.n), (3, shards.n * -(-slots // tile))]
+    rows = [groups(group)] * copies + [groups(resident.fit_added(group))] * adds
+    return {kernel: outer + rows}
+
+  return trips
+
+
+def topk_shapes(dims):
+  heads = dims.index_heads
+  return shape(T, heads, J), shape(dims.n_keys, J), float32(T, heads), int32(T), int32(T)
+
+
+def topk_trips(dims) -> dict:
+  blocks = select.BlockSizes()
+  seen, tiles = dims.n_keys / 2 / select.TILE, -(-dims.n_keys // select.TILE)
+  loops = (1, tiles), (2, seen * select.TILE / blocks.step_s), (2, seen), (2, BISECTIONS)
+  loops += (3, BISECTIONS * seen), (2, seen)
+  chunks = -(-tiles // select.CHUNK)
+  sums, slots = [(2, chunks)] * 2, K / LANES
+  numbering = (1, 1), *sums, (2, slots), (3, slots * chunks)
+  if chunks == 1:  # No loop is made of one trip.
+    numbering = (1, 1), (2, slots)
+  per_query = lambda loops: [(depth, n / blocks.step_t) for depth, n in loops]
+  return {'index_topk_cut': per_query(loops), 'index_topk_positions': per_query(numbering)}
+
+
+def attention_shapes(dims):
+  return shape(T, dims.heads, E), shape(dims.n_keys, E), int32(T, K)
+
+
+def attention_backward_shapes(dims):
+  out, lse = shape(T, dims.heads, V), float32(T, dims.heads)
+  return (*attention_shapes(dims), out, lse), (out, lse)
+
+
+def kl_constants(dims):
+  keys = shape(dims.n_keys, 1, E)
+  return shape(T, dims.heads, E), keys, float32(T, dims.heads), int32(T), int32(T), int32(T, K)
+
+
+def kl_index(dims):
+  return shape(T, dims.index_heads, J), shape(dims.n_keys, J), float32(T, dims.index_heads)
+
+
+def layer(params, x, start, end):
+  """The gradients of the attention half of a layer, its KL included, T = S."""
+  heads, index_heads = params['wq_b'].shape[1], params['indexer']['wq_b'].shape[1]
+  graph, _ = layer_parts(heads, index_heads)
+  mode = Mode(attention='sparse', backend='tpu', index_loss=True)
+
+  def loss(params, x):
+    out, _, report = nnx.merge(graph, params)(x, start, end, jax.random.key(0), mode)
+    return jnp.sum(out.astype(jnp.float32)) + jnp.sum(report.index_kl)
+
+  return jax.grad(loss, argnums=(0, 1))(params, x)
+
+
+def layer_parts(heads: int, index_heads: int):
+  cfg = ModelConfig(n_heads=heads, index_n_heads=index_heads)
+  return nnx.split(nnx.eval_shape(lambda: MLA(cfg, out_scale=1.0, rngs=nnx.Rngs(0))))
+
+
+def layer_shapes(dims):
+  rows = int32(dims.n_keys)
+  _, params = layer_parts(dims.heads, dims.index_heads)
+  params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, BF16), params)
+  return params, shape(dims.n_keys, ModelConfig.dim), rows, rows
+
+
+def layer_flops(dims):
+  """For one query: of our kernels; the projections are not counted."""
+  return sum(op.flops(dims) for op in KERNELS)
+
+
+def splash_attention(block: int) -> Callable:
+  """Causal attention in MHA form, 192 channels of keys and 128 of values, by jax's own kernel."""
+
+  def attend(q, k, v):
+    mask = masks.MultiHeadMask([masks.CausalMask((q.shape[1],) * 2)] * q.shape[0])
+    sizes = dict(block_q=block, block_kv=block, block_kv_compute=1024)
+    of_keys = {f'{name}_dkv': size for name, size in sizes.items() if name != 'block_kv_compute'}
+    sizes = splash.BlockSizes(
+        **sizes, **of_keys, block_kv_dkv_compute=512, use_fused_bwd_kernel=True
+    )
+    return splash.make_splash_mha(mask, block_sizes=sizes, head_shards=1, q_seq_shards=1)(q, k, v)
+
+  return attend
+
+
+def splash_gradients(*inputs):
+  total = lambda *x: jnp.sum(splash_attention(1024)(*x).astype(jnp.float32))
+  return jax.grad(total, argnums=(0, 1, 2))(*inputs)
+
+
+def splash_shapes(dims):
+  of_heads = lambda width: jax.ShapeDtypeStruct((SPLASH_HEADS, dims.n_keys, width), BF16)
+  return of_heads(192), of_heads(192), of_heads(128)
+
+
+def splash_trips(kernel: str, block: int) -> Callable:
+  """Blocks that a causal mask leaves, for one query; those it hides are taken to cost nothing."""
+
+  def trips(dims: Dims) -> dict:
+    n = dims.n_keys // block
+    return {kernel: [(1, dims.heads * n * (n + 1) / 2 / dims.n_keys)]}
+
+  return trips
+
+
+ATTENTION = dict(v_dim=V, sm_scale=0.1, blocks=attention.BlockSizes())
+KL = dict(sm_scale=0.1, blocks=kl.BlockSizes())
+KV, INDEX = Rows(E, BF16), Rows(J, BF16)
+KERNELS = [
+    Op(
+        'index_topk',
+        lambda *x: select.forward(*x, topk=K, blocks=select.BlockSizes()),
+        topk_shapes,
+        lambda dims: 2 * dims.n_keys / 2 * dims.index_heads * J,
+        topk_trips,
+    ),
+    Op(
+        'sparse_attention_forward',
+        lambda *x: attention.forward(*x, **ATTENTION),
+        attention_shapes,
+        lambda dims: 2 * K * dims.heads * (E + V),
+        tile_trips('sparse_attention_forward', ATTENTION['blocks'], KV.bytes, copies=1),
+    ),
+    Op(
+        'sparse_attention_backward',
+        lambda *x: attention.backward(*x, **ATTENTION),
+        attention_backward_shapes,
+        lambda dims: 2 * K * dims.heads * (3 * E + 2 * V),
+        tile_trips(
+            'sparse_attention_backward',
+            ATTENTION['blocks'],
+            KV.bytes + 4 * KV.channels,
+            copies=1,
+            adds=1,
+        ),
+    ),
+    Op(
+        'index_kl_selected_forward',
+        lambda constants, index: kl.forward(constants, *index, **KL),
+        lambda dims: (kl_constants(dims), kl_index(dims)),
+        lambda dims: 2 * K * (dims.heads * E + dims.index_heads * J),
+        tile_trips('index_kl_selected_forward', KL['blocks'], KV.bytes + INDEX.bytes, copies=2),
+    ),
+    Op(
+        'index_kl_selected_backward',
+        lambda *x: kl.backward(*x, **KL),
+        lambda dims: (kl_constants(dims), (*kl_index(dims), *[float32(T)] * 2), float32(T)),
+        lambda dims: 2 * K * (dims.heads * E + 3 * dims.index_heads * J),
+        tile_trips(
+            'index_kl_selected_backward',
+            KL['blocks'],
+            KV.bytes + INDEX.bytes + 4 * INDEX.channels,
+            copies=2,
+            adds=1,
+        ),
+    ),
+]
+LAYER = Op('layer', layer, layer_shapes, layer_flops, chips=('v5p',))
+SPLASH = [
+    Op(
+        'splash_attention_forward',
+        splash_attention(2048),
+        splash_shapes,
+        lambda dims: 2 * dims.n_keys / 2 * dims.heads * (192 + 128),
+        splash_trips('splash_mha_fwd_no_residuals', 2048),
+        chips=('v6e', 'tpu7x'),
+    ),
+    Op(
+        'splash_attention_backward',
+        splash_gradients,
+        splash_shapes,
+        lambda dims: 2 * dims.n_keys / 2 * dims.heads * (3 * 192 + 2 * 128),
+        splash_trips('splash_mha_dkv_no_residuals', 1024),
+        chips=('v6e', 'tpu7x'),
+    ),
+]
+OPS = {op.name: op for op in [*KERNELS, LAYER]}
+BASELINES = {op.name: op for op in SPLASH}
