@@ -1,0 +1,250 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The indexer's divergence over all visible keys on a TPU: blocks of queries meet blocks of keys.
+
+Keys lie along sublanes, queries along lanes: what belongs to a query is a row, and sums over keys
+add vectors. A block's target and scores are sums over heads, kept in VMEM while groups of heads
+stream by; see `xla` for the sums of a query that the divergence needs.
+"""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from dsa_jax.kernels import resident
+from dsa_jax.kernels.resident import LANES, dot
+from dsa_jax.kernels.rows import pad_axis
+
+TOP, TOTAL, MASS, ENTROPY, CROSS = range(5)  # A query's sums, one to a row.
+N_SUMS = 8  # Rows of a vector.
+LOG2E = math.log2(math.e)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BlockSizes:
+  """They change the speed, never the result beyond rounding."""
+
+  block_t: int = 1024  # Query rows, and
+  block_s: int = 1024  # keys, whose target and scores are in VMEM.
+  heads: int = 8  # Heads of attention that meet them in a step of the grid.
+  tile_t: int = 256  # Query rows, and
+  tile_s: int = 512  # keys, that one product meets.
+
+
+def forward(constants, index_q, index_k, index_weights, *, sm_scale: float, blocks: BlockSizes):
+  """Returns the divergence [B, T], and what its gradient needs, as `xla.forward` does."""
+  kernels = _Kernels.of(constants, index_q, sm_scale, blocks)
+  operands = kernels.prepare(constants, index_q, index_k, index_weights)
+  sums = kernels.forward(*operands)[:, :, : index_q.shape[1]]
+  top, total, mass, entropy, cross = (sums[:, i] for i in range(5))
+  scores_lse = jnp.where(total > 0, top, 0) + jnp.log(jnp.where(total > 0, total, 1))
+  return entropy - cross + mass * scores_lse, (scores_lse, mass)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Kernels:
+  blocks: BlockSizes  # What fits the shapes.
+  n_keys: int
+  n_groups: int  # Groups of heads, of attention and of the indexer.
+  index_heads: int  # Of a group; the last ones may be padding.
+  key_heads: int  # Of a group.
+  heads_per_key: int
+  sm_scale: float
+
+  @classmethod
+  def of(cls, constants, index_q, sm_scale, blocks):
+    q, k, *_ = constants
+    n_heads, per_key = q.shape[2], q.shape[2] // k.shape[2]
+    fits = lambda n: n_heads % n == 0 and (n % per_key == 0 or per_key % n == 0)
+    heads = max(n for n in range(1, min(blocks.heads, n_heads) + 1) if fits(n))
+    block_t = min(blocks.block_t, -(-q.shape[1] // blocks.tile_t) * blocks.tile_t)
+    block_s = min(blocks.block_s, -(-k.shape[1] // blocks.tile_s) * blocks.tile_s)
+    blocks = dataclasses.replace(blocks, block_t=block_t, block_s=block_s, heads=heads)
+    n_groups = n_heads // heads
+    index_heads = -(-index_q.shape[2] // n_groups)
+    key_heads = -(-heads // per_key)
+    return cls(blocks, k.shape[1], n_groups, index_heads, key_heads, per_key, sm_scale)
+
+  def prepare(self, constants, index_q, index_k, index_weights):
+    """Scalars, and operands with their heads before their rows.
+
+    What meets a product whose sum counts is filled up with zeros; of the rest, what blocks hold
+    beyond the arrays is hidden by the intervals.
+    """
+    q, k, lse, start, end, _ = constants
+    end = jnp.minimum(end, self.n_keys)
+    fill = lambda x, axis, to: pad_axis(x, axis, to)
+    start, end, lse = (fill(x, 1, self.blocks.block_t) for x in (start, end, lse))
+    index_q, index_weights = (
+        fill(fill(x, 1, self.blocks.block_t), 2, self.n_groups * self.index_heads)
+        for x in (index_q, index_weights.astype(jnp.float32))
+    )
+    index_k = fill(index_k, 1, self.blocks.block_s)
+    return self._spans(start, end), (
+        jnp.swapaxes(q, 1, 2),
+        jnp.swapaxes(k, 1, 2),
+        self._in_groups(LOG2E * lse + math.log2(q.shape[2])),
+        jnp.swapaxes(index_q, 1, 2),
+        index_k,
+        self._in_groups(index_weights),
+        jnp.stack([start, end], axis=1),
+    )
+
+  def _spans(self, start, end):
+    """The first key and one past the last that each block of queries sees, [2, B, blocks]."""
+    seen = end > jnp.maximum(start, 0)
+    rows = lambda x: x.reshape(x.shape[0], -1, self.blocks.block_t)
+    first = jnp.min(rows(jnp.where(seen, jnp.maximum(start, 0), self.n_keys)), axis=-1)
+    last = jnp.max(rows(jnp.where(seen, end, 0)), axis=-1)
+    return jnp.stack([jnp.minimum(first, last), last])
+
+  def _in_groups(self, x):
+    """[B, T, H] to [B, groups, H / groups, T]."""
+    return jnp.swapaxes(x, 1, 2).reshape(x.shape[0], self.n_groups, -1, x.shape[1])
+
+  def forward(self, spans, operands):
+    """The sums of each query, [B, 8, T]."""
+    q, k, lse, index_q, index_k, weights, interval = operands
+    batch, _, n_rows = interval.shape
+    blocks = self.blocks
+    out = jax.ShapeDtypeStruct((batch, N_SUMS, n_rows), jnp.float32)
+    scratch = pltpu.VMEM((blocks.block_s, blocks.block_t), jnp.float32)
+    return pl.pallas_call(
+        self._diverge,
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1,
+            grid=(
+                batch,
+                n_rows // blocks.block_t,
+                pl.cdiv(self.n_keys, blocks.block_s),
+                self.n_groups,
+            ),
+            in_specs=self._specs(operands),
+            out_specs=pl.BlockSpec((1, N_SUMS, blocks.block_t), lambda b, t, *_: (b, 0, t)),
+            scratch_shapes=[scratch, scratch],
+        ),
+        out_shape=out,
+        compiler_params=pltpu.CompilerParams(
+            vmem_limit_bytes=int(0.95 * resident.vmem_bytes()), disable_bounds_checks=True
+        ),
+        name='index_kl_dense_forward',
+    )(spans, *operands)
+
+  def _specs(self, operands):
+    q, k, *_, index_k, _, _ = operands
+    block_t, block_s = self.blocks.block_t, self.blocks.block_s
+    width, index_width = q.shape[3], index_k.shape[2]
+
+    def spec(shape, index):
+      """`index` of batch, block of queries, block of keys and group, as they are to be fetched."""
+
+      def clamped(b, t, s, g, spans):
+        first, last = self._key_blocks(spans, b, t)
+        group = jnp.where(s < first, 0, jnp.where(s < last, g, self.n_groups - 1))
+        return index(b, t, jnp.clip(s, first, jnp.maximum(last - 1, first)), group)
+
+      return pl.BlockSpec(shape, clamped)
+
+    key_head = lambda g: g * self.blocks.heads // (self.heads_per_key * self.key_heads)
+    return [
+        spec((1, self.blocks.heads, block_t, width), lambda b, t, s, g: (b, g, t, 0)),
+        spec((1, self.key_heads, block_s, width), lambda b, t, s, g: (b, key_head(g), s, 0)),
+        spec((1, 1, self.blocks.heads, block_t), lambda b, t, s, g: (b, g, 0, t)),
+        spec((1, self.index_heads, block_t, index_width), lambda b, t, s, g: (b, g, t, 0)),
+        spec((1, block_s, index_width), lambda b, t, s, g: (b, s, 0)),
+        spec((1, 1, self.index_heads, block_t), lambda b, t, s, g: (b, g, 0, t)),
+        spec((1, 2, block_t), lambda b, t, s, g: (b, 0, t)),
+    ]
+
+  def _key_blocks(self, spans, b, t):
+    """The first block of keys that a block of queries sees, and one past the last."""
+    return spans[0, b, t] // self.blocks.block_s, pl.cdiv(spans[1, b, t], self.blocks.block_s)
+
+  def _tiles(self, spans):
+    """The first tile, of this step's block of keys, that its queries see; one past the last."""
+    b, t, s, _ = (pl.program_id(axis) for axis in range(4))
+    begin, tile, n = s * self.blocks.block_s, self.blocks.tile_s, self.blocks.block_s
+    first = jnp.clip(spans[0, b, t] - begin, 0, n) // tile
+    return first, pl.cdiv(jnp.clip(spans[1, b, t] - begin, 0, n), tile)
+
+  def _each_tile(self, spans, do):
+    """Runs `do(rows, columns)` for each tile of keys and queries, less keys that no one sees."""
+    first, last = self._tiles(spans)
+
+    for t in range(self.blocks.block_t // self.blocks.tile_t):
+      columns = pl.ds(t * self.blocks.tile_t, self.blocks.tile_t)
+
+      def step(s, _):
+        do(pl.ds(pl.multiple_of(s * self.blocks.tile_s, self.blocks.tile_s), self.blocks.tile_s), columns)
+        return 0
+
+      jax.lax.fori_loop(first, last, step, 0)
+
+  def _diverge(
+      self, spans, q, k, lse, index_q, index_k, weights, interval, sums, target, scores
+  ):  # fmt: skip
+    group = pl.program_id(3)
+
+    @pl.when((pl.program_id(2) == 0) & (group == 0))
+    def _():
+      sums[...] = jnp.zeros(sums.shape, jnp.float32)
+      sums[0, TOP : TOP + 1] = jnp.full((1, sums.shape[2]), -jnp.inf)
+
+    @pl.when(group == 0)
+    def _():
+      target[...] = jnp.zeros(target.shape, jnp.float32)
+      scores[...] = jnp.zeros(scores.shape, jnp.float32)
+
+    def meet(rows, columns):
+      target[rows, columns] += self._target(q, k, lse, rows, columns)
+      scores[rows, columns] += self._scores(index_q, index_k, weights, rows, columns)
+
+    def add(rows, columns):
+      self._add(sums, target, scores, self._seen(interval, rows, columns), rows, columns)
+
+    self._each_tile(spans, meet)
+    pl.when(group == self.n_groups - 1)(lambda: self._each_tile(spans, add))
+
+  def _target(self, q, k, lse, rows, columns):
+    """This group's part of the target, [keys, queries]: a sum, the mean is in `lse`."""
+    total = 0
+    for head in range(self.blocks.heads):
+      key_head = head // self.heads_per_key
+      logits = dot(k[0, key_head, rows], q[0, head, columns], 1, 1)
+      total += jnp.exp2(LOG2E * self.sm_scale * logits - lse[0, 0, head : head + 1, columns])
+    return total
+
+  def _scores(self, index_q, index_k, weights, rows, columns):
+    """This group's part of the scores, [keys, queries]."""
+    total = 0
+    for head in range(self.index_heads):
+      dots = dot(index_k[0, rows], index_q[0, head, columns], 1, 1)
+      total += jnp.maximum(dots, 0) * weights[0, 0, head : head + 1, columns]
+    return total
+
+  def _seen(self, interval, rows, columns):
+    shape = self.blocks.tile_s, self.blocks.tile_t
+    begin = pl.program_id(2) * self.blocks.block_s + rows.start
+    position = begin + jax.lax.broadcasted_iota(jnp.int32, shape, 0)
+    start, end = (interval[0, i : i + 1, columns] for i in range(2))
+    return (position >= start) & (position < end)
+
+  def _add(self, sums, target, scores, seen, rows, columns):
+    """Adds a tile to the sums of its queries."""
+    row = lambda i: (0, slice(i, i + 1), columns)
+    total = lambda x: jnp.sum(x, axis=0, keepdims=True)
+    target = jnp.where(seen, target[rows, columns], 0)
+    scores = jnp.where(seen, scores[rows, columns], -jnp.inf)
+    top = jnp.maximum(sums[row(TOP)], jnp.max(scores, axis=0, keepdims=True))
+    safe = jnp.where(top > -jnp.inf, top, 0)
+    some = target > 0
+    sums[row(TOTAL)] = sums[row(TOTAL)] * jnp.exp(sums[row(TOP)] - safe) + total(
+        jnp.exp(scores - safe)
+    )
+    sums[row(TOP)] = top
+    sums[row(MASS)] += total(target)
+    sums[row(ENTROPY)] += total(target * jnp.log(jnp.where(some, target, 1)))
+    sums[row(CROSS)] += total(target * jnp.where(some, scores, 0))
