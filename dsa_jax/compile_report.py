@@ -29,6 +29,7 @@ import jax.numpy as jnp
 from dsa_jax import schedule
 from dsa_jax.kernels import resident
 from dsa_jax.kernels.index_kl import tpu as kl
+from dsa_jax.kernels.index_kl import tpu_dense
 from dsa_jax.kernels.index_topk import tpu as select
 from dsa_jax.kernels.resident import LANES, Rows, fit_tile, make_shards
 from dsa_jax.kernels.sparse_attention import tpu as attention
@@ -36,6 +37,7 @@ from dsa_jax.targets import CHIPS, compile_for, environment, make_mesh
 
 COMMITTED = pathlib.Path('experiments/kernel_speed/compile_report.json')
 T, E, V, J, K = 4096, 576, 512, 128, 2048
+DENSE_E = 192  # Of attention whose heads have keys of their own.
 HEADS = {'v32': (128, 64), 'glm5': (64, 32)}  # Of attention, of the indexer.
 DEFAULT = [('v32', 4096), ('v32', 32_768), ('glm5', 32_768)]  # CI has four minutes.
 BISECTIONS = 26  # Seen for random scores; at most 32.
@@ -267,8 +269,14 @@ def kl_index(dims):
   return shape(T, dims.index_heads, J), shape(dims.n_keys, J), float32(T, dims.index_heads)
 
 
+def dense_constants(dims):
+  heads = dims.heads, DENSE_E
+  return shape(T, *heads), shape(dims.n_keys, *heads), float32(T, dims.heads), int32(T), int32(T)
+
+
 ATTENTION = dict(v_dim=V, sm_scale=0.1, blocks=attention.BlockSizes())
 KL = dict(sm_scale=0.1, blocks=kl.BlockSizes())
+DENSE_KL = dict(sm_scale=0.1, blocks=tpu_dense.BlockSizes())
 KV, INDEX = Rows(E, BF16), Rows(J, BF16)
 TABLE = [
     Op(
@@ -315,6 +323,13 @@ TABLE = [
             KV.bytes + INDEX.bytes + 4 * INDEX.channels,
             3,
         ),
+    ),
+    Op(
+        'index_kl_dense_forward',
+        lambda constants, index: tpu_dense.forward((*constants, None), *index, **DENSE_KL),
+        lambda dims: (dense_constants(dims), kl_index(dims)),
+        lambda dims: 2 * dims.n_keys / 2 * (dims.heads * DENSE_E + dims.index_heads * J),
+        lambda dims: {'index_kl_dense_forward': [(1, 1)]},
     ),
 ]
 OPS = {op.name: op for op in TABLE}
