@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from dsa_jax.config import ModelConfig
 from dsa_jax.kernels import resident
 from dsa_jax.kernels.index_kl import tpu as kl
+from dsa_jax.kernels.index_kl import tpu_dense
 from dsa_jax.kernels.index_topk import tpu as select
 from dsa_jax.kernels.resident import LANES, Rows, fit_tile, make_shards
 from dsa_jax.kernels.sparse_attention import tpu as attention
@@ -21,6 +22,7 @@ from dsa_jax.nn.mla import MLA, Mode
 from dsa_jax.targets import CHIPS
 
 T, E, V, J, K = 4096, 576, 512, 128, 2048
+DENSE_E = 192  # Of attention whose heads have keys of their own.
 HEADS = {'v32': (128, 64), 'glm5': (64, 32)}  # Of attention, of the indexer.
 BISECTIONS = 29  # Of 64K random scores, for the slowest of 16 rows; at most 32.
 BF16 = jnp.dtype(jnp.bfloat16)
@@ -107,6 +109,31 @@ def kl_index(dims):
   return shape(T, dims.index_heads, J), shape(dims.n_keys, J), float32(T, dims.index_heads)
 
 
+def dense_constants(dims):
+  heads = dims.heads, DENSE_E
+  return shape(T, *heads), shape(dims.n_keys, *heads), float32(T, dims.heads), int32(T), int32(T)
+
+
+def dense_kl_trips(kernel: str, block_t: int, phases: int) -> Callable:
+  """Loops of a kernel over all keys: steps of the grid, then tiles, for each tile of queries.
+
+  Steps without work count like others. Blocks of queries at the diagonal see half a block more.
+  """
+
+  def trips(dims: Dims) -> dict:
+    blocks = DENSE_KL['blocks']
+    columns, groups = block_t // blocks.tile_t, dims.heads // blocks.heads
+    steps = phases * groups * -(-dims.n_keys // blocks.block_s) / block_t
+    tiles = (dims.n_keys + min(block_t, dims.n_keys)) / 2 / blocks.tile_s / block_t
+    of_group, of_block = [[(2, n)] * columns for n in (groups * tiles, tiles)]
+    loops = [*of_group, *of_block]
+    if phases == 2:
+      loops = [(2, dims.index_heads / block_t), *loops, *of_group]
+    return {kernel: [(1, steps), *loops]}
+
+  return trips
+
+
 def layer(params, x, start, end):
   """The gradients of the attention half of a layer, its KL included, T = S."""
   heads, index_heads = params['wq_b'].shape[1], params['indexer']['wq_b'].shape[1]
@@ -134,7 +161,7 @@ def layer_shapes(dims):
 
 def layer_flops(dims):
   """For one query: of our kernels; the projections are not counted."""
-  return sum(op.flops(dims) for op in KERNELS)
+  return sum(op.flops(dims) for op in KERNELS if 'dense' not in op.name)
 
 
 def splash_attention(block: int) -> Callable:
@@ -174,6 +201,7 @@ def splash_trips(kernel: str, block: int) -> Callable:
 
 ATTENTION = dict(v_dim=V, sm_scale=0.1, blocks=attention.BlockSizes())
 KL = dict(sm_scale=0.1, blocks=kl.BlockSizes())
+DENSE_KL = dict(sm_scale=0.1, blocks=tpu_dense.BlockSizes())
 KV, INDEX = Rows(E, BF16), Rows(J, BF16)
 KERNELS = [
     Op(
@@ -222,6 +250,22 @@ KERNELS = [
             copies=2,
             adds=1,
         ),
+    ),
+    Op(
+        'index_kl_dense_forward',
+        lambda constants, index: tpu_dense.forward((*constants, None), *index, **DENSE_KL),
+        lambda dims: (dense_constants(dims), kl_index(dims)),
+        lambda dims: 2 * dims.n_keys / 2 * (dims.heads * DENSE_E + dims.index_heads * J),
+        dense_kl_trips('index_kl_dense_forward', DENSE_KL['blocks'].block_t, 1),
+    ),
+    Op(
+        'index_kl_dense_backward',
+        lambda constants, residuals, dkl: tpu_dense.backward(
+            (*constants, None), residuals, dkl, **DENSE_KL
+        ),
+        lambda dims: (dense_constants(dims), (*kl_index(dims), *[float32(T)] * 2), float32(T)),
+        lambda dims: 2 * dims.n_keys / 2 * (dims.heads * DENSE_E + 3 * dims.index_heads * J),
+        dense_kl_trips('index_kl_dense_backward', DENSE_KL['blocks'].block_t_backward, 2),
     ),
 ]
 LAYER = Op('layer', layer, layer_shapes, layer_flops, chips=('v5p',))

@@ -7,7 +7,7 @@ import jax
 from jaxtyping import Array, Float, Int
 
 from dsa_jax.kernels.backend import check_backend
-from dsa_jax.kernels.index_kl import tpu, xla
+from dsa_jax.kernels.index_kl import tpu, tpu_dense, xla
 from dsa_jax.kernels.index_kl.reference import index_kl_reference
 from dsa_jax.kernels.index_scores import check_index_inputs
 from dsa_jax.kernels.visibility import check_indices, check_intervals
@@ -26,7 +26,7 @@ def index_kl(
     sm_scale: float,
     indices: Int[Array, 'B T K'] | None = None,
     backend: str,
-    blocks: tpu.BlockSizes | xla.BlockSizes | None = None,
+    blocks: tpu.BlockSizes | tpu_dense.BlockSizes | xla.BlockSizes | None = None,
 ) -> Float[Array, 'B T']:
   """Returns KL(attention || indexer) of each query, in nats.
 
@@ -48,7 +48,7 @@ def index_kl(
     sm_scale: Softmax scale of the main attention.
     indices: The selection (sparse training); None for all visible keys (warm-up).
     backend: Which implementation. Never falls back to another; `tpu` has kernels for selected
-      keys, and takes the portable form for all visible ones.
+      keys and others for all visible ones.
     blocks: Block sizes; the backend's own if None. They cannot change the result.
 
   Returns:
@@ -73,7 +73,8 @@ def index_kl(
         q, k, lse, index_q, index_k, index_weights, start, end, sm_scale=sm_scale, indices=indices
     )
   constants = (q, k, lse, start, end, indices)
-  kernels = tpu if backend == 'tpu' and indices is not None else xla
+  on_tpu = tpu_dense if indices is None else tpu
+  kernels = on_tpu if backend == 'tpu' else xla
   blocks = blocks or kernels.BlockSizes()
   return _op(constants, index_q, index_k, index_weights, sm_scale, kernels, blocks)
 
