@@ -12,6 +12,7 @@ from dsa_jax.kernels.dense_attention.reference import dense_attention_reference
 from dsa_jax.kernels.visibility import check_indices, check_intervals
 
 
+@jax.named_scope('dense_attention')
 def dense_attention(
     q: Float[Array, 'B T H E'],
     k: Float[Array, 'B S G E'],

@@ -13,6 +13,7 @@ from dsa_jax.kernels.index_scores import check_index_inputs
 from dsa_jax.kernels.visibility import check_indices, check_intervals
 
 
+@jax.named_scope('index_kl')
 def index_kl(
     q: Float[Array, 'B T H E'],
     k: Float[Array, 'B S G E'],

@@ -13,6 +13,7 @@ from dsa_jax.kernels.visibility import check_intervals
 BACKENDS = {'xla': xla, 'tpu': tpu}
 
 
+@jax.named_scope('index_topk')
 def index_topk(
     q: Float[Array, 'B T I J'],
     k: Float[Array, 'B S J'],

@@ -14,6 +14,7 @@ from dsa_jax.kernels.visibility import check_indices
 BACKENDS = {'xla': xla, 'tpu': tpu}
 
 
+@jax.named_scope('sparse_attention')
 def sparse_attention(
     q: Float[Array, 'B T H E'],
     kv: Float[Array, 'B S E'],
