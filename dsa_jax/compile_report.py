@@ -74,13 +74,22 @@ def plan(args) -> list[tuple[str, int]]:
 
 
 def rows_of(args, job: tuple[str, str, int]) -> list[dict]:
-  """The rows of a chip, model and size, from a process of its own: libtpu reads its flags once."""
+  """The rows of a chip, model and size, from processes of their own: libtpu reads its flags once."""
   chip, model, n_keys = job
   ops = [op for op in args.ops if chip in (OPS | BASELINES)[op].chips]
+  scheduled = [op for op in ops if (OPS | BASELINES)[op].trips]
+  others = [op for op in ops if op not in scheduled]
+  rows = []
+  for some, has_schedule in (scheduled, True), (others, False):
+    rows += _rows_of(chip, model, n_keys, some, has_schedule) if some else []
+  return rows
+
+
+def _rows_of(chip: str, model: str, n_keys: int, ops: list[str], has_schedule: bool) -> list[dict]:
   with tempfile.TemporaryDirectory() as dump:
     command = [sys.executable, '-m', 'dsa_jax.compile_report', '--worker', dump, '--chips', chip]
     command += ['--models', model, '--sizes', str(n_keys), '--ops', *ops]
-    env = os.environ | environment(chip, pathlib.Path(dump))
+    env = os.environ | environment(chip, pathlib.Path(dump) if has_schedule else None)
     done = subprocess.run(command, env=env, capture_output=True, text=True)
   rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{')]
   if done.returncode:  # The compiler may abort its process.

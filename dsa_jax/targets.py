@@ -37,17 +37,24 @@ CHIPS = {
 }
 
 
-def environment(chip: str, dump: pathlib.Path) -> dict[str, str]:
-  """What a process needs in its environment, before jax starts, to compile for a chip."""
+def environment(chip: str, dump: pathlib.Path | None = None) -> dict[str, str]:
+  """What a process needs in its environment, before jax starts, to compile for a chip.
+
+  Args:
+    chip: A key of CHIPS.
+    dump: Where the compiler writes the programs and schedules of kernels, in more than twice the
+      time for a layer.
+  """
+  flags = f'--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true '
+  flags += f'--xla_jf_dump_llo_pass_label_regex={DUMPED}'
   return {
       'JAX_PLATFORMS': 'cpu',
       'TPU_SKIP_MDS_QUERY': '1',
       'TPU_WORKER_HOSTNAMES': 'localhost',
       'TPU_ACCELERATOR_TYPE': _checked(chip).accelerator,
       'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',  # Two processes at a time.
-      'LIBTPU_INIT_ARGS': f'--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true '
-                          f'--xla_jf_dump_llo_pass_label_regex={DUMPED}',
-  }  # fmt: skip
+      'LIBTPU_INIT_ARGS': flags if dump else '',
+  }
 
 
 def make_mesh(chip: str) -> Mesh:
