@@ -22,14 +22,21 @@ class BlockSizes:
 
   block_t: int = 128  # Query rows whose scores exist at one time.
   block_s: int = 1024  # Keys scored at one time.
+  few_t: int = 8  # Up to so many rows, as in decoding, read the keys as they lie,
+  few_block_s: int = 8192  # this many at a time.
 
 
 def forward(q, k, weights, start, end, *, topk: int, blocks: BlockSizes):
   batch, n_keys, _ = k.shape
   size = _group_size(n_keys, topk)
   n_groups = -(-n_keys // size)
-  step_groups = min(max(blocks.block_s // size, 1), n_groups)
-  k = _interleave(pad_axis(k, 1, size * step_groups), size)
+  few = q.shape[1] <= blocks.few_t
+  block_s = blocks.few_block_s if few else blocks.block_s
+  step_groups = min(max(block_s // size, 1), n_groups)
+  k = pad_axis(k, 1, size * step_groups).reshape(batch, -1, size, k.shape[-1])
+  k = k if few else _interleave(k)
+  n_groups = k.shape[1 if few else 2]
+  score_groups = _score_as_they_lie if few else _score_interleaved
   end = jnp.minimum(end, n_keys)  # Never the padding.
   block_t = min(blocks.block_t, q.shape[1])
 
@@ -39,21 +46,20 @@ def forward(q, k, weights, start, end, *, topk: int, blocks: BlockSizes):
     def score(j, state):
       scores, tops = state
       first = j * step_groups
-      keys = jax.lax.dynamic_slice_in_dim(k, first, step_groups, axis=2)
-      new = index_scores(q, keys.reshape(batch, -1, keys.shape[-1]), weights)
+      new = score_groups(q, k, weights, first, step_groups)
       position = (first + jnp.arange(step_groups)) * size + jnp.arange(size)[:, None]
       visible = (position >= start[..., None, None]) & (position < end[..., None, None])
-      new = hide(new.reshape(visible.shape), visible)
+      new = hide(new, visible)
       put = lambda x, y: jax.lax.dynamic_update_slice_in_dim(x, y, first, axis=-1)
       return put(scores, new), put(tops, jnp.max(new, axis=2))
 
-    tops = jnp.full((batch, block_t, k.shape[2]), -jnp.inf)
+    tops = jnp.full((batch, block_t, n_groups), -jnp.inf)
     first, last = key_range(start, end, n_keys, size * step_groups)
     scores, tops = jax.lax.fori_loop(first, last, score, (scores, tops))
     return scores, _best_keys(scores, tops, topk)
 
   # The scores of groups that no row sees are of earlier rows; no such group is chosen.
-  scores = jnp.zeros((batch, block_t, size, k.shape[2]))
+  scores = jnp.zeros((batch, block_t, size, n_groups))
   return scan_rows(select, scores, (q, weights, start, end), block_t)[1]
 
 
@@ -65,10 +71,24 @@ def _group_size(n_keys: int, topk: int) -> int:
   return size
 
 
-def _interleave(k, size):
-  """Keys [B, S, J] to [B, size, groups, J]: a group's maximum is one over whole slices."""
-  batch, _, j = k.shape
-  return jnp.swapaxes(k.reshape(batch, -1, size, j), 1, 2)
+def _interleave(k):
+  """Keys [B, groups, size, J] to [B, size, groups, J]: a group's maximum is over whole slices."""
+  return jnp.swapaxes(k, 1, 2)
+
+
+def _score_interleaved(q, k, weights, first, n_groups):
+  """Scores [B, T, size, n] of n groups from the first on; interleaved keys make them in this order."""
+  keys = jax.lax.dynamic_slice_in_dim(k, first, n_groups, axis=2)
+  batch, size, _, j = keys.shape
+  scores = index_scores(q, keys.reshape(batch, -1, j), weights)
+  return scores.reshape(batch, q.shape[1], size, n_groups)
+
+
+def _score_as_they_lie(q, k, weights, first, n_groups):
+  """The same from keys that are not interleaved: for few rows, scores are less to turn than keys."""
+  keys = jax.lax.dynamic_slice_in_dim(k, first, n_groups, axis=1)
+  dots = jnp.einsum('BGSJ,BTIJ->BGSTI', keys, q, preferred_element_type=jnp.float32)
+  return jnp.einsum('BGSTI,BTI->BTSG', jax.nn.relu(dots), weights.astype(jnp.float32))
 
 
 def _best_keys(scores, tops, topk):
