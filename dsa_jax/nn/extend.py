@@ -108,9 +108,9 @@ class _Reader(NamedTuple):
       out, _ = sparse_attention(seen.absorbed_q, keys, indices, v_dim=self._v_dim, **how)
     else:
       indices = selected if self.attention == 'masked' else None
-      keys, first = self._visible(kv, x.dtype)
+      keys = caches.decode(caches.read_layer(kv, self.layer, self.capacity), x.dtype)[:, :, None]
       out, _ = dense_attention(  # Keys for values, too: cutting the latents out would copy them all.
-          seen.absorbed_q, keys, keys, start + first, self.end + first, indices=indices, **how
+          seen.absorbed_q, keys, keys, start, self.end, indices=indices, **how
       )
       out = out[..., : self._v_dim]
     return self.attn.from_latents(out), kv, index_key, selected
@@ -121,13 +121,6 @@ class _Reader(NamedTuple):
     return index_topk(
         index.q, keys, index.weights, start, self.end, topk=topk, backend=self.backend
     )
-
-  def _visible(self, kv: Any, dtype: Any):
-    """What dense attention reads, [B, S, 1, P], and where the layer begins in it."""
-    if self.attention == 'dense' and isinstance(kv, jax.Array) and kv.dtype == dtype:
-      return kv[:, :, None], self.layer * self.capacity
-    keys = caches.decode(caches.read_layer(kv, self.layer, self.capacity), dtype)
-    return keys[:, :, None], jnp.zeros((), jnp.int32)
 
   def _chosen(self, kv: Any, selected: Int[Array, 'B T K'], dtype: Any):
     """What sparse attention gathers from, and where: nothing is copied that it can read as it is."""
