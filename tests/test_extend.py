@@ -20,7 +20,8 @@ from dsa_jax.nn.mla import Mode
 CONFIGS = {
     'deepseek': laws.CFG,
     'glm': dataclasses.replace(GLM, n_mtp_layers=0),
-    'all_selected': dataclasses.replace(laws.CFG, index_topk=27),
+    'fp8': dataclasses.replace(laws.CFG, index_head_dim=16),
+    'fp8_all_selected': dataclasses.replace(laws.CFG, index_head_dim=16, index_topk=27),
 }
 LENGTHS = (27, 16, 5)  # Of three sequences, longer and shorter than the budget of five.
 WHOLE = (27, 27, 27)  # What the rest of a row is filled with must not matter.
@@ -103,15 +104,15 @@ def test_any_batch(rows):
 @pytest.mark.parametrize('cuts', [(), tuple(range(1, 27))], ids=['layer_read', 'rows_gathered'])
 def test_quantised_cache(cuts):
   """FP8: nine of ten selected tokens stay; where all are selected, logits move by 5 % of their spread."""
-  _, want_selected = whole_pass('deepseek', 'sparse')
-  _, selected = read('deepseek', 'sparse', cuts, lengths=WHOLE, fmt='fp8')
+  _, want_selected = whole_pass('fp8', 'sparse')
+  _, selected = read('fp8', 'sparse', cuts, lengths=WHOLE, fmt='fp8')
   kept = np.mean([
       len(np.intersect1d(a[a >= 0], b[b >= 0])) / (a >= 0).sum()
       for a, b in zip(want_selected.reshape(-1, 5), selected.reshape(-1, 5))
   ])  # fmt: skip
   assert 0.9 < kept < 1, kept
-  want, _ = whole_pass('all_selected', 'sparse')
-  logits, _ = read('all_selected', 'sparse', cuts, lengths=WHOLE, fmt='fp8')
+  want, _ = whole_pass('fp8_all_selected', 'sparse')
+  logits, _ = read('fp8_all_selected', 'sparse', cuts, lengths=WHOLE, fmt='fp8')
   error = np.sqrt(np.mean((logits - want) ** 2)) / want.std()
   assert 1e-3 < error < 0.05, error
 
@@ -131,6 +132,26 @@ def test_quantised_kv_within_half_a_step():
   assert key.scale.shape == (7, 1)
   largest = np.abs(rows).max(axis=1, keepdims=True)
   assert ((largest <= 448 * key.scale) & (448 * key.scale < 2 * largest)).all()
+
+
+def test_rotation_keeps_products():
+  rng = np.random.default_rng(0)
+  q, k = (jnp.asarray(rng.normal(size=(50, 128)), jnp.float32) for _ in range(2))
+  products = lambda q, k: np.asarray(q, np.float64) @ np.asarray(k, np.float64).T
+  np.testing.assert_allclose(products(*map(caches.rotate, (q, k))), products(q, k), atol=1e-4)
+  one = caches.rotate(jnp.eye(128)[5])
+  np.testing.assert_allclose(np.abs(one), 128**-0.5, rtol=1e-6)
+  assert np.sign(one[:8]).tolist() == [1, -1, 1, -1, -1, 1, -1, 1]  # Minus where i & 5 has an odd count.
+
+
+def test_index_keys_are_rotated_before_fp8():
+  cfg = dataclasses.replace(laws.CFG, index_head_dim=128)
+  rows = jax.random.normal(jax.random.key(0), (1, 8, 128))
+  kept = caches.encode(init_cache(cfg, 1, 8, fmt='fp8').index_key, rows, 0)
+  found = caches.rotate(caches.decode(kept, jnp.float32))
+  assert 0 < np.abs(found - rows).max() < 0.2
+  with pytest.raises(ValueError, match='cfg.index_head_dim=96 must be a power of two'):
+    init_cache(dataclasses.replace(cfg, index_head_dim=96), 1, 8, fmt='fp8')
 
 
 def test_bytes_per_token():

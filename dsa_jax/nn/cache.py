@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
+import numpy as np
 
 from dsa_jax.config import ModelConfig
 from dsa_jax.kernels.rows import gather_rows
@@ -24,7 +25,7 @@ class QuantizedKV(NamedTuple):
 
 
 class QuantizedKey(NamedTuple):
-  """An index key in FP8 with its scale."""
+  """An index key in FP8 with its scale, rotated: queries that meet it must be rotated as well."""
 
   key: Float[Array, '*rows J']  # float8_e4m3fn.
   scale: Float[Array, '*rows 1']  # float32, a power of two.
@@ -61,6 +62,8 @@ def init_cache(cfg: ModelConfig, batch: int, capacity: int, *, fmt: str = 'bfloa
     raise ValueError(f'{fmt=} must be one of {FORMATS}.')
   if batch < 1 or not 1 <= capacity <= cfg.max_seq_len:
     raise ValueError(f'{batch=} must be at least 1 and {capacity=} within 1 and {cfg.max_seq_len=}.')
+  if fmt == 'fp8' and cfg.index_head_dim & (cfg.index_head_dim - 1):
+    raise ValueError(f'{fmt=} rotates index keys: {cfg.index_head_dim=} must be a power of two.')
   rows = lambda layers, width: jnp.zeros((batch, layers * capacity, width), fmt)
   n_full, width = len(cfg.full_layers), cfg.kv_lora_rank + cfg.qk_rope_head_dim
   length = jnp.zeros(batch, jnp.int32)
@@ -82,12 +85,12 @@ def encode(like: Any, rows: Float[Array, 'B T E'], v_dim: int) -> Any:
   if isinstance(like, QuantizedKV):
     return quantize_kv(rows, v_dim)
   if isinstance(like, QuantizedKey):
-    return quantize_key(rows)
+    return quantize_key(rotate(rows))
   return rows.astype(like.dtype)
 
 
 def decode(rows: Any, dtype: Any) -> Float[Array, '*rows E']:
-  """The inverse of `encode`, but for what rounding took."""
+  """The inverse of `encode`, but for what rounding took; keys of a QuantizedKey stay rotated."""
   if isinstance(rows, QuantizedKV):
     latent = rows.latent.astype(jnp.float32)
     scale = jnp.repeat(rows.scale, TILE, axis=-1)[..., : latent.shape[-1]]
@@ -126,6 +129,22 @@ def quantize_kv(rows: Float[Array, '*rows E'], v_dim: int) -> QuantizedKV:
 
 def quantize_key(rows: Float[Array, '*rows J']) -> QuantizedKey:
   return QuantizedKey(*_quantize(rows, rows.shape[-1]))
+
+
+def rotate(x: Float[Array, '*rows J']) -> Float[Array, '*rows J']:
+  """Spreads every channel over all J, a power of two, as DeepSeek's own service does before FP8.
+
+  Orthonormal, and its own inverse: rotated queries and keys have the products they had.
+
+  Source:
+    `rotate_activation` in DeepSeek-V3.2-Exp inference/model.py at commit 87e509a2: the Hadamard
+    matrix in Sylvester's order.
+  """
+  matrix = np.ones((1, 1), np.float32)
+  while len(matrix) < x.shape[-1]:
+    matrix = np.block([[matrix, matrix], [matrix, -matrix]])
+  rotated = jnp.matmul(x, matrix * len(matrix) ** -0.5, preferred_element_type=jnp.float32)
+  return rotated.astype(x.dtype)
 
 
 def _quantize(x, tile: int):

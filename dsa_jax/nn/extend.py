@@ -117,10 +117,9 @@ class _Reader(NamedTuple):
 
   def _select(self, index, index_key, start):
     keys = caches.decode(caches.read_layer(index_key, self.slot, self.capacity), index.q.dtype)
+    q = caches.rotate(index.q) if isinstance(index_key, caches.QuantizedKey) else index.q
     topk = self.attn.cfg.index_topk
-    return index_topk(
-        index.q, keys, index.weights, start, self.end, topk=topk, backend=self.backend
-    )
+    return index_topk(q, keys, index.weights, start, self.end, topk=topk, backend=self.backend)
 
   def _chosen(self, kv: Any, selected: Int[Array, 'B T K'], dtype: Any):
     """What sparse attention gathers from, and where: nothing is copied that it can read as it is."""
