@@ -5,14 +5,27 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from dsa_jax import spmd
+from dsa_jax.sharding import ALL_TOKENS, LOGITS
+
 
 def next_token_loss(
     logits: Float[Array, 'B T W'], targets: Int[Array, 'B T']
 ) -> Float[Array, 'B T']:
   """Returns the cross-entropy of every target, in nats, float32."""
-  logits = logits.astype(jnp.float32)
-  own = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-  return jax.nn.logsumexp(logits, axis=-1) - own
+  return spmd.on_each_device(_next_token_loss, (LOGITS, ALL_TOKENS), ALL_TOKENS)(logits, targets)
+
+
+def _next_token_loss(logits, targets):
+  """From each device's share of the vocabulary."""
+  logits, n_words = logits.astype(jnp.float32), logits.shape[-1]
+  word = targets - spmd.index('tensor') * n_words
+  here = (word >= 0) & (word < n_words)
+  own = jnp.take_along_axis(logits, jnp.clip(word, 0, n_words - 1)[..., None], axis=-1)[..., 0]
+  own = spmd.total(jnp.where(here, own, 0), 'tensor')
+  top = spmd.largest(jax.lax.stop_gradient(logits.max(axis=-1)), 'tensor')
+  mass = spmd.total(jnp.sum(jnp.exp(logits - top[..., None]), axis=-1), 'tensor')
+  return top + jnp.log(mass) - own
 
 
 def shift_targets(

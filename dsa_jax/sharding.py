@@ -1,10 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where every weight lies on a mesh of devices: one table from its axes to the mesh's."""
+"""Where every array lies on a mesh of devices: one table from its axes to the mesh's."""
 
+import dataclasses
+from typing import Any
+
+from flax import nnx
 import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+
+from dsa_jax.config import ModelConfig
 
 MESH_AXES = ('fsdp', 'context', 'expert', 'tensor')
+SEQUENCES = ('fsdp', 'expert')  # They share the sequences of a batch,
+TOKENS = ('context', 'tensor')  # and these the tokens of each.
+BATCH = P(SEQUENCES, TOKENS)  # [B, T, ...] as it flows from layer to layer.
+ALL_TOKENS = P(SEQUENCES, 'context')  # [B, T, ...] where devices share widths, not tokens.
+LOGITS = P(SEQUENCES, 'context', 'tensor')
 
 # Axis of a weight -> axis of the mesh that splits it; None keeps it whole.
 RULES = {
@@ -19,18 +30,69 @@ RULES = {
 }
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+  """How many devices share what; all ones is a single device."""
+
+  fsdp: int = 1  # Weights and sequences.
+  context: int = 1  # The tokens of a sequence.
+  expert: int = 1  # Experts, and sequences.
+  tensor: int = 1  # Heads and widths of one layer, and between layers the tokens.
+
+  def __post_init__(self):
+    for name, size in self.sizes.items():
+      if size < 1:
+        raise ValueError(f'{name}={size} must be at least 1.')
+
+  @property
+  def sizes(self) -> dict[str, int]:
+    return dataclasses.asdict(self)
+
+  @property
+  def n_devices(self) -> int:
+    return self.fsdp * self.context * self.expert * self.tensor
+
+  def check_model(self, cfg: ModelConfig):
+    """Raises a ValueError if an axis of a weight cannot be split evenly."""
+    divided = {'tensor': ['n_heads', 'vocab_size'], 'fsdp': ['dim'], 'expert': []}
+    if cfg.n_dense_layers:
+      divided['tensor'] += ['inter_dim']
+    if cfg.n_dense_layers < cfg.n_layers:
+      divided['tensor'] += ['moe_inter_dim']
+      divided['expert'] += ['n_routed_experts']
+    for axis, names in divided.items():
+      for name in names:
+        if getattr(cfg, name) % self.sizes[axis]:
+          raise ValueError(f'{axis}={self.sizes[axis]} must divide {name}={getattr(cfg, name)}.')
+
+  def check_rows(self, batch_size: int, seq_len: int):
+    """Raises a ValueError if the sequences or tokens of a (micro-)batch cannot be shared evenly."""
+    if batch_size % (self.fsdp * self.expert):
+      raise ValueError(
+          f'fsdp={self.fsdp} times expert={self.expert} must divide the {batch_size} sequences of a '
+          'micro-batch.'
+      )
+    if seq_len % (2 * self.context * self.tensor):
+      raise ValueError(
+          f'twice context={self.context} times tensor={self.tensor} must divide {seq_len} tokens: '
+          'every device takes an early and a late piece of each sequence.'
+      )
+
+
 def make_mesh(*, fsdp: int = 1, context: int = 1, expert: int = 1, tensor: int = 1) -> Mesh:
   """Returns a mesh of that many devices along each axis.
 
   Raises:
     ValueError: There are not as many devices.
   """
-  shape = fsdp, context, expert, tensor
-  needed = fsdp * context * expert * tensor
-  if min(shape) < 1 or needed > jax.device_count():
-    sizes = dict(zip(MESH_AXES, shape))
-    raise ValueError(f'mesh {sizes} needs {needed} devices; there are {jax.device_count()}.')
-  return jax.make_mesh(shape, MESH_AXES, devices=jax.devices()[:needed])
+  cfg = MeshConfig(fsdp=fsdp, context=context, expert=expert, tensor=tensor)
+  if cfg.n_devices > jax.device_count():
+    raise ValueError(
+        f'mesh {cfg.sizes} needs {cfg.n_devices} devices; there are {jax.device_count()}.'
+    )
+  axis_types = (jax.sharding.AxisType.Auto,) * len(MESH_AXES)
+  devices = jax.devices()[: cfg.n_devices]
+  return jax.make_mesh(tuple(cfg.sizes.values()), MESH_AXES, axis_types, devices=devices)
 
 
 def weight_sharding(shape: tuple[int, ...], axes: tuple[str | None, ...], mesh: Mesh) -> NamedSharding:
@@ -44,4 +106,15 @@ def weight_sharding(shape: tuple[int, ...], axes: tuple[str | None, ...], mesh: 
   for size, name, axis in zip(shape, named, spec):
     if axis is not None and size % mesh.shape[axis]:
       raise ValueError(f'axis {name!r} of {size} cannot be split over {axis}={mesh.shape[axis]}.')
-  return NamedSharding(mesh, PartitionSpec(*spec))
+  return NamedSharding(mesh, P(*spec))
+
+
+def shardings_of(tree: Any, mesh: Mesh) -> Any:
+  """Returns where each array of a tree lies: weights, and moments like them, by their axes."""
+
+  def place(leaf):
+    if not isinstance(leaf, nnx.Variable):
+      return NamedSharding(mesh, P())
+    return leaf.replace(weight_sharding(leaf.shape, leaf.get_metadata()['axes'], mesh))
+
+  return jax.tree.map(place, tree, is_leaf=lambda x: isinstance(x, nnx.Variable))

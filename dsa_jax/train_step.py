@@ -2,25 +2,36 @@
 """One step for every stage: sums over micro-batches, one division, one update per part."""
 
 from collections.abc import Callable
+import dataclasses
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 from flax import nnx
 import jax
 import jax.numpy as jnp
 import optax
 
+from dsa_jax import spmd
 from dsa_jax.data.batch import Batch
 from dsa_jax.losses import next_token_loss, shift_targets
 from dsa_jax.nn.mla import Mode
 from dsa_jax.nn.moe import balance
 from dsa_jax.nn.transformer import STACKS, Output
 from dsa_jax.optim import OptimConfig, make_optimizer
+from dsa_jax.sharding import TOKENS
 from dsa_jax.state import TrainState, join_parts, split_parts
 
 
 Rates = dict[str, jax.Array | float]  # The learning rate of each part that is trained.
 Metrics = dict[str, jax.Array]
+
+
+class Rows(NamedTuple):
+  """A batch with the targets of the MTP layer, in whatever order its tokens are."""
+
+  batch: Batch
+  mtp_targets: jax.Array
+  mtp_weights: jax.Array
 
 
 @functools.cache  # Stages that differ in their schedules only share one compiled program.
@@ -45,24 +56,29 @@ def make_train_step(
   def train_step(state: TrainState, batch: Batch, rates: Rates):
     key, step_key = jax.random.split(jax.random.wrap_key_data(state.key))
     parts, rest = split_parts(state.params, trains)
-    totals = _count(batch)
+    n_shares = spmd.mesh_size(*TOKENS)
+    zigzag = n_shares > 1
+    rows = Rows(batch, *shift_targets(batch.targets, batch.weights))
+    totals = _count(rows)
+    rows = jax.tree.map(lambda x: spmd.zigzag(x, n_shares), rows) if zigzag else rows
 
-    def loss(parts, micro_batch_and_key):
-      micro_batch, key = micro_batch_and_key
-      model = nnx.merge(graph, join_parts(parts, rest))
+    def loss(parts, rows_and_key):
+      rows, key = rows_and_key
+      batch, model = rows.batch, nnx.merge(graph, join_parts(parts, rest))
       out = model(
-          micro_batch.tokens, micro_batch.start, micro_batch.end, mode,
-          next_tokens=micro_batch.targets, key=key,
+          batch.tokens, batch.start, batch.end, dataclasses.replace(mode, zigzag=zigzag),
+          next_tokens=batch.targets, key=key,
       )
-      return _losses(out, micro_batch, totals, optim, mode)
+      return _losses(out, rows, totals, optim, mode)
 
-    def accumulate(sums, micro_batch_and_key):
-      (_, metrics), grads = jax.value_and_grad(loss, has_aux=True)(parts, micro_batch_and_key)
+    def accumulate(sums, rows_and_key):
+      (_, metrics), grads = jax.value_and_grad(loss, has_aux=True)(parts, rows_and_key)
       own = grads, metrics
       return (own if sums is None else jax.tree.map(jnp.add, sums, own)), None
 
-    split = lambda x: x.reshape(micro_batches, -1, *x.shape[1:])
-    inputs = jax.tree.map(split, batch), jax.random.split(step_key, micro_batches)
+    # Each takes every so manieth sequence, so that devices which share the batch share each part.
+    split = lambda x: spmd.micro_batches(x, micro_batches)
+    inputs = jax.tree.map(split, rows), jax.random.split(step_key, micro_batches)
     if micro_batches == 1:
       only = jax.tree.map(lambda x: x[0], inputs)
       (_, metrics), grads = jax.value_and_grad(loss, has_aux=True)(parts, only)
@@ -82,31 +98,33 @@ def make_train_step(
     if 'backbone' in trains:
       params = _balance(graph, params, metrics['expert_load'], optim.bias_rate)
     metrics = _summarize(metrics, micro_batches)
-    return TrainState(state.step + 1, params, opt_state, jax.random.key_data(key)), metrics
+    state = TrainState(state.step + 1, params, opt_state, jax.random.key_data(key))
+    return spmd.at_rest(state), metrics
 
   return train_step
 
 
-def _count(batch: Batch) -> dict[str, jax.Array]:
+def _count(rows: Rows) -> dict[str, jax.Array]:
   """How many tokens of the whole batch count, by loss."""
   count = lambda weights: jnp.maximum(jnp.sum(weights), 1)
   return {
-      'lm': count(batch.weights),
-      'mtp': count(shift_targets(batch.targets, batch.weights)[1]),
-      'kl': count(batch.end > batch.start),
+      'lm': count(rows.batch.weights),
+      'mtp': count(rows.mtp_weights),
+      'kl': count(rows.batch.end > rows.batch.start),
   }
 
 
-def _losses(out: Output, batch: Batch, totals, optim: OptimConfig, mode: Mode):
+def _losses(out: Output, rows: Rows, totals, optim: OptimConfig, mode: Mode):
   """The loss of all parts, and metrics that add up over micro-batches."""
+  batch = rows.batch
   metrics = {'residual_rms': out.residual_rms}
   metrics['lm_loss'] = (
       jnp.sum(next_token_loss(out.logits, batch.targets) * batch.weights) / totals['lm']
   )
   loss = metrics['lm_loss']
   if out.mtp_logits is not None:
-    targets, weights = shift_targets(batch.targets, batch.weights)
-    mtp = jnp.sum(next_token_loss(out.mtp_logits, targets) * weights) / totals['mtp']
+    nats = next_token_loss(out.mtp_logits, rows.mtp_targets)
+    mtp = jnp.sum(nats * rows.mtp_weights) / totals['mtp']
     metrics['mtp_loss'] = mtp
     loss += optim.mtp_weight * mtp
   if mode.index_loss:

@@ -8,9 +8,11 @@ from typing import Literal, NamedTuple
 from flax import nnx
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from dsa_jax import selection
+from dsa_jax import spmd
 from dsa_jax.config import ModelConfig
 from dsa_jax.kernels import dense_attention, index_kl, sparse_attention
 from dsa_jax.kernels.rows import map_rows
@@ -19,6 +21,7 @@ from dsa_jax.nn.norms import RMSNorm
 from dsa_jax.nn.param import BackboneParam, param
 from dsa_jax.nn.rope import apply_rope, rope_frequencies
 from dsa_jax.selection import measures
+from dsa_jax.sharding import BATCH, MESH_AXES, TOKENS
 
 Attention = Literal['dense', 'sparse', 'masked']
 QUERY_CHANNELS = 2**29  # Of absorbed queries at one time; more go in blocks of rows.
@@ -34,12 +37,18 @@ class Mode:
   index_loss: bool = False  # Report the indexer's divergence from the attention.
   measure: tuple[str, ...] = ()  # Rules whose selections are compared with the true attention.
   remat: bool = False  # Recompute each layer in the backward pass instead of keeping it.
+  zigzag: bool = False  # The tokens come in the order of `spmd.zigzag`, not of the text.
 
   @property
   def rules(self) -> tuple[str, ...]:
     """All rules that must select, each once."""
     used = () if self.attention == 'dense' else (self.rule,)
     return tuple(dict.fromkeys(used + self.measure))
+
+  @property
+  def splits_heads(self) -> bool:
+    """Whether the heads may lie on several devices: the indexer alone selects without them."""
+    return set(self.rules) <= {'indexer'} and not self.measure
 
   def __post_init__(self):
     if self.attention not in ('dense', 'sparse', 'masked'):
@@ -77,7 +86,10 @@ class AttentionReport(NamedTuple):
 
 
 class Views(NamedTuple):
-  """A layer's queries and keys: in MHA form (E = N + R), absorbed (P = C + R), and the indexer's."""
+  """A layer's queries and keys: in MHA form (E = N + R), absorbed (P = C + R), and the indexer's.
+
+  Queries are those of this device's tokens, keys those of all; heads those of this device.
+  """
 
   q_latent: Float[Array, 'B T Q']
   q: Float[Array, 'B T H E']
@@ -98,6 +110,7 @@ class Views(NamedTuple):
     """What a selection rule may look at, cut off from the gradients."""
     index = self.index or (None, None, None)
     arrays = jax.lax.stop_gradient((*index, self.q, self.k))
+    key = jax.random.fold_in(key, spmd.index(*MESH_AXES)) if spmd.size(*MESH_AXES) > 1 else key
     return selection.Candidates(
         *arrays, start, end, key, sm_scale=cfg.sm_scale, topk=cfg.index_topk, backend=backend
     )
@@ -138,7 +151,20 @@ class MLA(nnx.Module):
 
     Only the rule `random` draws from `key`. Without `shared`, the layer selects for itself.
     """
-    seen = self.views(x, start, end)
+    attend = lambda attn, x, start, end, key, shared: attn._attend(x, start, end, key, mode, shared)
+    whole = ('fsdp',) if mode.splits_heads else ('fsdp', 'tensor')
+    shares = spmd.weight_specs(self, whole), BATCH, BATCH, BATCH, P(), shared and Shared(BATCH, P())
+    attend = spmd.on_each_device(attend, shares, BATCH)
+    return attend(self, x, start, end, key, shared)
+
+  def _attend(self, x, start, end, key, mode: Mode, shared: Shared | None):
+    """What each device does for its own tokens; of heads split over devices, for others' too."""
+    see = lambda: self.views(x, start, end, zigzag=mode.zigzag)
+    seen = see()
+    splits_heads = self.wq_b.shape[1] < self.cfg.n_heads
+    all_tokens = lambda a: spmd.gather(a, 'tensor', dim=1) if splits_heads else a
+    own_tokens = lambda a: spmd.scatter_sum(a, 'tensor', dim=1) if splits_heads else a
+    all_heads = lambda a: spmd.exchange(a, 'tensor', split=1, join=2) if splits_heads else a
 
     def select(seen: Views) -> tuple[IndexInputs, Selections]:
       candidates = seen.candidates(start, end, key, self.cfg, mode.backend)
@@ -153,34 +179,50 @@ class MLA(nnx.Module):
         return nothing
       return jax.lax.cond(shared.is_full, loss, lambda _: nothing, index) if shared else loss(index)
 
-    def read(rows, keys):
-      q_latent, start, end, indices, index_rows = rows
-      kv, index_k = keys
-      q = self._absorbed_queries(q_latent, _positions(start, end))
-      out, lse = sparse_attention(q, kv, indices, v_dim=self.cfg.kv_lora_rank, **how)
+    def absorbed(q_latent, start, end):
+      return self._absorbed_queries(*map(all_tokens, (q_latent, _positions(start, end))))
+
+    def compare(rows, keys, q=None):
+      (q_latent, start, end, indices, index_rows, lse), (kv, index_k) = rows, keys
+      q = all_heads(absorbed(q_latent, start, end) if q is None else q)
       index = index_rows and IndexInputs(index_rows[0], index_k, index_rows[1])
-      return self.from_latents(out), divergence(q, kv[:, :, None], lse, index, start, end, indices)
+      return divergence(q, kv[:, :, None], lse, index, start, end, indices)
+
+    def read(rows, keys):
+      q_latent, start, end, indices, _ = rows
+      q, v_dim = absorbed(q_latent, start, end), self.cfg.kv_lora_rank
+      out, lse = sparse_attention(q, keys[0], all_tokens(indices), v_dim=v_dim, **how)
+      return own_tokens(self.from_latents(out)), compare((*rows, all_heads(lse)), keys, q)
 
     if shared is None:
       index, selections = select(seen)
     elif self.indexer is None:
       index, selections = None, shared.selections
     else:  # A full layer alone pays for its indexer: it projects again within the branch.
-      own = lambda: select(self.views(x, start, end))
+      own = lambda: select(see())
       zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(own)[0])
       index, selections = jax.lax.cond(shared.is_full, own, lambda: (zeros, shared.selections))
 
     how = {'sm_scale': self.cfg.sm_scale, 'backend': mode.backend}
     indices = None if mode.attention == 'dense' else selections[mode.rule]
+    index_rows, index_k = ((index.q, index.weights), index.k) if index else (None, None)
+    by_blocks = functools.partial(
+        _by_blocks, most=QUERY_CHANNELS // (self.cfg.n_heads * seen.kv.shape[-1])
+    )
     if mode.attention == 'sparse':
-      index_rows, index_k = ((index.q, index.weights), index.k) if index else (None, None)
       rows = seen.q_latent, start, end, indices, index_rows
-      channels = self.cfg.n_heads * seen.kv.shape[-1]
-      out, kl = _by_blocks(read, rows, (seen.kv, index_k), QUERY_CHANNELS // channels)
+      out, kl = by_blocks(read, rows, (seen.kv, index_k))
     else:
-      out, lse = dense_attention(seen.q, seen.k, seen.v, start, end, indices=indices, **how)
-      out = self._join_heads(out)
-      kl = divergence(seen.q, seen.k, lse, index, start, end, indices)
+      rows = tuple(map(all_tokens, (seen.q_latent, start, end)))
+      q = jnp.concatenate(self._queries(rows[0], _positions(*rows[1:])), axis=-1)
+      chosen = None if indices is None else all_tokens(indices)
+      out, lse = dense_attention(q, seen.k, seen.v, *rows[1:], indices=chosen, **how)
+      out = own_tokens(self._join_heads(out))
+      if splits_heads:  # The queries of all heads are less to send than their keys.
+        rows = seen.q_latent, start, end, indices, index_rows, all_heads(lse)
+        kl = by_blocks(compare, rows, (seen.kv, index_k))
+      else:
+        kl = divergence(seen.q, seen.k, lse, index, start, end, indices)
 
     measured = self._measured(seen, selections, start, end, key, mode) if mode.measure else {}
     return out, selections, AttentionReport(kl, measured)
@@ -198,30 +240,37 @@ class MLA(nnx.Module):
           indices=chosen,
           captured_mass=measures.captured_mass(lse, lse_visible),
           topk_recall=measures.overlap(oracle, chosen),
-          neighbour_overlap=measures.neighbour_overlap(chosen),
+          neighbour_overlap=_neighbour_overlap(chosen),
           selected_distance=measures.selected_distance(chosen, end),
       )
     return measured
 
   def views(
-      self, x: Float[Array, 'B T D'], start: Int[Array, 'B T'], end: Int[Array, 'B T']
+      self,
+      x: Float[Array, 'B T D'],
+      start: Int[Array, 'B T'],
+      end: Int[Array, 'B T'],
+      *,
+      zigzag: bool = False,
   ) -> Views:
     """Projects the normed `x` into all that attention and indexer read; unused parts cost nothing."""
     positions = _positions(start, end)
     w_k, w_v = self._expansion(x.dtype)
     q_latent = self.q_norm(x @ self.wq_a[...].astype(x.dtype))
     q_nope, q_rope = self._queries(q_latent, positions)
-    c_kv, k_rope = self._latents(x, positions)
+    kv = _of_all_tokens(jnp.concatenate(self._latents(x, positions), axis=-1), zigzag)
+    c_kv, k_rope = jnp.split(kv, [self.cfg.kv_lora_rank], axis=-1)
     k_nope = jnp.einsum('BSC,CHN->BSHN', c_kv, w_k)
-    k_rope_of_heads = jnp.broadcast_to(k_rope[:, :, None], q_rope.shape)
+    k_rope_of_heads = jnp.broadcast_to(k_rope[:, :, None], (*k_nope.shape[:3], k_rope.shape[-1]))
+    index = None if self.indexer is None else self.indexer(x, q_latent, positions)
     return Views(
         q_latent=q_latent,
         q=jnp.concatenate([q_nope, q_rope], axis=-1),
         k=jnp.concatenate([k_nope, k_rope_of_heads], axis=-1),
         v=jnp.einsum('BSC,CHV->BSHV', c_kv, w_v),
         absorbed_q=self._absorbed_queries(q_latent, positions),
-        kv=jnp.concatenate([c_kv, k_rope], axis=-1),
-        index=None if self.indexer is None else self.indexer(x, q_latent, positions),
+        kv=kv,
+        index=index and index._replace(k=_of_all_tokens(index.k, zigzag)),
     )
 
   def from_latents(self, out: Float[Array, 'B T H C']) -> Float[Array, 'B T D']:
@@ -253,9 +302,22 @@ class MLA(nnx.Module):
     return self.kv_norm(latent), rope
 
 
+def _of_all_tokens(keys, zigzag: bool):
+  """The keys of a sequence from all devices that share it, in the order of the text."""
+  keys = spmd.gather(keys, *TOKENS, dim=1)
+  return spmd.unzigzag(keys, spmd.size(*TOKENS)) if zigzag else keys
+
+
 def _positions(start, end):
   """Where each token is in its document."""
   return jnp.maximum(end - 1 - start, 0)
+
+
+def _neighbour_overlap(chosen):
+  """Of this device's tokens; the one before its first is another device's."""
+  overlap = measures.neighbour_overlap(spmd.gather(chosen, *TOKENS, dim=1))
+  here = spmd.index(*TOKENS) * chosen.shape[1]
+  return jax.lax.dynamic_slice_in_dim(overlap, here, chosen.shape[1], axis=1)
 
 
 def _by_blocks(f, rows, keys, most: int):

@@ -4,9 +4,12 @@
 from flax import nnx
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
+from dsa_jax import spmd
 from dsa_jax.nn.param import BackboneParam, param
+from dsa_jax.sharding import BATCH
 
 
 class MLP(nnx.Module):
@@ -18,8 +21,16 @@ class MLP(nnx.Module):
     self.w2 = param(BackboneParam, (width, dim), ('ffn', 'embed'), std=out_std, rngs=rngs)
 
   def __call__(self, x: Float[Array, '*any D']) -> Float[Array, '*any D']:
-    w1, w3, w2 = (w[...].astype(x.dtype) for w in (self.w1, self.w3, self.w2))
-    return swiglu(x @ w1, x @ w3).astype(x.dtype) @ w2
+    inward, outward = P(None, 'tensor'), P('tensor', None)
+    apply = spmd.on_each_device(_apply, (inward, inward, outward, BATCH), BATCH)
+    return apply(*(w[...] for w in (self.w1, self.w3, self.w2)), x)
+
+
+def _apply(w1, w3, w2, x):
+  """Devices that share the width take all their tokens, and share the sum."""
+  w1, w3, w2 = (w.astype(x.dtype) for w in (w1, w3, w2))
+  x = spmd.gather(x, 'tensor', dim=1)
+  return spmd.scatter_sum(swiglu(x @ w1, x @ w3).astype(x.dtype) @ w2, 'tensor', dim=1)
 
 
 def swiglu(gate: Float[Array, '*any F'], up: Float[Array, '*any F']) -> Float[Array, '*any F']:

@@ -4,12 +4,16 @@
 from flax import nnx
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
+from dsa_jax import spmd
 from dsa_jax.config import ModelConfig
 from dsa_jax.nn.mlp import MLP, swiglu
 from dsa_jax.nn.param import BackboneParam, RouterBias, param
+from dsa_jax.sharding import BATCH, MESH_AXES
 
+SHARERS = ('expert', 'tensor')  # Axes of the mesh that hold different experts, or parts of one.
 
 class MoE(nnx.Module):
   """Sends every token to its own few experts, none dropped, and to the shared expert."""
@@ -30,20 +34,38 @@ class MoE(nnx.Module):
       self, x: Float[Array, 'B T D'], counted: Float[Array, 'B T']
   ) -> tuple[Float[Array, 'B T D'], Float[Array, 'X']]:
     """Returns the output, and how many of the `counted` tokens each expert received."""
+    inward, outward = P('expert', None, 'tensor'), P('expert', 'tensor', None)
+    shares = P(), P(), inward, inward, outward, BATCH, BATCH
+    experts = spmd.on_each_device(self._experts, shares, (BATCH, P()))
+    weights = (w[...] for w in (self.gate, self.bias, self.w1, self.w3, self.w2))
+    routed, load = experts(*weights, x, counted)
+    return routed + self.shared(x), load
+
+  def _experts(self, gate, bias, w1, w3, w2, x, counted):
+    """Sends tokens to the devices that share the experts, and adds up what these return."""
     tokens = x.reshape(-1, x.shape[-1])
-    logits = tokens.astype(jnp.float32) @ self.gate[...]
-    experts, gates = route(logits, self.bias[...], self.cfg)
-    n_tokens, n_chosen = experts.shape
-    order = jnp.argsort(experts.reshape(-1))  # Stable: each expert's tokens, side by side.
-    sizes = jnp.bincount(experts.reshape(-1), length=self.cfg.n_routed_experts)
-    w1, w3, w2 = (w[...].astype(x.dtype) for w in (self.w1, self.w3, self.w2))
-    rows = tokens[order // n_chosen]
-    hidden = swiglu(jax.lax.ragged_dot(rows, w1, sizes), jax.lax.ragged_dot(rows, w3, sizes))
-    rows = jax.lax.ragged_dot(hidden.astype(x.dtype), w2, sizes)
-    rows = rows[jnp.argsort(order)].reshape(n_tokens, n_chosen, -1)
-    routed = jnp.einsum('AKD,AK->AD', rows.astype(jnp.float32), gates)
+    experts, gates = route(tokens.astype(jnp.float32) @ gate, bias, self.cfg)
     load = jnp.zeros(self.cfg.n_routed_experts).at[experts].add(counted.reshape(-1, 1))
-    return routed.astype(x.dtype).reshape(x.shape) + self.shared(x), load
+    tokens, experts, gates = (spmd.gather(a, *SHARERS, dim=0) for a in (tokens, experts, gates))
+    experts -= spmd.index('expert') * len(w1)  # Those of this device are now the first.
+    routed = _apply(tokens, experts, gates, *(w.astype(x.dtype) for w in (w1, w3, w2)))
+    routed = spmd.scatter_sum(routed, *SHARERS, dim=0)
+    return routed.astype(x.dtype).reshape(x.shape), spmd.total(load, *MESH_AXES)
+
+
+def _apply(tokens, experts, gates, w1, w3, w2):
+  """The gated sum of each token's experts, float32 [A, D], of those whose weights are here."""
+  n_tokens, n_chosen = experts.shape
+  here = (experts >= 0) & (experts < len(w1))
+  experts = jnp.where(here, experts, len(w1)).reshape(-1)  # Others come last, in no group.
+  order = jnp.argsort(experts)  # Stable: each expert's tokens, side by side.
+  sizes = jnp.bincount(experts, length=len(w1))
+  rows = tokens[order // n_chosen]
+  hidden = swiglu(jax.lax.ragged_dot(rows, w1, sizes), jax.lax.ragged_dot(rows, w3, sizes))
+  rows = jax.lax.ragged_dot(hidden.astype(tokens.dtype), w2, sizes)
+  rows = rows[jnp.argsort(order)].reshape(n_tokens, n_chosen, -1)
+  rows = jnp.where(here[..., None], rows.astype(jnp.float32), 0)
+  return jnp.einsum('AKD,AK->AD', rows, gates)
 
 
 def route(

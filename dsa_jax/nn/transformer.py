@@ -7,15 +7,18 @@ from typing import NamedTuple
 from flax import nnx
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int, Key
 import numpy as np
 
+from dsa_jax import spmd
 from dsa_jax.config import ModelConfig
 from dsa_jax.nn.mla import MLA, Measures, Mode, Selections, Shared
 from dsa_jax.nn.mlp import MLP
 from dsa_jax.nn.moe import MoE
 from dsa_jax.nn.norms import RMSNorm
 from dsa_jax.nn.param import BackboneParam, param
+from dsa_jax.sharding import BATCH, LOGITS
 
 
 STACKS = ('dense_blocks', 'moe_blocks', 'mtp')  # Leading MLP layers, expert layers, MTP layer.
@@ -155,9 +158,8 @@ class Transformer(nnx.Module):
       next_tokens: The tokens that follow; the MTP layer reads them and is skipped without.
       key: For rules that draw lots; a fixed one if None.
     """
-    embed = self.embed[...].astype(self.cfg.dtype)
     keys = jax.random.split(jax.random.key(0) if key is None else key, self.cfg.n_layers + 1)
-    x, reports, selections = embed[tokens], {}, None
+    x, reports, selections = self.embedded(tokens), {}, None
     if self.cfg.shares_indexers:  # Nothing is selected before the first layer, which is full.
       nothing = jnp.full((*tokens.shape, self.cfg.index_topk), -1, jnp.int32)
       selections = {rule: nothing for rule in mode.rules}
@@ -170,14 +172,17 @@ class Transformer(nnx.Module):
         )
     hidden, mtp_logits = self.norm(x), None
     if self.mtp is not None and next_tokens is not None:
-      following, reports['mtp'] = self.mtp(hidden, embed[next_tokens], start, end, keys[-1], mode)
+      following, reports['mtp'] = self.mtp(hidden, self.embedded(next_tokens), start, end, keys[-1], mode)
       mtp_logits = self.logits(following)
     return Output(self.logits(hidden), mtp_logits, reports)
 
   def logits(self, hidden: Float[Array, 'B T D']) -> Float[Array, 'B T W']:
     """The float32 logits of normed hidden states."""
-    head = self.head[...].astype(hidden.dtype)
-    return jnp.einsum('BTD,DW->BTW', hidden, head, preferred_element_type=jnp.float32)
+    return spmd.on_each_device(_logits, (P(None, 'tensor'), BATCH), LOGITS)(self.head[...], hidden)
+
+  def embedded(self, tokens: Int[Array, 'B T']) -> Float[Array, 'B T D']:
+    embed = self.embed[...].astype(self.cfg.dtype)
+    return spmd.on_each_device(_embed, (P('tensor', None), BATCH), BATCH)(embed, tokens)
 
   def block(self, i: int) -> Block:
     """Layer `i` on its own, for a notebook: `model.block(3).attn.indexer(...)`."""
@@ -190,6 +195,19 @@ class Transformer(nnx.Module):
     if not self.cfg.is_full(i):
       block.attn.indexer = None
     return block
+
+
+def _embed(embed, tokens):
+  """From each device's share of the vocabulary."""
+  word = spmd.gather(tokens, 'tensor', dim=1) - spmd.index('tensor') * len(embed)
+  here = (word >= 0) & (word < len(embed))
+  return spmd.scatter_sum(jnp.where(here[..., None], embed[word], 0), 'tensor', dim=1)
+
+
+def _logits(head, hidden):
+  hidden = spmd.gather(hidden, 'tensor', dim=1)
+  head = head.astype(hidden.dtype)
+  return jnp.einsum('BTD,DW->BTW', hidden, head, preferred_element_type=jnp.float32)
 
 
 def layers_of_stacks(cfg: ModelConfig) -> dict[str, range]:
@@ -232,7 +250,7 @@ def _run(blocks: Block, full: np.ndarray, x, selections, start, end, keys, mode:
   def layer(carry, inputs):
     (x, selections), (block, key, is_full) = carry, inputs
     shared = None if selections is None else Shared(selections, is_full)
-    x, own, report = block(x, start, end, key, mode, shared)
+    x, own, report = block(spmd.flowing(x), start, end, key, mode, shared)
     return (x, None if selections is None else own), report
 
   layer = jax.checkpoint(layer) if mode.remat else layer

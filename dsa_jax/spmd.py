@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a device does with its own share of a layer, and what it says to the others.
+
+Nothing here does anything where no mesh is set, or one of a single device: the model is the same
+program everywhere.
+"""
+
+from collections.abc import Callable
+import math
+from typing import Any
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from dsa_jax.sharding import BATCH, MESH_AXES, RULES, shardings_of
+
+
+def mesh_size(*axes: str) -> int:
+  """Over how many devices axes of the mesh that is set go; 1 where none is."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return math.prod(mesh.shape[axis] for axis in axes if axis in mesh.axis_names)
+
+
+def _shares_work() -> bool:
+  return mesh_size(*MESH_AXES) > 1 and not jax.sharding.get_abstract_mesh().manual_axes
+
+
+def on_each_device(f: Callable, in_specs: Any, out_specs: Any) -> Callable:
+  """Returns f as each device runs it on its own shares; f itself where there is one device."""
+  if not _shares_work():
+    return f
+  return jax.shard_map(f, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+
+def weight_specs(module: nnx.Module, whole: tuple[str, ...]) -> Any:
+  """The shares of a module's weights that a device computes with: gathered over `whole`."""
+
+  def spec(x: nnx.Variable) -> nnx.Variable:
+    axes = [None if name is None else RULES[name] for name in x.get_metadata()['axes']]
+    return x.replace(P(*(None if axis in whole else axis for axis in axes)))
+
+  return jax.tree.map(spec, module, is_leaf=lambda x: isinstance(x, nnx.Variable))
+
+
+def flowing(x: jax.Array) -> jax.Array:
+  """Keeps [B, T, ...] split over sequences and tokens, as it goes from layer to layer."""
+  return jax.lax.with_sharding_constraint(x, BATCH) if _shares_work() else x
+
+
+def micro_batches(x: jax.Array, n: int) -> jax.Array:
+  """Cuts [B, T, ...] into [n, B / n, T, ...], each with sequences of every device."""
+  x = jnp.moveaxis(x.reshape(-1, n, *x.shape[1:]), 1, 0)
+  return jax.lax.with_sharding_constraint(x, P(None, *BATCH)) if _shares_work() else x
+
+
+def at_rest(tree: Any) -> Any:
+  """Keeps weights, and moments like them, where they lie between steps."""
+  if not _shares_work():
+    return tree
+  places = shardings_of(tree, jax.sharding.get_abstract_mesh())
+  return jax.lax.with_sharding_constraint(tree, places)
+
+
+def size(*axes: str) -> int:
+  """Over how many devices the axes go, within `on_each_device`; 1 elsewhere."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return math.prod(mesh.shape[axis] for axis in axes if axis in mesh.manual_axes)
+
+
+def index(*axes: str) -> jax.Array | int:
+  """Which of them this device is."""
+  return jax.lax.axis_index(axes) if size(*axes) > 1 else 0
+
+
+def gather(x: jax.Array, *axes: str, dim: int) -> jax.Array:
+  """Puts the shares of all devices together along a dimension; gradients add up on the way back."""
+  return jax.lax.all_gather(x, axes, axis=dim, tiled=True) if size(*axes) > 1 else x
+
+
+def scatter_sum(x: jax.Array, *axes: str, dim: int) -> jax.Array:
+  """Adds up over devices, and keeps this one's share of a dimension."""
+  if size(*axes) == 1:
+    return x
+  return jax.lax.psum_scatter(x, axes, scatter_dimension=dim, tiled=True)
+
+
+def total(x: jax.Array, *axes: str) -> jax.Array:
+  return jax.lax.psum(x, axes) if size(*axes) > 1 else x
+
+
+def largest(x: jax.Array, *axes: str) -> jax.Array:
+  return jax.lax.pmax(x, axes) if size(*axes) > 1 else x
+
+
+def exchange(x: jax.Array, axis: str, *, split: int, join: int) -> jax.Array:
+  """Gives away pieces of one dimension for those of another: heads for tokens, say."""
+  return jax.lax.all_to_all(x, axis, split, join, tiled=True) if size(axis) > 1 else x
+
+
+def zigzag(x: jax.Array, n: int) -> jax.Array:
+  """Orders the tokens of [B, T, ...] so that n equal shares do the same causal work.
+
+  Share i holds piece i and piece 2n - 1 - i of 2n.
+  """
+  pieces = _cut(x, 2 * n)
+  pairs = jnp.stack([pieces[:, :n], pieces[:, : n - 1 : -1]], axis=2)
+  return pairs.reshape(x.shape)
+
+
+def unzigzag(x: jax.Array, n: int) -> jax.Array:
+  """Back to the order of the text."""
+  pairs = _cut(x, 2 * n).reshape(x.shape[0], n, 2, -1, *x.shape[2:])
+  return jnp.concatenate([pairs[:, :, 0], pairs[:, ::-1, 1]], axis=1).reshape(x.shape)
+
+
+def _cut(x, n):
+  return x.reshape(x.shape[0], n, x.shape[1] // n, *x.shape[2:])
