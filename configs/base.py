@@ -9,6 +9,7 @@ from dsa_jax.config import ModelConfig
 from dsa_jax.data.sources import DataConfig
 from dsa_jax.optim import OptimConfig
 from dsa_jax.recipe import ReportConfig
+from dsa_jax.sharding import MeshConfig
 from dsa_jax.stages import StageConfig
 
 
@@ -25,6 +26,7 @@ def get_config() -> ConfigDict:
   c.save_every = 100  # Steps between checkpoints.
   c.recipe = ()  # The stages to run, in order: keys of `stages`.
   c.stages = ConfigDict()  # name -> the fields of dsa_jax.stages.StageConfig.
+  c.mesh = dataclasses.asdict(MeshConfig())  # How many devices share what; one device by default.
   c.model = dataclasses.asdict(ModelConfig())  # The released 671B model.
   c.data = dataclasses.asdict(DataConfig())
   c.optim = dataclasses.asdict(OptimConfig())

@@ -14,7 +14,11 @@ from dsa_jax.config import ModelConfig
 from dsa_jax.data.sources import DataConfig
 from dsa_jax.optim import OptimConfig
 from dsa_jax.selection import RULES
+from dsa_jax.sharding import MeshConfig
 from dsa_jax.stages import StageConfig
+
+
+ELSEWHERE = ('workdir', 'mesh')  # A run may go on in another place, and on other devices.
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,6 +47,7 @@ class Recipe:
   measure_every: int
   measure_rows: int
   save_every: int
+  mesh: MeshConfig
   model: ModelConfig
   data: DataConfig
   optim: OptimConfig
@@ -79,6 +84,7 @@ def read_recipe(config: ConfigDict) -> Recipe:
   fields = {name: given[name] for name in names if name != 'recipe'}
   fields |= {
       'workdir': pathlib.Path(given['workdir']).expanduser(),
+      'mesh': _build('mesh', MeshConfig, given['mesh']),
       'model': _build('model', ModelConfig, given['model']),
       'data': _build('data', DataConfig, given['data']),
       'optim': _build('optim', OptimConfig, given['optim']),
@@ -101,6 +107,7 @@ def _check(recipe: Recipe):
         f'model.vocab_size={recipe.model.vocab_size} is too small for the {recipe.data.source} '
         f'data: it needs {recipe.data.vocab_size}.'
     )
+  _check_mesh(recipe)
   done = []
   for name, entry in recipe.stages.items():
     if entry.seq_len > recipe.model.max_seq_len:
@@ -115,6 +122,19 @@ def _check(recipe: Recipe):
     if entry.init_from in recipe.stages and entry.init_from not in done:
       raise ValueError(f'stages.{name}: init_from={entry.init_from!r} must come before it.')
     done.append(name)
+
+
+def _check_mesh(recipe: Recipe):
+  rows = {f'stages.{name}': (e.batch_size // e.micro_batches, e.seq_len) for name, e in recipe.stages.items()}
+  rows |= {f'measure_rows, {name}': (recipe.measure_rows, e.seq_len) for name, e in recipe.stages.items()}
+  rows['report'] = recipe.report.batch_size, recipe.report.seq_len
+  where = 'model'
+  try:
+    recipe.mesh.check_model(recipe.model)
+    for where, (batch_size, seq_len) in rows.items():
+      recipe.mesh.check_rows(batch_size, seq_len)
+  except ValueError as error:
+    raise ValueError(f'config.mesh does not fit {where}: {error}') from error
 
 
 def _build(where: str, kind: type, fields: dict[str, Any]) -> Any:
@@ -140,7 +160,8 @@ def claim_workdir(config: ConfigDict, workdir: pathlib.Path):
     ValueError: The workdir belongs to another config, or cannot be written.
   """
   ours = json.loads(config.to_json())
-  ours.pop('workdir')
+  for name in ELSEWHERE:
+    ours.pop(name)
   path = workdir / 'config.json'
   if path.exists():
     theirs = json.loads(path.read_text())

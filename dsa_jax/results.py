@@ -13,6 +13,7 @@ from typing import Any
 
 from flax import nnx
 import jax
+from jax.sharding import Mesh
 import numpy as np
 
 from dsa_jax.checkpoint import Checkpoints, restore_params
@@ -27,12 +28,16 @@ LONG_CONTEXT = 131_072
 
 
 def evaluate_recipe(
-    recipe: Recipe, graph: nnx.GraphDef, backend: str, batches: Sequence[Batch]
+    recipe: Recipe,
+    graph: nnx.GraphDef,
+    backend: str,
+    mesh: Mesh | None,
+    batches: Sequence[Batch],
 ) -> dict[str, Any]:
   """Evaluates the models that the recipe left behind; see `report.write_report` for the fields."""
   began = time.monotonic()
   setting, budget = recipe.report, recipe.model.index_topk
-  like = abstract_params(recipe.model)
+  like = abstract_params(recipe.model, mesh=mesh)
   load = lambda entry: restore_params(recipe.checkpoint_folder(entry), like)
 
   scores: dict[str, Scores] = {}

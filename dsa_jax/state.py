@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The train state, and how it is born."""
 
+from collections.abc import Callable
 import functools
 from typing import Any, NamedTuple
 
@@ -13,7 +14,7 @@ import optax
 from dsa_jax.config import ModelConfig
 from dsa_jax.nn.transformer import Transformer
 from dsa_jax.optim import OptimConfig, make_optimizer
-from dsa_jax.sharding import weight_sharding
+from dsa_jax.sharding import shardings_of, weight_sharding
 from dsa_jax.stages import PARTS
 
 
@@ -41,14 +42,17 @@ def model_graph(cfg: ModelConfig) -> nnx.GraphDef:
   return nnx.split(nnx.eval_shape(lambda: Transformer(cfg, rngs=nnx.Rngs(0))))[0]
 
 
-def init_params(cfg: ModelConfig, *, seed: int) -> nnx.State:
-  """Returns fresh weights."""
-  return _init_params(cfg, jax.random.key(seed, impl='rbg'))  # Threefry takes XLA ten times longer.
+def init_params(cfg: ModelConfig, *, seed: int, mesh: Mesh | None = None) -> nnx.State:
+  """Returns fresh weights, the same on every mesh."""
+  key = jax.random.key(seed, impl='rbg')  # Threefry takes XLA ten times longer.
+  return _make_params(cfg, mesh)(key)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _init_params(cfg: ModelConfig, key: jax.Array) -> nnx.State:
-  return nnx.state(Transformer(cfg, rngs=nnx.Rngs(key)))
+@functools.cache
+def _make_params(cfg: ModelConfig, mesh: Mesh | None) -> Callable:
+  make = lambda key: nnx.state(Transformer(cfg, rngs=nnx.Rngs(key)))
+  shapes = jax.eval_shape(make, jax.random.key(0, impl='rbg'))
+  return jax.jit(make, out_shardings=None if mesh is None else shardings_of(shapes, mesh))
 
 
 def abstract_params(
@@ -76,15 +80,24 @@ def abstract_params(
 
 
 def new_state(
-    params: nnx.State, trains: tuple[str, ...], optim: OptimConfig, *, seed: int
+    params: nnx.State,
+    trains: tuple[str, ...],
+    optim: OptimConfig,
+    *,
+    seed: int,
+    mesh: Mesh | None = None,
 ) -> TrainState:
   """Returns a state at step 0 around weights that exist, with a fresh optimiser for each part."""
   parts, _ = split_parts(params, trains)
   optimizer = make_optimizer(optim)
+  fresh = lambda parts: {name: optimizer.init(part) for name, part in parts.items()}
+  if mesh is not None:
+    places = shardings_of(jax.eval_shape(fresh, parts), mesh)
+    fresh = jax.jit(fresh, out_shardings=places)
   state = TrainState(
       step=jnp.zeros((), jnp.int32),
       params=params,
-      opt_state={name: optimizer.init(part) for name, part in parts.items()},
+      opt_state=fresh(parts),
       key=jax.random.key_data(jax.random.key(seed)),
-  )
-  return jax.device_put(state, jax.devices()[0])  # Committed, as restored arrays are: one program.
+  )  # Committed, as restored arrays are: one program.
+  return jax.device_put(state, jax.devices()[0] if mesh is None else shardings_of(state, mesh))

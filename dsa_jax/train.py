@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs a recipe: python -m dsa_jax.train --config=configs/quickstart.py"""
 
+import contextlib
 import dataclasses
 import logging
 import sys
@@ -12,6 +13,7 @@ from absl import flags
 from flax import nnx
 from grain import DatasetIterator
 import jax
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from ml_collections import config_flags
 import numpy as np
@@ -27,6 +29,7 @@ from dsa_jax.nn.mla import Mode
 from dsa_jax.recipe import Recipe, claim_workdir, read_recipe
 from dsa_jax.report import write_report
 from dsa_jax.results import evaluate_recipe
+from dsa_jax.sharding import make_mesh
 from dsa_jax.stages import StageConfig
 from dsa_jax.state import TrainState, abstract_params, init_params, model_graph, new_state
 from dsa_jax.train_step import make_train_step
@@ -45,12 +48,14 @@ def train(config: ConfigDict) -> dict[str, Any]:
   recipe = read_recipe(config)
   data = open_data(recipe)
   backend = recipe.backend or default_backend()
+  mesh = make_mesh(**recipe.mesh.sizes) if recipe.mesh.n_devices > 1 else None
   claim_workdir(config, recipe.workdir)
   graph = model_graph(recipe.model)
-  with MetricsWriter(recipe.workdir) as writer, ProgressBar() as bar:
-    for name in recipe.stages:
-      run_stage(recipe, name, graph, backend, data, writer, bar)
-  results = evaluate_recipe(recipe, graph, backend, data.report)
+  with jax.set_mesh(mesh) if mesh else contextlib.nullcontext():
+    with MetricsWriter(recipe.workdir) as writer, ProgressBar() as bar:
+      for name in recipe.stages:
+        run_stage(recipe, name, graph, backend, mesh, data, writer, bar)
+    results = evaluate_recipe(recipe, graph, backend, mesh, data.report)
   write_report(recipe.workdir, results)
   return results
 
@@ -81,6 +86,7 @@ def run_stage(
     name: str,
     graph: nnx.GraphDef,
     backend: str,
+    mesh: Mesh | None,
     data: Data,
     writer: MetricsWriter,
     bar: ProgressBar,
@@ -100,7 +106,7 @@ def run_stage(
     bar.start_stage(name, entry.steps, first_step)
     if first_step == entry.steps:
       return
-    state = initial_state(recipe, entry)
+    state = initial_state(recipe, entry, mesh)
     seconds_before = 0.0
     if first_step:
       state, progress = checkpoints.restore(state)
@@ -187,13 +193,13 @@ def stage_mode(recipe: Recipe, entry: StageConfig, backend: str) -> Mode:
   )
 
 
-def initial_state(recipe: Recipe, entry: StageConfig) -> TrainState:
+def initial_state(recipe: Recipe, entry: StageConfig, mesh: Mesh | None) -> TrainState:
   """Returns the state at step 0: fresh, or around the weights that `init_from` names."""
   if entry.init_from:
-    params = restore_params(recipe.init_folder(entry), abstract_params(recipe.model))
+    params = restore_params(recipe.init_folder(entry), abstract_params(recipe.model, mesh=mesh))
   else:
-    params = init_params(recipe.model, seed=recipe.seed)
-  return new_state(params, entry.trains, recipe.optim, seed=recipe.seed)
+    params = init_params(recipe.model, seed=recipe.seed, mesh=mesh)
+  return new_state(params, entry.trains, recipe.optim, seed=recipe.seed, mesh=mesh)
 
 
 def look_at_selection(
