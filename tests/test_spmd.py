@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Many devices give the numbers of one; meshes that do not fit are refused by name."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import quickstart
+from dsa_jax.config import ModelConfig
+from dsa_jax.recipe import read_recipe
+from dsa_jax.sharding import MeshConfig, make_mesh
+from dsa_jax.spmd import unzigzag, zigzag
+
+TESTS = pathlib.Path(__file__).parent
+DEVICES = {'XLA_FLAGS': '--xla_force_host_platform_device_count=8', 'JAX_PLATFORMS': 'cpu'}
+
+
+@pytest.fixture(scope='module')
+def rows():
+  """What spmd_script.py found, on eight simulated devices."""
+  env = os.environ | DEVICES | {'PYTHONPATH': f'{TESTS}:{TESTS.parent}'}
+  command = [sys.executable, str(TESTS / 'spmd_script.py')]
+  done = subprocess.run(command, env=env, capture_output=True, text=True)
+  assert done.returncode == 0, done.stderr
+  return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def test_meshes_change_no_number(rows):
+  assert sum('state' in row for row in rows) == 7 and sum('layer' in row for row in rows) == 9
+  for row in rows:
+    errors = [row[name] for name in ('state', 'metrics', 'layer') if name in row]
+    assert max(errors) < 1e-5 and row['same'], row
+
+
+@pytest.mark.parametrize('n', [1, 2, 4])
+def test_zigzag_shares_the_work(n):
+  x = jnp.arange(2 * 3 * 16).reshape(2, 16, 3)
+  turned = zigzag(x, n)
+  np.testing.assert_array_equal(unzigzag(turned, n), x)
+  visible = zigzag(jnp.arange(1, 17)[None], n).reshape(n, -1).sum(axis=1)  # Causal, by share.
+  assert len(set(visible.tolist())) == 1
+
+
+@pytest.mark.parametrize(
+    'mesh, message',
+    [
+        ({'tensor': 3}, 'model: tensor=3 must divide n_heads='),
+        ({'expert': 3}, 'model: expert=3 must divide n_routed_experts='),
+        ({'fsdp': 5}, 'model: fsdp=5 must divide dim='),
+        ({'fsdp': 4}, 'fsdp=4 times expert=1 must divide the 2 sequences'),
+        ({'context': 64}, 'twice context=64 times tensor=1 must divide 64 tokens'),
+        ({'context': 0}, 'config.mesh: context=0 must be at least 1'),
+        ({'pipeline': 2}, "mesh has no field 'pipeline'"),
+    ],
+)
+def test_meshes_that_do_not_fit_are_refused(mesh, message, tmp_path):
+  config = quickstart.get_config('tiny')
+  config.workdir, config.measure_rows = str(tmp_path / 'run'), 2
+  with config.unlocked():
+    config.mesh.update(mesh)
+  with pytest.raises(ValueError, match=message):
+    read_recipe(config)
+  assert not (tmp_path / 'run').exists()
+
+
+def test_more_devices_than_there_are():
+  with pytest.raises(ValueError, match='needs 64 devices; there'):
+    make_mesh(fsdp=64)
+
+
+def test_the_released_model_fits_a_pod():
+  MeshConfig(fsdp=64, context=4, expert=8, tensor=8).check_model(ModelConfig())
