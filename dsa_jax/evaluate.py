@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dsa_jax import spmd
 from dsa_jax.data.batch import Batch
 from dsa_jax.losses import next_token_loss
 from dsa_jax.nn.mla import Mode
@@ -51,7 +52,8 @@ def evaluate(
 @functools.partial(jax.jit, static_argnums=(0, 3))
 def _score(graph, params, batch, mode):
   logits = nnx.merge(graph, params)(batch.tokens, batch.start, batch.end, mode).logits
-  return next_token_loss(logits, batch.targets), logits.argmax(-1) == batch.targets
+  found = next_token_loss(logits, batch.targets), logits.argmax(-1) == batch.targets
+  return spmd.everywhere(found)
 
 
 def measure(
@@ -98,4 +100,4 @@ def _measure(graph, params, batch, mode, beyond):
     counted = (batch.end - batch.start > n).astype(jnp.float32)
     sums.append(jax.tree.map(lambda x: jnp.sum(x * counted, axis=(1, 2)), found))
     counts.append(jnp.sum(counted))
-  return sums, counts
+  return spmd.everywhere((sums, counts))

@@ -101,6 +101,22 @@ class MetricsWriter:
     return self._tensorboard[stage]
 
 
+class SilentWriter(MetricsWriter):
+  """Writes nothing: for the processes of a job beside the one that writes."""
+
+  def __init__(self):
+    pass
+
+  def close(self) -> None:
+    pass
+
+  def write(self, stage: str, step: int, scalars: Mapping[str, Any]) -> None:
+    pass
+
+  def rewind(self, stage: str, step: int) -> None:
+    pass
+
+
 def read_metrics(path: pathlib.Path) -> list[Row]:
   """Reads a `metrics.csv`, also of a run that is still writing or was killed."""
   return [_parse(line) for line in _whole_lines(path)[1:]]
@@ -115,8 +131,8 @@ def series(rows: Sequence[Row], stage: str, name: str) -> tuple[np.ndarray, np.n
 class Progress:
   """A bar per stage on a terminal; elsewhere a line every ten seconds and when a stage ends."""
 
-  def __init__(self, console: rich.console.Console | None = None):
-    self.console = console or rich.console.Console()
+  def __init__(self, console: rich.console.Console | None = None, *, quiet: bool = False):
+    self.console = console or rich.console.Console(quiet=quiet)
     self._bars = _bars(self.console) if self.console.is_terminal else None
     self._pending = ''
 

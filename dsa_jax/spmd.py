@@ -63,6 +63,11 @@ def at_rest(tree: Any) -> Any:
   return jax.lax.with_sharding_constraint(tree, places)
 
 
+def everywhere(tree: Any) -> Any:
+  """Gives every device all of it, so that every process can read it."""
+  return jax.lax.with_sharding_constraint(tree, P()) if _shares_work() else tree
+
+
 def size(*axes: str) -> int:
   """Over how many devices the axes go, within `on_each_device`; 1 elsewhere."""
   mesh = jax.sharding.get_abstract_mesh()

@@ -21,15 +21,16 @@ import numpy as np
 from dsa_jax.checkpoint import Checkpoints, Progress, restore_params
 from dsa_jax.data.batch import Batch
 from dsa_jax.data.pipeline import first_batches, make_iterator
+from dsa_jax.distributed import LOST, is_first, join_job, own_share, place_batch, wait_for_all
 from dsa_jax.evaluate import measure
 from dsa_jax.kernels.backend import default_backend
 from dsa_jax.kernels.crossover import faster_attention
-from dsa_jax.metrics import MetricsWriter, Progress as ProgressBar
+from dsa_jax.metrics import MetricsWriter, Progress as ProgressBar, SilentWriter
 from dsa_jax.nn.mla import Mode
 from dsa_jax.recipe import Recipe, claim_workdir, read_recipe
 from dsa_jax.report import write_report
 from dsa_jax.results import evaluate_recipe
-from dsa_jax.sharding import make_mesh
+from dsa_jax.sharding import MeshConfig, make_mesh
 from dsa_jax.stages import StageConfig
 from dsa_jax.state import TrainState, abstract_params, init_params, model_graph, new_state
 from dsa_jax.train_step import make_train_step
@@ -46,18 +47,32 @@ def train(config: ConfigDict) -> dict[str, Any]:
     FloatingPointError: A loss or a gradient stopped being finite.
   """
   recipe = read_recipe(config)
-  data = open_data(recipe)
-  backend = recipe.backend or default_backend()
   mesh = make_mesh(**recipe.mesh.sizes) if recipe.mesh.n_devices > 1 else None
-  claim_workdir(config, recipe.workdir)
+  check_processes(recipe.mesh)
+  data = open_data(recipe, mesh)
+  backend = recipe.backend or default_backend()
+  if is_first():
+    claim_workdir(config, recipe.workdir)
+  wait_for_all('workdir')
+  claim_workdir(config, recipe.workdir)  # It is there now; all say alike whether it fits.
   graph = model_graph(recipe.model)
   with jax.set_mesh(mesh) if mesh else contextlib.nullcontext():
-    with MetricsWriter(recipe.workdir) as writer, ProgressBar() as bar:
+    writer = MetricsWriter(recipe.workdir) if is_first() else SilentWriter()
+    with writer, ProgressBar(quiet=not is_first()) as bar:
       for name in recipe.stages:
         run_stage(recipe, name, graph, backend, mesh, data, writer, bar)
     results = evaluate_recipe(recipe, graph, backend, mesh, data.report)
-  write_report(recipe.workdir, results)
+  if is_first():
+    write_report(recipe.workdir, results)
   return results
+
+
+def check_processes(mesh: MeshConfig):
+  if jax.process_count() > 1 and mesh.n_devices != jax.device_count():
+    raise ValueError(
+        f'config.mesh {mesh.sizes} has {mesh.n_devices} devices; the {jax.process_count()} processes '
+        f'of this job have {jax.device_count()}, and it must take them all.'
+    )
 
 
 class Data(NamedTuple):
@@ -68,14 +83,15 @@ class Data(NamedTuple):
   report: list[Batch]
 
 
-def open_data(recipe: Recipe) -> Data:
+def open_data(recipe: Recipe, mesh: Mesh | None) -> Data:
   """Opens every source before anything is written, so that bad data stops the run at once."""
   lengths = {entry.seq_len for entry in recipe.stages.values()}
   rows = {n: recipe.data.rows(n, 'train') for n in lengths}
   held_out = {n: recipe.data.rows(n, 'validation') for n in lengths | {recipe.report.seq_len}}
   report, train, look = recipe.report, {}, {}
   for name, entry in recipe.stages.items():
-    train[name] = make_iterator(rows[entry.seq_len], entry.batch_size, entry.data_seed)
+    share = own_share(entry.batch_size, mesh)
+    train[name] = make_iterator(rows[entry.seq_len], entry.batch_size, entry.data_seed, share)
     [look[name]] = first_batches(held_out[entry.seq_len], recipe.measure_rows, 1, seed=0)
   batches = first_batches(held_out[report.seq_len], report.batch_size, report.batches, seed=0)
   return Data(train, look, batches)
@@ -116,7 +132,8 @@ def run_stage(
     pending, text, loop_began = None, '', time.monotonic()
     for step in range(first_step + 1, entry.steps + 1):
       rates = {part: schedule(step - 1) for part, schedule in schedules.items()}
-      state, metrics = train_step(state, next(batches), rates)
+      batch = place_batch(next(batches), entry.batch_size, mesh)
+      state, metrics = train_step(state, batch, rates)
       if pending is not None:  # The step before this one; the device is already at work.
         text = record(*pending, name, checkpoints, writer, recipe.log_every)
       pending = step, metrics
@@ -214,9 +231,14 @@ def look_at_selection(
 def main(_):
   logging.getLogger('absl').setLevel(logging.ERROR)  # orbax and grain think aloud.
   try:
+    join_job()
     train(CONFIG.value)
   except (ValueError, FloatingPointError) as error:
     sys.exit(f'error: {error}')
+  except jax.errors.JaxRuntimeError as error:
+    if jax.process_count() == 1:
+      raise
+    sys.exit(f'error: {str(error).splitlines()[0]}\n{LOST}')
 
 
 if __name__ == '__main__':

@@ -11,10 +11,10 @@ RANKS = [
     {'config', 'shapes'},
     {'kernels'},
     {'selection'},
-    {'nn', 'sharding'},
+    {'nn', 'sharding', 'spmd'},
     {'losses', 'optim', 'data', 'metrics', 'report', 'plots', 'tokenizer'},
     {'stages', 'state', 'recipe', 'checkpoint', 'train_step', 'evaluate', 'results', 'cost'}
-    | {'targets', 'schedule', 'compile_cases'},
+    | {'distributed', 'targets', 'schedule', 'compile_cases'},
     {'train', 'load', 'convert', 'sample', 'compile_report'},
 ]
 OUTSIDE = {'flax': 3, 'optax': 4, 'orbax': 5, 'ml_collections': 5, 'grain': 4}  # From this rank on.

@@ -10,9 +10,12 @@ from dsa_jax.data.batch import Batch
 
 
 def make_iterator(
-    source: grain.sources.RandomAccessDataSource, batch_size: int, seed: int
+    source: grain.sources.RandomAccessDataSource,
+    batch_size: int,
+    seed: int,
+    share: tuple[int, int] = (0, 1),
 ) -> grain.DatasetIterator:
-  """Returns an endless iterator over `Batch`es of numpy arrays, in one process.
+  """Returns an endless iterator over `Batch`es of numpy arrays.
 
   Every epoch takes each row once, in an order of its own. The batch between two epochs holds rows
   of both, so no row is dropped.
@@ -23,10 +26,17 @@ def make_iterator(
 
   Args:
     source: rows, each a `Batch` of `[T]` arrays: `PackedText` or `Recall`.
+    batch_size: Rows of a batch, of all its shares.
+    seed: Of the order.
+    share: (i, n): the i-th of n equal shares of every batch; no row of another is read.
   """
   _check(source, batch_size, seed)
+  i, n = share
+  if batch_size % n or not 0 <= i < n:
+    raise ValueError(f'{share=} must be (i, n) with i below n, and n must divide {batch_size=}.')
   # Without drop_remainder, grain's length of this endless dataset overflows at batch_size 1.
-  batches = _shuffled(source, seed).repeat().batch(batch_size, drop_remainder=True, batch_fn=_stack)
+  rows = _shuffled(source, seed).repeat()
+  batches = rows.batch(batch_size // n, drop_remainder=True, batch_fn=_stack)[i::n]
   # grain's default, 500 batches ahead, takes 650 MB at 8 rows of 8192 tokens.
   ahead = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
   return iter(batches.to_iter_dataset(ahead))
