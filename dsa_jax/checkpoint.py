@@ -36,7 +36,9 @@ class Checkpoints:
   def __enter__(self):
     return self
 
-  def __exit__(self, *_):
+  def __exit__(self, error: type | None, *_):
+    if jax.process_count() > 1 and error is jax.errors.JaxRuntimeError:
+      return  # Another process has gone: what it was to write will never be there.
     self._manager.close()  # Waits for what is still being written.
 
   @property

@@ -4,6 +4,7 @@
 import contextlib
 import dataclasses
 import logging
+import os
 import sys
 import time
 from typing import Any, NamedTuple
@@ -238,7 +239,8 @@ def main(_):
   except jax.errors.JaxRuntimeError as error:
     if jax.process_count() == 1:
       raise
-    sys.exit(f'error: {str(error).splitlines()[0]}\n{LOST}')
+    print(f'error: {str(error).splitlines()[0]}\n{LOST}', file=sys.stderr, flush=True)
+    os._exit(1)  # jax's own way out waits for the process that has gone, then aborts.
 
 
 if __name__ == '__main__':
