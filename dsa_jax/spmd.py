@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
+from dsa_jax.nn.param import BackboneParam
 from dsa_jax.sharding import BATCH, MESH_AXES, RULES, shardings_of
 
 
@@ -34,14 +35,32 @@ def on_each_device(f: Callable, in_specs: Any, out_specs: Any) -> Callable:
   return jax.shard_map(f, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
 
-def weight_specs(module: nnx.Module, whole: tuple[str, ...]) -> Any:
-  """The shares of a module's weights that a device computes with: gathered over `whole`."""
+def weight_specs(module: nnx.Module, whole: tuple[str, ...] = ()) -> Any:
+  """The shares of a module's weights that a device receives; `whole` axes of the mesh split none."""
 
   def spec(x: nnx.Variable) -> nnx.Variable:
     axes = [None if name is None else RULES[name] for name in x.get_metadata()['axes']]
     return x.replace(P(*(None if axis in whole else axis for axis in axes)))
 
   return jax.tree.map(spec, module, is_leaf=lambda x: isinstance(x, nnx.Variable))
+
+
+def gather_weights(module: nnx.Module, dtype: Any) -> nnx.Module:
+  """Puts what `fsdp` splits together, the backbone's matrices in the dtype they compute in.
+
+  On the way back every device receives the gradient of its own share only.
+  """
+
+  def whole(x: nnx.Variable) -> nnx.Variable:
+    dims = [i for i, name in enumerate(x.get_metadata()['axes']) if RULES.get(name) == 'fsdp']
+    value = x[...].astype(dtype) if dims and isinstance(x, BackboneParam) else x[...]
+    for dim in dims:
+      value = gather(value, 'fsdp', dim=dim)
+    return x.replace(value)
+
+  if size('fsdp') == 1:
+    return module
+  return jax.tree.map(whole, module, is_leaf=lambda x: isinstance(x, nnx.Variable))
 
 
 def flowing(x: jax.Array) -> jax.Array:

@@ -151,11 +151,13 @@ class MLA(nnx.Module):
 
     Only the rule `random` draws from `key`. Without `shared`, the layer selects for itself.
     """
-    attend = lambda attn, x, start, end, key, shared: attn._attend(x, start, end, key, mode, shared)
-    whole = ('fsdp',) if mode.splits_heads else ('fsdp', 'tensor')
-    shares = spmd.weight_specs(self, whole), BATCH, BATCH, BATCH, P(), shared and Shared(BATCH, P())
-    attend = spmd.on_each_device(attend, shares, BATCH)
-    return attend(self, x, start, end, key, shared)
+
+    def attend(self, x, start, end, key, shared):
+      return spmd.gather_weights(self, x.dtype)._attend(x, start, end, key, mode, shared)
+
+    weights = spmd.weight_specs(self, whole=() if mode.splits_heads else ('tensor',))
+    shares = weights, BATCH, BATCH, BATCH, P(), shared and Shared(BATCH, P())
+    return spmd.on_each_device(attend, shares, BATCH)(self, x, start, end, key, shared)
 
   def _attend(self, x, start, end, key, mode: Mode, shared: Shared | None):
     """What each device does for its own tokens; of heads split over devices, for others' too."""

@@ -4,7 +4,6 @@
 from flax import nnx
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
 from dsa_jax import spmd
@@ -21,16 +20,15 @@ class MLP(nnx.Module):
     self.w2 = param(BackboneParam, (width, dim), ('ffn', 'embed'), std=out_std, rngs=rngs)
 
   def __call__(self, x: Float[Array, '*any D']) -> Float[Array, '*any D']:
-    inward, outward = P(None, 'tensor'), P('tensor', None)
-    apply = spmd.on_each_device(_apply, (inward, inward, outward, BATCH), BATCH)
-    return apply(*(w[...] for w in (self.w1, self.w3, self.w2)), x)
+    shares = spmd.weight_specs(self), BATCH
+    return spmd.on_each_device(MLP._apply, shares, BATCH)(self, x)
 
-
-def _apply(w1, w3, w2, x):
-  """Devices that share the width take all their tokens, and share the sum."""
-  w1, w3, w2 = (w.astype(x.dtype) for w in (w1, w3, w2))
-  x = spmd.gather(x, 'tensor', dim=1)
-  return spmd.scatter_sum(swiglu(x @ w1, x @ w3).astype(x.dtype) @ w2, 'tensor', dim=1)
+  def _apply(self, x):
+    """Devices that share the width take all their tokens, and share the sum."""
+    weights = spmd.gather_weights(self, x.dtype)
+    w1, w3, w2 = (w[...].astype(x.dtype) for w in (weights.w1, weights.w3, weights.w2))
+    x = spmd.gather(x, 'tensor', dim=1)
+    return spmd.scatter_sum(swiglu(x @ w1, x @ w3).astype(x.dtype) @ w2, 'tensor', dim=1)
 
 
 def swiglu(gate: Float[Array, '*any F'], up: Float[Array, '*any F']) -> Float[Array, '*any F']:

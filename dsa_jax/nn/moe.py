@@ -9,11 +9,14 @@ from jaxtyping import Array, Float, Int
 
 from dsa_jax import spmd
 from dsa_jax.config import ModelConfig
+from dsa_jax.kernels.rows import map_rows
 from dsa_jax.nn.mlp import MLP, swiglu
 from dsa_jax.nn.param import BackboneParam, RouterBias, param
 from dsa_jax.sharding import BATCH, MESH_AXES
 
+TOKENS_AT_ONCE = 2**14  # That a device takes in, from all that share its experts.
 SHARERS = ('expert', 'tensor')  # Axes of the mesh that hold different experts, or parts of one.
+
 
 class MoE(nnx.Module):
   """Sends every token to its own few experts, none dropped, and to the shared expert."""
@@ -34,22 +37,28 @@ class MoE(nnx.Module):
       self, x: Float[Array, 'B T D'], counted: Float[Array, 'B T']
   ) -> tuple[Float[Array, 'B T D'], Float[Array, 'X']]:
     """Returns the output, and how many of the `counted` tokens each expert received."""
-    inward, outward = P('expert', None, 'tensor'), P('expert', 'tensor', None)
-    shares = P(), P(), inward, inward, outward, BATCH, BATCH
-    experts = spmd.on_each_device(self._experts, shares, (BATCH, P()))
-    weights = (w[...] for w in (self.gate, self.bias, self.w1, self.w3, self.w2))
-    routed, load = experts(*weights, x, counted)
+    shares = spmd.weight_specs(self), BATCH, BATCH
+    routed, load = spmd.on_each_device(MoE._experts, shares, (BATCH, P()))(self, x, counted)
     return routed + self.shared(x), load
 
-  def _experts(self, gate, bias, w1, w3, w2, x, counted):
+  def _experts(self, x, counted):
     """Sends tokens to the devices that share the experts, and adds up what these return."""
+    here = spmd.gather_weights(self, x.dtype)
+    weights = [w[...].astype(jnp.float32) for w in (here.w1, here.w3, here.w2)]
+    gate = spmd.gather(self.gate[...], 'fsdp', dim=0)
     tokens = x.reshape(-1, x.shape[-1])
-    experts, gates = route(tokens.astype(jnp.float32) @ gate, bias, self.cfg)
+    experts, gates = route(tokens.astype(jnp.float32) @ gate, self.bias[...], self.cfg)
     load = jnp.zeros(self.cfg.n_routed_experts).at[experts].add(counted.reshape(-1, 1))
-    tokens, experts, gates = (spmd.gather(a, *SHARERS, dim=0) for a in (tokens, experts, gates))
-    experts -= spmd.index('expert') * len(w1)  # Those of this device are now the first.
-    routed = _apply(tokens, experts, gates, *(w.astype(x.dtype) for w in (w1, w3, w2)))
-    routed = spmd.scatter_sum(routed, *SHARERS, dim=0)
+
+    def send(rows):  # The gradients of the weights add up over such rows in float32.
+      tokens, experts, gates = (spmd.gather(a[0], *SHARERS, dim=0) for a in rows)
+      experts -= spmd.index('expert') * len(weights[0])  # Those of this device are now the first.
+      routed = _apply(tokens, experts, gates, *(w.astype(x.dtype) for w in weights))
+      return spmd.scatter_sum(routed, *SHARERS, dim=0)[None]
+
+    rows = jax.tree.map(lambda a: a[None], (tokens, experts, gates))
+    most = TOKENS_AT_ONCE // spmd.size(*SHARERS)
+    routed = send(rows) if len(tokens) <= most else map_rows(jax.checkpoint(send), rows, most)
     return routed.astype(x.dtype).reshape(x.shape), spmd.total(load, *MESH_AXES)
 
 

@@ -178,11 +178,12 @@ class Transformer(nnx.Module):
 
   def logits(self, hidden: Float[Array, 'B T D']) -> Float[Array, 'B T W']:
     """The float32 logits of normed hidden states."""
-    return spmd.on_each_device(_logits, (P(None, 'tensor'), BATCH), LOGITS)(self.head[...], hidden)
+    shares = P('fsdp', 'tensor'), BATCH
+    return spmd.on_each_device(_logits, shares, LOGITS)(self.head[...], hidden)
 
   def embedded(self, tokens: Int[Array, 'B T']) -> Float[Array, 'B T D']:
     embed = self.embed[...].astype(self.cfg.dtype)
-    return spmd.on_each_device(_embed, (P('tensor', None), BATCH), BATCH)(embed, tokens)
+    return spmd.on_each_device(_embed, (P('tensor', 'fsdp'), BATCH), BATCH)(embed, tokens)
 
   def block(self, i: int) -> Block:
     """Layer `i` on its own, for a notebook: `model.block(3).attn.indexer(...)`."""
@@ -199,6 +200,7 @@ class Transformer(nnx.Module):
 
 def _embed(embed, tokens):
   """From each device's share of the vocabulary."""
+  embed = spmd.gather(embed, 'fsdp', dim=1)
   word = spmd.gather(tokens, 'tensor', dim=1) - spmd.index('tensor') * len(embed)
   here = (word >= 0) & (word < len(embed))
   return spmd.scatter_sum(jnp.where(here[..., None], embed[word], 0), 'tensor', dim=1)
@@ -206,7 +208,7 @@ def _embed(embed, tokens):
 
 def _logits(head, hidden):
   hidden = spmd.gather(hidden, 'tensor', dim=1)
-  head = head.astype(hidden.dtype)
+  head = spmd.gather(head.astype(hidden.dtype), 'fsdp', dim=0)
   return jnp.einsum('BTD,DW->BTW', hidden, head, preferred_element_type=jnp.float32)
 
 
