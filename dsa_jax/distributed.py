@@ -2,6 +2,8 @@
 """One job of many processes: how they meet, who writes, and what each reads."""
 
 import glob
+import importlib.util
+import logging
 import os
 
 import jax
@@ -32,14 +34,24 @@ def join_job():
   """
   names = 'JAX_COORDINATOR_ADDRESS', 'JAX_NUM_PROCESSES', 'JAX_PROCESS_ID'
   given = [os.environ.get(name) for name in names]
-  on_pod = ',' in os.environ.get('TPU_WORKER_HOSTNAMES', '') and glob.glob('/dev/accel*')
   if all(given):
     jax.distributed.initialize(given[0], int(given[1]), int(given[2]))
   elif any(given):
     missing = [name for name, value in zip(names, given) if not value]
     raise ValueError(f'{missing} must be set, too: the three say which process this is.')
-  elif on_pod or any(int(os.environ.get(name, 1)) > 1 for name in LAUNCHERS):
+  elif any(int(os.environ.get(name, 1)) > 1 for name in LAUNCHERS):
     jax.distributed.initialize()
+  elif _has_tpu():
+    try:
+      jax.distributed.initialize()
+    except ValueError:  # jax knows nothing of a pod around it.
+      logging.info('this TPU is no part of a pod: one process.')
+
+
+def _has_tpu() -> bool:
+  if os.environ.get('JAX_PLATFORMS', 'tpu') != 'tpu' or not importlib.util.find_spec('libtpu'):
+    return False
+  return bool(glob.glob('/dev/accel*') or glob.glob('/dev/vfio/[0-9]*'))
 
 
 def is_first() -> bool:

@@ -1,69 +1,117 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compiles one training step of the whole model for a pod that is not there.
+"""Compiles a training step of the released model for a pod, on a machine that has none.
 
-python experiments/pod_plan/plan.py --chip v5p --stage sparse
+python experiments/pod_plan/plan.py --stage=sparse    # ten minutes on two cores
+python experiments/pod_plan/plan.py --stage=warmup
+
+The compiler is the TPU's own: pip install -e '.[compile]'. Writes STAGE.json beside this file: the
+devices, the mesh, and GiB for each device from the compiler's report.
 """
 
 import argparse
-import dataclasses
 import json
+import math
 import os
+import pathlib
 import subprocess
 import sys
-import tempfile
 import time
 
+from flax import nnx
 import jax
 from jax.experimental import topologies
-from jax.sharding import Mesh, NamedSharding
 import jax.numpy as jnp
+from jax.sharding import AxisType, Mesh, NamedSharding
 import numpy as np
 
+sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
 from configs import deepseek_v32
 from dsa_jax.config import ModelConfig
 from dsa_jax.data.batch import Batch
 from dsa_jax.nn.mla import Mode
+from dsa_jax.nn.transformer import Transformer
 from dsa_jax.optim import OptimConfig
 from dsa_jax.sharding import ALL_TOKENS, MESH_AXES, MeshConfig, shardings_of
-from dsa_jax.stages import STAGES
-from dsa_jax.state import abstract_params, model_graph, new_state
+from dsa_jax.stages import STAGES, StageConfig
+from dsa_jax.state import model_graph, new_state
 from dsa_jax.targets import environment
 from dsa_jax.train_step import make_train_step
 
-def main():
-  p = argparse.ArgumentParser()
-  p.add_argument('--chip', default='v5p'); p.add_argument('--topology', default='v5p:8x16x16')
-  p.add_argument('--mesh', type=json.loads, default={'fsdp': 4, 'context': 8, 'expert': 4, 'tensor': 16})
-  p.add_argument('--stage', default='sparse'); p.add_argument('--seq', type=int, default=131072)
-  p.add_argument('--batch', type=int, default=16); p.add_argument('--micro', type=int, default=1)
-  p.add_argument('--layers', type=int, default=61)
-  p.add_argument('--worker', action='store_true')
-  a = p.parse_args()
-  if not a.worker:
-    sys.exit(subprocess.run([sys.executable, __file__, *sys.argv[1:], '--worker'], env=os.environ | environment(a.chip)).returncode)
-  cfg = dataclasses.replace(ModelConfig(), n_layers=a.layers)
-  sizes = MeshConfig(**a.mesh)
-  devices = topologies.get_topology_desc(platform='tpu', topology_name=a.topology).devices
-  print(len(devices), sizes.n_devices)
-  mesh = Mesh(np.array(devices[:sizes.n_devices]).reshape(tuple(sizes.sizes.values())), MESH_AXES, axis_types=(jax.sharding.AxisType.Auto,) * 4)
-  trains = STAGES[a.stage].trains
-  mode = Mode(attention=STAGES[a.stage].attention[0], backend='tpu', index_loss='indexer' in trains, remat=True)
-  with jax.set_mesh(mesh):
-    def make():
-      from dsa_jax.nn.transformer import Transformer
-      from flax import nnx
-      return new_state(nnx.state(Transformer(cfg, rngs=nnx.Rngs(0))), trains, OptimConfig(), seed=0)
-    shapes = jax.eval_shape(make)
-    put = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
-    state = jax.tree.map(put, shapes, shardings_of(shapes, mesh))
-    ints = jax.ShapeDtypeStruct((a.batch, a.seq), jnp.int32, sharding=NamedSharding(mesh, ALL_TOKENS))
-    batch = Batch(ints, ints, put(jax.ShapeDtypeStruct(ints.shape, jnp.float32), ints.sharding), ints, ints)
-    step = make_train_step(model_graph(cfg), trains, mode, OptimConfig(), micro_batches=a.micro)
-    t = time.time()
-    lowered = step.lower(state, batch, dict.fromkeys(trains, 1e-3)); print('lowered', time.time() - t)
-    c = lowered.compile(); print('compiled', time.time() - t)
-    m = c.memory_analysis()
-    print({k: round(getattr(m, k) / 2**30, 2) for k in ('argument_size_in_bytes', 'output_size_in_bytes', 'alias_size_in_bytes', 'temp_size_in_bytes')})
-    open('/tmp/pod_hlo.txt', 'w').write(c.as_text())
+TOPOLOGY = 'v5p:8x16x16'
+MESH = MeshConfig(fsdp=4, context=8, expert=4, tensor=16)
+HBM_GIB = 95.74  # What the compiler grants a program on a v5p.
 
-main()
+
+def main():
+  parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
+  parser.add_argument('--stage', choices=('warmup', 'sparse'), required=True)
+  parser.add_argument('--compile', action='store_true', help=argparse.SUPPRESS)
+  stage, compiles = (options := parser.parse_args()).stage, options.compile
+  if not compiles:  # The compiler reads its environment once.
+    command = [sys.executable, __file__, f'--stage={stage}', '--compile']
+    sys.exit(subprocess.run(command, env=os.environ | environment('v5p')).returncode)
+  report = plan(stage, ModelConfig(), deepseek_v32.get_config().stages[stage])
+  path = pathlib.Path(__file__).with_name(f'{stage}.json')
+  path.write_text(json.dumps(report, indent=1) + '\n')
+  print(path.read_text())
+  used = report['gib']['arguments'] + report['gib']['temporaries']
+  if used > HBM_GIB:
+    sys.exit(f'a device would need {used:.1f} GiB of {HBM_GIB}.')
+
+
+def plan(stage: str, cfg: ModelConfig, config) -> dict:
+  """Compiles the step of a stage as its config has it, with as many sequences at a time as the mesh takes."""
+  entry = StageConfig(**config)
+  micro_batches = math.ceil(entry.batch_size / (MESH.fsdp * MESH.expert))
+  MESH.check_model(cfg)
+  MESH.check_rows(entry.batch_size // micro_batches, entry.seq_len)
+  devices = topologies.get_topology_desc(platform='tpu', topology_name=TOPOLOGY).devices
+  shape = tuple(MESH.sizes.values())
+  mesh = Mesh(np.array(devices).reshape(shape), MESH_AXES, axis_types=(AxisType.Auto,) * len(shape))
+  mode = Mode(attention=entry.mode, backend='tpu', index_loss='indexer' in entry.trains, remat=True)
+  with jax.set_mesh(mesh):
+    step = make_train_step(
+        model_graph(cfg), entry.trains, mode, OptimConfig(), micro_batches=micro_batches
+    )
+    began = time.monotonic()
+    lowered = step.lower(
+        abstract_state(cfg, stage, mesh), abstract_batch(entry, mesh), dict.fromkeys(entry.trains, 1e-5)
+    )
+    compiled = lowered.compile()
+  memory = compiled.memory_analysis()
+  gib = {
+      'arguments': memory.argument_size_in_bytes / 2**30,
+      'temporaries': memory.temp_size_in_bytes / 2**30,
+  }
+  return {
+      'stage': stage,
+      'topology': TOPOLOGY,
+      'devices': len(devices),
+      'mesh': MESH.sizes,
+      'sequences': entry.batch_size,
+      'context': entry.seq_len,
+      'micro_batches': micro_batches,
+      'gib': {name: round(value, 2) for name, value in gib.items()},
+      'compile_seconds': round(time.monotonic() - began),
+  }
+
+
+def abstract_state(cfg: ModelConfig, stage: str, mesh: Mesh):
+  fresh = lambda: nnx.state(Transformer(cfg, rngs=nnx.Rngs(0)))
+  make = lambda: new_state(fresh(), STAGES[stage].trains, OptimConfig(), seed=0)
+  shapes = jax.eval_shape(make)
+  return jax.tree.map(_placed, shapes, shardings_of(shapes, mesh))
+
+
+def abstract_batch(entry: StageConfig, mesh: Mesh) -> Batch:
+  place, shape = NamedSharding(mesh, ALL_TOKENS), (entry.batch_size, entry.seq_len)
+  dtypes = Batch(jnp.int32, jnp.int32, jnp.float32, jnp.int32, jnp.int32)
+  return Batch(*(jax.ShapeDtypeStruct(shape, dtype, sharding=place) for dtype in dtypes))
+
+
+def _placed(x, place):
+  return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
+
+
+if __name__ == '__main__':
+  main()
