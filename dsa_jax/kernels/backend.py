@@ -5,7 +5,7 @@ import logging
 
 import jax
 
-BACKENDS = ('reference', 'xla', 'tpu')
+BACKENDS = ('reference', 'xla', 'tpu', 'gpu')
 
 
 def default_backend() -> str:

@@ -11,8 +11,8 @@ import numpy as np
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 from jax.experimental.pallas import tpu as pltpu
 
-PORTABLE = ['xla']  # What is compiled and measured here; the kernels of `tpu` are interpreted.
-BACKENDS = [*PORTABLE, 'tpu']
+PORTABLE = ['xla']  # What is compiled and measured here; the other kernels are interpreted.
+BACKENDS = [*PORTABLE, 'tpu', 'gpu']
 TOLERANCE = {'float32': 2e-5, 'bfloat16': 2e-2}  # Of the largest |value|.
 
 T, S, K = 37, 53, 5  # Primes: no block size divides them.
@@ -30,8 +30,12 @@ def interpreted(backend: str, races: bool = False):
   What no one wrote holds NaN, reads out of bounds raise, and so do races, where they are looked
   for: that takes three times as long.
   """
-  if backend != 'tpu':
+  if backend not in ('tpu', 'gpu'):
     yield
+    return
+  if backend == 'gpu':  # The plain interpreter: a program after the other, outputs born as NaN.
+    with pltpu.force_tpu_interpret_mode(True):
+      yield
     return
   how = dict(uninitialized_memory='nan', out_of_bounds_reads='raise', detect_races=races)
   with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(**how)):

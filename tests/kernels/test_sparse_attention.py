@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from dsa_jax.kernels import sparse_attention
-from dsa_jax.kernels.sparse_attention import tpu, xla
+from dsa_jax.kernels.sparse_attention import gpu, tpu, xla
 
 ALL = ['reference', *cases.BACKENDS]
 SMALL = {'tpu': tpu.BlockSizes(step_t=8, tile=8, group=4)}  # The interpreter takes its time.
@@ -18,6 +18,7 @@ BLOCKS = [('xla', xla.BlockSizes(block_t=n)) for n in (1, 1000)]
 BLOCKS += [
     ('tpu', tpu.BlockSizes(block_t=16, step_t=1, tile=4, group=2, vmem_share=1e-6)),  # 7 shards.
     ('tpu', tpu.BlockSizes(block_t=8, step_t=4, tile=16, group=1, vmem_share=2e-3)),
+    ('gpu', gpu.BlockSizes(block_t=5)),
 ]
 H, E, V = 3, 8, 5
 SCALE = 0.6
