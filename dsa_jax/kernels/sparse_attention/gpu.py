@@ -132,7 +132,7 @@ def add_rows(sums: jax.Array, values: jax.Array, rows: jax.Array) -> jax.Array:
 
 
 def _slots(indices, n_keys, tile):
-  """Of each query: rows of the flat keys, 0 or -inf for each, and where the last filled one ends.
+  """Of each query: rows of the flat keys, 0 or -inf for each, and the end of the last used tile.
 
   An empty slot reads a key that the query selected: no other is known to be finite.
   """
@@ -141,9 +141,10 @@ def _slots(indices, n_keys, tile):
   filled = (indices >= 0) & (indices < n_keys)
   some = jnp.max(jnp.where(filled, indices, 0), axis=2, keepdims=True)
   rows = jnp.where(filled, indices, some) + n_keys * jnp.arange(batch)[:, None, None]
-  ends = jnp.max(jnp.where(filled, jnp.arange(1, indices.shape[2] + 1), 0), axis=2)
+  numbers = jnp.arange(1, indices.shape[2] + 1, dtype=jnp.int32)
+  ends = jnp.max(jnp.where(filled, numbers, 0), axis=2)
   bias = jnp.where(filled, 0.0, -jnp.inf)
-  return tuple(_flat(x) for x in (rows.astype(jnp.int32), bias, ends.astype(jnp.int32)))
+  return tuple(_flat(x) for x in (rows.astype(jnp.int32), bias, pl.cdiv(ends, tile) * tile))
 
 
 def _flat(x):

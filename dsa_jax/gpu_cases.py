@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What `compile_report` compiles for GPUs: our kernels at the dimensions of released models."""
+
+import pathlib
+
+from dsa_jax import ptxas
+from dsa_jax.compile_cases import E, K, V, Dims, Op
+from dsa_jax.compile_cases import attention_backward_shapes, attention_shapes
+from dsa_jax.kernels.sparse_attention import gpu as attention
+from dsa_jax.targets import GPUS
+
+CHIPS = tuple(GPUS)
+ATTENTION = dict(v_dim=V, sm_scale=0.1, blocks=attention.BlockSizes())
+KERNELS = [
+    Op(
+        'sparse_attention_forward',
+        lambda *x: attention.forward(*x, **ATTENTION),
+        attention_shapes,
+        lambda dims: 2 * K * dims.heads * (E + V),
+        chips=CHIPS,
+    ),
+    Op(
+        'sparse_attention_backward',
+        lambda *x: attention.backward(*x, **ATTENTION),
+        attention_backward_shapes,
+        lambda dims: 2 * K * dims.heads * (3 * E + 2 * V),
+        chips=CHIPS,
+    ),
+]
+OPS = {op.name: op for op in KERNELS}
+OURS = ('sparse_attention_', 'index_', 'add_rows')  # Other kernels are XLA's own.
+
+
+def measure(op: Op, chip: str, dims: Dims, dump: pathlib.Path) -> dict:
+  """What the compiler left of an op in the folder of its dumps."""
+  kernels = ptxas.read_kernels(dump, GPUS[chip].architecture)
+  kernels = {name: kernel for name, kernel in kernels.items() if name.startswith(OURS)}
+  if not kernels:
+    raise ValueError(f'{op.name}: the compiler wrote no kernel of ours.')
+  return {
+      'tensor_us': 1e6 * op.flops(dims) / GPUS[chip].flops,
+      'loop_spills': sum(kernel['loop_spills'] for kernel in kernels.values()),
+      'serialized': sum(kernel['serialized'] for kernel in kernels.values()),
+      'kernels': kernels,
+  }
+
+
+def print_table(rows: list[dict]):
+  """A line for each kernel."""
+  print('| chip | model | op | S | temporaries MiB | compiled s | tensor floor, us a query | kernel '
+        '| registers | loop spills | shared KiB | loop instructions | of them products '
+        '| serialized |')  # fmt: skip
+  print('| --- | --- | --- |' + ' ---: |' * 4 + ' --- |' + ' ---: |' * 6)
+  for row in rows:
+    start = [row['chip'], row['model'], row['op'], str(row['S'])]
+    if 'error' in row:
+      print('|', ' | '.join([*start, row['error']]), '|')
+      continue
+    start += [f'{row["temporaries_mib"]:.0f}', f'{row["seconds"]:.0f}', f'{row["tensor_us"]:.2f}']
+    for name, kernel in row['kernels'].items():
+      cells = [kernel['registers'], kernel['loop_spills'], f'{kernel["shared_bytes"] / 1024:.0f}']
+      cells += [kernel['loop_instructions'], kernel['loop_products'], kernel['serialized']]
+      print('|', ' | '.join(map(str, [*start, name, *cells])), '|')
