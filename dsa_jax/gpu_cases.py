@@ -4,14 +4,22 @@
 import pathlib
 
 from dsa_jax import ptxas
-from dsa_jax.compile_cases import E, K, V, Dims, Op
-from dsa_jax.compile_cases import attention_backward_shapes, attention_shapes
+from dsa_jax.compile_cases import E, J, K, V, Dims, Op
+from dsa_jax.compile_cases import attention_backward_shapes, attention_shapes, topk_shapes
+from dsa_jax.kernels.index_topk import gpu as select
 from dsa_jax.kernels.sparse_attention import gpu as attention
 from dsa_jax.targets import GPUS
 
 CHIPS = tuple(GPUS)
 ATTENTION = dict(v_dim=V, sm_scale=0.1, blocks=attention.BlockSizes())
 KERNELS = [
+    Op(
+        'index_topk',
+        lambda *x: select.forward(*x, topk=K, blocks=select.BlockSizes()),
+        topk_shapes,
+        lambda dims: 2 * dims.n_keys / 2 * dims.index_heads * J,
+        chips=CHIPS,
+    ),
     Op(
         'sparse_attention_forward',
         lambda *x: attention.forward(*x, **ATTENTION),

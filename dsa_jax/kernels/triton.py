@@ -90,9 +90,14 @@ def gather(
   return load(ref.at[*where], mask)
 
 
-def load(where, mask: jax.Array | None = None) -> jax.Array:
-  """Reads what a view of an array shows, zero where masked out."""
-  return pltriton.load(where, mask=mask, other=None if mask is None else 0)
+def load(where, mask: jax.Array | None = None, other: int = 0) -> jax.Array:
+  """Reads what a view of an array shows, `other` where masked out."""
+  return pltriton.load(where, mask=mask, other=None if mask is None else other)
+
+
+def store(where, values: jax.Array, mask: jax.Array | None = None):
+  """Writes what a view of an array shows, except where masked out."""
+  pltriton.store(where, values, mask=mask)
 
 
 def dot(a: jax.Array, b: jax.Array, a_axis: int, b_axis: int) -> jax.Array:
