@@ -5,13 +5,16 @@ import pathlib
 
 from dsa_jax import ptxas
 from dsa_jax.compile_cases import E, J, K, V, Dims, Op
-from dsa_jax.compile_cases import attention_backward_shapes, attention_shapes, topk_shapes
+from dsa_jax.compile_cases import attention_backward_shapes, attention_shapes, float32, kl_constants
+from dsa_jax.compile_cases import T, kl_index, topk_shapes
+from dsa_jax.kernels.index_kl import gpu as kl
 from dsa_jax.kernels.index_topk import gpu as select
 from dsa_jax.kernels.sparse_attention import gpu as attention
 from dsa_jax.targets import GPUS
 
 CHIPS = tuple(GPUS)
 ATTENTION = dict(v_dim=V, sm_scale=0.1, blocks=attention.BlockSizes())
+KL = dict(sm_scale=0.1, blocks=kl.BlockSizes())
 KERNELS = [
     Op(
         'index_topk',
@@ -32,6 +35,24 @@ KERNELS = [
         lambda *x: attention.backward(*x, **ATTENTION),
         attention_backward_shapes,
         lambda dims: 2 * K * dims.heads * (3 * E + 2 * V),
+        chips=CHIPS,
+    ),
+    Op(
+        'index_kl_selected_forward',
+        lambda constants, index: kl.forward(constants, *index, **KL),
+        lambda dims: (kl_constants(dims), kl_index(dims)),
+        lambda dims: 2 * K * (dims.heads * E + dims.index_heads * J),
+        chips=CHIPS,
+    ),
+    Op(
+        'index_kl_selected_backward',
+        lambda *x: kl.backward(*x, **KL),
+        lambda dims: (
+            kl_constants(dims),
+            (*kl_index(dims), *[float32(T)] * 2, float32(T, K)),
+            float32(T),
+        ),
+        lambda dims: 2 * K * 3 * dims.index_heads * J,
         chips=CHIPS,
     ),
 ]

@@ -15,11 +15,9 @@ from jax.experimental import pallas as pl
 
 from dsa_jax.kernels import triton
 from dsa_jax.kernels.rows import scan_rows
+from dsa_jax.kernels.selected_rows import add_rows, flat, positions, slots
 from dsa_jax.kernels.triton import alone, column_parts, dot, gather, load_row, load_tile
 from dsa_jax.kernels.triton import some_tiles, store_row, store_tile
-
-SUMMED = 8  # Rows of one key that are read at one time.
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BlockSizes:
@@ -43,7 +41,7 @@ def forward(q, kv, indices, *, v_dim: int, sm_scale: float, blocks: BlockSizes):
           jax.ShapeDtypeStruct((n_rows, kernel.heads, v_dim), q.dtype),
           jax.ShapeDtypeStruct((n_rows, kernel.heads), jnp.float32),
       ],
-      [_flat(q), _flat(kv), *_slots(indices, kv.shape[1], kernel.tile)],
+      [flat(q), flat(kv), *slots(indices, positions(indices, kv.shape[1]), kv.shape[1], kernel.tile)],
       warps=8,
       stages=blocks.stages,
   )
@@ -58,15 +56,15 @@ def backward(residuals, cotangents, *, v_dim: int, sm_scale: float, blocks: Bloc
   def step(dkv, block):
     q, indices, dout, lse, delta = block
     kernel = _Kernel.of(q, kv, indices, v_dim, sm_scale, blocks)
-    rows, bias, ends = _slots(indices, kv.shape[1], kernel.tile)
-    keys = [_flat(kv), rows, bias, ends]
+    rows, bias, ends = slots(indices, positions(indices, kv.shape[1]), kv.shape[1], kernel.tile)
+    keys = [flat(kv), rows, bias, ends]
     n_rows, n_slots = rows.shape
     (weights,) = triton.call(
         dataclasses.replace(kernel, tile=min(kernel.tile, blocks.tile_weights)).weigh,
         'sparse_attention_weights',
         n_rows * kernel.head_blocks,
         [jax.ShapeDtypeStruct((2 * n_rows, kernel.heads, n_slots), kv.dtype)],
-        [*map(_flat, (q, dout, lse, delta)), *keys],
+        [*map(flat, (q, dout, lse, delta)), *keys],
         warps=4,
         stages=blocks.stages,
     )
@@ -74,12 +72,12 @@ def backward(residuals, cotangents, *, v_dim: int, sm_scale: float, blocks: Bloc
         kernel.differentiate,
         'sparse_attention_dq',
         n_rows * kernel.head_blocks,
-        [jax.ShapeDtypeStruct(_flat(q).shape, q.dtype)],
+        [jax.ShapeDtypeStruct(flat(q).shape, q.dtype)],
         [weights, *keys],
         warps=8,
         stages=blocks.stages,
     )
-    both = jnp.concatenate([_flat(q), jnp.pad(_flat(dout), _widths(q, dout))], axis=1)
+    both = jnp.concatenate([flat(q), jnp.pad(flat(dout), _widths(q, dout))], axis=1)
     precision = jax.lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
     drows = jnp.einsum(
         'THK,THE->TKE',
@@ -95,60 +93,6 @@ def backward(residuals, cotangents, *, v_dim: int, sm_scale: float, blocks: Bloc
   rows = q, indices, dout.astype(kv.dtype), lse, delta
   dkv, dq = scan_rows(step, dkv, rows, blocks.block_t)
   return dq, dkv.reshape(kv.shape).astype(kv.dtype)
-
-
-def add_rows(sums: jax.Array, values: jax.Array, rows: jax.Array) -> jax.Array:
-  """Adds `values[i]`, [N, E], to `sums[rows[i]]`, float32 [R, E]; nowhere if negative.
-
-  What goes to one row is added in the order of i, whatever the machine does.
-  """
-  n_sums, width = sums.shape
-  rows = jnp.where(rows < 0, n_sums, rows).reshape(-1)
-  rows, order = jax.lax.sort((rows, jnp.arange(rows.size)), num_keys=1, is_stable=True)
-  starts = jnp.searchsorted(rows, jnp.arange(n_sums + 1)).astype(jnp.int32)
-  parts = column_parts(width)
-
-  def add(_, values, order, starts, sums):
-    row = pl.program_id(0)
-    first, end = starts[row], starts[row + 1]
-
-    def step(j, state):
-      at = first + j * SUMMED + jnp.arange(SUMMED)
-      found = triton.load(order.at[jnp.minimum(at, order.size - 1)])
-      new = [gather(values, found, *part, filled=at < end) for part in parts]
-      return [x + jnp.sum(y, axis=0) for x, y in zip(state, new)]
-
-    @pl.when(end > first)
-    def _():
-      state = [load_row(sums, row, *part) for part in parts]
-      state = jax.lax.fori_loop(0, pl.cdiv(end - first, SUMMED), step, state)
-      for (start, _, stop), x in zip(parts, state):
-        store_row(sums, row, start, stop, x)
-
-  out = jax.ShapeDtypeStruct(sums.shape, sums.dtype)
-  args = sums, values, order, starts
-  (sums,) = triton.call(add, 'add_rows', n_sums, [out], args, warps=4, aliases={0: 0})
-  return sums
-
-
-def _slots(indices, n_keys, tile):
-  """Of each query: rows of the flat keys, 0 or -inf for each, and the end of the last used tile.
-
-  An empty slot reads a key that the query selected: no other is known to be finite.
-  """
-  batch, _, topk = indices.shape
-  indices = jnp.pad(indices, ((0, 0), (0, 0), (0, -topk % tile)), constant_values=-1)
-  filled = (indices >= 0) & (indices < n_keys)
-  some = jnp.max(jnp.where(filled, indices, 0), axis=2, keepdims=True)
-  rows = jnp.where(filled, indices, some) + n_keys * jnp.arange(batch)[:, None, None]
-  numbers = jnp.arange(1, indices.shape[2] + 1, dtype=jnp.int32)
-  ends = jnp.max(jnp.where(filled, numbers, 0), axis=2)
-  bias = jnp.where(filled, 0.0, -jnp.inf)
-  return tuple(_flat(x) for x in (rows.astype(jnp.int32), bias, pl.cdiv(ends, tile) * tile))
-
-
-def _flat(x):
-  return x.reshape(-1, *x.shape[2:])
 
 
 def _widths(q, dout):
