@@ -5,9 +5,10 @@ import pathlib
 
 from dsa_jax import ptxas
 from dsa_jax.compile_cases import E, J, K, V, Dims, Op
-from dsa_jax.compile_cases import attention_backward_shapes, attention_shapes, float32, kl_constants
-from dsa_jax.compile_cases import T, kl_index, topk_shapes
+from dsa_jax.compile_cases import DENSE_E, T, attention_backward_shapes, attention_shapes
+from dsa_jax.compile_cases import dense_constants, float32, kl_constants, kl_index, topk_shapes
 from dsa_jax.kernels.index_kl import gpu as kl
+from dsa_jax.kernels.index_kl import gpu_dense
 from dsa_jax.kernels.index_topk import gpu as select
 from dsa_jax.kernels.sparse_attention import gpu as attention
 from dsa_jax.targets import GPUS
@@ -15,6 +16,7 @@ from dsa_jax.targets import GPUS
 CHIPS = tuple(GPUS)
 ATTENTION = dict(v_dim=V, sm_scale=0.1, blocks=attention.BlockSizes())
 KL = dict(sm_scale=0.1, blocks=kl.BlockSizes())
+DENSE_KL = dict(sm_scale=0.1, blocks=gpu_dense.BlockSizes())
 KERNELS = [
     Op(
         'index_topk',
@@ -53,6 +55,20 @@ KERNELS = [
             float32(T),
         ),
         lambda dims: 2 * K * 3 * dims.index_heads * J,
+        chips=CHIPS,
+    ),
+    Op(
+        'index_kl_dense_forward',
+        lambda constants, index: gpu_dense.forward((*constants, None), *index, **DENSE_KL),
+        lambda dims: (dense_constants(dims), kl_index(dims)),
+        lambda dims: 2 * dims.n_keys / 2 * (dims.heads * DENSE_E + dims.index_heads * J),
+        chips=CHIPS,
+    ),
+    Op(
+        'index_kl_dense_backward',
+        lambda constants, *x: gpu_dense.backward((*constants, None), *x, **DENSE_KL),
+        lambda dims: (dense_constants(dims), (*kl_index(dims), *[float32(T)] * 2), float32(T)),
+        lambda dims: 2 * dims.n_keys / 2 * (dims.heads * DENSE_E + 3 * dims.index_heads * J),
         chips=CHIPS,
     ),
 ]

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from dsa_jax.kernels import dense_attention, index_kl
-from dsa_jax.kernels.index_kl import gpu, tpu, tpu_dense, xla
+from dsa_jax.kernels.index_kl import gpu, gpu_dense, tpu, tpu_dense, xla
 
 ALL = ['reference', *cases.BACKENDS]
 SMALL = tpu.BlockSizes(step_t=8, tile=8, group=4)  # The interpreter takes its time.
@@ -22,6 +22,9 @@ DENSE = tpu_dense.BlockSizes(
 )
 ONE = tpu_dense.BlockSizes(tile_t=40, tile_s=56)  # A block, a tile, a group of heads.
 BLOCKS += [('tpu', DENSE, False), ('tpu', ONE, False)]
+TILES = dict(tile=16, index_tile=16, index_tile_backward=32, span=32)
+DENSE_GPU = gpu_dense.BlockSizes(block_t=16, columns=16, columns_queries=32, **TILES)
+BLOCKS += [('gpu', DENSE_GPU, False)]
 H, E, I, J = 4, 6, 3, 5
 CONSTANT, TRAINED = ('q', 'k', 'lse'), ('index_q', 'index_k', 'index_weights')
 SCALE = 0.6
@@ -32,6 +35,8 @@ def values_and_grads(*args, backend, blocks=None, races=False):
   selected = len(args) > 3 and args[3] is not None
   if blocks is None and backend == 'tpu':
     blocks = SMALL if selected else DENSE
+  if blocks is None and backend == 'gpu' and not selected:
+    blocks = gpu_dense.BlockSizes(block_t=48, columns=32, columns_keys=64, **TILES)
   with cases.interpreted(backend, races):
     return jax.block_until_ready(_run(*args, backend=backend, blocks=blocks))
 

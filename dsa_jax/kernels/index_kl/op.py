@@ -8,12 +8,13 @@ import jax
 from jaxtyping import Array, Float, Int
 
 from dsa_jax.kernels.backend import check_backend
-from dsa_jax.kernels.index_kl import gpu, tpu, tpu_dense, xla
+from dsa_jax.kernels.index_kl import gpu, gpu_dense, tpu, tpu_dense, xla
 from dsa_jax.kernels.index_kl.reference import index_kl_reference
 from dsa_jax.kernels.index_scores import check_index_inputs
 from dsa_jax.kernels.visibility import check_indices, check_intervals
 
-KERNELS = {'xla': (xla, xla), 'tpu': (tpu, tpu_dense), 'gpu': (gpu, xla)}  # Selected keys, all keys.
+# Of selected keys, of all.
+KERNELS = {'xla': (xla, xla), 'tpu': (tpu, tpu_dense), 'gpu': (gpu, gpu_dense)}
 
 
 @jax.named_scope('index_kl')
@@ -51,8 +52,8 @@ def index_kl(
     end: int32; one past the last.
     sm_scale: Softmax scale of the main attention.
     indices: The selection (sparse training); None for all visible keys (warm-up).
-    backend: Which implementation. Never falls back to another; `tpu` has kernels for selected
-      keys and others for all visible ones.
+    backend: Which implementation. Never falls back to another; `tpu` and `gpu` have kernels for
+      selected keys and others for all visible ones.
     blocks: The kernels' own BlockSizes; their defaults if None. They cannot change the result.
 
   Returns:

@@ -14,7 +14,7 @@ from jax.experimental import pallas as pl
 
 from dsa_jax.kernels import triton
 from dsa_jax.kernels.rows import map_rows
-from dsa_jax.kernels.triton import dot, load_tile
+from dsa_jax.kernels.score_tiles import ScoreTiles
 
 LOWEST, HIGHEST = -(2**31), 2**31 - 1
 WAYS = 8  # Parts into which a pass divides the interval.
@@ -34,74 +34,22 @@ class BlockSizes:
 
 def forward(q, k, weights, start, end, *, topk: int, blocks: BlockSizes):
   start, end = jnp.maximum(start, 0), jnp.minimum(end, k.shape[1])
-  heads = pl.next_power_of_2(q.shape[2])
-  step_t = max(blocks.columns // heads, 1)
-  widths = [(0, 0), (0, 0), (0, heads - q.shape[2])]
-  q, weights = jnp.pad(q, [*widths, (0, 0)]), jnp.pad(weights.astype(jnp.float32), widths)
-  kernel = _Kernel(k.shape[1], q.shape[3], heads, step_t, topk, blocks)
+  tiles = ScoreTiles.of(q, k, blocks.columns, blocks.tile, blocks.stages)
+  q, weights = tiles.pad_heads(q, weights)
+  kernel = _Kernel(topk, blocks.chunk)
 
   def select(rows):
     batch, n_rows = rows[2].shape
-    scores = kernel.score(k, *rows)
+    scores = tiles.score(k, *rows, span=blocks.span, encode=_to_order, dtype=jnp.int32)
     return kernel.select(scores, rows[2], rows[3]).reshape(batch, n_rows, topk)
 
-  return map_rows(select, (q, weights, start, end), blocks.block_t, step_t)
+  return map_rows(select, (q, weights, start, end), blocks.block_t, tiles.step_t)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Kernel:
-  n_keys: int
-  width: int  # J
-  heads: int
-  step_t: int  # Queries of a program.
   topk: int
-  blocks: BlockSizes
-
-  def score(self, k, q, weights, start, end):
-    """Returns int32 [B * T, S] in the order of the scores, for tiles that some row sees."""
-    batch, n_rows = start.shape
-    spans = pl.cdiv(self.n_keys, self.blocks.span)
-    flat = lambda x: x.reshape(batch * n_rows // self.step_t, -1)
-    steps = flat(start).shape[0]
-    args = k, q.reshape(steps, -1, self.width), *map(flat, (weights, start, end))
-
-    def kernel(k, q, weights, start, end, scores):
-      step, span = pl.program_id(0) // spans, pl.program_id(0) % spans
-      self._score(step, step * batch // steps, span, k, q, weights, start, end, scores)
-
-    n_columns = pl.cdiv(self.n_keys, self.blocks.tile) * self.blocks.tile
-    out = jax.ShapeDtypeStruct((batch * n_rows, n_columns), jnp.int32)
-    (scores,) = triton.call(
-        kernel,
-        'index_scores',
-        steps * spans,
-        [out],
-        args,
-        warps=self.blocks.tile // 16,
-        stages=self.blocks.stages,
-    )
-    return scores
-
-  def _score(self, step, sequence, span, k, q, weights, start, end, scores):
-    tile, n_queries = self.blocks.tile, self.step_t
-    side = triton.tile_side(self.width)
-    columns = n_queries * self.heads
-    queries = load_tile(q, step, (0, 0), (columns, side), (columns, self.width))
-    weights = triton.load(weights.at[step, jnp.arange(columns)])
-    starts, ends = (triton.load(x.at[step, jnp.arange(n_queries)]) for x in (start, end))
-    seen = ends > starts
-    first = jnp.maximum(jnp.min(jnp.where(seen, starts, self.n_keys)), span * self.blocks.span)
-    last = jnp.minimum(jnp.max(jnp.where(seen, ends, 0)), (span + 1) * self.blocks.span)
-
-    def meet(j, _):
-      keys = load_tile(k, sequence, (j * tile, 0), (tile, side), (self.n_keys, self.width))
-      dots = jnp.maximum(dot(keys, queries, 1, 1), 0) * weights[None]
-      new = jnp.sum(dots.reshape(tile, n_queries, self.heads), axis=2)
-      rows = jnp.broadcast_to((step * n_queries + jnp.arange(n_queries))[None], new.shape)
-      at = jnp.broadcast_to((j * tile + jnp.arange(tile))[:, None], new.shape)
-      triton.store(scores.at[rows, at], _to_order(new))
-
-    jax.lax.fori_loop(first // tile, pl.cdiv(last, tile), meet, None)
+  chunk: int
 
   def select(self, scores, start, end):
     """Returns the positions of the best scores of each row, int32 [B * T, K]."""
@@ -110,7 +58,7 @@ class _Kernel:
     return triton.call(self._select, 'index_topk', start.size, [out], args, warps=8)[0]
 
   def _select(self, scores, start, end, out):
-    row, chunk = pl.program_id(0), self.blocks.chunk
+    row, chunk = pl.program_id(0), self.chunk
     start, end = start[row], end[row]
     chunks = start // chunk, jnp.where(end > start, pl.cdiv(end, chunk), 0)
 
@@ -143,7 +91,7 @@ class _Kernel:
 
     Each pass counts what lies above a few values within the interval.
     """
-    chunk, topk = self.blocks.chunk, self.topk
+    chunk, topk = self.chunk, self.topk
 
     def bounds(j, state):
       _, x = read(j)
@@ -158,7 +106,11 @@ class _Kernel:
       low, high, n_low, n_high = state
       step = jnp.maximum((high >> 3) - (low >> 3), 1)
       cuts = [low + i * step for i in range(1, WAYS)]
-      count = lambda j, sums: [n + (read(j)[1] >= cut).astype(jnp.int32) for n, cut in zip(sums, cuts)]
+
+      def count(j, sums):
+        _, x = read(j)
+        return [n + (x >= cut).astype(jnp.int32) for n, cut in zip(sums, cuts)]
+
       sums = jax.lax.fori_loop(*chunks, count, [jnp.zeros(chunk, jnp.int32)] * len(cuts))
       for cut, n in zip(cuts, [jnp.sum(n) for n in sums]):
         enough, closer = n >= topk, (n < topk) & (cut < high)
