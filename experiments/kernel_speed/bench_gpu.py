@@ -38,8 +38,16 @@ def main(argv: list[str] | None = None):
   args = parse(argv)
   if jax.default_backend() != 'gpu' and not args.interpret:
     raise SystemExit(f'no GPU here, only {jax.default_backend()}; see --interpret.')
-  with pltpu.force_tpu_interpret_mode(True) if args.interpret else contextlib.nullcontext():
+  with interpreted() if args.interpret else contextlib.nullcontext():
     check_and_measure(args)
+
+
+@contextlib.contextmanager
+def interpreted():
+  """The plain interpreter; to optimize its programs takes longer than to run them."""
+  jax.config.update('jax_disable_most_optimizations', True)
+  with pltpu.force_tpu_interpret_mode(True):
+    yield
 
 
 def check_and_measure(args):
@@ -249,15 +257,15 @@ def matmul_tflops(n: int, args) -> float:
 
 
 def table(results: dict):
-  yield f'{results["device"]}, jax {results["jax"]}; one large product reaches '
-  yield f'{results["matmul_tflops"]:.2f} TFLOPS.'
+  yield '{device}, jax {jax}; one large product reaches {matmul_tflops:.2f} TFLOPS.'.format(**results)
   if results['interpreted']:
     yield 'Interpreted on a CPU: the times mean nothing.'
   yield '\n| program | S | queries | device ms | wall ms | roofline ms | TFLOPS | % of ceiling |'
   yield '| --- |' + ' ---: |' * 7
   show = lambda x, digits: '' if x is None else f'{x:.{digits}f}'
   for row in results['rows']:
-    cells = [row['program'], str(row['S']), str(row['queries']), show(row['device_ms'], 3)]
+    program = row['program'] + (', decoding' if 'decode' in row else '')
+    cells = [program, str(row['S']), str(row['queries']), show(row['device_ms'], 3)]
     cells += [show(row['wall_ms'], 3), show(row['roofline_ms'], 3), show(row['tflops'], 0)]
     yield '| ' + ' | '.join([*cells, show(row.get('percent_of_ceiling'), 0)]) + ' |'
 
