@@ -78,8 +78,7 @@ OURS = ('sparse_attention_', 'index_', 'add_rows')  # Other kernels are XLA's ow
 
 def measure(op: Op, chip: str, dims: Dims, dump: pathlib.Path) -> dict:
   """What the compiler left of an op in the folder of its dumps."""
-  kernels = ptxas.read_kernels(dump, GPUS[chip].architecture)
-  kernels = {name: kernel for name, kernel in kernels.items() if name.startswith(OURS)}
+  kernels = ptxas.read_kernels(dump, GPUS[chip].architecture, OURS)
   if not kernels:
     raise ValueError(f'{op.name}: the compiler wrote no kernel of ours.')
   return {

@@ -27,15 +27,17 @@ def toolkit() -> pathlib.Path:
   raise ValueError("ptxas and nvdisasm are not installed: pip install 'dsa_jax[compile-gpu]'.")
 
 
-def read_kernels(dump: pathlib.Path, architecture: str) -> dict[str, dict]:
-  """Assembles what XLA dumped, and describes each kernel by name; see `describe`."""
+def read_kernels(
+    dump: pathlib.Path, architecture: str, prefixes: tuple[str, ...]
+) -> dict[str, dict]:
+  """Assembles what XLA dumped, and describes the kernels whose names begin so; see `describe`."""
   shared = {}
   for path in dump.glob('*.thunk_sequence.txt'):
     shared |= shared_bytes(path.read_text())
   kernels = {}
   for path in sorted(dump.glob('*.ptx')):
     names = re.findall(r'^\.visible \.entry (\w+)\(', path.read_text(), re.MULTILINE)
-    for name in names:
+    for name in (name for name in names if name.startswith(prefixes)):
       kernels[name] = describe(*assemble(path, name, architecture))
       kernels[name]['shared_bytes'] = shared.get(name)
   return kernels

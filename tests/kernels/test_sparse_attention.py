@@ -18,7 +18,7 @@ BLOCKS = [('xla', xla.BlockSizes(block_t=n)) for n in (1, 1000)]
 BLOCKS += [
     ('tpu', tpu.BlockSizes(block_t=16, step_t=1, tile=4, group=2, vmem_share=1e-6)),  # 7 shards.
     ('tpu', tpu.BlockSizes(block_t=8, step_t=4, tile=16, group=1, vmem_share=2e-3)),
-    ('gpu', gpu.BlockSizes(block_t=5)),
+    ('gpu', gpu.BlockSizes(block_t=11, block_t_backward=5)),
 ]
 H, E, V = 3, 8, 5
 SCALE = 0.6
@@ -113,7 +113,7 @@ def test_a_gpu_takes_many_heads_and_slots_in_several_tiles():
   q, kv = cases.normal(0, (1, 7, 40, 24), (1, cases.S, 24))
   indices = np.random.default_rng(0).permuted(np.tile(np.arange(-8, cases.S), (7, 1)), axis=1)
   indices = jnp.asarray(indices[None, :, :41].clip(-1), jnp.int32)
-  blocks = gpu.BlockSizes(heads=16, tile=32, tile_weights=16, block_t=3)
+  blocks = gpu.BlockSizes(heads=16, tile=32, tile_weights=16, block_t=4, block_t_backward=3)
   actual = values_and_grads(q, kv, indices, v_dim=19, backend='gpu', blocks=blocks)
   cases.assert_matches(actual, values_and_grads(q, kv, indices, v_dim=19, backend='reference'))
 

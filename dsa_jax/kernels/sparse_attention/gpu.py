@@ -14,10 +14,11 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from dsa_jax.kernels import triton
-from dsa_jax.kernels.rows import scan_rows
+from dsa_jax.kernels.rows import map_rows, scan_rows
 from dsa_jax.kernels.selected_rows import add_rows, flat, positions, slots
 from dsa_jax.kernels.triton import alone, column_parts, dot, gather, load_row, load_tile
 from dsa_jax.kernels.triton import some_tiles, store_row, store_tile
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BlockSizes:
@@ -27,25 +28,32 @@ class BlockSizes:
   tile: int = 64  # Selected rows that meet them at one time,
   tile_weights: int = 32  # or, backward, where queries and gradients lie beside them.
   stages: int = 2  # Tiles in flight or in use.
-  block_t: int = 128  # Queries whose gradients of selected rows exist at one time.
+  block_t: int = 8192  # Queries whose slots are prepared at one time,
+  block_t_backward: int = 128  # and, backward, whose gradients of selected rows exist.
 
 
 def forward(q, kv, indices, *, v_dim: int, sm_scale: float, blocks: BlockSizes):
-  n_rows = q.shape[0] * q.shape[1]
   kernel = _Kernel.of(q, kv, indices, v_dim, sm_scale, blocks)
-  out, lse = triton.call(
-      kernel.attend,
-      'sparse_attention_forward',
-      n_rows * kernel.head_blocks,
-      [
-          jax.ShapeDtypeStruct((n_rows, kernel.heads, v_dim), q.dtype),
-          jax.ShapeDtypeStruct((n_rows, kernel.heads), jnp.float32),
-      ],
-      [flat(q), flat(kv), *slots(indices, positions(indices, kv.shape[1]), kv.shape[1], kernel.tile)],
-      warps=8,
-      stages=blocks.stages,
-  )
-  return out.reshape(*q.shape[:3], v_dim), lse.reshape(q.shape[:3])
+
+  def attend(block):
+    q, indices = block
+    where = slots(indices, positions(indices, kv.shape[1]), kv.shape[1], kernel.tile)
+    n_rows = where[0].shape[0]
+    out, lse = triton.call(
+        kernel.attend,
+        'sparse_attention_forward',
+        n_rows * kernel.head_blocks,
+        [
+            jax.ShapeDtypeStruct((n_rows, kernel.heads, v_dim), q.dtype),
+            jax.ShapeDtypeStruct((n_rows, kernel.heads), jnp.float32),
+        ],
+        [flat(q), flat(kv), *where],
+        warps=8,
+        stages=blocks.stages,
+    )
+    return out.reshape(*q.shape[:3], v_dim), lse.reshape(q.shape[:3])
+
+  return map_rows(attend, (q, indices), blocks.block_t)
 
 
 def backward(residuals, cotangents, *, v_dim: int, sm_scale: float, blocks: BlockSizes):
@@ -91,7 +99,7 @@ def backward(residuals, cotangents, *, v_dim: int, sm_scale: float, blocks: Bloc
 
   dkv = jnp.zeros((kv.shape[0] * kv.shape[1], kv.shape[2]))
   rows = q, indices, dout.astype(kv.dtype), lse, delta
-  dkv, dq = scan_rows(step, dkv, rows, blocks.block_t)
+  dkv, dq = scan_rows(step, dkv, rows, blocks.block_t_backward)
   return dq, dkv.reshape(kv.shape).astype(kv.dtype)
 
 
