@@ -3,6 +3,8 @@
 
 import pathlib
 
+import jax
+
 from dsa_jax import ptxas
 from dsa_jax.compile_cases import E, J, K, V, Dims, Op
 from dsa_jax.compile_cases import DENSE_E, T, attention_backward_shapes, attention_shapes
@@ -17,6 +19,19 @@ CHIPS = tuple(GPUS)
 ATTENTION = dict(v_dim=V, sm_scale=0.1, blocks=attention.BlockSizes())
 KL = dict(sm_scale=0.1, blocks=kl.BlockSizes())
 DENSE_KL = dict(sm_scale=0.1, blocks=gpu_dense.BlockSizes())
+DECODED = 64  # Sequences, a query each.
+
+
+def decoding(shapes, *of_keys: int):
+  """The shapes for the last query of many sequences; `of_keys` says which are of keys."""
+
+  def each(dims):
+    sizes = [(x, x.shape[1] if i in of_keys else 1) for i, x in enumerate(shapes(dims))]
+    return [jax.ShapeDtypeStruct((DECODED, n, *x.shape[2:]), x.dtype) for x, n in sizes]
+
+  return each
+
+
 KERNELS = [
     Op(
         'index_topk',
@@ -67,11 +82,17 @@ KERNELS = [
     Op(
         'index_kl_dense_backward',
         lambda constants, *x: gpu_dense.backward((*constants, None), *x, **DENSE_KL),
-        lambda dims: (dense_constants(dims), (*kl_index(dims), *[float32(T)] * 2), float32(T)),
+        lambda dims: (
+            dense_constants(dims),
+            (*kl_index(dims), *[float32(T)] * 2),
+            float32(T),
+        ),
         lambda dims: 2 * dims.n_keys / 2 * (dims.heads * DENSE_E + 3 * dims.index_heads * J),
         chips=CHIPS,
     ),
 ]
+for op in KERNELS[:2]:  # Selection and attention.
+  KERNELS.append(op._replace(name=f'{op.name}_decode', shapes=decoding(op.shapes, 1)))
 OPS = {op.name: op for op in KERNELS}
 OURS = ('sparse_attention_', 'index_', 'add_rows')  # Other kernels are XLA's own.
 
@@ -91,8 +112,8 @@ def measure(op: Op, chip: str, dims: Dims, dump: pathlib.Path) -> dict:
 
 def print_table(rows: list[dict]):
   """A line for each kernel."""
-  print('| chip | model | op | S | temporaries MiB | compiled s | tensor floor, us a query | kernel '
-        '| registers | loop spills | shared KiB | loop instructions | of them products '
+  print('| chip | model | op | S | temporaries MiB | compiled s | tensor floor, us a query '
+        '| kernel | registers | loop spills | shared KiB | loop instructions | of them products '
         '| serialized |')  # fmt: skip
   print('| --- | --- | --- |' + ' ---: |' * 4 + ' --- |' + ' ---: |' * 6)
   for row in rows:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The benchmark of the GPU kernels runs, interpreted and on toy sizes, and refuses wrong kernels."""
+"""The benchmark of the GPU kernels runs, interpreted at toy sizes, and refuses wrong kernels."""
 
 import json
 import pathlib

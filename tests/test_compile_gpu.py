@@ -33,8 +33,8 @@ INSTRUCTIONS = """\
         /*0080*/                   BRA `(.L_x_3) ;
 """
 THUNKS = """\
-001: kCustomKernel [source] loop_fusion grid: [32, 1, 1] threads: [128, 1, 1]  shared_memory: 0 bytes
-002: kCustomKernel [sink  ] x grid: [8192, 1, 1] threads: [256, 1, 1]  shared_memory: 225536 bytes
+001: kCustomKernel [source] loop_fusion grid: [32, 1, 1] threads: [8, 1, 1]  shared_memory: 0 bytes
+002: kCustomKernel [sink  ] x grid: [8192, 1, 1] threads: [8, 1, 1]  shared_memory: 225536 bytes
 """
 ROW = {'chip': 'h200', 'model': 'v32', 'S': 4096, 'op': 'x', 'temporaries_mib': 1.0}
 
@@ -90,7 +90,7 @@ def test_says_what_is_missing(tmp_path, monkeypatch):
     targets.environment('h200', tmp_path)
 
 
-@pytest.mark.skipif(not has_cuda(), reason="needs the compilers: pip install 'dsa_jax[compile-gpu]'")
+@pytest.mark.skipif(not has_cuda(), reason="needs pip install 'dsa_jax[compile-gpu]'")
 def test_compiles_an_op_for_a_gpu(tmp_path):
   path = tmp_path / 'rows.json'
   what = '--chips h200 --models glm5 --sizes 4096 --ops sparse_attention_forward --check'

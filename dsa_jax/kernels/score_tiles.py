@@ -17,7 +17,7 @@ from dsa_jax.kernels.triton import dot, load_tile
 
 @dataclasses.dataclass(frozen=True)
 class ScoreTiles:
-  """Keys are k [B, S, J]; rows are q [B, T, I, J], weights, start and end, as `pad_heads` made them.
+  """Keys are k [B, S, J]; rows are q [B, T, I, J], weights, start and end: see `pad_heads`.
 
   T is a multiple of `step_t`.
   """

@@ -257,7 +257,8 @@ def matmul_tflops(n: int, args) -> float:
 
 
 def table(results: dict):
-  yield '{device}, jax {jax}; one large product reaches {matmul_tflops:.2f} TFLOPS.'.format(**results)
+  ceiling = results['matmul_tflops']
+  yield f'{results["device"]}, jax {results["jax"]}; one large product: {ceiling:.2f} TFLOPS.'
   if results['interpreted']:
     yield 'Interpreted on a CPU: the times mean nothing.'
   yield '\n| program | S | queries | device ms | wall ms | roofline ms | TFLOPS | % of ceiling |'

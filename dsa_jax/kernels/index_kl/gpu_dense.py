@@ -37,7 +37,7 @@ class BlockSizes:
 
 
 def forward(constants, index_q, index_k, index_weights, *, sm_scale: float, blocks: BlockSizes):
-  """Returns the divergence [B, T], and of each row ln sum exp of the scores and the target's sum."""
+  """Returns the divergence [B, T]; of each row ln sum exp of scores, and the target's sum."""
   q, k, lse, start, end, _ = constants
 
   def diverge(block):
@@ -131,6 +131,7 @@ def _target(q, k, lse, start, end, sm_scale, blocks):
   out = jax.ShapeDtypeStruct((batch * n_rows, columns * side), jnp.float32)
   args = q.reshape(-1, width), k.reshape(-1, width), lse.reshape(-1), start.reshape(-1)
   how = dict(warps=max(side // 16, 1), stages=1 if wide else 2)
-  return triton.call(
-      kernel, 'index_kl_dense_target', batch * steps * columns, [out], [*args, end.reshape(-1)], **how
-  )[0]
+  args = *args, end.reshape(-1)
+  programs = batch * steps * columns
+  (target,) = triton.call(kernel, 'index_kl_dense_target', programs, [out], args, **how)
+  return target
