@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compiles the TPU kernels for real chips, on any machine, and says what they will take.
+"""Compiles the kernels for real TPUs and GPUs, on any machine, and says what they will take.
 
 python -m dsa_jax.compile_report
 python -m dsa_jax.compile_report --all --json=experiments/kernel_speed/compile_report.json
@@ -8,6 +8,10 @@ python -m dsa_jax.compile_report --check   # Against that file, as CI does.
 Cycles are bundles of each loop of the compiler's final schedule times how often the loop runs for
 a query that selects K keys, evenly spread, and sees half of S; DMA and stalls are not in them.
 VMEM is what the kernel allocates there, the largest where an op has several kernels.
+
+python -m dsa_jax.compile_report --chips h200 --check
+
+Of a GPU: registers, spills and shared memory of each kernel, and the tensor cores' floor.
 """
 
 import argparse
@@ -23,12 +27,13 @@ import time
 
 import jax
 
-from dsa_jax import schedule
+from dsa_jax import gpu_cases, schedule
 from dsa_jax.compile_cases import BASELINES, HEADS, OPS, Dims, Op
 from dsa_jax.kernels import resident
-from dsa_jax.targets import CHIPS, compile_for, environment, make_mesh
+from dsa_jax.targets import CHIPS, GPUS, compile_for, environment, make_mesh
 
 COMMITTED = pathlib.Path('experiments/kernel_speed/compile_report.json')
+COMMITTED_GPU = COMMITTED.with_name('compile_report_gpu.json')
 DEFAULT = [('v32', 32_768), ('glm5', 32_768)]  # CI has a few minutes.
 WORSE = 1.10  # What --check lets pass.
 
@@ -40,21 +45,23 @@ def main():
   jobs = [(chip, *case) for chip in args.chips for case in plan(args)]
   with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
     rows = sum(pool.map(functools.partial(rows_of, args), jobs), [])
-  print_table(rows)
+  print_tables(rows)
   if args.json:
     args.json.write_text(json.dumps(rows, indent=1) + '\n')
   complaints = [f'{name(row)}: {row["error"]}' for row in rows if 'error' in row]
   if args.check:
-    complaints = compare(rows, json.loads(COMMITTED.read_text()))
+    committed = [json.loads(path.read_text()) for path in (COMMITTED, COMMITTED_GPU)]
+    complaints = compare(rows, sum(committed, []))
   sys.exit('\n'.join(complaints) or None)
 
 
 def parse():
   parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
-  parser.add_argument('--chips', nargs='+', default=list(CHIPS), choices=list(CHIPS))
+  parser.add_argument('--chips', nargs='+', default=list(CHIPS), choices=[*CHIPS, *GPUS])
   parser.add_argument('--sizes', type=int, nargs='+', help='keys; 32K by default')
   parser.add_argument('--models', nargs='+', choices=list(HEADS))
-  parser.add_argument('--ops', nargs='+', default=list(OPS), choices=[*OPS, *BASELINES])
+  ops = list(OPS | gpu_cases.OPS)
+  parser.add_argument('--ops', nargs='+', default=ops, choices=[*ops, *BASELINES])
   parser.add_argument('--all', action='store_true', help='4K, 32K and 128K keys, both models')
   parser.add_argument('--check', action='store_true', help=f'fail where worse than {COMMITTED}')
   parser.add_argument('--json', type=pathlib.Path, help='also write the rows there')
@@ -76,8 +83,9 @@ def plan(args) -> list[tuple[str, int]]:
 def rows_of(args, job: tuple[str, str, int]) -> list[dict]:
   """The rows of a chip, model and size, from processes of their own: libtpu reads its flags once."""
   chip, model, n_keys = job
-  ops = [op for op in args.ops if chip in (OPS | BASELINES)[op].chips]
-  scheduled = [op for op in ops if (OPS | BASELINES)[op].trips]
+  cases = cases_of(chip)
+  ops = [op for op in args.ops if op in cases and chip in cases[op].chips]
+  scheduled = [op for op in ops if chip in GPUS or cases[op].trips]
   others = [op for op in ops if op not in scheduled]
   rows = []
   for some, has_schedule in (scheduled, True), (others, False):
@@ -99,15 +107,19 @@ def _rows_of(chip: str, model: str, n_keys: int, ops: list[str], has_schedule: b
   return rows
 
 
+def cases_of(chip: str) -> dict[str, Op]:
+  return gpu_cases.OPS if chip in GPUS else OPS | BASELINES
+
+
 def work(args):
   """Compiles the ops for one chip, model and size; prints a row of JSON for each."""
   (chip,), (model,), (n_keys,) = args.chips, args.models, args.sizes
   with jax.set_mesh(make_mesh(chip)):
-    dims = Dims(*HEADS[model], n_keys, resident.vmem_bytes())
+    dims = Dims(*HEADS[model], n_keys, 0 if chip in GPUS else resident.vmem_bytes())
   for op in args.ops:
     row = {'chip': chip, 'model': model, 'S': n_keys, 'op': op}
     try:
-      row |= measure((OPS | BASELINES)[op], chip, dims, args.worker)
+      row |= measure(cases_of(chip)[op], chip, dims, args.worker)
     except Exception as e:  # Whatever the compiler raises, the other ops are still reported.
       row['error'] = f'{type(e).__name__}: {e}'.splitlines()[0]
     print(json.dumps(row), flush=True)
@@ -117,13 +129,16 @@ def work(args):
 
 def measure(op: Op, chip: str, dims: Dims, dump: pathlib.Path) -> dict:
   """Compiles an op and reads what the compiler left."""
-  began, spec = time.perf_counter(), CHIPS[chip]
+  began = time.perf_counter()
   compiled = compile_for(chip, op.function, *op.shapes(dims))
   row = {
       'temporaries_mib': compiled.memory_analysis().temp_size_in_bytes / 2**20,
       'seconds': time.perf_counter() - began,
-      'mxu_cycles': op.flops(dims) / spec.flops * spec.hertz,
   }
+  if chip in GPUS:
+    return row | gpu_cases.measure(op, chip, dims, dump)
+  spec = CHIPS[chip]
+  row['mxu_cycles'] = op.flops(dims) / spec.flops * spec.hertz
   if op.trips is None:
     return row | {'vmem_mib': None, 'kernels': {}, 'cycles': None, 'us': None}
   kernels = {kernel: cycles_of(dump, kernel, n) for kernel, n in op.trips(dims).items()}
@@ -151,6 +166,14 @@ def dumped(dump: pathlib.Path, kernel: str, label: str) -> str:
 
 def name(row: dict) -> tuple:
   return row['chip'], row['model'], row['S'], row['op']
+
+
+def print_tables(rows: list[dict]):
+  of_gpus = [row for row in rows if row['chip'] in GPUS]
+  if len(of_gpus) < len(rows):
+    print_table([row for row in rows if row['chip'] not in GPUS])
+  if of_gpus:
+    gpu_cases.print_table(of_gpus)
 
 
 def print_table(rows: list[dict]):
@@ -181,7 +204,7 @@ def compare(rows: list[dict], committed: list[dict]) -> list[str]:
 
 
 def _worse(row, before):
-  for what in ('cycles', 'temporaries_mib'):
+  for what in ('cycles', 'temporaries_mib', 'loop_spills', 'serialized'):
     now, then = row.get(what), before.get(what)
     if then is not None and now is None:
       yield f'{what} unknown, was {then:.0f}'

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Chips to compile for without having one.
 
-libtpu, the TPU's own compiler, needs no TPU attached: `pip install 'dsa_jax[compile]'`.
+libtpu, the TPU's own compiler, needs no TPU attached: `pip install 'dsa_jax[compile]'`. Nor do
+XLA's compiler for NVIDIA GPUs and ptxas: `pip install 'dsa_jax[compile-gpu]'`.
 """
 
 import importlib.util
@@ -13,6 +14,8 @@ import jax
 import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from dsa_jax import ptxas
 
 DUMPED = '^(original|final_bundles)$'  # Passes; to write all 70 takes four times the compile.
 
@@ -37,14 +40,53 @@ CHIPS = {
 }
 
 
+class Gpu(NamedTuple):
+  """One device as XLA's compiler sees it, and the maker's peaks."""
+
+  architecture: str  # For ptxas.
+  flops: float  # bfloat16 per second, dense.
+  bytes: float  # HBM, per second.
+  config: str  # XLA's GpuTargetConfigProto.
+
+
+GPUS = {
+    'h200': Gpu(
+        'sm_90a', 989e12, 4.8e12,
+        """
+gpu_device_info {
+  threads_per_block_limit: 1024  threads_per_warp: 32
+  shared_memory_per_block: 49152  shared_memory_per_core: 233472
+  shared_memory_per_block_optin: 232448
+  threads_per_core_limit: 2048  core_count: 132  fpus_per_core: 128
+  block_dim_limit_x: 2147483647  block_dim_limit_y: 65535  block_dim_limit_z: 65535
+  memory_bandwidth: 4800000000000  l2_cache_size: 62914560  clock_rate_ghz: 1.98
+  device_memory_size: 150000000000
+  cuda_compute_capability { major: 9 }
+  registers_per_core_limit: 65536  registers_per_block_limit: 65536
+}
+platform_name: "CUDA"
+dnn_version_info { major: 9 minor: 8 }
+runtime_version { major: 13 }
+device_description_str: "NVIDIA H200"
+""",
+    ),
+}  # fmt: skip
+
+
 def environment(chip: str, dump: pathlib.Path | None = None) -> dict[str, str]:
   """What a process needs in its environment, before jax starts, to compile for a chip.
 
   Args:
-    chip: A key of CHIPS.
+    chip: A key of CHIPS or of GPUS.
     dump: Where the compiler writes the programs and schedules of kernels, in more than twice the
       time for a layer.
   """
+  if chip in GPUS:
+    return {
+        'JAX_PLATFORMS': 'cpu',
+        'JAX_SKIP_CUDA_CONSTRAINTS_CHECK': '1',
+        'XLA_FLAGS': f'--xla_dump_to={dump} --xla_gpu_cuda_data_dir={ptxas.toolkit()}',
+    }
   flags = f'--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true '
   flags += f'--xla_jf_dump_llo_pass_label_regex={DUMPED}'
   return {
@@ -59,6 +101,11 @@ def environment(chip: str, dump: pathlib.Path | None = None) -> dict[str, str]:
 
 def make_mesh(chip: str) -> Mesh:
   """A mesh of one device of a chip, in a process with its `environment`."""
+  if chip in GPUS:
+    topology = topologies.get_topology_desc(
+        platform='cuda', topology_name='', topology='1x1x1', target_config=GPUS[chip].config
+    )
+    return Mesh(np.array(topology.devices[:1]), ('device',))
   spec = _checked(chip)
   if os.environ.get('TPU_ACCELERATOR_TYPE') != spec.accelerator:
     raise ValueError(f'compiling for {chip} needs a process with environment({chip!r}).')
@@ -77,7 +124,7 @@ def compile_for(chip: str, f, *shapes: Any) -> jax.stages.Compiled:
 
 def _checked(chip: str) -> Chip:
   if chip not in CHIPS:
-    raise ValueError(f'{chip=} must be one of {tuple(CHIPS)}.')
+    raise ValueError(f'{chip=} must be one of {(*CHIPS, *GPUS)}.')
   if importlib.util.find_spec('libtpu') is None:
     raise ValueError("libtpu is not installed: pip install 'dsa_jax[compile]'.")
   return CHIPS[chip]

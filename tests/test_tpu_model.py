@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A model trains alike with the TPU's kernels, interpreted, and with the portable ones."""
+"""A model trains alike with the kernels of TPUs and GPUs, interpreted, and the portable ones."""
 
 import functools
 import pathlib
@@ -32,13 +32,18 @@ def test_the_sparse_stage_steps_alike():
       tokens=tokens, targets=jnp.roll(tokens, -1, 1), weights=weights, start=start, end=position + 1
   )
   found = {}
-  for backend in ('xla', 'tpu'):
+  for backend in ('xla', 'tpu', 'gpu'):
     mode = Mode(backend=backend, attention='sparse', index_loss=True)
     state = new_state(init_params(cfg, seed=0), trains, optim, seed=0)
     with cases.interpreted(backend):
       step = make_train_step(graph, trains, mode, optim)
       found[backend] = jax.block_until_ready(step(state, batch, {part: 1e-3 for part in trains}))
-  metrics, other = found['xla'][1], found['tpu'][1]
+  metrics = found['xla'][1]
+  for backend in ('tpu', 'gpu'):
+    assert_alike(found[backend][1], metrics)
+
+
+def assert_alike(other, metrics):
   for name in ('lm_loss', 'index_kl', 'grad_norm_backbone', 'grad_norm_indexer'):
     assert metrics[name].sum() > 0
     np.testing.assert_allclose(other[name], metrics[name], rtol=2e-5, err_msg=name)

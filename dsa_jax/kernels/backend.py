@@ -5,16 +5,17 @@ import logging
 
 import jax
 
-BACKENDS = ('reference', 'xla', 'tpu')
+BACKENDS = ('reference', 'xla', 'tpu', 'gpu')
 
 
 def default_backend() -> str:
   """Returns the backend for this platform and logs it; entry points call it once.
 
-  The portable `xla` backend serves every platform that has no kernels of its own.
+  The portable `xla` backend serves every platform that has no kernels of its own; on AMD's GPUs,
+  which jax calls gpu, too, ask for it.
   """
   platform = jax.default_backend()
-  backend = 'tpu' if platform == 'tpu' else 'xla'
+  backend = platform if platform in ('tpu', 'gpu') else 'xla'
   logging.info('kernels: backend %s on platform %s', backend, platform)
   return backend
 

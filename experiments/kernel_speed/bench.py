@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Time and memory of the xla backend: python experiments/kernel_speed/bench.py"""
+"""Time and memory of the xla backend: python experiments/kernel_speed/bench.py
+
+With --backend=gpu or --backend=tpu, the kernels for these: see bench_gpu.py and bench_tpu.py.
+"""
 
 import argparse
 import importlib.metadata
@@ -7,6 +10,8 @@ import json
 import pathlib
 import platform
 import re
+import runpy
+import sys
 import time
 
 import jax
@@ -29,7 +34,12 @@ UP_TO = {  # The longest context that is worth its time.
 
 
 def main():
-  parser = argparse.ArgumentParser(description=__doc__)
+  backend = argparse.ArgumentParser(add_help=False)
+  backend.add_argument('--backend', default='xla', choices=['xla', 'tpu', 'gpu'])
+  known, sys.argv[1:] = backend.parse_known_args()
+  if known.backend != 'xla':
+    return runpy.run_path(str(HERE / f'bench_{known.backend}.py'), run_name='__main__')
+  parser = argparse.ArgumentParser(description=__doc__, parents=[backend])
   add = parser.add_argument
   add('--sizes', type=int, nargs='*', default=[1024, 2048, 4096, 8192, 16_384, 32_768])
   add('--memory_sizes', type=int, nargs='*', default=[16_384, 32_768, 65_536, 131_072])

@@ -11,8 +11,8 @@ import numpy as np
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 from jax.experimental.pallas import tpu as pltpu
 
-PORTABLE = ['xla']  # What is compiled and measured here; the kernels of `tpu` are interpreted.
-BACKENDS = [*PORTABLE, 'tpu']
+PORTABLE = ['xla']  # What is compiled and measured here; the other kernels are interpreted.
+BACKENDS = [*PORTABLE, 'tpu', 'gpu']
 TOLERANCE = {'float32': 2e-5, 'bfloat16': 2e-2}  # Of the largest |value|.
 
 T, S, K = 37, 53, 5  # Primes: no block size divides them.
@@ -20,7 +20,8 @@ VISIBILITY = ('causal', 'packed', 'chunk', 'empty', 'padded', 'overhang')
 
 
 # Compilation is most of the time of these tests, and LLVM most of the compilation.
-jit = functools.partial(jax.jit, compiler_options={'xla_backend_optimization_level': 0})
+FAST = {'xla_backend_optimization_level': 0} if jax.default_backend() == 'cpu' else None
+jit = functools.partial(jax.jit, compiler_options=FAST)
 
 
 @contextlib.contextmanager
@@ -28,10 +29,14 @@ def interpreted(backend: str, races: bool = False):
   """Runs the kernels of a backend that this machine lacks by jax's simulation of its memory.
 
   What no one wrote holds NaN, reads out of bounds raise, and so do races, where they are looked
-  for: that takes three times as long.
+  for: that takes three times as long. A machine that has the chip runs them on it.
   """
-  if backend != 'tpu':
+  if backend not in ('tpu', 'gpu') or backend == jax.default_backend():
     yield
+    return
+  if backend == 'gpu':  # The plain interpreter: a program after the other, outputs born as NaN.
+    with pltpu.force_tpu_interpret_mode(True):
+      yield
     return
   how = dict(uninitialized_memory='nan', out_of_bounds_reads='raise', detect_races=races)
   with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(**how)):

@@ -10,18 +10,21 @@ import numpy as np
 import pytest
 
 from dsa_jax.kernels import dense_attention, index_kl
-from dsa_jax.kernels.index_kl import tpu, tpu_dense, xla
+from dsa_jax.kernels.index_kl import gpu, gpu_dense, tpu, tpu_dense, xla
 
 ALL = ['reference', *cases.BACKENDS]
 SMALL = tpu.BlockSizes(step_t=8, tile=8, group=4)  # The interpreter takes its time.
 MANY = tpu.BlockSizes(block_t=16, step_t=4, tile=4, group=2, vmem_share=1e-3)  # 2 shards.
 BLOCKS = [('xla', xla.BlockSizes(block_t=t), x) for t, x in [(1, True), (1000, False)]]
-BLOCKS += [('tpu', MANY, True)]
+BLOCKS += [('tpu', MANY, True), ('gpu', gpu.BlockSizes(block_t=5, heads=16, tile=16), True)]
 DENSE = tpu_dense.BlockSizes(
     block_t=24, block_t_backward=16, block_s=32, heads=2, tile_t=8, tile_s=16
 )
 ONE = tpu_dense.BlockSizes(tile_t=40, tile_s=56)  # A block, a tile, a group of heads.
 BLOCKS += [('tpu', DENSE, False), ('tpu', ONE, False)]
+TILES = dict(tile=16, index_tile=16, index_tile_backward=32, span=32)
+DENSE_GPU = gpu_dense.BlockSizes(block_t=16, columns=16, columns_queries=32, **TILES)
+BLOCKS += [('gpu', DENSE_GPU, False)]
 H, E, I, J = 4, 6, 3, 5
 CONSTANT, TRAINED = ('q', 'k', 'lse'), ('index_q', 'index_k', 'index_weights')
 SCALE = 0.6
@@ -32,6 +35,8 @@ def values_and_grads(*args, backend, blocks=None, races=False):
   selected = len(args) > 3 and args[3] is not None
   if blocks is None and backend == 'tpu':
     blocks = SMALL if selected else DENSE
+  if blocks is None and backend == 'gpu' and not selected:
+    blocks = gpu_dense.BlockSizes(block_t=48, columns=32, columns_keys=64, **TILES)
   with cases.interpreted(backend, races):
     return jax.block_until_ready(_run(*args, backend=backend, blocks=blocks))
 

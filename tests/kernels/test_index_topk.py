@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 
 from dsa_jax.kernels import index_scores, index_topk
-from dsa_jax.kernels.index_topk import tpu, xla
+from dsa_jax.kernels.index_topk import gpu, tpu, xla
 from dsa_jax.kernels.select_topk import select_topk
 
 ALL = ['reference', *cases.BACKENDS]
 BLOCKS = [('xla', xla.BlockSizes(block_t=n)) for n in (1, 8)]
 BLOCKS += [('tpu', tpu.BlockSizes(block_t=16, step_t=16, step_s=128))]
+BLOCKS += [('gpu', gpu.BlockSizes(block_t=6, columns=16, tile=16, span=32, chunk=16))]
 I, J = 3, 4
 SHAPES = (2, cases.T, I, J), (2, cases.S, J), (2, cases.T, I)
 
@@ -158,7 +159,8 @@ def test_the_kernels_do_not_race():
 
 
 @pytest.mark.parametrize('n, visibility', [(9001, 'causal'), (9001, 'late'), (33_001, 'late')])
-def test_many_tiles_and_chunks(n, visibility):
+@pytest.mark.parametrize('backend', ['tpu', 'gpu'])
+def test_many_tiles_and_chunks(backend, n, visibility):
   """A TPU's tile is 4096 keys, a chunk of words 32K: ties across them, rows that skip some."""
   rng = np.random.default_rng(0)
   topk = 300
@@ -167,7 +169,7 @@ def test_many_tiles_and_chunks(n, visibility):
   end = jnp.asarray([np.linspace(1, n, 11)], jnp.int32)
   start = jnp.maximum(end - 5000, 0) if visibility == 'late' else jnp.zeros_like(end)
   want = brute_force(index_scores(*inputs), start, end, topk)
-  np.testing.assert_array_equal(select(*inputs, start, end, topk=topk, backend='tpu'), want)
+  np.testing.assert_array_equal(select(*inputs, start, end, topk=topk, backend=backend), want)
 
 
 def test_fewer_rows_where_their_scores_would_fill_vmem(monkeypatch):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from dsa_jax.kernels import sparse_attention
-from dsa_jax.kernels.sparse_attention import tpu, xla
+from dsa_jax.kernels.sparse_attention import gpu, tpu, xla
 
 ALL = ['reference', *cases.BACKENDS]
 SMALL = {'tpu': tpu.BlockSizes(step_t=8, tile=8, group=4)}  # The interpreter takes its time.
@@ -18,6 +18,7 @@ BLOCKS = [('xla', xla.BlockSizes(block_t=n)) for n in (1, 1000)]
 BLOCKS += [
     ('tpu', tpu.BlockSizes(block_t=16, step_t=1, tile=4, group=2, vmem_share=1e-6)),  # 7 shards.
     ('tpu', tpu.BlockSizes(block_t=8, step_t=4, tile=16, group=1, vmem_share=2e-3)),
+    ('gpu', gpu.BlockSizes(block_t=11, block_t_backward=5)),
 ]
 H, E, V = 3, 8, 5
 SCALE = 0.6
@@ -106,6 +107,15 @@ def test_blocks_change_nothing(backend, blocks):
   inputs = make_inputs('packed')
   actual = values_and_grads(*inputs, backend=backend, blocks=blocks)
   cases.assert_matches(actual, values_and_grads(*inputs, backend='reference'))
+
+
+def test_a_gpu_takes_many_heads_and_slots_in_several_tiles():
+  q, kv = cases.normal(0, (1, 7, 40, 24), (1, cases.S, 24))
+  indices = np.random.default_rng(0).permuted(np.tile(np.arange(-8, cases.S), (7, 1)), axis=1)
+  indices = jnp.asarray(indices[None, :, :41].clip(-1), jnp.int32)
+  blocks = gpu.BlockSizes(heads=16, tile=32, tile_weights=16, block_t=4, block_t_backward=3)
+  actual = values_and_grads(q, kv, indices, v_dim=19, backend='gpu', blocks=blocks)
+  cases.assert_matches(actual, values_and_grads(q, kv, indices, v_dim=19, backend='reference'))
 
 
 def test_the_kernels_do_not_race():
@@ -235,6 +245,9 @@ def test_says_what_is_wrong():
   with pytest.raises(ValueError, match='on a TPU must be bfloat16 or float32; got float16'):
     half = q.astype('float16'), kv.astype('float16')
     sparse_attention(*half, indices, v_dim=V, sm_scale=1.0, backend='tpu')
+  with pytest.raises(ValueError, match='on a GPU must be .*; got float8_e4m3fn'):
+    eighth = q.astype('float8_e4m3fn'), kv.astype('float8_e4m3fn')
+    sparse_attention(*eighth, indices, v_dim=V, sm_scale=1.0, backend='gpu')
   with cases.unchecked(), pytest.raises(ValueError, match=r'must be q .* kv .*; got'):
     sparse_attention(q, kv[..., 1:], indices, v_dim=V, **how)
   with cases.unchecked(), pytest.raises(ValueError, match=r'indices must be .* per query; got'):

@@ -37,7 +37,8 @@ def dense_attention(
     indices: If given, attention is restricted to these positions within the interval (-1 or >= S:
       an empty slot): the numbers of `sparse_attention` at the cost of dense attention, which
       is the cheaper of the two where the context is short.
-    backend: Which implementation. `tpu` has none of its own: the portable one is its one.
+    backend: Which implementation. `tpu` and `gpu` have none of their own: the portable
+      one is theirs.
     blocks: Block sizes; the backend's own if None. They cannot change the result.
 
   Returns:

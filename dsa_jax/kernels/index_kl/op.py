@@ -2,15 +2,19 @@
 """How far the lightning indexer is from the attention it should predict."""
 
 import functools
+from typing import Any
 
 import jax
 from jaxtyping import Array, Float, Int
 
 from dsa_jax.kernels.backend import check_backend
-from dsa_jax.kernels.index_kl import tpu, tpu_dense, xla
+from dsa_jax.kernels.index_kl import gpu, gpu_dense, tpu, tpu_dense, xla
 from dsa_jax.kernels.index_kl.reference import index_kl_reference
 from dsa_jax.kernels.index_scores import check_index_inputs
 from dsa_jax.kernels.visibility import check_indices, check_intervals
+
+# Of selected keys, of all.
+KERNELS = {'xla': (xla, xla), 'tpu': (tpu, tpu_dense), 'gpu': (gpu, gpu_dense)}
 
 
 @jax.named_scope('index_kl')
@@ -27,7 +31,7 @@ def index_kl(
     sm_scale: float,
     indices: Int[Array, 'B T K'] | None = None,
     backend: str,
-    blocks: tpu.BlockSizes | tpu_dense.BlockSizes | xla.BlockSizes | None = None,
+    blocks: Any = None,
 ) -> Float[Array, 'B T']:
   """Returns KL(attention || indexer) of each query, in nats.
 
@@ -48,9 +52,9 @@ def index_kl(
     end: int32; one past the last.
     sm_scale: Softmax scale of the main attention.
     indices: The selection (sparse training); None for all visible keys (warm-up).
-    backend: Which implementation. Never falls back to another; `tpu` has kernels for selected
-      keys and others for all visible ones.
-    blocks: Block sizes; the backend's own if None. They cannot change the result.
+    backend: Which implementation. Never falls back to another; `tpu` and `gpu` have kernels for
+      selected keys and others for all visible ones.
+    blocks: The kernels' own BlockSizes; their defaults if None. They cannot change the result.
 
   Returns:
     float32 nats, 0 for a query that sees nothing.
@@ -74,8 +78,7 @@ def index_kl(
         q, k, lse, index_q, index_k, index_weights, start, end, sm_scale=sm_scale, indices=indices
     )
   constants = (q, k, lse, start, end, indices)
-  on_tpu = tpu_dense if indices is None else tpu
-  kernels = on_tpu if backend == 'tpu' else xla
+  kernels = KERNELS[backend][indices is None]
   blocks = blocks or kernels.BlockSizes()
   return _op(constants, index_q, index_k, index_weights, sm_scale, kernels, blocks)
 

@@ -6,11 +6,11 @@ from jaxtyping import Array, Float, Int
 
 from dsa_jax.kernels.backend import check_backend
 from dsa_jax.kernels.index_scores import check_index_inputs
-from dsa_jax.kernels.index_topk import tpu, xla
+from dsa_jax.kernels.index_topk import gpu, tpu, xla
 from dsa_jax.kernels.index_topk.reference import index_topk_reference
 from dsa_jax.kernels.visibility import check_intervals
 
-BACKENDS = {'xla': xla, 'tpu': tpu}
+BACKENDS = {'xla': xla, 'tpu': tpu, 'gpu': gpu}
 
 
 @jax.named_scope('index_topk')
@@ -23,7 +23,7 @@ def index_topk(
     *,
     topk: int,
     backend: str,
-    blocks: tpu.BlockSizes | xla.BlockSizes | None = None,
+    blocks: gpu.BlockSizes | tpu.BlockSizes | xla.BlockSizes | None = None,
 ) -> Int[Array, 'B T {topk}']:
   """Selects, for each query, the `topk` visible keys with the highest index scores.
 

@@ -7,11 +7,11 @@ import jax
 from jaxtyping import Array, Float, Int
 
 from dsa_jax.kernels.backend import check_backend
-from dsa_jax.kernels.sparse_attention import tpu, xla
+from dsa_jax.kernels.sparse_attention import gpu, tpu, xla
 from dsa_jax.kernels.sparse_attention.reference import sparse_attention_reference
 from dsa_jax.kernels.visibility import check_indices
 
-BACKENDS = {'xla': xla, 'tpu': tpu}
+BACKENDS = {'xla': xla, 'tpu': tpu, 'gpu': gpu}
 
 
 @jax.named_scope('sparse_attention')
@@ -23,7 +23,7 @@ def sparse_attention(
     v_dim: int,
     sm_scale: float,
     backend: str,
-    blocks: tpu.BlockSizes | xla.BlockSizes | None = None,
+    blocks: gpu.BlockSizes | tpu.BlockSizes | xla.BlockSizes | None = None,
 ) -> tuple[Float[Array, 'B T H {v_dim}'], Float[Array, 'B T H']]:
   """Attends each query to its own K selected tokens; every head shares the selection.
 

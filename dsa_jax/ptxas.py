@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What NVIDIA's assembler says of kernels: registers, spills, and which of them lie in loops.
+
+The tools come as wheels: `pip install 'dsa_jax[compile-gpu]'`.
+"""
+
+import importlib.util
+import pathlib
+import re
+import subprocess
+import tempfile
+
+
+def toolkit() -> pathlib.Path:
+  """Where the wheels put ptxas, nvdisasm and libdevice.
+
+  Raises:
+    ValueError: They are not installed.
+  """
+  try:
+    found = importlib.util.find_spec('nvidia.cu13')
+  except ModuleNotFoundError:
+    found = None
+  for folder in found.submodule_search_locations if found else ():
+    if all((pathlib.Path(folder) / 'bin' / tool).exists() for tool in ('ptxas', 'nvdisasm')):
+      return pathlib.Path(folder)
+  raise ValueError("ptxas and nvdisasm are not installed: pip install 'dsa_jax[compile-gpu]'.")
+
+
+def read_kernels(
+    dump: pathlib.Path, architecture: str, prefixes: tuple[str, ...]
+) -> dict[str, dict]:
+  """Assembles what XLA dumped, and describes the kernels whose names begin so; see `describe`."""
+  shared = {}
+  for path in dump.glob('*.thunk_sequence.txt'):
+    shared |= shared_bytes(path.read_text())
+  kernels = {}
+  for path in sorted(dump.glob('*.ptx')):
+    names = re.findall(r'^\.visible \.entry (\w+)\(', path.read_text(), re.MULTILINE)
+    for name in (name for name in names if name.startswith(prefixes)):
+      kernels[name] = describe(*assemble(path, name, architecture))
+      kernels[name]['shared_bytes'] = shared.get(name)
+  return kernels
+
+
+def assemble(ptx: pathlib.Path, name: str, architecture: str) -> tuple[str, str]:
+  """Returns what ptxas says of a kernel, and its instructions."""
+  with tempfile.TemporaryDirectory() as folder:
+    cubin = f'{folder}/kernel.cubin'
+    said = _run('ptxas', f'-arch={architecture}', '-v', f'-e={name}', str(ptx), '-o', cubin)
+    return said, _run('nvdisasm', '-c', cubin)
+
+
+def describe(said: str, instructions: str) -> dict:
+  """Registers of a thread; spilled bytes; and of its loops: spills, instructions, products.
+
+  `serialized` says that ptxas waits after each product of tiles, which it does where it cannot
+  prove the registers free.
+  """
+  bodies = loops(instructions)
+  inner = max(bodies, key=len, default=[])
+  count = lambda pattern, body: sum(bool(re.search(pattern, line)) for line in body)
+  return {
+      'registers': int(re.search(r'Used (\d+) registers', said)[1]),
+      'spilled_bytes': int(re.search(r'(\d+) bytes spill stores', said)[1]),
+      'loop_spills': sum(count(r'\b(STL|LDL)\b', body) for body in bodies),
+      'loop_instructions': len(inner),
+      'loop_products': count(r'\bHGMMA\b', inner),
+      'serialized': 'instructions are serialized' in said,
+  }
+
+
+def loops(instructions: str) -> list[list[str]]:
+  """The bodies of a kernel's loops, an instruction a line; inner ones count in outer ones, too."""
+  lines, labels, bodies = [], {}, []
+  for line in instructions.splitlines():
+    if label := re.match(r'\s*(\.L_\w+):', line):
+      labels[label[1]] = len(lines)
+    elif found := re.match(r'\s*/\*[0-9a-f]+\*/\s+(.*?);', line):
+      lines.append(found[1])
+      jump = re.search(r'\bBRA\b.*`\((\.L_\w+)\)', found[1])
+      if jump and labels.get(jump[1], len(lines)) < len(lines) - 1:
+        bodies.append(lines[labels[jump[1]] :])
+  return bodies
+
+
+def shared_bytes(thunks: str) -> dict[str, int]:
+  """Shared memory that each kernel is launched with, from XLA's list of launches."""
+  found = re.findall(r'\] (\w+) grid: .*shared_memory: (\d+) bytes', thunks)
+  return {name: int(n) for name, n in found}
+
+
+def _run(tool, *args):
+  done = subprocess.run([toolkit() / 'bin' / tool, *args], capture_output=True, text=True)
+  if done.returncode:
+    raise ValueError(f'{tool} failed: {done.stderr.strip()}')
+  return done.stdout + done.stderr
