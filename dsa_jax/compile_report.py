@@ -204,7 +204,7 @@ def compare(rows: list[dict], committed: list[dict]) -> list[str]:
 
 
 def _worse(row, before):
-  for what in ('cycles', 'temporaries_mib', 'loop_spills', 'serialized'):
+  for what in ('cycles', 'temporaries_mib', 'vmem_mib', 'loop_spills', 'serialized'):
     now, then = row.get(what), before.get(what)
     if then is not None and now is None:
       yield f'{what} unknown, was {then:.0f}'

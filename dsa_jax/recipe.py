@@ -125,8 +125,10 @@ def _check(recipe: Recipe):
 
 
 def _check_mesh(recipe: Recipe):
-  rows = {f'stages.{name}': (e.batch_size // e.micro_batches, e.seq_len) for name, e in recipe.stages.items()}
-  rows |= {f'measure_rows, {name}': (recipe.measure_rows, e.seq_len) for name, e in recipe.stages.items()}
+  rows = {}
+  for name, entry in recipe.stages.items():
+    rows[f'stages.{name}'] = entry.batch_size // entry.micro_batches, entry.seq_len
+    rows[f'measure_rows of stages.{name}'] = recipe.measure_rows, entry.seq_len
   rows['report'] = recipe.report.batch_size, recipe.report.seq_len
   where = 'model'
   try:

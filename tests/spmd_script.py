@@ -7,6 +7,8 @@ Run by test_spmd.py in a process of its own, which has the devices.
 import dataclasses
 import functools
 import json
+import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +16,7 @@ import laws
 import numpy as np
 
 from dsa_jax.nn.mla import Mode
-from dsa_jax.sharding import SEQUENCES, make_mesh, shardings_of
+from dsa_jax.sharding import BATCH as BATCH_SPEC, SEQUENCES, make_mesh, shardings_of
 from dsa_jax.spmd import zigzag
 from dsa_jax.stages import STAGES
 from dsa_jax.state import model_graph, new_state
@@ -71,7 +73,24 @@ def attend(attention: str, mesh):
   return [np.asarray(a)[:, wanted_order] for a in found if np.ndim(a) > 1]
 
 
+def gathered_bytes(stage: str, sizes: dict) -> int:
+  """What a layer of the compiled forward pass gathers from the devices that share its tokens."""
+  with jax.set_mesh(make_mesh(**sizes)):
+    block = laws.model_of(laws.weights(CFG), CFG).block(0)
+    mode = Mode(attention=STAGES[stage].attention[0], backend='xla', index_loss=True, zigzag=True)
+    run = jax.jit(lambda x, start, end: block.attn(x, start, end, jax.random.key(0), mode))
+    places = jax.NamedSharding(jax.sharding.get_mesh(), BATCH_SPEC)
+    arrays = jnp.zeros((4, 32, CFG.dim)), BATCH.start, BATCH.end
+    text = run.lower(*jax.device_put(arrays, places)).compile().as_text()
+  shapes = re.findall(r'f32\[([0-9,]+)\][^=]* all-gather\(', text)
+  return sum(4 * math.prod(map(int, shape.split(','))) for shape in shapes)
+
+
 def main():
+  for stage in ('warmup', 'sparse'):
+    latent, index_key = CFG.kv_lora_rank + CFG.qk_rope_head_dim, CFG.index_head_dim
+    found, arithmetic = gathered_bytes(stage, {'context': 8}), 4 * 4 * 32 * (latent + index_key)
+    print_row(case=f'bytes gathered, {stage}', bytes=found, arithmetic=arithmetic)
   for stage, sizes, micro_batches, cfg in STEPS:
     wanted = step(stage, None, micro_batches, cfg)
     with jax.set_mesh(mesh := make_mesh(**sizes)):

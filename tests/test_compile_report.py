@@ -29,7 +29,7 @@ PROGRAM = """\
 """
 ROW = {'chip': 'v6e', 'model': 'v32', 'S': 4096, 'op': 'x'}
 NAME = "'v6e', 'v32', 4096, 'x'"
-GOOD = ROW | {'cycles': 100.0, 'temporaries_mib': 50.0}
+GOOD = ROW | {'cycles': 100.0, 'temporaries_mib': 50.0, 'vmem_mib': 80.0}
 
 
 def test_bundles_of_a_loop_exclude_those_of_its_inner_loops():
@@ -67,7 +67,7 @@ def test_cycles_are_bundles_times_trips(tmp_path):
     compile_report.cycles_of(tmp_path, 'z', [])
 
 
-@pytest.mark.parametrize('what', ['cycles', 'temporaries_mib'])
+@pytest.mark.parametrize('what', ['cycles', 'temporaries_mib', 'vmem_mib'])
 def test_notices_what_is_more_than_a_tenth_worse(what):
   change = lambda factor: [GOOD | {what: factor * GOOD[what]}]
   assert not compile_report.compare(change(1.09), [GOOD])

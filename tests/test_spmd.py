@@ -34,8 +34,17 @@ def rows():
 def test_meshes_change_no_number(rows):
   assert sum('state' in row for row in rows) == 7 and sum('layer' in row for row in rows) == 9
   for row in rows:
+    if 'bytes' in row:
+      continue
     errors = [row[name] for name in ('state', 'metrics', 'layer') if name in row]
     assert max(errors) < 1e-5 and row['same'], row
+
+
+def test_a_layer_gathers_its_latents_and_index_keys_and_no_more(rows):
+  found = [row for row in rows if 'bytes' in row]
+  assert len(found) == 2
+  for row in found:
+    assert row['bytes'] == row['arithmetic'] > 0, row
 
 
 @pytest.mark.parametrize('n', [1, 2, 4])

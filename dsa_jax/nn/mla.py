@@ -110,7 +110,8 @@ class Views(NamedTuple):
     """What a selection rule may look at, cut off from the gradients."""
     index = self.index or (None, None, None)
     arrays = jax.lax.stop_gradient((*index, self.q, self.k))
-    key = jax.random.fold_in(key, spmd.index(*MESH_AXES)) if spmd.size(*MESH_AXES) > 1 else key
+    if spmd.size(*MESH_AXES) > 1:  # Devices draw different lots.
+      key = jax.random.fold_in(key, spmd.index(*MESH_AXES))
     return selection.Candidates(
         *arrays, start, end, key, sm_scale=cfg.sm_scale, topk=cfg.index_topk, backend=backend
     )

@@ -172,7 +172,8 @@ class Transformer(nnx.Module):
         )
     hidden, mtp_logits = self.norm(x), None
     if self.mtp is not None and next_tokens is not None:
-      following, reports['mtp'] = self.mtp(hidden, self.embedded(next_tokens), start, end, keys[-1], mode)
+      following = self.embedded(next_tokens)
+      following, reports['mtp'] = self.mtp(hidden, following, start, end, keys[-1], mode)
       mtp_logits = self.logits(following)
     return Output(self.logits(hidden), mtp_logits, reports)
 

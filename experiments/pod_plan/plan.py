@@ -4,8 +4,8 @@
 python experiments/pod_plan/plan.py --stage=sparse    # ten minutes on two cores
 python experiments/pod_plan/plan.py --stage=warmup
 
-The compiler is the TPU's own: pip install -e '.[compile]'. Writes STAGE.json beside this file: the
-devices, the mesh, and GiB for each device from the compiler's report.
+The compiler is the TPU's own: pip install -e '.[compile]'. Prints the devices, the mesh, and GiB for
+each device from the compiler's report; fails where they are more than a v5p has.
 """
 
 import argparse
@@ -25,17 +25,17 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 import numpy as np
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
-from configs import deepseek_v32
-from dsa_jax.config import ModelConfig
-from dsa_jax.data.batch import Batch
-from dsa_jax.nn.mla import Mode
-from dsa_jax.nn.transformer import Transformer
-from dsa_jax.optim import OptimConfig
-from dsa_jax.sharding import ALL_TOKENS, MESH_AXES, MeshConfig, shardings_of
-from dsa_jax.stages import STAGES, StageConfig
-from dsa_jax.state import model_graph, new_state
-from dsa_jax.targets import environment
-from dsa_jax.train_step import make_train_step
+from configs import deepseek_v32  # noqa: E402
+from dsa_jax.config import ModelConfig  # noqa: E402
+from dsa_jax.data.batch import Batch  # noqa: E402
+from dsa_jax.nn.mla import Mode  # noqa: E402
+from dsa_jax.nn.transformer import Transformer  # noqa: E402
+from dsa_jax.optim import OptimConfig  # noqa: E402
+from dsa_jax.sharding import ALL_TOKENS, MESH_AXES, MeshConfig, shardings_of  # noqa: E402
+from dsa_jax.stages import STAGES, StageConfig  # noqa: E402
+from dsa_jax.state import model_graph, new_state  # noqa: E402
+from dsa_jax.targets import environment  # noqa: E402
+from dsa_jax.train_step import make_train_step  # noqa: E402
 
 TOPOLOGY = 'v5p:8x16x16'
 MESH = MeshConfig(fsdp=4, context=8, expert=4, tensor=16)
@@ -45,15 +45,17 @@ HBM_GIB = 95.74  # What the compiler grants a program on a v5p.
 def main():
   parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
   parser.add_argument('--stage', choices=('warmup', 'sparse'), required=True)
+  parser.add_argument('--json', type=pathlib.Path, help='also write the report there')
   parser.add_argument('--compile', action='store_true', help=argparse.SUPPRESS)
-  stage, compiles = (options := parser.parse_args()).stage, options.compile
-  if not compiles:  # The compiler reads its environment once.
-    command = [sys.executable, __file__, f'--stage={stage}', '--compile']
+  options = parser.parse_args()
+  if not options.compile:  # The compiler reads its environment once.
+    command = [sys.executable, *sys.argv, '--compile']
     sys.exit(subprocess.run(command, env=os.environ | environment('v5p')).returncode)
-  report = plan(stage, ModelConfig(), deepseek_v32.get_config().stages[stage])
-  path = pathlib.Path(__file__).with_name(f'{stage}.json')
-  path.write_text(json.dumps(report, indent=1) + '\n')
-  print(path.read_text())
+  report = plan(options.stage, ModelConfig(), deepseek_v32.get_config().stages[options.stage])
+  text = json.dumps(report, indent=1) + '\n'
+  print(text)
+  if options.json:
+    options.json.write_text(text)
   used = report['gib']['arguments'] + report['gib']['temporaries']
   if used > HBM_GIB:
     sys.exit(f'a device would need {used:.1f} GiB of {HBM_GIB}.')
