@@ -73,7 +73,7 @@ def make_train_step(
 
     def accumulate(sums, rows_and_key):
       (_, metrics), grads = jax.value_and_grad(loss, has_aux=True)(parts, rows_and_key)
-      own = grads, metrics
+      own = spmd.at_rest(grads), metrics
       return (own if sums is None else jax.tree.map(jnp.add, sums, own)), None
 
     # Each takes every so manieth sequence, so that devices which share the batch share each part.
@@ -84,7 +84,7 @@ def make_train_step(
       (_, metrics), grads = jax.value_and_grad(loss, has_aux=True)(parts, only)
     else:
       shapes = jax.eval_shape(accumulate, None, jax.tree.map(lambda x: x[0], inputs))[0]
-      zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+      zeros = spmd.at_rest(jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes))
       (grads, metrics), _ = jax.lax.scan(accumulate, zeros, inputs)
 
     opt_state = {}

@@ -450,8 +450,8 @@ def gradients_clipped_together(patch):
 @mistake(law('loss_scale', 'unpacked', 'warmup'))
 def mean_of_each_micro_batch(patch):
   def make(losses):
-    def wrong(out, batch, totals, optim, mode):
-      return losses(out, batch, train_step._count(batch), optim, mode)
+    def wrong(out, rows, totals, optim, mode):
+      return losses(out, rows, train_step._count(rows), optim, mode)
 
     return wrong
 
@@ -460,13 +460,19 @@ def mean_of_each_micro_batch(patch):
 
 @mistake(law('loss_is_a_mean', 'warmup'))
 def padding_counts(patch):
-  make = lambda count: lambda batch: count(batch) | {'kl': float(batch.tokens.size)}
+  make = lambda count: lambda rows: count(rows) | {'kl': float(rows.batch.tokens.size)}
   wrap(patch, train_step, '_count', make)
 
 
 @mistake(law('loss_is_a_mean', 'warmup'))
 def targets_across_documents(patch):
-  make = lambda count: lambda batch: count(batch._replace(weights=jnp.ones_like(batch.weights)))
+  def make(count):
+    def wrong(rows):
+      batch = rows.batch._replace(weights=jnp.ones_like(rows.batch.weights))
+      return count(rows._replace(batch=batch))
+
+    return wrong
+
   wrap(patch, train_step, '_count', make)
 
 
