@@ -37,8 +37,10 @@ from dsa_jax.state import model_graph, new_state  # noqa: E402
 from dsa_jax.targets import environment  # noqa: E402
 from dsa_jax.train_step import make_train_step  # noqa: E402
 
-TOPOLOGY = 'v5p:8x16x16'
-MESH = MeshConfig(fsdp=4, context=8, expert=4, tensor=16)
+PODS = {  # By stage.
+    'warmup': ('v5p:8x16x16', MeshConfig(fsdp=4, context=8, expert=4, tensor=16)),
+    'sparse': ('v5p:16x16x16', MeshConfig(fsdp=8, context=8, expert=4, tensor=16)),
+}
 HBM_GIB = 95.74  # What the compiler grants a program on a v5p.
 
 
@@ -63,12 +65,12 @@ def main():
 
 def plan(stage: str, cfg: ModelConfig, config) -> dict:
   """Compiles the step of a stage as its config has it, with as many sequences at a time as the mesh takes."""
-  entry = StageConfig(**config)
-  micro_batches = math.ceil(entry.batch_size / (MESH.fsdp * MESH.expert))
-  MESH.check_model(cfg)
-  MESH.check_rows(entry.batch_size // micro_batches, entry.seq_len)
-  devices = topologies.get_topology_desc(platform='tpu', topology_name=TOPOLOGY).devices
-  shape = tuple(MESH.sizes.values())
+  entry, (topology, pod) = StageConfig(**config), PODS[stage]
+  micro_batches = math.ceil(entry.batch_size / (pod.fsdp * pod.expert))
+  pod.check_model(cfg)
+  pod.check_rows(entry.batch_size // micro_batches, entry.seq_len)
+  devices = topologies.get_topology_desc(platform='tpu', topology_name=topology).devices
+  shape = tuple(pod.sizes.values())
   mesh = Mesh(np.array(devices).reshape(shape), MESH_AXES, axis_types=(AxisType.Auto,) * len(shape))
   mode = Mode(attention=entry.mode, backend='tpu', index_loss='indexer' in entry.trains, remat=True)
   with jax.set_mesh(mesh):
@@ -87,9 +89,9 @@ def plan(stage: str, cfg: ModelConfig, config) -> dict:
   }
   return {
       'stage': stage,
-      'topology': TOPOLOGY,
+      'topology': topology,
       'devices': len(devices),
-      'mesh': MESH.sizes,
+      'mesh': pod.sizes,
       'sequences': entry.batch_size,
       'context': entry.seq_len,
       'micro_batches': micro_batches,
