@@ -14,8 +14,8 @@ import numpy as np
 from dsa_jax.data.batch import Batch
 from dsa_jax.sharding import ALL_TOKENS
 
-# Set by launchers where they start several processes: of how many, if they say it.
-LAUNCHERS = ('SLURM_NTASKS', 'OMPI_COMM_WORLD_SIZE')
+# Where srun and mpirun say how many processes they started. (SLURM_NTASKS is there without srun, too.)
+LAUNCHERS = ('SLURM_STEP_NUM_TASKS', 'OMPI_COMM_WORLD_SIZE')
 LOST = (
     'another process of this job has gone. Start the job again as it was, or on other devices: it '
     'resumes from the last checkpoint in its workdir.'

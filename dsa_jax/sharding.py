@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where every array lies on a mesh of devices: one table from its axes to the mesh's."""
 
+from collections.abc import Sequence
 import dataclasses
 from typing import Any
 
@@ -95,6 +96,11 @@ def make_mesh(*, fsdp: int = 1, context: int = 1, expert: int = 1, tensor: int =
   return jax.make_mesh(tuple(cfg.sizes.values()), MESH_AXES, axis_types, devices=devices)
 
 
+def split_by(axes: Sequence[str | None]) -> P:
+  """Returns the axes of the mesh that split a weight with these axes."""
+  return P(*(None if name is None else RULES[name] for name in axes))
+
+
 def weight_sharding(shape: tuple[int, ...], axes: tuple[str | None, ...], mesh: Mesh) -> NamedSharding:
   """Returns where a weight lies; the leading dimension of a stack of layers, unnamed, stays whole.
 
@@ -102,11 +108,11 @@ def weight_sharding(shape: tuple[int, ...], axes: tuple[str | None, ...], mesh: 
     ValueError: An axis cannot be split evenly.
   """
   named = [None] * (len(shape) - len(axes)) + list(axes)
-  spec = [None if name is None else RULES[name] for name in named]
+  spec = split_by(named)
   for size, name, axis in zip(shape, named, spec):
     if axis is not None and size % mesh.shape[axis]:
       raise ValueError(f'axis {name!r} of {size} cannot be split over {axis}={mesh.shape[axis]}.')
-  return NamedSharding(mesh, P(*spec))
+  return NamedSharding(mesh, spec)
 
 
 def shardings_of(tree: Any, mesh: Mesh) -> Any:

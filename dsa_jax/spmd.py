@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from dsa_jax.nn.param import BackboneParam
-from dsa_jax.sharding import BATCH, MESH_AXES, RULES, shardings_of
+from dsa_jax.sharding import BATCH, MESH_AXES, shardings_of, split_by
 
 
 def mesh_size(*axes: str) -> int:
@@ -39,7 +39,7 @@ def weight_specs(module: nnx.Module, whole: tuple[str, ...] = ()) -> Any:
   """The shares of a module's weights that a device receives; `whole` axes of the mesh split none."""
 
   def spec(x: nnx.Variable) -> nnx.Variable:
-    axes = [None if name is None else RULES[name] for name in x.get_metadata()['axes']]
+    axes = split_by(x.get_metadata()['axes'])
     return x.replace(P(*(None if axis in whole else axis for axis in axes)))
 
   return jax.tree.map(spec, module, is_leaf=lambda x: isinstance(x, nnx.Variable))
@@ -52,7 +52,7 @@ def gather_weights(module: nnx.Module, dtype: Any) -> nnx.Module:
   """
 
   def whole(x: nnx.Variable) -> nnx.Variable:
-    dims = [i for i, name in enumerate(x.get_metadata()['axes']) if RULES.get(name) == 'fsdp']
+    dims = [i for i, axis in enumerate(split_by(x.get_metadata()['axes'])) if axis == 'fsdp']
     value = x[...].astype(dtype) if dims and isinstance(x, BackboneParam) else x[...]
     for dim in dims:
       value = gather(value, 'fsdp', dim=dim)

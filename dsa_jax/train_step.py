@@ -76,7 +76,6 @@ def make_train_step(
       own = spmd.at_rest(grads), metrics
       return (own if sums is None else jax.tree.map(jnp.add, sums, own)), None
 
-    # Each takes every so manieth sequence, so that devices which share the batch share each part.
     split = lambda x: spmd.micro_batches(x, micro_batches)
     inputs = jax.tree.map(split, rows), jax.random.split(step_key, micro_batches)
     if micro_batches == 1:
