@@ -10,6 +10,8 @@ import re
 import subprocess
 import tempfile
 
+MOSAIC = '_mosaic_gpu_kernel'  # Mosaic GPU adds this to the name of a kernel.
+
 
 def toolkit() -> pathlib.Path:
   """Where the wheels put ptxas, nvdisasm and libdevice.
@@ -30,16 +32,21 @@ def toolkit() -> pathlib.Path:
 def read_kernels(
     dump: pathlib.Path, architecture: str, prefixes: tuple[str, ...]
 ) -> dict[str, dict]:
-  """Assembles what XLA dumped, and describes the kernels whose names begin so; see `describe`."""
+  """Assembles what XLA and Mosaic dumped, and describes kernels whose names begin so."""
   shared = {}
   for path in dump.glob('*.thunk_sequence.txt'):
     shared |= shared_bytes(path.read_text())
+  for path in dump.glob('*.mlir-passes.log'):  # Of Mosaic.
+    with path.open() as lines:
+      found = (re.search(r'dynamic_shared_memory_size %c(\d+)_i32', line) for line in lines)
+      launch = next(filter(None, found), None)
+    shared |= {path.name.rsplit('_', 1)[0] + MOSAIC: launch and int(launch[1])}
   kernels = {}
   for path in sorted(dump.glob('*.ptx')):
     names = re.findall(r'^\.visible \.entry (\w+)\(', path.read_text(), re.MULTILINE)
     for name in (name for name in names if name.startswith(prefixes)):
-      kernels[name] = describe(*assemble(path, name, architecture))
-      kernels[name]['shared_bytes'] = shared.get(name)
+      found = describe(*assemble(path, name, architecture))
+      kernels[name.removesuffix(MOSAIC)] = found | {'shared_bytes': shared.get(name)}
   return kernels
 
 

@@ -82,10 +82,12 @@ def environment(chip: str, dump: pathlib.Path | None = None) -> dict[str, str]:
       time for a layer.
   """
   if chip in GPUS:
+    flags = f'--xla_dump_to={dump} --xla_gpu_cuda_data_dir={ptxas.toolkit()} '
     return {
         'JAX_PLATFORMS': 'cpu',
         'JAX_SKIP_CUDA_CONSTRAINTS_CHECK': '1',
-        'XLA_FLAGS': f'--xla_dump_to={dump} --xla_gpu_cuda_data_dir={ptxas.toolkit()}',
+        'XLA_FLAGS': flags + '--xla_dump_emitter_re=ptx',  # From jax 0.11 on: also what ptxas reads.
+        'MOSAIC_GPU_DUMP_TO': str(dump),
     }
   flags = f'--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true '
   flags += f'--xla_jf_dump_llo_pass_label_regex={DUMPED}'

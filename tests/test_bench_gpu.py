@@ -7,7 +7,8 @@ import subprocess
 import sys
 
 FOLDER = pathlib.Path(__file__).parents[1] / 'experiments' / 'kernel_speed'
-TOY = '--backend=gpu --interpret --small --sizes 32 --queries 8 --decode 2 --runs 1 --buffers 1'
+TOY = '--backend=gpu --interpret --small --sizes 32 --queries 8 '
+TOY += '--decode 2 --decode_sizes 32 --seconds 0 --buffers 1'
 
 
 def test_measures_what_is_right(tmp_path):
@@ -16,12 +17,12 @@ def test_measures_what_is_right(tmp_path):
   done = subprocess.run(command, capture_output=True, text=True)
   assert done.returncode == 0, done.stderr
   results = json.loads(path.read_text())
-  measured = [(row['program'], row.get('decode')) for row in results['rows']]
+  measured = [(row['program'], row.get('sequences')) for row in results['rows']]
   assert measured == [
       ('index_topk', None), ('sparse_forward', None), ('sparse_forward_backward', None),
       ('index_kl_selected_grad', None), ('index_kl_dense_grad', None),
       ('dense_forward', None), ('dense_forward_backward', None),
-      ('index_topk', 2), ('sparse_forward', 2),
+      ('index_topk', 2), ('sparse_forward', 2), ('dense_decode', 2),
   ]  # fmt: skip
   assert results['interpreted'] and all(row['tflops'] is None for row in results['rows'])
   assert '| sparse_forward, decoding | 32 | 2 |' in path.with_suffix('.md').read_text()

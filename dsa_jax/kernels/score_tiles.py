@@ -14,6 +14,8 @@ from jax.experimental import pallas as pl
 from dsa_jax.kernels import triton
 from dsa_jax.kernels.triton import dot, load_tile
 
+PROGRAMS = 1024  # Enough for every chip.
+
 
 @dataclasses.dataclass(frozen=True)
 class ScoreTiles:
@@ -32,7 +34,7 @@ class ScoreTiles:
   @classmethod
   def of(cls, q, k, columns: int, tile: int, stages: int):
     heads = pl.next_power_of_2(q.shape[2])
-    step_t = max(columns // heads, 1)
+    step_t = min(max(columns // heads, 1), pl.next_power_of_2(q.shape[1]))
     return cls(k.shape[1], q.shape[3], heads, step_t, tile, stages)
 
   @property
@@ -54,10 +56,11 @@ class ScoreTiles:
   ):  # fmt: skip
     """Returns the encoded scores [B * T, S], S padded, in the tiles that some query of a step sees.
 
-    A program takes `span` keys, a multiple of the tile.
+    A program takes `span` keys, a power of two, or fewer where programs would be too few.
     """
-    spans = pl.cdiv(self.n_keys, span)
     steps, batch = self.steps(start), k.shape[0]
+    span = min(span, max(pl.next_power_of_2(self.n_keys * steps // PROGRAMS), self.tile))
+    spans = pl.cdiv(self.n_keys, span)
     args = k, *(self.by_step(x) for x in (q, weights, start, end))
 
     def kernel(k, q, weights, start, end, scores):

@@ -67,7 +67,7 @@ def add_rows(sums: jax.Array, values: jax.Array, rows: jax.Array) -> jax.Array:
       at = first + j * SUMMED + jnp.arange(SUMMED)
       found = triton.load(order.at[jnp.minimum(at, order.size - 1)])
       new = [gather(values, found, *part, filled=at < end) for part in parts]
-      return [x + jnp.sum(y, axis=0) for x, y in zip(state, new)]
+      return [x + jnp.sum(y.astype(x.dtype), axis=0) for x, y in zip(state, new)]
 
     @pl.when(end > first)
     def _():
@@ -78,5 +78,5 @@ def add_rows(sums: jax.Array, values: jax.Array, rows: jax.Array) -> jax.Array:
 
   out = jax.ShapeDtypeStruct(sums.shape, sums.dtype)
   args = sums, values, order, starts
-  (sums,) = triton.call(add, 'add_rows', n_sums, [out], args, warps=4, aliases={0: 0})
+  (sums,) = triton.call(add, 'add_rows', n_sums, [out], args, warps=2, aliases={0: 0})
   return sums

@@ -3,13 +3,17 @@
 
 First every program is compared with the float32 reference on a few queries, and nothing is timed
 if one is wrong. Times are medians over inputs that rotate, random and after a warm-up: `device_ms`
-is the sum of the kernels' own times by CUPTI, `wall_ms` what a caller waits. The dense baseline is
-cuDNN's attention with keys of 192 channels and values padded to them.
+is the sum of the kernels' own times by CUPTI, `wall_ms` what a caller waits. The last `--queries`
+of a context are timed. Dense baselines: cuDNN's attention through jax, with keys of 192 channels
+and values padded to them, and PyTorch's where it is installed (bench_torch.py); for decoding, XLA's
+products with all latents. cuDNN masks causally only where all queries are there; elsewhere it meets
+all keys, and `causal_ms` takes off what a causal mask would save.
 Try it without a GPU, on toy sizes and interpreted:
---interpret --small --sizes 64 --queries 16 --decode 2 --runs 1
+--interpret --small --sizes 64 --queries 16 --decode 2 --decode_sizes 64 --seconds 0
 """
 
 import argparse
+import concurrent.futures
 import contextlib
 import functools
 import json
@@ -23,6 +27,7 @@ from jax.experimental.mosaic.gpu import profiler
 from jax.experimental.pallas import tpu as pltpu
 
 import bench_tpu
+import bench_torch
 from bench_tpu import DIMS, SMALL
 from dsa_jax.kernels import index_kl, index_scores, index_topk, sparse_attention
 from dsa_jax.targets import GPUS
@@ -31,7 +36,9 @@ HERE = pathlib.Path(__file__).parent
 CHECKED = 64  # Queries.
 TOLERANCE = 2e-2  # Of the largest value: inputs are bfloat16.
 DENSE = dict(E=192, V=128)
+SQUARE = 32_768, 32  # Keys and queries, and index heads, of the published figure for selection.
 PEAK = GPUS['h200']
+THREADS = 12  # That compile.
 
 
 def main(argv: list[str] | None = None):
@@ -56,17 +63,19 @@ def check_and_measure(args):
   if wrong:
     raise SystemExit('\n'.join(wrong))
   ceiling = matmul_tflops(256 if args.small else 8192, args)
-  rows = []
-  for row in measured(dims, args):
+  device = jax.devices()[0].device_kind
+  results = {'device': device, 'date': time.strftime('%Y-%m-%d'), 'jax': jax.__version__}
+  results |= {'interpreted': args.interpret, 'matmul_tflops': ceiling, 'rows': []}
+  rows = results['rows']
+  for row in (*measured(dims, args), *([] if args.interpret else bench_torch.rows(args))):
     if row['tflops'] is not None:
       row['percent_of_ceiling'] = 100 * row['tflops'] / ceiling
     print(json.dumps(row), flush=True)
     rows.append(row)
-  device = jax.devices()[0].device_kind
-  results = {'device': device, 'jax': jax.__version__, 'interpreted': args.interpret}
-  results |= {'matmul_tflops': ceiling, 'rows': rows}
-  args.json.write_text(json.dumps(results, indent=1) + '\n')
-  args.json.with_suffix('.md').write_text('\n'.join(table(results)) + '\n')
+    args.json.write_text(json.dumps(results, indent=1) + '\n')
+  text = '\n'.join([*table(results), *comparison(rows)]) + '\n'
+  args.json.with_suffix('.md').write_text(text)
+  print(text)
 
 
 def parse(argv):
@@ -75,9 +84,10 @@ def parse(argv):
   add('--sizes', type=int, nargs='*', default=[4096, 8192, 16_384, 32_768, 65_536, 131_072])
   add('--queries', type=int, default=4096, help='the last so many of the context')
   add('--decode', type=int, nargs='*', default=[1, 16, 64, 128], help='sequences, a query each')
-  add('--decode_size', type=int, default=32_768, help='keys of each')
-  add('--runs', type=int, default=20)
-  add('--buffers', type=int, default=3, help='sets of inputs, used in turn')
+  add('--decode_sizes', type=int, nargs='*', default=[4096, 32_768], help='keys of each')
+  add('--torch_sizes', type=int, nargs='*', default=[4096, 32_768], help='of bench_torch.py')
+  add('--seconds', type=float, default=0.4, help='for which each program is repeated')
+  add('--buffers', type=int, default=2, help='sets of inputs, used in turn')
   add('--small', action='store_true', help='toy widths')
   add('--interpret', action='store_true', help='on a CPU: no times worth having')
   add('--json', type=pathlib.Path, default=HERE / 'gpu_measured.json')
@@ -86,20 +96,28 @@ def parse(argv):
 
 def make_inputs(batch, n_keys, n_queries, d, seed=0):
   """Random bfloat16 inputs; each query selects by the indexer, the last ones of the context."""
+  x = random_inputs(batch, n_keys, n_queries, d, seed)
+  return select(x, *(jax.jit(functools.partial(f, d, 'gpu')) for f in (topk, attend)))
+
+
+def random_inputs(batch, n_keys, n_queries, d, seed):
   keys = iter(jax.random.split(jax.random.key(seed), 9))
   normal = lambda *shape: jax.random.normal(next(keys), (batch, *shape), jnp.bfloat16)
   end = jnp.arange(n_keys - n_queries + 1, n_keys + 1, dtype=jnp.int32)
-  x = {
+  end = jnp.broadcast_to(end, (batch, n_queries))
+  return {
       'q': normal(n_queries, d['H'], d['E']), 'kv': normal(n_keys, d['E']),
       'index_q': normal(n_queries, d['I'], d['J']), 'index_k': normal(n_keys, d['J']),
       'weights': normal(n_queries, d['I']).astype(jnp.float32),
-      'end': jnp.broadcast_to(end, (batch, n_queries)),
-      'dout': normal(n_queries, d['H'], d['V']),
+      'start': jnp.zeros_like(end), 'end': end, 'dout': normal(n_queries, d['H'], d['V']),
+      'indices': jnp.zeros((batch, n_queries, d['K']), jnp.int32),
+      'lse': jnp.zeros((batch, n_queries, d['H'])),
   }  # fmt: skip
-  x['start'] = jnp.zeros_like(x['end'])
-  x['indices'] = jax.jit(functools.partial(topk, d, 'gpu'))(x)
-  out, x['lse'] = jax.jit(functools.partial(attend, d, 'gpu'))(x)
-  return x
+
+
+def select(x, topk, attend):
+  x |= {'indices': topk(x)}
+  return x | {'lse': attend(x)[1]}
 
 
 def topk(d, backend, x):
@@ -118,10 +136,16 @@ def attend_backward(d, backend, x):
 
 
 def kl_grad(d, selected, backend, x):
+  """On selected keys as the sparse stage has them, on all as the warm-up: a key for each head."""
+  q, k, lse = x['q'], x['kv'][:, :, None], x['lse']
+  if not selected:
+    q = q[..., : min(DENSE['E'], d['E'])]
+    k = jnp.broadcast_to(k[..., : q.shape[3]], (*k.shape[:2], q.shape[2], q.shape[3]))
+
   def op(*index):
     return index_kl(
-        x['q'], x['kv'][:, :, None], x['lse'], *index, x['start'], x['end'],
-        sm_scale=d['E'] ** -0.5, indices=x['indices'] if selected else None, backend=backend,
+        q, k, lse, *index, x['start'], x['end'], sm_scale=q.shape[3] ** -0.5,
+        indices=x['indices'] if selected else None, backend=backend,
     )  # fmt: skip
 
   kl, vjp = jax.vjp(op, x['index_q'], x['index_k'], x['weights'])
@@ -167,20 +191,41 @@ def chosen_scores(x, indices):
 
 
 def measured(d, args):
+  """A row for each program and size; all are compiled first, many at a time."""
+  cases, shapes = [], {}
   for n in args.sizes:
     rows = min(args.queries, n)
-    sets = [make_inputs(1, n, rows, d, seed) for seed in range(args.buffers)]
-    for name, program in programs(d).items():
-      yield row_of(name, n, rows, functools.partial(program, 'gpu'), sets, d, args)
-    sets = [dense_inputs(n, rows, d, seed) for seed in range(args.buffers)]
-    for name, program in dense_programs(args.interpret).items():
-      yield row_of(name, n, rows, program, sets, d, args)
-  for batch in args.decode:
-    n = min(args.decode_size, min(args.sizes)) if args.interpret else args.decode_size
-    sets = [make_inputs(batch, n, 1, d, seed) for seed in range(args.buffers)]
-    for name in ('index_topk', 'sparse_forward'):
-      program = functools.partial(programs(d)[name], 'gpu')
-      yield row_of(name, n, batch, program, sets, d, args) | {'decode': batch}
+    shapes[1, n, rows] = functools.partial(random_inputs, 1, n, rows, d)
+    shapes['dense', n, rows] = functools.partial(dense_inputs, n, rows, d)
+    cases += [((1, n, rows), name, functools.partial(f, 'gpu')) for name, f in programs(d).items()]
+    cases += [(('dense', n, rows), *item) for item in dense_programs(args.interpret).items()]
+  for n in args.decode_sizes:
+    for batch in args.decode:
+      shapes[batch, n, 1] = functools.partial(random_inputs, batch, n, 1, d)
+      for name in ('index_topk', 'sparse_forward'):
+        cases.append(((batch, n, 1), name, functools.partial(programs(d)[name], 'gpu')))
+      cases.append(((batch, n, 1), 'dense_decode', functools.partial(dense_decode, d)))
+  if not args.small:
+    n, heads = SQUARE
+    shapes['square', n, n] = functools.partial(random_inputs, 1, n, n, d | dict(H=1, V=1, E=2, I=heads))
+    cases.append((('square', n, n), 'index_topk', functools.partial(topk, d, 'gpu')))
+  compile_inputs = lambda f: jax.jit(f).lower(jnp.int32(0)).compile()
+  compile_one = lambda case: (
+      jax.jit(case[2]).lower(jax.eval_shape(shapes[case[0]], jnp.int32(0))).compile()
+  )
+  with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
+    run_all = map if args.interpret else pool.map  # A thread of a pool would not interpret.
+    inputs = dict(zip(shapes, run_all(compile_inputs, shapes.values())))
+    compiled = list(run_all(compile_one, cases))
+  of_size = {}
+  for (size, name, _), run in zip(cases, compiled):
+    of_size.setdefault(size, {})[name] = run
+  for size, runs in of_size.items():
+    sets = [inputs[size](jnp.int32(seed)) for seed in range(args.buffers)]
+    if isinstance(size[0], int):
+      sets = [select(x, runs['index_topk'], runs['sparse_forward']) for x in sets]
+    for name, run in runs.items():
+      yield row_of(name, size, run, sets, d, args)
 
 
 def dense_inputs(n_keys, n_queries, d, seed):
@@ -190,8 +235,6 @@ def dense_inputs(n_keys, n_queries, d, seed):
 
 
 def dense_programs(portable: bool):
-  """cuDNN masks causally only where queries are as many as keys; other queries see all keys."""
-
   def attend(q, k, v):
     how = dict(is_causal=q.shape == k.shape, implementation='xla' if portable else 'cudnn')
     return jax.nn.dot_product_attention(q, k, v, **how)
@@ -202,29 +245,44 @@ def dense_programs(portable: bool):
   return {'dense_forward': lambda x: attend(**x), 'dense_forward_backward': backward}
 
 
-def row_of(name, n_keys, n_queries, program, sets, d, args):
-  run = jax.jit(program)
-  jax.block_until_ready(run(sets[0]))
-  seconds = []
-  for i in range(args.runs):
-    began = time.perf_counter()
-    jax.block_until_ready(run(sets[i % len(sets)]))
-    seconds.append(time.perf_counter() - began)
-  device_ms = None
-  if not args.interpret:
-    device_ms = float(np.median([profiler.measure(run)(x)[1] for x in sets for _ in range(3)]))
-  wall_ms = 1e3 * float(np.median(seconds))
-  flops, bytes_ = work(name, n_keys, n_queries, d)
-  row = {'S': n_keys, 'queries': n_queries, 'program': name, 'device_ms': device_ms}
-  row |= {'wall_ms': wall_ms, 'roofline_ms': 1e3 * max(flops / PEAK.flops, bytes_ / PEAK.bytes)}
-  return row | {'tflops': None if args.interpret else flops / device_ms / 1e9}
+def dense_decode(d, x):
+  """One query of each sequence attends to all latents, which all heads share."""
+  f32 = dict(preferred_element_type=jnp.float32)
+  logits = jnp.einsum('BHE,BSE->BHS', x['q'][:, 0], x['kv'], **f32) * d['E'] ** -0.5
+  weights = jax.nn.softmax(logits, axis=-1).astype(x['kv'].dtype)
+  return jnp.einsum('BHS,BSV->BHV', weights, x['kv'][..., : d['V']], **f32)
 
 
-def work(name, n_keys, n_queries, d) -> tuple[float, float]:
-  """FLOPs by the usual convention, and bytes that must be read or written."""
-  h, e, v, i, j = (d[x] for x in 'HEVIJ')
+def row_of(name, size, run, sets, d, args):
+  kind, n_keys, n_queries = size
+  batch = kind if isinstance(kind, int) else 1
+  device, wall, began = [], [], time.perf_counter()
+  while not wall or time.perf_counter() - began < args.seconds or len(wall) < len(sets):
+    x = sets[len(wall) % len(sets)]
+    if not args.interpret:
+      device.append(profiler.measure(run)(x)[1])
+    start = time.perf_counter()
+    jax.block_until_ready(run(x))
+    wall.append(1e3 * (time.perf_counter() - start))
+  device_ms = float(np.median(device)) if device else None
+  flops, bytes_, causal = work(name, kind, n_keys, n_queries, d)
+  row = {'S': n_keys, 'queries': n_queries * batch, 'program': name, 'device_ms': device_ms}
+  row |= {'wall_ms': float(np.median(wall))}
+  row |= {'roofline_ms': 1e3 * batch * max(flops / PEAK.flops, bytes_ / PEAK.bytes)}
+  row |= {'tflops': None if args.interpret else batch * flops / device_ms / 1e9}
+  row |= {'causal_ms': device_ms * causal} if device and causal < 1 else {}
+  return row | ({'sequences': batch} if n_queries == 1 else {}) | (
+      {'index_heads': SQUARE[1]} if kind == 'square' else {}
+  )
+
+
+def work(name, kind, n_keys, n_queries, d) -> tuple[float, float, float]:
+  """FLOPs by the usual convention, bytes that must move, and the share of causal pairs among all."""
+  h, e, v, j = (d[x] for x in 'HEVJ')
+  i = SQUARE[1] if kind == 'square' else d['I']
   topk = min(d['K'], n_keys)
-  pairs = n_queries * (n_keys - (n_queries - 1) / 2)
+  causal = n_queries * (n_keys - (n_queries - 1) / 2)
+  pairs = causal if n_queries in (1, n_keys) or not name.startswith('dense') else n_queries * n_keys
   forward = 2 * n_queries * topk * h * (e + v)
   dense = 2 * pairs * h * (DENSE['E'] + DENSE['V'])
   score, target = 2 * i * j, 2 * h * e
@@ -233,15 +291,17 @@ def work(name, n_keys, n_queries, d) -> tuple[float, float]:
       'sparse_forward': forward,
       'sparse_forward_backward': forward + 2 * n_queries * topk * h * (3 * e + 2 * v),
       'index_kl_selected_grad': n_queries * topk * (target + 3 * score),
-      'index_kl_dense_grad': pairs * (2 * target + 4 * score),  # The target is made twice.
+      'index_kl_dense_grad': pairs * (4 * h * DENSE['E'] + 4 * score),  # The target is made twice.
       'dense_forward': dense,
       'dense_forward_backward': dense + 2 * pairs * h * (3 * DENSE['E'] + 2 * DENSE['V']),
+      'dense_decode': 2 * pairs * h * (e + v),
   }[name]
   index = 2 * (n_queries * i * j + n_keys * j)
-  main = 2 * (n_queries * h * (e + v) + n_keys * e)
+  main = 2 * (n_queries * h * (e + v) + min(n_keys, n_queries * topk) * e)
   dense_bytes = 2 * h * (n_queries + n_keys) * (DENSE['E'] + DENSE['V'])
-  bytes_ = index if name == 'index_topk' else dense_bytes if 'dense_f' in name else main
-  return flops, bytes_
+  latents = 2 * (n_queries * h * (e + v) + n_keys * e)
+  bytes_ = {'index_topk': index, 'dense_decode': latents}.get(name, main)
+  return flops, dense_bytes if 'dense_f' in name else bytes_, causal / pairs
 
 
 def matmul_tflops(n: int, args) -> float:
@@ -258,17 +318,50 @@ def matmul_tflops(n: int, args) -> float:
 
 def table(results: dict):
   ceiling = results['matmul_tflops']
-  yield f'{results["device"]}, jax {results["jax"]}; one large product: {ceiling:.2f} TFLOPS.'
+  yield (
+      f'{results["device"]}, jax {results["jax"]}, {results["date"]}; one large product: '
+      f'{ceiling:.2f} TFLOPS.'
+  )
   if results['interpreted']:
     yield 'Interpreted on a CPU: the times mean nothing.'
   yield '\n| program | S | queries | device ms | wall ms | roofline ms | TFLOPS | % of ceiling |'
   yield '| --- |' + ' ---: |' * 7
-  show = lambda x, digits: '' if x is None else f'{x:.{digits}f}'
   for row in results['rows']:
-    program = row['program'] + (', decoding' if 'decode' in row else '')
-    cells = [program, str(row['S']), str(row['queries']), show(row['device_ms'], 3)]
-    cells += [show(row['wall_ms'], 3), show(row['roofline_ms'], 3), show(row['tflops'], 0)]
-    yield '| ' + ' | '.join([*cells, show(row.get('percent_of_ceiling'), 0)]) + ' |'
+    program = row['program'] + (', decoding' if 'sequences' in row else '')
+    program += f', {row["index_heads"]} heads' if 'index_heads' in row else ''
+    cells = [program, str(row['S']), str(row['queries'])]
+    cells += [show(row.get(key), 3) for key in ('device_ms', 'wall_ms', 'roofline_ms')]
+    cells += [show(row['tflops'], 0), show(row.get('percent_of_ceiling'), 0)]
+    yield '| ' + ' | '.join(cells) + ' |'
+
+
+def comparison(rows: list[dict]):
+  """What attention costs a layer, dense and sparse: selection is part of it, and training's KL."""
+  alike = [row for row in rows if 'index_heads' not in row]
+  prefill = {(row['program'], row['S']): row for row in alike if 'sequences' not in row}
+  ms = lambda name, n: prefill[name, n].get('causal_ms', prefill[name, n]['device_ms'])
+  yield '\n| S | dense forward, ms | selection + sparse | times | and backward, dense | sparse, KL | times |'
+  yield '| ---: |' + ' ---: |' * 6
+  for n in sorted({n for name, n in prefill if name == 'sparse_forward'}):
+    if prefill['sparse_forward', n]['device_ms'] is None:
+      continue
+    both = [(ms('dense_forward', n), ms('index_topk', n) + ms('sparse_forward', n))]
+    trained = 'index_topk', 'sparse_forward_backward', 'index_kl_selected_grad'
+    both += [(ms('dense_forward_backward', n), sum(ms(name, n) for name in trained))]
+    cells = [f'{dense:.2f} | {sparse:.2f} | {dense / sparse:.2f}' for dense, sparse in both]
+    yield f'| {n} | ' + ' | '.join(cells) + ' |'
+  decoded = {(row['program'], row['S'], row['sequences']): row for row in rows if 'sequences' in row}
+  yield '\n| S | sequences | dense decoding, ms | selection + sparse | times |'
+  yield '| ---: |' + ' ---: |' * 4
+  for name, n, batch in decoded:
+    ms = lambda name: decoded[name, n, batch]['device_ms']
+    if name == 'dense_decode' and ms(name) is not None:
+      dense, sparse = ms(name), ms('index_topk') + ms('sparse_forward')
+      yield f'| {n} | {batch} | {dense:.3f} | {sparse:.3f} | {dense / sparse:.2f} |'
+
+
+def show(x, digits: int) -> str:
+  return '' if x is None else f'{x:.{digits}f}'
 
 
 if __name__ == '__main__':

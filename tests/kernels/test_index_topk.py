@@ -16,7 +16,7 @@ from dsa_jax.kernels.select_topk import select_topk
 ALL = ['reference', *cases.BACKENDS]
 BLOCKS = [('xla', xla.BlockSizes(block_t=n)) for n in (1, 8)]
 BLOCKS += [('tpu', tpu.BlockSizes(block_t=16, step_t=16, step_s=128))]
-BLOCKS += [('gpu', gpu.BlockSizes(block_t=6, columns=16, tile=16, span=32, chunk=16))]
+BLOCKS += [('gpu', gpu.BlockSizes(block_t=6, columns=16, tile=16, span=32, chunk=16, groups=16))]
 I, J = 3, 4
 SHAPES = (2, cases.T, I, J), (2, cases.S, J), (2, cases.T, I)
 

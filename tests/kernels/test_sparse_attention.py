@@ -113,9 +113,30 @@ def test_a_gpu_takes_many_heads_and_slots_in_several_tiles():
   q, kv = cases.normal(0, (1, 7, 40, 24), (1, cases.S, 24))
   indices = np.random.default_rng(0).permuted(np.tile(np.arange(-8, cases.S), (7, 1)), axis=1)
   indices = jnp.asarray(indices[None, :, :41].clip(-1), jnp.int32)
-  blocks = gpu.BlockSizes(heads=16, tile=32, tile_weights=16, block_t=4, block_t_backward=3)
+  blocks = gpu.BlockSizes(heads=16, tile=16, block_t=4, block_t_backward=3)
   actual = values_and_grads(q, kv, indices, v_dim=19, backend='gpu', blocks=blocks)
   cases.assert_matches(actual, values_and_grads(q, kv, indices, v_dim=19, backend='reference'))
+
+
+@pytest.mark.skipif(jax.default_backend() != 'gpu', reason='inline PTX has no interpreter')
+@pytest.mark.parametrize('heads, topk', [(64, 100), (128, 33), (64, 640)])
+def test_wide_rows_on_a_gpu(heads, topk):
+  """At sizes that wgmma takes: holes, empty rows, and NaN where nothing is selected."""
+  n_rows, n_keys, v_dim = 140, 900, 128
+  shapes = (1, n_rows, heads, 192), (1, n_keys, 192)
+  q, kv = cases.normal(0, *shapes, dtype='bfloat16')
+  q = q / 8
+  rng = np.random.default_rng(0)
+  indices = np.stack([rng.permutation(n_keys - 1)[:topk] for _ in range(n_rows)])
+  indices[::3][rng.random(indices[::3].shape) < 0.5] = -1
+  indices[1::5], indices[2::7, :64], indices[3, 64:] = -1, -1, -1
+  inputs = kv.at[:, -1].set(jnp.nan), jnp.asarray(indices[None], jnp.int32)
+  actual = values_and_grads(q, *inputs, v_dim=v_dim, backend='gpu')
+  exact = cases.f32(q, kv)
+  expected = values_and_grads(*exact, inputs[1], v_dim=v_dim, backend='reference')
+  cases.assert_matches(actual, expected, cases.TOLERANCE['bfloat16'])
+  for name, again in values_and_grads(q, *inputs, v_dim=v_dim, backend='gpu').items():
+    np.testing.assert_array_equal(*(np.asarray(x, np.float32) for x in (actual[name], again)))
 
 
 def test_the_kernels_do_not_race():

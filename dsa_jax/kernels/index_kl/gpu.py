@@ -23,10 +23,10 @@ from dsa_jax.kernels.triton import store_row, store_tile
 class BlockSizes:
   """They change the speed, never the result beyond rounding."""
 
-  block_t: int = 256  # Query rows whose gradients of selected index keys exist at one time.
-  heads: int = 64  # Of the main attention, of a program.
+  block_t: int = 1024  # Query rows whose gradients of selected index keys exist at one time.
+  heads: int = 128  # Of the main attention, of a program.
   tile: int = 64  # Selected rows that are met at one time.
-  stages: int = 2  # Tiles in flight or in use.
+  stages: int = 2  # Tiles in flight or in use, of index keys.
 
 
 def forward(constants, index_q, index_k, index_weights, *, sm_scale: float, blocks: BlockSizes):
@@ -97,9 +97,9 @@ class _Kernel:
   sm_scale: float
   blocks: BlockSizes
 
-  def call(self, kernel, name, programs, out, args):
+  def call(self, kernel, name, programs, out, args, **how):
     out = [jax.ShapeDtypeStruct(*x) for x in out]
-    how = dict(warps=4, stages=self.blocks.stages)
+    how = dict(warps=4, stages=self.blocks.stages) | how
     return triton.call(kernel, f'index_kl_selected_{name}', programs, out, args, **how)
 
   def slot(self, ref, row, j):
@@ -141,7 +141,9 @@ class _Kernel:
     args = q.reshape(-1, per_group, width), k.reshape(-1, width), lse.reshape(-1, per_group)
     programs = n_rows * n_groups * head_blocks
     out = [((programs, self.n_slots), jnp.float32)]
-    (parts_of_sum,) = self.call(kernel, 'target', programs, out, [*args, rows, bias, ends])
+    stages = self.blocks.stages if block_h <= 64 else 1  # No more fits beside the queries.
+    how = dict(warps=max(block_h // 16, 1), stages=stages)
+    (parts_of_sum,) = self.call(kernel, 'target', programs, out, [*args, rows, bias, ends], **how)
     total = jnp.sum(parts_of_sum.reshape(n_rows, -1, self.n_slots), axis=1)
     return jnp.where(bias == 0, total / heads, 0)
 

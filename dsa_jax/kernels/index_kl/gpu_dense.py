@@ -32,7 +32,7 @@ class BlockSizes:
   columns_queries: int = 64  # and for gradients of queries,
   columns_keys: int = 128  # and of keys,
   index_tile: int = 64  # and those keys,
-  index_tile_backward: int = 128  # and backward.
+  index_tile_backward: int = 64  # and backward.
   span: int = 4096  # Keys that a program scores.
 
 

@@ -2,8 +2,10 @@
 """Scores and exact selection on a GPU, a block of query rows at a time.
 
 One kernel scores tiles of keys for a few queries and writes integers that are ordered like the
-scores. Another finds, for each row, an interval of them below which nothing is selected and above
-which everything is, then the positions: what lies in the interval counts from the lowest position.
+scores. Where keys are many, a second one cuts each row among the maxima of groups of its keys, and
+keeps the candidates: the K best keys lie in the K groups with the highest maxima. The last one cuts
+among the keys that are left. A cut is an interval of integers: what lies above it is selected, what
+lies below is not, and what lies in it counts from the lowest position.
 """
 
 import dataclasses
@@ -17,110 +19,174 @@ from dsa_jax.kernels.rows import map_rows
 from dsa_jax.kernels.score_tiles import ScoreTiles
 
 LOWEST, HIGHEST = -(2**31), 2**31 - 1
-WAYS = 8  # Parts into which a pass divides the interval.
+HALF = 2**16  # Two counts share an integer.
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BlockSizes:
   """They change the speed, never the result."""
 
-  block_t: int = 512  # Query rows whose scores exist at one time.
+  block_t: int = 1024  # Query rows whose scores exist at one time.
   columns: int = 256  # Queries times heads of a program,
   tile: int = 64  # the keys that they meet at one time,
   span: int = 4096  # and in all.
-  stages: int = 2  # Tiles in flight or in use.
-  chunk: int = 2048  # Scores of a row that are read at one time.
+  stages: int = 3  # Tiles in flight or in use.
+  groups: int = 4096  # Of a row that has more keys.
+  chunk: int = 4096  # Candidates of a row that are read at one time.
 
 
 def forward(q, k, weights, start, end, *, topk: int, blocks: BlockSizes):
   start, end = jnp.maximum(start, 0), jnp.minimum(end, k.shape[1])
   tiles = ScoreTiles.of(q, k, blocks.columns, blocks.tile, blocks.stages)
   q, weights = tiles.pad_heads(q, weights)
-  kernel = _Kernel(topk, blocks.chunk)
+  groups = triton.tile_side(2 * topk, least=blocks.groups)
 
   def select(rows):
     batch, n_rows = rows[2].shape
     scores = tiles.score(k, *rows, span=blocks.span, encode=_to_order, dtype=jnp.int32)
-    return kernel.select(scores, rows[2], rows[3]).reshape(batch, n_rows, topk)
+    found = scores, rows[2].reshape(-1), rows[3].reshape(-1)
+    if k.shape[1] > groups:
+      found = _candidates(*found, topk, groups)
+    return _best(*found, topk=topk, chunk=blocks.chunk).reshape(batch, n_rows, topk)
 
   return map_rows(select, (q, weights, start, end), blocks.block_t, tiles.step_t)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Kernel:
-  topk: int
-  chunk: int
+def _candidates(scores, start, end, topk, groups):
+  """Returns what may be among the best of each row, by position, their number, and their positions.
 
-  def select(self, scores, start, end):
-    """Returns the positions of the best scores of each row, int32 [B * T, K]."""
-    out = jax.ShapeDtypeStruct((start.size, self.topk), jnp.int32)
-    args = scores, start.reshape(-1), end.reshape(-1)
-    return triton.call(self._select, 'index_topk', start.size, [out], args, warps=8)[0]
+  Key i is of the group i modulo their number. More than K candidates to each of a group's keys
+  there cannot be.
+  """
+  n_rows, most = scores.shape[0], topk * (pl.cdiv(scores.shape[1], groups) + 1)
 
-  def _select(self, scores, start, end, out):
-    row, chunk = pl.program_id(0), self.chunk
+  def kernel(scores, start, end, values, positions, n_found):
+    row = pl.program_id(0)
     start, end = start[row], end[row]
-    chunks = start // chunk, jnp.where(end > start, pl.cdiv(end, chunk), 0)
+    read, chunks = _reader(scores, row, start, end, groups), _chunks(start, end, groups)
+    highest = lambda j, tops: jnp.maximum(tops, read(j)[1])
+    tops = jax.lax.fori_loop(*chunks, highest, jnp.full(groups, LOWEST, jnp.int32))
+    n_groups = jnp.sum((tops > LOWEST).astype(jnp.int32))
+    low, high, _ = _cut(lambda j: (None, tops), (0, 1), n_groups, topk, groups)
+    low = jnp.where(n_groups < topk, LOWEST + 1, low)
+    above = lambda j, n: n + jnp.sum((read(j)[1] >= high).astype(jnp.int32))
+    counted = jnp.where(high == low + 1, chunks[1], chunks[0])  # Else all of [low, high) is kept.
+    ties = topk - jax.lax.fori_loop(chunks[0], counted, above, jnp.int32(0))
 
-    def read(j):
-      at = j * chunk + jnp.arange(chunk)
-      seen = (at >= start) & (at < end)
-      return at, triton.load(scores.at[row, at], seen, LOWEST)
+    def put(slot, at, x, chosen):
+      triton.store(values.at[row, slot], x, chosen)
+      triton.store(positions.at[row, slot], at, chosen)
 
-    low, high, ties = self._cut(read, chunks, end - start)
+    n_found[row] = _write(read, chunks, (low, high, ties), most, put)
 
-    def write(j, counts):
-      n_out, n_ties = counts
-      at, x = read(j)
-      tied = (x >= low) & (x < high)
-      number = n_ties + jnp.cumsum(tied.astype(jnp.int32))
-      chosen = (x >= high) | (tied & (number <= ties))
-      slot = n_out + jnp.cumsum(chosen.astype(jnp.int32)) - 1
-      slot = jnp.where(chosen, slot, self.topk)  # Two of one slot would race where interpreted.
-      triton.store(out.at[row, slot], at, chosen)
-      return n_out + jnp.sum(chosen.astype(jnp.int32)), n_ties + jnp.sum(tied.astype(jnp.int32))
+  out = [jax.ShapeDtypeStruct((n_rows, most), jnp.int32)] * 2
+  out += [jax.ShapeDtypeStruct((n_rows,), jnp.int32)]
+  args = scores, start, end
+  values, positions, n_found = triton.call(
+      kernel, 'index_topk_candidates', n_rows, out, args, warps=max(groups // 512, 1)
+  )
+  return values, jnp.zeros_like(n_found), n_found, positions
 
-    n_out, _ = jax.lax.fori_loop(*chunks, write, (jnp.int32(0), jnp.int32(0)))
-    for first in range(0, self.topk, chunk):
+
+def _best(scores, start, end, positions=None, *, topk, chunk):
+  """Returns the positions of the best scores of each row within [start, end), int32 [rows, K]."""
+
+  def kernel(scores, start, end, *refs):
+    *positions, out = refs
+    row = pl.program_id(0)
+    start, end = start[row], end[row]
+    read, chunks = _reader(scores, row, start, end, chunk), _chunks(start, end, chunk)
+    cut = _cut(read, chunks, end - start, topk, chunk)
+
+    def put(slot, at, _, chosen):
+      found = triton.load(positions[0].at[row, at], chosen) if positions else at
+      triton.store(out.at[row, slot], found, chosen)
+
+    n_out = _write(read, chunks, cut, topk, put)
+    for first in range(0, topk, chunk):
       slot = first + jnp.arange(chunk)
-      empty = (slot >= n_out) & (slot < self.topk)
+      empty = (slot >= n_out) & (slot < topk)
       triton.store(out.at[row, slot], jnp.full(chunk, -1, jnp.int32), empty)
 
-  def _cut(self, read, chunks, n_visible):
-    """Returns low, high, n: everything from high on is selected, and the first n of [low, high).
+  out = [jax.ShapeDtypeStruct((scores.shape[0], topk), jnp.int32)]
+  args = [scores, start, end] + ([] if positions is None else [positions])
+  return triton.call(kernel, 'index_topk', scores.shape[0], out, args, warps=max(chunk // 512, 1))[0]
 
-    Each pass counts what lies above a few values within the interval.
-    """
-    chunk, topk = self.chunk, self.topk
 
-    def bounds(j, state):
+def _chunks(start, end, chunk):
+  """Which chunks of a row hold something that is seen."""
+  return start // chunk, jnp.where(end > start, pl.cdiv(end, chunk), 0)
+
+
+def _reader(scores, row, start, end, chunk):
+  """Reads positions and scores of a chunk, `LOWEST` where not seen."""
+
+  def read(j):
+    at = j * chunk + jnp.arange(chunk)
+    return at, triton.load(scores.at[row, at], (at >= start) & (at < end), LOWEST)
+
+  return read
+
+
+def _cut(read, chunks, n_seen, topk, chunk):
+  """Returns low, high, n: what reaches low is selected, but only the first n of ties at low.
+
+  There are ties to count where high is low + 1. Each pass counts what reaches the values at the
+  thirds of the interval.
+  """
+
+  def bounds(j, state):
+    _, x = read(j)
+    low, high = state
+    return jnp.minimum(low, jnp.where(x > LOWEST, x, HIGHEST)), jnp.maximum(high, x)
+
+  state = jnp.full(chunk, HIGHEST, jnp.int32), jnp.full(chunk, LOWEST, jnp.int32)
+  low, high = jax.lax.fori_loop(*chunks, bounds, state)
+  state = jnp.min(low), jnp.max(high) + 1, n_seen, jnp.int32(0)
+
+  def narrow(state):
+    low, high, n_low, n_high = state
+    step = jnp.maximum(high // 3 - low // 3, 1)
+    cuts = low + step, low + 2 * step
+
+    def count(j, sums):
       _, x = read(j)
-      low, high = state
-      return jnp.minimum(low, jnp.where(x > LOWEST, x, HIGHEST)), jnp.maximum(high, x)
+      both = jnp.sum((x >= cuts[0]).astype(jnp.int32) + jnp.where(x >= cuts[1], HALF, 0))
+      return sums[0] + both % HALF, sums[1] + both // HALF
 
-    state = jnp.full(chunk, HIGHEST, jnp.int32), jnp.full(chunk, LOWEST, jnp.int32)
-    low, high = jax.lax.fori_loop(*chunks, bounds, state)
-    state = jnp.min(low), jnp.max(high) + 1, n_visible, jnp.int32(0)
+    sums = jax.lax.fori_loop(*chunks, count, (jnp.int32(0), jnp.int32(0)))
+    for cut, n in zip(cuts, sums):
+      enough, closer = n >= topk, (n < topk) & (cut < high)
+      low, n_low = jnp.where(enough, cut, low), jnp.where(enough, n, n_low)
+      high, n_high = jnp.where(closer, cut, high), jnp.where(closer, n, n_high)
+    return low, high, n_low, n_high
 
-    def narrow(state):
-      low, high, n_low, n_high = state
-      step = jnp.maximum((high >> 3) - (low >> 3), 1)
-      cuts = [low + i * step for i in range(1, WAYS)]
+  undecided = lambda state: (state[2] > topk) & (state[1] > state[0] + 1)
+  low, high, _, n_high = jax.lax.while_loop(undecided, narrow, state)
+  return low, high, topk - n_high
 
-      def count(j, sums):
-        _, x = read(j)
-        return [n + (x >= cut).astype(jnp.int32) for n, cut in zip(sums, cuts)]
 
-      sums = jax.lax.fori_loop(*chunks, count, [jnp.zeros(chunk, jnp.int32)] * len(cuts))
-      for cut, n in zip(cuts, [jnp.sum(n) for n in sums]):
-        enough, closer = n >= topk, (n < topk) & (cut < high)
-        low, n_low = jnp.where(enough, cut, low), jnp.where(enough, n, n_low)
-        high, n_high = jnp.where(closer, cut, high), jnp.where(closer, n, n_high)
-      return low, high, n_low, n_high
+def _write(read, chunks, cut, no_slot, put):
+  """Puts what a cut selects into the next slots, and returns how many there are."""
+  low, high, ties = cut
 
-    undecided = lambda state: (state[2] > topk) & (state[1] > state[0] + 1)
-    low, high, _, n_high = jax.lax.while_loop(undecided, narrow, state)
-    return low, high, topk - n_high
+  def first_ties(x, n_before):
+    tied = x == low
+    number = n_before + jnp.cumsum(tied.astype(jnp.int32))
+    return (x >= high) | (tied & (number <= ties)), n_before + jnp.sum(tied.astype(jnp.int32))
+
+  def write(j, counts):
+    n_out, n_ties = counts
+    at, x = read(j)
+    chosen, n_ties = jax.lax.cond(
+        high == low + 1, first_ties, lambda x, n_before: (x >= low, n_before), x, n_ties
+    )
+    slot = n_out + jnp.cumsum(chosen.astype(jnp.int32)) - 1
+    # Two of one slot would race where interpreted.
+    put(jnp.where(chosen, slot, no_slot), at, x, chosen)
+    return n_out + jnp.sum(chosen.astype(jnp.int32)), n_ties
+
+  return jax.lax.fori_loop(*chunks, write, (jnp.int32(0), jnp.int32(0)))[0]
 
 
 def _to_order(x):

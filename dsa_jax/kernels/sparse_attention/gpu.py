@@ -3,11 +3,14 @@
 
 A program takes a query and some of its heads, and gathers the selected rows by pointers, tile by
 tile, while the tile before is multiplied. The value is the front of the key: a tile is read once
-for both products. Backward, a query's gradient of each selected row is written where the slot is;
-rows of one key are then added in the order of queries and slots, so that every run adds alike.
+for both products. Where queries are few, several programs share the tiles of one. At the sizes of
+released models the kernels of `hopper.py` do most of it, in half the time. Backward, a query's
+gradient of each selected row is written where the slot is; rows of one key are then added in the
+order of queries and slots, so that every run adds alike.
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -25,11 +28,11 @@ class BlockSizes:
   """They change the speed, never the result beyond rounding."""
 
   heads: int = 64  # Of a program.
-  tile: int = 64  # Selected rows that meet them at one time,
-  tile_weights: int = 32  # or, backward, where queries and gradients lie beside them.
-  stages: int = 2  # Tiles in flight or in use.
+  tile: int = 64  # Selected rows that meet them at one time.
+  stages: int = 3  # Tiles in flight or in use.
   block_t: int = 8192  # Queries whose slots are prepared at one time,
-  block_t_backward: int = 128  # and, backward, whose gradients of selected rows exist.
+  block_t_backward: int = 512  # and, backward, whose gradients of selected rows exist.
+  programs: int = 132  # Fewer share the tiles of a query among more.
 
 
 def forward(q, kv, indices, *, v_dim: int, sm_scale: float, blocks: BlockSizes):
@@ -37,23 +40,40 @@ def forward(q, kv, indices, *, v_dim: int, sm_scale: float, blocks: BlockSizes):
 
   def attend(block):
     q, indices = block
-    where = slots(indices, positions(indices, kv.shape[1]), kv.shape[1], kernel.tile)
-    n_rows = where[0].shape[0]
+    where = slots(indices, positions(indices, kv.shape[1]), kv.shape[1], kernel.step)
+    n_rows, n_slots = where[0].shape
+    alone = n_rows * kernel.head_blocks
+    shares = min(max(blocks.programs // alone, 1), n_slots // kernel.tile)
+    if kernel.wide and shares == 1:
+      out, lse = _hopper().attend(flat(q), flat(kv), *where, v_dim=v_dim, sm_scale=sm_scale)
+      return out.reshape(*q.shape[:3], v_dim), lse.reshape(q.shape[:3])
+    dtype = q.dtype if shares == 1 else jnp.float32
     out, lse = triton.call(
-        kernel.attend,
+        functools.partial(kernel.attend, shares=shares),
         'sparse_attention_forward',
-        n_rows * kernel.head_blocks,
+        shares * alone,
         [
-            jax.ShapeDtypeStruct((n_rows, kernel.heads, v_dim), q.dtype),
-            jax.ShapeDtypeStruct((n_rows, kernel.heads), jnp.float32),
+            jax.ShapeDtypeStruct((shares * n_rows, kernel.heads, v_dim), dtype),
+            jax.ShapeDtypeStruct((shares * n_rows, kernel.heads), jnp.float32),
         ],
         [flat(q), flat(kv), *where],
         warps=8,
         stages=blocks.stages,
     )
-    return out.reshape(*q.shape[:3], v_dim), lse.reshape(q.shape[:3])
+    if shares > 1:
+      out, lse = _join(*(x.reshape(n_rows, shares, *x.shape[1:]) for x in (out, lse)))
+    return out.astype(q.dtype).reshape(*q.shape[:3], v_dim), lse.reshape(q.shape[:3])
 
   return map_rows(attend, (q, indices), blocks.block_t)
+
+
+def _join(out, lse):
+  """Attention to all, from attention to shares of it, on axis 1."""
+  top = jnp.max(lse, axis=1, keepdims=True)
+  weights = jnp.exp(lse - jnp.where(top > -jnp.inf, top, 0))
+  total = jnp.sum(weights, axis=1)
+  out = jnp.sum(out * weights[..., None], axis=1) / jnp.where(total > 0, total, 1)[..., None]
+  return out, top[:, 0] + jnp.log(total)
 
 
 def backward(residuals, cotangents, *, v_dim: int, sm_scale: float, blocks: BlockSizes):
@@ -64,18 +84,22 @@ def backward(residuals, cotangents, *, v_dim: int, sm_scale: float, blocks: Bloc
   def step(dkv, block):
     q, indices, dout, lse, delta = block
     kernel = _Kernel.of(q, kv, indices, v_dim, sm_scale, blocks)
-    rows, bias, ends = slots(indices, positions(indices, kv.shape[1]), kv.shape[1], kernel.tile)
+    rows, bias, ends = slots(indices, positions(indices, kv.shape[1]), kv.shape[1], kernel.step)
     keys = [flat(kv), rows, bias, ends]
     n_rows, n_slots = rows.shape
-    (weights,) = triton.call(
-        dataclasses.replace(kernel, tile=min(kernel.tile, blocks.tile_weights)).weigh,
-        'sparse_attention_weights',
-        n_rows * kernel.head_blocks,
-        [jax.ShapeDtypeStruct((2 * n_rows, kernel.heads, n_slots), kv.dtype)],
-        [*map(flat, (q, dout, lse, delta)), *keys],
-        warps=4,
-        stages=blocks.stages,
-    )
+    args = [*map(flat, (q, dout, lse, delta)), *keys]
+    if kernel.wide:
+      weights = _hopper().weigh(*args, sm_scale=sm_scale)
+    else:
+      (weights,) = triton.call(
+          kernel.weigh,
+          'sparse_attention_weights',
+          n_rows * kernel.head_blocks,
+          [jax.ShapeDtypeStruct((2 * n_rows, kernel.heads, n_slots), kv.dtype)],
+          args,
+          warps=8,
+          stages=1,  # No more fits beside queries and gradients.
+      )
     (dq,) = triton.call(
         kernel.differentiate,
         'sparse_attention_dq',
@@ -91,8 +115,7 @@ def backward(residuals, cotangents, *, v_dim: int, sm_scale: float, blocks: Bloc
         'THK,THE->TKE',
         weights.reshape(n_rows, -1, n_slots),
         both,
-        precision=precision,
-        preferred_element_type=jnp.float32,
+        precision=precision,  # Added in float32, and rounded as their sum over queries will be.
     )
     dkv = add_rows(dkv, drows.reshape(-1, kv.shape[-1]), jnp.where(bias == 0, rows, -1))
     return dkv, dq.reshape(q.shape)
@@ -101,6 +124,13 @@ def backward(residuals, cotangents, *, v_dim: int, sm_scale: float, blocks: Bloc
   rows = q, indices, dout.astype(kv.dtype), lse, delta
   dkv, dq = scan_rows(step, dkv, rows, blocks.block_t_backward)
   return dq, dkv.reshape(kv.shape).astype(kv.dtype)
+
+
+def _hopper():
+  """Not every jaxlib can import it, and where it runs, it can."""
+  from dsa_jax.kernels.sparse_attention import hopper
+
+  return hopper
 
 
 def _widths(q, dout):
@@ -125,12 +155,24 @@ class _Kernel:
     return cls(heads, block_h, tile, parts, sm_scale, kv.dtype)
 
   @property
+  def wide(self) -> bool:
+    """Whether the sizes are those that `hopper.py` is for."""
+    v_dim, width = self.parts[0][2], self.parts[-1][2]
+    whole = not (self.heads % 64 or width % 64 or v_dim % 64)
+    return self.dtype == jnp.bfloat16 and whole and width <= 576 and v_dim < width and v_dim <= 512
+
+  @property
+  def step(self) -> int:
+    """What slots are filled up to a multiple of."""
+    return max(self.tile, 64) if self.wide else self.tile
+
+  @property
   def head_blocks(self) -> int:
     return pl.cdiv(self.heads, self.block_h)
 
-  def where(self):
+  def where(self, program=None):
     """The query and the first of the heads of this program."""
-    program = pl.program_id(0)
+    program = pl.program_id(0) if program is None else program
     return program // self.head_blocks, program % self.head_blocks * self.block_h
 
   def tiles(self, ends, row):
@@ -152,11 +194,14 @@ class _Kernel:
     bias = triton.load(bias.at[row, j * self.tile + jnp.arange(self.tile)])
     return triton.LOG2_E * self.sm_scale * dots + bias[None]
 
-  def attend(self, q, kv, rows, bias, ends, out, lse):
-    row, head = self.where()
+  def attend(self, q, kv, rows, bias, ends, out, lse, *, shares: int):
+    row, head = self.where(pl.program_id(0) // shares)
+    share = pl.program_id(0) % shares
     queries = [self.load(q, row, head, part) for part in self.parts]
+    first, last = (self.tiles(ends, row) * i // shares for i in (share, share + 1))
 
     def meet(j, state):
+      j += first
       top, total, value = state
       keys = self.keys(kv, rows, row, j)
       logits = self.logits(queries, keys, bias, row, j)
@@ -171,7 +216,8 @@ class _Kernel:
     _, side, end = self.parts[0]
     zero = jnp.zeros(self.block_h)
     state = zero - jnp.inf, zero, jnp.zeros((self.block_h, side))
-    top, total, value = some_tiles(self.tiles(ends, row), meet, state)
+    top, total, value = some_tiles(last - first, meet, state)
+    row = row * shares + share
     value = value / jnp.where(total > 0, total, 1)[:, None]
     store_tile(out, row, (head, 0), (self.heads, end), value)
     store_row(lse, row, head, self.heads, top / triton.LOG2_E + jnp.log(total))
