@@ -24,7 +24,7 @@ class BlockSizes:
   block_t: int = 128  # Query rows whose scores exist at one time.
   block_s: int = 1024  # Keys scored at one time.
   few_t: int = 8  # Up to so many rows, as in decoding, read the keys as they lie,
-  few_block_s: int = 8192  # this many at a time.
+  few_block_s: int = 16_384  # this many at a time.
 
 
 def forward(q, k, weights, start, end, *, topk: int, blocks: BlockSizes, span=None):
