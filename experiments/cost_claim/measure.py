@@ -207,7 +207,8 @@ def plot(report: dict, path: pathlib.Path):
     panel.set(xscale='log', yscale='log', title=phase, xlabel='tokens of context', ylabel='ms per token')
     panel.set_xticks(report['contexts'], [f'{c // 1024}K' for c in report['contexts']])
     panel.set_xticks([], minor=True)
-    panel.legend(frameon=False)
+    panel.set_ylim(top=10 * panel.get_ylim()[1])  # Room for the legend.
+    panel.legend(frameon=False, ncols=2, loc='upper left')
   figure.savefig(path, dpi=120)
 
 
