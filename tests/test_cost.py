@@ -231,6 +231,21 @@ def test_experiment_finds_the_shipped_shares(tmp_path):
   assert {'curves.png', 'half_cost.png'} <= {p.name for p in tmp_path.iterdir()}
 
 
+def test_measured_table_is_of_the_measured_figures():
+  """And the readme has its growth from 4K to 64K, and the indexer's share of it."""
+  sys.path.insert(0, str(EXPERIMENT))
+  import measure
+
+  report = json.loads((EXPERIMENT / 'measured.json').read_text())
+  assert measure.table(report) == (EXPERIMENT / 'measured.md').read_text()
+  readme = ' '.join((EXPERIMENT / 'README.md').read_text().split())
+  for phase, kinds in report['measured'].items():
+    dense, sparse = (kinds[kind][-1] / kinds[kind][0] for kind in ('dense', 'sparse'))
+    assert f"| {phase}, dense / sparse | {dense:.1f} x / {sparse:.1f} x |" in readme
+  share = measure.residual(report['measured']['decode']).split()[-3]
+  assert f"{share.rstrip('%')} % of what a token's time grows by" in readme
+
+
 # Calls
 
 
