@@ -10,7 +10,7 @@ from dsa_jax.kernels.index_topk import gpu, tpu, xla
 from dsa_jax.kernels.index_topk.reference import index_topk_reference
 from dsa_jax.kernels.visibility import check_intervals
 
-BACKENDS = {'xla': xla, 'tpu': tpu, 'gpu': gpu}
+BACKENDS = {'tpu': tpu, 'gpu': gpu}
 
 
 @jax.named_scope('index_topk')
