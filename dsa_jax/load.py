@@ -39,8 +39,20 @@ def read_record(folder: pathlib.Path) -> dict[str, Any]:
   """Returns the config.json of a converted checkpoint, or of the run that a checkpoint is of."""
   for path in (folder / 'config.json', folder.parent.parent / 'config.json'):
     if path.exists():
-      return json.loads(path.read_text())
-  raise ValueError(f'{folder} is neither a converted checkpoint nor RUN/checkpoints/ENTRY.')
+      break
+  else:
+    raise ValueError(f'{folder} is neither a converted checkpoint nor RUN/checkpoints/ENTRY.')
+  if (folder / 'checkpoints').is_dir():
+    entries = ', '.join(sorted(p.name for p in (folder / 'checkpoints').iterdir()))
+    raise ValueError(f'{folder} is a run: choose {folder}/checkpoints/ENTRY, ENTRY one of {entries}.')
+  return json.loads(path.read_text())
+
+
+def has_trained_indexer(folder: pathlib.Path, record: dict[str, Any]) -> bool:
+  """Returns whether a checkpoint came with an indexer, or of a stage that is not `dense`."""
+  if 'source' in record:
+    return any('indexer' in path for path in record['source']['dtypes'])
+  return record.get('stages', {}).get(folder.name, {}).get('stage') != 'dense'
 
 
 def load_model(workdir: str | pathlib.Path, entry: str) -> tuple[Transformer, Recipe]:

@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int, Key
 import numpy as np
 
 from dsa_jax.kernels.backend import default_backend
-from dsa_jax.load import load_checkpoint, read_record
+from dsa_jax.load import has_trained_indexer, load_checkpoint, read_record
 from dsa_jax.nn.cache import FORMATS, Cache, init_cache
 from dsa_jax.nn.extend import extend
 from dsa_jax.nn.mla import Attention
@@ -89,7 +89,7 @@ class Sampler:
       chunk: Tokens of a prompt that are read at a time.
       backend: Of the kernels; '': the platform's default.
     """
-    self.cfg, self.tokenizer = model.cfg, tokenizer or Bytes()
+    self.cfg, self.tokenizer, self.attention = model.cfg, tokenizer or Bytes(), attention
     self.capacity = capacity or model.cfg.max_seq_len
     if not 1 <= self.capacity <= model.cfg.max_seq_len:
       raise ValueError(f'{capacity=} must be within 1 and the {model.cfg.max_seq_len=}.')
@@ -105,9 +105,13 @@ class Sampler:
 
   @classmethod
   def load(cls, folder: str | pathlib.Path, **kwargs) -> 'Sampler':
-    """Returns a sampler for a converted checkpoint, or for RUN/checkpoints/ENTRY."""
+    """Returns a sampler for a converted checkpoint, or for RUN/checkpoints/ENTRY.
+
+    Attention is sparse unless told otherwise, but dense where the indexer was never trained.
+    """
     folder = pathlib.Path(folder).expanduser()
     record = read_record(folder)
+    kwargs = {'attention': 'sparse' if has_trained_indexer(folder, record) else 'dense'} | kwargs
     return cls(load_checkpoint(folder), find_tokenizer(folder, record), **kwargs)
 
   def __call__(self, prompt: str, **kwargs) -> str:
@@ -116,6 +120,8 @@ class Sampler:
 
   def stream(self, prompt: str, **kwargs) -> Iterator[str]:
     """Yields the continuation of one text as it is written."""
+    if not prompt:
+      raise ValueError('the prompt is empty: there must be something to continue.')
     config = SampleConfig(**({'stop': self.tokenizer.stop} | kwargs))
     prefix = self.read([self.tokenizer.encode(prompt)], config.max_new_tokens)
     new = (ids[0] for ids in self.steps(prefix, config))
@@ -252,38 +258,51 @@ def draw(
 
 def main(_):
   logging.getLogger('absl').setLevel(logging.ERROR)  # orbax thinks aloud.
+  sampler_flags = {name: flag.value for name, flag in SAMPLER.items() if flag.value}
+  drawing = {name: flag.value for name, flag in DRAWING.items() if flag.value is not None}
   try:
     prompt = read_prompt(PROMPT.value)
-    sampler = Sampler.load(
-        CHECKPOINT.value, capacity=CAPACITY.value, attention=ATTENTION.value, cache=CACHE.value
-    )
+    sampler = Sampler.load(CHECKPOINT.value, **sampler_flags)
     began, n_chars = time.monotonic(), 0
-    for text in sampler.stream(prompt, **{name: flag.value for name, flag in DRAWING.items()}):
+    for text in sampler.stream(prompt, **drawing):
       print(text, end='', flush=True)
       n_chars += len(text)
   except (ValueError, OSError) as error:
     sys.exit(f'error: {error}')
-  print(f'\n[{n_chars} characters in {time.monotonic() - began:.1f} s]', file=sys.stderr)
+  seconds = time.monotonic() - began
+  print(f'\n[{n_chars} characters in {seconds:.1f} s, {sampler.attention} attention]', file=sys.stderr)
 
 
 def read_prompt(prompt: str) -> str:
   """Returns the text, or that of the file that `@file` names."""
   if not prompt.startswith('@'):
     return prompt
-  return pathlib.Path(prompt[1:]).expanduser().read_text()
+  path = pathlib.Path(prompt[1:]).expanduser()
+  try:
+    return path.read_text(encoding='utf-8')
+  except UnicodeDecodeError as error:
+    raise ValueError(f'{path} is no UTF-8 text: {error}') from error
 
 
 if __name__ == '__main__':
   CHECKPOINT = flags.DEFINE_string('checkpoint', None, 'Converted, or RUN/checkpoints/ENTRY.')
   PROMPT = flags.DEFINE_string('prompt', None, 'The text to continue, or @FILE.')
-  ATTENTION = flags.DEFINE_enum('attention', 'sparse', ['sparse', 'masked', 'dense'], 'How to attend.')
-  CACHE = flags.DEFINE_enum('cache', '', ['', *FORMATS], "Its format; default: the model's dtype.")
-  CAPACITY = flags.DEFINE_integer('capacity', 0, 'Tokens of the cache; 0: all the model can read.')
+  SAMPLER = {
+      'attention': flags.DEFINE_enum(
+          'attention', '', ['', 'sparse', 'masked', 'dense'],
+          'How to attend; default: sparse, or dense where the indexer was never trained.',
+      ),
+      'cache': flags.DEFINE_enum('cache', '', ['', *FORMATS], "Its format; default: the model's dtype."),
+      'capacity': flags.DEFINE_integer('capacity', 0, 'Tokens of the cache; 0: all the model can read.'),
+  }  # fmt: skip
   DRAWING = {
       'max_new_tokens': flags.DEFINE_integer('max_new_tokens', 128, 'How many to write.'),
       'temperature': flags.DEFINE_float('temperature', 0, '0: always the likeliest token.'),
       'top_k': flags.DEFINE_integer('top_k', 0, 'Draw from that many of the likeliest; 0: all.'),
       'top_p': flags.DEFINE_float('top_p', 1, 'Draw from the likeliest that hold this probability.'),
+      'stop': flags.DEFINE_multi_integer(
+          'stop', None, "An id that ends the text; may be repeated. Default: the tokenizer's own."
+      ),
       'seed': flags.DEFINE_integer('seed', 0, 'Of what is drawn.'),
   }
   flags.mark_flags_as_required(['checkpoint', 'prompt'])

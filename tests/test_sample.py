@@ -4,6 +4,9 @@
 import dataclasses
 import itertools
 import json
+import pathlib
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +18,7 @@ import tokenizers
 from dsa_jax import sample
 from dsa_jax.checkpoint import Checkpoints, Progress
 from dsa_jax.data.text import BOS, VOCAB_SIZE
+from dsa_jax.load import has_trained_indexer
 from dsa_jax.nn.extend import extend
 from dsa_jax.nn.mla import Mode
 from dsa_jax.optim import OptimConfig
@@ -173,6 +177,50 @@ def test_prompt_from_a_file(tmp_path):
   (tmp_path / 'prompt.txt').write_text('text\n')
   assert sample.read_prompt(f'@{tmp_path}/prompt.txt') == 'text\n'
   assert sample.read_prompt('text') == 'text'
+  (tmp_path / 'no.txt').write_bytes(b'a\xff')
+  with pytest.raises(ValueError, match='no.txt is no UTF-8 text'):
+    sample.read_prompt(f'@{tmp_path}/no.txt')
+
+
+@pytest.mark.parametrize('stage, want', [('dense', 'dense'), ('warmup', 'sparse'), ('sparse', 'sparse')])
+def test_an_untrained_indexer_selects_nothing(tmp_path, stage, want):
+  folder = save_run(tmp_path)
+  record = json.loads((tmp_path / 'config.json').read_text())
+  (tmp_path / 'config.json').write_text(json.dumps(record | {'stages': {'sparse': {'stage': stage}}}))
+  assert Sampler.load(folder, capacity=24).attention == want
+  assert Sampler.load(folder, capacity=24, attention='masked').attention == 'masked'
+
+
+def test_a_converted_model_without_indexers_is_dense():
+  names = {'embed': 'BF16', 'blocks/attn/wkv_a': 'BF16'}
+  found = [
+      has_trained_indexer(pathlib.Path('v3'), {'source': {'dtypes': dtypes}})
+      for dtypes in (names, names | {'blocks/attn/indexer/wk': 'BF16'})
+  ]
+  assert found == [False, True]
+
+
+def command(*flags: str) -> subprocess.CompletedProcess:
+  return subprocess.run(
+      [sys.executable, '-m', 'dsa_jax.sample', *flags], capture_output=True, text=True
+  )
+
+
+def test_command(tmp_path):
+  """It prints what the sampler returns, up to a stop token; and a mistake in one line."""
+  folder = save_run(tmp_path)
+  (tmp_path / 'prompt.txt').write_text('hello')
+  sampler, how = Sampler.load(folder, capacity=40), {'max_new_tokens': 20, 'temperature': 1.0}
+  ids = [step[0] for step in sampler.steps(sampler.read([Bytes().encode('hello')], 20), SampleConfig(**how))]
+  stop = next(i for i in ids[5:] if i not in ids[:5])
+  flags = f'--checkpoint={folder}', '--capacity=40', '--max_new_tokens=20', '--temperature=1'
+  done = command(*flags, f'--prompt=@{tmp_path}/prompt.txt', f'--stop={stop}')
+  assert done.returncode == 0, done.stderr
+  assert done.stdout == sampler('hello', **how, stop=(stop,)) != sampler('hello', **how, stop=())
+  assert 'sparse attention]' in done.stderr
+  done = command(*flags, '--prompt=' + 'x' * 30)
+  assert done.returncode == 1 and 'Traceback' not in done.stderr
+  assert 'error: prompt 0 has 31 tokens and 20 are to follow' in done.stderr
 
 
 # Errors.
@@ -192,6 +240,11 @@ def test_prompt_from_a_file(tmp_path):
 def test_bad_prompts(sampler, prompts, room, message):
   with pytest.raises(ValueError, match=message):
     sampler.read(prompts, room)
+
+
+def test_empty_text(sampler):
+  with pytest.raises(ValueError, match='the prompt is empty'):
+    sampler('')
 
 
 def test_prefixes_that_do_not_match(sampler):
@@ -223,6 +276,8 @@ def test_bad_sampler(model, sampler):
 def test_checkpoint_of_another_config(tmp_path):
   with pytest.raises(ValueError, match='holds another model(.|\n)*wkv_a'):
     Sampler.load(save_run(tmp_path, kv_lora_rank=16))
+  with pytest.raises(ValueError, match='is a run: choose .*/checkpoints/ENTRY, ENTRY one of sparse'):
+    Sampler.load(tmp_path)
   with pytest.raises(ValueError, match='neither a converted checkpoint nor'):
     Sampler.load(tmp_path / 'nothing')
 

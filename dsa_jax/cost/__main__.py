@@ -51,9 +51,9 @@ def paragraph(
     start = crossover(curves['dense'][phase], curves['sparse'][phase])
     said.append(
         f'On {serving.chip.name}, {phase} of a token that sees {context:,} tokens takes'
-        f' {1e6 * sparse:,.0f} µs sparse and {1e6 * dense:,.0f} µs dense, a factor of'
-        f' {dense / sparse:.1f} (${dollars_per_million(sparse, price):.3f} and'
-        f' ${dollars_per_million(dense, price):.3f} per million tokens, ${price:g} per chip-hour);'
+        f' {_number(1e6 * sparse)} µs sparse and {_number(1e6 * dense)} µs dense, a factor of'
+        f' {dense / sparse:.1f} (${_dollars(sparse, price)} and ${_dollars(dense, price)} per'
+        f' million tokens, ${price:g} per chip-hour);'
         f' scoring and selecting are {indexer:.0%} of the sparse time; sparse is the cheaper one'
         f' {_from(start, cfg.max_seq_len)}.'
     )
@@ -71,7 +71,7 @@ def _memory(cfg: ModelConfig, serving: Serving, context: int) -> str:
   needed, memory = per_token * context * serving.batch, serving.chip.memory
   text = (
       f'A cached token takes {per_token:,} bytes, so {serving.batch} sequences of this length take'
-      f' {needed / 1e9:,.0f} GB per chip; {serving.chip.name} has {memory / 1e9:.0f} GB'
+      f' {_number(needed / 1e9)} GB per chip; {serving.chip.name} has {memory / 1e9:.0f} GB'
   )
   if needed <= memory:
     return f'{text}.'
@@ -97,7 +97,7 @@ def phase_table(cfg: ModelConfig, serving: Serving, context: int, phase: str, pr
                   end_section=name == [*both[1]][-1])  # fmt: skip
   totals = [Part(*(sum(p[i] for p in parts.values()) for i in range(3)), '') for parts in both]
   table.add_row('all', *_cells(totals))
-  dollars = [f'{dollars_per_million(total.seconds, price):.3f}' for total in totals]
+  dollars = [_dollars(total.seconds, price) for total in totals]
   table.add_row('$ per million', *[''] * 4, *dollars)
   return table
 
@@ -105,6 +105,11 @@ def phase_table(cfg: ModelConfig, serving: Serving, context: int, phase: str, pr
 def _cells(parts: Sequence[Part | None]) -> list[str]:
   scaled = [p and (p.flops / 1e9, p.bytes / 1e6, p.seconds * 1e6) for p in parts]
   return [_number(values[i]) if values else '' for i in range(3) for values in scaled]
+
+
+def _dollars(seconds: float, price: float) -> str:
+  dollars = dollars_per_million(seconds, price)
+  return f'{dollars:.3f}' if dollars >= 0.01 or not dollars else f'{dollars:.2g}'
 
 
 def _number(x: float) -> str:

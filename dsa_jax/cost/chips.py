@@ -31,8 +31,8 @@ CHIPS = {
 class Efficiency:
   """Shares of a chip's peaks that are reached."""
 
-  weights: float  # Of FLOP/s, in products with weights.
-  context: float  # Of FLOP/s, in index scores and attention: what grows with the context.
+  weights: float  # Of FLOP/s, in products with weights, and in index scores of a prompt.
+  context: float  # Of FLOP/s, in attention, and in index scores of decoding.
   bandwidth: float = 0.8  # Of bytes per second. Stated, not fitted.
   gather: float = 1.0  # Of `context`, in attention that gathers quantised rows. Stated.
 
@@ -46,6 +46,6 @@ class Efficiency:
 # borrow them. In decode FlashMLA dequantises each gathered row before it multiplies, which keeps it
 # at 410 TFLOP/s where its dense kernel reaches 660 (H800; its README of 2025-09-29).
 FITTED = {
-    'prefill': Efficiency(weights=0.352, context=0.583),
+    'prefill': Efficiency(weights=0.366, context=0.604),
     'decode': Efficiency(weights=0.266, context=0.606, gather=410 / 660),
 }

@@ -55,7 +55,8 @@ def token_parts(
   """Returns what one token costs, by part.
 
   Attention runs in MHA form in dense prefill, in MQA form in decode; sparse prefill takes the
-  faster of masked MHA and gathered MQA.
+  faster of masked MHA and gathered MQA. Index scores of a prompt are one large FP8 product and
+  reach the share of those with weights; in decode they read a cache, as attention does.
 
   Args:
     cfg: The model.
@@ -71,7 +72,7 @@ def token_parts(
     raise ValueError(f'{context=} must be within 1 and max_seq_len={cfg.max_seq_len} of the model.')
   shared = dict(sparse=sparse, cache=serving.cache, chips=serving.expert_chips)
   if phase == 'prefill':
-    shared |= dict(readers=serving.chunk, pass_tokens=serving.chunk, logits=False)
+    shared |= dict(readers=serving.chunk, pass_tokens=serving.chunk, logits=False, scores='weights')
     forms, efficiency = ('mha', 'mqa') if sparse else ('mha',), serving.prefill
   elif phase == 'decode':
     shared |= dict(readers=serving.queries, pass_tokens=serving.batch * serving.queries)

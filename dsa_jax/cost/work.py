@@ -81,6 +81,7 @@ def token_work(
     pass_tokens: int = 1,
     chips: int = 1,
     logits: bool = True,
+    scores: Literal['weights', 'context'] = 'context',
 ) -> list[Work]:
   """Returns the work of one token, part by part.
 
@@ -97,6 +98,7 @@ def token_work(
     pass_tokens: Tokens per chip in one forward pass, which read the weights together.
     chips: Over which routed experts are spread; all other weights are on each.
     logits: Whether this token's logits are wanted; of a prompt only the last one's are.
+    scores: Which efficiency applies to index scores.
   """
   moe, dense = cfg.n_layers - cfg.n_dense_layers, cfg.n_dense_layers
   experts = cfg.n_routed_experts
@@ -131,7 +133,7 @@ def token_work(
     keys = full * context * index_key_bytes(cfg, cache) / readers
     works += [
         weights('index projections', full * index),
-        Work('index scores', full * context * index_flops(cfg), keys, cache, 'context'),
+        Work('index scores', full * context * index_flops(cfg), keys, cache, scores),
         # Each score is written and read once, in float32.
         Work('selection', 0, full * context * 8, 'bf16', 'context'),
     ]

@@ -116,10 +116,14 @@ class _Reader(NamedTuple):
     return self.attn.from_latents(out), kv, index_key, selected
 
   def _select(self, index, index_key, start):
-    keys = caches.decode(caches.read_layer(index_key, self.slot, self.capacity), index.q.dtype)
-    q = caches.rotate(index.q) if isinstance(index_key, caches.QuantizedKey) else index.q
-    topk = self.attn.cfg.index_topk
-    return index_topk(q, keys, index.weights, start, self.end, topk=topk, backend=self.backend)
+    how = {'topk': self.attn.cfg.index_topk, 'backend': self.backend}
+    q, keys = index.q, index_key
+    if isinstance(keys, jax.Array) and keys.dtype == q.dtype:
+      how['span'] = self.slot * self.capacity, self.capacity  # Read where they are.
+    else:
+      keys = caches.decode(caches.read_layer(keys, self.slot, self.capacity), q.dtype)
+      q = caches.rotate(q) if isinstance(index_key, caches.QuantizedKey) else q
+    return index_topk(q, keys, index.weights, start, self.end, **how)
 
   def _chosen(self, kv: Any, selected: Int[Array, 'B T K'], dtype: Any):
     """What sparse attention gathers from, and where: nothing is copied that it can read as it is."""

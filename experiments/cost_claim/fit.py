@@ -97,12 +97,11 @@ def variations(serving: cost.Serving) -> dict[str, dict[str, dict[str, float]]]:
   found = {name: _fitted(dataclasses.replace(serving, **x)) for name, x in changes.items()}
   original = cost.token_work
 
-  def regrouped(*args, **kwargs):
-    works = original(*args, **kwargs)
-    return [w._replace(kind='weights') if w.part == 'index scores' else w for w in works]
+  def regrouped(*args, scores='context', **kwargs):
+    return original(*args, scores={'context': 'weights', 'weights': 'context'}[scores], **kwargs)
 
   with mock.patch.object(serving_module, 'token_work', regrouped):
-    found['index scores at the share of the weights'] = _fitted(serving)
+    found['index scores at the share of attention (prefill), of the weights (decode)'] = _fitted(serving)
   return found
 
 

@@ -4,12 +4,15 @@
 python experiments/cost_claim/measure.py [--longest 65536] [--out FOLDER]
 
 Writes measured.json, measured.md and measured.png. The model is small, its weights and what its
-cache holds are random: time does not depend on them. Each figure is the fastest of several runs of
-the compiled step, dense and sparse by turns; what is predicted is the arithmetic of dsa_jax.cost at
-this machine's own speed of one large matrix product and of one large copy.
+cache holds are random: time does not depend on them. Decoding runs over consecutive tokens, the
+context growing by one each; dense and sparse run by turns, and a figure is the median of all tokens
+but those of the first turn, which compiles. 'indexer' is what sparse decoding scores and selects
+with, run by itself. What is predicted is the arithmetic of dsa_jax.cost at this machine's own speed of
+one large matrix product and of one large copy.
 """
 
 import argparse
+import functools
 import json
 import pathlib
 import platform
@@ -24,14 +27,17 @@ import numpy as np
 from dsa_jax.config import ModelConfig
 from dsa_jax.cost.chips import Chip, Efficiency
 from dsa_jax.cost.serving import Serving, token_parts
+from dsa_jax.kernels import index_topk
 from dsa_jax.kernels.backend import default_backend
 from dsa_jax.nn.cache import init_cache
 from dsa_jax.nn.extend import extend
 from dsa_jax.state import init_params, model_graph
 
 CHUNK = 512
-RUNS = {'prefill': 2, 'decode': 8}
-TOKENS = {'prefill': CHUNK, 'decode': 1}
+TOKENS = {'prefill': CHUNK, 'decode': 1}  # Of a step.
+STEPS = {'prefill': 1, 'decode': 12}  # Of a turn.
+TURNS = {'prefill': 3, 'decode': 4}
+KINDS = {'prefill': ('dense', 'sparse'), 'decode': ('dense', 'sparse', 'indexer')}
 
 
 def small_model(longest: int) -> ModelConfig:
@@ -64,33 +70,60 @@ def fastest(f, *arguments, runs: int) -> float:
 
 
 def measure(cfg: ModelConfig, contexts: list[int]) -> dict[str, dict[str, list[float]]]:
-  """Returns seconds per token at each context, by phase and by kind of attention."""
-  graph, params, backend = model_graph(cfg), init_params(cfg, seed=0), default_backend()
+  """Returns seconds per token at each context, by phase and by kind."""
+  params, programs = init_params(cfg, seed=0), make_programs(cfg)
+  found = {phase: {kind: [] for kind in kinds} for phase, kinds in KINDS.items()}
+  for context in contexts:
+    cache = full_cache(cfg, context)
+    for phase, width in TOKENS.items():
+      tokens, n_new = jnp.ones((1, width), jnp.int32), jnp.full(1, width, jnp.int32)
+      seconds = {kind: [] for kind in KINDS[phase]}
+      for turn in range(TURNS[phase] + 1):  # By turns, so that all see the same machine.
+        for kind in seconds:
+          cache = cache._replace(length=jnp.full(1, context - width * STEPS[phase], jnp.int32))
+          for _ in range(STEPS[phase]):
+            began = time.perf_counter()
+            out, cache = programs[kind](params, cache, tokens, n_new)
+            jax.block_until_ready((out, cache))
+            if turn:
+              seconds[kind].append((time.perf_counter() - began) / width)
+      for kind, each in seconds.items():
+        found[phase][kind].append(float(np.median(each)))
+      row = {kind: found[phase][kind][-1] for kind in seconds}
+      print(f'{phase} at {context:,}: ' + ', '.join(f'{k} {1e3 * s:.2f} ms' for k, s in row.items()))
+  return found
+
+
+def make_programs(cfg: ModelConfig):
+  """Returns the step of each kind: parameters, cache and tokens to an output and the next cache."""
+  graph, backend = model_graph(cfg), default_backend()
 
   def step(params, cache, tokens, n_new, attention):
     model = nnx.merge(graph, params)
     reading = extend(model, cache, tokens, n_new, attention=attention, backend=backend)
     return model.logits(reading.hidden[:, -1:]), reading.cache
 
-  step = jax.jit(step, static_argnums=4, donate_argnums=1)
-  found = {phase: {'dense': [], 'sparse': []} for phase in TOKENS}
-  for context in contexts:
-    cache = full_cache(cfg, context)
-    for phase, width in TOKENS.items():
-      tokens, n_new = jnp.ones((1, width), jnp.int32), jnp.full(1, width, jnp.int32)
-      seconds = {kind: [] for kind in found[phase]}
-      for _ in range(RUNS[phase] + 1):  # By turns, so that both see the same machine.
-        for kind in seconds:
-          cache = cache._replace(length=jnp.full(1, context - width, jnp.int32))
-          began = time.perf_counter()
-          logits, cache = step(params, cache, tokens, n_new, kind)
-          jax.block_until_ready((logits, cache))
-          seconds[kind].append(time.perf_counter() - began)
-      for kind, all_runs in seconds.items():
-        found[phase][kind].append(min(all_runs[1:]) / width)  # The first one has compiled.
-      row = {kind: found[phase][kind][-1] for kind in seconds}
-      print(f'{phase} at {context:,}: ' + ', '.join(f'{k} {1e3 * s:.2f} ms' for k, s in row.items()))
-  return found
+  heads = 1, TOKENS['decode'], cfg.index_n_heads
+  q = jax.random.normal(jax.random.key(0), (*heads, cfg.index_head_dim))
+  weights = jax.random.normal(jax.random.key(1), heads)
+
+  def indexer(params, cache, tokens, n_new):
+    """Each layer's scores and selection."""
+    del params, tokens
+    end = (cache.length + n_new)[:, None]
+    capacity = cache.index_key.shape[1] // cfg.n_layers
+    how = {'topk': cfg.index_topk, 'backend': backend}
+
+    def layer(first):
+      span = first, capacity
+      return index_topk(q, cache.index_key, weights, jnp.zeros_like(end), end, span=span, **how)
+
+    selected = jax.lax.map(layer, capacity * jnp.arange(cfg.n_layers))
+    return selected, cache._replace(length=cache.length + n_new)
+
+  programs = {kind: functools.partial(step, attention=kind) for kind in ('dense', 'sparse')}
+  programs['indexer'] = indexer
+  return {kind: jax.jit(program, donate_argnums=1) for kind, program in programs.items()}
 
 
 def full_cache(cfg: ModelConfig, capacity: int):
@@ -106,14 +139,13 @@ def predict(cfg: ModelConfig, contexts: list[int], chip: Chip) -> dict[str, dict
   serving = Serving(
       chip=chip, cache='bf16', batch=1, queries=1, chunk=CHUNK, expert_chips=1, prefill=peak, decode=peak
   )
-  seconds = lambda context, phase, kind: sum(
-      part.seconds
-      for part in token_parts(cfg, context, phase, sparse=kind == 'sparse', serving=serving).values()
-  )
-  return {
-      phase: {kind: [seconds(c, phase, kind) for c in contexts] for kind in ('dense', 'sparse')}
-      for phase in TOKENS
-  }
+
+  def seconds(context, phase, kind):
+    parts = token_parts(cfg, context, phase, sparse=kind != 'dense', serving=serving)
+    counted = ('index scores', 'selection') if kind == 'indexer' else parts
+    return sum(parts[name].seconds for name in counted)
+
+  return {p: {k: [seconds(c, p, k) for c in contexts] for k in kinds} for p, kinds in KINDS.items()}
 
 
 def slope(contexts: list[int], seconds: list[float]) -> float:
@@ -124,44 +156,59 @@ def slope(contexts: list[int], seconds: list[float]) -> float:
 
 
 def table(report: dict) -> str:
+  measured, predicted, contexts = (report[k] for k in ('measured', 'predicted', 'contexts'))
+  columns = [(phase, kind) for phase, kinds in KINDS.items() for kind in kinds]
+  names = [f'{phase} {kind}, ms' for phase, kind in columns]
+  names += [f'{phase}, times cheaper' for phase in KINDS]
   lines = [
       f"{report['machine']}; {report['gflops']:.0f} GFLOP/s in a product, {report['gbytes']:.1f} GB/s in a copy.",
       '',
-      '| context | ' + ' | '.join(f'{p} {k}, ms' for p in TOKENS for k in ('dense', 'sparse')) + ' | prefill, times cheaper | decode, times cheaper |',
-      '| ---: |' + ' ---: |' * 6,
+      f"| context | {' | '.join(names)} |",
+      '| ---: |' + ' ---: |' * len(names),
   ]  # fmt: skip
-  measured = report['measured']
-  for i, context in enumerate(report['contexts']):
-    cells = [f'{context:,}']
-    cells += [f'{1e3 * measured[p][k][i]:.3g}' for p in TOKENS for k in ('dense', 'sparse')]
-    cells += [f"{measured[p]['dense'][i] / measured[p]['sparse'][i]:.2f}" for p in TOKENS]
-    lines.append('| ' + ' | '.join(cells) + ' |')
+  for i, context in enumerate(contexts):
+    cells = [f'{1e3 * measured[p][k][i]:.3g}' for p, k in columns]
+    cells += [f"{measured[p]['dense'][i] / measured[p]['sparse'][i]:.2f}" for p in KINDS]
+    lines.append(f"| {context:,} | {' | '.join(cells)} |")
   lines += [
       '',
       '| | measured, from first to last | µs per token and 1K of context: measured | at peak speed | share of peak |',
       '| --- | ---: | ---: | ---: | ---: |',
   ]
-  for phase in TOKENS:
-    for kind in ('dense', 'sparse'):
-      values, peak = measured[phase][kind], report['predicted'][phase][kind]
-      found, best = (1e9 * slope(report['contexts'], v) for v in (values, peak))
-      lines.append(
-          f'| {phase}, {kind} | {values[-1] / values[0]:.2f} x | {found:.3g} | {best:.3g} | {best / found:.0%} |'
-      )
+  for phase, kind in columns:
+    values, peak = measured[phase][kind], predicted[phase][kind]
+    found, best = (1e9 * slope(contexts, v) for v in (values, peak))
+    lines.append(
+        f'| {phase}, {kind} | {values[-1] / values[0]:.2f} x | {found:.3g} | {best:.3g} | {best / found:.0%} |'
+    )
+  if len(contexts) > 1:
+    lines += ['', residual(measured['decode'])]
   return '\n'.join(lines) + '\n'
+
+
+def residual(decode: dict[str, list[float]]) -> str:
+  """Says what the indexer is of what a sparse token's time grows by."""
+  sparse, indexer = (1e3 * (decode[kind][-1] - decode[kind][0]) for kind in ('sparse', 'indexer'))
+  share = f', {indexer / sparse:.0%} of it' if sparse > 0 else ''
+  return (
+      f'From the first context to the last a sparse decoded token takes {sparse:.2f} ms more; scoring and'
+      f' selecting, run by themselves, take {indexer:.2f} ms more{share}.'
+  )
 
 
 def plot(report: dict, path: pathlib.Path):
   figure, panels = plt.subplots(1, 2, figsize=(11, 4.2), layout='constrained')
-  colors = {'dense': 'C1', 'sparse': 'C0'}
-  for panel, phase in zip(panels, TOKENS):
-    for kind, color in colors.items():
-      panel.plot(report['contexts'], 1e3 * np.array(report['measured'][phase][kind]), 'o-', color=color, label=f'{kind}, measured')
-      panel.plot(report['contexts'], 1e3 * np.array(report['predicted'][phase][kind]), ':', color=color, label=f'{kind}, at peak speed')
+  colors = {'dense': 'C1', 'sparse': 'C0', 'indexer': 'C2'}
+  for panel, (phase, kinds) in zip(panels, KINDS.items()):
+    for kind in kinds:
+      measured, peak = (1e3 * np.array(report[x][phase][kind]) for x in ('measured', 'predicted'))
+      panel.plot(report['contexts'], measured, 'o-', color=colors[kind], label=f'{kind}, measured')
+      panel.plot(report['contexts'], peak, ':', color=colors[kind], label=f'{kind}, at peak speed')
     panel.set(xscale='log', yscale='log', title=phase, xlabel='tokens of context', ylabel='ms per token')
     panel.set_xticks(report['contexts'], [f'{c // 1024}K' for c in report['contexts']])
     panel.set_xticks([], minor=True)
-    panel.legend(frameon=False)
+    panel.set_ylim(top=10 * panel.get_ylim()[1])  # Room for the legend.
+    panel.legend(frameon=False, ncols=2, loc='upper left')
   figure.savefig(path, dpi=120)
 
 

@@ -202,6 +202,29 @@ def test_later_keys_change_nothing(backend):
   assert (before != after).any()
 
 
+@pytest.mark.parametrize(
+    'backend, n_rows, n_keys',
+    [('xla', n_rows, n_keys) for n_rows in (1, cases.T) for n_keys in (cases.S, 48, 64, 5)]
+    + [(backend, 1, 5) for backend in ALL if backend != 'xla'],
+)
+def test_keys_within_a_longer_array(backend, n_rows, n_keys):
+  """Few rows read them in place, others copy them; what lies around them does not matter."""
+  q, _, weights = (x[:, -n_rows:] for x in make_inputs('integers'))
+  k = jnp.asarray(np.random.default_rng(1).integers(-2, 3, (2, 3 * n_keys, J)), jnp.float32)
+  end = jnp.array([n_keys, n_keys - 2])[:, None] - jnp.arange(n_rows)[::-1]
+  end = jnp.maximum(end, 0).astype(jnp.int32)
+  blocks = xla.BlockSizes(few_block_s=16) if backend == 'xla' else None
+  how = {'topk': 2, 'backend': backend, 'blocks': blocks}
+  with cases.interpreted(backend):
+    for i in (0, 1, 2) if backend == 'xla' else (1,):
+      here = k.at[:, : i * n_keys].set(jnp.nan).at[:, (i + 1) * n_keys :].set(jnp.nan)
+      span = jnp.int32(i * n_keys), n_keys
+      got = index_topk(q, here, weights, 0 * end, end, span=span, **how)
+      cut = k[:, i * n_keys : (i + 1) * n_keys]
+      want = index_topk(q, cut, weights, 0 * end, end, topk=2, backend='reference')
+      np.testing.assert_array_equal(got, want)
+
+
 @pytest.mark.parametrize('backend', ALL)
 def test_one_key(backend):
   q, k, weights = jnp.ones((1, 2, 1, 1)), jnp.ones((1, 1, 1)), jnp.ones((1, 2, 1))

@@ -10,7 +10,7 @@ from dsa_jax.kernels.index_topk import gpu, tpu, xla
 from dsa_jax.kernels.index_topk.reference import index_topk_reference
 from dsa_jax.kernels.visibility import check_intervals
 
-BACKENDS = {'xla': xla, 'tpu': tpu, 'gpu': gpu}
+BACKENDS = {'tpu': tpu, 'gpu': gpu}
 
 
 @jax.named_scope('index_topk')
@@ -24,6 +24,7 @@ def index_topk(
     topk: int,
     backend: str,
     blocks: gpu.BlockSizes | tpu.BlockSizes | xla.BlockSizes | None = None,
+    span: tuple[Int[Array, ''], int] | None = None,
 ) -> Int[Array, 'B T {topk}']:
   """Selects, for each query, the `topk` visible keys with the highest index scores.
 
@@ -36,6 +37,8 @@ def index_topk(
     topk: K, how many to keep.
     backend: Which implementation. Never falls back to another.
     blocks: Block sizes; the backend's own if None. They cannot change the result.
+    span: Where `k` holds more than these keys, as a cache of several layers does: the first of them
+      and their number. Positions count from there. Few queries under `xla` copy none of them.
 
   Returns:
     int32 positions, ascending, then -1 in the slots that nothing fills. All visible keys where
@@ -47,6 +50,11 @@ def index_topk(
   if topk < 1:
     raise ValueError(f'{topk=} must be at least 1.')
   q, k, weights = jax.lax.stop_gradient((q, k, weights))
+  if backend == 'xla':
+    blocks = blocks or xla.BlockSizes()
+    return xla.forward(q, k, weights, start, end, topk=topk, blocks=blocks, span=span)
+  if span is not None:
+    k = jax.lax.dynamic_slice_in_dim(k, *span, axis=1)
   if backend == 'reference':
     return index_topk_reference(q, k, weights, start, end, topk=topk)
   kernels = BACKENDS[backend]

@@ -6,6 +6,7 @@ lowest group): a group left out has K groups before it, each with a key before a
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -23,20 +24,23 @@ class BlockSizes:
   block_t: int = 128  # Query rows whose scores exist at one time.
   block_s: int = 1024  # Keys scored at one time.
   few_t: int = 8  # Up to so many rows, as in decoding, read the keys as they lie,
-  few_block_s: int = 8192  # this many at a time.
+  few_block_s: int = 16_384  # this many at a time.
 
 
-def forward(q, k, weights, start, end, *, topk: int, blocks: BlockSizes):
-  batch, n_keys, _ = k.shape
-  size = _group_size(n_keys, topk)
+def forward(q, k, weights, start, end, *, topk: int, blocks: BlockSizes, span=None):
+  batch, few = q.shape[0], q.shape[1] <= blocks.few_t
+  if span is not None and not few:
+    k, span = jax.lax.dynamic_slice_in_dim(k, *span, axis=1), None
+  first_key, n_keys = span or (0, k.shape[1])
+  size = _group_size(n_keys, topk, dividing=few)
   n_groups = -(-n_keys // size)
-  few = q.shape[1] <= blocks.few_t
-  block_s = blocks.few_block_s if few else blocks.block_s
-  step_groups = min(max(block_s // size, 1), n_groups)
-  k = pad_axis(k, 1, size * step_groups).reshape(batch, -1, size, k.shape[-1])
-  k = k if few else _interleave(k)
-  n_groups = k.shape[1 if few else 2]
-  score_groups = _score_as_they_lie if few else _score_interleaved
+  step_groups = min(max((blocks.few_block_s if few else blocks.block_s) // size, 1), n_groups)
+  if few:
+    score_groups = functools.partial(_score_as_they_lie, first_key=first_key, size=size)
+  else:
+    k = pad_axis(k, 1, size * step_groups).reshape(batch, -1, size, k.shape[-1])
+    k = _interleave(k)
+    n_groups, score_groups = k.shape[2], _score_interleaved
   end = jnp.minimum(end, n_keys)  # Never the padding.
   block_t = min(blocks.block_t, q.shape[1])
 
@@ -45,7 +49,7 @@ def forward(q, k, weights, start, end, *, topk: int, blocks: BlockSizes):
 
     def score(j, state):
       scores, tops = state
-      first = j * step_groups
+      first = jnp.minimum(j * step_groups, n_groups - step_groups)
       new = score_groups(q, k, weights, first, step_groups)
       position = (first + jnp.arange(step_groups)) * size + jnp.arange(size)[:, None]
       visible = (position >= start[..., None, None]) & (position < end[..., None, None])
@@ -63,10 +67,13 @@ def forward(q, k, weights, start, end, *, topk: int, blocks: BlockSizes):
   return scan_rows(select, scores, (q, weights, start, end), block_t)[1]
 
 
-def _group_size(n_keys: int, topk: int) -> int:
-  """A power of two near (S / K) ** 0.5: as many group maxima as keys in the chosen groups."""
+def _group_size(n_keys: int, topk: int, *, dividing: bool) -> int:
+  """A power of two near (S / K) ** 0.5: as many group maxima as keys in the chosen groups.
+
+  `dividing`: and one that divides S, so that keys need no padding, which would copy them.
+  """
   size = 1
-  while n_keys >= 2 * topk * size * size:
+  while n_keys >= 2 * topk * size * size and not (dividing and n_keys % (2 * size)):
     size *= 2
   return size
 
@@ -84,9 +91,10 @@ def _score_interleaved(q, k, weights, first, n_groups):
   return scores.reshape(batch, q.shape[1], size, n_groups)
 
 
-def _score_as_they_lie(q, k, weights, first, n_groups):
-  """The same from keys that are not interleaved: for few rows, scores are less to turn than keys."""
-  keys = jax.lax.dynamic_slice_in_dim(k, first, n_groups, axis=1)
+def _score_as_they_lie(q, k, weights, first, n_groups, *, first_key, size):
+  """The same from keys [B, S, J] as they lie: for few rows, scores are less to turn than keys."""
+  keys = jax.lax.dynamic_slice_in_dim(k, first_key + first * size, n_groups * size, axis=1)
+  keys = keys.reshape(k.shape[0], n_groups, size, -1)
   dots = jnp.einsum('BGSJ,BTIJ->BGSTI', keys, q, preferred_element_type=jnp.float32)
   return jnp.einsum('BGSTI,BTI->BTSG', jax.nn.relu(dots), weights.astype(jnp.float32))
 
