@@ -4,6 +4,7 @@
 The tools come as wheels: `pip install 'dsa_jax[compile-gpu]'`.
 """
 
+from collections.abc import Iterable
 import importlib.util
 import pathlib
 import re
@@ -38,9 +39,7 @@ def read_kernels(
     shared |= shared_bytes(path.read_text())
   for path in dump.glob('*.mlir-passes.log'):  # Of Mosaic.
     with path.open() as lines:
-      found = (re.search(r'dynamic_shared_memory_size %c(\d+)_i32', line) for line in lines)
-      launch = next(filter(None, found), None)
-    shared |= {path.name.rsplit('_', 1)[0] + MOSAIC: launch and int(launch[1])}
+      shared[path.name.rsplit('_', 1)[0] + MOSAIC] = launched_bytes(lines)
   kernels = {}
   for path in sorted(dump.glob('*.ptx')):
     names = re.findall(r'^\.visible \.entry (\w+)\(', path.read_text(), re.MULTILINE)
@@ -95,6 +94,13 @@ def shared_bytes(thunks: str) -> dict[str, int]:
   """Shared memory that each kernel is launched with, from XLA's list of launches."""
   found = re.findall(r'\] (\w+) grid: .*shared_memory: (\d+) bytes', thunks)
   return {name: int(n) for name, n in found}
+
+
+def launched_bytes(lines: Iterable[str]) -> int | None:
+  """Shared memory that a kernel is launched with, from Mosaic's log of its passes."""
+  found = (re.search(r'dynamic_shared_memory_size %c(\d+)_i32', line) for line in lines)
+  launch = next(filter(None, found), None)
+  return launch and int(launch[1])
 
 
 def _run(tool, *args):

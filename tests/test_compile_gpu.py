@@ -64,6 +64,8 @@ def test_describes_a_kernel():
   }
   assert not ptxas.describe(SAID.split('\n', 1)[1], INSTRUCTIONS)['serialized']
   assert ptxas.shared_bytes(THUNKS) == {'loop_fusion': 0, 'x': 225536}
+  launches = ['dynamic_shared_memory_size %other', 'dynamic_shared_memory_size %c231480_i32 {']
+  assert ptxas.launched_bytes(launches) == 231480 and ptxas.launched_bytes([]) is None
 
 
 @pytest.mark.parametrize('what', ['loop_spills', 'serialized'])

@@ -326,13 +326,27 @@ def table(results: dict):
     yield 'Interpreted on a CPU: the times mean nothing.'
   yield '\n| program | S | queries | device ms | wall ms | roofline ms | TFLOPS | % of ceiling |'
   yield '| --- |' + ' ---: |' * 7
-  for row in results['rows']:
+  for row in with_differences(results['rows'], ceiling):
     program = row['program'] + (', decoding' if 'sequences' in row else '')
     program += f', {row["index_heads"]} heads' if 'index_heads' in row else ''
     cells = [program, str(row['S']), str(row['queries'])]
     cells += [show(row.get(key), 3) for key in ('device_ms', 'wall_ms', 'roofline_ms')]
     cells += [show(row['tflops'], 0), show(row.get('percent_of_ceiling'), 0)]
     yield '| ' + ' | '.join(cells) + ' |'
+
+
+def with_differences(rows: list[dict], ceiling: float):
+  """Each row; after forward and backward of a program, the backward alone, by their difference."""
+  measured = {(row['program'], row['S'], row['queries']): row for row in rows}
+  for row in rows:
+    yield row
+    forward = measured.get((row['program'].removesuffix('_backward'), row['S'], row['queries']))
+    if row['program'].endswith('forward_backward') and row['tflops'] is not None:
+      ms = row['device_ms'] - forward['device_ms']
+      flops = row['tflops'] * row['device_ms'] - forward['tflops'] * forward['device_ms']
+      alone = {'program': row['program'].replace('forward_', ''), 'device_ms': ms}
+      alone |= {'tflops': flops / ms, 'percent_of_ceiling': 100 * flops / ms / ceiling}
+      yield {'S': row['S'], 'queries': row['queries'], **alone}
 
 
 def comparison(rows: list[dict]):
