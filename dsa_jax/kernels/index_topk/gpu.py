@@ -110,7 +110,8 @@ def _best(scores, start, end, positions=None, *, topk, chunk):
 
   out = [jax.ShapeDtypeStruct((scores.shape[0], topk), jnp.int32)]
   args = [scores, start, end] + ([] if positions is None else [positions])
-  return triton.call(kernel, 'index_topk', scores.shape[0], out, args, warps=max(chunk // 512, 1))[0]
+  warps = max(chunk // 512, 1)
+  return triton.call(kernel, 'index_topk', scores.shape[0], out, args, warps=warps)[0]
 
 
 def _chunks(start, end, chunk):

@@ -36,8 +36,8 @@ def attend(q, kv, rows, bias, ends, *, v_dim: int, sm_scale: float):
   half = v_dim // 2
   front, rest = pl.ds(0, v_dim), pl.ds(v_dim, width - v_dim)
 
-  def sparse_attention_forward(q, kv, rows, bias, ends, out, lse, q_front, q_rest, probs, notes, *scratch):
-    q_ready, met, created, *ring = scratch
+  def sparse_attention_forward(q, kv, rows, bias, ends, out, lse, *scratch):
+    q_front, q_rest, probs, notes, q_ready, met, created, *ring = scratch
     ring = Ring(*ring, rounds=ROUNDS)
     row, where = _place(heads)
     steps = ends[row] // STEP
@@ -147,8 +147,8 @@ def weigh(q, dout, lse, delta, kv, rows, bias, ends, *, sm_scale: float):
   v_dim = dout.shape[2]
   front, rest = pl.ds(0, v_dim), pl.ds(v_dim, width - v_dim)
 
-  def sparse_attention_weights(q, dout, lse, delta, kv, rows, bias, ends, out, q_front, q_rest, dvalue, staged, *scratch):
-    q_ready, created, *ring = scratch
+  def sparse_attention_weights(q, dout, lse, delta, kv, rows, bias, ends, out, *scratch):
+    q_front, q_rest, dvalue, staged, q_ready, created, *ring = scratch
     ring = Ring(*ring, rounds=1)
     row, where = _place(heads)
     steps = ends[row] // STEP
