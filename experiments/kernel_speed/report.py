@@ -34,8 +34,14 @@ def tables(results: dict):
   )
   yield '\n## Seconds, the fastest run (the median run)\n'
   yield from grid(seconds, lambda x: f'{min(x):.3f} ({sorted(x)[len(x) // 2]:.3f})')
-  yield '\n## How many times faster, fastest run against fastest run\n'
-  ratios = {title: quotient(seconds, slow, fast) for title, slow, fast in RATIOS}
+  shared = results.get('shared', {})
+  yield '\n## The same, query rows shared by two CPU devices\n'
+  yield from grid(shared, lambda x: f'{min(x):.3f} ({sorted(x)[len(x) // 2]:.3f})')
+  yield '\n## How many times faster, fastest run against fastest run, each in its faster form\n'
+  ratios = {
+      title: quotient(fastest(seconds, shared, slow), fastest(seconds, shared, fast))
+      for title, slow, fast in RATIOS
+  }
   yield from grid(ratios, lambda x: f'{x:.1f}')
   yield '\n## GFLOP/s reached, by the work that the mathematics asks for\n'
   rates = {
@@ -51,9 +57,14 @@ def tables(results: dict):
     yield from grid(results['transformers'], lambda x: x)
 
 
-def quotient(seconds, slow, fast):
-  both = set(seconds.get(slow, {})) & set(seconds.get(fast, {}))
-  return {n: min(seconds[slow][n]) / min(seconds[fast][n]) for n in both}
+def fastest(seconds, shared, name) -> dict[str, float]:
+  """By size, the fastest run of either form."""
+  rows = seconds.get(name, {}), shared.get(name, {})
+  return {n: min(sum((row.get(n, []) for row in rows), [])) for n in rows[0] | rows[1]}
+
+
+def quotient(slow, fast):
+  return {n: slow[n] / fast[n] for n in slow if n in fast}
 
 
 def grid(rows: dict, show):

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from dsa_jax.kernels.best import best_positions
-from dsa_jax.kernels.index_scores import index_scores
+from dsa_jax.kernels.index_scores import weigh
 from dsa_jax.kernels.rows import key_range, pad_axis, scan_rows
 from dsa_jax.kernels.select_topk import hide
 
@@ -34,8 +34,8 @@ def forward(q, k, weights, start, end, *, topk: int, blocks: BlockSizes):
   block_s = blocks.few_block_s if few else blocks.block_s
   step_groups = min(max(block_s // size, 1), n_groups)
   k = pad_axis(k, 1, size * step_groups).reshape(batch, -1, size, k.shape[-1])
-  k = k if few else _interleave(k)
-  n_groups = k.shape[1 if few else 2]
+  n_groups = k.shape[1]
+  k = k if few else _interleave(k, step_groups)
   score_groups = _score_as_they_lie if few else _score_interleaved
   end = jnp.minimum(end, n_keys)  # Never the padding.
   block_t = min(blocks.block_t, q.shape[1])
@@ -46,7 +46,7 @@ def forward(q, k, weights, start, end, *, topk: int, blocks: BlockSizes):
     def score(j, state):
       scores, tops = state
       first = j * step_groups
-      new = score_groups(q, k, weights, first, step_groups)
+      new = score_groups(q, k, weights, j, step_groups)
       position = (first + jnp.arange(step_groups)) * size + jnp.arange(size)[:, None]
       visible = (position >= start[..., None, None]) & (position < end[..., None, None])
       new = hide(new, visible)
@@ -71,22 +71,26 @@ def _group_size(n_keys: int, topk: int) -> int:
   return size
 
 
-def _interleave(k):
-  """Keys [B, groups, size, J] to [B, size, groups, J]: a group's maximum is over whole slices."""
-  return jnp.swapaxes(k, 1, 2)
+def _interleave(k, step):
+  """Keys [B, groups, size, J] to [B, groups / step, J, size, step].
+
+  As the product reads them, and so that a group's maximum is over whole slices.
+  """
+  batch, _, size, j = k.shape
+  return jnp.moveaxis(k.reshape(batch, -1, step, size, j), (4, 3), (2, 3))
 
 
-def _score_interleaved(q, k, weights, first, n_groups):
-  """Scores [B, T, size, n] of n groups from the first on; interleaved keys make them in this order."""
-  keys = jax.lax.dynamic_slice_in_dim(k, first, n_groups, axis=2)
-  batch, size, _, j = keys.shape
-  scores = index_scores(q, keys.reshape(batch, -1, j), weights)
-  return scores.reshape(batch, q.shape[1], size, n_groups)
+def _score_interleaved(q, k, weights, j, step):
+  """Scores [B, T, size, step] of the j-th so many groups; interleaved keys make this order."""
+  keys = jax.lax.dynamic_index_in_dim(k, j, 1, keepdims=False)
+  keys = keys.reshape(*keys.shape[:2], -1)
+  dots = jnp.einsum('BTIJ,BJS->BTIS', q, keys, preferred_element_type=jnp.float32)
+  return weigh(dots, weights, axis=2).reshape(*q.shape[:2], -1, step)
 
 
-def _score_as_they_lie(q, k, weights, first, n_groups):
+def _score_as_they_lie(q, k, weights, j, step):
   """The same from keys that are not interleaved: for few rows, scores are less to turn than keys."""
-  keys = jax.lax.dynamic_slice_in_dim(k, first, n_groups, axis=1)
+  keys = jax.lax.dynamic_slice_in_dim(k, j * step, step, axis=1)
   dots = jnp.einsum('BGSJ,BTIJ->BGSTI', keys, q, preferred_element_type=jnp.float32)
   return jnp.einsum('BGSTI,BTI->BTSG', jax.nn.relu(dots), weights.astype(jnp.float32))
 
