@@ -192,3 +192,8 @@ def flops(name: str, n: int) -> float:
       'sparse_forward': pairs * score + chosen * attend,
   }
   return per.get(name, 0.0)
+
+
+def scoring_bytes(name: str, n: int) -> float:
+  """What scoring writes and reads again: float32 dots of each pair and head, and the scores."""
+  return n * (n + 1) / 2 * 8 * (I + 1) if name in ('index_topk', 'naive_topk') else 0.0

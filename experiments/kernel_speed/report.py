@@ -44,17 +44,23 @@ def tables(results: dict):
   }
   yield from grid(ratios, lambda x: f'{x:.1f}')
   yield '\n## GFLOP/s reached, by the work that the mathematics asks for\n'
-  rates = {
-      name: {n: programs.flops(name, int(n)) / min(x) / 1e9 for n, x in row.items()}
-      for name, row in seconds.items()
-      if programs.flops(name, 1)
-  }
-  yield from grid(rates, lambda x: f'{x:.0f}')
+  yield from grid(rates(seconds, programs.flops), lambda x: f'{x:.0f}')
+  yield '\n## GB/s reached, by the dots and scores that scoring writes and reads\n'
+  yield from grid(rates(seconds, programs.scoring_bytes), lambda x: f'{x:.1f}')
   yield '\n## Temporary memory by the compiler, MiB\n'
   yield from grid(results.get('memory', {}), lambda x: f'{x / 2**20:.0f}')
   if 'transformers' in results:
     yield '\n## One attention layer, forward: transformers deepseek_v32 and ours\n'
     yield from grid(results['transformers'], lambda x: x)
+
+
+def rates(seconds, amount) -> dict:
+  """Billions of what `amount` counts in a program, per second of its fastest run."""
+  return {
+      name: {n: amount(name, int(n)) / min(x) / 1e9 for n, x in row.items()}
+      for name, row in seconds.items()
+      if amount(name, 1)
+  }
 
 
 def fastest(seconds, shared, name) -> dict[str, float]:
