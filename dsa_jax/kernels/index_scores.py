@@ -33,7 +33,18 @@ def index_scores(
     wrongly: do not compare with them.
   """
   dots = jnp.einsum('BTIJ,BSJ->BTIS', q, k, preferred_element_type=jnp.float32)
-  return jnp.einsum('BTIS,BTI->BTS', jax.nn.relu(dots), weights.astype(jnp.float32))
+  return weigh(dots, weights, axis=2)
+
+
+def weigh(
+    dots: Float[Array, 'B T ...'], weights: Float[Array, 'B T I'], *, axis: int
+) -> Float[Array, 'B T S']:
+  """Returns sum_i weights[b, t, i] * relu(dots) of dots whose heads are on `axis`, 2 or 3.
+
+  Term by term: XLA makes one pass of it, where a sum over the axis takes two or three on a CPU.
+  """
+  heads = jnp.moveaxis(dots, axis, 0), jnp.moveaxis(weights.astype(jnp.float32), 2, 0)
+  return sum(weight[..., None] * jax.nn.relu(dot) for dot, weight in zip(*heads))
 
 
 def check_index_inputs(q: jax.Array, k: jax.Array, weights: jax.Array):

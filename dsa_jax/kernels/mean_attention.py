@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where attention looks: the mean over heads of its probabilities, which the indexer predicts."""
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
@@ -24,8 +25,17 @@ def mean_attention(
     sm_scale: Softmax scale.
   """
   b, t, _, e = q.shape
-  q = q.reshape(b, t, k.shape[-2], -1, e)
-  lse = jnp.where(lse > -jnp.inf, lse, 0).reshape(*q.shape[:-1])
+  n_groups = k.shape[-2]
+  lse = jnp.where(lse > -jnp.inf, lse, 0)
+  if k.ndim == 5 and n_groups == 1:
+    # An axis of one to pair would have XLA turn the keys. Turned logits run along memory.
+    logits = jnp.einsum('BTSE,BTHE->BTSH', k[..., 0, :], q, preferred_element_type=jnp.float32)
+    logits = jnp.swapaxes(jax.lax.optimization_barrier(logits), 2, 3)
+    mask = jnp.where(seen, 0.0, -jnp.inf)[:, :, None]
+    probs = jax.lax.optimization_barrier(jnp.exp(sm_scale * logits + mask - lse[..., None]))
+    return jnp.mean(probs, axis=2)
+  q = q.reshape(b, t, n_groups, -1, e)
+  lse = lse.reshape(*q.shape[:-1])
   if k.ndim == 4:
     logits = jnp.einsum('BTGME,BSGE->BTGMS', q, k, preferred_element_type=jnp.float32)
     logits = jnp.where(seen[:, :, None, None], sm_scale * logits - lse[..., None], -jnp.inf)

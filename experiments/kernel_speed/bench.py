@@ -44,23 +44,30 @@ def main():
   add('--sizes', type=int, nargs='*', default=[1024, 2048, 4096, 8192, 16_384, 32_768])
   add('--memory_sizes', type=int, nargs='*', default=[16_384, 32_768, 65_536, 131_072])
   add('--ops', nargs='*', default=list(programs.PROGRAMS), choices=list(programs.PROGRAMS))
+  add('--devices', type=int, default=1, choices=[1, 2],
+      help='2: sparse and dense attention with their rows shared by two CPU devices')
   add('--seconds', type=float, default=20, help='about how long each program is repeated')
   add('--runs', type=int, default=5, help='at most so many times, and at least twice')
   add('--no_limit', action='store_true', help='also run what UP_TO leaves out')
   add('--results', type=pathlib.Path, default=HERE / 'results.json')
   args = parser.parse_args()
+  jax.config.update('jax_num_cpu_devices', args.devices)
   results = json.loads(args.results.read_text()) if args.results.exists() else {}
   results |= {'machine': machine()}
   if (HERE / 'transformers.json').exists():
     results['transformers'] = json.loads((HERE / 'transformers.json').read_text())
-  for n in args.memory_sizes:
+  for n in args.memory_sizes if args.devices == 1 else ():
     for name in args.ops:
       put(results, 'memory', name, n, memory(name, n))
     args.results.write_text(json.dumps(results, indent=1))
+  kind = 'seconds' if args.devices == 1 else 'shared'
   for n in args.sizes:
-    ops = [x for x in args.ops if args.no_limit or n <= UP_TO.get(x, n)]
-    for name, seconds in time_side_by_side(ops, n, args.runs, args.seconds).items():
-      put(results, 'seconds', name, n, seconds)
+    x, runnable = inputs_and_programs(n, args.devices)
+    ops = [name for name in args.ops if name in runnable]
+    ops = [name for name in ops if args.no_limit or n <= UP_TO.get(name, n)]
+    runnable = {name: runnable[name] for name in ops}
+    for name, seconds in time_side_by_side(runnable, x, args.runs, args.seconds).items():
+      put(results, kind, name, n, seconds)
     args.results.write_text(json.dumps(results, indent=1))
   report.write(results, HERE)
 
@@ -77,10 +84,16 @@ def memory(name: str, n: int) -> int:
   return compiled.memory_analysis().temp_size_in_bytes
 
 
-def time_side_by_side(names, n: int, runs: int, budget: float) -> dict[str, list[float]]:
+def inputs_and_programs(n: int, devices: int):
+  if devices == 1:
+    return programs.make_inputs(n), programs.PROGRAMS
+  return programs.make_shares(n, devices), programs.shared_programs(devices)
+
+
+def time_side_by_side(jobs, x, runs: int, budget: float) -> dict[str, list[float]]:
   """Seconds of every run, programs in turn, so that a slow minute of the machine hits all."""
-  x = programs.make_inputs(n)
-  run = {name: jax.jit(programs.PROGRAMS[name]).lower(x).compile() for name in names}
+  n, names = x['q'].shape[1], list(jobs)
+  run = {name: jax.jit(f).lower(x).compile() for name, f in jobs.items()}
   seconds = {name: [] for name in names}
   for _ in range(runs):
     for name in names:

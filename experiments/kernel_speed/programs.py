@@ -7,9 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
 from dsa_jax.kernels import dense_attention, index_kl, index_scores, index_topk, sparse_attention
 from dsa_jax.kernels.rows import map_rows
 from dsa_jax.kernels.visibility import visible_keys
+from dsa_jax.spmd import zigzag
 
 H, E, V, I, J, K = 16, 160, 128, 4, 32, 512
 HOW = dict(sm_scale=E**-0.5, backend='xla')
@@ -105,6 +109,40 @@ def with_gradients(f, *trained):
   return both
 
 
+WHOLE = ('kv', 'index_k')  # What every device holds; it has its share of all else.
+
+
+def share_rows(f, mesh):
+  """f with its query rows shared by the devices of a mesh, as with `mesh.context`."""
+
+  def shared(x):
+    specs = {name: rows_or_whole(name) for name in x}
+    return jax.shard_map(
+        f, mesh=mesh, in_specs=(specs,), out_specs=P(None, 'context'), check_vma=False
+    )(x)
+
+  return shared
+
+
+def rows_or_whole(name: str) -> P:
+  return P() if name in WHOLE else P(None, 'context')
+
+
+def make_mesh(devices: int):
+  return jax.make_mesh((devices,), ('context',), axis_types=(AxisType.Auto,))
+
+
+def make_shares(n: int, devices: int) -> dict[str, jax.Array]:
+  """The inputs where `share_rows` wants them, each device's rows of the same causal work."""
+  mesh = make_mesh(devices)
+  return {
+      name: jax.device_put(
+          x if name in WHOLE else zigzag(x, devices), NamedSharding(mesh, rows_or_whole(name))
+      )
+      for name, x in make_inputs(n).items()
+  }
+
+
 INDEXER = ('index_q', 'index_k', 'weights')
 SELECTED = lambda x: kl(x, x['indices'])
 PROGRAMS = {
@@ -126,6 +164,18 @@ PROGRAMS = {
 }
 
 
+def shared_programs(devices: int) -> dict:
+  """Dense attention and what is compared with it, the query rows shared by devices."""
+  share = lambda f: share_rows(f, make_mesh(devices))
+  return {
+      'index_topk': share(topk),
+      'dense_attention': share(dense),
+      'dense_attention_grad': with_gradients(share(dense), 'q', 'kv'),
+      'sparse_forward': share(sparse_forward),
+      'sparse_stage_grad': with_gradients(share(sparse_stage), 'q', 'kv', *INDEXER),
+  }
+
+
 def flops(name: str, n: int) -> float:
   """Multiplications and additions that the mathematics asks for, exactly causal."""
   pairs, chosen = n * (n + 1) / 2, K * (K + 1) / 2 + (n - K) * K if n > K else n * (n + 1) / 2
@@ -142,3 +192,8 @@ def flops(name: str, n: int) -> float:
       'sparse_forward': pairs * score + chosen * attend,
   }
   return per.get(name, 0.0)
+
+
+def scoring_bytes(name: str, n: int) -> float:
+  """What scoring writes and reads again: float32 dots of each pair and head, and the scores."""
+  return n * (n + 1) / 2 * 8 * (I + 1) if name in ('index_topk', 'naive_topk') else 0.0

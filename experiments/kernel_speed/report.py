@@ -34,16 +34,19 @@ def tables(results: dict):
   )
   yield '\n## Seconds, the fastest run (the median run)\n'
   yield from grid(seconds, lambda x: f'{min(x):.3f} ({sorted(x)[len(x) // 2]:.3f})')
-  yield '\n## How many times faster, fastest run against fastest run\n'
-  ratios = {title: quotient(seconds, slow, fast) for title, slow, fast in RATIOS}
+  shared = results.get('shared', {})
+  yield '\n## The same, query rows shared by two CPU devices\n'
+  yield from grid(shared, lambda x: f'{min(x):.3f} ({sorted(x)[len(x) // 2]:.3f})')
+  yield '\n## How many times faster, fastest run against fastest run, each in its faster form\n'
+  ratios = {
+      title: quotient(fastest(seconds, shared, slow), fastest(seconds, shared, fast))
+      for title, slow, fast in RATIOS
+  }
   yield from grid(ratios, lambda x: f'{x:.1f}')
   yield '\n## GFLOP/s reached, by the work that the mathematics asks for\n'
-  rates = {
-      name: {n: programs.flops(name, int(n)) / min(x) / 1e9 for n, x in row.items()}
-      for name, row in seconds.items()
-      if programs.flops(name, 1)
-  }
-  yield from grid(rates, lambda x: f'{x:.0f}')
+  yield from grid(rates(seconds, programs.flops), lambda x: f'{x:.0f}')
+  yield '\n## GB/s reached, by the dots and scores that scoring writes and reads\n'
+  yield from grid(rates(seconds, programs.scoring_bytes), lambda x: f'{x:.1f}')
   yield '\n## Temporary memory by the compiler, MiB\n'
   yield from grid(results.get('memory', {}), lambda x: f'{x / 2**20:.0f}')
   if 'transformers' in results:
@@ -51,9 +54,23 @@ def tables(results: dict):
     yield from grid(results['transformers'], lambda x: x)
 
 
-def quotient(seconds, slow, fast):
-  both = set(seconds.get(slow, {})) & set(seconds.get(fast, {}))
-  return {n: min(seconds[slow][n]) / min(seconds[fast][n]) for n in both}
+def rates(seconds, amount) -> dict:
+  """Billions of what `amount` counts in a program, per second of its fastest run."""
+  return {
+      name: {n: amount(name, int(n)) / min(x) / 1e9 for n, x in row.items()}
+      for name, row in seconds.items()
+      if amount(name, 1)
+  }
+
+
+def fastest(seconds, shared, name) -> dict[str, float]:
+  """By size, the fastest run of either form."""
+  rows = seconds.get(name, {}), shared.get(name, {})
+  return {n: min(sum((row.get(n, []) for row in rows), [])) for n in rows[0] | rows[1]}
+
+
+def quotient(slow, fast):
+  return {n: slow[n] / fast[n] for n in slow if n in fast}
 
 
 def grid(rows: dict, show):

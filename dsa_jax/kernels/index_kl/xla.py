@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from dsa_jax.kernels.index_kl.keys import Keys, over_keys
+from dsa_jax.kernels.index_scores import weigh
 from dsa_jax.kernels.mean_attention import mean_attention
 from dsa_jax.kernels.rows import map_rows, pad_axis, scan_rows
 
@@ -112,7 +113,7 @@ def _scores(q, keys, weights):
   """The dots before the ReLU; the scores [B, T, S], -inf where not seen."""
   key_axes, dot_axes = _axes(keys)
   dots = jnp.einsum(f'BTIJ,{key_axes}->{dot_axes}', q, keys.index_k, **_f32)
-  scores = jnp.sum(jax.nn.relu(dots) * _per_key(weights, keys), axis=dot_axes.index('I'))
+  scores = weigh(dots, weights, axis=dot_axes.index('I'))
   return dots, jnp.where(keys.seen, scores, -jnp.inf)
 
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from dsa_jax.kernels.best import best_positions
-from dsa_jax.kernels.index_scores import index_scores
+from dsa_jax.kernels.index_scores import weigh
 from dsa_jax.kernels.rows import key_range, pad_axis, scan_rows
 from dsa_jax.kernels.select_topk import hide
 
@@ -21,8 +21,8 @@ from dsa_jax.kernels.select_topk import hide
 class BlockSizes:
   """They change the speed, never the result."""
 
-  block_t: int = 128  # Query rows whose scores exist at one time.
-  block_s: int = 1024  # Keys scored at one time.
+  block_t: int = 64  # Query rows whose scores exist at one time.
+  block_s: int = 2048  # Keys scored at one time.
   few_t: int = 8  # Up to so many rows, as in decoding, read the keys as they lie,
   few_block_s: int = 16_384  # this many at a time.
 
@@ -39,8 +39,7 @@ def forward(q, k, weights, start, end, *, topk: int, blocks: BlockSizes, span=No
     score_groups = functools.partial(_score_as_they_lie, first_key=first_key, size=size)
   else:
     k = pad_axis(k, 1, size * step_groups).reshape(batch, -1, size, k.shape[-1])
-    k = _interleave(k)
-    n_groups, score_groups = k.shape[2], _score_interleaved
+    n_groups, k, score_groups = k.shape[1], _interleave(k, step_groups), _score_interleaved
   end = jnp.minimum(end, n_keys)  # Never the padding.
   block_t = min(blocks.block_t, q.shape[1])
 
@@ -78,23 +77,27 @@ def _group_size(n_keys: int, topk: int, *, dividing: bool) -> int:
   return size
 
 
-def _interleave(k):
-  """Keys [B, groups, size, J] to [B, size, groups, J]: a group's maximum is over whole slices."""
-  return jnp.swapaxes(k, 1, 2)
+def _interleave(k, step):
+  """Keys [B, groups, size, J] to [B, groups / step, J, size, step].
+
+  As the product reads them, and so that a group's maximum is over whole slices.
+  """
+  batch, _, size, j = k.shape
+  return jnp.moveaxis(k.reshape(batch, -1, step, size, j), (4, 3), (2, 3))
 
 
-def _score_interleaved(q, k, weights, first, n_groups):
-  """Scores [B, T, size, n] of n groups from the first on; interleaved keys make them in this order."""
-  keys = jax.lax.dynamic_slice_in_dim(k, first, n_groups, axis=2)
-  batch, size, _, j = keys.shape
-  scores = index_scores(q, keys.reshape(batch, -1, j), weights)
-  return scores.reshape(batch, q.shape[1], size, n_groups)
+def _score_interleaved(q, k, weights, first, step):
+  """Scores [B, T, size, step] of groups from the first on; interleaved keys make this order."""
+  keys = jax.lax.dynamic_index_in_dim(k, first // step, 1, keepdims=False)
+  keys = keys.reshape(*keys.shape[:2], -1)
+  dots = jnp.einsum('BTIJ,BJS->BTIS', q, keys, preferred_element_type=jnp.float32)
+  return weigh(dots, weights, axis=2).reshape(*q.shape[:2], -1, step)
 
 
-def _score_as_they_lie(q, k, weights, first, n_groups, *, first_key, size):
+def _score_as_they_lie(q, k, weights, first, step, *, first_key, size):
   """The same from keys [B, S, J] as they lie: for few rows, scores are less to turn than keys."""
-  keys = jax.lax.dynamic_slice_in_dim(k, first_key + first * size, n_groups * size, axis=1)
-  keys = keys.reshape(k.shape[0], n_groups, size, -1)
+  keys = jax.lax.dynamic_slice_in_dim(k, first_key + first * size, step * size, axis=1)
+  keys = keys.reshape(k.shape[0], step, size, -1)
   dots = jnp.einsum('BGSJ,BTIJ->BGSTI', keys, q, preferred_element_type=jnp.float32)
   return jnp.einsum('BGSTI,BTI->BTSG', jax.nn.relu(dots), weights.astype(jnp.float32))
 
@@ -110,6 +113,9 @@ def _best_keys(scores, tops, topk):
   reached = jnp.min(jnp.max(found, axis=2), axis=-1)  # By a key of each chosen group.
   floor = jnp.where(groups[..., topk - 1] >= 0, reached, -jnp.inf)
   found = jnp.swapaxes(found, 2, 3).reshape(*groups.shape[:2], -1)  # By position.
-  slots = best_positions(found, topk, floor=floor)
+  few = best_positions(found, topk, spare=topk // 8, floor=floor)  # The cut is exact among these.
+  values = jnp.take_along_axis(found, few, axis=2, mode='clip')
+  best = best_positions(jnp.where(few >= 0, values, -jnp.inf), topk)
+  slots = jnp.where(best >= 0, jnp.take_along_axis(few, best, axis=2, mode='clip'), -1)
   group = jnp.take_along_axis(groups, slots // size, axis=2, mode='clip')
   return jnp.where(slots >= 0, group * size + slots % size, -1)

@@ -7,6 +7,7 @@ channels out or the selection to the last axis would cost more than the products
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 
 from dsa_jax.kernels.rows import gather_rows, map_rows, scan_rows, scatter_rows
@@ -25,14 +26,16 @@ def forward(q, kv, indices, *, v_dim: int, sm_scale: float, blocks: BlockSizes):
   def attend(rows):
     q, indices = rows
     chosen = gather_rows(kv, indices)
-    logits = sm_scale * jnp.einsum('BTKE,BTHE->BTKH', chosen, q, **_f32)
-    logits = jnp.where(_filled(indices, kv), logits, -jnp.inf)
-    top = jnp.max(logits, axis=2)
-    weights = jnp.exp(logits - jnp.where(top > -jnp.inf, top, 0)[:, :, None])
-    total = jnp.sum(weights, axis=2)
-    out = jnp.einsum('BTKH,BTKE->BTHE', weights, chosen, **_f32)[..., :v_dim]
-    out = out / jnp.where(total > 0, total, 1)[..., None]
-    return out.astype(q.dtype), top + jnp.log(total)
+    logits = jnp.einsum('BTKE,BTHE->BTKH', chosen, q, **_f32)
+    # Turned before the softmax, which then runs along memory; XLA would turn the products.
+    logits = jnp.swapaxes(sm_scale * logits + _mask(indices, kv)[..., None], 2, 3)
+    logits = jax.lax.optimization_barrier(logits)
+    top = jnp.max(logits, axis=3, keepdims=True)
+    weights = jnp.exp(logits - jnp.where(top > -jnp.inf, top, 0))
+    total = jnp.sum(weights, axis=3, keepdims=True)
+    out = jnp.einsum('BTHK,BTKE->BTHE', weights, chosen, **_f32)[..., :v_dim]
+    out = out / jnp.where(total > 0, total, 1)
+    return out.astype(q.dtype), (top + jnp.log(total))[..., 0]
 
   return map_rows(attend, (q, indices), blocks.block_t)
 
@@ -49,7 +52,7 @@ def backward(residuals, cotangents, *, v_dim: int, sm_scale: float, blocks: Bloc
     dout = jnp.pad(dout, [(0, 0)] * 3 + [(0, kv.shape[-1] - v_dim)])
     both = jnp.concatenate([q, dout], axis=2)  # Two dots with the same keys, twice.
     logits, dprobs = jnp.split(jnp.einsum('BTKE,BTHE->BTKH', chosen, both, **_f32), 2, axis=-1)
-    logits = jnp.where(_filled(indices, kv), sm_scale * logits, -jnp.inf)
+    logits = sm_scale * logits + _mask(indices, kv)[..., None]
     probs = jnp.exp(logits - lse[:, :, None])
     dlogits = sm_scale * probs * (dprobs - delta[:, :, None])
     dq = jnp.einsum('BTKH,BTKE->BTHE', dlogits, chosen, **_f32)
@@ -62,5 +65,6 @@ def backward(residuals, cotangents, *, v_dim: int, sm_scale: float, blocks: Bloc
   return dq, dkv.astype(kv.dtype)
 
 
-def _filled(indices, kv):
-  return ((indices >= 0) & (indices < kv.shape[1]))[..., None]
+def _mask(indices, kv):
+  """What to add to the logits of [B, T, K] slots: once for all heads, so that they vectorise."""
+  return jnp.where((indices >= 0) & (indices < kv.shape[1]), 0.0, -jnp.inf)
