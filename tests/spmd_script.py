@@ -26,23 +26,24 @@ CFG = dataclasses.replace(laws.CFG, n_heads=4, vocab_size=40, n_mtp_layers=1)
 SHARING = dataclasses.replace(CFG, indexer_types=('full', 'shared'))
 BATCH = laws.make_batch(((17, 15), (21, 5), (32,), (3, 9, 14)), 32)  # Packed, uneven, padded.
 MIXED = {'fsdp': 2, 'context': 2, 'tensor': 2}
-STEPS = [  # Stage, mesh, micro-batches, model.
-    ('sparse', {'fsdp': 4}, 1, CFG),
-    ('sparse', {'context': 8}, 4, CFG),
-    ('sparse', {'expert': 4}, 1, CFG),
-    ('sparse', {'tensor': 4}, 4, CFG),
-    ('dense', {'expert': 4, 'tensor': 2}, 1, CFG),
-    ('warmup', MIXED, 1, CFG),
-    ('sparse', {'fsdp': 2, 'expert': 2, 'context': 2}, 1, SHARING),
+STEPS = [  # Stage, mesh, micro-batches, model, what is computed again (on one device: nothing).
+    ('sparse', {'fsdp': 4}, 1, CFG, 'products'),
+    ('sparse', {'context': 8}, 4, CFG, 'selection'),
+    ('sparse', {'expert': 4}, 1, CFG, 'none'),
+    ('sparse', {'tensor': 4}, 4, CFG, 'layer'),
+    ('dense', {'expert': 4, 'tensor': 2}, 1, CFG, 'none'),
+    ('warmup', MIXED, 1, CFG, 'layer'),
+    ('sparse', {'fsdp': 2, 'expert': 2, 'context': 2}, 1, SHARING, 'selection'),
 ]
 
 
 
 @functools.cache
-def step(stage: str, mesh, micro_batches: int, cfg):
+def step(stage: str, mesh, micro_batches: int, cfg, remat: str = 'none'):
   """The state and metrics after one step."""
   trains = STAGES[stage].trains
-  mode = Mode(attention=STAGES[stage].attention[0], backend='xla', index_loss='indexer' in trains)
+  how = {'backend': 'xla', 'index_loss': 'indexer' in trains, 'remat': remat}
+  mode = Mode(attention=STAGES[stage].attention[0], **how)
   state = new_state(laws.weights(cfg), trains, laws.OPTIM, seed=0, mesh=mesh)
   batch = jax.device_put(BATCH, jax.NamedSharding(mesh, jax.P(SEQUENCES))) if mesh else BATCH
   take = make_train_step(model_graph(cfg), trains, mode, laws.OPTIM, micro_batches=micro_batches)
@@ -97,13 +98,13 @@ def main():
     latent, index_key = CFG.kv_lora_rank + CFG.qk_rope_head_dim, CFG.index_head_dim
     arithmetic = 4 * 4 * 32 * (latent + index_key)
     print_row(case=f'bytes, {stage}', bytes=layer_bytes(stage, {'context': 8}), arithmetic=arithmetic)
-  for stage, sizes, micro_batches, cfg in STEPS:
+  for stage, sizes, micro_batches, cfg, remat in STEPS:
     wanted = step(stage, None, micro_batches, cfg)
     with jax.set_mesh(mesh := make_mesh(**sizes)):
-      found = step(stage, mesh, micro_batches, cfg)
+      found = step(stage, mesh, micro_batches, cfg, remat)
     keys = found[0].key, wanted[0].key
     print_row(
-        case=f'{stage} {sizes}', state=error(found[0][:3], wanted[0][:3]),
+        case=f'{stage} {sizes} {remat}', state=error(found[0][:3], wanted[0][:3]),
         metrics=error(found[1], wanted[1]), same=bool((keys[0] == keys[1]).all()),
     )
   for attention in ('dense', 'masked', 'sparse'):

@@ -124,7 +124,9 @@ def compile_step(cfg: ModelConfig, entry: StageConfig, mesh: Mesh, micro_batches
   pod = MeshConfig(**mesh.shape)
   pod.check_model(cfg)
   pod.check_rows(entry.batch_size // micro_batches, entry.seq_len)
-  mode = Mode(attention=entry.mode, backend='tpu', index_loss='indexer' in entry.trains, remat=True)
+  mode = Mode(
+      attention=entry.mode, backend='tpu', index_loss='indexer' in entry.trains, remat='layer'
+  )
   with jax.set_mesh(mesh):
     step = make_train_step(
         model_graph(cfg), entry.trains, mode, OptimConfig(), micro_batches=micro_batches
