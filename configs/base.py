@@ -19,7 +19,9 @@ def get_config() -> ConfigDict:
   c.seed = 0  # Of the weights and of every rule that draws lots.
   c.backend = ''  # Of the kernels: 'xla' or 'reference'; '': the platform's default.
   c.selection = 'indexer'  # A key of dsa_jax.selection.RULES.
-  c.remat = True  # Recompute each layer in the backward pass: less memory, more time.
+  # What the backward pass computes again, for less memory: 'none'; 'products' and 'selection' keep
+  # the products with weights, or the selected indices; 'layer' keeps nothing but each layer's input.
+  c.remat = 'layer'
   c.log_every = 10  # Steps between rows of metrics.csv and TensorBoard.
   c.measure_every = 100  # Steps between looks at what the selection captures.
   c.measure_rows = 4  # Validation rows of such a look.

@@ -14,7 +14,7 @@ from configs import base
 def get_config(variant: str = 'full'):
   c = base.get_config()
   c.workdir = 'runs/quickstart'
-  c.remat = False
+  c.remat = 'none'
   c.measure_every, c.measure_rows = 20, 8
   c.model.update(
       vocab_size=258, dim=128, n_layers=4, n_dense_layers=3, inter_dim=192,

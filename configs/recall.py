@@ -13,7 +13,7 @@ from configs import base
 def get_config(variant: str = 'full'):
   c = base.get_config()
   c.workdir = 'runs/recall'
-  c.remat = False
+  c.remat = 'none'
   c.data.update(source='recall', n_keys=128, n_values=16, tokens_per_pair=4, tokens_per_query=8)
   c.measure_every = 50
   c.model.update(

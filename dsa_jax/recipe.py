@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 
 from dsa_jax.config import ModelConfig
 from dsa_jax.data.sources import DataConfig
+from dsa_jax.nn.remat import check_policy
 from dsa_jax.optim import OptimConfig
 from dsa_jax.selection import RULES
 from dsa_jax.sharding import MeshConfig
@@ -42,7 +43,7 @@ class Recipe:
   seed: int
   backend: str
   selection: str
-  remat: bool
+  remat: str
   log_every: int
   measure_every: int
   measure_rows: int
@@ -100,6 +101,7 @@ def _check(recipe: Recipe):
   for name in ('log_every', 'measure_every', 'measure_rows', 'save_every'):
     if getattr(recipe, name) < 1:
       raise ValueError(f'{name}={getattr(recipe, name)} must be at least 1.')
+  check_policy(recipe.remat)
   if recipe.selection not in RULES:
     raise ValueError(f'selection={recipe.selection!r} must be one of {tuple(RULES)}.')
   if recipe.model.vocab_size < recipe.data.vocab_size:

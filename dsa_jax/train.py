@@ -224,7 +224,7 @@ def look_at_selection(
     recipe: Recipe, mode: Mode, graph: nnx.GraphDef, state: TrainState, batch: Batch
 ) -> dict[str, list[float]]:
   """Measures the selection on a few validation rows: per layer, what no loss shows."""
-  mode = dataclasses.replace(mode, index_loss=False, remat=False, measure=(recipe.selection,))
+  mode = dataclasses.replace(mode, index_loss=False, remat='none', measure=(recipe.selection,))
   [found] = measure(graph, state.params, [batch], mode)
   return {name: values.tolist() for name, values in found[recipe.selection].items()}
 

@@ -60,7 +60,7 @@ def check_forward(attention: str, backend: str, cfg: ModelConfig = laws.CFG):
 
 
 def check_gradients(
-    attention: str, backend: str, cfg: ModelConfig = laws.CFG, *, remat: bool = False
+    attention: str, backend: str, cfg: ModelConfig = laws.CFG, *, remat: str = 'none'
 ):
   """Each loss's gradient along random directions, against differences of the plain model."""
   batch, params = laws.make_batch(laws.LENGTHS), laws.weights(cfg)

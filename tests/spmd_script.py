@@ -7,14 +7,14 @@ Run by test_spmd.py in a process of its own, which has the devices.
 import dataclasses
 import functools
 import json
-import math
-import re
 
+from flax import nnx
 import jax
 import jax.numpy as jnp
 import laws
 import numpy as np
 
+from dsa_jax.collectives import collectives, total_bytes
 from dsa_jax.nn.mla import Mode
 from dsa_jax.sharding import BATCH as BATCH_SPEC, SEQUENCES, make_mesh, shardings_of
 from dsa_jax.spmd import zigzag
@@ -26,23 +26,24 @@ CFG = dataclasses.replace(laws.CFG, n_heads=4, vocab_size=40, n_mtp_layers=1)
 SHARING = dataclasses.replace(CFG, indexer_types=('full', 'shared'))
 BATCH = laws.make_batch(((17, 15), (21, 5), (32,), (3, 9, 14)), 32)  # Packed, uneven, padded.
 MIXED = {'fsdp': 2, 'context': 2, 'tensor': 2}
-STEPS = [  # Stage, mesh, micro-batches, model.
-    ('sparse', {'fsdp': 4}, 1, CFG),
-    ('sparse', {'context': 8}, 4, CFG),
-    ('sparse', {'expert': 4}, 1, CFG),
-    ('sparse', {'tensor': 4}, 4, CFG),
-    ('dense', {'expert': 4, 'tensor': 2}, 1, CFG),
-    ('warmup', MIXED, 1, CFG),
-    ('sparse', {'fsdp': 2, 'expert': 2, 'context': 2}, 1, SHARING),
+STEPS = [  # Stage, mesh, micro-batches, model, what is computed again (on one device: nothing).
+    ('sparse', {'fsdp': 4}, 1, CFG, 'products'),
+    ('sparse', {'context': 8}, 4, CFG, 'selection'),
+    ('sparse', {'expert': 4}, 1, CFG, 'none'),
+    ('sparse', {'tensor': 4}, 4, CFG, 'layer'),
+    ('dense', {'expert': 4, 'tensor': 2}, 1, CFG, 'none'),
+    ('warmup', MIXED, 1, CFG, 'layer'),
+    ('sparse', {'fsdp': 2, 'expert': 2, 'context': 2}, 1, SHARING, 'selection'),
 ]
 
 
 
 @functools.cache
-def step(stage: str, mesh, micro_batches: int, cfg):
+def step(stage: str, mesh, micro_batches: int, cfg, remat: str = 'none'):
   """The state and metrics after one step."""
   trains = STAGES[stage].trains
-  mode = Mode(attention=STAGES[stage].attention[0], backend='xla', index_loss='indexer' in trains)
+  how = {'backend': 'xla', 'index_loss': 'indexer' in trains, 'remat': remat}
+  mode = Mode(attention=STAGES[stage].attention[0], **how)
   state = new_state(laws.weights(cfg), trains, laws.OPTIM, seed=0, mesh=mesh)
   batch = jax.device_put(BATCH, jax.NamedSharding(mesh, jax.P(SEQUENCES))) if mesh else BATCH
   take = make_train_step(model_graph(cfg), trains, mode, laws.OPTIM, micro_batches=micro_batches)
@@ -73,31 +74,37 @@ def attend(attention: str, mesh):
   return [np.asarray(a)[:, wanted_order] for a in found if np.ndim(a) > 1]
 
 
-def gathered_bytes(stage: str, sizes: dict) -> int:
-  """What a layer of the compiled forward pass gathers from the devices that share its tokens."""
-  with jax.set_mesh(make_mesh(**sizes)):
+def layer_bytes(stage: str, sizes: dict) -> dict[str, int]:
+  """What a layer of the compiled program, forward and backward, says to the devices that share its tokens."""
+  with jax.set_mesh(mesh := make_mesh(**sizes)):
     block = laws.model_of(laws.weights(CFG), CFG).block(0)
     mode = Mode(attention=STAGES[stage].attention[0], backend='xla', index_loss=True, zigzag=True)
-    run = jax.jit(lambda x, start, end: block.attn(x, start, end, jax.random.key(0), mode))
-    places = jax.NamedSharding(jax.sharding.get_mesh(), BATCH_SPEC)
+
+    def loss(weights, x, start, end):
+      attn = nnx.merge(graph, weights)
+      out, _, report = attn(x, start, end, jax.random.key(0), mode)
+      return out.sum() + report.index_kl.sum()
+
+    graph, weights = nnx.split(block.attn)
     arrays = jnp.zeros((4, 32, CFG.dim)), BATCH.start, BATCH.end
-    text = run.lower(*jax.device_put(arrays, places)).compile().as_text()
-  shapes = re.findall(r'f32\[([0-9,]+)\][^=]* all-gather\(', text)
-  return sum(4 * math.prod(map(int, shape.split(','))) for shape in shapes)
+    arrays = jax.device_put(arrays, jax.NamedSharding(mesh, BATCH_SPEC))
+    step = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))
+    text = step.lower(weights, *arrays).compile().as_text()
+  return total_bytes(collectives(text, dict(mesh.shape)))
 
 
 def main():
   for stage in ('warmup', 'sparse'):
     latent, index_key = CFG.kv_lora_rank + CFG.qk_rope_head_dim, CFG.index_head_dim
-    found, arithmetic = gathered_bytes(stage, {'context': 8}), 4 * 4 * 32 * (latent + index_key)
-    print_row(case=f'bytes gathered, {stage}', bytes=found, arithmetic=arithmetic)
-  for stage, sizes, micro_batches, cfg in STEPS:
+    arithmetic = 4 * 4 * 32 * (latent + index_key)
+    print_row(case=f'bytes, {stage}', bytes=layer_bytes(stage, {'context': 8}), arithmetic=arithmetic)
+  for stage, sizes, micro_batches, cfg, remat in STEPS:
     wanted = step(stage, None, micro_batches, cfg)
     with jax.set_mesh(mesh := make_mesh(**sizes)):
-      found = step(stage, mesh, micro_batches, cfg)
+      found = step(stage, mesh, micro_batches, cfg, remat)
     keys = found[0].key, wanted[0].key
     print_row(
-        case=f'{stage} {sizes}', state=error(found[0][:3], wanted[0][:3]),
+        case=f'{stage} {sizes} {remat}', state=error(found[0][:3], wanted[0][:3]),
         metrics=error(found[1], wanted[1]), same=bool((keys[0] == keys[1]).all()),
     )
   for attention in ('dense', 'masked', 'sparse'):

@@ -63,7 +63,7 @@ def test_index_share(attention):
 def test_index_share_gradients():
   cfg = dataclasses.replace(GLM, n_mtp_layers=0)
   with laws.compiled():
-    golden.check_gradients('sparse', 'xla', cfg, remat=True)
+    golden.check_gradients('sparse', 'xla', cfg, remat='layer')
 
 
 def test_shared_layers_own_no_indexer():

@@ -14,7 +14,7 @@ RANKS = [
     {'nn', 'sharding', 'spmd'},
     {'losses', 'optim', 'data', 'metrics', 'report', 'plots', 'tokenizer'},
     {'stages', 'state', 'recipe', 'checkpoint', 'train_step', 'evaluate', 'results', 'cost'}
-    | {'distributed', 'targets', 'schedule', 'ptxas', 'compile_cases', 'gpu_cases'},
+    | {'distributed', 'targets', 'collectives', 'schedule', 'ptxas', 'compile_cases', 'gpu_cases'},
     {'train', 'load', 'convert', 'sample', 'compile_report'},
 ]
 OUTSIDE = {'flax': 3, 'optax': 4, 'orbax': 5, 'ml_collections': 5, 'grain': 4}  # From this rank on.

@@ -3,6 +3,7 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import laws
 import numpy as np
@@ -123,14 +124,29 @@ def test_bfloat16_is_close():
   assert np.median(error) < 0.05, np.median(error)  # A few rows select another token.
 
 
-def test_remat_is_invisible():
+def test_remat_is_invisible():  # The other policies: test_spmd.py.
   batch, params = laws.make_batch(laws.LENGTHS), laws.weights()
   mode = Mode(attention='dense', backend='xla', index_loss=True)
   grads = [
       laws.gradients(0, params, batch, dataclasses.replace(mode, remat=remat))
-      for remat in (False, True)
+      for remat in ('none', 'layer')
   ]
   laws.assert_close(grads[1], grads[0], 1e-5)
+
+
+def test_remat_can_keep_the_selection():
+  batch, params = laws.make_batch(laws.LENGTHS), laws.weights()
+
+  def loops(remat: str) -> int:  # Of the backend's searches for thresholds.
+    mode = Mode(attention='sparse', backend='xla', index_loss=True, remat=remat)
+    return str(jax.make_jaxpr(lambda p: laws.gradients(0, p, batch, mode))(params)).count('while[')
+
+  assert loops('selection') == loops('none') == loops('layer') / 2 > 0
+
+
+def test_remat_by_a_name_that_is_none():
+  with pytest.raises(ValueError, match="remat='all' must be one of .'none', 'layer', 'selection', "):
+    Mode(attention='dense', backend='xla', remat='all')
 
 
 @pytest.mark.parametrize('types', [(), ('full', 'shared')])

@@ -172,6 +172,7 @@ def test_misspelt_field_names_the_right_one(tmp_path):
         ({'data.files': 'no/such/*.txt'}, r'no/such/\*\.txt.* matches no file'),
         ({'data.source': 'texts'}, r"must be 'text' or 'recall'"),
         ({'selection': 'best'}, r"selection='best' must be one of"),
+        ({'remat': 'all'}, r"remat='all' must be one of .'none', 'layer', 'selection', 'products'"),
         ({'recipe': ('dense', 'dence')}, r"names \['dence'\]"),
         ({'workdir': ''}, r'workdir must name a folder'),
         ({'model.index_tpk': 8}, r"did you mean 'index_topk'"),

@@ -19,6 +19,7 @@ from dsa_jax.kernels.rows import map_rows
 from dsa_jax.nn.indexer import IndexInputs, LightningIndexer
 from dsa_jax.nn.norms import RMSNorm
 from dsa_jax.nn.param import BackboneParam, param
+from dsa_jax.nn.remat import check_policy, selected
 from dsa_jax.nn.rope import apply_rope, rope_frequencies
 from dsa_jax.selection import measures
 from dsa_jax.sharding import BATCH, MESH_AXES, TOKENS
@@ -36,7 +37,7 @@ class Mode:
   rule: str = 'indexer'  # A key of dsa_jax.selection.RULES.
   index_loss: bool = False  # Report the indexer's divergence from the attention.
   measure: tuple[str, ...] = ()  # Rules whose selections are compared with the true attention.
-  remat: bool = False  # Recompute each layer in the backward pass instead of keeping it.
+  remat: str = 'none'  # What each layer computes again in the backward pass: dsa_jax.nn.remat.POLICIES.
   zigzag: bool = False  # The tokens come in the order of `spmd.zigzag`, not of the text.
 
   @property
@@ -53,6 +54,7 @@ class Mode:
   def __post_init__(self):
     if self.attention not in ('dense', 'sparse', 'masked'):
       raise ValueError(f"attention={self.attention!r} must be 'dense', 'sparse' or 'masked'.")
+    check_policy(self.remat)
     for rule in (self.rule, *self.measure):
       if rule not in selection.RULES:
         raise ValueError(f'selection rule {rule!r} must be one of {tuple(selection.RULES)}.')
@@ -171,7 +173,8 @@ class MLA(nnx.Module):
 
     def select(seen: Views) -> tuple[IndexInputs, Selections]:
       candidates = seen.candidates(start, end, key, self.cfg, mode.backend)
-      return seen.index, {rule: selection.RULES[rule](candidates) for rule in mode.rules}
+      chosen = {rule: selected(selection.RULES[rule](candidates)) for rule in mode.rules}
+      return seen.index, chosen
 
     def divergence(q, k, lse, index, start, end, indices=None) -> Float[Array, 'B T'] | None:
       loss = lambda index: index_kl(q, k, lse, *index, start, end, indices=indices, **how)

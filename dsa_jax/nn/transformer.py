@@ -18,6 +18,7 @@ from dsa_jax.nn.mlp import MLP
 from dsa_jax.nn.moe import MoE
 from dsa_jax.nn.norms import RMSNorm
 from dsa_jax.nn.param import BackboneParam, param
+from dsa_jax.nn.remat import rematerialized
 from dsa_jax.sharding import BATCH, LOGITS
 
 
@@ -256,7 +257,7 @@ def _run(blocks: Block, full: np.ndarray, x, selections, start, end, keys, mode:
     x, own, report = block(spmd.flowing(x), start, end, key, mode, shared)
     return (x, None if selections is None else own), report
 
-  layer = jax.checkpoint(layer) if mode.remat else layer
+  layer = rematerialized(layer, mode.remat)
   inputs = with_every_indexer(blocks, full), keys, full
   (x, selections), reports = jax.lax.scan(layer, (x, selections), inputs)
   return x, selections, reports

@@ -49,7 +49,7 @@ def run(stage: str, context: int):
   cfg, optim = small_model(context), OptimConfig()
   trains = STAGES[stage].trains
   how = dict(attention=STAGES[stage].attention[0], index_loss='indexer' in trains)
-  mode = Mode(backend='xla', remat=True, **how)
+  mode = Mode(backend='xla', remat='layer', **how)
   state = new_state(init_params(cfg, seed=0), trains, optim, seed=0)
   step = make_train_step(model_graph(cfg), trains, mode, optim)
   inputs = state, one_document(context, cfg), {part: 1e-3 for part in trains}

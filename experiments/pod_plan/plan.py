@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compiles a training step of the released model for a pod, on a machine that has none.
+"""Compiles a training step of a released model for a pod, on a machine that has none.
 
-python experiments/pod_plan/plan.py --stage=sparse    # ten minutes on two cores
+python experiments/pod_plan/plan.py --stage=sparse    # four minutes on two cores
 python experiments/pod_plan/plan.py --stage=warmup
+python experiments/pod_plan/plan.py --stage=warmup --model=glm5 --chip=tpu7x
 
-The compiler is the TPU's own: pip install -e '.[compile]'. Prints the devices, the mesh, and GiB for
-each device from the compiler's report; fails where they are more than a v5p has.
+The compiler is the TPU's own: pip install -e '.[compile]'. Prints the devices, the mesh, what each
+device keeps and what it says to the others, from the compiler's report and program, and by
+arithmetic the days of the published training; fails where a device would need more than it has.
 """
 
 import argparse
@@ -16,6 +18,7 @@ import pathlib
 import subprocess
 import sys
 import time
+from typing import Any
 
 from flax import nnx
 import jax
@@ -26,78 +29,157 @@ import numpy as np
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
 from configs import deepseek_v32  # noqa: E402
+from dsa_jax.collectives import collectives, total_bytes  # noqa: E402
 from dsa_jax.config import ModelConfig  # noqa: E402
+from dsa_jax.cost.work import token_work  # noqa: E402
 from dsa_jax.data.batch import Batch  # noqa: E402
 from dsa_jax.nn.mla import Mode  # noqa: E402
 from dsa_jax.nn.transformer import Transformer  # noqa: E402
 from dsa_jax.optim import OptimConfig  # noqa: E402
 from dsa_jax.sharding import ALL_TOKENS, MESH_AXES, MeshConfig, shardings_of  # noqa: E402
 from dsa_jax.stages import STAGES, StageConfig  # noqa: E402
-from dsa_jax.state import model_graph, new_state  # noqa: E402
-from dsa_jax.targets import environment  # noqa: E402
+from dsa_jax.state import model_graph, new_state, split_parts  # noqa: E402
+from dsa_jax.targets import CHIPS, environment  # noqa: E402
 from dsa_jax.train_step import make_train_step  # noqa: E402
 
-PODS = {  # By stage.
-    'warmup': ('v5p:8x16x16', MeshConfig(fsdp=4, context=8, expert=4, tensor=16)),
-    'sparse': ('v5p:16x16x16', MeshConfig(fsdp=8, context=8, expert=4, tensor=16)),
+MODELS = {
+    'v32': ModelConfig(),
+    'glm5': ModelConfig(  # Its config.json, without the MTP layer.
+        vocab_size=154_880, dim=6144, n_layers=78, inter_dim=12_288, norm_eps=1e-5, n_heads=64,
+        n_expert_groups=1, n_limited_groups=1, q_lora_rank=2048, qk_nope_head_dim=192,
+        v_head_dim=256, index_n_heads=32, indexer_rope_interleave=True, rope_theta=1e6,
+        max_seq_len=202_752, original_seq_len=202_752,
+    ),
+}  # fmt: skip
+SMALL, LARGE = (MeshConfig(fsdp=n, context=8, expert=4, tensor=16) for n in (4, 8))
+PODS = {  # By stage and chip.
+    ('warmup', 'v5p'): ('v5p:8x16x16', SMALL),
+    ('sparse', 'v5p'): ('v5p:16x16x16', LARGE),
+    ('warmup', 'tpu7x'): ('tpu7x:8x8x16', SMALL),  # Each chip of it is two devices.
+    ('sparse', 'tpu7x'): ('tpu7x:8x16x16', LARGE),
 }
-HBM_GIB = 95.74  # What the compiler grants a program on a v5p.
+HBM_GIB = {'v5p': 95.74, 'tpu7x': 94.75}  # What the compiler grants a program on a device.
+TOKENS = {'warmup': 2.1e9, 'sparse': 943.7e9}  # Of the published training.
+UTILISATION = 0.3  # Of the chip's peak in bfloat16: assumed.
 
 
 def main():
   parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
   parser.add_argument('--stage', choices=('warmup', 'sparse'), required=True)
+  parser.add_argument('--model', choices=MODELS, default='v32')
+  parser.add_argument('--chip', choices=HBM_GIB, default='v5p')
   parser.add_argument('--json', type=pathlib.Path, help='also write the report there')
   parser.add_argument('--compile', action='store_true', help=argparse.SUPPRESS)
   options = parser.parse_args()
   if not options.compile:  # The compiler reads its environment once.
     command = [sys.executable, *sys.argv, '--compile']
-    sys.exit(subprocess.run(command, env=os.environ | environment('v5p')).returncode)
-  report = plan(options.stage, ModelConfig(), deepseek_v32.get_config().stages[options.stage])
+    sys.exit(subprocess.run(command, env=os.environ | environment(options.chip)).returncode)
+  report = plan(options.stage, options.model, options.chip)
   text = json.dumps(report, indent=1) + '\n'
   print(text)
   if options.json:
     options.json.write_text(text)
-  used = report['gib']['arguments'] + report['gib']['temporaries']
-  if used > HBM_GIB:
-    sys.exit(f'a device would need {used:.1f} GiB of {HBM_GIB}.')
+  used, granted = report['gib']['total'], HBM_GIB[options.chip]
+  if used > granted:
+    sys.exit(f'a device would need {used:.1f} GiB of {granted}.')
 
 
-def plan(stage: str, cfg: ModelConfig, config) -> dict:
-  """Compiles the step of a stage as its config has it, with as many sequences at a time as the mesh takes."""
-  entry, (topology, pod) = StageConfig(**config), PODS[stage]
+def plan(stage: str, model: str, chip: str) -> dict:
+  """Compiles the step of a stage as the published recipe has it, with as many sequences at a time as the mesh takes."""
+  cfg, (topology, pod) = MODELS[model], PODS[stage, chip]
+  entry = StageConfig(**deepseek_v32.get_config().stages[stage])
   micro_batches = math.ceil(entry.batch_size / (pod.fsdp * pod.expert))
-  pod.check_model(cfg)
-  pod.check_rows(entry.batch_size // micro_batches, entry.seq_len)
-  devices = topologies.get_topology_desc(platform='tpu', topology_name=topology).devices
-  shape = tuple(pod.sizes.values())
-  mesh = Mesh(np.array(devices).reshape(shape), MESH_AXES, axis_types=(AxisType.Auto,) * len(shape))
-  mode = Mode(attention=entry.mode, backend='tpu', index_loss='indexer' in entry.trains, remat=True)
-  with jax.set_mesh(mesh):
-    step = make_train_step(
-        model_graph(cfg), entry.trains, mode, OptimConfig(), micro_batches=micro_batches
-    )
-    began = time.monotonic()
-    lowered = step.lower(
-        abstract_state(cfg, stage, mesh), abstract_batch(entry, mesh), dict.fromkeys(entry.trains, 1e-5)
-    )
-    compiled = lowered.compile()
-  memory = compiled.memory_analysis()
-  gib = {
-      'arguments': memory.argument_size_in_bytes / 2**30,
-      'temporaries': memory.temp_size_in_bytes / 2**30,
-  }
+  mesh = pod_mesh(topology, pod)
+  began = time.monotonic()
+  compiled, state = compile_step(cfg, entry, mesh, micro_batches)
+  seconds = time.monotonic() - began
+  flops = flops_per_token(cfg, stage, entry.seq_len)
+  days = TOKENS[stage] * flops / (mesh.size * CHIPS[chip].flops * UTILISATION) / 86_400
   return {
       'stage': stage,
+      'model': model,
       'topology': topology,
-      'devices': len(devices),
+      'devices': mesh.size,
       'mesh': pod.sizes,
       'sequences': entry.batch_size,
       'context': entry.seq_len,
       'micro_batches': micro_batches,
-      'gib': {name: round(value, 2) for name, value in gib.items()},
-      'compile_seconds': round(time.monotonic() - began),
+      'gib': memory_gib(compiled, state, entry.trains),
+      'collective_gib': collective_gib(compiled, mesh),
+      'tflops_per_token': round(flops / 1e12, 3),
+      'days': round(days, 2),
+      'compile_seconds': round(seconds),
   }
+
+
+def pod_mesh(topology: str, pod: MeshConfig) -> Mesh:
+  devices = topologies.get_topology_desc(platform='tpu', topology_name=topology).devices
+  shape = tuple(pod.sizes.values())
+  devices = np.array(devices[: pod.n_devices]).reshape(shape)
+  return Mesh(devices, MESH_AXES, axis_types=(AxisType.Auto,) * len(shape))
+
+
+def compile_step(cfg: ModelConfig, entry: StageConfig, mesh: Mesh, micro_batches: int):
+  """Returns a stage's compiled step, and the shapes of the state it takes."""
+  pod = MeshConfig(**mesh.shape)
+  pod.check_model(cfg)
+  pod.check_rows(entry.batch_size // micro_batches, entry.seq_len)
+  mode = Mode(
+      attention=entry.mode, backend='tpu', index_loss='indexer' in entry.trains, remat='layer'
+  )
+  with jax.set_mesh(mesh):
+    step = make_train_step(
+        model_graph(cfg), entry.trains, mode, OptimConfig(), micro_batches=micro_batches
+    )
+    state = abstract_state(cfg, entry.stage, mesh)
+    rates = dict.fromkeys(entry.trains, 1e-5)
+    return step.lower(state, abstract_batch(entry, mesh), rates).compile(), state
+
+
+def memory_gib(compiled: jax.stages.Compiled, state: Any, trains: tuple[str, ...]) -> dict[str, float]:
+  """What one device keeps: weights, moments and gradients by their shapes, the rest by the compiler.
+
+  Gradients are among the temporaries, and again in the sum of micro-batches where there are several.
+  """
+  memory = compiled.memory_analysis()
+  parts, _ = split_parts(state.params, trains)
+  gib = {
+      'weights': share_bytes(state.params),
+      'moments': share_bytes(state.opt_state),
+      'arguments': memory.argument_size_in_bytes,
+      'temporaries': memory.temp_size_in_bytes,
+      'gradients, of these': share_bytes(parts),
+      'total': memory.argument_size_in_bytes + memory.temp_size_in_bytes,
+  }
+  return {name: round(value / 2**30, 2) for name, value in gib.items()}
+
+
+def share_bytes(tree: Any) -> int:
+  """Bytes of a tree on one device."""
+  return sum(
+      math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)
+  )
+
+
+def collective_gib(compiled: jax.stages.Compiled, mesh: Mesh) -> dict[str, float]:
+  """What one device says and hears in a step: whole arrays, as gathered or before they are summed."""
+  totals = total_bytes(collectives(compiled.as_text(), dict(mesh.shape)))
+  return {name: round(value / 2**30, 2) for name, value in totals.items() if value > 2**20}
+
+
+def flops_per_token(cfg: ModelConfig, stage: str, context: int) -> float:
+  """By arithmetic: each forward pass twice, and twice the products of what is trained, backward.
+
+  Averaged over a causal context. The divergence's own products are left out.
+  """
+  sparse = stage == 'sparse'
+  works = token_work(cfg, context // 2, sparse=True, form='mqa')
+  works = {work.part: work.flops for work in works}
+  if not sparse:
+    dense = token_work(cfg, context // 2, sparse=False, form='mha')
+    works |= {work.part: work.flops for work in dense}
+  trained = {'index projections', 'index scores'} if not sparse else set(works) - {'index scores'}
+  return 2 * sum(works.values()) + 2 * sum(works[part] for part in trained)
 
 
 def abstract_state(cfg: ModelConfig, stage: str, mesh: Mesh):
