@@ -4,7 +4,7 @@
 # Context / K at which a forward and backward pass of `sparse_attention` takes as long as one of
 # `dense_attention` with `indices`. Measured by experiments/kernel_speed: see its README.
 # Not yet measured on a TPU or a GPU.
-CROSSOVER = {'reference': 1, 'xla': 3, 'tpu': 1, 'gpu': 1}
+CROSSOVER = {'reference': 1, 'xla': 4, 'tpu': 1, 'gpu': 1}
 
 
 def faster_attention(backend: str, seq_len: int, topk: int) -> str:

@@ -69,7 +69,7 @@ def main():
     for name, seconds in time_side_by_side(runnable, x, args.runs, args.seconds).items():
       put(results, kind, name, n, seconds)
     args.results.write_text(json.dumps(results, indent=1))
-  report.write(results, HERE)
+  report.write(results, args.results.parent)
 
 
 def put(results, kind, name, n, value):
