@@ -110,14 +110,17 @@ def ties_to_the_highest(patch):
 
 @mistake(sparse)
 def own_position_is_forced(patch):
-  def make(scores):
-    def wrong(q, k, weights):
-      found = scores(q, k, weights)
-      return jnp.where(jnp.eye(*found.shape[1:], dtype=bool), 1e9, found)
+  def make(score):
+    def wrong(q, k, weights, first, step):
+      found = score(q, k, weights, first, step)  # [B, T, size, step], of one block of rows.
+      size = found.shape[2]
+      position = (first + jnp.arange(step)) * size + jnp.arange(size)[:, None]
+      own = position == jnp.arange(q.shape[1])[:, None, None]
+      return jnp.where(own, 1e9, found)
 
     return wrong
 
-  wrap(patch, index_topk_xla, 'index_scores', make)
+  wrap(patch, index_topk_xla, '_score_interleaved', make)
 
 
 @mistake(law('selection_reaches_output', 'xla', 'sparse'), sparse)
@@ -186,8 +189,8 @@ def relu_dropped(patch):
 @mistake(sparse)
 def relu_after_the_sum(patch):
   patch.setattr(jax.nn, 'relu', lambda x: x)
-  make = lambda scores: lambda *args: jnp.maximum(scores(*args), 0)
-  wrap(patch, index_topk_xla, 'index_scores', make)
+  make = lambda weigh: lambda *args, **kwargs: jnp.maximum(weigh(*args, **kwargs), 0)
+  wrap(patch, index_topk_xla, 'weigh', make)
 
 
 @mistake(sparse)
