@@ -3,6 +3,7 @@
 
 from collections.abc import Callable
 import functools
+import math
 from typing import NamedTuple
 
 from flax import nnx
@@ -58,16 +59,18 @@ float32 = functools.partial(shape, dtype=jnp.float32)
 
 
 def tile_trips(kernel: str, blocks, bytes_per_key: int, copies: int, adds: int = 0) -> Callable:
-  """Loops of a kernel that meets shards, for one query: step, query, tile, groups of rows."""
+  """Loops of a kernel that meets shards, for one query: step, tile, groups of rows."""
 
   def trips(dims: Dims) -> dict:
     shards = make_shards(dims.n_keys, bytes_per_key, int(blocks.vmem_share * dims.vmem))
-    slots, tile = -(-min(K, dims.n_keys) // shards.n), fit_tile(blocks.tile, K, shards)
-    group = resident.fit_group(blocks.group, tile)
-    groups = lambda n: (4, shards.n * -(-slots // n))
-    outer = [(1, shards.n / blocks.step_t), (2, shards.n), (3, shards.n * -(-slots // tile))]
-    rows = [groups(group)] * copies + [groups(resident.fit_added(group))] * adds
-    return {kernel: outer + rows}
+    slots, tile = min(K, dims.n_keys) / shards.n, fit_tile(blocks.tile, LANES, K, shards)
+    tiles = shards.n * math.ceil(slots / tile)
+    step_t = blocks.step_t if dims.vmem >= 128 * 2**20 else blocks.step_t // 2  # `fit_chip`.
+    steps = [(1, shards.n / step_t), (2, tiles / step_t)]
+    copied = [(3, tiles * tile / blocks.copied)] * copies
+    group = resident.ADDED * resident.ADDS
+    added = [(3, shards.n * (math.ceil(slots / group) + (shards.n > 1)) / step_t)] * adds * step_t
+    return {kernel: [*steps, *copied, *added]}
 
   return trips
 

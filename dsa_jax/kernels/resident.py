@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Selected keys on a TPU: shards of keys lie in VMEM, and kernels copy the rows a query selects.
 
-A row copied within VMEM takes about two cycles, one fetched from HBM by its own DMA twenty or more.
-A shard is as many keys as VMEM holds; a long context is a few shards, one after the other. A row
+A row copied within VMEM takes 1.2 cycles, one fetched from HBM by its own DMA twenty or more. A
+shard is as many keys as VMEM holds; a long context is a few shards, one after the other. A row
 lies in whole lines of 128 words, two 16-bit channels to a word, so that a copy is one load and
 one store, and cost depends on what is selected, neither on where nor on what neighbours select.
 """
 
 import dataclasses
 import functools
+import math
 from typing import NamedTuple
 
 import jax
@@ -18,7 +19,8 @@ from jax.experimental.pallas import tpu as pltpu
 
 LANES = 128
 SPARE = 8  # Rows of zeros behind each shard, where slots of other shards point.
-ADDED = 16  # Rows of sums whose loads precede all stores.
+ADDED = 8  # Rows of sums in registers at one time,
+ADDS = 8  # and how many times between two branches.
 
 
 class Rows(NamedTuple):
@@ -71,24 +73,25 @@ def make_shards(n_keys: int, bytes_per_key: int, budget: int) -> Shards:
   return Shards(n, pl.cdiv(pl.cdiv(n_keys, n), 8) * 8)
 
 
-def fit_tile(tile: int, n_slots: int, shards: Shards) -> int:
-  """A tile no larger than what a query has of a shard, where its slots are spread evenly."""
-  return min(tile, pl.cdiv(pl.cdiv(n_slots, shards.n), LANES) * LANES)
+def fit_tile(most: int, line: int, n_slots: int, shards: Shards) -> int:
+  """Even tiles, as few as may be, for what a query has of a shard where its slots are spread evenly.
 
-
-def fit_group(group: int, tile: int) -> int:
-  """A group of at most a quarter of a tile, which a small tile would not fill."""
-  return min(group, pl.cdiv(tile, 4))
-
-
-def fit_added(group: int) -> int:
-  """Rows that are added between two branches: all of them are in registers."""
-  return min(group, ADDED)
+  But for the first, the slots of a shard begin anywhere in a line.
+  """
+  of_shard = pl.cdiv(n_slots, shards.n) + (line if shards.n > 1 else 0)
+  return pl.cdiv(pl.cdiv(of_shard, pl.cdiv(of_shard, most)), line) * line
 
 
 def vmem_bytes() -> int:
   """What the chip has; the least of all chips where there is none to ask."""
   return pltpu.get_tpu_info().vmem_capacity_bytes if pltpu.is_tpu_device() else 64 * 2**20
+
+
+def fit_chip(blocks):
+  """Block sizes with half as many queries side by side on chips with half of the VMEM."""
+  if vmem_bytes() >= 128 * 2**20:
+    return blocks
+  return dataclasses.replace(blocks, step_t=max(blocks.step_t // 2, 1))
 
 
 def pad_channels(x: jax.Array) -> jax.Array:
@@ -129,40 +132,46 @@ def sort_slots(indices: jax.Array, n_keys: int) -> jax.Array:
   return jax.lax.cond(ascending, lambda x: x, functools.partial(jnp.sort, axis=-1), slots)
 
 
-def locate(slots: jax.Array, shard: jax.Array, shards: Shards, tile: int):
+def locate(slots: jax.Array, shard: jax.Array, shards: Shards, padding: int):
   """Where a shard's rows are among sorted slots [B, T, K], and where those rows lie in the shard.
 
   Returns:
-    The first slot and one past the last, [B, T, 2]; rows within the shard, [B, T, K + tile],
-    those of other shards and the padding pointing to spare rows.
+    The first slot and one past the last, [B, T, 2]; rows within the shard, [B, T, K + padding],
+    those of other shards and the padding pointing to a spare row.
   """
   begin = shard * shards.size
   count = lambda bound: jnp.sum(slots < bound, axis=-1, dtype=jnp.int32)
   spans = jnp.stack([count(begin), count(begin + shards.size)], axis=-1)
-  local = jnp.where(slots < begin + shards.size, slots - begin, shards.size)
-  local = jnp.maximum(local, 0)  # Of earlier shards: never read.
-  return spans, jnp.pad(local, [(0, 0), (0, 0), (0, tile)], constant_values=shards.size)
+  local = slots - begin
+  local = jnp.where((local >= 0) & (local < shards.size), local, shards.size)
+  return spans, jnp.pad(local, [(0, 0), (0, 0), (0, padding)], constant_values=shards.size)
 
 
 @dataclasses.dataclass(frozen=True)
 class ShardKernels:
   """What kernels share whose grid is (batch, steps of a few queries) and that meet one shard.
 
-  Their scalars say, for each query, which slots are of the shard and where those rows begin.
+  The queries of a step go side by side, tile by tile. Their scalars say, for each query, which
+  slots are of the shard and where those rows begin.
   """
 
   shards: Shards
   step_t: int  # Query rows of a step of the grid.
-  tile: int  # Selected rows that are met at one time.
-  group: int  # Rows copied between two branches.
+  tile: int  # Selected rows of a query that are met at one time: whole lines.
+  line: int  # Slots of a line, where tiles may begin; LANES on a chip.
+  copied: int  # Rows copied between two branches, of all queries of a step.
 
   def __post_init__(self):
-    if self.tile % self.group:
-      raise ValueError(f'tile={self.tile} must be a multiple of group={self.group}.')
+    if self.tile % self.line:
+      raise ValueError(f'tile={self.tile} must be a multiple of line={self.line}.')
 
   def scalars(self, shard: jax.Array, slots: jax.Array, *lines: int) -> list[jax.Array]:
-    """Spans, then slots as lines of arrays of so many lines a row; a step's queries in a row."""
-    spans, local = locate(slots, shard, self.shards, self.tile)
+    """Spans, then slots as lines of arrays of so many lines a row; a step's queries in a row.
+
+    A tile of spare rows follows each query's slots.
+    """
+    padding = -slots.shape[2] % self.line + self.tile
+    spans, local = locate(slots, shard, self.shards, padding)
     scalars = [spans, *(local * n for n in lines)]
     return [x.reshape(x.shape[0], -1, 1, self.step_t * x.shape[2]) for x in scalars]
 
@@ -199,49 +208,56 @@ class ShardKernels:
     return pl.BlockSpec((1, 1, *packed.shape[2:]), index, pipeline_mode=pl.Buffered(1))
 
   def buffer(self, lines: int, dtype):
-    return pltpu.VMEM((self.tile * lines, LANES), dtype)
+    """A tile of each query of a step, one after the other."""
+    return pltpu.VMEM((self.step_t * self.tile * lines, LANES), dtype)
 
   def sums(self, lines: int) -> list:
     """What `fetch_sums` needs: sums of a shard, and its semaphore."""
     sums = pltpu.VMEM((self.shards.stored * lines, LANES), jnp.float32)
     return [sums, pltpu.SemaphoreType.DMA]
 
-  def tiles(self, spans, i) -> jax.Array:
-    """How many tiles query i of a step has."""
-    return pl.cdiv(spans[0, 0, 0, 2 * i + 1] - spans[0, 0, 0, 2 * i], self.tile)
-
-  def filled(self, spans, i, j) -> jax.Array:
-    """How many rows its j-th tile has."""
-    left = spans[0, 0, 0, 2 * i + 1] - spans[0, 0, 0, 2 * i] - j * self.tile
-    return jnp.minimum(left, self.tile)
+  def tiles(self, spans) -> jax.Array:
+    """How many tiles the queries of a step have, the most of any."""
+    tiles = [pl.cdiv(end - first, self.tile) for first, _, end in self._spans(spans)]
+    return functools.reduce(jnp.maximum, tiles)
 
   def seen(self, spans, i, j) -> jax.Array:
-    """Which rows of the tile are no filling, [1, tile]."""
-    return jax.lax.broadcasted_iota(jnp.int32, (1, self.tile), 1) < self.filled(spans, i, j)
+    """Which rows of the j-th tile of query i are of the shard, [1, tile]; others are zeros."""
+    begin, end = self._bounds(spans, i, j)
+    row = jax.lax.broadcasted_iota(jnp.int32, (1, self.tile), 1)
+    return (row >= begin) & (row < end)
 
-  def read(self, rows: Rows, shard, spans, lines, i, j, buffer) -> jax.Array:
-    """Copies the j-th tile of query i and returns it as [tile, channels], zeros as filling."""
-    n = self.filled(spans, i, j)
-    lines = self._lines(spans, lines, i, j)
-    copy_rows(rows.lines, shard.at[0, 0], buffer, lines, n, self.group)
-    return read_rows(rows, buffer, n, self.tile)
+  def copy(self, lines: int, shard, spans, table, j, buffer):
+    """Copies the j-th tile of every query."""
+    tables = [self._table(spans, table, i, j) for i in range(self.step_t)]
+    copy_rows(lines, shard.at[0, 0], buffer, tables, self.copied)
 
-  def add(self, x: jax.Array, buffer, sums, spans, lines, i, j):
-    """Adds float32 [tile, channels] to the rows of the j-th tile of query i."""
-    write_sums(buffer, x)
-    n = self.filled(spans, i, j)
-    lines = self._lines(spans, lines, i, j)
-    add_rows(x.shape[1] // LANES, buffer, sums, lines, n, fit_added(self.group))
+  def read(self, rows: Rows, buffer, i: int) -> jax.Array:
+    """The copied tile of query i, [tile, channels]."""
+    return read_rows(rows, buffer, i * self.tile, self.tile)
 
-  def _lines(self, spans, lines, i, j):
-    """Where n rows of that tile begin, from a row on: a function of that row and of n."""
-    tile = i * (lines.shape[3] // self.step_t) + spans[0, 0, 0, 2 * i] + j * self.tile
+  def add(self, lines: int, buffer, sums, spans, table, i: int, j):
+    """Adds a tile of float32 rows, written for query i, to the rows of its j-th tile."""
+    table = self._table(spans, table, i, j)
+    bounds = [jnp.clip(x, 0, self.tile) for x in self._bounds(spans, i, j)]
+    add_rows(lines, buffer, i * self.tile, sums, table, *bounds)
 
-    def of_group(row, n):
-      first = tile + row  # One sum for all of them: copies wait for the scalar unit.
-      return [lines[0, 0, 0, first + r] for r in range(n)]
+  def _bounds(self, spans, i: int, j):
+    """Where the slots of the shard begin and end, from the j-th tile of query i on."""
+    first, begin, end = self._spans(spans)[i]
+    return begin - first - j * self.tile, end - first - j * self.tile
 
-    return of_group
+  def _spans(self, spans):
+    """For each query, the slot where its tiles begin, its first slot, and one past its last."""
+    bounds = [(spans[0, 0, 0, 2 * i], spans[0, 0, 0, 2 * i + 1]) for i in range(self.step_t)]
+    return [(begin // self.line * self.line, begin, end) for begin, end in bounds]
+
+  def _table(self, spans, table, i: int, j):
+    """The lines where the rows of the j-th tile of query i begin; spare rows' behind its last."""
+    n_slots = table.shape[3] // self.step_t
+    slot = jnp.minimum(self._spans(spans)[i][0] + j * self.tile, n_slots - self.tile)
+    begin = pl.multiple_of(i * n_slots + slot, self.line)
+    return table.at[0, 0, 0, pl.ds(begin, self.tile)]
 
 
 def fetch_sums(shard, in_hbm, sums, sem):
@@ -267,43 +283,70 @@ def dot(x: jax.Array, y: jax.Array, x_axis: int, y_axis: int) -> jax.Array:
   return jax.lax.dot_general(x, y, dims, precision=precision, preferred_element_type=jnp.float32)
 
 
-def copy_rows(lines: int, source, target, lines_of_group, n, group: int):
-  """Copies n rows of a shard to the start of a buffer.
+def copy_rows(lines: int, source, target, tables, between: int):
+  """Copies the rows that begin at the lines of a table, one table behind the other.
 
-  Rows go in groups without a branch; up to group - 1 more are copied. Those of the group from the
-  i-th row on begin at `lines_of_group(i, group)`.
+  The scalar unit is what copies wait for: an address is a sum, a load and a sum. The first is the
+  same in all tables, which hence take turns, row by row.
   """
+  n_rows = tables[0].shape[0]
+  group = math.gcd(max(between // len(tables), 1), n_rows)
 
   def copy(g, _):
-    for r, at in enumerate(lines_of_group(g * group, group)):
-      target[pl.ds((g * group + r) * lines, lines), :] = source[pl.ds(at, lines), :]
+    for r in range(group):
+      row = g * group + r
+      for i, table in enumerate(tables):
+        target[pl.ds((i * n_rows + row) * lines, lines), :] = source[pl.ds(table[row], lines), :]
     return 0
 
-  jax.lax.fori_loop(0, pl.cdiv(n, group), copy, 0)
+  jax.lax.fori_loop(0, n_rows // group, copy, 0)
 
 
-def add_rows(lines: int, source, target, lines_of_group, n, group: int):
-  """Adds n float32 rows of a buffer to rows of a shard of sums; see `copy_rows`.
+def add_rows(lines: int, source, first: int, target, table, begin, end):
+  """Adds float32 rows of a buffer, from the `first` on, to the rows that begin at a table's lines.
 
-  The rows of a group are distinct, but for spare ones: all loads may precede all stores.
+  Those from `begin` to `end` are distinct; a few before and behind them may be added, where the
+  table points to a spare row. So the loads of some may precede the stores of those before them.
   """
+  rows = math.gcd(ADDED, table.shape[0])
+  times = math.gcd(ADDS, table.shape[0] // rows)
+  group = rows * times
 
   def add(g, _):
-    at = lines_of_group(g * group, group)
-    rows = [source[pl.ds((g * group + r) * lines, lines), :] for r in range(group)]
-    sums = [target[pl.ds(at, lines), :] + row for at, row in zip(at, rows)]
-    for i, x in zip(at, sums):
-      target[pl.ds(i, lines), :] = x
+    def load(n):
+      these = [g * group + n * rows + r for r in range(rows)]
+      at = [table[row] for row in these]
+      new = [source[pl.ds((first + row) * lines, lines), :] for row in these]
+      return at, [target[pl.ds(i, lines), :] + x for i, x in zip(at, new)]
+
+    def store(_, at, sums):
+      for i, x in zip(at, sums):
+        target[pl.ds(i, lines), :] = x
+
+    overlap(load, store, times)
     return 0
 
-  jax.lax.fori_loop(0, pl.cdiv(n, group), add, 0)
+  jax.lax.fori_loop(begin // group, pl.cdiv(end, group), add, 0)
 
 
-def read_rows(rows: Rows, buffer, n, tile: int) -> jax.Array:
-  """The first n of `tile` rows of a buffer as [tile, channels], zeros behind them."""
-  lines = [buffer[pl.ds(c, tile, stride=rows.lines), :] for c in range(rows.lines)]
-  filled = jax.lax.broadcasted_iota(jnp.int32, (tile, LANES), 0) < n
-  lines = [jnp.where(filled, x, 0) for x in lines]
+def overlap(start, finish, n: int) -> list:
+  """Finishes n pieces of work, each after the next was started.
+
+  The matrix unit keeps the order of the program: so it has the next piece's products while the
+  vector unit is at this one's. Memory does: so the next loads need not wait for these stores.
+  """
+  started, results = [start(0)], []
+  for i in range(n):
+    if i + 1 < n:
+      started.append(start(i + 1))
+    results.append(finish(i, *started[i]))
+  return results
+
+
+def read_rows(rows: Rows, buffer, begin: int, n: int) -> jax.Array:
+  """n rows of a buffer from `begin` on as [n, channels]."""
+  first = begin * rows.lines
+  lines = [buffer[pl.ds(first + c, n, stride=rows.lines), :] for c in range(rows.lines)]
   if rows.dtype.itemsize == 2:
     low = [_upper_half(x << 16, rows.dtype) for x in lines]
     high = [_upper_half(x & jnp.int32(-65536), rows.dtype) for x in lines]
@@ -311,11 +354,11 @@ def read_rows(rows: Rows, buffer, n, tile: int) -> jax.Array:
   return jnp.concatenate(lines, axis=1)
 
 
-def write_sums(buffer, x: jax.Array):
-  """Writes [tile, channels] float32 to a buffer, row by row."""
-  tile, blocks = x.shape[0], x.shape[1] // LANES
+def write_rows(buffer, begin: int, x: jax.Array):
+  """Writes [n, channels] float32 to a buffer, row by row, from row `begin` on."""
+  n, blocks = x.shape[0], x.shape[1] // LANES
   for c in range(blocks):
-    buffer[pl.ds(c, tile, stride=blocks), :] = x[:, c * LANES : (c + 1) * LANES]
+    buffer[pl.ds(begin * blocks + c, n, stride=blocks), :] = x[:, c * LANES : (c + 1) * LANES]
 
 
 def _upper_half(words, dtype):

@@ -13,8 +13,8 @@ from dsa_jax.kernels import dense_attention, index_kl
 from dsa_jax.kernels.index_kl import gpu, gpu_dense, tpu, tpu_dense, xla
 
 ALL = ['reference', *cases.BACKENDS]
-SMALL = tpu.BlockSizes(step_t=8, tile=8, group=4)  # The interpreter takes its time.
-MANY = tpu.BlockSizes(block_t=16, step_t=4, tile=4, group=2, vmem_share=1e-3)  # 2 shards.
+SMALL = tpu.BlockSizes(step_t=8, tile=8, line=8, copied=16)  # The interpreter takes its time.
+MANY = tpu.BlockSizes(block_t=16, step_t=4, tile=4, line=4, copied=8, vmem_share=1e-3)  # 2 shards.
 BLOCKS = [('xla', xla.BlockSizes(block_t=t), x) for t, x in [(1, True), (1000, False)]]
 BLOCKS += [('tpu', MANY, True), ('gpu', gpu.BlockSizes(block_t=5, heads=16, tile=16), True)]
 DENSE = tpu_dense.BlockSizes(

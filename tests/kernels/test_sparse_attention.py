@@ -13,11 +13,11 @@ from dsa_jax.kernels import sparse_attention
 from dsa_jax.kernels.sparse_attention import gpu, tpu, xla
 
 ALL = ['reference', *cases.BACKENDS]
-SMALL = {'tpu': tpu.BlockSizes(step_t=8, tile=8, group=4)}  # The interpreter takes its time.
+SMALL = {'tpu': tpu.BlockSizes(step_t=8, tile=8, line=8, copied=16)}  # The interpreter takes its time.
 BLOCKS = [('xla', xla.BlockSizes(block_t=n)) for n in (1, 1000)]
 BLOCKS += [
-    ('tpu', tpu.BlockSizes(block_t=16, step_t=1, tile=4, group=2, vmem_share=1e-6)),  # 7 shards.
-    ('tpu', tpu.BlockSizes(block_t=8, step_t=4, tile=16, group=1, vmem_share=2e-3)),
+    ('tpu', tpu.BlockSizes(block_t=16, step_t=1, tile=4, line=4, copied=8, vmem_share=1e-6)),  # 7 shards.
+    ('tpu', tpu.BlockSizes(block_t=8, step_t=4, tile=16, line=8, copied=4, vmem_share=2e-3)),
     ('gpu', gpu.BlockSizes(block_t=11, block_t_backward=5)),
 ]
 H, E, V = 3, 8, 5
@@ -141,7 +141,7 @@ def test_wide_rows_on_a_gpu(heads, topk):
 
 def test_the_kernels_do_not_race():
   inputs = make_inputs('chunk')
-  blocks = tpu.BlockSizes(block_t=16, step_t=4, tile=4, group=2, vmem_share=2e-3)
+  blocks = tpu.BlockSizes(block_t=16, step_t=4, tile=4, line=4, copied=8, vmem_share=2e-3)
   actual = values_and_grads(*inputs, backend='tpu', blocks=blocks, races=True)
   cases.assert_matches(actual, values_and_grads(*inputs, backend='reference'))
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The indexer's divergence on selected keys on a TPU; see `resident` for where keys lie.
 
-A query's rows of both keys, the attention's and the indexer's, are copied tile by tile. Its sums
+Rows of both keys, the attention's and the indexer's, are copied tile by tile. A query's sums
 over them are all that the divergence needs (see `xla`); backward makes target and scores again.
 """
 
@@ -12,10 +12,9 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from dsa_jax.kernels import resident
-from dsa_jax.kernels.resident import Rows, ShardKernels, dot
+from dsa_jax.kernels.resident import LANES, Rows, ShardKernels, dot
 from dsa_jax.kernels.rows import map_rows, scan_rows
 
-LANES = resident.LANES
 TOP, TOTAL, MASS, ENTROPY, CROSS = range(5)  # A query's sums, one to a lane.
 SCORES_LSE, TARGET_MASS, DKL = range(3)  # What its gradient needs.
 
@@ -25,14 +24,16 @@ class BlockSizes:
   """They change the speed, never the result beyond rounding."""
 
   block_t: int = 1024  # Query rows whose sums over the shards exist at one time.
-  step_t: int = 2  # Query rows of a step of the grid.
-  tile: int = 2048  # Selected rows that are met at one time.
-  group: int = 128  # Rows copied between two branches.
+  step_t: int = 4  # Query rows of a step of the grid; half of them where VMEM is 64 MiB.
+  tile: int = 1152  # At most so many selected rows of a query are met at one time.
+  line: int = LANES  # Slots of a line, where tiles may begin; a chip has no other.
+  copied: int = 256  # Rows copied between two branches.
   vmem_share: float = 0.8  # Of VMEM, for a shard of keys and of their gradients.
 
 
 def forward(constants, index_q, index_k, index_weights, *, sm_scale: float, blocks: BlockSizes):
   """Returns the divergence [B, T], and what its gradient needs, as `xla.forward` does."""
+  blocks = resident.fit_chip(blocks)
   q, k, lse, start, end, indices = constants
   kernels = _Kernels.of(k, index_k, indices, 0, sm_scale, blocks)
   packed = kernels.pack(k, index_k)
@@ -53,6 +54,7 @@ def forward(constants, index_q, index_k, index_weights, *, sm_scale: float, bloc
 
 
 def backward(constants, residuals, dkl, *, sm_scale: float, blocks: BlockSizes):
+  blocks = resident.fit_chip(blocks)
   q, k, lse, start, end, indices = constants
   index_q, index_k, index_weights, scores_lse, mass = residuals
   index_rows = Rows(index_k.shape[-1], index_k.dtype)
@@ -94,8 +96,8 @@ class _Kernels(ShardKernels):
     budget = int(blocks.vmem_share * resident.vmem_bytes())
     bytes_per_key = rows.bytes + index_rows.bytes + more_bytes
     shards = resident.make_shards(k.shape[1], bytes_per_key, budget)
-    tile = resident.fit_tile(blocks.tile, indices.shape[2], shards)
-    how = blocks.step_t, tile, resident.fit_group(blocks.group, tile)
+    tile = resident.fit_tile(blocks.tile, blocks.line, indices.shape[2], shards)
+    how = blocks.step_t, tile, blocks.line, blocks.copied
     return cls(shards, *how, k.shape[2], rows, index_rows, sm_scale)
 
   def pack(self, k, index_k):
@@ -127,35 +129,40 @@ class _Kernels(ShardKernels):
     return sums
 
   def _diverge(
-      self, _, spans, lines, index_lines, q, lse, index_q, weights, k, index_k, sums,
+      self, _, spans, table, index_table, q, lse, index_q, weights, k, index_k, sums,
       new_sums, *buffers,
   ):  # fmt: skip
-    def query(i, _):
-      def meet(j, state):
-        top, total, mass, entropy, cross = state
+    def meet(j, states):
+      self._copy(spans, (table, index_table), (k, index_k), j, buffers)
+
+      def score(i):
+        return self._logits(q, i, buffers), *self._dots(index_q, i, buffers)
+
+      def diverge(i, logits, dots, _):
+        top, total, mass, entropy, cross = states[i]
         seen = self.seen(spans, i, j)
-        where = spans, lines, index_lines, i, j, buffers
-        target = self._target(q, lse, k, *where)
-        dots, _ = self._dots(index_q, index_k, *where)
-        scores = self._scores(dots, weights[0, i])
+        target = self._target(logits, lse[0, i], seen)
+        scores = _scores(dots, weights[0, i])
         new_top = jnp.maximum(top, _reduce(jnp.max, jnp.where(seen, scores, -jnp.inf)))
-        shared = jnp.where(seen, jnp.exp(scores - new_top), 0)
+        finite = jnp.where(new_top > -jnp.inf, new_top, 0)  # Others may have more tiles.
+        shared = jnp.where(seen, jnp.exp(scores - finite), 0)
         log_target = jnp.log(jnp.where(target > 0, target, 1))
         return (
             new_top,
-            total * jnp.exp(top - new_top) + _reduce(jnp.sum, shared),
+            total * jnp.exp(top - finite) + _reduce(jnp.sum, shared),
             mass + _reduce(jnp.sum, target),
             entropy + _reduce(jnp.sum, target * log_target),
             cross + _reduce(jnp.sum, target * scores),
         )
 
-      state = tuple(sums[0, i, :, lane : lane + 1] for lane in range(5))
-      state = jax.lax.fori_loop(0, self.tiles(spans, i), meet, state)
-      lanes = jax.lax.broadcasted_iota(jnp.int32, (1, LANES), 1)
-      new_sums[0, i] = sum(jnp.where(lanes == lane, x, 0) for lane, x in enumerate(state))
-      return 0
+      return resident.overlap(score, diverge, self.step_t)
 
-    jax.lax.fori_loop(0, self.step_t, query, 0)
+    lane_of = lambda i: [sums[0, i, :, lane : lane + 1] for lane in range(5)]
+    states = [tuple(lane_of(i)) for i in range(self.step_t)]
+    states = jax.lax.fori_loop(0, self.tiles(spans), meet, states)
+    lanes = jax.lax.broadcasted_iota(jnp.int32, (1, LANES), 1)
+    for i, state in enumerate(states):
+      new_sums[0, i] = sum(jnp.where(lanes == lane, x, 0) for lane, x in enumerate(state))
 
   def backward(self, shard, slots, queries, packed, state):
     """Adds a shard to the gradients of index keys (sums), queries and weights, float32."""
@@ -180,57 +187,70 @@ class _Kernels(ShardKernels):
     )
 
   def _diverge_backward(
-      self, shard, spans, lines, index_lines, sum_lines,
+      self, shard, spans, table, index_table, sums_table,
       q, lse, index_q, weights, stats, k, index_k, _, dindex_q, dweights,
-      dindex_k, new_dindex_q, new_dweights, buffer, index_buffer, dkeys, *sums,
+      dindex_k, new_dindex_q, new_dweights, *buffers,
   ):  # fmt: skip
-    resident.fetch_sums(shard, dindex_k, *sums)
+    *buffers, dkeys, sums, sem = buffers
+    resident.fetch_sums(shard, dindex_k, sums, sem)
 
-    def query(i, _):
-      scores_lse, mass, dkl = (stats[0, i, :, lane : lane + 1] for lane in range(3))
+    def meet(j, _):
+      self._copy(spans, (table, index_table), (k, index_k), j, buffers)
 
-      def meet(j, _):
-        where = spans, lines, index_lines, i, j, (buffer, index_buffer)
-        target = self._target(q, lse, k, *where)
-        dots, keys = self._dots(index_q, index_k, *where)
-        probs = jnp.exp(self._scores(dots, weights[0, i]) - scores_lse)
-        dscores = jnp.where(self.seen(spans, i, j), dkl * (mass * probs - target), 0)
+      def score(i):
+        return self._logits(q, i, buffers), *self._dots(index_q, i, buffers)
+
+      def differentiate(i, logits, dots, keys):
+        seen = self.seen(spans, i, j)
+        scores_lse, mass, dkl = (stats[0, i, :, lane : lane + 1] for lane in range(3))
+        target = self._target(logits, lse[0, i], seen)
+        probs = jnp.exp(_scores(dots, weights[0, i]) - scores_lse)
+        dscores = jnp.where(seen, dkl * (mass * probs - target), 0)
         new_dweights[0, i] += jnp.sum(dscores * jnp.maximum(dots, 0), axis=1, keepdims=True)
         ddots = jnp.where(dots > 0, dscores * weights[0, i], 0).astype(keys.dtype)
         new_dindex_q[0, i] += dot(ddots, keys, 1, 0)
-        self.add(dot(ddots, index_q[0, i], 0, 0), dkeys, sums[0], spans, sum_lines, i, j)
-        return 0
+        resident.write_rows(dkeys, i * self.tile, dot(ddots, index_q[0, i], 0, 0))
 
-      new_dindex_q[0, i] = dindex_q[0, i]
-      new_dweights[0, i] = dweights[0, i]
-      jax.lax.fori_loop(0, self.tiles(spans, i), meet, 0)
+      resident.overlap(score, differentiate, self.step_t)
+      for i in range(self.step_t):  # Two queries may add to the same row.
+        self.add(self.index_rows.blocks, dkeys, sums, spans, sums_table, i, j)
       return 0
 
-    jax.lax.fori_loop(0, self.step_t, query, 0)
-    resident.store_sums(shard, dindex_k, *sums)
+    new_dindex_q[...] = dindex_q[...]
+    new_dweights[...] = dweights[...]
+    jax.lax.fori_loop(0, self.tiles(spans), meet, 0)
+    resident.store_sums(shard, dindex_k, sums, sem)
 
   def _buffers(self):
     rows = self.rows, self.index_rows
     return [self.buffer(x.lines, x.words) for x in rows]
 
-  def _target(self, q, lse, k, spans, lines, _, i, j, buffers):
-    """Mean over heads of the attention's probabilities, [1, tile]."""
-    keys = self.read(self.rows, k, spans, lines, i, j, buffers[0])
-    heads, width = q.shape[2] // self.n_groups, q.shape[3]
-    total = 0
-    for g in range(self.n_groups):
-      mine = pl.ds(g * heads, heads)
-      logits = self.sm_scale * dot(q[0, i, mine], keys[:, g * width : (g + 1) * width], 1, 1)
-      total += jnp.sum(jnp.exp(logits - lse[0, i, mine]), axis=0, keepdims=True)
-    return jnp.where(self.seen(spans, i, j), total / q.shape[2], 0)
+  def _copy(self, spans, tables, shards, j, buffers):
+    for rows, table, shard, buffer in zip((self.rows, self.index_rows), tables, shards, buffers):
+      self.copy(rows.lines, shard, spans, table, j, buffer)
 
-  def _dots(self, index_q, index_k, spans, _, lines, i, j, buffers):
+  def _logits(self, q, i, buffers):
+    """Of the attention's heads, [H, tile]: each with the channels of its key head."""
+    keys = self.read(self.rows, buffers[0], i)
+    heads, width = q.shape[2] // self.n_groups, q.shape[3]
+    of_group = lambda g: dot(
+        q[0, i, pl.ds(g * heads, heads)], keys[:, g * width : (g + 1) * width], 1, 1
+    )
+    return self.sm_scale * jnp.concatenate([of_group(g) for g in range(self.n_groups)], axis=0)
+
+  def _target(self, logits, lse, seen):
+    """Mean over heads of the attention's probabilities, [1, tile]."""
+    total = jnp.sum(jnp.exp(logits - lse), axis=0, keepdims=True)
+    return jnp.where(seen, total / logits.shape[0], 0)
+
+  def _dots(self, index_q, i, buffers):
     """Dots of the index heads [I, tile], and the index keys."""
-    keys = self.read(self.index_rows, index_k, spans, lines, i, j, buffers[1])
+    keys = self.read(self.index_rows, buffers[1], i)
     return dot(index_q[0, i], keys, 1, 1), keys
 
-  def _scores(self, dots, weights):
-    return jnp.sum(jnp.maximum(dots, 0) * weights, axis=0, keepdims=True)
+
+def _scores(dots, weights):
+  return jnp.sum(jnp.maximum(dots, 0) * weights, axis=0, keepdims=True)
 
 
 def _reduce(how, x):

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attention to a selection on a TPU, forward and backward; see `resident` for where keys lie.
 
-A step of the grid takes a few queries. Each copies its rows of the shard, tile by tile, and all
+A step of the grid takes a few queries. Their rows of the shard are copied tile by tile, and all
 heads meet them: online softmax forward; backward, the gradient of the keys is added to rows that
 lie in VMEM as the keys do, and reaches HBM once for each shard and block of queries.
 """
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from dsa_jax.kernels import resident
-from dsa_jax.kernels.resident import Rows, ShardKernels, dot
+from dsa_jax.kernels.resident import LANES, Rows, ShardKernels, dot
 from dsa_jax.kernels.rows import gather_rows, map_rows, scan_rows
 
 
@@ -22,9 +22,10 @@ class BlockSizes:
   """They change the speed, never the result beyond rounding."""
 
   block_t: int = 1024  # Query rows whose sums over the shards exist at one time.
-  step_t: int = 2  # Query rows of a step of the grid.
-  tile: int = 2048  # Selected rows that meet the heads at one time.
-  group: int = 128  # Rows copied between two branches.
+  step_t: int = 4  # Query rows of a step of the grid; half of them where VMEM is 64 MiB.
+  tile: int = 1152  # At most so many selected rows of a query are met at one time.
+  line: int = LANES  # Slots of a line, where tiles may begin; a chip has no other.
+  copied: int = 256  # Rows copied between two branches.
   vmem_share: float = 0.8  # Of VMEM, for a shard of keys and of their gradients.
 
 
@@ -35,9 +36,11 @@ def forward(q, kv, indices, *, v_dim: int, sm_scale: float, blocks: BlockSizes):
     own = gather_rows(kv, indices).reshape(-1, indices.shape[2], width)
     slots = jnp.where(indices >= 0, jnp.arange(indices.shape[2]), -1)
     each = lambda x: x.reshape(batch * n_queries, 1, *x.shape[2:])
-    how = dict(v_dim=v_dim, sm_scale=sm_scale, blocks=blocks)
+    alone = dataclasses.replace(blocks, step_t=1)  # No two have the same keys.
+    how = dict(v_dim=v_dim, sm_scale=sm_scale, blocks=alone)
     out, lse = _forward(each(q), own, each(slots), **how)
     return out.reshape(*q.shape[:3], v_dim), lse.reshape(q.shape[:3])
+  blocks = resident.fit_chip(blocks)
   return _forward(q, kv, indices, v_dim=v_dim, sm_scale=sm_scale, blocks=blocks)
 
 
@@ -60,6 +63,7 @@ def _forward(q, kv, indices, *, v_dim, sm_scale, blocks):
 
 
 def backward(residuals, cotangents, *, v_dim: int, sm_scale: float, blocks: BlockSizes):
+  blocks = resident.fit_chip(blocks)
   q, kv, indices, out, lse = residuals
   dout, dlse = cotangents
   delta = jnp.sum(out.astype(jnp.float32) * dout, axis=-1) - jnp.where(lse > -jnp.inf, dlse, 0)
@@ -71,11 +75,13 @@ def backward(residuals, cotangents, *, v_dim: int, sm_scale: float, blocks: Bloc
   def step(dkv, block):
     q, indices, lse, dout, delta = block
     slots = resident.sort_slots(indices, kv.shape[1])
-    queries = resident.pad_channels(q), resident.pad_channels(dout), jnp.stack([lse, delta], -1)
+    q = resident.pad_channels(q)
+    dout = jnp.pad(dout, [(0, 0)] * 3 + [(0, q.shape[-1] - v_dim)])
+    queries = jnp.concatenate([q, dout], axis=2), jnp.stack([lse, delta], -1)
     step = lambda shard, state: kernels.backward(shard, slots, queries, packed, state)
-    state = dkv, jnp.zeros(queries[0].shape)
+    state = dkv, jnp.zeros(q.shape)
     dkv, dq = jax.lax.fori_loop(0, kernels.shards.n, step, state)
-    return dkv, dq[..., : q.shape[-1]].astype(q.dtype)
+    return dkv, dq[..., : kv.shape[-1]].astype(q.dtype)
 
   dkv = jnp.zeros(resident.sums_shape(packed, key_rows, kernels.shards))
   rows = q, indices, lse, dout, delta
@@ -93,8 +99,8 @@ class _Kernels(ShardKernels):
   def of(cls, rows, kv, indices, bytes_per_key, sm_scale, blocks):
     budget = int(blocks.vmem_share * resident.vmem_bytes())
     shards = resident.make_shards(kv.shape[1], bytes_per_key, budget)
-    tile = resident.fit_tile(blocks.tile, indices.shape[2], shards)
-    return cls(shards, blocks.step_t, tile, resident.fit_group(blocks.group, tile), rows, sm_scale)
+    tile = resident.fit_tile(blocks.tile, blocks.line, indices.shape[2], shards)
+    return cls(shards, blocks.step_t, tile, blocks.line, blocks.copied, rows, sm_scale)
 
   def forward(self, shard, slots, q, packed, state):
     """Adds a shard to (out, lse): float32 [B, T, H, V] and [B, T, H, 1] of the keys before it."""
@@ -111,33 +117,48 @@ class _Kernels(ShardKernels):
         scratch=[self.buffer(self.rows.lines, self.rows.words)],
     )
 
-  def _attend(self, _, spans, lines, q, kv, out, lse, new_out, new_lse, buffer):
-    def query(i, _):
-      def meet(j, state):
-        top, total = state
-        keys = self.read(self.rows, kv, spans, lines, i, j, buffer)
-        logits = self.sm_scale * dot(q[0, i], keys, 1, 1)
+  def _attend(self, _, spans, table, q, kv, out, lse, new_out, new_lse, buffer):
+    def meet(j, states):
+      self.copy(self.rows.lines, kv, spans, table, j, buffer)
+
+      def score(i):
+        keys = self.read(self.rows, buffer, i)
+        return keys, self.sm_scale * dot(q[0, i], keys, 1, 1)
+
+      def weigh(i, keys, logits):
+        top, total = states[i]
         logits = jnp.where(self.seen(spans, i, j), logits, -jnp.inf)
         new_top = jnp.maximum(top, jnp.max(logits, axis=1, keepdims=True))
-        shrink = jnp.exp(top - new_top)  # A tile has a row, so the new top is finite.
-        weights = jnp.exp(logits - new_top)
+        finite = jnp.where(new_top > -jnp.inf, new_top, 0)  # Others may have more tiles.
+        shrink = jnp.exp(top - finite)
+        weights = jnp.exp(logits - finite)
         value = dot(weights.astype(keys.dtype), keys[:, : out.shape[-1]], 1, 0)
         new_out[0, i] = new_out[0, i] * shrink + value
         return new_top, total * shrink + jnp.sum(weights, axis=1, keepdims=True)
 
+      return resident.overlap(score, weigh, self.step_t)
+
+    states = []
+    for i in range(self.step_t):
       new_out[0, i] = out[0, i]
-      total = jnp.where(lse[0, i] > -jnp.inf, 1.0, 0.0)
-      state = lse[0, i], total
-      top, total = jax.lax.fori_loop(0, self.tiles(spans, i), meet, state)
+      states.append((lse[0, i], jnp.where(lse[0, i] > -jnp.inf, 1.0, 0.0)))
+    states = jax.lax.fori_loop(0, self.tiles(spans), meet, states)
+    for i, (top, total) in enumerate(states):
       total = jnp.where(top > -jnp.inf, total, 1)
       new_out[0, i] = new_out[0, i] / total
       new_lse[0, i] = top + jnp.log(total)
-      return 0
-
-    jax.lax.fori_loop(0, self.step_t, query, 0)
 
   def backward(self, shard, slots, queries, packed, state):
-    """Adds a shard to (dkv, dq), float32: sums as `resident` has them, and [B, T, H, E]."""
+    """Adds a shard to (dkv, dq), float32: sums as `resident` has them, and [B, T, H, E].
+
+    Args:
+      shard: Which.
+      slots: Sorted selections, [B, T, K].
+      queries: q and the gradient of the output, H heads of each, padded to the same channels; lse
+        and delta, [B, T, H, 2].
+      packed: Keys.
+      state: (dkv, dq) of the shards before it.
+    """
     dq = self.queries(state[1])
     anywhere = pl.BlockSpec(memory_space=pl.ANY)
     return self.call(
@@ -148,7 +169,7 @@ class _Kernels(ShardKernels):
         [*queries, packed, *state],
         [*map(self.queries, queries), self.shard(packed), anywhere, dq],
         [anywhere, dq],
-        aliases={4: 0, 5: 1},
+        aliases={3: 0, 4: 1},
         scratch=[
             self.buffer(self.rows.lines, self.rows.words),
             self.buffer(self.rows.blocks, jnp.float32),
@@ -157,31 +178,33 @@ class _Kernels(ShardKernels):
     )
 
   def _attend_backward(
-      self, shard, spans, lines, sum_lines, q, dout, stats, kv, _, dq,
+      self, shard, spans, table, sums_table, q_dout, stats, kv, _, dq,
       dkv, new_dq, buffer, dkeys, *sums,
   ):  # fmt: skip
     resident.fetch_sums(shard, dkv, *sums)
+    n_heads = q_dout.shape[2] // 2
 
-    def query(i, _):
-      lse, delta = stats[0, i, :, 0:1], stats[0, i, :, 1:2]
+    def meet(j, _):
+      self.copy(self.rows.lines, kv, spans, table, j, buffer)
 
-      def meet(j, _):
-        keys = self.read(self.rows, kv, spans, lines, i, j, buffer)
-        probs = jnp.exp(self.sm_scale * dot(q[0, i], keys, 1, 1) - lse)
-        probs = jnp.where(self.seen(spans, i, j), probs, 0)
-        v_channels = dout.shape[-1]
-        dprobs = dot(dout[0, i], keys[:, :v_channels], 1, 1)
+      def score(i):
+        keys = self.read(self.rows, buffer, i)
+        return keys, dot(q_dout[0, i], keys, 1, 1)
+
+      def differentiate(i, keys, dots):
+        lse, delta = stats[0, i, :, 0:1], stats[0, i, :, 1:2]
+        logits, dprobs = self.sm_scale * dots[:n_heads], dots[n_heads:]
+        probs = jnp.where(self.seen(spans, i, j), jnp.exp(logits - lse), 0)
         dlogits = (self.sm_scale * probs * (dprobs - delta)).astype(keys.dtype)
         new_dq[0, i] += dot(dlogits, keys, 1, 0)
-        dvalue = dot(probs.astype(keys.dtype), dout[0, i], 0, 0)
-        dkey = dot(dlogits, q[0, i], 0, 0)
-        dkey = jnp.concatenate([dkey[:, :v_channels] + dvalue, dkey[:, v_channels:]], axis=1)
-        self.add(dkey, dkeys, sums[0], spans, sum_lines, i, j)
-        return 0
+        dlogits_probs = jnp.concatenate([dlogits, probs.astype(keys.dtype)], axis=0)
+        resident.write_rows(dkeys, i * self.tile, dot(dlogits_probs, q_dout[0, i], 0, 0))
 
-      new_dq[0, i] = dq[0, i]
-      jax.lax.fori_loop(0, self.tiles(spans, i), meet, 0)
+      resident.overlap(score, differentiate, self.step_t)
+      for i in range(self.step_t):  # Two queries may add to the same row.
+        self.add(self.rows.blocks, dkeys, sums[0], spans, sums_table, i, j)
       return 0
 
-    jax.lax.fori_loop(0, self.step_t, query, 0)
+    new_dq[...] = dq[...]
+    jax.lax.fori_loop(0, self.tiles(spans), meet, 0)
     resident.store_sums(shard, dkv, *sums)
