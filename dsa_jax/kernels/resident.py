@@ -74,7 +74,7 @@ def make_shards(n_keys: int, bytes_per_key: int, budget: int) -> Shards:
 
 
 def fit_tile(most: int, line: int, n_slots: int, shards: Shards) -> int:
-  """Even tiles, as few as may be, for what a query has of a shard where its slots are spread evenly.
+  """Even tiles, as few as may be, for what a query has of a shard where slots are spread evenly.
 
   But for the first, the slots of a shard begin anywhere in a line.
   """

@@ -13,10 +13,10 @@ from dsa_jax.kernels import sparse_attention
 from dsa_jax.kernels.sparse_attention import gpu, tpu, xla
 
 ALL = ['reference', *cases.BACKENDS]
-SMALL = {'tpu': tpu.BlockSizes(step_t=8, tile=8, line=8, copied=16)}  # The interpreter takes its time.
+SMALL = {'tpu': tpu.BlockSizes(step_t=8, tile=8, line=8, copied=16)}  # Interpreted: few rows.
 BLOCKS = [('xla', xla.BlockSizes(block_t=n)) for n in (1, 1000)]
 BLOCKS += [
-    ('tpu', tpu.BlockSizes(block_t=16, step_t=1, tile=4, line=4, copied=8, vmem_share=1e-6)),  # 7 shards.
+    ('tpu', tpu.BlockSizes(block_t=16, step_t=1, tile=4, line=4, copied=8, vmem_share=1e-6)),
     ('tpu', tpu.BlockSizes(block_t=8, step_t=4, tile=16, line=8, copied=4, vmem_share=2e-3)),
     ('gpu', gpu.BlockSizes(block_t=11, block_t_backward=5)),
 ]
