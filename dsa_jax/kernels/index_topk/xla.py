@@ -110,8 +110,8 @@ def _best_keys(scores, tops, topk):
   groups = best_positions(tops, topk, spare=topk // 8)
   found = jnp.take_along_axis(scores, groups[:, :, None], axis=3, mode='clip')
   found = jnp.where(groups[:, :, None] >= 0, found, -jnp.inf)
-  reached = jnp.min(jnp.max(found, axis=2), axis=-1)  # By a key of each chosen group.
-  floor = jnp.where(groups[..., topk - 1] >= 0, reached, -jnp.inf)
+  reached = jnp.take_along_axis(tops, groups[..., :topk], axis=2, mode='clip')
+  floor = jnp.where(groups[..., topk - 1] >= 0, jnp.min(reached, axis=-1), -jnp.inf)
   found = jnp.swapaxes(found, 2, 3).reshape(*groups.shape[:2], -1)  # By position.
   few = best_positions(found, topk, spare=topk // 8, floor=floor)  # The cut is exact among these.
   values = jnp.take_along_axis(found, few, axis=2, mode='clip')
