@@ -22,7 +22,7 @@ class BlockSizes:
   """They change the speed, never the result."""
 
   block_t: int = 64  # Query rows whose scores exist at one time.
-  block_s: int = 2048  # Keys scored at one time.
+  block_s: int = 1024  # Keys scored at one time.
   few_t: int = 8  # Up to so many rows, as in decoding, read the keys as they lie,
   few_block_s: int = 16_384  # this many at a time.
 
