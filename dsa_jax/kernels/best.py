@@ -7,8 +7,9 @@ from jaxtyping import Array, Float, Int
 
 from dsa_jax.kernels import set_bits
 
-_ROWS = 8  # A row of values is folded into so many rows of lanes, to be reduced over these first.
-_LANES = 16  # And into a multiple of so many lanes; a word is a multiple of 32 values.
+# A row of values is folded into so many rows of a multiple of so many lanes, and reduced over
+# these rows first. XLA:CPU splits a reduction of more than 32 rows in two, which is slower.
+_ROWS, _LANES = 8, 16
 
 
 def best_positions(
@@ -41,7 +42,6 @@ def threshold(
   Bisects integers that are ordered like the values, 32 times at most; a row that is decided
   earlier waits for the others. W is a multiple of 128.
   """
-
   lanes = lambda x: x.reshape(*x.shape[:-1], _ROWS, -1)
 
   def by_lane(reduce, x):
