@@ -7,6 +7,10 @@ from jaxtyping import Array, Float, Int
 
 from dsa_jax.kernels import set_bits
 
+# A row of values is folded into so many rows of a multiple of so many lanes, and reduced over
+# these rows first. XLA:CPU splits a reduction of more than 32 rows in two, which is slower.
+_ROWS, _LANES = 8, 16
+
 
 def best_positions(
     values: Float[Array, '... W'],
@@ -21,7 +25,7 @@ def best_positions(
   `spare` of the next highest values may come along, which makes the cut easier to find; so does
   a `floor` that k values of the row are known to reach, -inf where it is not known.
   """
-  widths = [(0, 0)] * (values.ndim - 1) + [(0, -values.shape[-1] % set_bits.WORD)]
+  widths = [(0, 0)] * (values.ndim - 1) + [(0, -values.shape[-1] % (_ROWS * _LANES))]
   values = jnp.pad(values, widths, constant_values=-jnp.inf)
   most = k + spare
   cut = threshold(values, k, most, floor)[..., None]
@@ -36,11 +40,17 @@ def threshold(
   """Returns what `least` to `most` values of each row reach; where ties forbid it, the tie.
 
   Bisects integers that are ordered like the values, 32 times at most; a row that is decided
-  earlier waits for the others.
+  earlier waits for the others. W is a multiple of 128.
   """
+  lanes = lambda x: x.reshape(*x.shape[:-1], _ROWS, -1)
+
+  def by_lane(reduce, x):
+    """As integers, which XLA:CPU reduces in the loop that makes them."""
+    return _from_order(reduce(_to_order(lanes(x)), axis=-2))
 
   def count(chosen):
-    return jnp.sum(jnp.where(chosen, 1.0, 0.0), axis=-1)  # Exact below 2**24.
+    held = jnp.sum(lanes(chosen), axis=-2, dtype=jnp.int32)
+    return jnp.sum(held.astype(jnp.float32), axis=-1)  # Of another type, or both sums become one.
 
   def bisect(low, high, done):
     middle = (low >> 1) + (high >> 1) + (low & high & 1)
@@ -60,10 +70,14 @@ def threshold(
     i, *row = state
     return i + 1, *jax.lax.cond(i % 8 == 7, settle_ties, bisect, *row)
 
-  low = jnp.min(jnp.where(values > -jnp.inf, values, jnp.inf), axis=-1)
+  lowest = by_lane(jnp.min, jnp.where(values > -jnp.inf, values, jnp.inf))
+  highest = by_lane(jnp.max, values)
+  low = jnp.min(lowest, axis=-1)
   low = low if floor is None else jnp.maximum(low, floor)
+  if highest.shape[-1] >= least:
+    low = jnp.maximum(low, jnp.min(highest, axis=-1))  # A value of each lane reaches it.
   done = count(values >= low[..., None]) <= most
-  state = 0, _to_order(low), _to_order(jnp.max(values, axis=-1)) + 1, done
+  state = 0, _to_order(low), _to_order(jnp.max(highest, axis=-1)) + 1, done
   _, low, *_ = jax.lax.while_loop(lambda state: ~jnp.all(state[-1]), step, state)
   return _from_order(low)
 

@@ -33,7 +33,7 @@ def nth(word: UInt[Array, '...'], n: Int[Array, '...']) -> Int[Array, '...']:
 def keep_first(words: UInt[Array, '... N'], n: Int[Array, '...']) -> UInt[Array, '... N']:
   """Clears all but the first n set bits of each row."""
   held = count(words)
-  left = n[..., None] - (jnp.cumsum(held, axis=-1) - held)
+  left = n[..., None] - (running_sum(held) - held)
   below = (jnp.uint32(1) << nth(words, left).astype(jnp.uint32)) - 1
   return jnp.where(left >= held, words, jnp.where(left > 0, words & below, 0))
 
@@ -41,17 +41,33 @@ def keep_first(words: UInt[Array, '... N'], n: Int[Array, '...']) -> UInt[Array,
 def positions(words: UInt[Array, '... N'], n: int) -> Int[Array, '... {n}']:
   """Returns where the first n set bits of each row are, ascending, then -1."""
   held = count(words)
-  end = jnp.cumsum(held, axis=-1)
+  end = running_sum(held)
   slots = jnp.arange(n)
-  word = _word_of_slot(jnp.where(held > 0, end - held, n), n)
+  word = _word_of_slot(end - held, n)
   at = lambda x: jnp.take_along_axis(x, word, axis=-1, mode='clip')
   bit = nth(at(words), slots - at(end - held))
   return jnp.where(slots < end[..., -1:], word * WORD + bit, -1)
 
 
 def _word_of_slot(first_slot, n):
-  """Each word marks its first slot of n, and the slots up to the next mark are its own, too."""
-  n_words = first_slot.shape[-1]
-  mark = lambda slots: jnp.zeros(n, jnp.int32).at[slots].set(jnp.arange(n_words), mode='drop')
-  marks = jax.vmap(mark)(first_slot.reshape(-1, n_words))
-  return jax.lax.cummax(marks, axis=1).reshape(*first_slot.shape[:-1], n)
+  """The last word that begins at or before each slot of n; each word marks where it begins."""
+  mark = lambda slots: jnp.zeros(n, jnp.int32).at[slots].add(1, mode='drop')
+  marks = jax.vmap(mark)(first_slot.reshape(-1, first_slot.shape[-1]))
+  return (running_sum(marks) - 1).reshape(*first_slot.shape[:-1], n)
+
+
+def running_sum(x: Int[Array, '... W']) -> Int[Array, '... W']:
+  """`jnp.cumsum` of rows: products with a triangle, then the same of the blocks' own sums.
+
+  These vectorise; XLA:CPU's own scan of a row does not.
+  """
+  width, block = x.shape[-1], 16
+  n_blocks = -(-width // block)
+  x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, n_blocks * block - width)])
+  x = x.reshape(*x.shape[:-1], n_blocks, block)
+  up_to = jnp.triu(jnp.ones((block, block), x.dtype))
+  sums = jnp.sum(x[..., :, None] * up_to, axis=-2, dtype=x.dtype)
+  if n_blocks > 1:
+    total = sums[..., -1]
+    sums += (running_sum(total) - total)[..., None]
+  return sums.reshape(*sums.shape[:-2], -1)[..., :width]

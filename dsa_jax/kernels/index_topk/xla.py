@@ -22,7 +22,7 @@ class BlockSizes:
   """They change the speed, never the result."""
 
   block_t: int = 64  # Query rows whose scores exist at one time.
-  block_s: int = 2048  # Keys scored at one time.
+  block_s: int = 1024  # Keys scored at one time.
   few_t: int = 8  # Up to so many rows, as in decoding, read the keys as they lie,
   few_block_s: int = 16_384  # this many at a time.
 
@@ -110,8 +110,8 @@ def _best_keys(scores, tops, topk):
   groups = best_positions(tops, topk, spare=topk // 8)
   found = jnp.take_along_axis(scores, groups[:, :, None], axis=3, mode='clip')
   found = jnp.where(groups[:, :, None] >= 0, found, -jnp.inf)
-  reached = jnp.min(jnp.max(found, axis=2), axis=-1)  # By a key of each chosen group.
-  floor = jnp.where(groups[..., topk - 1] >= 0, reached, -jnp.inf)
+  reached = jnp.take_along_axis(tops, groups[..., :topk], axis=2, mode='clip')
+  floor = jnp.where(groups[..., topk - 1] >= 0, jnp.min(reached, axis=-1), -jnp.inf)
   found = jnp.swapaxes(found, 2, 3).reshape(*groups.shape[:2], -1)  # By position.
   few = best_positions(found, topk, spare=topk // 8, floor=floor)  # The cut is exact among these.
   values = jnp.take_along_axis(found, few, axis=2, mode='clip')
