@@ -8,7 +8,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-KINDS = ('all-gather', 'reduce-scatter', 'all-reduce', 'all-to-all', 'collective-permute')
+KINDS = (
+    'all-gather', 'reduce-scatter', 'all-reduce', 'all-to-all', 'ragged-all-to-all',
+    'collective-permute',
+)  # fmt: skip
+_FUSED_SCATTER = 'all-reduce-scatter'  # TPUs fuse an all-reduce with the choice of a share.
 
 _COMPUTATION = re.compile(r'^(ENTRY )?%?([\w.\-]+) \(.*\{$')
 _INSTRUCTION = re.compile(r'^\s+(?:ROOT )?%?[\w.\-]+ = (.*?) ([a-z][\w\-]*)\(')
@@ -23,7 +27,7 @@ class Collective(NamedTuple):
   kind: str  # One of KINDS.
   axes: tuple[str, ...]  # Of the mesh, over which its devices go; () for permutes.
   shape: str
-  bytes: int  # Of the whole array: what is gathered, or summed, or exchanged.
+  bytes: int  # Of the whole array: what is gathered, summed or exchanged; ragged: all rows sent.
   times: int  # In one run of the program.
 
 
@@ -51,7 +55,10 @@ def collectives(text: str, mesh: dict[str, int]) -> list[Collective]:
       if kind in KINDS:
         if times is None:
           raise ValueError(f'{op} of {shape} is in a loop that does not say how often it runs.')
-        yield _collective(kind, op, shape, line, mesh, times)
+        if kind == 'ragged-all-to-all':  # One side holds all rows sent, the other all that may come.
+          shape = min(shape, _operand_shape(line, computations[name]), key=_total)
+        said = _collective(kind, op, shape, line, mesh, times)
+        yield said._replace(kind='reduce-scatter') if name.startswith(_FUSED_SCATTER) else said
         continue
       inner = times
       if op == 'while':
@@ -94,6 +101,17 @@ def _trips(line: str, computations: dict[str, list[str]]) -> int | None:
   constants = [int(n) for line in condition for n in re.findall(r's32\[\]\S* constant\((\d+)\)', line)]
   below = any('ROOT' in line and 'direction=LT' in line for line in condition)
   return constants[0] if below and len(constants) == 1 else None
+
+
+def _operand_shape(line: str, computation: list[str]) -> str:
+  """The shape of an instruction's first operand."""
+  operand = re.search(r' ragged-all-to-all(?:-start)?\(%?([\w.\-]+)', line)[1]
+  definition = re.compile(rf'^\s+%?{re.escape(operand)} = ')
+  return next(_INSTRUCTION.match(other)[1] for other in computation if definition.match(other))
+
+
+def _total(shape: str) -> int:
+  return sum(_bytes(*array) for array in _ARRAY.findall(shape))
 
 
 def _collective(kind: str, op: str, shape: str, line: str, mesh, times: int) -> Collective:

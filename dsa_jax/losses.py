@@ -20,9 +20,8 @@ def _next_token_loss(logits, targets):
   """From each device's share of the vocabulary."""
   logits, n_words = logits.astype(jnp.float32), logits.shape[-1]
   word = targets - spmd.index('tensor') * n_words
-  here = (word >= 0) & (word < n_words)
-  own = jnp.take_along_axis(logits, jnp.clip(word, 0, n_words - 1)[..., None], axis=-1)[..., 0]
-  own = spmd.total(jnp.where(here, own, 0), 'tensor')
+  is_target = word[..., None] == jnp.arange(n_words)  # Gradients of a sum take no scatter.
+  own = spmd.total(jnp.sum(jnp.where(is_target, logits, 0), axis=-1), 'tensor')
   top = spmd.largest(jax.lax.stop_gradient(logits.max(axis=-1)), 'tensor')
   mass = spmd.total(jnp.sum(jnp.exp(logits - top[..., None]), axis=-1), 'tensor')
   return top + jnp.log(mass) - own

@@ -3,6 +3,7 @@
 
 from collections.abc import Sequence
 import dataclasses
+import math
 from typing import Any
 
 from flax import nnx
@@ -16,16 +17,16 @@ SEQUENCES = ('fsdp', 'expert')  # They share the sequences of a batch,
 TOKENS = ('context', 'tensor')  # and these the tokens of each.
 BATCH = P(SEQUENCES, TOKENS)  # [B, T, ...] as it flows from layer to layer.
 ALL_TOKENS = P(SEQUENCES, 'context')  # [B, T, ...] where devices share widths, not tokens.
+OWNERS = ('expert', 'tensor')  # Their devices own different experts.
 LOGITS = P(SEQUENCES, 'context', 'tensor')
 
-# Axis of a weight -> axis of the mesh that splits it; None keeps it whole.
+# Axis of a weight -> axes of the mesh that split it; None keeps it whole.
 RULES = {
     'embed': 'fsdp',
     'vocab': 'tensor',
     'heads': 'tensor',
     'ffn': 'tensor',
-    'expert': 'expert',
-    'expert_ffn': 'tensor',
+    'expert': OWNERS,
     'q_lora': None,
     'index_heads': None,  # Every device must select the same tokens.
 }
@@ -38,7 +39,7 @@ class MeshConfig:
   fsdp: int = 1  # Weights and sequences.
   context: int = 1  # The tokens of a sequence.
   expert: int = 1  # Experts, and sequences.
-  tensor: int = 1  # Heads and widths of one layer, and between layers the tokens.
+  tensor: int = 1  # Heads, widths and experts of one layer, and between layers the tokens.
 
   def __post_init__(self):
     for name, size in self.sizes.items():
@@ -55,16 +56,17 @@ class MeshConfig:
 
   def check_model(self, cfg: ModelConfig):
     """Raises a ValueError if an axis of a weight cannot be split evenly."""
-    divided = {'tensor': ['n_heads', 'vocab_size'], 'fsdp': ['dim'], 'expert': []}
+    divided = {('tensor',): ['n_heads', 'vocab_size'], ('fsdp',): ['dim'], OWNERS: []}
     if cfg.n_dense_layers:
-      divided['tensor'] += ['inter_dim']
+      divided['tensor',] += ['inter_dim']
     if cfg.n_dense_layers < cfg.n_layers:
-      divided['tensor'] += ['moe_inter_dim']
-      divided['expert'] += ['n_routed_experts']
-    for axis, names in divided.items():
+      divided['tensor',] += ['moe_inter_dim']
+      divided[OWNERS] += ['n_routed_experts']
+    for axes, names in divided.items():
+      split = ' times '.join(f'{axis}={self.sizes[axis]}' for axis in axes)
       for name in names:
-        if getattr(cfg, name) % self.sizes[axis]:
-          raise ValueError(f'{axis}={self.sizes[axis]} must divide {name}={getattr(cfg, name)}.')
+        if getattr(cfg, name) % math.prod(self.sizes[axis] for axis in axes):
+          raise ValueError(f'{split} must divide {name}={getattr(cfg, name)}.')
 
   def check_rows(self, batch_size: int, seq_len: int):
     """Raises a ValueError if the sequences or tokens of a (micro-)batch cannot be shared evenly."""
@@ -109,9 +111,10 @@ def weight_sharding(shape: tuple[int, ...], axes: tuple[str | None, ...], mesh: 
   """
   named = [None] * (len(shape) - len(axes)) + list(axes)
   spec = split_by(named)
-  for size, name, axis in zip(shape, named, spec):
-    if axis is not None and size % mesh.shape[axis]:
-      raise ValueError(f'axis {name!r} of {size} cannot be split over {axis}={mesh.shape[axis]}.')
+  for size, name, split in zip(shape, named, spec):
+    axes = (split,) if isinstance(split, str) else split or ()
+    if size % math.prod(sizes := [mesh.shape[axis] for axis in axes]):
+      raise ValueError(f'axis {name!r} of {size} cannot be split over {axes} of {sizes}.')
   return NamedSharding(mesh, spec)
 
 

@@ -100,14 +100,29 @@ def index(*axes: str) -> jax.Array | int:
 
 def gather(x: jax.Array, *axes: str, dim: int) -> jax.Array:
   """Puts the shares of all devices together along a dimension; gradients add up on the way back."""
-  return jax.lax.all_gather(x, axes, axis=dim, tiled=True) if size(*axes) > 1 else x
+  if size(*axes) == 1:
+    return x
+  if not _leads(x, dim):
+    return jax.lax.all_gather(x, axes, axis=dim, tiled=True)
+  rest = x.shape[dim + 1 :]
+  shares = jax.lax.all_gather(x.reshape(-1, *rest), axes)
+  return shares.reshape(*x.shape[:dim], -1, *rest)
 
 
 def scatter_sum(x: jax.Array, *axes: str, dim: int) -> jax.Array:
   """Adds up over devices, and keeps this one's share of a dimension."""
   if size(*axes) == 1:
     return x
-  return jax.lax.psum_scatter(x, axes, scatter_dimension=dim, tiled=True)
+  if not _leads(x, dim):
+    return jax.lax.psum_scatter(x, axes, scatter_dimension=dim, tiled=True)
+  rest = x.shape[dim + 1 :]
+  shares = jax.lax.psum_scatter(x.reshape(size(*axes), -1, *rest), axes)
+  return shares.reshape(*x.shape[:dim], -1, *rest)
+
+
+def _leads(x, dim: int) -> bool:
+  """Whether shares of a dimension can lie one after the other: else TPUs sum and send all of it."""
+  return math.prod(x.shape[:dim]) == 1
 
 
 def total(x: jax.Array, *axes: str) -> jax.Array:

@@ -52,3 +52,23 @@ def test_collectives_are_read_with_their_axes_and_loops(groups, axes):
 def test_a_loop_must_say_how_often_it_runs():
   with pytest.raises(ValueError, match='reduce-scatter of .* is in a loop that does not say'):
     collectives(PROGRAM.replace('constant(5)', 'parameter(0)'), MESH)
+
+
+def test_fused_scatters_and_ragged_exchanges():
+  program = """HloModule jit_step
+
+%all-reduce-scatter.1 (a: f32[8,2]) -> f32[4,2] {
+  %summed = f32[8,2] all-reduce(%a), replica_groups=[4,2]<=[8], to_apply=%add
+  ROOT %share = f32[4,2] dynamic-slice(%summed, %i), dynamic_slice_sizes={4,2}
+}
+
+ENTRY %main (p: bf16[6,2]) -> bf16[48,2] {
+  %share = f32[4,2] fusion(%q), kind=kCustom, calls=%all-reduce-scatter.1
+  %rows = bf16[6,2] bitcast(%p)
+  ROOT %out = bf16[48,2] ragged-all-to-all(%rows, %zeros, %a, %b, %c, %d), replica_groups={{0,1,2,3,4,5,6,7}}
+}
+"""
+  assert collectives(program, MESH) == [
+      Collective('reduce-scatter', ('tensor',), 'f32[8,2]', 64, 1),
+      Collective('ragged-all-to-all', tuple(MESH), 'bf16[6,2]', 24, 1),
+  ]

@@ -11,7 +11,7 @@ RANKS = [
     {'config', 'shapes'},
     {'kernels'},
     {'selection'},
-    {'nn', 'sharding', 'spmd'},
+    {'nn', 'sharding', 'spmd', 'ragged'},
     {'losses', 'optim', 'data', 'metrics', 'report', 'plots', 'tokenizer'},
     {'stages', 'state', 'recipe', 'checkpoint', 'train_step', 'evaluate', 'results', 'cost'}
     | {'distributed', 'targets', 'collectives', 'schedule', 'ptxas', 'compile_cases', 'gpu_cases'},

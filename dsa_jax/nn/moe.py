@@ -7,15 +7,14 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from dsa_jax import spmd
+from dsa_jax import ragged, spmd
 from dsa_jax.config import ModelConfig
 from dsa_jax.kernels.rows import map_rows
 from dsa_jax.nn.mlp import MLP, swiglu
 from dsa_jax.nn.param import BackboneParam, RouterBias, param
-from dsa_jax.sharding import BATCH, MESH_AXES
+from dsa_jax.sharding import BATCH, MESH_AXES, OWNERS
 
-TOKENS_AT_ONCE = 2**14  # That a device takes in, from all that share its experts.
-SHARERS = ('expert', 'tensor')  # Axes of the mesh that hold different experts, or parts of one.
+TOKENS_AT_ONCE = 2**14  # Of all devices that share the experts: one may have to take them all in.
 
 
 class MoE(nnx.Module):
@@ -23,7 +22,7 @@ class MoE(nnx.Module):
 
   def __init__(self, cfg: ModelConfig, *, out_scale: float, rngs: nnx.Rngs):
     d, x, f = cfg.dim, cfg.n_routed_experts, cfg.moe_inter_dim
-    inward, outward = ('expert', 'embed', 'expert_ffn'), ('expert', 'expert_ffn', 'embed')
+    inward, outward = ('expert', 'embed', None), ('expert', None, 'embed')
     self.gate = param(BackboneParam, (d, x), ('embed', None), std=d**-0.5, rngs=rngs)
     self.bias = RouterBias(jnp.zeros(x), axes=(None,))
     self.w1 = param(BackboneParam, (x, d, f), inward, std=d**-0.5, rngs=rngs)
@@ -42,39 +41,53 @@ class MoE(nnx.Module):
     return routed + self.shared(x), load
 
   def _experts(self, x, counted):
-    """Sends tokens to the devices that share the experts, and adds up what these return."""
+    """Sends this device's tokens to the owners of their experts, and adds up what these return."""
     here = spmd.gather_weights(self, x.dtype)
     weights = [w[...].astype(jnp.float32) for w in (here.w1, here.w3, here.w2)]
     gate = spmd.gather(self.gate[...], 'fsdp', dim=0)
     tokens = x.reshape(-1, x.shape[-1])
     experts, gates = route(tokens.astype(jnp.float32) @ gate, self.bias[...], self.cfg)
-    load = jnp.zeros(self.cfg.n_routed_experts).at[experts].add(counted.reshape(-1, 1))
+    load = jnp.sum(_is_of(experts, self.cfg) * counted.reshape(-1, 1, 1), axis=(0, 1))
 
-    def send(rows):  # The gradients of the weights add up over such rows in float32.
-      tokens, experts, gates = (spmd.gather(a[0], *SHARERS, dim=0) for a in rows)
-      experts -= spmd.index('expert') * len(weights[0])  # Those of this device are now the first.
-      routed = _apply(tokens, experts, gates, *(w.astype(x.dtype) for w in weights))
-      return spmd.scatter_sum(routed, *SHARERS, dim=0)[None]
+    def apply(rows):  # The gradients of the weights add up over such rows in float32.
+      narrow = (w.astype(x.dtype) for w in weights)
+      return _apply(*(a[0] for a in rows), *narrow, self.cfg)[None]
 
     rows = jax.tree.map(lambda a: a[None], (tokens, experts, gates))
-    most = TOKENS_AT_ONCE // spmd.size(*SHARERS)
-    routed = send(rows) if len(tokens) <= most else map_rows(jax.checkpoint(send), rows, most)
+    most = TOKENS_AT_ONCE // spmd.size(*OWNERS)
+    routed = apply(rows) if len(tokens) <= most else map_rows(jax.checkpoint(apply), rows, most)
     return routed.astype(x.dtype).reshape(x.shape), spmd.total(load, *MESH_AXES)
 
 
-def _apply(tokens, experts, gates, w1, w3, w2):
-  """The gated sum of each token's experts, float32 [A, D], of those whose weights are here."""
+def _apply(tokens, experts, gates, w1, w3, w2, cfg: ModelConfig):
+  """The gated sum of each token's experts, float32 [A, D], whichever devices own them."""
   n_tokens, n_chosen = experts.shape
-  here = (experts >= 0) & (experts < len(w1))
-  experts = jnp.where(here, experts, len(w1)).reshape(-1)  # Others come last, in no group.
-  order = jnp.argsort(experts)  # Stable: each expert's tokens, side by side.
-  sizes = jnp.bincount(experts, length=len(w1))
-  rows = tokens[order // n_chosen]
-  hidden = swiglu(jax.lax.ragged_dot(rows, w1, sizes), jax.lax.ragged_dot(rows, w3, sizes))
-  rows = jax.lax.ragged_dot(hidden.astype(tokens.dtype), w2, sizes)
-  rows = rows[jnp.argsort(order)].reshape(n_tokens, n_chosen, -1)
-  rows = jnp.where(here[..., None], rows.astype(jnp.float32), 0)
-  return jnp.einsum('AKD,AK->AD', rows, gates)
+  order = jnp.argsort(experts.reshape(-1))  # Stable: each expert's tokens, side by side.
+  journey = ragged.plan_journey(jnp.sum(_is_of(experts, cfg), axis=(0, 1)), *OWNERS)
+  most = spmd.size(*OWNERS) * n_tokens * min(n_chosen, len(w1))  # If all choose these experts.
+  rows = _permuted(jnp.repeat(tokens, n_chosen, axis=0), order)
+  rows = ragged.send(rows, journey.there, most, *OWNERS)
+  dot = lambda rows, w: jax.lax.ragged_dot(rows, w, journey.sizes)
+  rows = dot(swiglu(dot(rows, w1), dot(rows, w3)).astype(tokens.dtype), w2)
+  rows = ragged.send(rows, journey.back, n_tokens * n_chosen, *OWNERS)
+  rows = _permuted(rows, jnp.argsort(order)).reshape(n_tokens, n_chosen, -1)
+  return jnp.einsum('AKD,AK->AD', rows.astype(jnp.float32), gates)
+
+
+def _is_of(experts, cfg: ModelConfig):
+  """Whether each choice [A, K] is of each expert [A, K, X]; sums over it take no scatter."""
+  return experts[..., None] == jnp.arange(cfg.n_routed_experts)
+
+
+@jax.custom_vjp
+def _permuted(x, order):
+  """`x[order]`, whose gradient is no scatter but the permutation back."""
+  return x[order]
+
+
+_permuted.defvjp(
+    lambda x, order: (x[order], order), lambda order, dx: (dx[jnp.argsort(order)], None)
+)
 
 
 def route(
@@ -97,7 +110,7 @@ def route(
     kept = jax.nn.one_hot(groups, cfg.n_expert_groups, dtype=bool).any(axis=1)
     choice = jnp.where(kept[..., None], grouped, -jnp.inf).reshape(choice.shape)
   experts = jax.lax.top_k(choice, cfg.n_activated_experts)[1]
-  gates = jnp.take_along_axis(scores, experts, axis=-1)
+  gates = jnp.sum(jnp.where(_is_of(experts, cfg), scores[:, None], 0), axis=-1)
   return experts, cfg.route_scale * gates / gates.sum(axis=-1, keepdims=True)
 
 
