@@ -69,7 +69,7 @@ def tile_trips(kernel: str, blocks, bytes_per_key: int, copies: int, adds: int =
     steps = [(1, shards.n / step_t), (2, tiles / step_t)]
     copied = [(3, tiles * tile / blocks.copied)] * copies
     group = resident.ADDED * resident.ADDS
-    added = [(3, shards.n * (math.ceil(slots / group) + (shards.n > 1)) / step_t)] * adds * step_t
+    added = [(3, shards.n * math.ceil(slots / group) / step_t)] * adds * step_t
     return {kernel: [*steps, *copied, *added]}
 
   return trips

@@ -74,11 +74,12 @@ def make_shards(n_keys: int, bytes_per_key: int, budget: int) -> Shards:
 
 
 def fit_tile(most: int, line: int, n_slots: int, shards: Shards) -> int:
-  """Even tiles, as few as may be, for what a query has of a shard where slots are spread evenly.
+  """Even tiles, as few as may be, for what a query has of a shard where any slot may be in any.
 
-  But for the first, the slots of a shard begin anywhere in a line.
+  That is K / n of them, three standard deviations more once in a thousand times.
   """
-  of_shard = pl.cdiv(n_slots, shards.n) + (line if shards.n > 1 else 0)
+  mean = n_slots / shards.n
+  of_shard = math.ceil(mean + 3 * math.sqrt(mean * (1 - 1 / shards.n)))
   return pl.cdiv(pl.cdiv(of_shard, pl.cdiv(of_shard, most)), line) * line
 
 
@@ -132,19 +133,32 @@ def sort_slots(indices: jax.Array, n_keys: int) -> jax.Array:
   return jax.lax.cond(ascending, lambda x: x, functools.partial(jnp.sort, axis=-1), slots)
 
 
-def locate(slots: jax.Array, shard: jax.Array, shards: Shards, padding: int):
+def locate(slots: jax.Array, shard: jax.Array, shards: Shards, line: int, tile: int):
   """Where a shard's rows are among sorted slots [B, T, K], and where those rows lie in the shard.
 
   Returns:
-    The first slot and one past the last, [B, T, 2]; rows within the shard, [B, T, K + padding],
-    those of other shards and the padding pointing to a spare row.
+    The first slot of the shard, at the beginning of a line, and how many there are, [B, T, 2];
+    rows within the shard, [B, T, a line and a tile more than K], others pointing to a spare row.
   """
   begin = shard * shards.size
   count = lambda bound: jnp.sum(slots < bound, axis=-1, dtype=jnp.int32)
-  spans = jnp.stack([count(begin), count(begin + shards.size)], axis=-1)
+  first, end = count(begin), count(begin + shards.size)
   local = slots - begin
   local = jnp.where((local >= 0) & (local < shards.size), local, shards.size)
-  return spans, jnp.pad(local, [(0, 0), (0, 0), (0, padding)], constant_values=shards.size)
+  padding = -slots.shape[-1] % line + line + tile
+  local = jnp.pad(local, [(0, 0), (0, 0), (0, padding)], constant_values=shards.size)
+  right = -first % line
+  return jnp.stack([first + right, end - first], axis=-1), shift(local, right, line)
+
+
+def shift(x: jax.Array, places: jax.Array, line: int) -> jax.Array:
+  """Rolls rows [..., N] to the right, each by its own number of places, fewer than a line."""
+
+  def step(i, x):
+    moves = (places >> i & 1)[..., None] == 1
+    return jnp.where(moves, jnp.roll(x, 1 << i, axis=-1), x)
+
+  return jax.lax.fori_loop(0, (line - 1).bit_length(), step, x)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,12 +180,8 @@ class ShardKernels:
       raise ValueError(f'tile={self.tile} must be a multiple of line={self.line}.')
 
   def scalars(self, shard: jax.Array, slots: jax.Array, *lines: int) -> list[jax.Array]:
-    """Spans, then slots as lines of arrays of so many lines a row; a step's queries in a row.
-
-    A tile of spare rows follows each query's slots.
-    """
-    padding = -slots.shape[2] % self.line + self.tile
-    spans, local = locate(slots, shard, self.shards, padding)
+    """Spans, then slots as lines of arrays of so many lines a row; a step's queries in a row."""
+    spans, local = locate(slots, shard, self.shards, self.line, self.tile)
     scalars = [spans, *(local * n for n in lines)]
     return [x.reshape(x.shape[0], -1, 1, self.step_t * x.shape[2]) for x in scalars]
 
@@ -218,14 +228,13 @@ class ShardKernels:
 
   def tiles(self, spans) -> jax.Array:
     """How many tiles the queries of a step have, the most of any."""
-    tiles = [pl.cdiv(end - first, self.tile) for first, _, end in self._spans(spans)]
-    return functools.reduce(jnp.maximum, tiles)
+    most = functools.reduce(jnp.maximum, [self._span(spans, i)[1] for i in range(self.step_t)])
+    return pl.cdiv(most, self.tile)
 
   def seen(self, spans, i, j) -> jax.Array:
     """Which rows of the j-th tile of query i are of the shard, [1, tile]; others are zeros."""
-    begin, end = self._bounds(spans, i, j)
     row = jax.lax.broadcasted_iota(jnp.int32, (1, self.tile), 1)
-    return (row >= begin) & (row < end)
+    return row < self._left(spans, i, j)
 
   def copy(self, lines: int, shard, spans, table, j, buffer):
     """Copies the j-th tile of every query."""
@@ -239,23 +248,21 @@ class ShardKernels:
   def add(self, lines: int, buffer, sums, spans, table, i: int, j):
     """Adds a tile of float32 rows, written for query i, to the rows of its j-th tile."""
     table = self._table(spans, table, i, j)
-    bounds = [jnp.clip(x, 0, self.tile) for x in self._bounds(spans, i, j)]
-    add_rows(lines, buffer, i * self.tile, sums, table, *bounds)
+    n = jnp.clip(self._left(spans, i, j), 0, self.tile)
+    add_rows(lines, buffer, i * self.tile, sums, table, n)
 
-  def _bounds(self, spans, i: int, j):
-    """Where the slots of the shard begin and end, from the j-th tile of query i on."""
-    first, begin, end = self._spans(spans)[i]
-    return begin - first - j * self.tile, end - first - j * self.tile
+  def _span(self, spans, i: int):
+    """Query i's first slot of the shard, and how many it has."""
+    return spans[0, 0, 0, 2 * i], spans[0, 0, 0, 2 * i + 1]
 
-  def _spans(self, spans):
-    """For each query, the slot where its tiles begin, its first slot, and one past its last."""
-    bounds = [(spans[0, 0, 0, 2 * i], spans[0, 0, 0, 2 * i + 1]) for i in range(self.step_t)]
-    return [(begin // self.line * self.line, begin, end) for begin, end in bounds]
+  def _left(self, spans, i: int, j):
+    """How many slots of query i there are from its j-th tile on."""
+    return self._span(spans, i)[1] - j * self.tile
 
   def _table(self, spans, table, i: int, j):
     """The lines where the rows of the j-th tile of query i begin; spare rows' behind its last."""
     n_slots = table.shape[3] // self.step_t
-    slot = jnp.minimum(self._spans(spans)[i][0] + j * self.tile, n_slots - self.tile)
+    slot = jnp.minimum(self._span(spans, i)[0] + j * self.tile, n_slots - self.tile)
     begin = pl.multiple_of(i * n_slots + slot, self.line)
     return table.at[0, 0, 0, pl.ds(begin, self.tile)]
 
@@ -302,11 +309,11 @@ def copy_rows(lines: int, source, target, tables, between: int):
   jax.lax.fori_loop(0, n_rows // group, copy, 0)
 
 
-def add_rows(lines: int, source, first: int, target, table, begin, end):
-  """Adds float32 rows of a buffer, from the `first` on, to the rows that begin at a table's lines.
+def add_rows(lines: int, source, first: int, target, table, n):
+  """Adds n float32 rows of a buffer, from the `first` on, to rows that begin at a table's lines.
 
-  Those from `begin` to `end` are distinct; a few before and behind them may be added, where the
-  table points to a spare row. So the loads of some may precede the stores of those before them.
+  These are distinct; a few behind them may be added, where the table points to a spare row. So
+  the loads of some may precede the stores of those before them.
   """
   rows = math.gcd(ADDED, table.shape[0])
   times = math.gcd(ADDS, table.shape[0] // rows)
@@ -326,7 +333,7 @@ def add_rows(lines: int, source, first: int, target, table, begin, end):
     overlap(load, store, times)
     return 0
 
-  jax.lax.fori_loop(begin // group, pl.cdiv(end, group), add, 0)
+  jax.lax.fori_loop(0, pl.cdiv(n, group), add, 0)
 
 
 def overlap(start, finish, n: int) -> list:
