@@ -8,7 +8,7 @@ from typing import Any
 
 from flax import nnx
 import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec as P
 
 from dsa_jax.config import ModelConfig
 
@@ -103,7 +103,9 @@ def split_by(axes: Sequence[str | None]) -> P:
   return P(*(None if name is None else RULES[name] for name in axes))
 
 
-def weight_sharding(shape: tuple[int, ...], axes: tuple[str | None, ...], mesh: Mesh) -> NamedSharding:
+def weight_sharding(
+    shape: tuple[int, ...], axes: tuple[str | None, ...], mesh: Mesh | AbstractMesh
+) -> NamedSharding:
   """Returns where a weight lies; the leading dimension of a stack of layers, unnamed, stays whole.
 
   Raises:
@@ -118,7 +120,7 @@ def weight_sharding(shape: tuple[int, ...], axes: tuple[str | None, ...], mesh: 
   return NamedSharding(mesh, spec)
 
 
-def shardings_of(tree: Any, mesh: Mesh) -> Any:
+def shardings_of(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
   """Returns where each array of a tree lies: weights, and moments like them, by their axes."""
 
   def place(leaf):

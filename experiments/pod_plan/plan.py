@@ -24,7 +24,7 @@ from flax import nnx
 import jax
 from jax.experimental import topologies
 import jax.numpy as jnp
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 import numpy as np
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
@@ -182,7 +182,7 @@ def flops_per_token(cfg: ModelConfig, stage: str, context: int) -> float:
   return 2 * sum(works.values()) + 2 * sum(works[part] for part in trained)
 
 
-def abstract_state(cfg: ModelConfig, stage: str, mesh: Mesh):
+def abstract_state(cfg: ModelConfig, stage: str, mesh: Mesh | AbstractMesh):
   fresh = lambda: nnx.state(Transformer(cfg, rngs=nnx.Rngs(0)))
   make = lambda: new_state(fresh(), STAGES[stage].trains, OptimConfig(), seed=0)
   shapes = jax.eval_shape(make)
