@@ -65,7 +65,7 @@ def tile_trips(kernel: str, blocks, bytes_per_key: int, copies: int, adds: int =
     shards = make_shards(dims.n_keys, bytes_per_key, int(blocks.vmem_share * dims.vmem))
     slots, tile = min(K, dims.n_keys) / shards.n, fit_tile(blocks.tile, LANES, K, shards)
     tiles = shards.n * math.ceil(slots / tile)
-    step_t = blocks.step_t if dims.vmem >= 128 * 2**20 else blocks.step_t // 2  # `fit_chip`.
+    step_t = resident.fit_chip(blocks, dims.vmem).step_t
     steps = [(1, shards.n / step_t), (2, tiles / step_t)]
     copied = [(3, tiles * tile / blocks.copied)] * copies
     group = resident.ADDED * resident.ADDS

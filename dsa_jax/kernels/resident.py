@@ -88,9 +88,9 @@ def vmem_bytes() -> int:
   return pltpu.get_tpu_info().vmem_capacity_bytes if pltpu.is_tpu_device() else 64 * 2**20
 
 
-def fit_chip(blocks):
-  """Block sizes with half as many queries side by side on chips with half of the VMEM."""
-  if vmem_bytes() >= 128 * 2**20:
+def fit_chip(blocks, vmem: int):
+  """Block sizes for a chip's bytes of VMEM: half as many queries side by side below 128 MiB."""
+  if vmem >= 128 * 2**20:
     return blocks
   return dataclasses.replace(blocks, step_t=max(blocks.step_t // 2, 1))
 

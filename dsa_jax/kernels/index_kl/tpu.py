@@ -33,7 +33,7 @@ class BlockSizes:
 
 def forward(constants, index_q, index_k, index_weights, *, sm_scale: float, blocks: BlockSizes):
   """Returns the divergence [B, T], and what its gradient needs, as `xla.forward` does."""
-  blocks = resident.fit_chip(blocks)
+  blocks = resident.fit_chip(blocks, resident.vmem_bytes())
   q, k, lse, start, end, indices = constants
   kernels = _Kernels.of(k, index_k, indices, 0, sm_scale, blocks)
   packed = kernels.pack(k, index_k)
@@ -54,7 +54,7 @@ def forward(constants, index_q, index_k, index_weights, *, sm_scale: float, bloc
 
 
 def backward(constants, residuals, dkl, *, sm_scale: float, blocks: BlockSizes):
-  blocks = resident.fit_chip(blocks)
+  blocks = resident.fit_chip(blocks, resident.vmem_bytes())
   q, k, lse, start, end, indices = constants
   index_q, index_k, index_weights, scores_lse, mass = residuals
   index_rows = Rows(index_k.shape[-1], index_k.dtype)

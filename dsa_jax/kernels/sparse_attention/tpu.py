@@ -40,7 +40,7 @@ def forward(q, kv, indices, *, v_dim: int, sm_scale: float, blocks: BlockSizes):
     how = dict(v_dim=v_dim, sm_scale=sm_scale, blocks=alone)
     out, lse = _forward(each(q), own, each(slots), **how)
     return out.reshape(*q.shape[:3], v_dim), lse.reshape(q.shape[:3])
-  blocks = resident.fit_chip(blocks)
+  blocks = resident.fit_chip(blocks, resident.vmem_bytes())
   return _forward(q, kv, indices, v_dim=v_dim, sm_scale=sm_scale, blocks=blocks)
 
 
@@ -63,7 +63,7 @@ def _forward(q, kv, indices, *, v_dim, sm_scale, blocks):
 
 
 def backward(residuals, cotangents, *, v_dim: int, sm_scale: float, blocks: BlockSizes):
-  blocks = resident.fit_chip(blocks)
+  blocks = resident.fit_chip(blocks, resident.vmem_bytes())
   q, kv, indices, out, lse = residuals
   dout, dlse = cotangents
   delta = jnp.sum(out.astype(jnp.float32) * dout, axis=-1) - jnp.where(lse > -jnp.inf, dlse, 0)
