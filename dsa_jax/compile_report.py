@@ -7,6 +7,7 @@ python -m dsa_jax.compile_report --check   # Against that file, as CI does.
 
 Cycles are bundles of each loop of the compiler's final schedule times how often the loop runs for
 a query that selects K keys, evenly spread, and sees half of S; DMA and stalls are not in them.
+Floors: products at the bfloat16 peak; arguments and results through HBM once, 4096 queries sharing keys.
 VMEM is what the kernel allocates there, the largest where an op has several kernels.
 
 python -m dsa_jax.compile_report --chips h200 --check
@@ -18,6 +19,7 @@ import argparse
 import concurrent.futures
 import functools
 import json
+import math
 import os
 import pathlib
 import subprocess
@@ -28,7 +30,7 @@ import time
 import jax
 
 from dsa_jax import gpu_cases, schedule
-from dsa_jax.compile_cases import BASELINES, HEADS, OPS, Dims, Op
+from dsa_jax.compile_cases import BASELINES, HEADS, KERNELS, OPS, Dims, Op, T
 from dsa_jax.kernels import resident
 from dsa_jax.targets import CHIPS, GPUS, compile_for, environment, make_mesh
 
@@ -139,6 +141,8 @@ def measure(op: Op, chip: str, dims: Dims, dump: pathlib.Path) -> dict:
     return row | gpu_cases.measure(op, chip, dims, dump)
   spec = CHIPS[chip]
   row['mxu_cycles'] = op.flops(dims) / spec.flops * spec.hertz
+  if op in KERNELS:
+    row['hbm_cycles'] = moved_bytes(op, chip, dims) / T / spec.bytes * spec.hertz
   if op.trips is None:
     return row | {'vmem_mib': None, 'kernels': {}, 'cycles': None, 'us': None}
   kernels = {kernel: cycles_of(dump, kernel, n) for kernel, n in op.trips(dims).items()}
@@ -146,6 +150,14 @@ def measure(op: Op, chip: str, dims: Dims, dump: pathlib.Path) -> dict:
   cycles = sum(kernels.values())
   row |= {'vmem_mib': vmem / 2**20, 'kernels': kernels}
   return row | {'cycles': cycles, 'us': 1e6 * cycles / spec.hertz}
+
+
+def moved_bytes(op: Op, chip: str, dims: Dims) -> int:
+  """What HBM must at least move: each argument read once, each result written once."""
+  shapes = op.shapes(dims)
+  with jax.set_mesh(make_mesh(chip)):
+    results = jax.eval_shape(op.function, *shapes)
+  return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves((shapes, results)))
 
 
 def cycles_of(dump: pathlib.Path, kernel: str, trips: list) -> float:
@@ -178,10 +190,10 @@ def print_tables(rows: list[dict]):
 
 def print_table(rows: list[dict]):
   columns = {'temporaries_mib': '.0f', 'vmem_mib': '.1f', 'seconds': '.0f'}
-  columns |= {'mxu_cycles': '.0f', 'cycles': '.0f', 'us': '.2f'}
+  columns |= {'mxu_cycles': '.0f', 'hbm_cycles': '.0f', 'cycles': '.0f', 'us': '.2f'}
   print('| chip | model | op | S | temporaries MiB | VMEM MiB | compiled s | MXU floor, cycles '
-        '| cycles a query | us a query |')  # fmt: skip
-  print('| --- | --- | --- |' + ' ---: |' * 7)
+        '| HBM floor, cycles | cycles a query | us a query |')  # fmt: skip
+  print('| --- | --- | --- |' + ' ---: |' * 8)
   for row in rows:
     known = [row.get(key) for key in columns]
     cells = ['' if x is None else format(x, how) for x, how in zip(known, columns.values())]

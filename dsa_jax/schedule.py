@@ -30,13 +30,16 @@ def loop_bodies(schedule: str) -> list[Loop]:
 def cycles(loops: Sequence[Loop], trips: Sequence[tuple[int, int | float]]) -> float:
   """Bundles times trips; `trips` has (depth, count) for each loop, in the schedule's order.
 
-  Where there are more loops, those that start DMAs, a few times in many queries, are left out.
+  Where there are more loops, the shortest are left out of those that may start DMAs, which they
+  do a few times in many queries.
 
   Raises:
     ValueError: The loops are not those that `trips` counts.
   """
-  if len(loops) > len(trips):
-    loops = [loop for loop, after in zip(loops, [*loops[1:], None]) if not _is_dma(loop, after)]
+  afters = [*loops[1:], None]
+  of_dma = [i for i, (loop, after) in enumerate(zip(loops, afters)) if _is_dma(loop, after)]
+  extra = sorted(of_dma, key=lambda i: loops[i].bundles)[: max(len(loops) - len(trips), 0)]
+  loops = [loop for i, loop in enumerate(loops) if i not in extra]
   if [loop.depth for loop in loops] != [depth for depth, _ in trips]:
     raise ValueError(f'the schedule has {loops}; (depth, trips) are given as {list(trips)}.')
   return float(sum(loop.bundles * n for loop, (_, n) in zip(loops, trips)))
