@@ -22,11 +22,11 @@ def corpus(tmp_path):
       'sub/empty.txt': b'',
       'sub/d.py': b'd',
   }.items():
-    path = tmp_path / 'root' / name
+    path = tmp_path / 'books' / name
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(content)
-  (tmp_path / 'root' / 'folder.txt').mkdir()
-  return tmp_path / 'root'
+  (tmp_path / 'books' / 'folder.txt').mkdir()
+  return tmp_path / 'books'
 
 
 def _assert_row(row: Batch, **expected):
@@ -171,7 +171,7 @@ def test_a_glob_finds_non_empty_files_in_order(corpus, monkeypatch):
   assert names(f'{corpus}/**/*.txt') == ['a.txt', 'b.txt', 'sub/c.txt']
   assert names(f'{corpus}/**/**') == ['a.txt', 'b.txt', 'sub/c.txt', 'sub/d.py']
   monkeypatch.setenv('HOME', str(corpus.parent))
-  assert names('~/root/sub/*') == ['sub/c.txt', 'sub/d.py']
+  assert names('~/books/sub/*') == ['sub/c.txt', 'sub/d.py']
   monkeypatch.chdir(corpus)
   assert names('*.txt') == ['a.txt', 'b.txt']
 
