@@ -16,6 +16,10 @@ from dsa_jax.sharding import ALL_TOKENS
 
 # Where srun and mpirun say how many processes they started. (SLURM_NTASKS is there without srun, too.)
 LAUNCHERS = ('SLURM_STEP_NUM_TASKS', 'OMPI_COMM_WORLD_SIZE')
+TOGETHER = (
+    'one of %d processes: where one goes, all end, within two minutes. Started again, the job '
+    'resumes from the last checkpoint in its workdir.'
+)
 LOST = (
     'another process of this job has gone. Start the job again as it was, or on other devices: it '
     'resumes from the last checkpoint in its workdir.'
@@ -28,6 +32,9 @@ def join_job():
   Slurm, Open MPI and TPU pods are recognised by jax itself. Elsewhere, Kubernetes included, three
   variables say it: JAX_COORDINATOR_ADDRESS (host:port of the first process), JAX_NUM_PROCESSES and
   JAX_PROCESS_ID.
+
+  Where a process goes, the others end: with an error of the collective that waits for it or,
+  where that waits for ever, once jax has missed its heartbeats for 100 seconds and aborts.
 
   Raises:
     ValueError: One of the three variables is missing.
@@ -46,6 +53,8 @@ def join_job():
       jax.distributed.initialize()
     except ValueError:  # jax knows nothing of a pod around it.
       logging.info('this TPU is no part of a pod: one process.')
+  if jax.distributed.is_initialized():
+    logging.info(TOGETHER, jax.process_count())
 
 
 def _has_tpu() -> bool:
