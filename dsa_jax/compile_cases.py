@@ -17,7 +17,7 @@ from dsa_jax.kernels import resident
 from dsa_jax.kernels.index_kl import tpu as kl
 from dsa_jax.kernels.index_kl import tpu_dense
 from dsa_jax.kernels.index_topk import tpu as select
-from dsa_jax.kernels.resident import LANES, Rows, fit_tile, make_shards
+from dsa_jax.kernels.resident import LANES, Rows
 from dsa_jax.kernels.sparse_attention import tpu as attention
 from dsa_jax.nn.mla import MLA, Mode
 from dsa_jax.targets import CHIPS
@@ -62,8 +62,8 @@ def tile_trips(kernel: str, blocks, bytes_per_key: int, copies: int, adds: int =
   """Loops of a kernel that meets shards, for one query: step, tile, groups of rows."""
 
   def trips(dims: Dims) -> dict:
-    shards = make_shards(dims.n_keys, bytes_per_key, int(blocks.vmem_share * dims.vmem))
-    slots, tile = min(K, dims.n_keys) / shards.n, fit_tile(blocks.tile, LANES, K, shards)
+    shards, tile = resident.fit_shards(dims.n_keys, K, bytes_per_key, dims.vmem, blocks)
+    slots = K / shards.n
     tiles = shards.n * math.ceil(slots / tile)
     step_t = resident.fit_chip(blocks, dims.vmem).step_t
     steps = [(1, shards.n / step_t), (2, tiles / step_t)]

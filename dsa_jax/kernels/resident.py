@@ -19,6 +19,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 LANES = 128
 SPARE = 8  # Rows of zeros behind each shard, where slots of other shards point.
+BEGIN = 128  # Rows that could be met in the time that a step takes to begin and to end.
 ADDED = 8  # Rows of sums in registers at one time,
 ADDS = 8  # and how many times between two branches.
 
@@ -56,31 +57,61 @@ class Rows(NamedTuple):
 
 
 class Shards(NamedTuple):
-  """How many keys lie in VMEM at one time, and how many times."""
+  """Keys that lie in VMEM at one time: n shares of all, and what is in reach of either neighbour's.
+
+  A query meets the latter in one of two shards, so that what it has of each makes whole tiles.
+  """
 
   n: int
-  size: int
+  share: int
+  reach: int
+
+  @property
+  def size(self) -> int:
+    return self.share + self.reach * min(self.n - 1, 2)
 
   @property
   def stored(self) -> int:
     return self.size + SPARE
 
-
-def make_shards(n_keys: int, bytes_per_key: int, budget: int) -> Shards:
-  """Even shards, as few as the budget of VMEM bytes allows."""
-  most = max(budget // bytes_per_key - SPARE, SPARE)
-  n = pl.cdiv(n_keys, most)
-  return Shards(n, pl.cdiv(pl.cdiv(n_keys, n), 8) * 8)
+  def begin(self, i):
+    """The first key of shard i."""
+    return i * self.share - self.reach * (i > 0)
 
 
-def fit_tile(most: int, line: int, n_slots: int, shards: Shards) -> int:
-  """Even tiles, as few as may be, for what a query has of a shard where any slot may be in any.
+def fit_shards(n_keys: int, n_slots: int, bytes_per_key: int, vmem: int, blocks):
+  """Chooses shards that fit, and tiles for them: as little to copy and to begin as may be.
 
-  That is K / n of them, three standard deviations more once in a thousand times.
+  Three standard deviations of where slots lie, any in any place, are in reach where that fits,
+  and a shard has its part of them. Where it does not, tiles have room for three more.
+
+  Returns:
+    Shards, and the rows of a tile.
   """
+  most = max(int(blocks.vmem_share * vmem) // bytes_per_key - SPARE, SPARE) // 8 * 8
+  fewest = pl.cdiv(n_keys, most)
+  reach = _eights(math.ceil(1.5 * n_keys / math.sqrt(n_slots)))
+  options = []
+  for n in range(fewest, 2 * fewest + 1):
+    share = _eights(pl.cdiv(n_keys, n))
+    for shards in (Shards(n, share, 0), Shards(n, share, reach)):
+      if shards.size <= most and 2 * shards.reach <= share:
+        tiles, tile = _fit_tile(n_slots, shards, blocks)
+        options.append((n * (tiles * tile + BEGIN), shards, tile))
+  _, shards, tile = min(options)
+  return shards, tile
+
+
+def _fit_tile(n_slots: int, shards: Shards, blocks) -> tuple[int, int]:
+  """How many even tiles a query's part of a shard takes, and their rows."""
   mean = n_slots / shards.n
-  of_shard = math.ceil(mean + 3 * math.sqrt(mean * (1 - 1 / shards.n)))
-  return pl.cdiv(pl.cdiv(of_shard, pl.cdiv(of_shard, most)), line) * line
+  spare = 0 if shards.reach else 3 * math.sqrt(mean * (1 - 1 / shards.n))
+  tiles = pl.cdiv(math.ceil(mean + spare), blocks.tile)
+  return tiles, pl.cdiv(math.ceil((mean + spare) / tiles), blocks.line) * blocks.line
+
+
+def _eights(n: int) -> int:
+  return pl.cdiv(n, 8) * 8
 
 
 def vmem_bytes() -> int:
@@ -104,8 +135,10 @@ def pack(x: jax.Array, shards: Shards) -> jax.Array:
   """Keys [B, S, E] to [B, shards, lines, 128] as `Rows` has them, spare rows of zeros behind."""
   rows = Rows(x.shape[-1], x.dtype)
   words = rows.words
-  x = jnp.pad(pad_channels(x), [(0, 0), (0, shards.n * shards.size - x.shape[1]), (0, 0)])
-  x = x.reshape(x.shape[0], shards.n, shards.size, rows.blocks, LANES)
+  begins = [shards.begin(i) for i in range(shards.n)]
+  x = jnp.pad(pad_channels(x), [(0, 0), (0, begins[-1] + shards.size - x.shape[1]), (0, 0)])
+  x = jnp.stack([x[:, i : i + shards.size] for i in begins], axis=1)
+  x = x.reshape(*x.shape[:3], rows.blocks, LANES)
   fill = rows.lines * words.itemsize // x.dtype.itemsize - rows.blocks
   x = jnp.pad(x, [(0, 0), (0, 0), (0, SPARE), (0, fill), (0, 0)])
   if x.dtype.itemsize == 2:
@@ -121,8 +154,12 @@ def sums_shape(packed: jax.Array, rows: Rows, shards: Shards) -> tuple[int, ...]
 
 def unpack_sums(x: jax.Array, shards: Shards, n_keys: int, width: int) -> jax.Array:
   """float32 sums [B, shards, lines, 128], laid out like packed float32 keys, to [B, S, width]."""
-  x = x.reshape(x.shape[0], shards.n, shards.stored, -1)[:, :, : shards.size]
-  return x.reshape(x.shape[0], -1, x.shape[-1])[:, :n_keys, :width]
+  x = x.reshape(x.shape[0], shards.n, shards.stored, -1)[:, :, : shards.size, :width]
+  begins = [shards.begin(i) for i in range(shards.n)]
+  total = jnp.zeros((x.shape[0], begins[-1] + shards.size, width))
+  for i, begin in enumerate(begins):
+    total = total.at[:, begin : begin + shards.size].add(x[:, i])
+  return total[:, :n_keys]
 
 
 def sort_slots(indices: jax.Array, n_keys: int) -> jax.Array:
@@ -133,6 +170,19 @@ def sort_slots(indices: jax.Array, n_keys: int) -> jax.Array:
   return jax.lax.cond(ascending, lambda x: x, functools.partial(jnp.sort, axis=-1), slots)
 
 
+def split(slots: jax.Array, i: jax.Array, shards: Shards, units: tuple[int, ...]) -> jax.Array:
+  """How many of sorted slots [B, T, K] are met before shard i: a multiple of the last unit that
+  what is in reach allows."""
+  count = lambda bound: jnp.sum(slots < bound, axis=-1, dtype=jnp.int32)
+  border, reach = i * shards.share, shards.reach * ((i > 0) & (i < shards.n))
+  least = n = count(border - reach)
+  most = count(border + reach)
+  for unit in units:
+    whole = most // unit * unit
+    n = jnp.where(whole >= least, whole, n)
+  return n
+
+
 def locate(slots: jax.Array, shard: jax.Array, shards: Shards, line: int, tile: int):
   """Where a shard's rows are among sorted slots [B, T, K], and where those rows lie in the shard.
 
@@ -140,11 +190,10 @@ def locate(slots: jax.Array, shard: jax.Array, shards: Shards, line: int, tile: 
     The first slot of the shard, at the beginning of a line, and how many there are, [B, T, 2];
     rows within the shard, [B, T, a line and a tile more than K], others pointing to a spare row.
   """
-  begin = shard * shards.size
-  count = lambda bound: jnp.sum(slots < bound, axis=-1, dtype=jnp.int32)
-  first, end = count(begin), count(begin + shards.size)
-  local = slots - begin
-  local = jnp.where((local >= 0) & (local < shards.size), local, shards.size)
+  first, end = [split(slots, shard + i, shards, (line, tile)) for i in (0, 1)]
+  slot = jnp.arange(slots.shape[-1])
+  met = (slot >= first[..., None]) & (slot < end[..., None])
+  local = jnp.where(met, slots - shards.begin(shard), shards.size)
   padding = -slots.shape[-1] % line + line + tile
   local = jnp.pad(local, [(0, 0), (0, 0), (0, padding)], constant_values=shards.size)
   right = -first % line

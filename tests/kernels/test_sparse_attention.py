@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsa_jax.kernels import sparse_attention
+from dsa_jax.kernels import resident, sparse_attention
 from dsa_jax.kernels.sparse_attention import gpu, tpu, xla
 
 ALL = ['reference', *cases.BACKENDS]
@@ -144,6 +144,25 @@ def test_the_kernels_do_not_race():
   blocks = tpu.BlockSizes(block_t=16, step_t=4, tile=4, line=4, copied=8, vmem_share=2e-3)
   actual = values_and_grads(*inputs, backend='tpu', blocks=blocks, races=True)
   cases.assert_matches(actual, values_and_grads(*inputs, backend='reference'))
+
+
+@pytest.mark.parametrize('bytes_per_key', [512, 1024], ids=['forward', 'backward'])
+def test_keys_in_reach_of_two_shards(bytes_per_key):
+  """Three shards with keys in common; each query has its own border between them."""
+  n_keys, topk = 600, 384
+  rng = np.random.default_rng(4)
+  indices = np.stack([np.sort(rng.permutation(n_keys - 1)[:topk]) for _ in range(6)])
+  indices[1] = np.arange(100, 100 + topk)
+  indices[2, 50:], indices[3] = -1, -1
+  q, kv = cases.normal(0, (1, 6, H, E), (1, n_keys, E))
+  inputs = kv.at[:, -1].set(jnp.nan), jnp.asarray(indices[None], jnp.int32)
+  share = 304 * bytes_per_key / resident.vmem_bytes()
+  blocks = tpu.BlockSizes(block_t=4, step_t=2, tile=128, line=8, copied=64, vmem_share=share)
+  sizes = n_keys, topk, bytes_per_key, resident.vmem_bytes()
+  assert resident.fit_shards(*sizes, blocks) == (resident.Shards(3, 200, 48), 128)
+  actual = values_and_grads(q, *inputs, backend='tpu', blocks=blocks)
+  exact = values_and_grads(q, kv, inputs[1], backend='reference')
+  cases.assert_matches(actual, exact)
 
 
 @pytest.mark.parametrize('dtype', cases.TOLERANCE)

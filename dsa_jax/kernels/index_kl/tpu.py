@@ -93,10 +93,9 @@ class _Kernels(ShardKernels):
     head = Rows(k.shape[-1], k.dtype)
     rows = Rows(k.shape[2] * head.channels, k.dtype)
     index_rows = Rows(index_k.shape[-1], index_k.dtype)
-    budget = int(blocks.vmem_share * resident.vmem_bytes())
     bytes_per_key = rows.bytes + index_rows.bytes + more_bytes
-    shards = resident.make_shards(k.shape[1], bytes_per_key, budget)
-    tile = resident.fit_tile(blocks.tile, blocks.line, indices.shape[2], shards)
+    sizes = k.shape[1], indices.shape[2], bytes_per_key
+    shards, tile = resident.fit_shards(*sizes, resident.vmem_bytes(), blocks)
     how = blocks.step_t, tile, blocks.line, blocks.copied
     return cls(shards, *how, k.shape[2], rows, index_rows, sm_scale)
 

@@ -97,9 +97,8 @@ class _Kernels(ShardKernels):
 
   @classmethod
   def of(cls, rows, kv, indices, bytes_per_key, sm_scale, blocks):
-    budget = int(blocks.vmem_share * resident.vmem_bytes())
-    shards = resident.make_shards(kv.shape[1], bytes_per_key, budget)
-    tile = resident.fit_tile(blocks.tile, blocks.line, indices.shape[2], shards)
+    sizes = kv.shape[1], indices.shape[2], bytes_per_key
+    shards, tile = resident.fit_shards(*sizes, resident.vmem_bytes(), blocks)
     return cls(shards, blocks.step_t, tile, blocks.line, blocks.copied, rows, sm_scale)
 
   def forward(self, shard, slots, q, packed, state):
