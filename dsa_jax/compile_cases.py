@@ -13,7 +13,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 import jax.numpy as jnp
 
 from dsa_jax.config import ModelConfig
-from dsa_jax.kernels import resident
+from dsa_jax.kernels import compact, resident
 from dsa_jax.kernels.index_kl import tpu as kl
 from dsa_jax.kernels.index_kl import tpu_dense
 from dsa_jax.kernels.index_topk import tpu as select
@@ -27,6 +27,7 @@ DENSE_E = 192  # Of attention whose heads have keys of their own.
 HEADS = {'v32': (128, 64), 'glm5': (64, 32)}  # Of attention, of the indexer.
 BISECTIONS = 29  # Of 64K random scores, for the slowest of 16 rows; at most 32.
 BF16 = jnp.dtype(jnp.bfloat16)
+SEQUENCES = 32  # That decode side by side.
 SPLASH_HEADS = 2  # Compiled; the grid goes over more of them one by one.
 
 
@@ -62,17 +63,68 @@ def tile_trips(kernel: str, blocks, bytes_per_key: int, copies: int, adds: int =
   """Loops of a kernel that meets shards, for one query: step, tile, groups of rows."""
 
   def trips(dims: Dims) -> dict:
-    shards, tile = resident.fit_shards(dims.n_keys, K, bytes_per_key, dims.vmem, blocks)
-    slots = K / shards.n
-    tiles = shards.n * math.ceil(slots / tile)
-    step_t = resident.fit_chip(blocks, dims.vmem).step_t
-    steps = [(1, shards.n / step_t), (2, tiles / step_t)]
-    copied = [(3, tiles * tile / blocks.copied)] * copies
-    group = resident.ADDED * resident.ADDS
-    added = [(3, shards.n * math.ceil(slots / group) / step_t)] * adds * step_t
-    return {kernel: [*steps, *copied, *added]}
+    fitting = resident.fit_chip(blocks, dims.vmem)
+    shards, tile = resident.fit_shards(dims.n_keys, K, bytes_per_key, dims.vmem, fitting)
+    met = shards, tile, fitting.step_t
+    return {
+        kernel: [*step_trips(*met), *copy_trips(*met, blocks) * copies, *add_trips(*met) * adds]
+    }
 
   return trips
+
+
+def attention_trips(backward: bool) -> Callable:
+  """Of kernels that meet shards, or bring rows together first."""
+  name, blocks = 'sparse_attention_forward', attention.BlockSizes()
+  tiles = tile_trips(name, blocks, KV.bytes, copies=1)
+  bytes_per_key = KV.bytes
+  if backward:
+    name, bytes_per_key = 'sparse_attention_backward', KV.bytes + 4 * KV.channels
+    tiles = tile_trips(name, blocks, bytes_per_key, copies=1, adds=1)
+
+  def trips(dims: Dims) -> dict:
+    fitting = resident.fit_chip(blocks, dims.vmem)
+    shards, _ = resident.fit_shards(dims.n_keys, K, bytes_per_key, dims.vmem, fitting)
+    if not shards.loose:
+      return tiles(dims)
+    gather, scatter = compact.fit(KV, dims.n_keys, K, dims.vmem, fitting)
+    met = gather.shards, gather.tile, gather.step_t
+    loops = {
+        'gather_selected_rows': [*step_trips(*met), *copy_trips(*met, blocks)],
+        f'sparse_attention_rows{"_backward" * backward}': [(1, own_steps(gather.n_rows, dims))],
+    }
+    if backward:
+      met = scatter.shards, scatter.tile, scatter.step_t
+      loops['scatter_selected_rows'] = [*step_trips(*met), *add_trips(*met)]
+    return loops
+
+  return trips
+
+
+def own_steps(n_rows: int, dims: Dims) -> float:
+  """Steps, for one query, of a kernel in which each meets rows of its own."""
+  blocks = resident.fit_chip(attention.BlockSizes(), dims.vmem)
+  return compact.own_tiles(n_rows, KV, blocks)[0] / blocks.step_t
+
+
+def step_trips(shards, tile: int, step_t: int) -> list[tuple[int, float]]:
+  tiles = shards.n * math.ceil(K / shards.n / tile)
+  return [(1, shards.n / step_t), (2, tiles / step_t)]
+
+
+def copy_trips(shards, tile: int, step_t: int, blocks) -> list[tuple[int, float]]:
+  """Groups that are copied, as many as the one of a step needs that has most, and cleared."""
+  slots, group = K / shards.n, blocks.copied / step_t
+  most = slots + math.sqrt(slots * (1 - 1 / shards.n)) * shards.loose
+  copied, all_groups = math.ceil(most / group), math.ceil(slots / tile) * tile / group
+  return [(3, shards.n * n / step_t) for n in (copied, all_groups - copied)]
+
+
+def add_trips(shards, tile: int, step_t: int) -> list[tuple[int, float]]:
+  """Groups of sums, of which half a one is in vain where slots are not in whole tiles."""
+  groups = K / shards.n / (resident.ADDED * resident.ADDS)
+  groups = groups + 0.5 if shards.loose else math.ceil(groups)
+  return [(3, shards.n * groups / step_t)] * step_t
 
 
 def topk_shapes(dims):
@@ -96,6 +148,12 @@ def topk_trips(dims) -> dict:
 
 def attention_shapes(dims):
   return shape(T, dims.heads, E), shape(dims.n_keys, E), int32(T, K)
+
+
+def decode_shapes(dims):
+  """One query of each of many sequences."""
+  of_each = lambda *dims, dtype=BF16: jax.ShapeDtypeStruct((SEQUENCES, *dims), dtype)
+  return of_each(1, dims.heads, E), of_each(dims.n_keys, E), of_each(1, K, dtype=jnp.int32)
 
 
 def attention_backward_shapes(dims):
@@ -219,20 +277,14 @@ KERNELS = [
         lambda *x: attention.forward(*x, **ATTENTION),
         attention_shapes,
         lambda dims: 2 * K * dims.heads * (E + V),
-        tile_trips('sparse_attention_forward', ATTENTION['blocks'], KV.bytes, copies=1),
+        attention_trips(backward=False),
     ),
     Op(
         'sparse_attention_backward',
         lambda *x: attention.backward(*x, **ATTENTION),
         attention_backward_shapes,
         lambda dims: 2 * K * dims.heads * (3 * E + 2 * V),
-        tile_trips(
-            'sparse_attention_backward',
-            ATTENTION['blocks'],
-            KV.bytes + 4 * KV.channels,
-            copies=1,
-            adds=1,
-        ),
+        attention_trips(backward=True),
     ),
     Op(
         'index_kl_selected_forward',
@@ -271,6 +323,13 @@ KERNELS = [
         dense_kl_trips('index_kl_dense_backward', DENSE_KL['blocks'].block_t_backward, 2),
     ),
 ]
+DECODE = Op(
+    'sparse_attention_decode',
+    lambda *x: attention.forward(*x, **ATTENTION),
+    decode_shapes,
+    lambda dims: 2 * K * dims.heads * (E + V),
+    lambda dims: {'sparse_attention_rows': [(1, own_steps(K, dims))]},
+)
 LAYER = Op('layer', layer, layer_shapes, layer_flops, chips=('v5p',))
 SPLASH = [
     Op(

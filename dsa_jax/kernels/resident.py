@@ -74,6 +74,11 @@ class Shards(NamedTuple):
   def stored(self) -> int:
     return self.size + SPARE
 
+  @property
+  def loose(self) -> bool:
+    """Whether tiles must have room to spare."""
+    return self.n > 1 and not self.reach
+
   def begin(self, i):
     """The first key of shard i."""
     return i * self.share - self.reach * (i > 0)
@@ -88,29 +93,39 @@ def fit_shards(n_keys: int, n_slots: int, bytes_per_key: int, vmem: int, blocks)
   Returns:
     Shards, and the rows of a tile.
   """
-  most = max(int(blocks.vmem_share * vmem) // bytes_per_key - SPARE, SPARE) // 8 * 8
+  most = most_keys(bytes_per_key, vmem, blocks)
   fewest = pl.cdiv(n_keys, most)
-  reach = _eights(math.ceil(1.5 * n_keys / math.sqrt(n_slots)))
+  reach = eights(math.ceil(1.5 * n_keys / math.sqrt(n_slots)))
   options = []
   for n in range(fewest, 2 * fewest + 1):
-    share = _eights(pl.cdiv(n_keys, n))
+    share = eights(pl.cdiv(n_keys, n))
     for shards in (Shards(n, share, 0), Shards(n, share, reach)):
       if shards.size <= most and 2 * shards.reach <= share:
-        tiles, tile = _fit_tile(n_slots, shards, blocks)
+        tiles, tile = fit_tile(n_slots, shards, blocks)
         options.append((n * (tiles * tile + BEGIN), shards, tile))
   _, shards, tile = min(options)
   return shards, tile
 
 
-def _fit_tile(n_slots: int, shards: Shards, blocks) -> tuple[int, int]:
-  """How many even tiles a query's part of a shard takes, and their rows."""
+def most_keys(bytes_per_key: int, vmem: int, blocks) -> int:
+  """Keys of a shard that fit."""
+  return max(int(blocks.vmem_share * vmem) // bytes_per_key - SPARE, SPARE) // 8 * 8
+
+
+def fit_tile(n_slots: int, shards: Shards, blocks) -> tuple[int, int]:
+  """Even tiles for a query's part of a shard: how many, and their rows."""
   mean = n_slots / shards.n
   spare = 0 if shards.reach else 3 * math.sqrt(mean * (1 - 1 / shards.n))
-  tiles = pl.cdiv(math.ceil(mean + spare), blocks.tile)
-  return tiles, pl.cdiv(math.ceil((mean + spare) / tiles), blocks.line) * blocks.line
+  return even_tiles(math.ceil(mean + spare), blocks.tile, blocks.line)
 
 
-def _eights(n: int) -> int:
+def even_tiles(n: int, most: int, line: int) -> tuple[int, int]:
+  """As few even tiles of whole lines for n rows as may be: how many, and their rows."""
+  tiles = pl.cdiv(n, most)
+  return tiles, pl.cdiv(pl.cdiv(n, tiles), line) * line
+
+
+def eights(n: int) -> int:
   return pl.cdiv(n, 8) * 8
 
 
@@ -183,14 +198,14 @@ def split(slots: jax.Array, i: jax.Array, shards: Shards, units: tuple[int, ...]
   return n
 
 
-def locate(slots: jax.Array, shard: jax.Array, shards: Shards, line: int, tile: int):
+def locate(slots: jax.Array, shard: jax.Array, part, shards: Shards, line: int, tile: int):
   """Where a shard's rows are among sorted slots [B, T, K], and where those rows lie in the shard.
 
   Returns:
     The first slot of the shard, at the beginning of a line, and how many there are, [B, T, 2];
     rows within the shard, [B, T, a line and a tile more than K], others pointing to a spare row.
   """
-  first, end = [split(slots, shard + i, shards, (line, tile)) for i in (0, 1)]
+  first, end = part
   slot = jnp.arange(slots.shape[-1])
   met = (slot >= first[..., None]) & (slot < end[..., None])
   local = jnp.where(met, slots - shards.begin(shard), shards.size)
@@ -228,9 +243,15 @@ class ShardKernels:
     if self.tile % self.line:
       raise ValueError(f'tile={self.tile} must be a multiple of line={self.line}.')
 
+  def part(self, slots: jax.Array, shard: jax.Array) -> list[jax.Array]:
+    """The first of sorted slots [B, T, K] that is met in a shard, and the first behind them."""
+    units = self.line, self.tile
+    return [split(slots, shard + i, self.shards, units) for i in (0, 1)]
+
   def scalars(self, shard: jax.Array, slots: jax.Array, *lines: int) -> list[jax.Array]:
     """Spans, then slots as lines of arrays of so many lines a row; a step's queries in a row."""
-    spans, local = locate(slots, shard, self.shards, self.line, self.tile)
+    part = self.part(slots, shard)
+    spans, local = locate(slots, shard, part, self.shards, self.line, self.tile)
     scalars = [spans, *(local * n for n in lines)]
     return [x.reshape(x.shape[0], -1, 1, self.step_t * x.shape[2]) for x in scalars]
 
@@ -277,8 +298,7 @@ class ShardKernels:
 
   def tiles(self, spans) -> jax.Array:
     """How many tiles the queries of a step have, the most of any."""
-    most = functools.reduce(jnp.maximum, [self._span(spans, i)[1] for i in range(self.step_t)])
-    return pl.cdiv(most, self.tile)
+    return pl.cdiv(self._most(spans), self.tile)
 
   def seen(self, spans, i, j) -> jax.Array:
     """Which rows of the j-th tile of query i are of the shard, [1, tile]; others are zeros."""
@@ -286,9 +306,10 @@ class ShardKernels:
     return row < self._left(spans, i, j)
 
   def copy(self, lines: int, shard, spans, table, j, buffer):
-    """Copies the j-th tile of every query."""
+    """Copies the j-th tile of every query, and zeros behind its last row."""
     tables = [self._table(spans, table, i, j) for i in range(self.step_t)]
-    copy_rows(lines, shard.at[0, 0], buffer, tables, self.copied)
+    n = self._most(spans) - j * self.tile
+    copy_rows(lines, shard.at[0, 0], buffer, tables, n, self.copied)
 
   def read(self, rows: Rows, buffer, i: int) -> jax.Array:
     """The copied tile of query i, [tile, channels]."""
@@ -303,6 +324,10 @@ class ShardKernels:
   def _span(self, spans, i: int):
     """Query i's first slot of the shard, and how many it has."""
     return spans[0, 0, 0, 2 * i], spans[0, 0, 0, 2 * i + 1]
+
+  def _most(self, spans):
+    """How many slots of the shard a query of the step has, the most of any."""
+    return functools.reduce(jnp.maximum, [self._span(spans, i)[1] for i in range(self.step_t)])
 
   def _left(self, spans, i: int, j):
     """How many slots of query i there are from its j-th tile on."""
@@ -339,14 +364,15 @@ def dot(x: jax.Array, y: jax.Array, x_axis: int, y_axis: int) -> jax.Array:
   return jax.lax.dot_general(x, y, dims, precision=precision, preferred_element_type=jnp.float32)
 
 
-def copy_rows(lines: int, source, target, tables, between: int):
-  """Copies the rows that begin at the lines of a table, one table behind the other.
+def copy_rows(lines: int, source, target, tables, n, between: int):
+  """Copies n rows or a few more that begin at the lines of each table, one table behind the other.
 
   The scalar unit is what copies wait for: an address is a sum, a load and a sum. The first is the
-  same in all tables, which hence take turns, row by row.
+  same in all tables, which hence take turns, row by row. Behind the copied rows are zeros.
   """
   n_rows = tables[0].shape[0]
   group = math.gcd(max(between // len(tables), 1), n_rows)
+  groups = jnp.clip(pl.cdiv(n, group), 0, n_rows // group)
 
   def copy(g, _):
     for r in range(group):
@@ -355,10 +381,17 @@ def copy_rows(lines: int, source, target, tables, between: int):
         target[pl.ds((i * n_rows + row) * lines, lines), :] = source[pl.ds(table[row], lines), :]
     return 0
 
-  jax.lax.fori_loop(0, n_rows // group, copy, 0)
+  def clear(g, _):
+    for i in range(len(tables)):
+      rest = pl.ds((i * n_rows + g * group) * lines, group * lines)
+      target[rest, :] = jnp.zeros((group * lines, LANES), target.dtype)
+    return 0
+
+  jax.lax.fori_loop(0, groups, copy, 0)
+  jax.lax.fori_loop(groups, n_rows // group, clear, 0)
 
 
-def add_rows(lines: int, source, first: int, target, table, n):
+def add_rows(lines: int, source, first, target, table, n):
   """Adds n float32 rows of a buffer, from the `first` on, to rows that begin at a table's lines.
 
   These are distinct; a few behind them may be added, where the table points to a spare row. So

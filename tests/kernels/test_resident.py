@@ -33,7 +33,8 @@ def test_each_selected_key_is_met_in_one_shard(shards):
   met = [[[] for _ in range(9)] for _ in range(2)]
   for i in range(shards.n):
     ascending = resident.sort_slots(jnp.asarray(slots), N_KEYS)
-    located = resident.locate(ascending, jnp.int32(i), shards, LINE, TILE)
+    part = [resident.split(ascending, jnp.int32(i + n), shards, (LINE, TILE)) for n in (0, 1)]
+    located = resident.locate(ascending, jnp.int32(i), part, shards, LINE, TILE)
     spans, rows = map(np.asarray, located)
     assert (spans[..., 0] % LINE == 0).all() and (spans[..., 1] >= 0).all()
     for b, t in np.ndindex(2, 9):

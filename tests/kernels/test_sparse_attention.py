@@ -15,8 +15,11 @@ from dsa_jax.kernels.sparse_attention import gpu, tpu, xla
 ALL = ['reference', *cases.BACKENDS]
 SMALL = {'tpu': tpu.BlockSizes(step_t=8, tile=8, line=8, copied=16)}  # Interpreted: few rows.
 BLOCKS = [('xla', xla.BlockSizes(block_t=n)) for n in (1, 1000)]
+FEW_KEYS = tpu.BlockSizes(  # In VMEM: rows are brought together in HBM, and met in tiles.
+    step_t=2, tile=4, line=4, copied=8, vmem_share=2**-12, step_t_compact=2, block_t_compact=20, own_tile=16
+)  # fmt: skip
 BLOCKS += [
-    ('tpu', tpu.BlockSizes(block_t=16, step_t=1, tile=4, line=4, copied=8, vmem_share=1e-6)),
+    ('tpu', FEW_KEYS),
     ('tpu', tpu.BlockSizes(block_t=8, step_t=4, tile=16, line=8, copied=4, vmem_share=2e-3)),
     ('gpu', gpu.BlockSizes(block_t=11, block_t_backward=5)),
 ]
@@ -139,11 +142,40 @@ def test_wide_rows_on_a_gpu(heads, topk):
     np.testing.assert_array_equal(*(np.asarray(x, np.float32) for x in (actual[name], again)))
 
 
-def test_the_kernels_do_not_race():
+MANY_KEYS = tpu.BlockSizes(block_t=16, step_t=4, tile=4, line=4, copied=8, vmem_share=2e-3)
+
+
+@pytest.mark.parametrize('blocks', [FEW_KEYS, MANY_KEYS], ids=['few', 'many'])
+def test_the_kernels_do_not_race(blocks):
   inputs = make_inputs('chunk')
-  blocks = tpu.BlockSizes(block_t=16, step_t=4, tile=4, line=4, copied=8, vmem_share=2e-3)
   actual = values_and_grads(*inputs, backend='tpu', blocks=blocks, races=True)
   cases.assert_matches(actual, values_and_grads(*inputs, backend='reference'))
+
+
+@pytest.mark.parametrize('visibility', ['empty', 'overhang'])
+def test_rows_brought_together_match_reference(visibility):
+  """As wide that a shard of keys is two of their sums."""
+  _, _, indices = make_inputs(visibility)
+  q, kv = cases.normal(0, (2, cases.T, H, 200), (2, cases.S, 200), dtype='bfloat16')
+  q, how = q / 5, dict(v_dim=130)
+  actual = values_and_grads(q, kv, indices, backend='tpu', blocks=FEW_KEYS, **how)
+  exact = values_and_grads(*cases.f32(q, kv), indices, backend='reference', **how)
+  cases.assert_matches(actual, exact, cases.TOLERANCE['bfloat16'])
+
+
+def test_memory_of_earlier_queries_is_not_read():
+  """A key of all earlier queries is NaN; later ones, the last with nothing to see, have others."""
+  q, kv, indices = make_inputs('chunk')
+  late = np.s_[:, FEW_KEYS.block_t_compact :]
+  indices = jnp.where(indices == 5, -1, indices).at[:, -1].set(-1)
+  exact = values_and_grads(q, kv, indices, backend='reference')
+  indices = indices.at[:, : FEW_KEYS.block_t_compact].set(5)
+  indices = indices.at[:, : FEW_KEYS.block_t_compact, 1:].set(-1)
+  kv = kv.at[:, 5].set(jnp.nan)
+  actual = values_and_grads(q, kv, indices, backend='tpu', blocks=FEW_KEYS)
+  assert np.isnan(actual['out'][0, 0]).all()
+  of_late = lambda results: {name: results[name][late] for name in ('out', 'lse', 'dq')}
+  cases.assert_matches(of_late(actual), of_late(exact))
 
 
 @pytest.mark.parametrize('bytes_per_key', [512, 1024], ids=['forward', 'backward'])

@@ -3,7 +3,8 @@
 
 A step of the grid takes a few queries. Their rows of the shard are copied tile by tile, and all
 heads meet them: online softmax forward; backward, the gradient of the keys is added to rows that
-lie in VMEM as the keys do, and reaches HBM once for each shard and block of queries.
+lie in VMEM as the keys do, and reaches HBM once for each shard and block of queries. Where VMEM
+holds too few keys for whole tiles of each shard, rows are brought together first: `tpu_rows`.
 """
 
 import dataclasses
@@ -14,7 +15,8 @@ from jax.experimental import pallas as pl
 
 from dsa_jax.kernels import resident
 from dsa_jax.kernels.resident import LANES, Rows, ShardKernels, dot
-from dsa_jax.kernels.rows import gather_rows, map_rows, scan_rows
+from dsa_jax.kernels.rows import map_rows, scan_rows
+from dsa_jax.kernels.sparse_attention import tpu_rows
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,27 +28,21 @@ class BlockSizes:
   tile: int = 1152  # At most so many selected rows of a query are met at one time.
   line: int = LANES  # Slots of a line, where tiles may begin; a chip has no other.
   copied: int = 256  # Rows copied between two branches.
+  step_t_compact: int = 4  # Query rows whose selected rows are brought together in a step,
+  block_t_compact: int = 256  # and how many have theirs in HBM at one time.
+  own_tile: int = 2304  # At most so many of those rows are met at one time; half, if float32.
   vmem_share: float = 0.8  # Of VMEM, for a shard of keys and of their gradients.
 
 
 def forward(q, kv, indices, *, v_dim: int, sm_scale: float, blocks: BlockSizes):
-  batch, n_queries, _, width = q.shape
-  if n_queries * indices.shape[2] < kv.shape[1]:  # Decoding: fewer rows than there are keys.
-    indices = jnp.where((indices >= 0) & (indices < kv.shape[1]), indices, -1)
-    own = gather_rows(kv, indices).reshape(-1, indices.shape[2], width)
-    slots = jnp.where(indices >= 0, jnp.arange(indices.shape[2]), -1)
-    each = lambda x: x.reshape(batch * n_queries, 1, *x.shape[2:])
-    alone = dataclasses.replace(blocks, step_t=1)  # No two have the same keys.
-    how = dict(v_dim=v_dim, sm_scale=sm_scale, blocks=alone)
-    out, lse = _forward(each(q), own, each(slots), **how)
-    return out.reshape(*q.shape[:3], v_dim), lse.reshape(q.shape[:3])
   blocks = resident.fit_chip(blocks, resident.vmem_bytes())
-  return _forward(q, kv, indices, v_dim=v_dim, sm_scale=sm_scale, blocks=blocks)
-
-
-def _forward(q, kv, indices, *, v_dim, sm_scale, blocks):
   rows = Rows(kv.shape[-1], kv.dtype)
+  how = dict(v_dim=v_dim, sm_scale=sm_scale, blocks=blocks)
+  if q.shape[1] * indices.shape[2] < kv.shape[1]:  # Decoding: fewer rows than there are keys.
+    return tpu_rows.decode(q, kv, indices, **how)
   kernels = _Kernels.of(rows, kv, indices, rows.bytes, sm_scale, blocks)
+  if kernels.shards.loose:
+    return tpu_rows.forward(q, kv, indices, **how)
   packed = resident.pack(kv, kernels.shards)
   v_channels = Rows(v_dim, kv.dtype).channels
 
@@ -70,21 +66,19 @@ def backward(residuals, cotangents, *, v_dim: int, sm_scale: float, blocks: Bloc
   key_rows = Rows(kv.shape[-1], kv.dtype)
   bytes_per_key = key_rows.bytes + 4 * key_rows.channels
   kernels = _Kernels.of(key_rows, kv, indices, bytes_per_key, sm_scale, blocks)
+  rows = q, indices, lse, dout, delta
+  if kernels.shards.loose:
+    return tpu_rows.backward(rows, kv, sm_scale=sm_scale, blocks=blocks)
   packed = resident.pack(kv, kernels.shards)
 
   def step(dkv, block):
-    q, indices, lse, dout, delta = block
-    slots = resident.sort_slots(indices, kv.shape[1])
-    q = resident.pad_channels(q)
-    dout = jnp.pad(dout, [(0, 0)] * 3 + [(0, q.shape[-1] - v_dim)])
-    queries = jnp.concatenate([q, dout], axis=2), jnp.stack([lse, delta], -1)
+    slots, queries = tpu_rows.prepare(block, kv)
     step = lambda shard, state: kernels.backward(shard, slots, queries, packed, state)
-    state = dkv, jnp.zeros(q.shape)
-    dkv, dq = jax.lax.fori_loop(0, kernels.shards.n, step, state)
+    dq = jnp.zeros((*block[0].shape[:3], key_rows.channels))
+    dkv, dq = jax.lax.fori_loop(0, kernels.shards.n, step, (dkv, dq))
     return dkv, dq[..., : kv.shape[-1]].astype(q.dtype)
 
   dkv = jnp.zeros(resident.sums_shape(packed, key_rows, kernels.shards))
-  rows = q, indices, lse, dout, delta
   dkv, dq = scan_rows(step, dkv, rows, blocks.block_t, blocks.step_t)
   dkv = resident.unpack_sums(dkv, kernels.shards, *kv.shape[1:])
   return dq, dkv.astype(kv.dtype)
@@ -181,7 +175,6 @@ class _Kernels(ShardKernels):
       dkv, new_dq, buffer, dkeys, *sums,
   ):  # fmt: skip
     resident.fetch_sums(shard, dkv, *sums)
-    n_heads = q_dout.shape[2] // 2
 
     def meet(j, _):
       self.copy(self.rows.lines, kv, spans, table, j, buffer)
@@ -191,12 +184,10 @@ class _Kernels(ShardKernels):
         return keys, dot(q_dout[0, i], keys, 1, 1)
 
       def differentiate(i, keys, dots):
-        lse, delta = stats[0, i, :, 0:1], stats[0, i, :, 1:2]
-        logits, dprobs = self.sm_scale * dots[:n_heads], dots[n_heads:]
-        probs = jnp.where(self.seen(spans, i, j), jnp.exp(logits - lse), 0)
-        dlogits = (self.sm_scale * probs * (dprobs - delta)).astype(keys.dtype)
+        seen = self.seen(spans, i, j)
+        gradients = tpu_rows.differentiate_logits(dots, stats[0, i], seen, keys, self.sm_scale)
+        dlogits, dlogits_probs = gradients
         new_dq[0, i] += dot(dlogits, keys, 1, 0)
-        dlogits_probs = jnp.concatenate([dlogits, probs.astype(keys.dtype)], axis=0)
         resident.write_rows(dkeys, i * self.tile, dot(dlogits_probs, q_dout[0, i], 0, 0))
 
       resident.overlap(score, differentiate, self.step_t)
