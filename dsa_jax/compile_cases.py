@@ -18,6 +18,7 @@ from dsa_jax.kernels.index_kl import tpu as kl
 from dsa_jax.kernels.index_kl import tpu_dense
 from dsa_jax.kernels.index_topk import tpu as select
 from dsa_jax.kernels.resident import LANES, Rows
+from dsa_jax.kernels.shards import fit_shards
 from dsa_jax.kernels.sparse_attention import tpu as attention
 from dsa_jax.nn.mla import MLA, Mode
 from dsa_jax.targets import CHIPS
@@ -64,7 +65,7 @@ def tile_trips(kernel: str, blocks, bytes_per_key: int, copies: int, adds: int =
 
   def trips(dims: Dims) -> dict:
     fitting = resident.fit_chip(blocks, dims.vmem)
-    shards, tile = resident.fit_shards(dims.n_keys, K, bytes_per_key, dims.vmem, fitting)
+    shards, tile = fit_shards(dims.n_keys, K, bytes_per_key, dims.vmem, fitting)
     met = shards, tile, fitting.step_t
     return {
         kernel: [*step_trips(*met), *copy_trips(*met, blocks) * copies, *add_trips(*met) * adds]
@@ -84,7 +85,7 @@ def attention_trips(backward: bool) -> Callable:
 
   def trips(dims: Dims) -> dict:
     fitting = resident.fit_chip(blocks, dims.vmem)
-    shards, _ = resident.fit_shards(dims.n_keys, K, bytes_per_key, dims.vmem, fitting)
+    shards, _ = fit_shards(dims.n_keys, K, bytes_per_key, dims.vmem, fitting)
     if not shards.loose:
       return tiles(dims)
     gather, scatter = compact.fit(KV, dims.n_keys, K, dims.vmem, fitting)
@@ -349,5 +350,5 @@ SPLASH = [
         chips=('v6e', 'tpu7x'),
     ),
 ]
-OPS = {op.name: op for op in [*KERNELS, LAYER]}
+OPS = {op.name: op for op in [*KERNELS, DECODE, LAYER]}
 BASELINES = {op.name: op for op in SPLASH}

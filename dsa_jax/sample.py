@@ -97,7 +97,9 @@ class Sampler:
       raise ValueError(f'{chunk=} must be at least 1.')
     self._chunk, self._format = chunk, cache or model.cfg.dtype
     self._graph, self._params = nnx.split(model)
-    how = {'attention': attention, 'backend': backend or default_backend()}
+    backend = backend or default_backend()
+    self._on_tpu = backend == 'tpu'
+    how = {'attention': attention, 'backend': backend}
     self._read = jax.jit(functools.partial(_read, self._graph, **how), donate_argnums=1)
     self._step = jax.jit(
         functools.partial(_step, self._graph, **how), donate_argnums=1, static_argnames='top_k'
@@ -150,7 +152,8 @@ class Sampler:
     for i, prompt in enumerate(prompts):
       tokens[i, : len(prompt)] = prompt
     if after is None:
-      cache = init_cache(self.cfg, len(prompts), self.capacity, fmt=self._format)
+      how = {'fmt': self._format, 'whole_lines': self._on_tpu}
+      cache = init_cache(self.cfg, len(prompts), self.capacity, **how)
       logits = jnp.zeros((len(prompts), self.cfg.vocab_size), jnp.float32)
     else:
       cache, logits = jax.tree.map(jnp.copy, after.cache), after.logits

@@ -50,11 +50,11 @@ def step(params, cache, tokens, n_new, cfg, attention):
   return model.logits(reading.hidden), reading.selected, reading.cache
 
 
-def read(name, attention, cuts, *, lengths=LENGTHS, fmt='float32', capacity=27, rows=(0, 1, 2)):
+def read(name, attention, cuts, *, lengths=LENGTHS, capacity=27, rows=(0, 1, 2), **how):
   """Reads the rows in pieces; returns logits and selections where a row has a token."""
   cfg = CONFIGS[name]
   tokens, lengths = tokens_of(cfg)[list(rows)], np.array(lengths)[list(rows)]
-  params, cache = laws.weights(cfg), init_cache(cfg, len(rows), capacity, fmt=fmt)
+  params, cache = laws.weights(cfg), init_cache(cfg, len(rows), capacity, **{'fmt': 'float32'} | how)
   logits, selected = [], []
   for first, last in zip((0, *cuts), (*cuts, 27)):
     width = next(n for n in (1, 10, 27) if n >= last - first)  # Few programs; the rest is padding.
@@ -99,6 +99,18 @@ def test_any_batch(rows):
     n = LENGTHS[row]
     np.testing.assert_allclose(logits[i, :n], want[row, :n], atol=1e-4, rtol=0)
     np.testing.assert_array_equal(selected[:, i, :n], want_selected[:, row, :n])
+
+
+@pytest.mark.parametrize('attention', ['sparse', 'dense'])
+def test_whole_lines_change_nothing(attention):
+  """As a TPU keeps a cache: rows end in zeros."""
+  want, want_selected = read('deepseek', attention, (8, 9))
+  logits, selected = read('deepseek', attention, (8, 9), whole_lines=True)
+  for row, n in enumerate(LENGTHS):
+    np.testing.assert_allclose(logits[row, :n], want[row, :n], atol=1e-4, rtol=0)
+    np.testing.assert_array_equal(selected[:, row, :n], want_selected[:, row, :n])
+  cache = jax.eval_shape(lambda: init_cache(ModelConfig(), 1, 8, whole_lines=True))
+  assert cache.kv.shape[2] == 640 and cache.index_key.shape[2] == 128
 
 
 @pytest.mark.parametrize('cuts', [(), tuple(range(1, 27))], ids=['layer_read', 'rows_gathered'])

@@ -14,23 +14,24 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from dsa_jax.kernels import resident
-from dsa_jax.kernels.resident import LANES, Rows, ShardKernels, Shards
+from dsa_jax.kernels.resident import LANES, Rows, ShardKernels
+from dsa_jax.kernels.shards import Shards, eights, even_tiles, fit_tile, most_keys
 
 ALIGNED = 8  # Rows.
 
 
 def fit(rows: Rows, n_keys: int, n_slots: int, vmem: int, blocks) -> tuple['Gather', 'Scatter']:
   """Kernels that bring rows together, and that take sums apart: as few shards as fit."""
-  fewest = lambda size: pl.cdiv(n_keys, resident.most_keys(size, vmem, blocks))
+  fewest = lambda size: pl.cdiv(n_keys, most_keys(size, vmem, blocks))
   n = fewest(rows.bytes)
   parts = pl.cdiv(fewest(4 * rows.channels), n)
-  share = resident.eights(pl.cdiv(n_keys, n * parts))
+  share = eights(pl.cdiv(n_keys, n * parts))
   of_keys, of_sums = Shards(n, share * parts, 0), Shards(n * parts, share, 0)
   tiles, tile = own_tiles(n_slots + (n + 1) * ALIGNED, rows, blocks)
   how = lambda shards: (
       shards,
       blocks.step_t_compact,
-      resident.fit_tile(n_slots, shards, blocks)[1],
+      fit_tile(n_slots, shards, blocks)[1],
       blocks.line,
       blocks.copied,
   )
@@ -40,7 +41,7 @@ def fit(rows: Rows, n_keys: int, n_slots: int, vmem: int, blocks) -> tuple['Gath
 
 def own_tiles(n: int, rows: Rows, blocks) -> tuple[int, int]:
   """Tiles of n rows of its own that a query meets: how many, and their rows."""
-  return resident.even_tiles(n, blocks.own_tile * 2 // rows.dtype.itemsize, blocks.line)
+  return even_tiles(n, blocks.own_tile * 2 // rows.dtype.itemsize, blocks.line)
 
 
 @dataclasses.dataclass(frozen=True)

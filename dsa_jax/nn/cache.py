@@ -12,6 +12,7 @@ from dsa_jax.config import ModelConfig
 from dsa_jax.kernels.rows import gather_rows
 
 TILE = 128  # Latent channels that share a scale.
+LINE = 128  # Channels that a TPU keeps side by side.
 LARGEST = 448.0  # Of E4M3.
 FORMATS = ('float32', 'bfloat16', 'fp8')
 
@@ -37,12 +38,14 @@ class Cache(NamedTuple):
   Layers that share another's selection keep no index keys.
   """
 
-  kv: Any  # [B, L * S, C + R], or a QuantizedKV of such rows.
+  kv: Any  # [B, L * S, C + R or more], what is more being zeros, or a QuantizedKV of such rows.
   index_key: Any  # [B, F * S, J] for the F layers with an indexer, or a QuantizedKey.
   length: Int[Array, 'B']  # Tokens held of each sequence.
 
 
-def init_cache(cfg: ModelConfig, batch: int, capacity: int, *, fmt: str = 'bfloat16') -> Cache:
+def init_cache(
+    cfg: ModelConfig, batch: int, capacity: int, *, fmt: str = 'bfloat16', whole_lines: bool = False
+) -> Cache:
   """Returns an empty cache.
 
   Args:
@@ -51,6 +54,8 @@ def init_cache(cfg: ModelConfig, batch: int, capacity: int, *, fmt: str = 'bfloa
     capacity: Tokens that each can hold.
     fmt: 'bfloat16', 'float32', or 'fp8': FP8 latents and index keys with float32 scales, and
       bfloat16 rotary keys, 788 bytes per token and layer for DeepSeek-V3.2's sizes.
+    whole_lines: Fills up what is not FP8 to whole lines of 128 channels, for a TPU: XLA would save
+      the padding by turning the array, and turn it back and forth, all of it, in every step.
 
   Raises:
     ValueError: A size or the format is out of range.
@@ -66,6 +71,7 @@ def init_cache(cfg: ModelConfig, batch: int, capacity: int, *, fmt: str = 'bfloa
     raise ValueError(f'{fmt=} rotates index keys: {cfg.index_head_dim=} must be a power of two.')
   rows = lambda layers, width: jnp.zeros((batch, layers * capacity, width), fmt)
   n_full, width = len(cfg.full_layers), cfg.kv_lora_rank + cfg.qk_rope_head_dim
+  width += -width % LINE if whole_lines else 0
   length = jnp.zeros(batch, jnp.int32)
   if fmt != 'fp8':
     return Cache(rows(cfg.n_layers, width), rows(n_full, cfg.index_head_dim), length)
@@ -86,7 +92,12 @@ def encode(like: Any, rows: Float[Array, 'B T E'], v_dim: int) -> Any:
     return quantize_kv(rows, v_dim)
   if isinstance(like, QuantizedKey):
     return quantize_key(rotate(rows))
-  return rows.astype(like.dtype)
+  return widen(rows.astype(like.dtype), like.shape[-1])
+
+
+def widen(x: Float[Array, '*rows E'], width: int) -> Float[Array, '*rows W']:
+  """Zeros behind the channels, until there are so many."""
+  return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, width - x.shape[-1])])
 
 
 def decode(rows: Any, dtype: Any) -> Float[Array, '*rows E']:

@@ -105,12 +105,14 @@ class _Reader(NamedTuple):
     how = {'sm_scale': self.attn.cfg.sm_scale, 'backend': self.backend}
     if self.attention == 'sparse':
       keys, indices = self._chosen(kv, selected, x.dtype)
-      out, _ = sparse_attention(seen.absorbed_q, keys, indices, v_dim=self._v_dim, **how)
+      q = caches.widen(seen.absorbed_q, keys.shape[-1])
+      out, _ = sparse_attention(q, keys, indices, v_dim=self._v_dim, **how)
     else:
       indices = selected if self.attention == 'masked' else None
       keys = caches.decode(caches.read_layer(kv, self.layer, self.capacity), x.dtype)[:, :, None]
+      q = caches.widen(seen.absorbed_q, keys.shape[-1])
       out, _ = dense_attention(  # Keys for values, too: cutting the latents out would copy them all.
-          seen.absorbed_q, keys, keys, start, self.end, indices=indices, **how
+          q, keys, keys, start, self.end, indices=indices, **how
       )
       out = out[..., : self._v_dim]
     return self.attn.from_latents(out), kv, index_key, selected

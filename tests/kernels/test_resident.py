@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from dsa_jax.kernels import resident
-from dsa_jax.kernels.resident import Shards
+from dsa_jax.kernels.shards import Shards, fit_shards
 from dsa_jax.kernels.sparse_attention.tpu import BlockSizes
 
 SHARDS = [Shards(1, 64, 0), Shards(4, 16, 0), Shards(2, 32, 16), Shards(4, 16, 8), Shards(8, 8, 4)]
@@ -68,9 +68,7 @@ def test_tiles_are_whole_where_reach_allows():
 @pytest.mark.parametrize('shards', SHARDS)
 def test_sums_of_keys_in_two_shards_are_added(shards):
   rows = jax.random.normal(jax.random.key(0), (2, shards.n, shards.stored, 128))
-  total = resident.unpack_sums(
-      rows.reshape(2, shards.n, -1, 128), shards, n_keys=N_KEYS, width=100
-  )
+  total = resident.unpack_sums(rows.reshape(2, shards.n, -1, 128), shards, n_keys=N_KEYS, width=100)
   expected = np.zeros((2, 200, 128))
   for i in range(shards.n):
     begin = shards.begin(i)
@@ -84,7 +82,7 @@ def test_sums_of_keys_in_two_shards_are_added(shards):
 def test_what_is_chosen_fits(vmem, n_keys, bytes_per_key):
   blocks = BlockSizes()
   sizes = n_keys, 2048, bytes_per_key, vmem * 2**20
-  shards, tile = resident.fit_shards(*sizes, blocks)
+  shards, tile = fit_shards(*sizes, blocks)
   assert shards.stored * bytes_per_key <= blocks.vmem_share * vmem * 2**20
   assert shards.begin(shards.n - 1) + shards.size >= n_keys
   assert tile <= blocks.tile and tile % blocks.line == 0
@@ -94,5 +92,5 @@ def test_what_is_chosen_fits(vmem, n_keys, bytes_per_key):
 def test_whole_tiles_are_chosen_where_they_fit():
   """V3.2 at 128K on a v6e: nothing is to spare."""
   for bytes_per_key in (1536, 4096):
-    shards, tile = resident.fit_shards(131072, 2048, bytes_per_key, 128 * 2**20, BlockSizes())
+    shards, tile = fit_shards(131072, 2048, bytes_per_key, 128 * 2**20, BlockSizes())
     assert shards.reach and shards.n * tile == 2048

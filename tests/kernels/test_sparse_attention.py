@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from dsa_jax.kernels import resident, sparse_attention
+from dsa_jax.kernels.shards import Shards, fit_shards
 from dsa_jax.kernels.sparse_attention import gpu, tpu, xla
 
 ALL = ['reference', *cases.BACKENDS]
@@ -191,7 +192,7 @@ def test_keys_in_reach_of_two_shards(bytes_per_key):
   share = 304 * bytes_per_key / resident.vmem_bytes()
   blocks = tpu.BlockSizes(block_t=4, step_t=2, tile=128, line=8, copied=64, vmem_share=share)
   sizes = n_keys, topk, bytes_per_key, resident.vmem_bytes()
-  assert resident.fit_shards(*sizes, blocks) == (resident.Shards(3, 200, 48), 128)
+  assert fit_shards(*sizes, blocks) == (Shards(3, 200, 48), 128)
   actual = values_and_grads(q, *inputs, backend='tpu', blocks=blocks)
   exact = values_and_grads(q, kv, inputs[1], backend='reference')
   cases.assert_matches(actual, exact)

@@ -14,6 +14,7 @@ from jax.experimental import pallas as pl
 from dsa_jax.kernels import resident
 from dsa_jax.kernels.resident import LANES, Rows, ShardKernels, dot
 from dsa_jax.kernels.rows import map_rows, scan_rows
+from dsa_jax.kernels.shards import fit_shards
 
 TOP, TOTAL, MASS, ENTROPY, CROSS = range(5)  # A query's sums, one to a lane.
 SCORES_LSE, TARGET_MASS, DKL = range(3)  # What its gradient needs.
@@ -95,7 +96,7 @@ class _Kernels(ShardKernels):
     index_rows = Rows(index_k.shape[-1], index_k.dtype)
     bytes_per_key = rows.bytes + index_rows.bytes + more_bytes
     sizes = k.shape[1], indices.shape[2], bytes_per_key
-    shards, tile = resident.fit_shards(*sizes, resident.vmem_bytes(), blocks)
+    shards, tile = fit_shards(*sizes, resident.vmem_bytes(), blocks)
     how = blocks.step_t, tile, blocks.line, blocks.copied
     return cls(shards, *how, k.shape[2], rows, index_rows, sm_scale)
 

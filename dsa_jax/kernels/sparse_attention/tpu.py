@@ -16,6 +16,7 @@ from jax.experimental import pallas as pl
 from dsa_jax.kernels import resident
 from dsa_jax.kernels.resident import LANES, Rows, ShardKernels, dot
 from dsa_jax.kernels.rows import map_rows, scan_rows
+from dsa_jax.kernels.shards import fit_shards
 from dsa_jax.kernels.sparse_attention import tpu_rows
 
 
@@ -92,7 +93,7 @@ class _Kernels(ShardKernels):
   @classmethod
   def of(cls, rows, kv, indices, bytes_per_key, sm_scale, blocks):
     sizes = kv.shape[1], indices.shape[2], bytes_per_key
-    shards, tile = resident.fit_shards(*sizes, resident.vmem_bytes(), blocks)
+    shards, tile = fit_shards(*sizes, resident.vmem_bytes(), blocks)
     return cls(shards, blocks.step_t, tile, blocks.line, blocks.copied, rows, sm_scale)
 
   def forward(self, shard, slots, q, packed, state):

@@ -14,8 +14,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from dsa_jax.kernels import compact, resident
-from dsa_jax.kernels.resident import LANES, Rows, Shards, dot
+from dsa_jax.kernels.resident import LANES, Rows, dot
 from dsa_jax.kernels.rows import gather_rows, scan_rows
+from dsa_jax.kernels.shards import Shards
 
 
 def decode(q, kv, indices, *, v_dim: int, sm_scale: float, blocks):
