@@ -21,6 +21,7 @@ FEW_KEYS = tpu.BlockSizes(  # In VMEM: rows are brought together in HBM, and met
 )  # fmt: skip
 BLOCKS += [
     ('tpu', FEW_KEYS),
+    ('tpu', tpu.BlockSizes(block_t=16, step_t=1, tile=4, line=4, copied=8, vmem_share=1e-6)),
     ('tpu', tpu.BlockSizes(block_t=8, step_t=4, tile=16, line=8, copied=4, vmem_share=2e-3)),
     ('gpu', gpu.BlockSizes(block_t=11, block_t_backward=5)),
 ]
