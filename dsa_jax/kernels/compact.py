@@ -161,10 +161,6 @@ class Scatter(ShardKernels):
     """Rows of a query that come to VMEM at one time."""
     return min(self.tile + ALIGNED, self.gather.n_rows)
 
-  def zeros(self, batch: int) -> jax.Array:
-    lines = self.shards.stored * self.gather.rows.blocks
-    return jnp.zeros((batch, self.shards.n, lines, LANES))
-
   def run(self, slots: jax.Array, rows: jax.Array, sums: jax.Array) -> jax.Array:
     """Adds rows [B, T, N x lines, 128] of sorted slots [B, T, K] to `resident` sums."""
     lines = self.gather.rows.blocks

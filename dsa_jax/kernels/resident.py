@@ -89,9 +89,9 @@ def pack(x: jax.Array, shards: Shards) -> jax.Array:
   return x.reshape(x.shape[0], shards.n, shards.stored * rows.lines, LANES)
 
 
-def sums_shape(packed: jax.Array, rows: Rows, shards: Shards) -> tuple[int, ...]:
-  """The shape of float32 sums for packed keys."""
-  return (*packed.shape[:2], shards.stored * rows.blocks, LANES)
+def zero_sums(batch: int, rows: Rows, shards: Shards) -> jax.Array:
+  """float32 sums for packed keys, [B, shards, lines, 128]."""
+  return jnp.zeros((batch, shards.n, shards.stored * rows.blocks, LANES))
 
 
 def unpack_sums(x: jax.Array, shards: Shards, n_keys: int, width: int) -> jax.Array:
@@ -113,8 +113,10 @@ def sort_slots(indices: jax.Array, n_keys: int) -> jax.Array:
 
 
 def split(slots: jax.Array, i: jax.Array, shards: Shards, units: tuple[int, ...]) -> jax.Array:
-  """How many of sorted slots [B, T, K] are met before shard i: a multiple of the last unit that
-  what is in reach allows."""
+  """How many of sorted slots [B, T, K] are met before shard i.
+
+  What is in reach may be met on either side: a multiple of the last unit that this allows.
+  """
   count = lambda bound: jnp.sum(slots < bound, axis=-1, dtype=jnp.int32)
   border, reach = i * shards.share, shards.reach * ((i > 0) & (i < shards.n))
   least = n = count(border - reach)

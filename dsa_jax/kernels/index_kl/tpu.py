@@ -73,7 +73,7 @@ def backward(constants, residuals, dkl, *, sm_scale: float, blocks: BlockSizes):
     dindex_q = dindex_q[..., : index_q.shape[-1]].astype(index_q.dtype)
     return dindex_k, (dindex_q, dweights[..., 0].astype(index_weights.dtype))
 
-  dindex_k = jnp.zeros(resident.sums_shape(packed[1], index_rows, kernels.shards))
+  dindex_k = resident.zero_sums(k.shape[0], index_rows, kernels.shards)
   rows = q, lse, start, end, indices, index_q, index_weights, scores_lse, mass, dkl
   dindex_k, (dindex_q, dweights) = scan_rows(
       step, dindex_k, rows, blocks.block_t, blocks.step_t

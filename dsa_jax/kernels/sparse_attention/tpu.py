@@ -79,7 +79,7 @@ def backward(residuals, cotangents, *, v_dim: int, sm_scale: float, blocks: Bloc
     dkv, dq = jax.lax.fori_loop(0, kernels.shards.n, step, (dkv, dq))
     return dkv, dq[..., : kv.shape[-1]].astype(q.dtype)
 
-  dkv = jnp.zeros(resident.sums_shape(packed, key_rows, kernels.shards))
+  dkv = resident.zero_sums(kv.shape[0], key_rows, kernels.shards)
   dkv, dq = scan_rows(step, dkv, rows, blocks.block_t, blocks.step_t)
   dkv = resident.unpack_sums(dkv, kernels.shards, *kv.shape[1:])
   return dq, dkv.astype(kv.dtype)

@@ -54,7 +54,7 @@ def backward(queries, kv, *, sm_scale: float, blocks):
   """Its gradients: each query's rows get theirs, which then go to their keys.
 
   Args:
-    queries: q, indices, lse, and gradients of the output and of lse, as `prepare` reads them.
+    queries: q, indices, lse, the gradient of the output and delta, as `prepare` reads them.
     kv: As the op has it.
     sm_scale: As the op has it.
     blocks: As the op has it.
@@ -74,7 +74,8 @@ def backward(queries, kv, *, sm_scale: float, blocks):
     return (scatter.run(slots, dkeys, dkv), memory), dq[..., : kv.shape[-1]].astype(q.dtype)
 
   block = blocks.block_t_compact, gather.step_t
-  state = scatter.zeros(kv.shape[0]), gather.memory(q, *block)
+  dkv = resident.zero_sums(kv.shape[0], rows, scatter.shards)
+  state = dkv, gather.memory(q, *block)
   (dkv, _), dq = scan_rows(step, state, queries, *block)
   dkv = resident.unpack_sums(dkv, scatter.shards, *kv.shape[1:])
   return dq, dkv.astype(kv.dtype)
