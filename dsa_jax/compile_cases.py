@@ -17,6 +17,7 @@ from dsa_jax.kernels import compact, resident
 from dsa_jax.kernels.index_kl import tpu as kl
 from dsa_jax.kernels.index_kl import tpu_dense
 from dsa_jax.kernels.index_topk import tpu as select
+from dsa_jax.kernels.indexed_attention import tpu as indexed
 from dsa_jax.kernels.resident import LANES, Rows
 from dsa_jax.kernels.shards import fit_shards
 from dsa_jax.kernels.sparse_attention import tpu as attention
@@ -49,6 +50,7 @@ class Op(NamedTuple):
   shapes: Callable  # Its arguments.
   flops: Callable  # Of the matrix unit, for one query.
   trips: Callable | None = None  # kernel: [(depth, trips for one query)], in schedule's order.
+  gathered: int = 0  # Bytes that SparseCores bring together for one query, beside the kernels.
   chips: tuple[str, ...] = tuple(CHIPS)
 
 
@@ -145,6 +147,23 @@ def topk_trips(dims) -> dict:
     numbering = (1, 1), (2, slots)
   per_query = lambda loops: [(depth, n / blocks.step_t) for depth, n in loops]
   return {'index_topk_cut': per_query(loops), 'index_topk_positions': per_query(numbering)}
+
+
+def indexed_trips(dims) -> dict:
+  """Selection, and attention to rows that have come; two steps more than blocks of queries."""
+  blocks = T / indexed.BlockSizes().block_t
+  more = lambda loops: [(depth, n * (blocks + 2) / blocks) for depth, n in loops]
+  cut, numbering = topk_trips(dims).values()
+  return {
+      'index_topk_cut': [*more(cut[:1]), *cut[1:]],
+      'index_topk_positions': more(numbering),
+      'sparse_attention_rows': more([(1, own_steps(K, dims))]),
+  }
+
+
+def indexed_shapes(dims):
+  q, kv, _ = attention_shapes(dims)
+  return q, kv, *topk_shapes(dims)
 
 
 def attention_shapes(dims):
@@ -331,6 +350,15 @@ DECODE = Op(
     lambda dims: 2 * K * dims.heads * (E + V),
     lambda dims: {'sparse_attention_rows': [(1, own_steps(K, dims))]},
 )
+INDEXED = Op(
+    'indexed_attention',
+    lambda *x: indexed.forward(*x, topk=K, v_dim=V, sm_scale=0.1, blocks=indexed.BlockSizes()),
+    indexed_shapes,
+    lambda dims: sum(op.flops(dims) for op in KERNELS[:2]),
+    indexed_trips,
+    gathered=K * KV.bytes,
+    chips=('v5p', 'tpu7x'),
+)
 LAYER = Op('layer', layer, layer_shapes, layer_flops, chips=('v5p',))
 SPLASH = [
     Op(
@@ -350,5 +378,5 @@ SPLASH = [
         chips=('v6e', 'tpu7x'),
     ),
 ]
-OPS = {op.name: op for op in [*KERNELS, DECODE, LAYER]}
+OPS = {op.name: op for op in [*KERNELS, INDEXED, DECODE, LAYER]}
 BASELINES = {op.name: op for op in SPLASH}

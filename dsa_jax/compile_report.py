@@ -9,6 +9,7 @@ Cycles are bundles of each loop of the compiler's final schedule times how often
 a query that selects K keys, evenly spread, and sees half of S; DMA and stalls are not in them.
 Floors: products at the bfloat16 peak; arguments and results through HBM once, 4096 queries sharing keys.
 VMEM is what the kernel allocates there, the largest where an op has several kernels.
+Gathers of SparseCores are bytes over a published rate, of which what goes on beside kernels is free.
 
 python -m dsa_jax.compile_report --chips h200 --check
 
@@ -149,6 +150,12 @@ def measure(op: Op, chip: str, dims: Dims, dump: pathlib.Path) -> dict:
   vmem = max(schedule.vmem_bytes(dumped(dump, kernel, 'original')) for kernel in kernels)
   cycles = sum(kernels.values())
   row |= {'vmem_mib': vmem / 2**20, 'kernels': kernels}
+  if op.gathered:
+    beside = schedule.beside(compiled.as_text(), 'gather_rows', list(kernels))
+    row['beside_gather'] = beside
+    if spec.gathered:
+      row['gather_cycles'] = op.gathered / spec.gathered * spec.hertz
+      cycles += max(row['gather_cycles'] - sum(kernels[kernel] for kernel in beside), 0)
   return row | {'cycles': cycles, 'us': 1e6 * cycles / spec.hertz}
 
 
@@ -190,10 +197,11 @@ def print_tables(rows: list[dict]):
 
 def print_table(rows: list[dict]):
   columns = {'temporaries_mib': '.0f', 'vmem_mib': '.1f', 'seconds': '.0f'}
-  columns |= {'mxu_cycles': '.0f', 'hbm_cycles': '.0f', 'cycles': '.0f', 'us': '.2f'}
+  columns |= {'mxu_cycles': '.0f', 'hbm_cycles': '.0f', 'gather_cycles': '.0f'}
+  columns |= {'cycles': '.0f', 'us': '.2f'}
   print('| chip | model | op | S | temporaries MiB | VMEM MiB | compiled s | MXU floor, cycles '
-        '| HBM floor, cycles | cycles a query | us a query |')  # fmt: skip
-  print('| --- | --- | --- |' + ' ---: |' * 8)
+        '| HBM floor, cycles | SparseCores, cycles | cycles a query | us a query |')  # fmt: skip
+  print('| --- | --- | --- |' + ' ---: |' * 9)
   for row in rows:
     known = [row.get(key) for key in columns]
     cells = ['' if x is None else format(x, how) for x, how in zip(known, columns.values())]
@@ -216,6 +224,8 @@ def compare(rows: list[dict], committed: list[dict]) -> list[str]:
 
 
 def _worse(row, before):
+  for kernel in set(before.get('beside_gather', ())) - set(row.get('beside_gather', ())):
+    yield f'{kernel} no longer runs beside the gather'
   for what in ('cycles', 'temporaries_mib', 'vmem_mib', 'loop_spills', 'serialized'):
     now, then = row.get(what), before.get(what)
     if then is not None and now is None:

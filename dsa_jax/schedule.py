@@ -50,6 +50,20 @@ def _is_dma(loop: Loop, after: Loop | None) -> bool:
   return is_leaf and loop.depth > 1 and loop.bundles < SHORT
 
 
+def beside(program: str, call: str, kernels: Sequence[str]) -> list[str]:
+  """Those kernels that run, each time, between the start and the end of an asynchronous call.
+
+  Args:
+    program: Of XLA, scheduled, as text.
+    call: The name of the call.
+    kernels: Names to look for.
+  """
+  during = re.findall(rf'%({call}\S*)\.call-start = (.*?)%\1\.call-done = ', program, re.DOTALL)
+  runs = lambda kernel, text: bool(re.search(rf'%{kernel}[.\d]* = ', text))
+  during = [text for _, text in during if any(runs(kernel, text) for kernel in kernels)]
+  return [kernel for kernel in kernels if during and all(runs(kernel, x) for x in during)]
+
+
 def vmem_bytes(program: str) -> int:
   """VMEM that a kernel's program allocates: scratch, and windows with their second buffers."""
   return sum(int(size, 16) for size in re.findall(r'space=vmem, size = (0x[0-9a-f]+)', program))

@@ -23,7 +23,8 @@ DUMPED = '^(original|final_bundles)$'  # Passes; to write all 70 takes four time
 class Chip(NamedTuple):
   """One device as jax sees it. Peaks are the makers'.
 
-  The clock of tpu7x, 2.2 GHz, is assumed: none is published.
+  The clock of tpu7x, 2.2 GHz, is assumed: none is published. The rate of gathers is what
+  tpu-inference says it reaches with eight streams; of v5p and v6e nobody has published one.
   """
 
   topology: str
@@ -31,12 +32,13 @@ class Chip(NamedTuple):
   hertz: float
   flops: float  # bfloat16 per second.
   bytes: float  # HBM, per second.
+  gathered: float | None = None  # By SparseCores, rows of 512 bytes, per second.
 
 
 CHIPS = {
     'v5p': Chip('v5p:2x2x1', 'v5p-8', 1.75e9, 459e12, 2.76e12),
     'v6e': Chip('v6e:2x2', 'v6e-4', 1.75e9, 918e12, 1.64e12),
-    'tpu7x': Chip('tpu7x:2x2x1', 'tpu7x-8', 2.2e9, 1153e12, 3.69e12),
+    'tpu7x': Chip('tpu7x:2x2x1', 'tpu7x-8', 2.2e9, 1153e12, 3.69e12, 1e12),
 }
 
 

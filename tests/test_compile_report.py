@@ -52,6 +52,25 @@ def test_loops_that_start_dmas_are_left_out():
   assert schedule.cycles(short, [(2, 1), (2, 1)]) == 34 + 340  # As short, and expected.
 
 
+def test_kernels_run_beside_a_call_where_they_always_do():
+  step = """
+  %prepare_start_call_it.{i}.call-start = s32[] custom-call()
+  %early.{i} = f32[] custom-call()
+  %call_it.{i}.cloned.1.call-start = ((s32[]), s32[]) call-start(%x)
+  %one.{i} = f32[] custom-call(), metadata={{op_name="jit(f)/sometimes"}}
+  %two.{i} = f32[] fusion(%one.{i}), kind=kCustom
+  {more}
+  %call_it.{i}.cloned.1.call-done = s32[] call-done(%call_it.{i}.cloned.1.call-start)
+  %late = f32[] custom-call(%two.{i})
+"""
+  own = '  %call_it.9.call-start = () call-start(%x)\n  ROOT %call_it.9.call-done = s32[] call-done()\n'
+  steps = step.format(i=1, more=''), step.format(i=2, more='%sometimes.7 = f32[] custom-call()')
+  kernels = ['early', 'one', 'two', 'sometimes', 'late', 'on']
+  assert schedule.beside(own + ''.join(steps), 'call_it', kernels) == ['one', 'two']
+  assert schedule.beside(own + steps[1], 'call_it', kernels) == ['one', 'two', 'sometimes']
+  assert schedule.beside(own, 'call_it', kernels) == []
+
+
 def test_vmem_is_what_the_program_allocates_there():
   assert schedule.vmem_bytes(PROGRAM) == 0x12400
 
@@ -67,6 +86,13 @@ def test_cycles_are_bundles_times_trips(tmp_path):
     assert 'x: ' in str(e.value) and 'bundles=3' in str(e.value) and str(wrong) in str(e.value)
   with pytest.raises(ValueError, match='z: the compiler wrote no final_bundles'):
     compile_report.cycles_of(tmp_path, 'z', [])
+
+
+def test_notices_kernels_that_wait_for_a_gather():
+  before = GOOD | {'beside_gather': ['one', 'two']}
+  assert not compile_report.compare([before], [before])
+  (complaint,) = compile_report.compare([GOOD | {'beside_gather': ['two']}], [before])
+  assert 'one no longer runs beside the gather' in complaint
 
 
 @pytest.mark.parametrize('what', ['cycles', 'temporaries_mib', 'vmem_mib'])

@@ -5,4 +5,5 @@ from dsa_jax.kernels.dense_attention.op import dense_attention
 from dsa_jax.kernels.index_kl.op import index_kl
 from dsa_jax.kernels.index_scores import index_scores
 from dsa_jax.kernels.index_topk.op import index_topk
+from dsa_jax.kernels.indexed_attention.op import indexed_attention
 from dsa_jax.kernels.sparse_attention.op import sparse_attention

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 import numpy as np
 
-from dsa_jax.kernels import dense_attention, index_topk, sparse_attention
+from dsa_jax.kernels import dense_attention, index_topk, indexed_attention, sparse_attention
 from dsa_jax.nn import cache as caches
 from dsa_jax.nn.cache import Cache
 from dsa_jax.nn.mla import MLA, Attention
@@ -52,12 +52,13 @@ def extend(
   end = jnp.where(counted, position + 1, 0)
   at = jnp.where(counted, position, -1)
   full = are_full(cfg, range(cfg.n_layers))
+  at_once = attention == 'sparse' and full.all() and tokens.shape[1] * cfg.index_topk >= capacity
   slot = np.maximum(np.cumsum(full) - 1, 0)  # Of each layer's index keys, its own or its owner's.
 
   def layer(carry, inputs):
     x, kv, index_key, selected = carry
     block, i, slot, is_full = inputs
-    reader = _Reader(block.attn, capacity, i, slot, is_full, end, at, attention, backend)
+    reader = _Reader(block.attn, capacity, i, slot, is_full, end, at, attention, at_once, backend)
     out, kv, index_key, selected = reader.read(block.attn_norm(x), kv, index_key, selected)
     x, _ = block.feed_forward(add(x, out), counted)
     return (x, kv, index_key, selected), selected
@@ -88,6 +89,7 @@ class _Reader(NamedTuple):
   end: Int[Array, 'B T']
   at: Int[Array, 'B T']
   attention: str
+  at_once: bool  # Whether many queries select and attend in one op, each layer for itself.
   backend: str
 
   def read(self, x: Float[Array, 'B T D'], kv: Any, index_key: Any, selected: Any):
@@ -99,17 +101,24 @@ class _Reader(NamedTuple):
       new = caches.encode(index_key, seen.index.k, self._v_dim)
       at = jnp.where(self.is_full, self._rows(self.at, self.slot), -1)
       index_key = caches.write(index_key, new, at)
-      if self.attention != 'dense':
+      if self.attention != 'dense' and not self.at_once:
         own = lambda: self._select(seen.index, index_key, start)
         selected = jax.lax.cond(self.is_full, own, lambda: selected)
     how = {'sm_scale': self.attn.cfg.sm_scale, 'backend': self.backend}
-    if self.attention == 'sparse':
+    if self.at_once:
+      index_q, index_k = self._index_of_layer(seen.index, index_key)
+      index = index_q, index_k, seen.index.weights, start, self.end
+      keys = self._keys(kv, x.dtype)
+      q = caches.widen(seen.absorbed_q, keys.shape[-1])
+      how |= {'topk': self.attn.cfg.index_topk, 'v_dim': self._v_dim}
+      out, selected = indexed_attention(q, keys, *index, **how)
+    elif self.attention == 'sparse':
       keys, indices = self._chosen(kv, selected, x.dtype)
       q = caches.widen(seen.absorbed_q, keys.shape[-1])
       out, _ = sparse_attention(q, keys, indices, v_dim=self._v_dim, **how)
     else:
       indices = selected if self.attention == 'masked' else None
-      keys = caches.decode(caches.read_layer(kv, self.layer, self.capacity), x.dtype)[:, :, None]
+      keys = self._keys(kv, x.dtype)[:, :, None]
       q = caches.widen(seen.absorbed_q, keys.shape[-1])
       out, _ = dense_attention(  # Keys for values, too: cutting the latents out would copy them all.
           q, keys, keys, start, self.end, indices=indices, **how
@@ -119,24 +128,33 @@ class _Reader(NamedTuple):
 
   def _select(self, index, index_key, start):
     how = {'topk': self.attn.cfg.index_topk, 'backend': self.backend}
-    q, keys = index.q, index_key
-    if isinstance(keys, jax.Array) and keys.dtype == q.dtype:
+    if isinstance(index_key, jax.Array) and index_key.dtype == index.q.dtype:
+      q, keys = index.q, index_key
       how['span'] = self.slot * self.capacity, self.capacity  # Read where they are.
     else:
-      keys = caches.decode(caches.read_layer(keys, self.slot, self.capacity), q.dtype)
-      q = caches.rotate(q) if isinstance(index_key, caches.QuantizedKey) else q
+      q, keys = self._index_of_layer(index, index_key)
     return index_topk(q, keys, index.weights, start, self.end, **how)
 
+  def _index_of_layer(self, index, index_key):
+    """Index queries, and this layer's keys, as the ops read them."""
+    keys = caches.decode(caches.read_layer(index_key, self.slot, self.capacity), index.q.dtype)
+    q = caches.rotate(index.q) if isinstance(index_key, caches.QuantizedKey) else index.q
+    return q, keys
+
   def _chosen(self, kv: Any, selected: Int[Array, 'B T K'], dtype: Any):
-    """What sparse attention gathers from, and where: nothing is copied that it can read as it is."""
+    """What sparse attention gathers from, and where: few rows are read where they are."""
     batch, n_rows, k = selected.shape
+    if n_rows * k >= self.capacity:
+      return self._keys(kv, dtype), selected
     if isinstance(kv, jax.Array) and kv.dtype == dtype:
       return kv, self._rows(selected, self.layer)
-    if n_rows * k >= self.capacity:
-      return caches.decode(caches.read_layer(kv, self.layer, self.capacity), dtype), selected
     rows = caches.decode(caches.gather(kv, self._rows(selected, self.layer)), dtype)
     slots = jnp.arange(n_rows * k, dtype=jnp.int32).reshape(n_rows, k)
     return rows.reshape(batch, n_rows * k, -1), jnp.where(selected >= 0, slots, -1)
+
+  def _keys(self, kv: Any, dtype: Any) -> Float[Array, 'B S E']:
+    """All that this layer keeps."""
+    return caches.decode(caches.read_layer(kv, self.layer, self.capacity), dtype)
 
   def _rows(self, positions, layer):
     return jnp.where(positions >= 0, layer * self.capacity + positions, -1)

@@ -177,7 +177,7 @@ def test_fewer_rows_where_their_scores_would_fill_vmem(monkeypatch):
   inputs = *make_inputs('integers'), *cases.intervals('packed')
   bytes_of_row = 4 * tpu.TILE
   monkeypatch.setattr(tpu.resident, 'vmem_bytes', lambda: 2 * 15 * bytes_of_row)
-  assert tpu._fit(tpu.BlockSizes(), 37, tpu.TILE).step_t == 8
+  assert tpu.fit(tpu.BlockSizes(), 37, tpu.TILE).step_t == 8
   want = select(*inputs, topk=6, backend='reference')
   np.testing.assert_array_equal(select(*inputs, topk=6, backend='tpu'), want)
   monkeypatch.setattr(tpu.resident, 'vmem_bytes', lambda: 2 * 7 * bytes_of_row)

@@ -45,10 +45,7 @@ def index_topk(
     there are at most K. Ties at the cut go to the lowest position. Carries no gradient.
   """
   check_backend(backend)
-  check_index_inputs(q, k, weights)
-  check_intervals(q, start, end)
-  if topk < 1:
-    raise ValueError(f'{topk=} must be at least 1.')
+  check_selection(q, k, weights, start, end, topk)
   q, k, weights = jax.lax.stop_gradient((q, k, weights))
   if backend == 'xla':
     blocks = blocks or xla.BlockSizes()
@@ -60,3 +57,10 @@ def index_topk(
   kernels = BACKENDS[backend]
   blocks = blocks or kernels.BlockSizes()
   return kernels.forward(q, k, weights, start, end, topk=topk, blocks=blocks)
+
+
+def check_selection(q, k, weights, start, end, topk: int):
+  check_index_inputs(q, k, weights)
+  check_intervals(q, start, end)
+  if topk < 1:
+    raise ValueError(f'{topk=} must be at least 1.')

@@ -38,20 +38,27 @@ class BlockSizes:
 
 
 def forward(q, k, weights, start, end, *, topk: int, blocks: BlockSizes):
-  n_keys = k.shape[1]
-  k = _interleave(pad_axis(resident.pad_channels(k), 1, TILE))
-  end = jnp.minimum(end, n_keys)  # Never the padding.
-  blocks = _fit(blocks, q.shape[1], k.shape[1])
-
-  def select(rows):
-    q, weights, start, end = rows
-    above, tied = _cut(resident.pad_channels(q), k, weights, start, end, topk, blocks)
-    return _positions(above, tied, topk, blocks)
-
-  return map_rows(select, (q, weights, start, end), blocks.block_t, blocks.step_t)
+  end = jnp.minimum(end, k.shape[1])  # Never the padding.
+  k = tile_keys(k)
+  blocks = fit(blocks, q.shape[1], k.shape[1])
+  select_rows = lambda rows: select(*rows, k=k, topk=topk, blocks=blocks)
+  return map_rows(select_rows, (q, weights, start, end), blocks.block_t, blocks.step_t)
 
 
-def _fit(blocks: BlockSizes, n_queries: int, n_keys: int) -> BlockSizes:
+def tile_keys(k: jax.Array) -> jax.Array:
+  """Keys [B, S, J] in whole tiles: of each, line i, lane l holds key l * WORD + i."""
+  k = pad_axis(resident.pad_channels(k), 1, TILE)
+  tiles = k.reshape(k.shape[0], -1, LANES, WORD, k.shape[2])
+  return jnp.swapaxes(tiles, 2, 3).reshape(k.shape)
+
+
+def select(q, weights, start, end, *, k, topk: int, blocks: BlockSizes):
+  """The op for a few steps of queries and `tile_keys`, whose padding no query may see."""
+  above, tied = _cut(resident.pad_channels(q), k, weights, start, end, topk, blocks)
+  return _positions(above, tied, topk, blocks)
+
+
+def fit(blocks: BlockSizes, n_queries: int, n_keys: int) -> BlockSizes:
   """Fewer rows at one time where there are fewer, or their scores would fill half of VMEM."""
   most = resident.vmem_bytes() // (2 * 4 * n_keys)
   if most < LEAST_ROWS:
@@ -60,12 +67,6 @@ def _fit(blocks: BlockSizes, n_queries: int, n_keys: int) -> BlockSizes:
   if most < blocks.step_t or n_queries <= LEAST_ROWS:
     return dataclasses.replace(blocks, step_t=LEAST_ROWS)
   return blocks
-
-
-def _interleave(k):
-  """Keys [B, S, J] in tiles: line i, lane l holds key l * WORD + i of the tile."""
-  tiles = k.reshape(k.shape[0], -1, LANES, WORD, k.shape[2])
-  return jnp.swapaxes(tiles, 2, 3).reshape(k.shape)
 
 
 def _cut(q, k, weights, start, end, topk, blocks):

@@ -47,13 +47,7 @@ def sparse_attention(
   """
   check_backend(backend)
   check_indices(q, indices)
-  if q.shape[0] != kv.shape[0] or q.shape[-1] != kv.shape[-1] or q.dtype != kv.dtype:
-    raise ValueError(
-        'must be q [B, T, H, E], kv [B, S, E] of one dtype; got '
-        f'{q.dtype} {q.shape}, {kv.dtype} {kv.shape}.'
-    )
-  if not 0 < v_dim <= kv.shape[-1]:
-    raise ValueError(f'{v_dim=} must be within 1 and the width of kv, {kv.shape[-1]}.')
+  check_attention(q, kv, v_dim)
   if backend == 'reference':
     return sparse_attention_reference(q, kv, indices, v_dim=v_dim, sm_scale=sm_scale)
   kernels = BACKENDS[backend]
@@ -77,3 +71,13 @@ def _bwd(v_dim, sm_scale, backend, blocks, residuals, cotangents):
 
 
 _op.defvjp(_fwd, _bwd)
+
+
+def check_attention(q, kv, v_dim: int):
+  if q.shape[0] != kv.shape[0] or q.shape[-1] != kv.shape[-1] or q.dtype != kv.dtype:
+    raise ValueError(
+        'must be q [B, T, H, E], kv [B, S, E] of one dtype; got '
+        f'{q.dtype} {q.shape}, {kv.dtype} {kv.shape}.'
+    )
+  if not 0 < v_dim <= kv.shape[-1]:
+    raise ValueError(f'{v_dim=} must be within 1 and the width of kv, {kv.shape[-1]}.')

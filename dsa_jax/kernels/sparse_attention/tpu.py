@@ -35,11 +35,19 @@ class BlockSizes:
   vmem_share: float = 0.8  # Of VMEM, for a shard of keys and of their gradients.
 
 
+def brings_together(q, kv, n_slots: int, blocks: BlockSizes) -> bool:
+  """Whether `forward` of q [B, T, H, E] and kv [B, S, E] brings rows together in HBM first."""
+  blocks = resident.fit_chip(blocks, resident.vmem_bytes())
+  bytes_per_key = Rows(kv.shape[-1], kv.dtype).bytes
+  shards, _ = fit_shards(kv.shape[1], n_slots, bytes_per_key, resident.vmem_bytes(), blocks)
+  return shards.loose and not _is_decoding(q, kv, n_slots)
+
+
 def forward(q, kv, indices, *, v_dim: int, sm_scale: float, blocks: BlockSizes):
   blocks = resident.fit_chip(blocks, resident.vmem_bytes())
   rows = Rows(kv.shape[-1], kv.dtype)
   how = dict(v_dim=v_dim, sm_scale=sm_scale, blocks=blocks)
-  if q.shape[1] * indices.shape[2] < kv.shape[1]:  # Decoding: fewer rows than there are keys.
+  if _is_decoding(q, kv, indices.shape[2]):
     return tpu_rows.decode(q, kv, indices, **how)
   kernels = _Kernels.of(rows, kv, indices, rows.bytes, sm_scale, blocks)
   if kernels.shards.loose:
@@ -57,6 +65,11 @@ def forward(q, kv, indices, *, v_dim: int, sm_scale: float, blocks: BlockSizes):
     return out[..., :v_dim].astype(q.dtype), lse[..., 0]
 
   return map_rows(attend, (q, indices), blocks.block_t, blocks.step_t)
+
+
+def _is_decoding(q, kv, n_slots: int) -> bool:
+  """Whether fewer rows are selected than there are keys."""
+  return q.shape[1] * n_slots < kv.shape[1]
 
 
 def backward(residuals, cotangents, *, v_dim: int, sm_scale: float, blocks: BlockSizes):

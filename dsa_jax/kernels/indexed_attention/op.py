@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The lightning indexer's selection and attention to it, in one op, for inference."""
+
+import jax
+from jaxtyping import Array, Float, Int
+
+from dsa_jax.kernels.index_topk.op import check_selection, index_topk
+from dsa_jax.kernels.indexed_attention import tpu
+from dsa_jax.kernels.sparse_attention.op import check_attention, sparse_attention
+
+
+@jax.named_scope('indexed_attention')
+def indexed_attention(
+    q: Float[Array, 'B T H E'],
+    kv: Float[Array, 'B S E'],
+    index_q: Float[Array, 'B T I J'],
+    index_k: Float[Array, 'B S J'],
+    index_weights: Float[Array, 'B T I'],
+    start: Int[Array, 'B T'],
+    end: Int[Array, 'B T'],
+    *,
+    topk: int,
+    v_dim: int,
+    sm_scale: float,
+    backend: str,
+) -> tuple[Float[Array, 'B T H {v_dim}'], Int[Array, 'B T {topk}']]:
+  """Attends to what `index_topk` selects: the two ops, one after the other or at one time.
+
+  On a TPU whose VMEM holds too few of the keys, SparseCores bring selected rows together while the
+  TensorCore selects for the next queries; the numbers are those of the two ops.
+
+  Args:
+    q: Absorbed queries; see `sparse_attention`.
+    kv: One vector per token; see there.
+    index_q: Index queries; see `index_topk`.
+    index_k: Index keys; see there.
+    index_weights: Head weights, scale folded in.
+    start: int32; the first key position that each query sees.
+    end: int32; one past the last.
+    topk: K, how many keys a query attends to.
+    v_dim: C, the width of the value and of the output.
+    sm_scale: Softmax scale.
+    backend: Which implementation. Never falls back to another.
+
+  Returns:
+    The attention output in `q`'s dtype, and the selection as `index_topk` returns it. Neither
+    carries gradients.
+  """
+  index_inputs = index_q, index_k, index_weights, start, end
+  check_selection(*index_inputs, topk)
+  check_attention(q, kv, v_dim)
+  q, kv = jax.lax.stop_gradient((q, kv))
+  how = dict(v_dim=v_dim, sm_scale=sm_scale)
+  blocks = tpu.BlockSizes()
+  if backend == 'tpu' and tpu.pays(q, kv, topk, blocks):
+    index_inputs = jax.lax.stop_gradient(index_inputs)
+    return tpu.forward(q, kv, *index_inputs, topk=topk, **how, blocks=blocks)
+  indices = index_topk(*index_inputs, topk=topk, backend=backend)
+  return sparse_attention(q, kv, indices, **how, backend=backend)[0], indices

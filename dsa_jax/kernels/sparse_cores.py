@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rows brought together by the SparseCores of a TPU, while its TensorCore does something else."""
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jax.experimental.pallas import tpu_sc
+
+from dsa_jax.kernels.resident import LANES
+from dsa_jax.kernels.rows import pad_axis
+
+WINDOW = 64  # Rows that one indirect DMA fetches,
+WINDOWS = 8  # and windows of a subcore: half of them arrive while the others leave.
+
+
+def available() -> bool:
+  """Whether this is a TPU that has SparseCores."""
+  return pltpu.is_tpu_device() and pltpu.get_tpu_info().sparse_core is not None
+
+
+def gather(table: jax.Array, rows: jax.Array) -> jax.Array:
+  """Returns `table[rows]`, of 32-bit [N, 128] and int32 [M]; XLA runs it beside other work."""
+  n_rows = rows.shape[0]
+  mesh = tpu_sc.VectorSubcoreMesh(core_axis_name='core', subcore_axis_name='subcore')
+  rows = pad_axis(rows, 0, mesh.size * WINDOWS * WINDOW)
+  share = rows.shape[0] // mesh.size
+
+  def kernel(table, rows, out, own_rows, buffers, arriving, leaving):
+    core, subcore = jax.lax.axis_index('core'), jax.lax.axis_index('subcore')
+    first = (core * mesh.num_subcores + subcore) * share
+    pltpu.sync_copy(rows.at[pl.ds(first, share)], own_rows)
+
+    def arrive(window, i):
+      return fetch(table, own_rows, window * WINDOW, buffers.at[i], arriving.at[i])
+
+    def leave(window, i):
+      to = out.at[pl.ds(first + window * WINDOW, WINDOW)]
+      return pltpu.make_async_copy(buffers.at[i], to, leaving.at[i])
+
+    behind, n_windows = WINDOWS // 2, share // WINDOW
+    for i in range(WINDOWS):
+      arrive(i, i).start()
+
+    @pl.loop(0, n_windows, step=WINDOWS)
+    def _(window):
+      for i in range(WINDOWS):
+        arrive(window + i, i).wait()
+        leave(window + i, i).start()
+        before, j = window + i - behind, (i - behind) % WINDOWS
+
+        @pl.when(before >= 0)
+        def _():
+          leave(before, j).wait()
+
+        @pl.when((before >= 0) & (before + WINDOWS < n_windows))
+        def _():
+          arrive(before + WINDOWS, j).start()
+
+    for i in range(n_windows - behind, n_windows):
+      leave(i, i % WINDOWS).wait()
+
+  call = pl.kernel(
+      kernel,
+      out_type=jax.ShapeDtypeStruct((rows.shape[0], LANES), table.dtype),
+      mesh=mesh,
+      scratch_types=[
+          pltpu.VMEM((share,), jnp.int32),
+          pltpu.VMEM((WINDOWS, WINDOW, LANES), table.dtype),
+          pltpu.SemaphoreType.DMA((WINDOWS,)),
+          pltpu.SemaphoreType.DMA((WINDOWS,)),
+      ],
+      name='gather_rows',
+  )
+  return call(table, rows)[:n_rows]
+
+
+def fetch(table, rows, first, buffer, sem):
+  """The indirect DMA of a window's rows, which are listed from the first on."""
+  return pltpu.make_async_copy(table.at[rows.at[pl.ds(first, WINDOW)]], buffer, sem)
