@@ -364,7 +364,12 @@ def overlap(start, finish, n: int) -> list:
 def read_rows(rows: Rows, buffer, begin: int, n: int) -> jax.Array:
   """n rows of a buffer from `begin` on as [n, channels]."""
   first = begin * rows.lines
-  lines = [buffer[pl.ds(first + c, n, stride=rows.lines), :] for c in range(rows.lines)]
+  line = lambda c: buffer[pl.ds(first + c, n, stride=rows.lines), :]
+  return unpack(rows, [line(c) for c in range(rows.lines)])
+
+
+def unpack(rows: Rows, lines: list[jax.Array]) -> jax.Array:
+  """[n, channels] of the lines of n rows, [n, 128] each."""
   if rows.dtype.itemsize == 2:
     low = [_upper_half(x << 16, rows.dtype) for x in lines]
     high = [_upper_half(x & jnp.int32(-65536), rows.dtype) for x in lines]

@@ -18,7 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.pallas import tpu as pltpu
 
-from dsa_jax.kernels import dense_attention, index_kl, index_topk, sparse_attention
+from dsa_jax.kernels import dense_attention, index_kl, index_topk, indexed_attention
+from dsa_jax.kernels import resident, sparse_attention, sparse_cores
+from dsa_jax.kernels.indexed_attention import tpu as indexed
+from dsa_jax.kernels.shards import Shards
 
 DIMS = dict(H=128, E=576, V=512, I=64, J=128, K=2048)
 SMALL = dict(H=8, E=40, V=24, I=4, J=16, K=24)
@@ -27,6 +30,7 @@ KINDS = {'TPU v5': 'v5p', 'TPU v5p': 'v5p', 'TPU v6 lite': 'v6e', 'TPU7x': 'tpu7
 OPS = {  # Of the compile report, by program.
     'index_topk': ['index_topk'],
     'sparse_attention': ['sparse_attention_forward'],
+    'indexed_attention': ['index_topk', 'sparse_attention_forward'],  # Without SparseCores.
     'sparse_attention_grad': ['sparse_attention_forward', 'sparse_attention_backward'],
     'index_kl_selected_grad': [
         'sparse_attention_forward', 'index_kl_selected_forward', 'index_kl_selected_backward'
@@ -55,7 +59,7 @@ def measure(n_keys: int, args):
   dims = SMALL if args.small else DIMS
   x = make_inputs(n_keys, min(args.queries, n_keys), dims)
   for name, program in programs(dims).items():
-    row = {'S': n_keys, 'program': name, 'expected_ms': expected_ms(n_keys, name, args.queries)}
+    row = {'S': n_keys, 'program': name, 'expected_ms': expected_ms(x, name, dims)}
     outputs = {}
     for backend in ('xla', 'tpu'):
       if name.startswith('dense') and backend == 'tpu':
@@ -70,12 +74,16 @@ def measure(n_keys: int, args):
     yield row
 
 
-def expected_ms(n_keys: int, name: str, n_queries: int) -> float | None:
+def expected_ms(x: dict, name: str, dims: dict) -> float | None:
   """By the compiler's schedule of V3.2's dims, of queries in the middle of the context."""
+  n_queries, n_keys = x['q'].shape[1], x['kv'].shape[1]
   rows = json.loads((HERE / 'compile_report.json').read_text())
   at = KINDS.get(jax.devices()[0].device_kind), 'v32', n_keys
   us = {row['op']: row.get('us') for row in rows if (row['chip'], row['model'], row['S']) == at}
-  parts = [us.get(op) for op in OPS.get(name, [None])]
+  ops = OPS.get(name, [None])
+  if name == 'indexed_attention' and indexed.pays(x['q'], x['kv'], dims['K'], indexed.BlockSizes()):
+    ops = ['indexed_attention']
+  parts = [us.get(op) for op in ops]
   return None if None in parts else 1e-3 * n_queries * sum(parts)
 
 
@@ -91,7 +99,8 @@ def make_inputs(n_keys, n_queries, dims):
       'start': jnp.zeros_like(end), 'end': end,
   }
   select = jax.jit(lambda x: topk('xla', x, d))
-  return x | {'indices': select(x)}
+  packed = jax.jit(resident.pack, static_argnums=1)(x['kv'], Shards(1, n_keys, 0))
+  return x | {'indices': select(x), 'lines': packed.reshape(-1, resident.LANES)}
 
 
 def topk(backend, x, d):
@@ -104,6 +113,17 @@ def programs(d):
 
   def attend(backend, x, q, kv):
     return sparse_attention(q, kv, x['indices'], v_dim=d['V'], backend=backend, **how)
+
+  def select_and_attend(backend, x):
+    index = x['index_q'], x['index_k'], x['weights'], x['start'], x['end']
+    widths = dict(topk=d['K'], v_dim=d['V'])
+    return indexed_attention(x['q'], x['kv'], *index, **widths, **how, backend=backend)[0]
+
+  def gather_lines(backend, x):
+    """One line, 512 bytes, of each row that 128 queries select: for the rate of SparseCores."""
+    rows = resident.Rows(d['E'], x['kv'].dtype).lines * jnp.maximum(x['indices'][0, :128], 0).ravel()
+    on_sparse_cores = backend == 'tpu' and sparse_cores.available()
+    return sparse_cores.gather(x['lines'], rows) if on_sparse_cores else x['lines'][rows]
 
   def attend_grad(backend, x):
     out, vjp = jax.vjp(functools.partial(attend, backend, x), x['q'], x['kv'])
@@ -132,6 +152,8 @@ def programs(d):
   return {
       'index_topk': lambda backend, x: topk(backend, x, d),
       'sparse_attention': lambda backend, x: attend(backend, x, x['q'], x['kv']),
+      'indexed_attention': select_and_attend,
+      'gather_lines': gather_lines,
       'sparse_attention_grad': attend_grad,
       'index_kl_selected_grad': selected_kl_grad,
       'index_kl_grad': warmup_kl_grad,

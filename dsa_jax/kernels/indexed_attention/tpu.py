@@ -49,18 +49,19 @@ def forward(
   n_slots = n_tiles * tile
   keys = resident.pack(kv, Shards(1, kv.shape[1] + n_slots, 0))  # Zeros for slots without a key.
   stored = keys.shape[2] // rows.lines
-  q, *by_query = [pad_axis(x, 1, blocks.block_t) for x in (q, index_q, weights, start, end)]
+  by_query = resident.pad_channels(q), index_q, weights, start, end
+  q, *by_query = [pad_axis(x, 1, blocks.block_t) for x in by_query]
   n_blocks = q.shape[1] // blocks.block_t
   of_block = lambda x, i: take_block(x, jnp.clip(i, 0, n_blocks - 1), blocks.block_t)
 
   def gather(indices):
-    """The rows of slots, [B, T, lines, 128]; those without a key are fetched from many places."""
+    """The rows of slots, [B, T, lines, N, 128]; slots without a key fetch from many places."""
     indices = jnp.pad(indices, [(0, 0), (0, 0), (0, n_slots - topk)], constant_values=-1)
     row = jnp.where(indices >= 0, indices, kv.shape[1] + jnp.arange(n_slots))
     row += stored * jnp.arange(batch)[:, None, None]
-    lines = rows.lines * row[..., None] + jnp.arange(rows.lines)
+    lines = rows.lines * row[:, :, None] + jnp.arange(rows.lines)[:, None]
     fetched = sparse_cores.gather(keys.reshape(-1, LANES), lines.reshape(-1))
-    return fetched.reshape(*row.shape[:2], -1, LANES)
+    return fetched.reshape(*lines.shape, LANES)
 
   def attend(q, own, indices):
     seen = jnp.pad(indices >= 0, [(0, 0), (0, 0), (0, n_slots - topk)])
@@ -79,7 +80,9 @@ def forward(
     return (now, before, arriving), (out, now)
 
   nothing = jnp.full((batch, blocks.block_t, topk), -1, jnp.int32)
-  own = jnp.zeros((batch, blocks.block_t, n_slots * rows.lines, LANES), rows.words)
-  _, (out, indices) = jax.lax.scan(step, (nothing, nothing, own), jnp.arange(n_blocks + 2), unroll=2)
+  own = jnp.zeros((batch, blocks.block_t, rows.lines, n_slots, LANES), rows.words)
+  steps = jnp.arange(n_blocks + 2)
+  # In pairs: each step's rows arrive where those of the one before it were, and none are copied.
+  _, (out, indices) = jax.lax.scan(step, (nothing, nothing, own), steps, unroll=2)
   join = lambda x: jnp.moveaxis(x, 0, 1).reshape(batch, -1, *x.shape[3:])[:, :n_queries]
   return join(out[2:]), join(indices[:-2])

@@ -95,7 +95,10 @@ def prepare(block, kv):
 
 
 def attend(q, own, seen, *, rows: Rows, v_dim: int, sm_scale: float, blocks):
-  """Attends from q [B, T, H, E] to packed rows [B, T, lines, 128], to those of N that are `seen`.
+  """Attends from q [B, T, H, E] to own rows, packed, to those of N that are `seen`.
+
+  The rows lie one behind the other, [B, T, N x lines, 128], or the first lines of all of them do,
+  then the others, [B, T, lines, N, 128].
 
   Returns:
     out [B, T, H, v_dim] and lse [B, T, H], as the op does.
@@ -138,11 +141,13 @@ def _call(kernel, name, queries, keys, sums, of_rows, rows, blocks):
       (1, step_t, *x.shape[2:]), lambda b, t, j: (b, t, *[0] * len(x.shape[2:]))
   )
   tiled = lambda lines: pl.BlockSpec((1, step_t, tile * lines, LANES), lambda b, t, j: (b, t, j, 0))
+  by_line = (1, step_t, rows.lines, tile, LANES), lambda b, t, j: (b, t, 0, j, 0)
+  own_rows = pl.BlockSpec(*by_line) if own.ndim == 5 else tiled(rows.lines)
   mask = pl.BlockSpec((1, step_t, 1, tile), lambda b, t, j: (b, t, 0, j))
   return pl.pallas_call(
       kernel,
       grid=(batch, n_queries // step_t, n_tiles),
-      in_specs=[*map(whole, queries), tiled(rows.lines), mask],
+      in_specs=[*map(whole, queries), own_rows, mask],
       out_specs=[*map(whole, sums), *[tiled(rows.blocks) for _ in of_rows]],
       out_shape=[*sums, *of_rows],
       compiler_params=pltpu.CompilerParams(
@@ -206,6 +211,8 @@ def differentiate_logits(dots, stats, seen, keys, sm_scale: float):
 
 def _read(rows: Rows, own, seen, i: int) -> jax.Array:
   """A tile of query i's rows, [tile, channels]."""
+  if len(own.shape) == 5:
+    return resident.unpack(rows, [own[0, i, c] for c in range(rows.lines)])
   return resident.read_rows(rows, own.at[0, i], 0, seen.shape[3])
 
 
