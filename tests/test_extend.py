@@ -3,6 +3,8 @@
 
 import dataclasses
 import functools
+import pathlib
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +13,8 @@ import numpy as np
 import pytest
 from test_golden import GLM
 
+sys.path.append(str(pathlib.Path(__file__).parent / 'kernels'))
+import cases  # noqa: E402
 from dsa_jax.config import ModelConfig
 from dsa_jax.nn import cache as caches
 from dsa_jax.nn.cache import bytes_per_token, init_cache
@@ -43,10 +47,10 @@ def whole_pass(name: str, attention: str):
   return np.asarray(out.logits), laws.selected(out)
 
 
-@functools.partial(jax.jit, static_argnames=('cfg', 'attention'), donate_argnums=1)
-def step(params, cache, tokens, n_new, cfg, attention):
+@functools.partial(jax.jit, static_argnames=('cfg', 'attention', 'backend'), donate_argnums=1)
+def step(params, cache, tokens, n_new, cfg, attention, backend='xla'):
   model = laws.model_of(params, cfg)
-  reading = extend(model, cache, tokens, n_new, attention=attention, backend='xla')
+  reading = extend(model, cache, tokens, n_new, attention=attention, backend=backend)
   return model.logits(reading.hidden), reading.selected, reading.cache
 
 
@@ -87,6 +91,19 @@ def test_any_chunking(name, cuts, attention):
     np.testing.assert_allclose(logits[row, :n], want[row, :n], atol=1e-4, rtol=0)
     if attention != 'dense':
       np.testing.assert_array_equal(selected[:, row, :n], want_selected[:, row, :n])
+
+
+@pytest.mark.parametrize('name', ['deepseek', 'glm'])
+def test_many_tokens_by_the_kernels_of_a_tpu(name):
+  """Layers that select for themselves do so in one op with attention; others share."""
+  cfg, length = CONFIGS[name], 8
+  tokens, cache = jnp.asarray(tokens_of(cfg)[:1, :length]), init_cache(cfg, 1, length, fmt='float32')
+  with cases.interpreted('tpu'):
+    found = step(laws.weights(cfg), cache, tokens, jnp.array([length]), cfg, 'sparse', backend='tpu')
+    logits, selected, _ = jax.block_until_ready(found)
+  want, want_selected = whole_pass(name, 'sparse')
+  np.testing.assert_allclose(logits[0], want[0, :length], atol=1e-4, rtol=0)
+  np.testing.assert_array_equal(selected[:, 0], want_selected[:, 0, :length])
 
 
 @pytest.mark.parametrize('rows', [(0,), (2, 0), (1, 1, 2, 0)])

@@ -52,7 +52,8 @@ def extend(
   end = jnp.where(counted, position + 1, 0)
   at = jnp.where(counted, position, -1)
   full = are_full(cfg, range(cfg.n_layers))
-  at_once = attention == 'sparse' and full.all() and tokens.shape[1] * cfg.index_topk >= capacity
+  many = tokens.shape[1] * cfg.index_topk >= capacity
+  at_once = backend == 'tpu' and attention == 'sparse' and many and full.all()
   slot = np.maximum(np.cumsum(full) - 1, 0)  # Of each layer's index keys, its own or its owner's.
 
   def layer(carry, inputs):
@@ -142,12 +143,14 @@ class _Reader(NamedTuple):
     return q, keys
 
   def _chosen(self, kv: Any, selected: Int[Array, 'B T K'], dtype: Any):
-    """What sparse attention gathers from, and where: few rows are read where they are."""
+    """What sparse attention gathers from, and where: nothing is copied that it can read as it is."""
     batch, n_rows, k = selected.shape
-    if n_rows * k >= self.capacity:
-      return self._keys(kv, dtype), selected
-    if isinstance(kv, jax.Array) and kv.dtype == dtype:
+    many = n_rows * k >= self.capacity
+    packs_all = many and self.backend == 'tpu'
+    if isinstance(kv, jax.Array) and kv.dtype == dtype and not packs_all:
       return kv, self._rows(selected, self.layer)
+    if many:
+      return self._keys(kv, dtype), selected
     rows = caches.decode(caches.gather(kv, self._rows(selected, self.layer)), dtype)
     slots = jnp.arange(n_rows * k, dtype=jnp.int32).reshape(n_rows, k)
     return rows.reshape(batch, n_rows * k, -1), jnp.where(selected >= 0, slots, -1)

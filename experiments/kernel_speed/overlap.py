@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What neighbouring queries select in common, by position, layer and stage, in finished runs:
+
+python experiments/kernel_speed/overlap.py runs/quickstart runs/recall
+
+For queries that have to choose, the share of what each selects that the query before it also did.
+"""
+
+import json
+import pathlib
+import sys
+
+from flax import nnx
+import numpy as np
+
+from dsa_jax.data.pipeline import first_batches
+from dsa_jax.evaluate import measure
+from dsa_jax.kernels.backend import default_backend
+from dsa_jax.load import load_model
+from dsa_jax.nn.mla import Mode
+
+STAGES = {'warmup': 'dense', 'sparse': 'sparse'}  # How the model attends in each.
+FACTORS = 1, 1.5, 2, 3, 4, 6, 8  # Of the budget: where ranges of positions begin.
+
+
+def main(folders: list[str]):
+  rows = [row for folder in folders for stage in STAGES for row in overlaps(folder, stage)]
+  for row in rows:
+    cells = [f'{a} to {b}: {x:.2f}' for (a, b), x in zip(row['positions'], row['overlap'])]
+    print(row['run'], row['stage'], f'layer {row["layer"]}', *cells, sep=' | ')
+  path = pathlib.Path(__file__).with_suffix('.json')
+  path.write_text(json.dumps(rows, indent=1) + '\n')
+
+
+def overlaps(folder: str, stage: str):
+  """A row for each layer: the mean overlap of the queries in each range of positions."""
+  model, recipe = load_model(folder, stage)
+  report, budget = recipe.report, recipe.model.index_topk
+  source = recipe.data.rows(report.seq_len, 'validation')
+  batches = first_batches(source, report.batch_size, report.batches, seed=0)
+  visible = np.concatenate([np.ravel(batch.end - batch.start) for batch in batches])
+  begins = [int(f * budget) for f in FACTORS if f * budget < visible.max()]
+  how = dict(attention=STAGES[stage], backend=default_backend(), measure=('indexer',))
+  found = measure(*nnx.split(model), batches, Mode(**how), beyond=tuple(begins))
+  counts = [np.sum(visible > n) for n in begins]
+  sums = [n * x['indexer']['neighbour_overlap'] for n, x in zip(counts, found)]
+  in_range = lambda x: np.asarray(x) - np.asarray([*x[1:], 0 * x[0]])
+  for layer, means in enumerate((in_range(sums) / in_range(counts)[:, None]).T):
+    yield {
+        'run': pathlib.Path(folder).name,
+        'stage': stage,
+        'layer': layer,
+        'positions': [*zip(begins, [*begins[1:], int(visible.max())])],
+        'queries': in_range(counts).tolist(),
+        'overlap': means.tolist(),
+    }
+
+
+if __name__ == '__main__':
+  main(sys.argv[1:])
