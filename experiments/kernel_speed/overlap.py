@@ -26,14 +26,14 @@ FACTORS = 1, 1.5, 2, 3, 4, 6, 8  # Of the budget: where ranges of positions begi
 def main(folders: list[str]):
   rows = [row for folder in folders for stage in STAGES for row in overlaps(folder, stage)]
   for row in rows:
-    cells = [f'{a} to {b}: {x:.2f}' for (a, b), x in zip(row['positions'], row['overlap'])]
+    cells = [f'{a} to {b}: {x:.2f}' for (a, b), x in zip(row['sees'], row['overlap'])]
     print(row['run'], row['stage'], f'layer {row["layer"]}', *cells, sep=' | ')
   path = pathlib.Path(__file__).with_suffix('.json')
   path.write_text(json.dumps(rows, indent=1) + '\n')
 
 
 def overlaps(folder: str, stage: str):
-  """A row for each layer: the mean overlap of the queries in each range of positions."""
+  """A row for each layer: the mean overlap of the queries that see so and so many tokens."""
   model, recipe = load_model(folder, stage)
   report, budget = recipe.report, recipe.model.index_topk
   source = recipe.data.rows(report.seq_len, 'validation')
@@ -50,7 +50,7 @@ def overlaps(folder: str, stage: str):
         'run': pathlib.Path(folder).name,
         'stage': stage,
         'layer': layer,
-        'positions': [*zip(begins, [*begins[1:], int(visible.max())])],
+        'sees': [(a + 1, b) for a, b in zip(begins, [*begins[1:], int(visible.max())])],
         'queries': in_range(counts).tolist(),
         'overlap': means.tolist(),
     }
