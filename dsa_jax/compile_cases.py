@@ -30,6 +30,7 @@ HEADS = {'v32': (128, 64), 'glm5': (64, 32)}  # Of attention, of the indexer.
 BISECTIONS = 29  # Of 64K random scores, for the slowest of 16 rows; at most 32.
 BF16 = jnp.dtype(jnp.bfloat16)
 SEQUENCES = 32  # That decode side by side.
+INDEXED_REPEATS = 1 + 2 * indexed.BlockSizes().block_t / T  # There are two steps more than blocks.
 SPLASH_HEADS = 2  # Compiled; the grid goes over more of them one by one.
 
 
@@ -50,7 +51,8 @@ class Op(NamedTuple):
   shapes: Callable  # Its arguments.
   flops: Callable  # Of the matrix unit, for one query.
   trips: Callable | None = None  # kernel: [(depth, trips for one query)], in schedule's order.
-  gathered: int = 0  # Bytes that SparseCores bring together for one query, beside the kernels.
+  gathered: Callable = lambda dims: 0  # Bytes that SparseCores fetch for one query, beside kernels.
+  repeats: float = 1.0  # Of all that is done once for each query.
   chips: tuple[str, ...] = tuple(CHIPS)
 
 
@@ -80,28 +82,51 @@ def attention_trips(backward: bool) -> Callable:
   """Of kernels that meet shards, or bring rows together first."""
   name, blocks = 'sparse_attention_forward', attention.BlockSizes()
   tiles = tile_trips(name, blocks, KV.bytes, copies=1)
-  bytes_per_key = KV.bytes
   if backward:
-    name, bytes_per_key = 'sparse_attention_backward', KV.bytes + 4 * KV.channels
-    tiles = tile_trips(name, blocks, bytes_per_key, copies=1, adds=1)
+    name = 'sparse_attention_backward'
+    tiles = tile_trips(name, blocks, KV.bytes + 4 * KV.channels, copies=1, adds=1)
 
   def trips(dims: Dims) -> dict:
-    fitting = resident.fit_chip(blocks, dims.vmem)
-    shards, _ = fit_shards(dims.n_keys, K, bytes_per_key, dims.vmem, fitting)
-    if not shards.loose:
+    if not brings_together(dims, backward):
       return tiles(dims)
+    fitting = resident.fit_chip(blocks, dims.vmem)
     gather, scatter = compact.fit(KV, dims.n_keys, K, dims.vmem, fitting)
-    met = gather.shards, gather.tile, gather.step_t
-    loops = {
-        'gather_selected_rows': [*step_trips(*met), *copy_trips(*met, blocks)],
-        f'sparse_attention_rows{"_backward" * backward}': [(1, own_steps(gather.n_rows, dims))],
-    }
-    if backward:
+    if backward:  # SparseCores gather.
       met = scatter.shards, scatter.tile, scatter.step_t
-      loops['scatter_selected_rows'] = [*step_trips(*met), *add_trips(*met)]
-    return loops
+      return {
+          'sparse_attention_rows_backward': [(1, own_steps(K, dims))],
+          'scatter_selected_rows': [*step_trips(*met), *add_trips(*met)],
+      }
+    met = gather.shards, gather.tile, gather.step_t
+    return {
+        'gather_selected_rows': [*step_trips(*met), *copy_trips(*met, blocks)],
+        'sparse_attention_rows': [(1, own_steps(gather.n_rows, dims))],
+    }
 
   return trips
+
+
+def brings_together(dims: Dims, backward: bool) -> bool:
+  """Whether sparse attention brings rows together in HBM first."""
+  blocks = resident.fit_chip(attention.BlockSizes(), dims.vmem)
+  bytes_per_key = KV.bytes + 4 * KV.channels * backward
+  return fit_shards(dims.n_keys, K, bytes_per_key, dims.vmem, blocks)[0].loose
+
+
+def streamed(op: Op, dims: Dims) -> dict[str, float]:
+  """Bytes through HBM for one query, of kernels that meet rows there: rows, and what they attend."""
+  blocks = resident.fit_chip(attention.BlockSizes(), dims.vmem)
+  gather, scatter = compact.fit(KV, dims.n_keys, K, dims.vmem, blocks)
+  q, out, sums = dims.heads * KV.channels * 2, dims.heads * V * 4, 4 * KV.channels
+  n_rows = gather.n_rows if 'gather_selected_rows' in op.trips(dims) else K
+  of_shards = lambda shards, size: shards.n * shards.stored * size / blocks.block_t_compact
+  bytes_of = {
+      'gather_selected_rows': n_rows * KV.bytes + of_shards(gather.shards, KV.bytes),
+      'sparse_attention_rows': n_rows * KV.bytes + q + out,
+      'sparse_attention_rows_backward': n_rows * (KV.bytes + sums) + 4 * q,
+      'scatter_selected_rows': n_rows * sums + 2 * of_shards(scatter.shards, sums),
+  }
+  return {kernel: op.repeats * bytes_of[kernel] for kernel in op.trips(dims) if kernel in bytes_of}
 
 
 def own_steps(n_rows: int, dims: Dims) -> float:
@@ -150,9 +175,8 @@ def topk_trips(dims) -> dict:
 
 
 def indexed_trips(dims) -> dict:
-  """Selection, and attention to rows that have come; two steps more than blocks of queries."""
-  blocks = T / indexed.BlockSizes().block_t
-  more = lambda loops: [(depth, n * (blocks + 2) / blocks) for depth, n in loops]
+  """Selection, and attention to rows that have come. Steps without queries score no keys."""
+  more = lambda loops: [(depth, INDEXED_REPEATS * n) for depth, n in loops]
   cut, numbering = topk_trips(dims).values()
   return {
       'index_topk_cut': [*more(cut[:1]), *cut[1:]],
@@ -305,6 +329,7 @@ KERNELS = [
         attention_backward_shapes,
         lambda dims: 2 * K * dims.heads * (3 * E + 2 * V),
         attention_trips(backward=True),
+        lambda dims: K * KV.bytes * brings_together(dims, backward=True),
     ),
     Op(
         'index_kl_selected_forward',
@@ -356,7 +381,8 @@ INDEXED = Op(
     indexed_shapes,
     lambda dims: sum(op.flops(dims) for op in KERNELS[:2]),
     indexed_trips,
-    gathered=K * KV.bytes,
+    gathered=lambda dims: INDEXED_REPEATS * K * KV.bytes,
+    repeats=INDEXED_REPEATS,
     chips=('v5p', 'tpu7x'),
 )
 LAYER = Op('layer', layer, layer_shapes, layer_flops, chips=('v5p',))

@@ -58,9 +58,18 @@ def beside(program: str, call: str, kernels: Sequence[str]) -> list[str]:
     call: The name of the call.
     kernels: Names to look for.
   """
+  parts = re.split(r'\n(?=%|ENTRY)', program)
+  parts = {match[1]: part for part in parts if (match := re.match(r'(?:ENTRY )?%?(\S+) ', part))}
+
+  def with_loops(text: str) -> str:
+    return text + ''.join(with_loops(parts[body]) for body in re.findall(r' body=%?([\w.-]+)', text))
+
+  def runs(kernel: str, text: str) -> bool:
+    return bool(re.search(rf'%{kernel}[.\d]* = ', text))
+
   during = re.findall(rf'%({call}\S*)\.call-start = (.*?)%\1\.call-done = ', program, re.DOTALL)
-  runs = lambda kernel, text: bool(re.search(rf'%{kernel}[.\d]* = ', text))
-  during = [text for _, text in during if any(runs(kernel, text) for kernel in kernels)]
+  during = [with_loops(text) for _, text in during]
+  during = [text for text in during if any(runs(kernel, text) for kernel in kernels)]
   return [kernel for kernel in kernels if during and all(runs(kernel, x) for x in during)]
 
 

@@ -58,12 +58,14 @@ def test_kernels_run_beside_a_call_where_they_always_do():
   %early.{i} = f32[] custom-call()
   %call_it.{i}.cloned.1.call-start = ((s32[]), s32[]) call-start(%x)
   %one.{i} = f32[] custom-call(), metadata={{op_name="jit(f)/sometimes"}}
-  %two.{i} = f32[] fusion(%one.{i}), kind=kCustom
+  %while.{i} = (f32[]) while(%one.{i}), condition=%often, body=%region_{i}.clone
   {more}
   %call_it.{i}.cloned.1.call-done = s32[] call-done(%call_it.{i}.cloned.1.call-start)
-  %late = f32[] custom-call(%two.{i})
+  %late = f32[] custom-call(%while.{i})
 """
-  own = '  %call_it.9.call-start = () call-start(%x)\n  ROOT %call_it.9.call-done = s32[] call-done()\n'
+  loop = '%region_{i}.clone (x: f32[]) -> f32[] {{\n  %two.{i} = f32[] fusion(%x), kind=kCustom\n}}\n'
+  own = loop.format(i=1) + loop.format(i=2) + 'ENTRY %main (x: f32[]) -> f32[] {\n'
+  own += '  %call_it.9.call-start = () call-start(%x)\n  ROOT %call_it.9.call-done = s32[] call-done()\n'
   steps = step.format(i=1, more=''), step.format(i=2, more='%sometimes.7 = f32[] custom-call()')
   kernels = ['early', 'one', 'two', 'sometimes', 'late', 'on']
   assert schedule.beside(own + ''.join(steps), 'call_it', kernels) == ['one', 'two']

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Selected rows of a query side by side in HBM, for a chip whose VMEM holds too few keys.
 
-Shard by shard, rows are copied within VMEM (see `resident`) and leave by DMA, a tile at a time.
-A shard's rows begin where a DMA may, at multiples of eight, and rows of zeros lie between them.
+The TensorCore gathers them shard by shard: copied within VMEM (see `resident`), they leave by DMA, a
+tile at a time. A shard's rows begin where a DMA may, at multiples of eight, and rows of zeros lie
+between them. SparseCores fetch them all from HBM while the TensorCore does something else.
 """
 
 import dataclasses
@@ -13,8 +14,9 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from dsa_jax.kernels import resident
+from dsa_jax.kernels import resident, sparse_cores
 from dsa_jax.kernels.resident import LANES, Rows, ShardKernels
+from dsa_jax.kernels.rows import whole_block
 from dsa_jax.kernels.shards import Shards, eights, even_tiles, fit_tile, most_keys
 
 ALIGNED = 8  # Rows.
@@ -44,6 +46,12 @@ def own_tiles(n: int, rows: Rows, blocks) -> tuple[int, int]:
   return even_tiles(n, blocks.own_tile * 2 // rows.dtype.itemsize, blocks.line)
 
 
+def fetch(rows: Rows, n_keys: int, n_slots: int, blocks) -> 'Fetch':
+  """What SparseCores do instead, in whole tiles."""
+  tiles, tile = own_tiles(n_slots, rows, blocks)
+  return Fetch(rows, n_keys, tiles * tile)
+
+
 @dataclasses.dataclass(frozen=True)
 class Gather(ShardKernels):
   """Brings together the rows of queries, [B, T, lines, 128], each query's in ascending order."""
@@ -55,9 +63,14 @@ class Gather(ShardKernels):
     """The row where a shard's rows begin, whose first slot is given."""
     return (pl.cdiv(first, ALIGNED) + shard) * ALIGNED
 
+  def place(self, slots: jax.Array, shard: jax.Array, slot: jax.Array) -> jax.Array:
+    """The row of a slot of a shard."""
+    first, _ = self.part(slots, shard)
+    return self.begin(first, shard) + slot - first
+
   def memory(self, q: jax.Array, block: int, multiple: int) -> jax.Array:
     """Where rows go of a block of queries [B, T, ...]; a last tile may reach behind them."""
-    n_queries = pl.cdiv(min(block, q.shape[1]), multiple) * multiple
+    n_queries = whole_block(q.shape[1], block, multiple)
     lines = (self.n_rows + self.tile) * self.rows.lines
     return jax.lax.empty((q.shape[0], n_queries, lines, LANES), self.rows.words)
 
@@ -148,13 +161,51 @@ class Gather(ShardKernels):
 
 
 @dataclasses.dataclass(frozen=True)
+class Fetch:
+  """Brings rows together by SparseCores, [B, T, lines, N, 128], in the order of the slots."""
+
+  rows: Rows
+  n_keys: int
+  n_rows: int  # Of a query, zeros behind its last slot among them.
+
+  @property
+  def shards(self) -> Shards:
+    """Keys, and a row of zeros for each slot that is empty: they come from many places."""
+    return Shards(1, self.n_keys + self.n_rows, 0)
+
+  def place(self, slots: jax.Array, shard: jax.Array, slot: jax.Array) -> jax.Array:
+    """The row of a slot."""
+    return slot
+
+  def nothing(self, *queries: int) -> tuple[jax.Array, jax.Array]:
+    """What `run` returns for queries [B, T] that select nothing."""
+    own = jnp.zeros((*queries, self.rows.lines, self.n_rows, LANES), self.rows.words)
+    return own, jnp.zeros((*queries, self.n_rows), bool)
+
+  def run(self, slots: jax.Array, packed: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Brings the rows of slots [B, T, K] together.
+
+    Returns:
+      The rows, and which of them are keys, bool [B, T, N]; others are zeros.
+    """
+    more = [(0, 0)] * 2 + [(0, self.n_rows - slots.shape[2])]
+    slots = jnp.pad(slots, more, constant_values=-1)
+    seen = (slots >= 0) & (slots < self.n_keys)
+    row = jnp.where(seen, slots, self.n_keys + jnp.arange(self.n_rows))
+    row += self.shards.stored * jnp.arange(row.shape[0])[:, None, None]
+    lines = self.rows.lines * row[:, :, None] + jnp.arange(self.rows.lines)[:, None]
+    fetched = sparse_cores.gather(packed.reshape(-1, LANES), lines.reshape(-1))
+    return fetched.reshape(*lines.shape, LANES), seen
+
+
+@dataclasses.dataclass(frozen=True)
 class Scatter(ShardKernels):
-  """Adds float32 rows that lie as `Gather` has them to sums of their keys.
+  """Adds float32 rows, in the order in which keys were brought together, to sums of these.
 
   Its shards are parts of those that the rows were gathered from.
   """
 
-  gather: Gather
+  gather: Gather | Fetch
 
   @property
   def fetched(self) -> int:
@@ -168,9 +219,7 @@ class Scatter(ShardKernels):
 
     def step(shard, sums):
       first, _ = self.part(slots, shard)
-      whole = shard // parts
-      first_of_whole, _ = self.gather.part(slots, whole)
-      place = self.gather.begin(first_of_whole, whole) + first - first_of_whole
+      place = self.gather.place(slots, shard // parts, first)
       spans, table = self.scalars(shard, slots, lines)
       anywhere = pl.BlockSpec(memory_space=pl.ANY)
       more = resident.ADDED * resident.ADDS  # Rows that may be added to a spare row.

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 
 def scan_rows(
-    step: Callable, carry: Any, rows: Any, block: int, multiple: int = 1
+    step: Callable, carry: Any, rows: Any, block: int, multiple: int = 1, unroll: int = 1
 ) -> tuple[Any, Any]:
   """Runs `carry, out = step(carry, rows)` over blocks of rows, one block at a time.
 
@@ -22,12 +22,13 @@ def scan_rows(
     rows: A tree of arrays `[B, T, ...]`.
     block: Rows at a time; all of them where there are fewer,
     multiple: but always a multiple of this.
+    unroll: Blocks of a step of the loop.
 
   Returns:
     The last carry, and the outputs joined to `[B, T, ...]`.
   """
   n_rows = jax.tree.leaves(rows)[0].shape[1]
-  block = -(-min(block, n_rows) // multiple) * multiple
+  block = whole_block(n_rows, block, multiple)
   n_blocks = -(-n_rows // block)
 
   def split(x):
@@ -40,8 +41,13 @@ def scan_rows(
     x = jnp.moveaxis(x, 0, 1)
     return x.reshape(x.shape[0], n_blocks * block, *x.shape[3:])[:, :n_rows]
 
-  carry, out = jax.lax.scan(step, carry, jax.tree.map(split, rows))
+  carry, out = jax.lax.scan(step, carry, jax.tree.map(split, rows), unroll=unroll)
   return carry, jax.tree.map(join, out)
+
+
+def whole_block(n_rows: int, block: int, multiple: int) -> int:
+  """Rows of a block: all where there are fewer, but a multiple."""
+  return -(-min(block, n_rows) // multiple) * multiple
 
 
 def map_rows(f: Callable, rows: Any, block: int, multiple: int = 1) -> Any:

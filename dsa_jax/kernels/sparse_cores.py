@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rows brought together by the SparseCores of a TPU, while its TensorCore does something else."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
@@ -78,3 +80,13 @@ def gather(table: jax.Array, rows: jax.Array) -> jax.Array:
 def fetch(table, rows, first, buffer, sem):
   """The indirect DMA of a window's rows, which are listed from the first on."""
   return pltpu.make_async_copy(table.at[rows.at[pl.ds(first, WINDOW)]], buffer, sem)
+
+
+def beside(arriving: Any, results: Any, rows: jax.Array) -> tuple[Any, Any]:
+  """Has a gather go on beside what gives the results, and reads rows that are not needed later.
+
+  These stay until all is there: XLA would start the gather only when they have made room. In a loop
+  that hands the arriving rows on, let `unroll` be 2: they then come where those of the step before
+  were, and are not copied.
+  """
+  return jax.lax.optimization_barrier((arriving, results, rows))[:2]

@@ -8,8 +8,11 @@ import jax
 import jax.numpy as jnp
 import jaxtyping
 import numpy as np
+from jax._src.pallas.mosaic import sc_core
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 from jax.experimental.pallas import tpu as pltpu
+
+from dsa_jax.kernels import sparse_cores
 
 PORTABLE = ['xla']  # What is compiled and measured here; the other kernels are interpreted.
 BACKENDS = [*PORTABLE, 'tpu', 'gpu']
@@ -44,6 +47,34 @@ def interpreted(backend: str, races: bool = False):
     if races:
       jax.effects_barrier()
       assert not interpret_pallas_call.races.races_found
+
+
+def give_sparse_cores(monkeypatch):
+  """jax's interpreter knows one subcore, and no indirect DMA: rows are fetched one by one."""
+  info = sc_core.tpu_info.SparseCoreInfo(
+      num_cores=1, num_subcores=1, num_lanes=16, vmem_capacity_bytes=2**19, dma_granule_size_bytes=32
+  )
+  monkeypatch.setattr(sc_core, 'get_sparse_core_info', lambda: info)
+  monkeypatch.setattr(sparse_cores, 'WINDOW', 4)
+  monkeypatch.setattr(sparse_cores, 'WINDOWS', 4)
+  monkeypatch.setattr(sparse_cores, 'available', lambda: True)
+  monkeypatch.setattr(sparse_cores, 'fetch', OneByOne)
+
+
+class OneByOne:
+  """In place of an indirect DMA."""
+
+  def __init__(self, table, rows, first, buffer, sem):
+    copy = lambda i: pltpu.make_async_copy(table.at[rows[first + i]], buffer.at[i], sem)
+    self._copies = [functools.partial(copy, i) for i in range(sparse_cores.WINDOW)]
+
+  def start(self):
+    for copy in self._copies:
+      copy().start()
+
+  def wait(self):
+    for copy in self._copies:
+      copy().wait()
 
 
 def intervals(name: str) -> tuple[jax.Array, jax.Array]:

@@ -8,8 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax._src.pallas.mosaic import sc_core, tpu_info
-from jax.experimental.pallas import tpu as pltpu
 from test_index_topk import make_inputs as make_index_inputs
 
 from dsa_jax.kernels import indexed_attention, sparse_cores
@@ -27,30 +25,7 @@ SMALL = tpu.BlockSizes(
 
 @pytest.fixture
 def sparse_cores_here(monkeypatch):
-  """jax's interpreter knows one subcore, and no indirect DMA: rows are fetched one by one."""
-  info = tpu_info.SparseCoreInfo(
-      num_cores=1, num_subcores=1, num_lanes=16, vmem_capacity_bytes=2**19, dma_granule_size_bytes=32
-  )
-  monkeypatch.setattr(sc_core, 'get_sparse_core_info', lambda: info)
-  monkeypatch.setattr(sparse_cores, 'WINDOW', 4)
-  monkeypatch.setattr(sparse_cores, 'WINDOWS', 4)
-  monkeypatch.setattr(sparse_cores, 'available', lambda: True)
-  monkeypatch.setattr(sparse_cores, 'fetch', OneByOne)
-
-
-class OneByOne:
-
-  def __init__(self, table, rows, first, buffer, sem):
-    copy = lambda i: pltpu.make_async_copy(table.at[rows[first + i]], buffer.at[i], sem)
-    self._copies = [functools.partial(copy, i) for i in range(sparse_cores.WINDOW)]
-
-  def start(self):
-    for copy in self._copies:
-      copy().start()
-
-  def wait(self):
-    for copy in self._copies:
-      copy().wait()
+  cases.give_sparse_cores(monkeypatch)
 
 
 def make_inputs(visibility, dtype='float32', scores='integers'):

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attention to a selection: values and gradients, by name, against float32 and float64."""
 
+import dataclasses
 import functools
 
 import cases
@@ -112,6 +113,18 @@ def test_blocks_change_nothing(backend, blocks):
   inputs = make_inputs('packed')
   actual = values_and_grads(*inputs, backend=backend, blocks=blocks)
   cases.assert_matches(actual, values_and_grads(*inputs, backend='reference'))
+
+
+@pytest.mark.parametrize('visibility, races', [('empty', False), ('packed', True)])
+def test_gradients_while_sparse_cores_gather(visibility, races, monkeypatch):
+  cases.give_sparse_cores(monkeypatch)
+  q, kv, indices = make_inputs(visibility)
+  unused = np.setdiff1d(np.arange(cases.S), indices)
+  kv = kv.at[:, unused].set(jnp.nan)
+  blocks = dataclasses.replace(FEW_KEYS, block_t_compact=12)  # No other test's, whose program would run.
+  actual = values_and_grads(q, kv, indices, backend='tpu', blocks=blocks, races=races)
+  exact = values_and_grads(q, kv, indices, backend='reference')
+  cases.assert_matches(actual, exact)
 
 
 def test_a_gpu_takes_many_heads_and_slots_in_several_tiles():

@@ -2,9 +2,11 @@
 """Attention of each query to rows of its own on a TPU, forward and backward.
 
 The rows lie in HBM one behind the other: in decoding XLA brings them together, otherwise kernels
-do (see `compact`), a block of queries at a time.
+do (see `compact`), a block of queries at a time; backward, SparseCores where there are some, while
+the TensorCore is at the block before. Forward alone would wait for them: see `indexed_attention`.
 """
 
+import dataclasses
 import functools
 import math
 
@@ -13,9 +15,9 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from dsa_jax.kernels import compact, resident
+from dsa_jax.kernels import compact, resident, sparse_cores
 from dsa_jax.kernels.resident import LANES, Rows, dot
-from dsa_jax.kernels.rows import gather_rows, scan_rows
+from dsa_jax.kernels.rows import gather_rows, scan_rows, whole_block
 from dsa_jax.kernels.shards import Shards
 
 
@@ -61,22 +63,45 @@ def backward(queries, kv, *, sm_scale: float, blocks):
   """
   q, indices = queries[:2]
   rows = Rows(kv.shape[-1], kv.dtype)
-  sizes = kv.shape[1], indices.shape[2], resident.vmem_bytes()
-  gather, scatter = compact.fit(rows, *sizes, blocks)
+  sizes = kv.shape[1], indices.shape[2]
+  gather, scatter = compact.fit(rows, *sizes, resident.vmem_bytes(), blocks)
+  block = blocks.block_t_compact, gather.step_t
+  has_sparse_cores = sparse_cores.available()
+  if has_sparse_cores:
+    gather = compact.fetch(rows, *sizes, blocks)
+    scatter = dataclasses.replace(scatter, gather=gather)
   packed = resident.pack(kv, gather.shards)
+  dkv = resident.zero_sums(kv.shape[0], rows, scatter.shards)
+
+  def bring(indices, *memory):
+    return gather.run(resident.sort_slots(indices, kv.shape[1]), packed, *memory)
+
+  def finish(block, own, seen, dkv):
+    slots, (q_dout, stats) = prepare(block, kv)
+    how = dict(rows=rows, sm_scale=sm_scale, blocks=blocks)
+    dq, dkeys = differentiate(q_dout, stats, own, seen, **how)
+    return scatter.run(slots, dkeys, dkv), dq[..., : kv.shape[-1]].astype(q.dtype)
 
   def step(state, block):
     dkv, memory = state
-    slots, (q_dout, stats) = prepare(block, kv)
-    memory, seen = gather.run(slots, packed, memory)
-    how = dict(rows=rows, sm_scale=sm_scale, blocks=blocks)
-    dq, dkeys = differentiate(q_dout, stats, memory, seen, **how)
-    return (scatter.run(slots, dkeys, dkv), memory), dq[..., : kv.shape[-1]].astype(q.dtype)
+    memory, seen = bring(block[1], memory)
+    dkv, dq = finish(block, memory, seen, dkv)
+    return (dkv, memory), dq
 
-  block = blocks.block_t_compact, gather.step_t
-  dkv = resident.zero_sums(kv.shape[0], rows, scatter.shards)
-  state = dkv, gather.memory(q, *block)
-  (dkv, _), dq = scan_rows(step, state, queries, *block)
+  def step_while_rows_arrive(state, rows):
+    (dkv, own, seen), (block, next_indices) = state, rows
+    arriving = bring(next_indices)
+    results = finish(block, own, seen, dkv)
+    arriving, (dkv, dq) = sparse_cores.beside(arriving, results, own)
+    return (dkv, *arriving), dq
+
+  if has_sparse_cores:
+    n = whole_block(q.shape[1], *block)
+    padded = jnp.pad(indices, [(0, 0), (0, n), (0, 0)], constant_values=-1)
+    state, rows_ahead = (dkv, *bring(padded[:, :n])), (queries, padded[:, n:])
+    (dkv, *_), dq = scan_rows(step_while_rows_arrive, state, rows_ahead, *block, unroll=2)
+  else:
+    (dkv, _), dq = scan_rows(step, (dkv, gather.memory(q, *block)), queries, *block)
   dkv = resident.unpack_sums(dkv, scatter.shards, *kv.shape[1:])
   return dq, dkv.astype(kv.dtype)
 
