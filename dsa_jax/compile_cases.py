@@ -124,7 +124,7 @@ def streamed(op: Op, dims: Dims) -> dict[str, float]:
       'gather_selected_rows': n_rows * KV.bytes + of_shards(gather.shards, KV.bytes),
       'sparse_attention_rows': n_rows * KV.bytes + q + out,
       'sparse_attention_rows_backward': n_rows * (KV.bytes + sums) + 4 * q,
-      'scatter_selected_rows': n_rows * sums + 2 * of_shards(scatter.shards, sums),
+      'scatter_selected_rows': n_rows * sums + 4 * of_shards(scatter.shards, sums),
   }
   return {kernel: op.repeats * bytes_of[kernel] for kernel in op.trips(dims) if kernel in bytes_of}
 

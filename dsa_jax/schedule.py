@@ -62,7 +62,8 @@ def beside(program: str, call: str, kernels: Sequence[str]) -> list[str]:
   parts = {match[1]: part for part in parts if (match := re.match(r'(?:ENTRY )?%?(\S+) ', part))}
 
   def with_loops(text: str) -> str:
-    return text + ''.join(with_loops(parts[body]) for body in re.findall(r' body=%?([\w.-]+)', text))
+    bodies = re.findall(r' body=%?([\w.-]+)', text)
+    return text + ''.join(with_loops(parts[body]) for body in bodies)
 
   def runs(kernel: str, text: str) -> bool:
     return bool(re.search(rf'%{kernel}[.\d]* = ', text))

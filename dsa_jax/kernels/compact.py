@@ -46,12 +46,6 @@ def own_tiles(n: int, rows: Rows, blocks) -> tuple[int, int]:
   return even_tiles(n, blocks.own_tile * 2 // rows.dtype.itemsize, blocks.line)
 
 
-def fetch(rows: Rows, n_keys: int, n_slots: int, blocks) -> 'Fetch':
-  """What SparseCores do instead, in whole tiles."""
-  tiles, tile = own_tiles(n_slots, rows, blocks)
-  return Fetch(rows, n_keys, tiles * tile)
-
-
 @dataclasses.dataclass(frozen=True)
 class Gather(ShardKernels):
   """Brings together the rows of queries, [B, T, lines, 128], each query's in ascending order."""
@@ -166,7 +160,12 @@ class Fetch:
 
   rows: Rows
   n_keys: int
-  n_rows: int  # Of a query, zeros behind its last slot among them.
+  n_rows: int  # Of a query, zeros behind its last slot among them: whole tiles.
+
+  @classmethod
+  def of(cls, rows: Rows, n_keys: int, n_slots: int, blocks) -> 'Fetch':
+    tiles, tile = own_tiles(n_slots, rows, blocks)
+    return cls(rows, n_keys, tiles * tile)
 
   @property
   def shards(self) -> Shards:

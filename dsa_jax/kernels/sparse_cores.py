@@ -14,6 +14,7 @@ from dsa_jax.kernels.rows import pad_axis
 
 WINDOW = 64  # Rows that one indirect DMA fetches,
 WINDOWS = 8  # and windows of a subcore: half of them arrive while the others leave.
+LISTED = 8192  # Rows whose numbers a subcore has at one time.
 
 
 def available() -> bool:
@@ -27,47 +28,52 @@ def gather(table: jax.Array, rows: jax.Array) -> jax.Array:
   mesh = tpu_sc.VectorSubcoreMesh(core_axis_name='core', subcore_axis_name='subcore')
   rows = pad_axis(rows, 0, mesh.size * WINDOWS * WINDOW)
   share = rows.shape[0] // mesh.size
+  listed = min(share, LISTED)
+  rows = jnp.pad(rows, (0, -share % listed))  # For the last list of the last subcore.
 
-  def kernel(table, rows, out, own_rows, buffers, arriving, leaving):
+  def kernel(table, rows, out, numbers, buffers, arriving, leaving):
     core, subcore = jax.lax.axis_index('core'), jax.lax.axis_index('subcore')
     first = (core * mesh.num_subcores + subcore) * share
-    pltpu.sync_copy(rows.at[pl.ds(first, share)], own_rows)
 
-    def arrive(window, i):
-      return fetch(table, own_rows, window * WINDOW, buffers.at[i], arriving.at[i])
+    @pl.loop(0, share, step=listed)
+    def _(begin):
+      pltpu.sync_copy(rows.at[pl.ds(first + begin, listed)], numbers)
+      n_windows, behind = jnp.minimum(share - begin, listed) // WINDOW, WINDOWS // 2
 
-    def leave(window, i):
-      to = out.at[pl.ds(first + window * WINDOW, WINDOW)]
-      return pltpu.make_async_copy(buffers.at[i], to, leaving.at[i])
+      def arrive(window, i):
+        return indirect_copy(table, numbers, window * WINDOW, buffers.at[i], arriving.at[i])
 
-    behind, n_windows = WINDOWS // 2, share // WINDOW
-    for i in range(WINDOWS):
-      arrive(i, i).start()
+      def leave(window, i):
+        to = out.at[pl.ds(first + begin + window * WINDOW, WINDOW)]
+        return pltpu.make_async_copy(buffers.at[i], to, leaving.at[i])
 
-    @pl.loop(0, n_windows, step=WINDOWS)
-    def _(window):
       for i in range(WINDOWS):
-        arrive(window + i, i).wait()
-        leave(window + i, i).start()
-        before, j = window + i - behind, (i - behind) % WINDOWS
+        arrive(i, i).start()
 
-        @pl.when(before >= 0)
-        def _():
-          leave(before, j).wait()
+      @pl.loop(0, n_windows, step=WINDOWS)
+      def _(window):
+        for i in range(WINDOWS):
+          arrive(window + i, i).wait()
+          leave(window + i, i).start()
+          before, j = window + i - behind, (i - behind) % WINDOWS
 
-        @pl.when((before >= 0) & (before + WINDOWS < n_windows))
-        def _():
-          arrive(before + WINDOWS, j).start()
+          @pl.when(before >= 0)
+          def _():
+            leave(before, j).wait()
 
-    for i in range(n_windows - behind, n_windows):
-      leave(i, i % WINDOWS).wait()
+          @pl.when((before >= 0) & (before + WINDOWS < n_windows))
+          def _():
+            arrive(before + WINDOWS, j).start()
+
+      for i in range(behind, WINDOWS):
+        leave(n_windows - WINDOWS + i, i).wait()
 
   call = pl.kernel(
       kernel,
-      out_type=jax.ShapeDtypeStruct((rows.shape[0], LANES), table.dtype),
+      out_type=jax.ShapeDtypeStruct((mesh.size * share, LANES), table.dtype),
       mesh=mesh,
       scratch_types=[
-          pltpu.VMEM((share,), jnp.int32),
+          pltpu.VMEM((listed,), jnp.int32),
           pltpu.VMEM((WINDOWS, WINDOW, LANES), table.dtype),
           pltpu.SemaphoreType.DMA((WINDOWS,)),
           pltpu.SemaphoreType.DMA((WINDOWS,)),
@@ -77,7 +83,7 @@ def gather(table: jax.Array, rows: jax.Array) -> jax.Array:
   return call(table, rows)[:n_rows]
 
 
-def fetch(table, rows, first, buffer, sem):
+def indirect_copy(table, rows, first, buffer, sem):
   """The indirect DMA of a window's rows, which are listed from the first on."""
   return pltpu.make_async_copy(table.at[rows.at[pl.ds(first, WINDOW)]], buffer, sem)
 

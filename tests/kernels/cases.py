@@ -57,8 +57,9 @@ def give_sparse_cores(monkeypatch):
   monkeypatch.setattr(sc_core, 'get_sparse_core_info', lambda: info)
   monkeypatch.setattr(sparse_cores, 'WINDOW', 4)
   monkeypatch.setattr(sparse_cores, 'WINDOWS', 4)
+  monkeypatch.setattr(sparse_cores, 'LISTED', 32)
   monkeypatch.setattr(sparse_cores, 'available', lambda: True)
-  monkeypatch.setattr(sparse_cores, 'fetch', OneByOne)
+  monkeypatch.setattr(sparse_cores, 'indirect_copy', OneByOne)
 
 
 class OneByOne:

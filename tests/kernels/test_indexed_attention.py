@@ -78,7 +78,7 @@ def test_no_races_and_no_keys_that_nothing_selects(sparse_cores_here):
   assert_alike(run_pipeline(q, kv.at[:, unused].set(jnp.nan), *rest, races=True), exact)
 
 
-@pytest.mark.parametrize('n_rows', [1, 16, 37])
+@pytest.mark.parametrize('n_rows', [1, 16, 37, 90])
 def test_rows_are_gathered(n_rows, sparse_cores_here):
   table = jnp.arange(50 * 128, dtype=jnp.int32).reshape(50, 128)
   rows = jax.random.randint(jax.random.key(0), (n_rows,), 0, 50)

@@ -18,7 +18,7 @@ ALL = ['reference', *cases.BACKENDS]
 SMALL = {'tpu': tpu.BlockSizes(step_t=8, tile=8, line=8, copied=16)}  # Interpreted: few rows.
 BLOCKS = [('xla', xla.BlockSizes(block_t=n)) for n in (1, 1000)]
 FEW_KEYS = tpu.BlockSizes(  # In VMEM: rows are brought together in HBM, and met in tiles.
-    step_t=2, tile=4, line=4, copied=8, vmem_share=2**-12, step_t_compact=2, block_t_compact=20, own_tile=16
+    step_t=2, tile=4, line=4, copied=8, vmem_share=2**-12, step_t_compact=2, block_t_compact=40, own_tile=16
 )  # fmt: skip
 BLOCKS += [
     ('tpu', FEW_KEYS),
@@ -121,7 +121,7 @@ def test_gradients_while_sparse_cores_gather(visibility, races, monkeypatch):
   q, kv, indices = make_inputs(visibility)
   unused = np.setdiff1d(np.arange(cases.S), indices)
   kv = kv.at[:, unused].set(jnp.nan)
-  blocks = dataclasses.replace(FEW_KEYS, block_t_compact=12)  # No other test's, whose program would run.
+  blocks = dataclasses.replace(FEW_KEYS, block_t_compact=24)  # No other test's, whose program would run.
   actual = values_and_grads(q, kv, indices, backend='tpu', blocks=blocks, races=races)
   exact = values_and_grads(q, kv, indices, backend='reference')
   cases.assert_matches(actual, exact)

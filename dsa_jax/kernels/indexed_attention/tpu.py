@@ -44,7 +44,7 @@ def forward(
   index_k = selection.tile_keys(index_k)
   select_in = selection.fit(blocks.select, blocks.block_t, index_k.shape[1])
   attend_in = resident.fit_chip(blocks.attend, resident.vmem_bytes())
-  fetch = compact.fetch(rows, kv.shape[1], topk, attend_in)
+  fetch = compact.Fetch.of(rows, kv.shape[1], topk, attend_in)
   keys = resident.pack(kv, fetch.shards)
   by_query = resident.pad_channels(q), index_q, weights, start, end
   q, *by_query = [pad_axis(x, 1, blocks.block_t) for x in by_query]

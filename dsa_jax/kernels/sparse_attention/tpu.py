@@ -30,7 +30,7 @@ class BlockSizes:
   line: int = LANES  # Slots of a line, where tiles may begin; a chip has no other.
   copied: int = 256  # Rows copied between two branches.
   step_t_compact: int = 4  # Query rows whose selected rows are brought together in a step,
-  block_t_compact: int = 256  # and how many have theirs in HBM at one time.
+  block_t_compact: int = 512  # and how many have theirs in HBM at one time; backward, half of them.
   own_tile: int = 2304  # At most so many of those rows are met at one time; half, if float32.
   vmem_share: float = 0.8  # Of VMEM, for a shard of keys and of their gradients.
 

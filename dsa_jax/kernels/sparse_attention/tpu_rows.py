@@ -65,10 +65,10 @@ def backward(queries, kv, *, sm_scale: float, blocks):
   rows = Rows(kv.shape[-1], kv.dtype)
   sizes = kv.shape[1], indices.shape[2]
   gather, scatter = compact.fit(rows, *sizes, resident.vmem_bytes(), blocks)
-  block = blocks.block_t_compact, gather.step_t
+  block = blocks.block_t_compact // 2, gather.step_t
   has_sparse_cores = sparse_cores.available()
   if has_sparse_cores:
-    gather = compact.fetch(rows, *sizes, blocks)
+    gather = compact.Fetch.of(rows, *sizes, blocks)
     scatter = dataclasses.replace(scatter, gather=gather)
   packed = resident.pack(kv, gather.shards)
   dkv = resident.zero_sums(kv.shape[0], rows, scatter.shards)
