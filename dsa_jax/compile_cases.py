@@ -383,7 +383,6 @@ INDEXED = Op(
     indexed_trips,
     gathered=lambda dims: INDEXED_REPEATS * K * KV.bytes,
     repeats=INDEXED_REPEATS,
-    chips=('v5p', 'tpu7x'),
 )
 LAYER = Op('layer', layer, layer_shapes, layer_flops, chips=('v5p',))
 SPLASH = [

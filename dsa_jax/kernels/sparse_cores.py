@@ -12,8 +12,7 @@ from jax.experimental.pallas import tpu_sc
 from dsa_jax.kernels.resident import LANES
 from dsa_jax.kernels.rows import pad_axis
 
-WINDOW = 64  # Rows that one indirect DMA fetches,
-WINDOWS = 8  # and windows of a subcore: half of them arrive while the others leave.
+WINDOW = 64  # Rows that one indirect DMA fetches.
 LISTED = 8192  # Rows whose numbers a subcore has at one time.
 
 
@@ -26,7 +25,8 @@ def gather(table: jax.Array, rows: jax.Array) -> jax.Array:
   """Returns `table[rows]`, of 32-bit [N, 128] and int32 [M]; XLA runs it beside other work."""
   n_rows = rows.shape[0]
   mesh = tpu_sc.VectorSubcoreMesh(core_axis_name='core', subcore_axis_name='subcore')
-  rows = pad_axis(rows, 0, mesh.size * WINDOWS * WINDOW)
+  windows = _windows()
+  rows = pad_axis(rows, 0, mesh.size * windows * WINDOW)
   share = rows.shape[0] // mesh.size
   listed = min(share, LISTED)
   rows = jnp.pad(rows, (0, -share % listed))  # For the last list of the last subcore.
@@ -38,7 +38,7 @@ def gather(table: jax.Array, rows: jax.Array) -> jax.Array:
     @pl.loop(0, share, step=listed)
     def _(begin):
       pltpu.sync_copy(rows.at[pl.ds(first + begin, listed)], numbers)
-      n_windows, behind = jnp.minimum(share - begin, listed) // WINDOW, WINDOWS // 2
+      n_windows, behind = jnp.minimum(share - begin, listed) // WINDOW, windows // 2
 
       def arrive(window, i):
         return indirect_copy(table, numbers, window * WINDOW, buffers.at[i], arriving.at[i])
@@ -47,26 +47,26 @@ def gather(table: jax.Array, rows: jax.Array) -> jax.Array:
         to = out.at[pl.ds(first + begin + window * WINDOW, WINDOW)]
         return pltpu.make_async_copy(buffers.at[i], to, leaving.at[i])
 
-      for i in range(WINDOWS):
+      for i in range(windows):
         arrive(i, i).start()
 
-      @pl.loop(0, n_windows, step=WINDOWS)
+      @pl.loop(0, n_windows, step=windows)
       def _(window):
-        for i in range(WINDOWS):
+        for i in range(windows):
           arrive(window + i, i).wait()
           leave(window + i, i).start()
-          before, j = window + i - behind, (i - behind) % WINDOWS
+          before, j = window + i - behind, (i - behind) % windows
 
           @pl.when(before >= 0)
           def _():
             leave(before, j).wait()
 
-          @pl.when((before >= 0) & (before + WINDOWS < n_windows))
+          @pl.when((before >= 0) & (before + windows < n_windows))
           def _():
-            arrive(before + WINDOWS, j).start()
+            arrive(before + windows, j).start()
 
-      for i in range(behind, WINDOWS):
-        leave(n_windows - WINDOWS + i, i).wait()
+      for i in range(behind, windows):
+        leave(n_windows - windows + i, i).wait()
 
   call = pl.kernel(
       kernel,
@@ -74,13 +74,18 @@ def gather(table: jax.Array, rows: jax.Array) -> jax.Array:
       mesh=mesh,
       scratch_types=[
           pltpu.VMEM((listed,), jnp.int32),
-          pltpu.VMEM((WINDOWS, WINDOW, LANES), table.dtype),
-          pltpu.SemaphoreType.DMA((WINDOWS,)),
-          pltpu.SemaphoreType.DMA((WINDOWS,)),
+          pltpu.VMEM((windows, WINDOW, LANES), table.dtype),
+          pltpu.SemaphoreType.DMA((windows,)),
+          pltpu.SemaphoreType.DMA((windows,)),
       ],
       name='gather_rows',
   )
   return call(table, rows)[:n_rows]
+
+
+def _windows() -> int:
+  """Windows that half of a subcore's memory holds: half of them arrive while the others leave."""
+  return tpu_sc.get_sparse_core_info().vmem_capacity_bytes // 2 // (WINDOW * LANES * 4)
 
 
 def indirect_copy(table, rows, first, buffer, sem):

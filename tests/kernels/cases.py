@@ -52,11 +52,11 @@ def interpreted(backend: str, races: bool = False):
 def give_sparse_cores(monkeypatch):
   """jax's interpreter knows one subcore, and no indirect DMA: rows are fetched one by one."""
   info = sc_core.tpu_info.SparseCoreInfo(
-      num_cores=1, num_subcores=1, num_lanes=16, vmem_capacity_bytes=2**19, dma_granule_size_bytes=32
+      num_cores=1, num_subcores=1, num_lanes=16, vmem_capacity_bytes=2**14, dma_granule_size_bytes=32
   )
-  monkeypatch.setattr(sc_core, 'get_sparse_core_info', lambda: info)
+  for module in sc_core, sparse_cores.tpu_sc:
+    monkeypatch.setattr(module, 'get_sparse_core_info', lambda: info)
   monkeypatch.setattr(sparse_cores, 'WINDOW', 4)
-  monkeypatch.setattr(sparse_cores, 'WINDOWS', 4)
   monkeypatch.setattr(sparse_cores, 'LISTED', 32)
   monkeypatch.setattr(sparse_cores, 'available', lambda: True)
   monkeypatch.setattr(sparse_cores, 'indirect_copy', OneByOne)
