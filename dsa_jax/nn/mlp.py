@@ -28,7 +28,12 @@ class MLP(nnx.Module):
     weights = spmd.gather_weights(self, x.dtype)
     w1, w3, w2 = (w[...].astype(x.dtype) for w in (weights.w1, weights.w3, weights.w2))
     x = spmd.gather(x, 'tensor', dim=1)
-    return spmd.scatter_sum(swiglu(x @ w1, x @ w3).astype(x.dtype) @ w2, 'tensor', dim=1)
+    return spmd.scatter_sum(_down(x @ w1, x @ w3, w2), 'tensor', dim=1)
+
+
+@jax.checkpoint
+def _down(gate, up, w2):
+  return swiglu(gate, up).astype(w2.dtype) @ w2
 
 
 def swiglu(gate: Float[Array, '*any F'], up: Float[Array, '*any F']) -> Float[Array, '*any F']:

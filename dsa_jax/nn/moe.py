@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, Int
 
 from dsa_jax import ragged, spmd
 from dsa_jax.config import ModelConfig
+from dsa_jax.kernels.grouped_matmul import grouped_matmul
 from dsa_jax.kernels.rows import map_rows
 from dsa_jax.nn.mlp import MLP, swiglu
 from dsa_jax.nn.param import BackboneParam, RouterBias, param
@@ -67,7 +68,7 @@ def _apply(tokens, experts, gates, w1, w3, w2, cfg: ModelConfig):
   most = spmd.size(*OWNERS) * n_tokens * min(n_chosen, len(w1))  # If all choose these experts.
   rows = _permuted(jnp.repeat(tokens, n_chosen, axis=0), order)
   rows = ragged.send(rows, journey.there, most, *OWNERS)
-  dot = lambda rows, w: jax.lax.ragged_dot(rows, w, journey.sizes)
+  dot = lambda rows, w: grouped_matmul(rows, w, journey.sizes)
   rows = dot(swiglu(dot(rows, w1), dot(rows, w3)).astype(tokens.dtype), w2)
   rows = ragged.send(rows, journey.back, n_tokens * n_chosen, *OWNERS)
   rows = _permuted(rows, jnp.argsort(order)).reshape(n_tokens, n_chosen, -1)

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """RMSNorm and LayerNorm, computed in float32."""
 
+import functools
+
 from flax import nnx
 import jax
 import jax.numpy as jnp
@@ -17,9 +19,7 @@ class RMSNorm(nnx.Module):
     self.eps = eps
 
   def __call__(self, x: Float[Array, '*any E']) -> Float[Array, '*any E']:
-    y = x.astype(jnp.float32)
-    y *= jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
-    return (y * self.scale[...]).astype(x.dtype)
+    return _rms_norm(x, self.scale[...], self.eps)
 
 
 class LayerNorm(nnx.Module):
@@ -35,3 +35,10 @@ class LayerNorm(nnx.Module):
     y -= jnp.mean(y, axis=-1, keepdims=True)
     y *= jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
     return (y * self.scale[...] + self.bias[...]).astype(x.dtype)
+
+
+@functools.partial(jax.checkpoint, static_argnums=2)
+def _rms_norm(x, scale, eps):
+  y = x.astype(jnp.float32)
+  y *= jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
+  return (y * scale).astype(x.dtype)

@@ -14,7 +14,7 @@ from dsa_jax.kernels.index_topk import gpu, tpu, xla
 from dsa_jax.kernels.select_topk import select_topk
 
 ALL = ['reference', *cases.BACKENDS]
-BLOCKS = [('xla', xla.BlockSizes(block_t=n)) for n in (1, 8)]
+BLOCKS = [('xla', xla.BlockSizes(block_t=n, block_s=8)) for n in (1, 8)]
 BLOCKS += [('tpu', tpu.BlockSizes(block_t=16, step_t=16, step_s=128))]
 BLOCKS += [('gpu', gpu.BlockSizes(block_t=6, columns=16, tile=16, span=32, chunk=16, groups=16))]
 I, J = 3, 4
@@ -213,7 +213,7 @@ def test_keys_within_a_longer_array(backend, n_rows, n_keys):
   k = jnp.asarray(np.random.default_rng(1).integers(-2, 3, (2, 3 * n_keys, J)), jnp.float32)
   end = jnp.array([n_keys, n_keys - 2])[:, None] - jnp.arange(n_rows)[::-1]
   end = jnp.maximum(end, 0).astype(jnp.int32)
-  blocks = xla.BlockSizes(few_block_s=16) if backend == 'xla' else None
+  blocks = xla.BlockSizes(block_s=8, few_block_s=16) if backend == 'xla' else None
   how = {'topk': 2, 'backend': backend, 'blocks': blocks}
   with cases.interpreted(backend):
     for i in (0, 1, 2) if backend == 'xla' else (1,):

@@ -32,7 +32,7 @@ def forward(q, k, weights, start, end, *, topk: int, blocks: BlockSizes, span=No
   if span is not None and not few:
     k, span = jax.lax.dynamic_slice_in_dim(k, *span, axis=1), None
   first_key, n_keys = span or (0, k.shape[1])
-  size = _group_size(n_keys, topk, dividing=few)
+  size = _group_size(n_keys, topk, dividing=few) if n_keys > blocks.block_s else 1
   n_groups = -(-n_keys // size)
   step_groups = min(max((blocks.few_block_s if few else blocks.block_s) // size, 1), n_groups)
   if few:
