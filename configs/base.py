@@ -22,6 +22,9 @@ def get_config() -> ConfigDict:
   # What the backward pass computes again, for less memory: 'none'; 'products' and 'selection' keep
   # the products with weights, or the selected indices; 'layer' keeps nothing but each layer's input.
   c.remat = 'layer'
+  # Where compiled programs are kept for the next start: a folder; '': dsa_jax/compiled in the user's
+  # cache folder, unless JAX_COMPILATION_CACHE_DIR names another; 'off': nowhere.
+  c.compilation_cache = ''
   c.log_every = 10  # Steps between rows of metrics.csv and TensorBoard.
   c.measure_every = 100  # Steps between looks at what the selection captures.
   c.measure_rows = 4  # Validation rows of such a look.

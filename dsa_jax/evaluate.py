@@ -37,23 +37,32 @@ class Scores(NamedTuple):
 
 
 def evaluate(
-    graph: nnx.GraphDef, params: nnx.State, batches: Sequence[Batch], mode: Mode
+    graph: nnx.GraphDef,
+    params: nnx.State,
+    batches: Sequence[Batch],
+    mode: Mode,
+    choice: int | None = None,
 ) -> Scores:
-  """Scores every target of the batches."""
-  found = []
+  """Scores every target of the batches.
+
+  Where `mode.rule` names several rules, `choice` is the number of the one that selects: one
+  compiled program serves them all.
+  """
+  scored, choice = [], None if choice is None else jnp.int32(choice)
   for batch in batches:
-    nats, right = _score(graph, params, batch, mode)
+    nats, right = _score(graph, params, batch, mode, choice)
     counts = batch.weights > 0
     n_visible = (batch.end - batch.start)[counts]
-    found.append(Scores(np.asarray(nats)[counts], np.asarray(right)[counts], n_visible))
-  return Scores(*(np.concatenate(x) for x in zip(*found)))
+    scored.append(Scores(np.asarray(nats)[counts], np.asarray(right)[counts], n_visible))
+  return Scores(*(np.concatenate(x) for x in zip(*scored)))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3))
-def _score(graph, params, batch, mode):
-  logits = nnx.merge(graph, params)(batch.tokens, batch.start, batch.end, mode).logits
-  found = next_token_loss(logits, batch.targets), logits.argmax(-1) == batch.targets
-  return spmd.everywhere(found)
+def _score(graph, params, batch, mode, choice):
+  model = nnx.merge(graph, params)
+  logits = model(batch.tokens, batch.start, batch.end, mode, choice=choice).logits
+  scores = next_token_loss(logits, batch.targets), logits.argmax(-1) == batch.targets
+  return spmd.everywhere(scores)
 
 
 def measure(

@@ -68,8 +68,8 @@ def load_model(workdir: str | pathlib.Path, entry: str) -> tuple[Transformer, Re
   path = pathlib.Path(workdir).expanduser() / 'config.json'
   if not path.exists():
     raise ValueError(f'{workdir} is not the workdir of a run: it has no config.json.')
-  here = {'workdir': str(workdir), 'mesh': {}}
-  recipe = read_recipe(ConfigDict(json.loads(path.read_text()) | here))
+  config = json.loads(path.read_text()) | {'workdir': str(workdir)}
+  recipe = read_recipe(ConfigDict(config))
   if entry not in recipe.stages:
     raise ValueError(f'{entry=} must be one of the recipe, {tuple(recipe.stages)}.')
   return load_checkpoint(recipe.checkpoint_folder(entry)), recipe

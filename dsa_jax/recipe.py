@@ -19,7 +19,9 @@ from dsa_jax.sharding import MeshConfig
 from dsa_jax.stages import StageConfig
 
 
-ELSEWHERE = ('workdir', 'mesh')  # A run may go on in another place, and on other devices.
+# A run may go on in another place, on other devices and with another cache: a workdir does not keep
+# these fields, and where a config lacks them, they are what they are here.
+ELSEWHERE = {'workdir': '', 'mesh': {}, 'compilation_cache': ''}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,6 +46,7 @@ class Recipe:
   backend: str
   selection: str
   remat: str
+  compilation_cache: str
   log_every: int
   measure_every: int
   measure_rows: int
@@ -70,7 +73,7 @@ def read_recipe(config: ConfigDict) -> Recipe:
   Raises:
     ValueError: A field is missing, misspelt or out of range. Nothing has been written.
   """
-  given = config.to_dict()
+  given = ELSEWHERE | config.to_dict()
   names = [f.name for f in dataclasses.fields(Recipe)] + ['recipe']
   _check_names('config', given, names)
   if missing := [name for name in names if name not in given]:
@@ -165,7 +168,7 @@ def claim_workdir(config: ConfigDict, workdir: pathlib.Path):
   """
   ours = json.loads(config.to_json())
   for name in ELSEWHERE:
-    ours.pop(name)
+    ours.pop(name, None)
   path = workdir / 'config.json'
   if path.exists():
     theirs = json.loads(path.read_text())

@@ -48,10 +48,10 @@ def evaluate_recipe(
   captured, captured_beyond = {}, {}
   if setting.sparse in recipe.stages:
     params = load(setting.sparse)
-    for rule in setting.rules:
+    mode = Mode(attention='sparse', backend=backend, rule=setting.rules)
+    for i, rule in enumerate(setting.rules):
       name = 'sparse' if rule == recipe.selection else rule
-      mode = Mode(attention='sparse', backend=backend, rule=rule)
-      scores[name] = evaluate(graph, params, batches, mode)
+      scores[name] = evaluate(graph, params, batches, mode, choice=i)
     mode = Mode(
         attention='sparse', backend=backend, rule=recipe.selection, measure=setting.rules
     )

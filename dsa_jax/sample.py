@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 import numpy as np
 
+from dsa_jax.compilation_cache import compilation_cache
 from dsa_jax.kernels.backend import default_backend
 from dsa_jax.load import has_trained_indexer, load_checkpoint, read_record
 from dsa_jax.nn.cache import FORMATS, Cache, init_cache
@@ -266,12 +267,13 @@ def main(_):
   sampler_flags = {name: flag.value for name, flag in SAMPLER.items() if flag.value}
   drawing = {name: flag.value for name, flag in DRAWING.items() if flag.value is not None}
   try:
-    prompt = read_prompt(PROMPT.value)
-    sampler = Sampler.load(CHECKPOINT.value, **sampler_flags)
-    began, n_chars = time.monotonic(), 0
-    for text in sampler.stream(prompt, **drawing):
-      print(text, end='', flush=True)
-      n_chars += len(text)
+    with compilation_cache(COMPILATION_CACHE.value):
+      prompt = read_prompt(PROMPT.value)
+      sampler = Sampler.load(CHECKPOINT.value, **sampler_flags)
+      began, n_chars = time.monotonic(), 0
+      for text in sampler.stream(prompt, **drawing):
+        print(text, end='', flush=True)
+        n_chars += len(text)
   except (ValueError, OSError) as error:
     sys.exit(f'error: {error}')
   seconds = time.monotonic() - began
@@ -292,6 +294,9 @@ def read_prompt(prompt: str) -> str:
 if __name__ == '__main__':
   CHECKPOINT = flags.DEFINE_string('checkpoint', None, 'Converted, or RUN/checkpoints/ENTRY.')
   PROMPT = flags.DEFINE_string('prompt', None, 'The text to continue, or @FILE.')
+  COMPILATION_CACHE = flags.DEFINE_string(
+      'compilation_cache', '', "Folder of compiled programs; default: the user's cache; off: none."
+  )
   SAMPLER = {
       'attention': flags.DEFINE_enum(
           'attention', '', ['', 'sparse', 'masked', 'dense'],

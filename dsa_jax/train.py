@@ -20,6 +20,7 @@ from ml_collections import config_flags
 import numpy as np
 
 from dsa_jax.checkpoint import Checkpoints, Progress, restore_params
+from dsa_jax.compilation_cache import compilation_cache
 from dsa_jax.data.batch import Batch
 from dsa_jax.data.pipeline import first_batches, make_iterator
 from dsa_jax.distributed import LOST, is_first, join_job, own_share, place_batch, wait_for_all
@@ -48,6 +49,11 @@ def train(config: ConfigDict) -> dict[str, Any]:
     FloatingPointError: A loss or a gradient stopped being finite.
   """
   recipe = read_recipe(config)
+  with compilation_cache(recipe.compilation_cache):
+    return run_recipe(config, recipe)
+
+
+def run_recipe(config: ConfigDict, recipe: Recipe) -> dict[str, Any]:
   mesh = make_mesh(**recipe.mesh.sizes) if recipe.mesh.n_devices > 1 else None
   check_processes(recipe.mesh)
   data = open_data(recipe, mesh)

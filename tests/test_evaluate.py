@@ -1,12 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """Scores by position, and the verdicts of a report."""
 
+import dataclasses
 import math
 
+import laws
 import numpy as np
+import pytest
 
+from dsa_jax import evaluate
 from dsa_jax.evaluate import Scores
+from dsa_jax.nn.mla import Mode
 from dsa_jax.results import checks
+from dsa_jax.selection import RULES
+
+SEVERAL = Mode(attention='sparse', backend='xla', rule=tuple(RULES))
 
 
 def test_bits_by_position():
@@ -60,3 +68,31 @@ def test_recall_is_judged_by_accuracy():
   assert passed(results(accuracy=accuracy))[:2] == [True, True]
   assert passed(results(accuracy=accuracy | {'sparse': 0.97}))[:2] == [False, True]
   assert passed(results(accuracy=accuracy | {'window_sinks': 0.6}))[:2] == [True, False]
+
+
+CFG = dataclasses.replace(laws.CFG, n_layers=1, n_dense_layers=1)
+
+
+def score(rule: str | tuple[str, ...], choice: int | None = None) -> Scores:
+  mode = dataclasses.replace(SEVERAL, rule=rule)
+  batch = laws.make_batch(laws.LENGTHS)
+  return evaluate.evaluate(laws.graph_of(CFG), laws.weights(CFG), [batch], mode, choice)
+
+
+def test_one_program_scores_each_rule_as_it_scores_alone():
+  before = evaluate._score._cache_size()
+  of_several = [score(tuple(RULES), i) for i in range(len(RULES))]
+  assert evaluate._score._cache_size() == before + 1
+  with laws.eager():
+    alone = [score(rule) for rule in RULES]
+  for a, b in zip(alone, of_several):
+    np.testing.assert_allclose(a.nats, b.nats, rtol=1e-5)
+    np.testing.assert_array_equal(a.right, b.right)
+  assert len({x.nats.sum() for x in of_several}) == len(RULES)
+
+
+def test_several_rules_are_not_measured_at_once():
+  with pytest.raises(ValueError, match='must be empty where rule='):
+    dataclasses.replace(SEVERAL, measure=('indexer',))
+  with pytest.raises(ValueError, match="'best' must be one of"):
+    dataclasses.replace(SEVERAL, rule=('indexer', 'best'))

@@ -12,7 +12,7 @@ RANKS = [
     {'kernels'},
     {'selection'},
     {'nn', 'sharding', 'spmd', 'ragged'},
-    {'losses', 'optim', 'data', 'metrics', 'report', 'plots', 'tokenizer'},
+    {'losses', 'optim', 'data', 'metrics', 'report', 'plots', 'tokenizer', 'compilation_cache'},
     {'stages', 'state', 'recipe', 'checkpoint', 'train_step', 'evaluate', 'results', 'cost'}
     | {'distributed', 'targets', 'collectives', 'schedule', 'ptxas', 'compile_cases', 'gpu_cases'},
     {'train', 'load', 'convert', 'sample', 'compile_report'},

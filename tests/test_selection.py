@@ -30,7 +30,7 @@ def make_candidates(backend='xla', seed=0, key=0, topk=K) -> Candidates:
   return Candidates(
       normal(b, t, 2, 12), normal(b, t, 12), normal(b, t, 2), 2 * normal(b, t, 3, 14),
       normal(b, t, 3, 14), batch.start, batch.end, jax.random.key(key),
-      sm_scale=0.4, topk=topk, backend=backend,
+      choice=None, sm_scale=0.4, topk=topk, backend=backend,
   )
 
 

@@ -34,14 +34,15 @@ class Mode:
 
   attention: Attention  # 'masked': the numbers of 'sparse' at the cost of dense attention.
   backend: str
-  rule: str = 'indexer'  # A key of dsa_jax.selection.RULES.
+  # A key of dsa_jax.selection.RULES; or several, and whoever runs the model says which by number.
+  rule: str | tuple[str, ...] = 'indexer'
   index_loss: bool = False  # Report the indexer's divergence from the attention.
   measure: tuple[str, ...] = ()  # Rules whose selections are compared with the true attention.
   remat: str = 'none'  # What each layer computes again in the backward pass: dsa_jax.nn.remat.POLICIES.
   zigzag: bool = False  # The tokens come in the order of `spmd.zigzag`, not of the text.
 
   @property
-  def rules(self) -> tuple[str, ...]:
+  def rules(self) -> tuple[str | tuple[str, ...], ...]:
     """All rules that must select, each once."""
     used = () if self.attention == 'dense' else (self.rule,)
     return tuple(dict.fromkeys(used + self.measure))
@@ -55,7 +56,10 @@ class Mode:
     if self.attention not in ('dense', 'sparse', 'masked'):
       raise ValueError(f"attention={self.attention!r} must be 'dense', 'sparse' or 'masked'.")
     check_policy(self.remat)
-    for rule in (self.rule, *self.measure):
+    several = not isinstance(self.rule, str)
+    if several and self.measure:
+      raise ValueError(f'measure={self.measure} must be empty where rule={self.rule} is several.')
+    for rule in (*(self.rule if several else (self.rule,)), *self.measure):
       if rule not in selection.RULES:
         raise ValueError(f'selection rule {rule!r} must be one of {tuple(selection.RULES)}.')
 
@@ -70,7 +74,7 @@ class Measures(NamedTuple):
   selected_distance: Float[Array, 'B T']
 
 
-Selections = dict[str, Int[Array, 'B T K']]  # By rule.
+Selections = dict[str | tuple[str, ...], Int[Array, 'B T K']]  # By rule.
 
 
 class Shared(NamedTuple):
@@ -106,6 +110,7 @@ class Views(NamedTuple):
       start: Int[Array, 'B T'],
       end: Int[Array, 'B T'],
       key: Key[Array, ''],
+      choice: Int[Array, ''] | None,
       cfg: ModelConfig,
       backend: str,
   ) -> selection.Candidates:
@@ -114,9 +119,8 @@ class Views(NamedTuple):
     arrays = jax.lax.stop_gradient((*index, self.q, self.k))
     if spmd.size(*MESH_AXES) > 1:  # Devices draw different lots.
       key = jax.random.fold_in(key, spmd.index(*MESH_AXES))
-    return selection.Candidates(
-        *arrays, start, end, key, sm_scale=cfg.sm_scale, topk=cfg.index_topk, backend=backend
-    )
+    sizes = {'sm_scale': cfg.sm_scale, 'topk': cfg.index_topk, 'backend': backend}
+    return selection.Candidates(*arrays, start, end, key, choice, **sizes)
 
 
 class MLA(nnx.Module):
@@ -149,20 +153,23 @@ class MLA(nnx.Module):
       key: Key[Array, ''],
       mode: Mode,
       shared: Shared | None = None,
+      choice: Int[Array, ''] | None = None,
   ) -> tuple[Float[Array, 'B T D'], Selections, AttentionReport]:
     """Attends from the normed `x`; query t sees the keys start <= s < end.
 
-    Only the rule `random` draws from `key`. Without `shared`, the layer selects for itself.
+    Only the rule `random` draws from `key`. Without `shared`, the layer selects for itself. Where
+    `mode.rule` names several, `choice` is the number of the one that selects.
     """
 
-    def attend(self, x, start, end, key, shared):
-      return spmd.gather_weights(self, x.dtype)._attend(x, start, end, key, mode, shared)
+    def attend(self, x, start, end, key, shared, choice):
+      return spmd.gather_weights(self, x.dtype)._attend(x, start, end, key, mode, shared, choice)
 
     weights = spmd.weight_specs(self, whole=() if mode.splits_heads else ('tensor',))
     shares = weights, BATCH, BATCH, BATCH, P(), shared and Shared(BATCH, P())
-    return spmd.on_each_device(attend, shares, BATCH)(self, x, start, end, key, shared)
+    shares = *shares, None if choice is None else P()
+    return spmd.on_each_device(attend, shares, BATCH)(self, x, start, end, key, shared, choice)
 
-  def _attend(self, x, start, end, key, mode: Mode, shared: Shared | None):
+  def _attend(self, x, start, end, key, mode: Mode, shared: Shared | None, choice):
     """What each device does for its own tokens; of heads split over devices, for others' too."""
     see = lambda: self.views(x, start, end, zigzag=mode.zigzag)
     seen = see()
@@ -172,8 +179,8 @@ class MLA(nnx.Module):
     all_heads = lambda a: spmd.exchange(a, 'tensor', split=1, join=2) if splits_heads else a
 
     def select(seen: Views) -> tuple[IndexInputs, Selections]:
-      candidates = seen.candidates(start, end, key, self.cfg, mode.backend)
-      chosen = {rule: selected(selection.RULES[rule](candidates)) for rule in mode.rules}
+      candidates = seen.candidates(start, end, key, choice, self.cfg, mode.backend)
+      chosen = {rule: selected(selection.find_rule(rule)(candidates)) for rule in mode.rules}
       return seen.index, chosen
 
     def divergence(q, k, lse, index, start, end, indices=None) -> Float[Array, 'B T'] | None:
@@ -237,19 +244,25 @@ class MLA(nnx.Module):
     """What each rule of `mode.measure` selected, against all that the queries see."""
     how = {'sm_scale': self.cfg.sm_scale, 'backend': mode.backend}
     lse_visible = dense_attention(seen.q, seen.k, seen.v, start, end, **how)[1]
-    oracle = selection.RULES['oracle'](seen.candidates(start, end, key, self.cfg, mode.backend))
-    measured = {}
-    for rule in mode.measure:
-      chosen, v_dim = selections[rule], self.cfg.kv_lora_rank
+    if 'oracle' in selections:
+      oracle = selections['oracle']
+    else:
+      candidates = seen.candidates(start, end, key, None, self.cfg, mode.backend)
+      oracle = selection.RULES['oracle'](candidates)
+
+    def compare(chosen) -> Measures:
+      v_dim = self.cfg.kv_lora_rank
       lse = sparse_attention(seen.absorbed_q, seen.kv, chosen, v_dim=v_dim, **how)[1]
-      measured[rule] = Measures(
+      return Measures(
           indices=chosen,
           captured_mass=measures.captured_mass(lse, lse_visible),
           topk_recall=measures.overlap(oracle, chosen),
           neighbour_overlap=_neighbour_overlap(chosen),
           selected_distance=measures.selected_distance(chosen, end),
       )
-    return measured
+
+    rows = jax.lax.map(compare, jnp.stack([selections[rule] for rule in mode.measure]))
+    return {rule: jax.tree.map(lambda x: x[i], rows) for i, rule in enumerate(mode.measure)}
 
   def views(
       self,

@@ -76,9 +76,11 @@ class Block(nnx.Module):
       key: Key[Array, ''],
       mode: Mode,
       shared: Shared | None = None,
+      choice: Int[Array, ''] | None = None,
   ) -> tuple[Float[Array, 'B T D'], Selections, LayerReport]:
     with jax.named_scope('attention'):
-      out, selections, attention = self.attn(self.attn_norm(x), start, end, key, mode, shared)
+      h = self.attn_norm(x)
+      out, selections, attention = self.attn(h, start, end, key, mode, shared, choice)
       x = add(x, out)
     x, load = self.feed_forward(x, end > start)
     rms = jnp.sqrt(jnp.mean(jnp.square(x.astype(jnp.float32))))
@@ -118,10 +120,10 @@ class MTP(nnx.Module):
     self.block = Block(cfg, experts=cfg.n_dense_layers < cfg.n_layers, rngs=rngs)
     self.norm = RMSNorm(d, eps=cfg.norm_eps)
 
-  def __call__(self, hidden, next_embedding, start, end, key, mode: Mode):
+  def __call__(self, hidden, next_embedding, start, end, key, mode: Mode, choice=None):
     x = jnp.concatenate([self.enorm(next_embedding), self.hnorm(hidden)], axis=-1)
     x = x @ self.eh_proj[...].astype(x.dtype)
-    x, _, report = self.block(x, start, end, key, mode)
+    x, _, report = self.block(x, start, end, key, mode, choice=choice)
     return self.norm(x), jax.tree.map(lambda a: a[None], report)
 
 
@@ -148,6 +150,7 @@ class Transformer(nnx.Module):
       *,
       next_tokens: Int[Array, 'B T'] | None = None,
       key: Key[Array, ''] | None = None,
+      choice: Int[Array, ''] | None = None,
   ) -> Output:
     """Returns the logits of the next token, and every layer's report.
 
@@ -158,6 +161,7 @@ class Transformer(nnx.Module):
       mode: How to attend.
       next_tokens: The tokens that follow; the MTP layer reads them and is skipped without.
       key: For rules that draw lots; a fixed one if None.
+      choice: Which rule selects where `mode.rule` names several: the number of its name.
     """
     keys = jax.random.split(jax.random.key(0) if key is None else key, self.cfg.n_layers + 1)
     x, reports, selections = self.embedded(tokens), {}, None
@@ -169,12 +173,12 @@ class Transformer(nnx.Module):
         keys_of = keys[layers.start : layers.stop]
         full = are_full(self.cfg, layers)
         x, selections, reports[name] = _run(
-            blocks, full, x, selections, start, end, keys_of, mode
+            blocks, full, x, selections, start, end, keys_of, mode, choice
         )
     hidden, mtp_logits = self.norm(x), None
     if self.mtp is not None and next_tokens is not None:
       following = self.embedded(next_tokens)
-      following, reports['mtp'] = self.mtp(hidden, following, start, end, keys[-1], mode)
+      following, reports['mtp'] = self.mtp(hidden, following, start, end, keys[-1], mode, choice)
       mtp_logits = self.logits(following)
     return Output(self.logits(hidden), mtp_logits, reports)
 
@@ -248,13 +252,13 @@ def with_every_indexer(blocks: Block, full: np.ndarray) -> Block:
   return blocks
 
 
-def _run(blocks: Block, full: np.ndarray, x, selections, start, end, keys, mode: Mode):
+def _run(blocks: Block, full: np.ndarray, x, selections, start, end, keys, mode: Mode, choice):
   """Scans the layers; models with IndexShare hand selections on from layer to layer."""
 
   def layer(carry, inputs):
     (x, selections), (block, key, is_full) = carry, inputs
     shared = None if selections is None else Shared(selections, is_full)
-    x, own, report = block(spmd.flowing(x), start, end, key, mode, shared)
+    x, own, report = block(spmd.flowing(x), start, end, key, mode, shared, choice)
     return (x, None if selections is None else own), report
 
   layer = rematerialized(layer, mode.remat)

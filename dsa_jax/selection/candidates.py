@@ -22,6 +22,7 @@ class Candidates(NamedTuple):
   start: Int[Array, 'B T']
   end: Int[Array, 'B T']
   key: Key[Array, '']  # Differs from layer to layer and from step to step.
+  choice: Int[Array, ''] | None  # Which of several rules selects; see `selection.find_rule`.
   sm_scale: float
   topk: int
   backend: str
