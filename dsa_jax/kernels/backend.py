@@ -1,11 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Names of the backends, and the one place that picks a default."""
+"""Names of the backends, the one place that picks a default, and the one that loads them."""
 
+import importlib
 import logging
+from types import ModuleType
 
 import jax
 
 BACKENDS = ('reference', 'xla', 'tpu', 'gpu')
+
+
+class Blocks:
+  """Base of every backend's `BlockSizes`: they say into what a kernel cuts its work."""
 
 
 def default_backend() -> str:
@@ -28,3 +34,21 @@ def _compute_capability() -> str:
 def check_backend(backend: str):
   if backend not in BACKENDS:
     raise ValueError(f'{backend=} must be one of {BACKENDS}.')
+
+
+def load_kernels(module: str) -> ModuleType:
+  """Imports a backend's module of an op when it is asked for, and with it its compiler.
+
+  Nobody else imports those modules, so a jax that lacks one compiler serves all other backends.
+
+  Raises:
+    ImportError: jax lacks what the module needs.
+  """
+  try:
+    return importlib.import_module(module)
+  except ImportError as error:
+    raise ImportError(
+        f'{module} needs what is missing here: {error}. This is jax {jax.__version__}; another '
+        f'version may have it, and the backend xla runs everywhere.',
+        name=error.name,
+    ) from error

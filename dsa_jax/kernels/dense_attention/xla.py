@@ -6,6 +6,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from dsa_jax.kernels.backend import Blocks
 from dsa_jax.kernels.rows import add_block, key_range, map_rows, pad_axis, scan_rows, take_block
 from dsa_jax.kernels.visibility import selected_keys, visible_keys
 
@@ -13,7 +14,7 @@ _f32 = {'preferred_element_type': jnp.float32}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class BlockSizes:
+class BlockSizes(Blocks):
   """They change the speed, never the result."""
 
   block_t: int = 128  # Query rows at one time.

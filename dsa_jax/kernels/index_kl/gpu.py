@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from dsa_jax.kernels import triton
+from dsa_jax.kernels.backend import Blocks
 from dsa_jax.kernels.rows import map_rows, scan_rows
 from dsa_jax.kernels.selected_rows import add_rows, flat, positions, slots
 from dsa_jax.kernels.triton import column_parts, dot, gather, load_row, load_tile
@@ -20,7 +21,7 @@ from dsa_jax.kernels.triton import store_row, store_tile
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class BlockSizes:
+class BlockSizes(Blocks):
   """They change the speed, never the result beyond rounding."""
 
   block_t: int = 1024  # Query rows whose gradients of selected index keys exist at one time.

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from dsa_jax.kernels import triton
+from dsa_jax.kernels.backend import Blocks
 from dsa_jax.kernels.index_kl.gpu import compare
 from dsa_jax.kernels.rows import map_rows, scan_rows
 from dsa_jax.kernels.score_tiles import ScoreTiles
@@ -23,7 +24,7 @@ WIDE = 256  # Channels; wider heads meet in smaller tiles.
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class BlockSizes:
+class BlockSizes(Blocks):
   """They change the speed, never the result beyond rounding."""
 
   block_t: int = 512  # Query rows whose target and scores exist at one time.

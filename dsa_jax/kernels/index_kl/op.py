@@ -2,19 +2,25 @@
 """How far the lightning indexer is from the attention it should predict."""
 
 import functools
-from typing import Any
 
 import jax
 from jaxtyping import Array, Float, Int
 
-from dsa_jax.kernels.backend import check_backend
-from dsa_jax.kernels.index_kl import gpu, gpu_dense, tpu, tpu_dense, xla
+from dsa_jax.kernels.backend import Blocks, check_backend, load_kernels
 from dsa_jax.kernels.index_kl.reference import index_kl_reference
 from dsa_jax.kernels.index_scores import check_index_inputs
 from dsa_jax.kernels.visibility import check_indices, check_intervals
 
-# Of selected keys, of all.
-KERNELS = {'xla': (xla, xla), 'tpu': (tpu, tpu_dense), 'gpu': (gpu, gpu_dense)}
+SELECTED = {
+    'xla': 'dsa_jax.kernels.index_kl.xla',
+    'tpu': 'dsa_jax.kernels.index_kl.tpu',
+    'gpu': 'dsa_jax.kernels.index_kl.gpu',
+}
+DENSE = {
+    'xla': 'dsa_jax.kernels.index_kl.xla',
+    'tpu': 'dsa_jax.kernels.index_kl.tpu_dense',
+    'gpu': 'dsa_jax.kernels.index_kl.gpu_dense',
+}
 
 
 @jax.named_scope('index_kl')
@@ -31,7 +37,7 @@ def index_kl(
     sm_scale: float,
     indices: Int[Array, 'B T K'] | None = None,
     backend: str,
-    blocks: Any = None,
+    blocks: Blocks | None = None,
 ) -> Float[Array, 'B T']:
   """Returns KL(attention || indexer) of each query, in nats.
 
@@ -78,7 +84,7 @@ def index_kl(
         q, k, lse, index_q, index_k, index_weights, start, end, sm_scale=sm_scale, indices=indices
     )
   constants = (q, k, lse, start, end, indices)
-  kernels = KERNELS[backend][indices is None]
+  kernels = load_kernels((DENSE if indices is None else SELECTED)[backend])
   blocks = blocks or kernels.BlockSizes()
   return _op(constants, index_q, index_k, index_weights, sm_scale, kernels, blocks)
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from dsa_jax.kernels import resident
+from dsa_jax.kernels.backend import Blocks
 from dsa_jax.kernels.resident import LANES, Rows, ShardKernels, dot
 from dsa_jax.kernels.rows import map_rows, scan_rows
 from dsa_jax.kernels.shards import fit_shards
@@ -21,7 +22,7 @@ SCORES_LSE, TARGET_MASS, DKL = range(3)  # What its gradient needs.
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class BlockSizes:
+class BlockSizes(Blocks):
   """They change the speed, never the result beyond rounding."""
 
   block_t: int = 1024  # Query rows whose sums over the shards exist at one time.

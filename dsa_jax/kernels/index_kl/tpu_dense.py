@@ -15,6 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from dsa_jax.kernels import resident
+from dsa_jax.kernels.backend import Blocks
 from dsa_jax.kernels.resident import Rows, dot
 from dsa_jax.kernels.rows import pad_axis
 
@@ -24,7 +25,7 @@ LOG2E = math.log2(math.e)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class BlockSizes:
+class BlockSizes(Blocks):
   """They change the speed, never the result beyond rounding."""
 
   block_t: int = 1024  # Query rows, forward

@@ -11,6 +11,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from dsa_jax.kernels.backend import Blocks
 from dsa_jax.kernels.index_kl.keys import Keys, over_keys
 from dsa_jax.kernels.index_scores import weigh
 from dsa_jax.kernels.mean_attention import mean_attention
@@ -20,7 +21,7 @@ _f32 = {'preferred_element_type': jnp.float32}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class BlockSizes:
+class BlockSizes(Blocks):
   """They change the speed, never the result."""
 
   block_t: int = 128  # Query rows at one time,

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from dsa_jax.kernels import triton
+from dsa_jax.kernels.backend import Blocks
 from dsa_jax.kernels.rows import map_rows
 from dsa_jax.kernels.score_tiles import ScoreTiles
 
@@ -23,7 +24,7 @@ HALF = 2**16  # Two counts share an integer.
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class BlockSizes:
+class BlockSizes(Blocks):
   """They change the speed, never the result."""
 
   block_t: int = 1024  # Query rows whose scores exist at one time.

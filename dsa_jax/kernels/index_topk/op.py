@@ -4,13 +4,13 @@
 import jax
 from jaxtyping import Array, Float, Int
 
-from dsa_jax.kernels.backend import check_backend
+from dsa_jax.kernels.backend import Blocks, check_backend, load_kernels
 from dsa_jax.kernels.index_scores import check_index_inputs
-from dsa_jax.kernels.index_topk import gpu, tpu, xla
+from dsa_jax.kernels.index_topk import xla
 from dsa_jax.kernels.index_topk.reference import index_topk_reference
 from dsa_jax.kernels.visibility import check_intervals
 
-BACKENDS = {'tpu': tpu, 'gpu': gpu}
+KERNELS = {'tpu': 'dsa_jax.kernels.index_topk.tpu', 'gpu': 'dsa_jax.kernels.index_topk.gpu'}
 
 
 @jax.named_scope('index_topk')
@@ -23,7 +23,7 @@ def index_topk(
     *,
     topk: int,
     backend: str,
-    blocks: gpu.BlockSizes | tpu.BlockSizes | xla.BlockSizes | None = None,
+    blocks: Blocks | None = None,
     span: tuple[Int[Array, ''], int] | None = None,
 ) -> Int[Array, 'B T {topk}']:
   """Selects, for each query, the `topk` visible keys with the highest index scores.
@@ -36,7 +36,7 @@ def index_topk(
     end: int32; one past the last. start = end sees nothing.
     topk: K, how many to keep.
     backend: Which implementation. Never falls back to another.
-    blocks: Block sizes; the backend's own if None. They cannot change the result.
+    blocks: The backend's own BlockSizes; its defaults if None. They cannot change the result.
     span: Where `k` holds more than these keys, as a cache of several layers does: the first of them
       and their number. Positions count from there. Few queries under `xla` copy none of them.
 
@@ -54,7 +54,7 @@ def index_topk(
     k = jax.lax.dynamic_slice_in_dim(k, *span, axis=1)
   if backend == 'reference':
     return index_topk_reference(q, k, weights, start, end, topk=topk)
-  kernels = BACKENDS[backend]
+  kernels = load_kernels(KERNELS[backend])
   blocks = blocks or kernels.BlockSizes()
   return kernels.forward(q, k, weights, start, end, topk=topk, blocks=blocks)
 

@@ -18,6 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from dsa_jax.kernels import resident, set_bits
+from dsa_jax.kernels.backend import Blocks
 from dsa_jax.kernels.resident import LANES, dot
 from dsa_jax.kernels.rows import map_rows, pad_axis
 from dsa_jax.kernels.set_bits import WORD
@@ -29,7 +30,7 @@ HIDDEN = jnp.iinfo(jnp.int32).min
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class BlockSizes:
+class BlockSizes(Blocks):
   """They change the speed, never the result."""
 
   block_t: int = 512  # Query rows whose bits exist at one time.

@@ -11,6 +11,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from dsa_jax.kernels.backend import Blocks
 from dsa_jax.kernels.best import best_positions
 from dsa_jax.kernels.index_scores import weigh
 from dsa_jax.kernels.rows import key_range, pad_axis, scan_rows
@@ -18,7 +19,7 @@ from dsa_jax.kernels.select_topk import hide
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class BlockSizes:
+class BlockSizes(Blocks):
   """They change the speed, never the result."""
 
   block_t: int = 64  # Query rows whose scores exist at one time.

@@ -4,8 +4,8 @@
 import jax
 from jaxtyping import Array, Float, Int
 
+from dsa_jax.kernels.backend import load_kernels
 from dsa_jax.kernels.index_topk.op import check_selection, index_topk
-from dsa_jax.kernels.indexed_attention import tpu
 from dsa_jax.kernels.sparse_attention.op import check_attention, sparse_attention
 
 
@@ -50,10 +50,11 @@ def indexed_attention(
   check_selection(*index_inputs, topk)
   check_attention(q, kv, v_dim)
   q, kv = jax.lax.stop_gradient((q, kv))
-  how = dict(v_dim=v_dim, sm_scale=sm_scale)
-  blocks = tpu.BlockSizes()
-  if backend == 'tpu' and tpu.pays(q, kv, topk, blocks):
-    index_inputs = jax.lax.stop_gradient(index_inputs)
-    return tpu.forward(q, kv, *index_inputs, topk=topk, **how, blocks=blocks)
+  sizes = dict(v_dim=v_dim, sm_scale=sm_scale)
+  if backend == 'tpu':
+    kernels = load_kernels('dsa_jax.kernels.indexed_attention.tpu')
+    if kernels.pays(q, kv, topk, blocks := kernels.BlockSizes()):
+      index_inputs = jax.lax.stop_gradient(index_inputs)
+      return kernels.forward(q, kv, *index_inputs, topk=topk, **sizes, blocks=blocks)
   indices = index_topk(*index_inputs, topk=topk, backend=backend)
-  return sparse_attention(q, kv, indices, **how, backend=backend)[0], indices
+  return sparse_attention(q, kv, indices, **sizes, backend=backend)[0], indices

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from dsa_jax.kernels import compact, resident, sparse_cores
+from dsa_jax.kernels.backend import Blocks
 from dsa_jax.kernels.index_topk import tpu as selection
 from dsa_jax.kernels.resident import Rows
 from dsa_jax.kernels.rows import pad_axis, take_block
@@ -21,7 +22,7 @@ from dsa_jax.kernels.sparse_attention import tpu_rows
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class BlockSizes:
+class BlockSizes(Blocks):
   """They change the speed, never the result beyond rounding."""
 
   block_t: int = 128  # Query rows of a step.

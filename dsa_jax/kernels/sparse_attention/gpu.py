@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from dsa_jax.kernels import triton
+from dsa_jax.kernels.backend import Blocks, load_kernels
 from dsa_jax.kernels.rows import map_rows, scan_rows
 from dsa_jax.kernels.selected_rows import add_rows, flat, positions, slots
 from dsa_jax.kernels.triton import alone, column_parts, dot, gather, load_row, load_tile
@@ -24,7 +25,7 @@ from dsa_jax.kernels.triton import some_tiles, store_row, store_tile
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class BlockSizes:
+class BlockSizes(Blocks):
   """They change the speed, never the result beyond rounding."""
 
   heads: int = 64  # Of a program.
@@ -127,10 +128,8 @@ def backward(residuals, cotangents, *, v_dim: int, sm_scale: float, blocks: Bloc
 
 
 def _hopper():
-  """Not every jaxlib can import it, and where it runs, it can."""
-  from dsa_jax.kernels.sparse_attention import hopper
-
-  return hopper
+  """Returns the kernels for Hopper. Not every jaxlib can import them."""
+  return load_kernels('dsa_jax.kernels.sparse_attention.hopper')
 
 
 def _widths(q, dout):

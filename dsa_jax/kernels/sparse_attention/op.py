@@ -6,12 +6,15 @@ import functools
 import jax
 from jaxtyping import Array, Float, Int
 
-from dsa_jax.kernels.backend import check_backend
-from dsa_jax.kernels.sparse_attention import gpu, tpu, xla
+from dsa_jax.kernels.backend import Blocks, check_backend, load_kernels
 from dsa_jax.kernels.sparse_attention.reference import sparse_attention_reference
 from dsa_jax.kernels.visibility import check_indices
 
-BACKENDS = {'xla': xla, 'tpu': tpu, 'gpu': gpu}
+KERNELS = {
+    'xla': 'dsa_jax.kernels.sparse_attention.xla',
+    'tpu': 'dsa_jax.kernels.sparse_attention.tpu',
+    'gpu': 'dsa_jax.kernels.sparse_attention.gpu',
+}
 
 
 @jax.named_scope('sparse_attention')
@@ -23,7 +26,7 @@ def sparse_attention(
     v_dim: int,
     sm_scale: float,
     backend: str,
-    blocks: gpu.BlockSizes | tpu.BlockSizes | xla.BlockSizes | None = None,
+    blocks: Blocks | None = None,
 ) -> tuple[Float[Array, 'B T H {v_dim}'], Float[Array, 'B T H']]:
   """Attends each query to its own K selected tokens; every head shares the selection.
 
@@ -36,7 +39,7 @@ def sparse_attention(
     v_dim: C, the width of the value and of the output.
     sm_scale: Softmax scale, YaRN's factor included; never derived from E.
     backend: Which implementation. Never falls back to another.
-    blocks: Block sizes; the backend's own if None. They cannot change the result.
+    blocks: The backend's own BlockSizes; its defaults if None. They cannot change the result.
 
   Returns:
     The attention output in `q`'s dtype, and the float32 log-sum-exp of the logits in nats. A row
@@ -50,23 +53,23 @@ def sparse_attention(
   check_attention(q, kv, v_dim)
   if backend == 'reference':
     return sparse_attention_reference(q, kv, indices, v_dim=v_dim, sm_scale=sm_scale)
-  kernels = BACKENDS[backend]
-  return _op(q, kv, indices, v_dim, sm_scale, backend, blocks or kernels.BlockSizes())
+  kernels = load_kernels(KERNELS[backend])
+  return _op(q, kv, indices, v_dim, sm_scale, kernels, blocks or kernels.BlockSizes())
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5, 6))
-def _op(q, kv, indices, v_dim, sm_scale, backend, blocks):
-  return BACKENDS[backend].forward(q, kv, indices, v_dim=v_dim, sm_scale=sm_scale, blocks=blocks)
+def _op(q, kv, indices, v_dim, sm_scale, kernels, blocks):
+  return kernels.forward(q, kv, indices, v_dim=v_dim, sm_scale=sm_scale, blocks=blocks)
 
 
-def _fwd(q, kv, indices, v_dim, sm_scale, backend, blocks):
-  out, lse = _op(q, kv, indices, v_dim, sm_scale, backend, blocks)
+def _fwd(q, kv, indices, v_dim, sm_scale, kernels, blocks):
+  out, lse = _op(q, kv, indices, v_dim, sm_scale, kernels, blocks)
   return (out, lse), (q, kv, indices, out, lse)
 
 
-def _bwd(v_dim, sm_scale, backend, blocks, residuals, cotangents):
-  how = dict(v_dim=v_dim, sm_scale=sm_scale, blocks=blocks)
-  dq, dkv = BACKENDS[backend].backward(residuals, cotangents, **how)
+def _bwd(v_dim, sm_scale, kernels, blocks, residuals, cotangents):
+  sizes = dict(v_dim=v_dim, sm_scale=sm_scale, blocks=blocks)
+  dq, dkv = kernels.backward(residuals, cotangents, **sizes)
   return dq, dkv, None
 
 

@@ -10,13 +10,14 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from dsa_jax.kernels.backend import Blocks
 from dsa_jax.kernels.rows import gather_rows, map_rows, scan_rows, scatter_rows
 
 _f32 = {'preferred_element_type': jnp.float32}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class BlockSizes:
+class BlockSizes(Blocks):
   """They change the speed, never the result."""
 
   block_t: int = 8  # Query rows whose selection is gathered at one time.
