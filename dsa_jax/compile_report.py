@@ -2,8 +2,8 @@
 """Compiles the kernels for real TPUs and GPUs, on any machine, and says what they will take.
 
 python -m dsa_jax.compile_report
-python -m dsa_jax.compile_report --all --json=experiments/kernel_speed/compile_report.json
-python -m dsa_jax.compile_report --check   # Against that file, as CI does.
+python -m dsa_jax.compile_report --all --json=experiments/kernel_speed/compile_report_jax_0.10.json
+python -m dsa_jax.compile_report --check   # Against the file of the installed jax, as CI does.
 
 Cycles are bundles of each loop of the compiler's final schedule times how often the loop runs for
 a query that selects K keys, evenly spread, and sees half of S; stalls are not in them. Where rows lie
@@ -18,26 +18,23 @@ Of a GPU: registers, spills and shared memory of each kernel, and the tensor cor
 """
 
 import argparse
+from collections.abc import Sequence
 import concurrent.futures
 import functools
 import json
-import math
 import os
 import pathlib
 import subprocess
 import sys
 import tempfile
 import time
+from types import ModuleType
 
-import jax
+from dsa_jax.compile_cases import HEADS, Dims, Op
+from dsa_jax.targets import CHIPS, GPUS, compile_for, environment
+from dsa_jax.versions import JAX_SERIES
 
-from dsa_jax import gpu_cases, schedule
-from dsa_jax.compile_cases import BASELINES, HEADS, KERNELS, OPS, Dims, Op, T, streamed
-from dsa_jax.kernels import resident
-from dsa_jax.targets import CHIPS, GPUS, compile_for, environment, make_mesh
-
-COMMITTED = pathlib.Path('experiments/kernel_speed/compile_report.json')
-COMMITTED_GPU = COMMITTED.with_name('compile_report_gpu.json')
+FOLDER = pathlib.Path('experiments/kernel_speed')
 DEFAULT = [('v32', 32_768), ('glm5', 32_768)]  # CI has a few minutes.
 WORSE = 1.10  # What --check lets pass.
 
@@ -46,6 +43,7 @@ def main():
   args = parse()
   if args.worker:
     return work(args)
+  committed = read_committed(args.chips) if args.check else []
   jobs = [(chip, *case) for chip in args.chips for case in plan(args)]
   with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
     rows = sum(pool.map(functools.partial(rows_of, args), jobs), [])
@@ -54,8 +52,7 @@ def main():
     args.json.write_text(json.dumps(rows, indent=1) + '\n')
   complaints = [f'{name(row)}: {row["error"]}' for row in rows if 'error' in row]
   if args.check:
-    committed = [json.loads(path.read_text()) for path in (COMMITTED, COMMITTED_GPU)]
-    complaints = compare(rows, sum(committed, []))
+    complaints = compare(rows, committed)
   sys.exit('\n'.join(complaints) or None)
 
 
@@ -64,14 +61,17 @@ def parse():
   parser.add_argument('--chips', nargs='+', default=list(CHIPS), choices=[*CHIPS, *GPUS])
   parser.add_argument('--sizes', type=int, nargs='+', help='keys; 32K by default')
   parser.add_argument('--models', nargs='+', choices=list(HEADS))
-  ops = list(OPS | gpu_cases.OPS)
-  parser.add_argument('--ops', nargs='+', default=ops, choices=[*ops, *BASELINES])
+  parser.add_argument('--ops', nargs='+', help="all of the chips' but baselines by default")
   parser.add_argument('--all', action='store_true', help='4K, 32K and 128K keys, both models')
-  parser.add_argument('--check', action='store_true', help=f'fail where worse than {COMMITTED}')
+  parser.add_argument('--check', action='store_true', help=f'fail where worse than in {FOLDER}')
   parser.add_argument('--json', type=pathlib.Path, help='also write the rows there')
   parser.add_argument('--jobs', type=int, default=2, help='processes at a time')
   parser.add_argument('--worker', type=pathlib.Path, help=argparse.SUPPRESS)
-  return parser.parse_args()
+  args = parser.parse_args()
+  known = {op for chip in args.chips for op in all_ops(chip)}
+  if unknown := set(args.ops or ()) - known:
+    parser.error(f'--ops: {sorted(unknown)} must be among {sorted(known)}')
+  return args
 
 
 def plan(args) -> list[tuple[str, int]]:
@@ -87,8 +87,8 @@ def plan(args) -> list[tuple[str, int]]:
 def rows_of(args, job: tuple[str, str, int]) -> list[dict]:
   """The rows of a chip, model and size, from processes of their own: libtpu reads its flags once."""
   chip, model, n_keys = job
-  cases = cases_of(chip)
-  ops = [op for op in args.ops if op in cases and chip in cases[op].chips]
+  cases = all_ops(chip)
+  ops = [op for op in args.ops or cases_for(chip).OPS if op in cases and chip in cases[op].chips]
   scheduled = [op for op in ops if chip in GPUS or cases[op].trips]
   others = [op for op in ops if op not in scheduled]
   rows = []
@@ -111,19 +111,28 @@ def _rows_of(chip: str, model: str, n_keys: int, ops: list[str], has_schedule: b
   return rows
 
 
-def cases_of(chip: str) -> dict[str, Op]:
-  return gpu_cases.OPS if chip in GPUS else OPS | BASELINES
+def cases_for(chip: str) -> ModuleType:
+  """Returns what is compiled for a kind of chip: its imports need that kind's compiler."""
+  if chip in GPUS:
+    from dsa_jax import gpu_cases as cases
+  else:
+    from dsa_jax import tpu_cases as cases
+  return cases
+
+
+def all_ops(chip: str) -> dict[str, Op]:
+  cases = cases_for(chip)
+  return cases.OPS | cases.BASELINES
 
 
 def work(args):
   """Compiles the ops for one chip, model and size; prints a row of JSON for each."""
   (chip,), (model,), (n_keys,) = args.chips, args.models, args.sizes
-  with jax.set_mesh(make_mesh(chip)):
-    dims = Dims(*HEADS[model], n_keys, 0 if chip in GPUS else resident.vmem_bytes())
+  dims = Dims(*HEADS[model], n_keys, cases_for(chip).vmem_of(chip))
   for op in args.ops:
     row = {'chip': chip, 'model': model, 'S': n_keys, 'op': op}
     try:
-      row |= measure(cases_of(chip)[op], chip, dims, args.worker)
+      row |= measure(all_ops(chip)[op], chip, dims, args.worker)
     except Exception as e:  # Whatever the compiler raises, the other ops are still reported.
       row['error'] = f'{type(e).__name__}: {e}'.splitlines()[0]
     print(json.dumps(row), flush=True)
@@ -139,55 +148,26 @@ def measure(op: Op, chip: str, dims: Dims, dump: pathlib.Path) -> dict:
       'temporaries_mib': compiled.memory_analysis().temp_size_in_bytes / 2**20,
       'seconds': time.perf_counter() - began,
   }
-  if chip in GPUS:
-    return row | gpu_cases.measure(op, chip, dims, dump)
-  spec = CHIPS[chip]
-  row['mxu_cycles'] = op.flops(dims) / spec.flops * spec.hertz
-  if op in KERNELS:
-    row['hbm_cycles'] = moved_bytes(op, chip, dims) / T / spec.bytes * spec.hertz
-  if op.trips is None:
-    return row | {'vmem_mib': None, 'kernels': {}, 'cycles': None, 'us': None}
-  streams, gathered = streamed(op, dims), op.gathered(dims)
-  through_hbm = lambda n_bytes: n_bytes / spec.bytes * spec.hertz
-  kernels = {
-      kernel: max(cycles_of(dump, kernel, trips), through_hbm(streams.get(kernel, 0)))
-      for kernel, trips in op.trips(dims).items()
-  }
-  vmem = max(schedule.vmem_bytes(dumped(dump, kernel, 'original')) for kernel in kernels)
-  cycles = sum(kernels.values())
-  row |= {'vmem_mib': vmem / 2**20, 'kernels': kernels}
-  if gathered:
-    beside = schedule.beside(compiled.as_text(), 'gather_rows', list(kernels))
-    row['beside_gather'] = beside
-    if spec.gathered:
-      row['gather_cycles'] = gathered / spec.gathered * spec.hertz
-      cycles += max(row['gather_cycles'] - sum(kernels[kernel] for kernel in beside), 0)
-    cycles = max(cycles, through_hbm(sum(streams.values()) + 2 * gathered))
-  return row | {'cycles': cycles, 'us': 1e6 * cycles / spec.hertz}
+  return row | cases_for(chip).measure(op, chip, dims, dump, compiled)
 
 
-def moved_bytes(op: Op, chip: str, dims: Dims) -> int:
-  """What HBM must at least move: each argument read once, each result written once."""
-  shapes = op.shapes(dims)
-  with jax.set_mesh(make_mesh(chip)):
-    results = jax.eval_shape(op.function, *shapes)
-  return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves((shapes, results)))
+def committed_path(chip: str, series: str = JAX_SERIES) -> pathlib.Path:
+  """Returns the file of a chip's kind and of a jax release, as '0.10': each pins its compilers."""
+  return FOLDER / f'compile_report{"_gpu" * (chip in GPUS)}_jax_{series}.json'
 
 
-def cycles_of(dump: pathlib.Path, kernel: str, trips: list) -> float:
-  """A kernel's cycles for one query."""
-  try:
-    return schedule.cycles(schedule.loop_bodies(dumped(dump, kernel, 'final_bundles')), trips)
-  except ValueError as e:
-    raise ValueError(f'{kernel}: {e}') from None
-
-
-def dumped(dump: pathlib.Path, kernel: str, label: str) -> str:
-  """What the compiler wrote of a kernel after a pass."""
-  found = [x for x in dump.glob(f'*-{kernel}[.-]*-{label}.txt') if 'analysis' not in x.name]
-  if not found:
-    raise ValueError(f'{kernel}: the compiler wrote no {label}.')
-  return max(found).read_text()
+def read_committed(chips: Sequence[str]) -> list[dict]:
+  """Reads the rows that were committed for the installed jax."""
+  rows = []
+  for path in sorted({committed_path(chip) for chip in chips}):
+    if not path.exists():
+      known = sorted(x.name for x in FOLDER.glob('compile_report*_jax_*.json'))
+      sys.exit(
+          f'{path} does not exist: nothing was committed for jax {JAX_SERIES}, only {known}. '
+          f'Make it with --all --json={path}, and read what differs.'
+      )
+    rows += json.loads(path.read_text())
+  return rows
 
 
 def name(row: dict) -> tuple:
@@ -195,25 +175,9 @@ def name(row: dict) -> tuple:
 
 
 def print_tables(rows: list[dict]):
-  of_gpus = [row for row in rows if row['chip'] in GPUS]
-  if len(of_gpus) < len(rows):
-    print_table([row for row in rows if row['chip'] not in GPUS])
-  if of_gpus:
-    gpu_cases.print_table(of_gpus)
-
-
-def print_table(rows: list[dict]):
-  columns = {'temporaries_mib': '.0f', 'vmem_mib': '.1f', 'seconds': '.0f'}
-  columns |= {'mxu_cycles': '.0f', 'hbm_cycles': '.0f', 'gather_cycles': '.0f'}
-  columns |= {'cycles': '.0f', 'us': '.2f'}
-  print('| chip | model | op | S | temporaries MiB | VMEM MiB | compiled s | MXU floor, cycles '
-        '| HBM floor, cycles | SparseCores, cycles | cycles a query | us a query |')  # fmt: skip
-  print('| --- | --- | --- |' + ' ---: |' * 9)
-  for row in rows:
-    known = [row.get(key) for key in columns]
-    cells = ['' if x is None else format(x, how) for x, how in zip(known, columns.values())]
-    cells = [row['error']] if 'error' in row else cells
-    print('|', ' | '.join([row['chip'], row['model'], row['op'], str(row['S']), *cells]), '|')
+  for of_gpus in False, True:
+    if some := [row for row in rows if (row['chip'] in GPUS) == of_gpus]:
+      cases_for(some[0]['chip']).print_table(some)
 
 
 def compare(rows: list[dict], committed: list[dict]) -> list[str]:

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the TPU compiler's dumps say of a kernel: loops of its final schedule, VMEM it takes."""
 
-import re
 from collections.abc import Sequence
+import pathlib
+import re
 from typing import NamedTuple
 
 SHORT = 40  # Bundles; a shorter loop without inner ones may be the parts of a large DMA.
@@ -83,3 +84,19 @@ def _bundles(schedule: str):
   line = r'^ *0x[0-9a-f]+ +(LB|LH|LE|PB|PF|CT)?:? *((?:> ?)*)\{'
   for label, marks in re.findall(line, schedule, re.MULTILINE):
     yield marks.count('>'), label
+
+
+def cycles_of(dump: pathlib.Path, kernel: str, trips: list) -> float:
+  """A kernel's cycles for one query."""
+  try:
+    return cycles(loop_bodies(dumped(dump, kernel, 'final_bundles')), trips)
+  except ValueError as e:
+    raise ValueError(f'{kernel}: {e}') from None
+
+
+def dumped(dump: pathlib.Path, kernel: str, label: str) -> str:
+  """What the compiler wrote of a kernel after a pass."""
+  found = [x for x in dump.glob(f'*-{kernel}[.-]*-{label}.txt') if 'analysis' not in x.name]
+  if not found:
+    raise ValueError(f'{kernel}: the compiler wrote no {label}.')
+  return max(found).read_text()

@@ -2,13 +2,14 @@
 """The compile report reads schedules as they are, and notices what got worse."""
 
 import json
+import pathlib
 import subprocess
 import sys
 
 import jax
 import pytest
 
-from dsa_jax import compile_report, schedule, targets
+from dsa_jax import compile_report, schedule, targets, tpu_cases
 
 SCHEDULE = """\
 LB: loop body
@@ -81,13 +82,13 @@ def test_cycles_are_bundles_times_trips(tmp_path):
   (tmp_path / '1-x.2-01-schedule-analysis_final_bundles.txt').write_text('no schedule')
   (tmp_path / '1-xy.2-02-final_bundles.txt').write_text('another kernel')
   (tmp_path / '1-x.2-02-final_bundles.txt').write_text(SCHEDULE)
-  assert compile_report.cycles_of(tmp_path, 'x', [(1, 0.5), (2, 10)]) == 31.5
+  assert schedule.cycles_of(tmp_path, 'x', [(1, 0.5), (2, 10)]) == 31.5
   for wrong in [(1, 0.5), (3, 10)], []:
     with pytest.raises(ValueError) as e:
-      compile_report.cycles_of(tmp_path, 'x', wrong)
+      schedule.cycles_of(tmp_path, 'x', wrong)
     assert 'x: ' in str(e.value) and 'bundles=3' in str(e.value) and str(wrong) in str(e.value)
   with pytest.raises(ValueError, match='z: the compiler wrote no final_bundles'):
-    compile_report.cycles_of(tmp_path, 'z', [])
+    schedule.cycles_of(tmp_path, 'z', [])
 
 
 def test_notices_kernels_that_wait_for_a_gather():
@@ -124,7 +125,7 @@ def test_an_op_that_fails_is_a_row_and_the_others_go_on(tmp_path, monkeypatch, c
     return {'cycles': 1.0}
 
   monkeypatch.setattr(compile_report, 'measure', measure)
-  monkeypatch.setattr(compile_report, 'make_mesh', lambda chip: _cpu_mesh())
+  monkeypatch.setattr(tpu_cases, 'make_mesh', lambda chip: _cpu_mesh())
   line = 'x --worker DIR --chips v6e --models v32 --sizes 8 --ops index_topk'.split()
   line[2] = str(tmp_path)
   monkeypatch.setattr(sys, 'argv', [*line, 'sparse_attention_forward'])
@@ -146,17 +147,24 @@ def test_an_aborted_compiler_leaves_a_row_for_each_op(monkeypatch):
   assert lost['op'] == 'sparse_attention_forward' and 'Check failed: x' in lost['error']
 
 
-def test_every_row_is_committed_and_above_its_floor(monkeypatch):
-  rows = json.loads(compile_report.COMMITTED.read_text())
-  found = {compile_report.name(row): row for row in rows}
-  monkeypatch.setattr(sys, 'argv', ['x', '--all'])
+@pytest.mark.parametrize('series, sizes', [('0.10', ['--all'])])
+def test_every_row_is_committed_and_above_its_floor(series, sizes, monkeypatch):
+  rows = json.loads(compile_report.committed_path('v6e', series).read_text())
+  by_name = {compile_report.name(row): row for row in rows}
+  monkeypatch.setattr(sys, 'argv', ['x', *sizes])
   for chip in targets.CHIPS:
     for model, size in compile_report.plan(compile_report.parse()):
-      for op in (op for op in compile_report.OPS.values() if chip in op.chips):
-        row = found[chip, model, size, op.name]
+      for op in (op for op in tpu_cases.OPS.values() if chip in op.chips):
+        row = by_name[chip, model, size, op.name]
         assert 'error' not in row
         floor = max(row['mxu_cycles'], row.get('hbm_cycles', 0))
         assert op.trips is None or row['cycles'] > floor > 0
+
+
+def test_says_that_nothing_was_committed_for_this_jax(monkeypatch):
+  monkeypatch.setattr(compile_report, 'committed_path', lambda chip: pathlib.Path(f'{chip}.json'))
+  with pytest.raises(SystemExit, match=r"h200.json does not exist.*jax_0.10.json"):
+    compile_report.read_committed(['h200'])
 
 
 @pytest.mark.parametrize('wrong', ['--chips=v9', '--ops=x', '--models=x', '--sizes=x'])

@@ -2,7 +2,7 @@
 """Checks and times the TPU kernels on a TPU: python experiments/kernel_speed/bench_tpu.py
 
 Each op is first compared with the portable backend on the same inputs, then both are timed, beside
-what `compile_report.json` has the compiler expect of this chip.
+what `compile_report_jax_0.10.json` has the compiler expect of this chip.
 Try it without a TPU, on toy sizes and interpreted: --interpret --sizes 64 --queries 16 --small
 """
 
@@ -77,7 +77,7 @@ def measure(n_keys: int, args):
 def expected_ms(x: dict, name: str, dims: dict) -> float | None:
   """By the compiler's schedule of V3.2's dims, of queries in the middle of the context."""
   n_queries, n_keys = x['q'].shape[1], x['kv'].shape[1]
-  rows = json.loads((HERE / 'compile_report.json').read_text())
+  rows = json.loads((HERE / 'compile_report_jax_0.10.json').read_text())
   at = KINDS.get(jax.devices()[0].device_kind), 'v32', n_keys
   us = {row['op']: row.get('us') for row in rows if (row['chip'], row['model'], row['S']) == at}
   ops = OPS.get(name, [None])
