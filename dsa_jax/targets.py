@@ -117,13 +117,13 @@ def make_mesh(chip: str) -> Mesh:
   return Mesh(np.array(topology.devices[:1]), ('device',))
 
 
-def compile_for(chip: str, f, *shapes: Any) -> jax.stages.Compiled:
-  """Compiles f for one device of a chip, in a process with its `environment`."""
+def lower_for(chip: str, f, *shapes: Any) -> jax.stages.Lowered:
+  """Lowers f for one device of a chip, in a process with its `environment`."""
   mesh = make_mesh(chip)
   place = NamedSharding(mesh, PartitionSpec())
   put = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
   with jax.set_mesh(mesh):
-    return jax.jit(f).lower(*jax.tree.map(put, shapes)).compile()
+    return jax.jit(f).lower(*jax.tree.map(put, shapes))
 
 
 def _checked(chip: str) -> Chip:

@@ -354,6 +354,11 @@ def vmem_of(chip: str) -> int:
     return resident.vmem_bytes()
 
 
+def expects(op: Op, dims: Dims):
+  """Returns what `measure` is told of an op's loops and rows, which follows from block sizes."""
+  return op.trips and (op.trips(dims), streamed(op, dims), op.gathered(dims))
+
+
 def measure(
     op: Op, chip: str, dims: Dims, dump: pathlib.Path, compiled: jax.stages.Compiled
 ) -> dict:

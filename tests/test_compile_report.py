@@ -5,11 +5,12 @@ import json
 import pathlib
 import subprocess
 import sys
+import types
 
 import jax
 import pytest
 
-from dsa_jax import compile_report, schedule, targets, tpu_cases
+from dsa_jax import compile_report, programs, schedule, targets, tpu_cases
 
 SCHEDULE = """\
 LB: loop body
@@ -135,6 +136,59 @@ def test_an_op_that_fails_is_a_row_and_the_others_go_on(tmp_path, monkeypatch, c
   assert fine['op'] == 'sparse_attention_forward' and fine['cycles'] == 1
 
 
+class Lowered:
+  """A program that counts how often it is compiled."""
+
+  def __init__(self):
+    self.text, self.compiled = 'module', 0
+
+  def as_text(self):
+    return self.text
+
+  def compile(self):
+    self.compiled += 1
+    return self
+
+  def memory_analysis(self):
+    return types.SimpleNamespace(temp_size_in_bytes=2**20)
+
+
+def test_compiles_again_only_what_has_changed(tmp_path, monkeypatch):
+  program = Lowered()
+  monkeypatch.setattr(compile_report, 'lower_for', lambda *_: program)
+  monkeypatch.setattr(compile_report, 'make_mesh', lambda chip: _cpu_mesh())
+  monkeypatch.setattr(tpu_cases, 'measure', lambda *_: {'cycles': 1.0})
+  dims = compile_report.Dims(128, 64, 4096, 2**26)
+  measure = lambda known: compile_report.measure(
+      tpu_cases.OPS['index_topk'], 'v6e', dims, tmp_path, known
+  )
+  row = measure({})
+  assert measure(row) == row and program.compiled == 1
+  changes = [
+      (program, 'text', 'another module'),
+      (programs, 'compiler_versions', lambda: {'libtpu': '9'}),
+      (tpu_cases, 'expects', lambda *_: 'other loops'),
+  ]
+  for n, (owner, attribute, value) in enumerate(changes):
+    with monkeypatch.context() as patch:
+      patch.setattr(owner, attribute, value)
+      assert measure(row)['program'] != row['program']
+      assert program.compiled == 2 + n
+
+
+def test_parts_compile_every_row_once():
+  due = [[compile_report.is_due(i, (k, 5)) for i in range(12)] for k in range(1, 6)]
+  assert [sum(rows) for rows in zip(*due)] == [1] * 12
+  assert not compile_report.is_due(0, None)
+
+
+def test_rows_join_those_of_other_names(tmp_path):
+  path, other = tmp_path / 'rows.json', GOOD | {'op': 'y'}
+  for rows in [GOOD, other], [GOOD | {'cycles': 7.0}]:
+    compile_report.write_rows(path, rows)
+  assert json.loads(path.read_text()) == [GOOD | {'cycles': 7.0}, other]
+
+
 def test_an_aborted_compiler_leaves_a_row_for_each_op(monkeypatch):
   monkeypatch.setattr(sys, 'argv', ['x', '--ops', 'index_topk', 'sparse_attention_forward'])
   args = compile_report.parse()
@@ -167,7 +221,7 @@ def test_says_that_nothing_was_committed_for_this_jax(monkeypatch):
     compile_report.read_committed(['h200'])
 
 
-@pytest.mark.parametrize('wrong', ['--chips=v9', '--ops=x', '--models=x', '--sizes=x'])
+@pytest.mark.parametrize('wrong', ['--chips=v9', '--ops=x', '--models=x', '--sizes=x', '--part=6/5'])
 def test_refuses_what_it_does_not_know(wrong, monkeypatch):
   monkeypatch.setattr(sys, 'argv', ['compile_report', wrong])
   with pytest.raises(SystemExit):
@@ -176,12 +230,12 @@ def test_refuses_what_it_does_not_know(wrong, monkeypatch):
 
 def test_says_what_is_wrong(tmp_path, monkeypatch):
   monkeypatch.delenv('TPU_ACCELERATOR_TYPE', raising=False)
-  for call in lambda: targets.environment('v9', tmp_path), lambda: targets.compile_for('v9', abs):
+  for call in lambda: targets.environment('v9', tmp_path), lambda: targets.lower_for('v9', abs):
     with pytest.raises(ValueError, match="chip='v9' must be one of"):
       call()
   monkeypatch.setattr(targets.importlib.util, 'find_spec', lambda name: 'libtpu')
   with pytest.raises(ValueError, match=r"needs a process with environment\('v6e'\)"):
-    targets.compile_for('v6e', abs)
+    targets.lower_for('v6e', abs)
   monkeypatch.setattr(targets.importlib.util, 'find_spec', lambda name: None)
   with pytest.raises(ValueError, match='libtpu is not installed: pip install'):
     targets.environment('v6e', tmp_path)

@@ -18,6 +18,8 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, vector
 import numpy as np
 
+from dsa_jax.versions import LOAD_WHOLE
+
 HEADS = 64  # Of a program, as wgmma takes them.
 TILE = 32  # Rows of one of the two groups that multiply;
 STEP = 2 * TILE  # of both.
@@ -57,7 +59,7 @@ def tile(*shape: int) -> Any:
 
 def load(ref: Any, layout: Any) -> jax.Array:
   """Reads all of a part of an array, spread over threads by rows or by columns of products."""
-  return plgpu.load(ref, (), layout=layout, optimized=False)
+  return plgpu.load(ref, *LOAD_WHOLE, layout=layout, optimized=False)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -65,7 +65,7 @@ def attend(q, kv, rows, bias, ends, *, v_dim: int, sm_scale: float):
 
         def score(dots):
           for part, channels in ((q_front, front), (q_rest, rest)):
-            plgpu.wgmma(dots, part, plgpu.transpose_ref(mine.at[:, channels], (1, 0)))
+            plgpu.wgmma(dots, part, mine.at[:, channels].transpose((1, 0)))
           return dots[...]
 
         logits = pl.run_scoped(score, plgpu.ACC((HEADS, TILE), jnp.float32))
@@ -172,8 +172,8 @@ def weigh(q, dout, lse, delta, kv, rows, bias, ends, *, sm_scale: float):
 
         def score(dots, dprobs):
           for part, channels in ((q_front, front), (q_rest, rest)):
-            plgpu.wgmma(dots, part, plgpu.transpose_ref(tile.at[:, channels], (1, 0)))
-          plgpu.wgmma(dprobs, dvalue, plgpu.transpose_ref(tile.at[:, front], (1, 0)))
+            plgpu.wgmma(dots, part, tile.at[:, channels].transpose((1, 0)))
+          plgpu.wgmma(dprobs, dvalue, tile.at[:, front].transpose((1, 0)))
           return dots[...], dprobs[...]
 
         acc = plgpu.ACC((HEADS, TILE), jnp.float32)
