@@ -1,11 +1,103 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compiled programs are kept for the session: tests that start processes share them."""
+"""Two tiers, compiled programs that are kept, and a limit on what a test may cost: see README.md."""
 
 import os
-import tempfile
+import pathlib
+import resource
 
-_CACHE = tempfile.TemporaryDirectory(prefix='dsa_jax_compiled_')
-os.environ['JAX_COMPILATION_CACHE_DIR'] = _CACHE.name
-os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0.5'
+import pytest
+
+# Tests run programs once or twice, so LLVM's optimisations never pay. What was compiled is kept for
+# the next run and for processes that tests start; jax's key holds its version and these flags.
+FLAGS = '--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true'
+CACHE = pathlib.Path(os.environ.get('XDG_CACHE_HOME') or '~/.cache').expanduser() / 'dsa_jax' / 'tests'
+os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(CACHE))
+os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0'
+os.environ['JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES'] = '-1'
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
+if FLAGS not in os.environ.get('XLA_FLAGS', ''):
+  os.environ['XLA_FLAGS'] = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}".strip()
+
+KERNELS = pathlib.Path(__file__).parent / 'kernels'
+
+
+def pytest_addoption(parser):
+  help = 'processor seconds that a test of the default tier may take; 0: any'
+  parser.addoption('--most-seconds', type=float, default=10.0, help=help)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+  """Puts simulated TPU kernels into the nightly tier; tests that share programs share a worker."""
+  for item in items:
+    backend = getattr(item, 'callspec', None) and item.callspec.params.get('backend')
+    is_simulated = backend == 'tpu' and KERNELS in item.path.parents
+    if is_simulated and not item.get_closest_marker('hostile'):
+      item.add_marker(pytest.mark.nightly)
+    item.add_marker(pytest.mark.xdist_group(f'{item.path.stem}-{backend}'))
+
+
+@pytest.fixture(scope='module')
+def eager():
+  """Runs models operation by operation, so that patches are seen and compilations shared.
+
+  The first pass compiles each operation, which is no test's own time.
+  """
+  import golden
+  import laws
+
+  with laws.eager():
+    for attention in ('dense', 'sparse', 'masked'):
+      golden.check_forward(attention, 'xla')
+    yield
+
+
+# What each test takes by itself: not what fixtures do for several.
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+  began = _processor_seconds()
+  try:
+    return (yield)
+  finally:
+    item.user_properties.append((_SECONDS, _processor_seconds() - began))
+
+
+def pytest_runtest_logreport(report):
+  seconds = dict(report.user_properties).get(_SECONDS)
+  if report.when == 'call' and seconds is not None:
+    _taken.append((seconds, report.nodeid, 'nightly' in report.keywords))
+
+
+def pytest_terminal_summary(terminalreporter, config):
+  total, most = sum(seconds for seconds, *_ in _taken), config.getoption('most_seconds')
+  terminalreporter.write_line(f'{total:.0f} seconds of processor time in tests; the dearest:')
+  for seconds, name, _ in sorted(_taken, reverse=True)[:5]:
+    terminalreporter.write_line(f'  {seconds:6.1f} {name}')
+  for seconds, name in _too_dear(most):
+    terminalreporter.write_line(
+        f'ERROR {name} took {seconds:.1f} seconds of processor time; a test of the default tier may '
+        f'take {most:g}. Make it smaller, or mark it nightly.',
+        red=True,
+    )
+
+
+def pytest_sessionfinish(session, exitstatus):
+  if exitstatus == pytest.ExitCode.OK and _too_dear(session.config.getoption('most_seconds')):
+    session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+_SECONDS = 'processor_seconds'
+_taken: list[tuple[float, str, bool]] = []  # Seconds, test, whether it is of the nightly tier.
+
+
+def _too_dear(most: float) -> list[tuple[float, str]]:
+  return [(s, name) for s, name, nightly in _taken if most and s > most and not nightly]
+
+
+def _processor_seconds() -> float:
+  """Of this process and of those that it started and that have ended."""
+  usages = map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+  return sum(usage.ru_utime + usage.ru_stime for usage in usages)

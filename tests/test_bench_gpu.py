@@ -6,11 +6,14 @@ import pathlib
 import subprocess
 import sys
 
+import pytest
+
 FOLDER = pathlib.Path(__file__).parents[1] / 'experiments' / 'kernel_speed'
 TOY = '--backend=gpu --interpret --small --sizes 32 --queries 8 '
 TOY += '--decode 2 --decode_sizes 32 --seconds 0 --buffers 1'
 
 
+@pytest.mark.nightly
 def test_measures_what_is_right(tmp_path):
   path = tmp_path / 'measured.json'
   command = [sys.executable, FOLDER / 'bench.py', *TOY.split(), f'--json={path}']
@@ -28,6 +31,7 @@ def test_measures_what_is_right(tmp_path):
   assert '| sparse_forward, decoding | 32 | 2 |' in path.with_suffix('.md').read_text()
 
 
+@pytest.mark.nightly
 def test_refuses_a_wrong_kernel():
   wrong = 'import bench_gpu, jax.numpy as jnp; attend = bench_gpu.attend; '
   wrong += 'bench_gpu.attend = lambda d, backend, x: [1.1 * y if backend == "gpu" else y '

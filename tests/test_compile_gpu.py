@@ -93,6 +93,7 @@ def test_says_what_is_missing(tmp_path, monkeypatch):
     targets.environment('h200', tmp_path)
 
 
+@pytest.mark.nightly
 @pytest.mark.skipif(not has_cuda(), reason="needs pip install 'dsa_jax[compile-gpu]'")
 def test_compiles_an_op_for_a_gpu(tmp_path):
   path = tmp_path / 'rows.json'

@@ -241,6 +241,7 @@ def test_says_what_is_wrong(tmp_path, monkeypatch):
     targets.environment('v6e', tmp_path)
 
 
+@pytest.mark.nightly
 def test_compiles_an_op_for_a_chip(tmp_path):
   pytest.importorskip('libtpu', reason="needs the TPU's compiler: pip install 'dsa_jax[compile]'")
   path = tmp_path / 'rows.json'

@@ -20,6 +20,7 @@ def test_full_variant_builds(name):
   assert recipe.stages
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize('name', [n for n in NAMES if n != 'quickstart'])  # See test_train.py.
 def test_tiny_variant_runs(name, tmp_path):
   config = importlib.import_module(f'configs.{name}').get_config('tiny')

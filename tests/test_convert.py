@@ -284,6 +284,7 @@ def test_export_of_a_run(tmp_path):
     np.testing.assert_allclose(y, x, rtol=2**-8, err_msg=jax.tree_util.keystr(path))
 
 
+@pytest.mark.nightly
 def test_a_dense_release_becomes_a_sparse_model(tmp_path):
   """configs/deepseek_v32.py from a DeepSeek-V3 folder: convert, warm up, go sparse, export."""
   config = deepseek_v32.get_config('tiny')

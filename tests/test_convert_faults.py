@@ -190,6 +190,7 @@ def test_unreadable_while_converting(source, tmp_path):
   assert sorted(p.name for p in tmp_path.iterdir()) == ['source']
 
 
+@pytest.mark.nightly
 def test_kill(source, tmp_path):
   """SIGKILL at several moments: no target, or a whole one; the next run starts cleanly."""
   import_checkpoint(open_source(source), tmp_path / 'expected', advance=quiet)

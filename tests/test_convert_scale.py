@@ -84,6 +84,7 @@ def folder(tmp_path_factory):
   return folder
 
 
+@pytest.mark.nightly
 def test_conversion_streams(folder: pathlib.Path):
   """Neither direction holds much more than a tensor, or a file, at a time."""
   importing, exporting = json.loads((folder / 'figures').read_text())
@@ -93,6 +94,7 @@ def test_conversion_streams(folder: pathlib.Path):
   assert released.read(folder / 'out') == released.read(folder / 'big')
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize('dtype', ['bfloat16', 'float32'])
 def test_sharded_load(folder: pathlib.Path, dtype):
   """Each of eight devices reads its own share; the host, which plays all eight, little beside."""

@@ -93,6 +93,7 @@ def test_any_chunking(name, cuts, attention):
       np.testing.assert_array_equal(selected[:, row, :n], want_selected[:, row, :n])
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize('name', ['deepseek', 'glm'])
 def test_many_tokens_by_the_kernels_of_a_tpu(name):
   """Layers that select for themselves do so in one op with attention; others share."""

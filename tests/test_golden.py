@@ -15,11 +15,7 @@ from dsa_jax.nn.param import IndexerParam
 from dsa_jax.nn.rope import rope_frequencies
 from dsa_jax.nn.transformer import Transformer
 
-
-@pytest.fixture(autouse=True, scope='module')
-def eager():
-  with laws.eager():
-    yield
+pytestmark = pytest.mark.usefixtures('eager')
 
 
 @pytest.mark.parametrize('backend', laws.BACKENDS)

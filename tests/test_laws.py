@@ -17,11 +17,7 @@ backends = pytest.mark.parametrize('backend', laws.BACKENDS)
 two_modes = pytest.mark.parametrize('attention', ['dense', 'sparse'])
 all_modes = pytest.mark.parametrize('attention', ['dense', 'sparse', 'masked'])
 
-
-@pytest.fixture(autouse=True, scope='module')
-def eager():
-  with laws.eager():
-    yield
+pytestmark = pytest.mark.usefixtures('eager')
 
 
 @backends

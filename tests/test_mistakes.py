@@ -28,10 +28,7 @@ masked = functools.partial(golden.check_forward, 'masked', 'xla')
 dense = functools.partial(golden.check_forward, 'dense', 'xla')
 
 
-@pytest.fixture(autouse=True, scope='module')
-def eager():
-  with laws.eager():
-    yield
+pytestmark = pytest.mark.usefixtures('eager')
 
 
 MISTAKES = {}

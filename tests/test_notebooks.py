@@ -10,6 +10,7 @@ import pytest
 NOTEBOOKS = sorted((pathlib.Path(__file__).parents[1] / 'notebooks').glob('*.ipynb'))
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda p: p.stem)
 def test_notebook_runs(path, tmp_path):
   notebook = nbformat.read(path, as_version=4)

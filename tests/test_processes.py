@@ -49,6 +49,7 @@ def numbers(workdir):
   return {(row.stage, row.step, row.name): row.value for row in read_metrics(workdir / 'metrics.csv')}
 
 
+@pytest.mark.nightly
 def test_one_goes_on_where_a_killed_job_of_two_ended(tmp_path):
   alone, together = tmp_path / 'alone', tmp_path / 'together'
   processes = start_two(together)

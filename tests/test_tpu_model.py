@@ -8,6 +8,7 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 sys.path.append(str(pathlib.Path(__file__).parent / 'kernels'))
 import cases  # noqa: E402
@@ -21,6 +22,7 @@ from dsa_jax.state import init_params, model_graph, new_state
 from dsa_jax.train_step import make_train_step
 
 
+@pytest.mark.nightly
 def test_the_sparse_stage_steps_alike():
   cfg = ModelConfig(**quickstart.get_config('tiny').model)
   graph, trains, optim = model_graph(cfg), STAGES['sparse'].trains, OptimConfig()

@@ -107,6 +107,7 @@ def test_logs_what_a_researcher_wants(undisturbed):
   assert np.mean(warmup[-4:]) < np.mean(warmup[:4])
 
 
+@pytest.mark.nightly
 def test_sigkill_at_random_moments_changes_nothing(undisturbed, tmp_path):
   moments = random.Random(0)
   total = (undisturbed[0] / 'metrics.csv').read_text().count('\n')
@@ -117,6 +118,7 @@ def test_sigkill_at_random_moments_changes_nothing(undisturbed, tmp_path):
   same_numbers(undisturbed[0], tmp_path)
 
 
+@pytest.mark.nightly
 def test_a_failure_between_any_two_steps_changes_nothing(undisturbed, tmp_path, monkeypatch):
   """Stops right after each save was asked for, and half-way between saves, in one process."""
   record, seen = train.record, []

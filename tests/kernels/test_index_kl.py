@@ -141,6 +141,7 @@ def test_blocks_change_nothing(backend, blocks, selected):
   cases.assert_matches(actual, values_and_grads(inputs, *where, backend='reference'))
 
 
+@pytest.mark.nightly
 def test_the_kernels_do_not_race():
   inputs, *where = make_inputs('chunk', selected=True)
   actual = values_and_grads(inputs, *where, backend='tpu', blocks=MANY, races=True)

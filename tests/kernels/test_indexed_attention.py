@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Selection and attention in one op: the numbers of the two, also where SparseCores work beside."""
 
+import dataclasses
 import functools
 
 import cases
+import hostile
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -43,8 +45,8 @@ def run(*inputs, backend):
     return jax.block_until_ready(cases.jit(f)(*inputs))
 
 
-def run_pipeline(*inputs, races=False):
-  f = functools.partial(tpu.forward, **HOW, blocks=SMALL)
+def run_pipeline(*inputs, blocks=SMALL, races=False):
+  f = functools.partial(tpu.forward, **HOW, blocks=blocks)
   with cases.interpreted('tpu', races):
     return jax.block_until_ready(cases.jit(f)(*inputs))
 
@@ -61,6 +63,21 @@ def test_is_the_two_ops(backend):
   assert_alike(run(*inputs, backend=backend), run(*inputs, backend='reference'))
 
 
+@pytest.mark.hostile
+def test_beside_sparse_cores_on_the_hostile_input(sparse_cores_here):
+  """Two blocks of queries; keys that nothing selects hold NaN."""
+  q, kv, index_q, index_k, weights, *_ = make_inputs('causal')
+  few, blocks = np.s_[1:, : hostile.T], dataclasses.replace(SMALL, block_t=8)
+  kv, index_k = kv[1:, : hostile.S], index_k[1:, : hostile.S]
+  inputs = index_q[few], index_k, weights[few], *(x[1:] for x in hostile.intervals())
+  exact = run(q[few], kv, *inputs, backend='reference')
+  unused = np.setdiff1d(np.arange(hostile.S), exact[1])
+  assert unused.size
+  poisoned = kv.at[:, unused].set(jnp.nan)
+  assert_alike(run_pipeline(q[few], poisoned, *inputs, blocks=blocks), exact)
+
+
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     'visibility, dtype', [('packed', 'float32'), ('empty', 'float32'), ('overhang', 'bfloat16')]
 )
@@ -70,6 +87,7 @@ def test_beside_sparse_cores(visibility, dtype, sparse_cores_here):
   assert_alike(run_pipeline(*inputs), exact, dtype)
 
 
+@pytest.mark.nightly
 def test_no_races_and_no_keys_that_nothing_selects(sparse_cores_here):
   q, kv, *rest = make_inputs('padded')
   exact = run(q, kv, *rest, backend='reference')

@@ -115,6 +115,7 @@ def test_blocks_change_nothing(backend, blocks):
   cases.assert_matches(actual, values_and_grads(*inputs, backend='reference'))
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize('visibility, races', [('empty', False), ('packed', True)])
 def test_gradients_while_sparse_cores_gather(visibility, races, monkeypatch):
   cases.give_sparse_cores(monkeypatch)
@@ -160,6 +161,7 @@ def test_wide_rows_on_a_gpu(heads, topk):
 MANY_KEYS = tpu.BlockSizes(block_t=16, step_t=4, tile=4, line=4, copied=8, vmem_share=2e-3)
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize('blocks', [FEW_KEYS, MANY_KEYS], ids=['few', 'many'])
 def test_the_kernels_do_not_race(blocks):
   inputs = make_inputs('chunk')
@@ -167,6 +169,7 @@ def test_the_kernels_do_not_race(blocks):
   cases.assert_matches(actual, values_and_grads(*inputs, backend='reference'))
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize('visibility', ['empty', 'overhang'])
 def test_rows_brought_together_match_reference(visibility):
   """As wide that a shard of keys is two of their sums."""
@@ -178,6 +181,7 @@ def test_rows_brought_together_match_reference(visibility):
   cases.assert_matches(actual, exact, cases.TOLERANCE['bfloat16'])
 
 
+@pytest.mark.nightly
 def test_memory_of_earlier_queries_is_not_read():
   """A key of all earlier queries is NaN; later ones, the last with nothing to see, have others."""
   q, kv, indices = make_inputs('chunk')
@@ -193,6 +197,7 @@ def test_memory_of_earlier_queries_is_not_read():
   cases.assert_matches(of_late(actual), of_late(exact))
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize('bytes_per_key', [512, 1024], ids=['forward', 'backward'])
 def test_keys_in_reach_of_two_shards(bytes_per_key):
   """Three shards with keys in common; each query has its own border between them."""

@@ -26,6 +26,7 @@ class BlockSizes(Blocks):
   block_s: int = 1024  # Keys scored at one time.
   few_t: int = 8  # Up to so many rows, as in decoding, read the keys as they lie,
   few_block_s: int = 16_384  # this many at a time.
+  ungrouped_s: int = 1024  # Up to so many keys are not grouped: one search is faster than three.
 
 
 def forward(q, k, weights, start, end, *, topk: int, blocks: BlockSizes, span=None):
@@ -33,7 +34,7 @@ def forward(q, k, weights, start, end, *, topk: int, blocks: BlockSizes, span=No
   if span is not None and not few:
     k, span = jax.lax.dynamic_slice_in_dim(k, *span, axis=1), None
   first_key, n_keys = span or (0, k.shape[1])
-  size = _group_size(n_keys, topk, dividing=few) if n_keys > blocks.block_s else 1
+  size = 1 if n_keys <= blocks.ungrouped_s else _group_size(n_keys, topk, dividing=few)
   n_groups = -(-n_keys // size)
   step_groups = min(max((blocks.few_block_s if few else blocks.block_s) // size, 1), n_groups)
   if few:

@@ -1,0 +1,131 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: Apache-2.0
+"""Runs what is slow by nature: the parts whose files have changed, and one part in turn.
+
+python .ci/nightly.py             # what is due
+python .ci/nightly.py --all       # everything
+python .ci/nightly.py --list      # says what is due, and why, and runs nothing
+
+A part is due where this machine has never seen it pass, where its files have changed since the
+commit at which it last passed here, and where it has sat out four runs. If none of this holds for
+any part, the one that has sat out longest runs, so each part runs at least once in five runs. What
+this machine has seen is kept in the user's cache folder.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import shlex
+import subprocess
+import sys
+import time
+from typing import NamedTuple
+
+ROOT = pathlib.Path(__file__).parents[1]
+CACHE = pathlib.Path(os.environ.get('XDG_CACHE_HOME') or '~/.cache').expanduser()
+SEEN = CACHE / 'dsa_jax' / 'nightly.json'
+SITS_OUT = 4  # Runs.
+
+
+class Part(NamedTuple):
+  """Nightly tests, by their files, and what else their outcome depends on."""
+
+  tests: tuple[str, ...]
+  depends_on: tuple[str, ...]
+
+  @property
+  def files(self) -> tuple[str, ...]:
+    return self.tests + self.depends_on
+
+
+KERNELS = ('dsa_jax/kernels', 'tests/kernels/cases.py')
+TRAINING = (
+    'dsa_jax/train.py', 'dsa_jax/train_step.py', 'dsa_jax/checkpoint.py', 'dsa_jax/recipe.py',
+    'dsa_jax/distributed.py', 'dsa_jax/spmd.py', 'dsa_jax/sharding.py', 'configs',
+)  # fmt: skip
+PARTS = {
+    'selection': Part(('tests/kernels/test_index_topk.py', 'tests/kernels/test_index_kl.py'), KERNELS),
+    'attention': Part(
+        ('tests/kernels/test_sparse_attention.py', 'tests/kernels/test_indexed_attention.py'), KERNELS
+    ),
+    'models': Part(
+        (
+            'tests/test_tpu_model.py', 'tests/test_extend.py', 'tests/test_bench_gpu.py',
+            'tests/test_spmd.py', 'tests/test_configs.py',
+        ),
+        ('dsa_jax/kernels', 'dsa_jax/nn', 'dsa_jax/sharding.py', 'dsa_jax/spmd.py', 'configs'),
+    ),
+    'lost work': Part(('tests/test_train.py', 'tests/test_processes.py'), TRAINING),
+    'checkpoints': Part(
+        (
+            'tests/test_convert.py', 'tests/test_convert_faults.py', 'tests/test_convert_scale.py',
+            'tests/test_notebooks.py', 'tests/test_compile_report.py', 'tests/test_compile_gpu.py',
+        ),
+        ('dsa_jax/convert', 'dsa_jax/checkpoint.py', 'dsa_jax/load.py', 'notebooks'),
+    ),
+}  # fmt: skip
+
+
+def main():
+  parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
+  parser.add_argument('--all', action='store_true', help='everything, due or not')
+  parser.add_argument('--list', action='store_true', help='only say what is due')
+  args = parser.parse_args()
+  seen = json.loads(SEEN.read_text()) if SEEN.exists() else {}
+  due = {name: 'asked for' for name in PARTS} if args.all else due_parts(seen)
+  for name in PARTS:
+    print(f'nightly: {name}: {due.get(name, "sits out")}', flush=True)
+  if args.list:
+    return
+  failed = []
+  for name, part in PARTS.items():
+    if name not in due:
+      seen[name]['sat_out'] += 1
+    elif run(part):
+      seen[name] = {'commit': head(), 'sat_out': 0}
+    else:
+      failed.append(name)
+      seen.pop(name, None)
+  SEEN.parent.mkdir(parents=True, exist_ok=True)
+  SEEN.write_text(json.dumps(seen, indent=1))
+  sys.exit(f'nightly: failed: {", ".join(failed)}' if failed else None)
+
+
+def due_parts(seen: dict) -> dict[str, str]:
+  """Returns the parts to run, each with the reason."""
+  due = {name: why for name, part in PARTS.items() if (why := reason(seen.get(name), part))}
+  if not due:
+    longest = max(PARTS, key=lambda name: seen[name]['sat_out'])
+    due[longest] = 'sat out longest'
+  return due
+
+
+def reason(last: dict | None, part: Part) -> str:
+  if last is None:
+    return 'never seen here'
+  if last['sat_out'] >= SITS_OUT:
+    return f'sat out {last["sat_out"]} runs'
+  unchanged = git('diff', '--quiet', last['commit'], '--', *part.files).returncode == 0
+  return '' if unchanged else 'its files have changed'
+
+
+def run(part: Part) -> bool:
+  command = ['pytest', '-m', 'nightly', *part.tests]
+  print('nightly:', shlex.join(command), flush=True)
+  began = time.monotonic()
+  code = subprocess.run(command, cwd=ROOT).returncode
+  print(f'nightly: ended with {code} after {time.monotonic() - began:.0f} s', flush=True)
+  return code == 0
+
+
+def head() -> str:
+  return git('rev-parse', 'HEAD').stdout.strip()
+
+
+def git(*arguments: str) -> subprocess.CompletedProcess:
+  return subprocess.run(['git', *arguments], cwd=ROOT, capture_output=True, text=True)
+
+
+if __name__ == '__main__':
+  main()
