@@ -5,10 +5,11 @@
 python .ci/nightly.py             # what is due
 python .ci/nightly.py --all       # everything
 python .ci/nightly.py --list      # says what is due, and why, and runs nothing
+python .ci/nightly.py --turn      # the number of this run, from 1 to 5 and again
 
 A part is due where this machine has never seen it pass, where its files have changed since the
-commit at which it last passed here, and where it has sat out four runs. If none of this holds for
-any part, the one that has sat out longest runs, so each part runs at least once in five runs. What
+commit at which it last passed here, and where it has sat out four runs. A fifth of the parts runs
+each time, those that have sat out longest first. So each part runs at least once in five runs. What
 this machine has seen is kept in the user's cache folder.
 """
 
@@ -29,10 +30,11 @@ SITS_OUT = 4  # Runs.
 
 
 class Part(NamedTuple):
-  """Nightly tests, by their files, and what else their outcome depends on."""
+  """Nightly tests, by their files, what else their outcome depends on, and maybe another command."""
 
   tests: tuple[str, ...]
   depends_on: tuple[str, ...]
+  command: tuple[str, ...] = ()  # Instead of pytest.
 
   @property
   def files(self) -> tuple[str, ...]:
@@ -64,6 +66,10 @@ PARTS = {
         ),
         ('dsa_jax/convert', 'dsa_jax/checkpoint.py', 'dsa_jax/load.py', 'notebooks'),
     ),
+    'pods': Part(
+        ('experiments/pod_plan',), ('dsa_jax/kernels', 'dsa_jax/nn', 'dsa_jax/sharding.py'),
+        (sys.executable, 'experiments/pod_plan/plan.py', '--stage=warmup'),
+    ),
 }  # fmt: skip
 
 
@@ -71,8 +77,12 @@ def main():
   parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
   parser.add_argument('--all', action='store_true', help='everything, due or not')
   parser.add_argument('--list', action='store_true', help='only say what is due')
+  parser.add_argument('--turn', action='store_true', help='only say which of five turns this is')
   args = parser.parse_args()
   seen = json.loads(SEEN.read_text()) if SEEN.exists() else {}
+  if args.turn:
+    print(seen.get('runs', 0) % (SITS_OUT + 1) + 1)
+    return
   due = {name: 'asked for' for name in PARTS} if args.all else due_parts(seen)
   for name in PARTS:
     print(f'nightly: {name}: {due.get(name, "sits out")}', flush=True)
@@ -87,18 +97,19 @@ def main():
     else:
       failed.append(name)
       seen.pop(name, None)
+  seen['runs'] = seen.get('runs', 0) + 1
   SEEN.parent.mkdir(parents=True, exist_ok=True)
   SEEN.write_text(json.dumps(seen, indent=1))
-  sys.exit(f'nightly: failed: {", ".join(failed)}' if failed else None)
+  if failed:
+    sys.exit(f'nightly: failed: {", ".join(failed)}')
 
 
 def due_parts(seen: dict) -> dict[str, str]:
   """Returns the parts to run, each with the reason."""
   due = {name: why for name, part in PARTS.items() if (why := reason(seen.get(name), part))}
-  if not due:
-    longest = max(PARTS, key=lambda name: seen[name]['sat_out'])
-    due[longest] = 'sat out longest'
-  return due
+  others = sorted(PARTS.keys() - due.keys(), key=lambda name: -seen[name]['sat_out'])
+  fair_share = -(-len(PARTS) // (SITS_OUT + 1))
+  return due | {name: 'sat out longest' for name in others[: max(fair_share - len(due), 0)]}
 
 
 def reason(last: dict | None, part: Part) -> str:
@@ -111,7 +122,7 @@ def reason(last: dict | None, part: Part) -> str:
 
 
 def run(part: Part) -> bool:
-  command = ['pytest', '-m', 'nightly', *part.tests]
+  command = part.command or ('pytest', '-m', 'nightly', *part.tests)
   print('nightly:', shlex.join(command), flush=True)
   began = time.monotonic()
   code = subprocess.run(command, cwd=ROOT).returncode

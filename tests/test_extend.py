@@ -81,9 +81,15 @@ CUTS = {
 }
 
 
-@pytest.mark.parametrize('name', ['deepseek', 'glm'])
+NIGHTLY = pytest.mark.nightly
+
+
 @pytest.mark.parametrize('cuts', CUTS)
-@pytest.mark.parametrize('attention', ['sparse', 'masked', 'dense'])
+@pytest.mark.parametrize(
+    'name, attention',
+    [('deepseek', 'sparse'), ('deepseek', 'masked'), ('deepseek', 'dense'), ('glm', 'sparse')]
+    + [pytest.param('glm', attention, marks=NIGHTLY) for attention in ('masked', 'dense')],
+)
 def test_any_chunking(name, cuts, attention):
   want, want_selected = whole_pass(name, attention)
   logits, selected = read(name, attention, CUTS[cuts])
@@ -93,7 +99,7 @@ def test_any_chunking(name, cuts, attention):
       np.testing.assert_array_equal(selected[:, row, :n], want_selected[:, row, :n])
 
 
-@pytest.mark.nightly
+@NIGHTLY
 @pytest.mark.parametrize('name', ['deepseek', 'glm'])
 def test_many_tokens_by_the_kernels_of_a_tpu(name):
   """Layers that select for themselves do so in one op with attention; others share."""
@@ -107,7 +113,7 @@ def test_many_tokens_by_the_kernels_of_a_tpu(name):
   np.testing.assert_array_equal(selected[:, 0], want_selected[:, 0, :length])
 
 
-@pytest.mark.parametrize('rows', [(0,), (2, 0), (1, 1, 2, 0)])
+@pytest.mark.parametrize('rows', [(0,), pytest.param((2, 0), marks=NIGHTLY), (1, 1, 2, 0)])
 def test_any_batch(rows):
   """A sequence does not feel its neighbours, nor how much room there is."""
   want, want_selected = read('deepseek', 'sparse', (8, 9))
@@ -119,7 +125,7 @@ def test_any_batch(rows):
     np.testing.assert_array_equal(selected[:, i, :n], want_selected[:, row, :n])
 
 
-@pytest.mark.parametrize('attention', ['sparse', 'dense'])
+@pytest.mark.parametrize('attention', ['sparse', pytest.param('dense', marks=NIGHTLY)])
 def test_whole_lines_change_nothing(attention):
   """As a TPU keeps a cache: rows end in zeros."""
   want, want_selected = read('deepseek', attention, (8, 9))
