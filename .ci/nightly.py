@@ -54,7 +54,7 @@ PARTS = {
     'models': Part(
         (
             'tests/test_tpu_model.py', 'tests/test_extend.py', 'tests/test_bench_gpu.py',
-            'tests/test_spmd.py', 'tests/test_configs.py',
+            'tests/test_spmd.py', 'tests/test_configs.py', 'tests/test_golden.py',
         ),
         ('dsa_jax/kernels', 'dsa_jax/nn', 'dsa_jax/sharding.py', 'dsa_jax/spmd.py', 'configs'),
     ),

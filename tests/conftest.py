@@ -53,16 +53,42 @@ def eager():
     yield
 
 
-# What each test takes by itself: not what fixtures do for several.
+# What each test takes by itself: neither what fixtures do for several, nor the compilation of what is
+# kept, which the next run does not repeat.
+
+
+def pytest_configure(config):
+  if config.getoption('numprocesses', None) and not hasattr(config, 'workerinput'):
+    return  # The workers run the tests.
+  import jax
+
+  jax.monitoring.register_event_listener(_kept.on_event)
+  jax.monitoring.register_event_duration_secs_listener(_kept.on_duration)
+
+
+class _Kept:
+  """Seconds of compiling programs that went into the cache."""
+
+  def __init__(self):
+    self.seconds, self._is_new = 0.0, False
+
+  def on_event(self, event: str, **_):
+    self._is_new |= event == '/jax/compilation_cache/cache_misses'
+
+  def on_duration(self, event: str, seconds: float, **_):
+    if event == '/jax/core/compile/backend_compile_duration':
+      self.seconds += seconds * self._is_new
+      self._is_new = False
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item):
-  began = _processor_seconds()
+  began, kept = _processor_seconds(), _kept.seconds
   try:
     return (yield)
   finally:
-    item.user_properties.append((_SECONDS, _processor_seconds() - began))
+    own = _processor_seconds() - began - (_kept.seconds - kept)
+    item.user_properties.append((_SECONDS, max(own, 0.0)))
 
 
 def pytest_runtest_logreport(report):
@@ -73,7 +99,7 @@ def pytest_runtest_logreport(report):
 
 def pytest_terminal_summary(terminalreporter, config):
   total, most = sum(seconds for seconds, *_ in _taken), config.getoption('most_seconds')
-  terminalreporter.write_line(f'{total:.0f} seconds of processor time in tests; the dearest:')
+  terminalreporter.write_line(f'{total:.0f} seconds of processor time in tests, besides fixtures and what compilers do once; most:')
   for seconds, name, _ in sorted(_taken, reverse=True)[:5]:
     terminalreporter.write_line(f'  {seconds:6.1f} {name}')
   for seconds, name in _too_dear(most):
@@ -89,7 +115,7 @@ def pytest_sessionfinish(session, exitstatus):
     session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
-_SECONDS = 'processor_seconds'
+_kept, _SECONDS = _Kept(), 'processor_seconds'
 _taken: list[tuple[float, str, bool]] = []  # Seconds, test, whether it is of the nightly tier.
 
 

@@ -56,6 +56,7 @@ def test_index_share(attention):
   golden.check_forward(attention, 'xla', GLM)
 
 
+@pytest.mark.nightly
 def test_index_share_gradients():
   cfg = dataclasses.replace(GLM, n_mtp_layers=0)
   with laws.compiled():
