@@ -4,6 +4,7 @@
 import os
 import pathlib
 import resource
+import sys
 
 import pytest
 
@@ -36,6 +37,14 @@ def pytest_collection_modifyitems(items):
     if is_simulated and not item.get_closest_marker('hostile'):
       item.add_marker(pytest.mark.nightly)
     item.add_marker(pytest.mark.xdist_group(f'{item.path.stem}-{backend}'))
+
+
+@pytest.fixture(scope='module', autouse=True)
+def _forget_programs():
+  """Frees what a file has compiled; a worker would otherwise grow to several gigabytes."""
+  yield
+  if jax := sys.modules.get('jax'):
+    jax.clear_caches()
 
 
 @pytest.fixture(scope='module')
