@@ -50,7 +50,7 @@ def evaluate(
   """
   scored, choice = [], None if choice is None else jnp.int32(choice)
   for batch in batches:
-    nats, right = _score(graph, params, batch, mode, choice)
+    nats, right = score_batch(graph, params, batch, mode, choice)
     counts = batch.weights > 0
     n_visible = (batch.end - batch.start)[counts]
     scored.append(Scores(np.asarray(nats)[counts], np.asarray(right)[counts], n_visible))
@@ -58,7 +58,7 @@ def evaluate(
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3))
-def _score(graph, params, batch, mode, choice):
+def score_batch(graph, params, batch, mode, choice):
   model = nnx.merge(graph, params)
   logits = model(batch.tokens, batch.start, batch.end, mode, choice=choice).logits
   scores = next_token_loss(logits, batch.targets), logits.argmax(-1) == batch.targets
@@ -88,7 +88,7 @@ def measure(
     `neighbour_overlap` (against the previous query), `layer_overlap` (against the previous layer;
     one shorter) as shares, and `selected_distance` in tokens.
   """
-  found = [_measure(graph, params, batch, mode, beyond) for batch in batches]
+  found = [measure_batch(graph, params, batch, mode, beyond) for batch in batches]
   sums, counts = jax.tree.map(lambda *x: np.sum(x, axis=0), *found)
   if not all(counts):
     raise ValueError(f'no query of the batches sees more than {max(beyond)} tokens.')
@@ -96,7 +96,7 @@ def measure(
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3, 4))
-def _measure(graph, params, batch, mode, beyond):
+def measure_batch(graph, params, batch, mode, beyond):
   out = nnx.merge(graph, params)(batch.tokens, batch.start, batch.end, mode)
   found = {}
   for rule in mode.measure:

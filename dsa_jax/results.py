@@ -1,30 +1,71 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a finished recipe has shown: every number of the report, and whether it met its bars."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import datetime
+import functools
 import importlib.metadata
 import os
 import pathlib
 import platform
 import sys
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 from flax import nnx
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
+from jax.stages import Lowered
 import numpy as np
 
 from dsa_jax.checkpoint import Checkpoints, restore_params
 from dsa_jax.cost import attention_flops
 from dsa_jax.data.batch import Batch
-from dsa_jax.evaluate import Scores, evaluate, measure
+from dsa_jax.evaluate import Scores, evaluate, measure, measure_batch, score_batch
 from dsa_jax.nn.mla import Mode
 from dsa_jax.recipe import Recipe
 from dsa_jax.state import abstract_params
 
 LONG_CONTEXT = 131_072
+
+
+class Modes(NamedTuple):
+  """How the models of a recipe run while they are judged."""
+
+  dense: Mode
+  sparse: Mode  # Selecting by any rule of the report.
+  measured: Mode  # Selecting as in training, the rules of the report beside it.
+
+
+def report_modes(recipe: Recipe, backend: str) -> Modes:
+  rules, sparse = recipe.report.rules, {'attention': 'sparse', 'backend': backend}
+  return Modes(
+      dense=Mode(attention='dense', backend=backend),
+      sparse=Mode(**sparse, rule=rules),
+      measured=Mode(**sparse, rule=recipe.selection, measure=rules),
+  )
+
+
+def report_programs(
+    recipe: Recipe,
+    graph: nnx.GraphDef,
+    backend: str,
+    mesh: Mesh | None,
+    batches: Sequence[Batch],
+) -> dict[str, Callable[[], Lowered]]:
+  """Returns what lowers each program that `evaluate_recipe` will run."""
+  setting, modes = recipe.report, report_modes(recipe, backend)
+  params, batch = abstract_params(recipe.model, mesh=mesh), batches[0]
+  score = lambda *args: functools.partial(score_batch.lower, graph, params, batch, *args)
+  programs = {}
+  if {setting.dense_before, setting.dense_baseline} & recipe.stages.keys():
+    programs['report/dense'] = score(modes.dense, None)
+  if setting.sparse in recipe.stages:
+    programs['report/sparse'] = score(modes.sparse, jnp.int32(0))
+    args = graph, params, batch, modes.measured, (0, recipe.model.index_topk)
+    programs['report/measured'] = functools.partial(measure_batch.lower, *args)
+  return programs
 
 
 def evaluate_recipe(
@@ -41,21 +82,17 @@ def evaluate_recipe(
   load = lambda entry: restore_params(recipe.checkpoint_folder(entry), like)
 
   scores: dict[str, Scores] = {}
-  dense = Mode(attention='dense', backend=backend)
+  modes = report_modes(recipe, backend)
   for name in ('dense_before', 'dense_baseline'):
     if (entry := getattr(setting, name)) in recipe.stages:
-      scores[name] = evaluate(graph, load(entry), batches, dense)
+      scores[name] = evaluate(graph, load(entry), batches, modes.dense)
   captured, captured_beyond = {}, {}
   if setting.sparse in recipe.stages:
     params = load(setting.sparse)
-    mode = Mode(attention='sparse', backend=backend, rule=setting.rules)
     for i, rule in enumerate(setting.rules):
       name = 'sparse' if rule == recipe.selection else rule
-      scores[name] = evaluate(graph, params, batches, mode, choice=i)
-    mode = Mode(
-        attention='sparse', backend=backend, rule=recipe.selection, measure=setting.rules
-    )
-    measured = measure(graph, params, batches, mode, beyond=(0, budget))
+      scores[name] = evaluate(graph, params, batches, modes.sparse, choice=i)
+    measured = measure(graph, params, batches, modes.measured, beyond=(0, budget))
     captured, captured_beyond = map(_captured, measured)
 
   edges = [2**i for i in range(setting.seq_len.bit_length())]

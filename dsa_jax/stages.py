@@ -4,7 +4,7 @@
 import dataclasses
 
 from flax import nnx
-import optax
+import numpy as np
 
 from dsa_jax.nn.param import BackboneParam, IndexerParam
 from dsa_jax.optim import make_schedule
@@ -70,17 +70,11 @@ class StageConfig:
   def learning_rate(self, part: str) -> float:
     return {'backbone': self.backbone_lr, 'indexer': self.indexer_lr}[part]
 
-  def schedules(self) -> dict[str, optax.Schedule]:
-    """Returns the learning rate of each trained part, by step."""
-    return {
-        part: make_schedule(
-            peak=self.learning_rate(part),
-            warmup_steps=self.warmup_steps,
-            steps=self.steps,
-            end_share=self.end_share,
-        )
-        for part in self.trains
-    }
+  def rates(self) -> dict[str, np.ndarray]:
+    """Returns the learning rates of each trained part, one for every step."""
+    shape = {'warmup_steps': self.warmup_steps, 'steps': self.steps, 'end_share': self.end_share}
+    rates = lambda part: make_schedule(peak=self.learning_rate(part), **shape)(np.arange(self.steps))
+    return {part: np.asarray(rates(part), np.float32) for part in self.trains}
 
   @property
   def trains(self) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from flax import nnx
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import Mesh, SingleDeviceSharding
 import optax
 
 from dsa_jax.config import ModelConfig
@@ -52,7 +52,10 @@ def init_params(cfg: ModelConfig, *, seed: int, mesh: Mesh | None = None) -> nnx
 def _make_params(cfg: ModelConfig, mesh: Mesh | None) -> Callable:
   make = lambda key: nnx.state(Transformer(cfg, rngs=nnx.Rngs(key)))
   shapes = jax.eval_shape(make, jax.random.key(0, impl='rbg'))
-  return jax.jit(make, out_shardings=None if mesh is None else shardings_of(shapes, mesh))
+  places = None if mesh is None else shardings_of(shapes, mesh)
+  # It runs once, so that on a CPU half of the compiler's work would not pay.
+  options = {'xla_backend_optimization_level': 0} if jax.default_backend() == 'cpu' else None
+  return jax.jit(make, out_shardings=places, compiler_options=options)
 
 
 def abstract_params(
@@ -67,7 +70,7 @@ def abstract_params(
   """
   if dtype not in ('float32', 'bfloat16'):
     raise ValueError(f"{dtype=} must be 'float32' or 'bfloat16'.")
-  first = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  first = SingleDeviceSharding(jax.devices()[0])
 
   def leaf(x: nnx.Variable) -> nnx.Variable:
     axes = x.get_metadata()['axes']
@@ -91,13 +94,23 @@ def new_state(
   parts, _ = split_parts(params, trains)
   optimizer = make_optimizer(optim)
   fresh = lambda parts: {name: optimizer.init(part) for name, part in parts.items()}
-  if mesh is not None:
-    places = shardings_of(jax.eval_shape(fresh, parts), mesh)
-    fresh = jax.jit(fresh, out_shardings=places)
+  places = None if mesh is None else shardings_of(jax.eval_shape(fresh, parts), mesh)
   state = TrainState(
       step=jnp.zeros((), jnp.int32),
       params=params,
-      opt_state=fresh(parts),
+      opt_state=jax.jit(fresh, out_shardings=places)(parts),
       key=jax.random.key_data(jax.random.key(seed)),
   )  # Committed, as restored arrays are: one program.
   return jax.device_put(state, jax.devices()[0] if mesh is None else shardings_of(state, mesh))
+
+
+def abstract_state(
+    cfg: ModelConfig, trains: tuple[str, ...], optim: OptimConfig, *, mesh: Mesh | None = None
+) -> TrainState:
+  """Returns shapes, dtypes and places of a state, to compile its step before it is there."""
+  params = abstract_params(cfg, mesh=mesh)
+  state = jax.eval_shape(lambda params: new_state(params, trains, optim, seed=0), params)
+  first = SingleDeviceSharding(jax.devices()[0])
+  places = jax.tree.map(lambda _: first, state) if mesh is None else shardings_of(state, mesh)
+  shape = lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
+  return jax.tree.map(shape, state, places)

@@ -3,10 +3,12 @@
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import os
 import sys
 import time
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from absl import app
@@ -15,26 +17,30 @@ from flax import nnx
 from grain import DatasetIterator
 import jax
 from jax.sharding import Mesh
+from jax.stages import Lowered
 from ml_collections import ConfigDict
 from ml_collections import config_flags
 import numpy as np
 
+from dsa_jax.ahead import Ahead
 from dsa_jax.checkpoint import Checkpoints, Progress, restore_params
 from dsa_jax.compilation_cache import compilation_cache
 from dsa_jax.data.batch import Batch
 from dsa_jax.data.pipeline import first_batches, make_iterator
 from dsa_jax.distributed import LOST, is_first, join_job, own_share, place_batch, wait_for_all
-from dsa_jax.evaluate import measure
+from dsa_jax.evaluate import measure, measure_batch
 from dsa_jax.kernels.backend import default_backend
 from dsa_jax.kernels.crossover import faster_attention
 from dsa_jax.metrics import MetricsWriter, Progress as ProgressBar, SilentWriter
 from dsa_jax.nn.mla import Mode
 from dsa_jax.recipe import Recipe, claim_workdir, read_recipe
 from dsa_jax.report import write_report
-from dsa_jax.results import evaluate_recipe
+from dsa_jax.results import evaluate_recipe, report_programs
 from dsa_jax.sharding import MeshConfig, make_mesh
 from dsa_jax.stages import StageConfig
-from dsa_jax.state import TrainState, abstract_params, init_params, model_graph, new_state
+from dsa_jax.state import (
+    TrainState, abstract_params, abstract_state, init_params, model_graph, new_state
+)  # fmt: skip
 from dsa_jax.train_step import make_train_step
 
 
@@ -63,11 +69,13 @@ def run_recipe(config: ConfigDict, recipe: Recipe) -> dict[str, Any]:
   wait_for_all('workdir')
   claim_workdir(config, recipe.workdir)  # It is there now; all say alike whether it fits.
   graph = model_graph(recipe.model)
-  with jax.set_mesh(mesh) if mesh else contextlib.nullcontext():
+  ahead = Ahead(all_programs(recipe, graph, backend, mesh, data), mesh)
+  with jax.set_mesh(mesh) if mesh else contextlib.nullcontext(), ahead:
     writer = MetricsWriter(recipe.workdir) if is_first() else SilentWriter()
     with writer, ProgressBar(quiet=not is_first()) as bar:
       for name in recipe.stages:
-        run_stage(recipe, name, graph, backend, mesh, data, writer, bar)
+        run_stage(recipe, name, graph, backend, mesh, data, writer, bar, ahead)
+    ahead.wait()
     results = evaluate_recipe(recipe, graph, backend, mesh, data.report)
   if is_first():
     write_report(recipe.workdir, results)
@@ -113,15 +121,14 @@ def run_stage(
     data: Data,
     writer: MetricsWriter,
     bar: ProgressBar,
+    ahead: Ahead,
 ):
   """Runs one entry of the recipe to its last step, from its last checkpoint if it has one."""
   entry = recipe.stages[name]
   began, batch_tokens = time.monotonic(), entry.batch_size * entry.seq_len
-  schedules = entry.schedules()
+  rates = entry.rates()
   mode = stage_mode(recipe, entry, backend)
-  train_step = make_train_step(
-      graph, entry.trains, mode, recipe.optim, micro_batches=entry.micro_batches
-  )
+  train_step = stage_step(recipe, entry, graph, mode)
   batches = data.train[name]
   with Checkpoints(recipe.checkpoint_folder(name)) as checkpoints:
     first_step = checkpoints.latest_step or 0
@@ -136,11 +143,13 @@ def run_stage(
       batches.set_state(progress.data)
       seconds_before = progress.seconds
 
+    ahead.wait(f'{name}/step')
     pending, text, loop_began = None, '', time.monotonic()
     for step in range(first_step + 1, entry.steps + 1):
-      rates = {part: schedule(step - 1) for part, schedule in schedules.items()}
       batch = place_batch(next(batches), entry.batch_size, mesh)
-      state, metrics = train_step(state, batch, rates)
+      now = {part: of_step[step - 1] for part, of_step in rates.items()}
+      state, metrics = train_step(state, batch, now)
+      ahead.begin(f'{name}/step')  # From now on the device is busy, and the host is not.
       if pending is not None:  # The step before this one; the device is already at work.
         text = record(*pending, name, checkpoints, writer, recipe.log_every)
       pending = step, metrics
@@ -150,6 +159,7 @@ def run_stage(
         text = record(*pending, name, checkpoints, writer, recipe.log_every)
         pending = None
       if look and 'indexer' in entry.trains:
+        ahead.wait(f'{name}/look')
         seen = look_at_selection(recipe, mode, graph, state, data.look[name])
         writer.write(name, step, seen)
       if save:
@@ -217,6 +227,45 @@ def stage_mode(recipe: Recipe, entry: StageConfig, backend: str) -> Mode:
   )
 
 
+def stage_step(recipe: Recipe, entry: StageConfig, graph: nnx.GraphDef, mode: Mode) -> Callable:
+  return make_train_step(
+      graph, entry.trains, mode, recipe.optim, micro_batches=entry.micro_batches
+  )
+
+
+def all_programs(
+    recipe: Recipe, graph: nnx.GraphDef, backend: str, mesh: Mesh | None, data: Data
+) -> dict[str, Callable[[], Lowered]]:
+  """Returns what lowers each program of the stages and of the report, in the order of their use."""
+  programs = {}
+  for name in recipe.stages:
+    inputs = recipe, name, graph, backend, mesh, data
+    programs[f'{name}/step'] = functools.partial(lower_step, *inputs)
+    if 'indexer' in recipe.stages[name].trains:
+      programs[f'{name}/look'] = functools.partial(lower_look, *inputs)
+  return programs | report_programs(recipe, graph, backend, mesh, data.report)
+
+
+def lower_step(
+    recipe: Recipe, name: str, graph: nnx.GraphDef, backend: str, mesh: Mesh | None, data: Data
+) -> Lowered:
+  entry = recipe.stages[name]
+  state = abstract_state(recipe.model, entry.trains, recipe.optim, mesh=mesh)
+  shape = entry.batch_size, entry.seq_len
+  batch = jax.tree.map(lambda x: np.zeros(shape, x.dtype), data.look[name])
+  batch = place_batch(batch, entry.batch_size, mesh)
+  step = stage_step(recipe, entry, graph, stage_mode(recipe, entry, backend))
+  return step.lower(state, batch, dict.fromkeys(entry.trains, np.float32(0)))
+
+
+def lower_look(
+    recipe: Recipe, name: str, graph: nnx.GraphDef, backend: str, mesh: Mesh | None, data: Data
+) -> Lowered:
+  mode = look_mode(recipe, stage_mode(recipe, recipe.stages[name], backend))
+  params = abstract_params(recipe.model, mesh=mesh)
+  return measure_batch.lower(graph, params, data.look[name], mode, (0,))
+
+
 def initial_state(recipe: Recipe, entry: StageConfig, mesh: Mesh | None) -> TrainState:
   """Returns the state at step 0: fresh, or around the weights that `init_from` names."""
   if entry.init_from:
@@ -230,9 +279,12 @@ def look_at_selection(
     recipe: Recipe, mode: Mode, graph: nnx.GraphDef, state: TrainState, batch: Batch
 ) -> dict[str, list[float]]:
   """Measures the selection on a few validation rows: per layer, what no loss shows."""
-  mode = dataclasses.replace(mode, index_loss=False, remat='none', measure=(recipe.selection,))
-  [found] = measure(graph, state.params, [batch], mode)
-  return {name: values.tolist() for name, values in found[recipe.selection].items()}
+  [measured] = measure(graph, state.params, [batch], look_mode(recipe, mode))
+  return {name: values.tolist() for name, values in measured[recipe.selection].items()}
+
+
+def look_mode(recipe: Recipe, mode: Mode) -> Mode:
+  return dataclasses.replace(mode, index_loss=False, remat='none', measure=(recipe.selection,))
 
 
 def main(_):

@@ -80,9 +80,9 @@ def score(rule: str | tuple[str, ...], choice: int | None = None) -> Scores:
 
 
 def test_one_program_scores_each_rule_as_it_scores_alone():
-  before = evaluate._score._cache_size()
+  before = evaluate.score_batch._cache_size()
   of_several = [score(tuple(RULES), i) for i in range(len(RULES))]
-  assert evaluate._score._cache_size() == before + 1
+  assert evaluate.score_batch._cache_size() == before + 1
   with laws.eager():
     alone = [score(rule) for rule in RULES]
   for a, b in zip(alone, of_several):

@@ -15,7 +15,7 @@ RANKS = [
     {'losses', 'optim', 'data', 'metrics', 'report', 'plots', 'tokenizer', 'compilation_cache'},
     {'stages', 'state', 'recipe', 'checkpoint', 'train_step', 'evaluate', 'results', 'cost'}
     | {'distributed', 'targets', 'collectives', 'schedule', 'ptxas', 'compile_cases', 'gpu_cases'}
-    | {'tpu_cases', 'programs'},
+    | {'ahead', 'tpu_cases', 'programs'},
     {'train', 'load', 'convert', 'sample', 'compile_report'},
 ]
 OUTSIDE = {'flax': 3, 'optax': 4, 'orbax': 5, 'ml_collections': 5, 'grain': 4}  # From this rank on.
