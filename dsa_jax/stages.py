@@ -2,8 +2,10 @@
 """The stages of a recipe, as data."""
 
 import dataclasses
+import functools
 
 from flax import nnx
+import jax
 import numpy as np
 
 from dsa_jax.nn.param import BackboneParam, IndexerParam
@@ -73,7 +75,8 @@ class StageConfig:
   def rates(self) -> dict[str, np.ndarray]:
     """Returns the learning rates of each trained part, one for every step."""
     shape = {'warmup_steps': self.warmup_steps, 'steps': self.steps, 'end_share': self.end_share}
-    rates = lambda part: make_schedule(peak=self.learning_rate(part), **shape)(np.arange(self.steps))
+    steps, schedule = np.arange(self.steps), functools.partial(make_schedule, **shape)
+    rates = lambda part: jax.jit(schedule(peak=self.learning_rate(part)))(steps)
     return {part: np.asarray(rates(part), np.float32) for part in self.trains}
 
   @property
