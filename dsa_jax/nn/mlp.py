@@ -28,13 +28,9 @@ class MLP(nnx.Module):
     weights = spmd.gather_weights(self, x.dtype)
     w1, w3, w2 = (w[...].astype(x.dtype) for w in (weights.w1, weights.w3, weights.w2))
     x = spmd.gather(x, 'tensor', dim=1)
-    return spmd.scatter_sum(_down(x @ w1, x @ w3, w2), 'tensor', dim=1)
+    return spmd.scatter_sum(swiglu(x @ w1, x @ w3).astype(x.dtype) @ w2, 'tensor', dim=1)
 
 
-@jax.checkpoint
-def _down(gate, up, w2):
-  return swiglu(gate, up).astype(w2.dtype) @ w2
-
-
+@jax.checkpoint  # It is cheaper to compute again in the backward pass than to keep.
 def swiglu(gate: Float[Array, '*any F'], up: Float[Array, '*any F']) -> Float[Array, '*any F']:
   return jax.nn.silu(gate.astype(jnp.float32)) * up.astype(jnp.float32)

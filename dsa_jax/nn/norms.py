@@ -37,7 +37,7 @@ class LayerNorm(nnx.Module):
     return (y * self.scale[...] + self.bias[...]).astype(x.dtype)
 
 
-@functools.partial(jax.checkpoint, static_argnums=2)
+@functools.partial(jax.checkpoint, static_argnums=2)  # Cheaper to compute again than to keep.
 def _rms_norm(x, scale, eps):
   y = x.astype(jnp.float32)
   y *= jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
