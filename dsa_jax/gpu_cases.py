@@ -5,7 +5,7 @@ import pathlib
 
 import jax
 
-from dsa_jax import ptxas
+from dsa_jax import ptxas, versions
 from dsa_jax.compile_cases import E, J, K, V, Dims, Op
 from dsa_jax.compile_cases import DENSE_E, T, attention_backward_shapes, attention_shapes
 from dsa_jax.compile_cases import dense_constants, float32, kl_constants, kl_index, topk_shapes
@@ -95,6 +95,7 @@ for op in KERNELS[:2]:  # Selection and attention.
   KERNELS.append(op._replace(name=f'{op.name}_decode', shapes=decoding(op.shapes, 1)))
 OPS = {op.name: op for op in KERNELS}
 BASELINES = {}
+COMPILERS = versions.GPU_COMPILERS
 OURS = ('sparse_attention_', 'index_', 'add_rows')  # Other kernels are XLA's own.
 
 

@@ -4,10 +4,10 @@
 import hashlib
 from typing import Any
 
-from dsa_jax.versions import compiler_versions
+from dsa_jax.versions import installed
 
 
-def fingerprint(program: str, expected: Any) -> str:
+def fingerprint(program: str, expected: Any, compilers: tuple[str, ...]) -> str:
   """Returns a hash of what a compiler is given, of its version, and of what is read from it.
 
   The code that reads is not in it: whoever changes that makes the committed rows anew.
@@ -15,6 +15,7 @@ def fingerprint(program: str, expected: Any) -> str:
   Args:
     program: The lowered program, kernels included, without locations in source files.
     expected: The loops and rows by which the compiler's schedule is read.
+    compilers: The packages that compile it.
   """
-  parts = program, repr(expected), repr(compiler_versions())
+  parts = program, repr(expected), repr(installed(compilers))
   return hashlib.sha256('\0'.join(parts).encode()).hexdigest()[:16]

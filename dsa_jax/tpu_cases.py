@@ -11,7 +11,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 import jax.numpy as jnp
 
-from dsa_jax import schedule
+from dsa_jax import schedule, versions
 from dsa_jax.compile_cases import BF16, DENSE_E, E, J, K, T, V, Dims, Op
 from dsa_jax.compile_cases import attention_backward_shapes, attention_shapes, dense_constants
 from dsa_jax.compile_cases import float32, int32, kl_constants, kl_index, shape, topk_shapes
@@ -346,6 +346,7 @@ SPLASH = [
 ]
 OPS = {op.name: op for op in [*KERNELS, INDEXED, DECODE, LAYER]}
 BASELINES = {op.name: op for op in SPLASH}
+COMPILERS = versions.TPU_COMPILERS
 
 
 def vmem_of(chip: str) -> int:

@@ -10,15 +10,17 @@ JAX_SERIES = '{}.{}'.format(*JAX)  # As '0.10': a series pins its compilers.
 # What Mosaic GPU's `load` takes after the reference to read all of it: until jax 0.12, an index.
 LOAD_WHOLE = () if JAX >= (0, 12) else ((),)
 
-COMPILERS = 'jaxlib', 'libtpu', 'jax-cuda13-plugin', 'jax-cuda13-pjrt', 'nvidia-cuda-nvcc'
+# What compiles kernels, of which a report's rows are.
+TPU_COMPILERS = 'jaxlib', 'libtpu'
+GPU_COMPILERS = 'jaxlib', 'jax-cuda13-plugin', 'jax-cuda13-pjrt', 'nvidia-cuda-nvcc'
 
 
-def compiler_versions() -> dict[str, str]:
-  """Returns the versions of what compiles kernels, of those packages that are installed."""
-  installed = {}
-  for name in COMPILERS:
+def installed(packages: tuple[str, ...]) -> dict[str, str]:
+  """Returns the versions of those packages that are installed."""
+  versions = {}
+  for name in packages:
     try:
-      installed[name] = importlib.metadata.version(name)
+      versions[name] = importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
       pass
-  return installed
+  return versions

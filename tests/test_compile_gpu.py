@@ -76,7 +76,7 @@ def test_notices_a_first_spill(what):
   assert f'{what} 1, was 0' in complaint
 
 
-@pytest.mark.parametrize('series, sizes', [('0.10', ['--all'])])
+@pytest.mark.parametrize('series, sizes', [('0.10', ['--all']), ('0.12', ['--all'])])
 def test_what_is_committed_spills_nothing_in_loops(series, sizes, monkeypatch):
   rows = json.loads(compile_report.committed_path('h200', series).read_text())
   monkeypatch.setattr(sys, 'argv', ['x', *sizes])

@@ -166,7 +166,7 @@ def test_compiles_again_only_what_has_changed(tmp_path, monkeypatch):
   assert measure(row) == row and program.compiled == 1
   changes = [
       (program, 'text', 'another module'),
-      (programs, 'compiler_versions', lambda: {'libtpu': '9'}),
+      (programs, 'installed', lambda packages: {packages[-1]: '9'}),
       (tpu_cases, 'expects', lambda *_: 'other loops'),
   ]
   for n, (owner, attribute, value) in enumerate(changes):
@@ -201,7 +201,7 @@ def test_an_aborted_compiler_leaves_a_row_for_each_op(monkeypatch):
   assert lost['op'] == 'sparse_attention_forward' and 'Check failed: x' in lost['error']
 
 
-@pytest.mark.parametrize('series, sizes', [('0.10', ['--all'])])
+@pytest.mark.parametrize('series, sizes', [('0.10', ['--all']), ('0.12', [])])
 def test_every_row_is_committed_and_above_its_floor(series, sizes, monkeypatch):
   rows = json.loads(compile_report.committed_path('v6e', series).read_text())
   by_name = {compile_report.name(row): row for row in rows}
