@@ -158,6 +158,19 @@ def test_wide_rows_on_a_gpu(heads, topk):
     np.testing.assert_array_equal(*(np.asarray(x, np.float32) for x in (actual[name], again)))
 
 
+def test_wide_rows_trace_without_a_gpu():
+  """Mosaic GPU's calls change with jax: tracing shows it where nothing can compile the kernels."""
+  attend = lambda *x: sparse_attention(*x, v_dim=512, sm_scale=0.1, backend='gpu')[0]
+  total = lambda *x: jnp.sum(attend(*x).astype(jnp.float32))
+  shapes = (1, 264, 128, 576), (1, 512, 576)
+  q, kv = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes)
+  indices = jax.ShapeDtypeStruct((1, 264, 128), jnp.int32)
+  jaxpr = str(jax.make_jaxpr(jax.grad(total, argnums=(0, 1)))(q, kv, indices))
+  for kernel in 'sparse_attention_forward', 'sparse_attention_weights':
+    assert kernel in jaxpr
+  assert 'wgmma' in jaxpr
+
+
 MANY_KEYS = tpu.BlockSizes(block_t=16, step_t=4, tile=4, line=4, copied=8, vmem_share=2e-3)
 
 
