@@ -8,12 +8,12 @@ import subprocess
 import sys
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from configs import quickstart
 from dsa_jax import compilation_cache as module
+from dsa_jax import train
 from dsa_jax.compilation_cache import compilation_cache
 from dsa_jax.recipe import claim_workdir, read_recipe
 
@@ -180,3 +180,11 @@ def test_a_config_without_the_field_is_read():
   config = config_of('run')
   del config.compilation_cache
   assert read_recipe(config).compilation_cache == ''
+
+
+def test_a_run_uses_the_folder_of_its_config(tmp_path, monkeypatch):
+  in_use = lambda *_: {'folder': jax.config.jax_compilation_cache_dir}
+  monkeypatch.setattr(train, 'run_recipe', in_use)
+  for given, want in ((str(tmp_path / 'cache'), str(tmp_path / 'cache')), ('off', None)):
+    config = config_of(tmp_path / 'run', compilation_cache=given)
+    assert train.train(config) == {'folder': want}

@@ -214,6 +214,7 @@ def test_command(tmp_path):
   ids = [step[0] for step in sampler.steps(sampler.read([Bytes().encode('hello')], 20), SampleConfig(**how))]
   stop = next(i for i in ids[5:] if i not in ids[:5])
   flags = f'--checkpoint={folder}', '--capacity=40', '--max_new_tokens=20', '--temperature=1'
+  flags += ('--compilation_cache=off',)
   done = command(*flags, f'--prompt=@{tmp_path}/prompt.txt', f'--stop={stop}')
   assert done.returncode == 0, done.stderr
   assert done.stdout == sampler('hello', **how, stop=(stop,)) != sampler('hello', **how, stop=())
