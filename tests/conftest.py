@@ -20,6 +20,10 @@ os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
 if FLAGS not in os.environ.get('XLA_FLAGS', ''):
   os.environ['XLA_FLAGS'] = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}".strip()
 
+LONGEST = (
+    'test_laws', 'test_extend', 'test_spmd', 'test_mistakes', 'test_golden', 'test_train', 'test_sample',
+    'test_parity', 'test_hostile', 'test_index_topk', 'test_index_kl', 'test_convert',
+)  # fmt: skip
 KERNELS = pathlib.Path(__file__).parent / 'kernels'
 
 
@@ -30,13 +34,16 @@ def pytest_addoption(parser):
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-  """Puts simulated TPU kernels into the nightly tier; tests that share programs share a worker."""
+  """Puts simulated TPU kernels into the nightly tier, and the longest files first.
+
+  Tests of a file share programs and so a worker; a long file that comes last would be left alone.
+  """
   for item in items:
     backend = getattr(item, 'callspec', None) and item.callspec.params.get('backend')
     is_simulated = backend == 'tpu' and KERNELS in item.path.parents
     if is_simulated and not item.get_closest_marker('hostile'):
       item.add_marker(pytest.mark.nightly)
-    item.add_marker(pytest.mark.xdist_group(f'{item.path.stem}-{backend}'))
+  items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
 
 
 @pytest.fixture(scope='module', autouse=True)
@@ -67,6 +74,7 @@ def eager():
 
 
 def pytest_configure(config):
+  config.option.loadscopereorder = False  # pytest-xdist would take the files with most tests first.
   if config.getoption('numprocesses', None) and not hasattr(config, 'workerinput'):
     return  # The workers run the tests.
   import jax
