@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """One step, and one layer, on meshes of eight simulated devices: prints how far each is from one device.
 
-Run by test_spmd.py in a process of its own, which has the devices.
+Run by test_spmd.py in a process of its own, which has the devices. `--few` takes the mixed meshes only.
 """
 
 import dataclasses
 import functools
 import json
+import sys
 
 from flax import nnx
 import jax
@@ -93,12 +94,12 @@ def layer_bytes(stage: str, sizes: dict) -> dict[str, int]:
   return total_bytes(collectives(text, dict(mesh.shape)))
 
 
-def main():
-  for stage in ('warmup', 'sparse'):
+def main(few: bool):
+  for stage in ('sparse',) if few else ('warmup', 'sparse'):
     latent, index_key = CFG.kv_lora_rank + CFG.qk_rope_head_dim, CFG.index_head_dim
     arithmetic = 4 * 4 * 32 * (latent + index_key)
     print_row(case=f'bytes, {stage}', bytes=layer_bytes(stage, {'context': 8}), arithmetic=arithmetic)
-  for stage, sizes, micro_batches, cfg, remat in STEPS:
+  for stage, sizes, micro_batches, cfg, remat in STEPS[-2:] if few else STEPS:
     wanted = step(stage, None, micro_batches, cfg)
     with jax.set_mesh(mesh := make_mesh(**sizes)):
       found = step(stage, mesh, micro_batches, cfg, remat)
@@ -109,7 +110,7 @@ def main():
     )
   for attention in ('dense', 'masked', 'sparse'):
     wanted = attend(attention, None)
-    for sizes in ({'context': 4}, {'tensor': 4}, MIXED):
+    for sizes in (MIXED,) if few else ({'context': 4}, {'tensor': 4}, MIXED):
       with jax.set_mesh(mesh := make_mesh(**sizes)):
         found = attend(attention, mesh)
       same = attention == 'dense' or bool((found[1] == wanted[1]).all())  # The selection.
@@ -122,4 +123,4 @@ def print_row(**row):
 
 if __name__ == '__main__':
   jax.config.update('jax_disable_most_optimizations', True)
-  main()
+  main(few='--few' in sys.argv)
