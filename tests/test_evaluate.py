@@ -79,16 +79,12 @@ def score(rule: str | tuple[str, ...], choice: int | None = None) -> Scores:
   return evaluate.evaluate(laws.graph_of(CFG), laws.weights(CFG), [batch], mode, choice)
 
 
-def test_one_program_scores_each_rule_as_it_scores_alone():
+def test_one_program_scores_every_rule():
+  """That each selects what it selects alone is tested with the rules."""
   before = evaluate.score_batch._cache_size()
-  of_several = [score(tuple(RULES), i) for i in range(len(RULES))]
+  nats = {score(tuple(RULES), i).nats.sum() for i in range(len(RULES))}
   assert evaluate.score_batch._cache_size() == before + 1
-  with laws.eager():
-    alone = [score(rule) for rule in RULES]
-  for a, b in zip(alone, of_several):
-    np.testing.assert_allclose(a.nats, b.nats, rtol=1e-5)
-    np.testing.assert_array_equal(a.right, b.right)
-  assert len({x.nats.sum() for x in of_several}) == len(RULES)
+  assert len(nats) == len(RULES)
 
 
 def test_several_rules_are_not_measured_at_once():

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from dsa_jax.kernels import dense_attention
-from dsa_jax.selection import RULES, Candidates, measures
+from dsa_jax.selection import RULES, Candidates, find_rule, measures
 
 K = 5
 LENGTHS = ((17, 12), (21, 5))
@@ -59,6 +59,14 @@ def test_contract(rule, backend, topk):
 @pytest.mark.parametrize('rule', RULES)
 def test_backends_agree(rule):
   np.testing.assert_array_equal(choose(rule, 'xla'), choose(rule, 'reference'))
+
+
+@pytest.mark.parametrize('rule', RULES)
+def test_one_of_several_selects_as_it_does_alone(rule):
+  choice = jnp.int32(list(RULES).index(rule))
+  c = make_candidates()._replace(choice=choice)
+  np.testing.assert_array_equal(find_rule(tuple(RULES))(c), choose(rule))
+  np.testing.assert_array_equal(find_rule(rule)(c), choose(rule))
 
 
 def test_rules_differ():
