@@ -66,6 +66,7 @@ def eager():
   with laws.eager():
     for attention in ('dense', 'sparse', 'masked'):
       golden.check_forward(attention, 'xla')
+    laws.law_own_losses_only('xla', 'sparse')  # Gradients.
     yield
 
 

@@ -16,8 +16,9 @@ def grouped_matmul(
 ) -> Float[Array, 'N F']:
   """Returns the products of rows that are sorted by group, zeros behind the last group.
 
-  The cost is that of N rows, however many groups there are. XLA's own `ragged_dot` keeps this
-  promise on TPUs and GPUs; on a CPU it multiplies every row with every group's matrix.
+  On a CPU the cost is that of N rows and of half a tile of rows for each group. XLA's own
+  `ragged_dot`, which other platforms run, keeps that promise on TPUs; on CPUs, and on GPUs as far as
+  has been compiled, it multiplies every row with every group's matrix.
 
   Args:
     rows: The rows of group 0, then those of group 1, and so on.
@@ -58,7 +59,8 @@ def _by_tiles(rows, weights, sizes):
   first = (end - sizes) // TILE
   turns_of = jnp.where(sizes > 0, -(-end // TILE) - first, 0)
   turns_up_to = jnp.cumsum(turns_of)
-  turn = jnp.arange(n_tiles + n_groups - 1)  # Each pair of a tile and a group that owns rows of it.
+  # Each turn is a pair of a tile and a group that owns rows of it.
+  turn = jnp.arange(n_tiles + min(n_groups, n) - 1)
   group = jnp.minimum(jnp.sum(turn[:, None] >= turns_up_to, axis=-1), n_groups - 1)
   tile = jnp.minimum(first[group] + turn - (turns_up_to - turns_of)[group], n_tiles - 1)
   row = tile[:, None] * TILE + jnp.arange(TILE)
