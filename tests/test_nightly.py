@@ -4,6 +4,7 @@
 import importlib.util
 import pathlib
 import re
+import shutil
 import subprocess
 
 import pytest
@@ -38,6 +39,7 @@ def test_parts_depend_on_files_that_there_are(nightly):
       assert (ROOT / name).exists(), name
 
 
+@pytest.mark.skipif(not shutil.which('git'), reason='makes a git repository')
 def test_each_part_runs_once_in_five_runs_and_where_its_files_change(nightly, tmp_path, monkeypatch):
   """A repository of its own, in which each part has one file."""
   parts = {name: nightly.Part((f'{name}.py',), ()) for name in 'abcdefg'}
