@@ -97,11 +97,15 @@ def main():
     else:
       failed.append(name)
       seen.pop(name, None)
-  seen['runs'] = seen.get('runs', 0) + 1
-  SEEN.parent.mkdir(parents=True, exist_ok=True)
-  SEEN.write_text(json.dumps(seen, indent=1))
+    remember(seen)
+  remember(seen | {'runs': seen.get('runs', 0) + 1})
   if failed:
     sys.exit(f'nightly: failed: {", ".join(failed)}')
+
+
+def remember(seen: dict):
+  SEEN.parent.mkdir(parents=True, exist_ok=True)
+  SEEN.write_text(json.dumps(seen, indent=1))
 
 
 def due_parts(seen: dict) -> dict[str, str]:
