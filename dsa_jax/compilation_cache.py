@@ -53,6 +53,7 @@ def compilation_cache(folder: str) -> Iterator[None]:
 def _configure(settings: dict[str, int | float | str | None]):
   for name, value in settings.items():
     jax.config.update(name, value)
+  logging.getLogger('jax._src.compilation_cache').setLevel(logging.WARNING)  # It tells of each reset.
   jax_cache.reset_cache()  # jax looks at them once only.
 
 

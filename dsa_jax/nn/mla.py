@@ -110,9 +110,9 @@ class Views(NamedTuple):
       start: Int[Array, 'B T'],
       end: Int[Array, 'B T'],
       key: Key[Array, ''],
-      choice: Int[Array, ''] | None,
       cfg: ModelConfig,
       backend: str,
+      choice: Int[Array, ''] | None = None,
   ) -> selection.Candidates:
     """What a selection rule may look at, cut off from the gradients."""
     index = self.index or (None, None, None)
@@ -179,7 +179,7 @@ class MLA(nnx.Module):
     all_heads = lambda a: spmd.exchange(a, 'tensor', split=1, join=2) if splits_heads else a
 
     def select(seen: Views) -> tuple[IndexInputs, Selections]:
-      candidates = seen.candidates(start, end, key, choice, self.cfg, mode.backend)
+      candidates = seen.candidates(start, end, key, self.cfg, mode.backend, choice)
       chosen = {rule: selected(selection.find_rule(rule)(candidates)) for rule in mode.rules}
       return seen.index, chosen
 
@@ -247,7 +247,7 @@ class MLA(nnx.Module):
     if 'oracle' in selections:
       oracle = selections['oracle']
     else:
-      candidates = seen.candidates(start, end, key, None, self.cfg, mode.backend)
+      candidates = seen.candidates(start, end, key, self.cfg, mode.backend)
       oracle = selection.RULES['oracle'](candidates)
 
     def compare(chosen) -> Measures:
