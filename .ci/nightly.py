@@ -111,7 +111,8 @@ def remember(seen: dict):
 def due_parts(seen: dict) -> dict[str, str]:
   """Returns the parts to run, each with the reason."""
   due = {name: why for name, part in PARTS.items() if (why := reason(seen.get(name), part))}
-  others = sorted(PARTS.keys() - due.keys(), key=lambda name: -seen[name]['sat_out'])
+  others = [name for name in PARTS if name not in due]
+  others.sort(key=lambda name: -seen[name]['sat_out'])
   fair_share = -(-len(PARTS) // (SITS_OUT + 1))
   return due | {name: 'sat out longest' for name in others[: max(fair_share - len(due), 0)]}
 
