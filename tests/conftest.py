@@ -117,7 +117,9 @@ def pytest_runtest_logreport(report):
 
 def pytest_terminal_summary(terminalreporter, config):
   total, most = sum(seconds for seconds, *_ in _taken), config.getoption('most_seconds')
-  terminalreporter.write_line(f'{total:.0f} seconds of processor time in tests, besides fixtures and what compilers do once; most:')
+  terminalreporter.write_line(
+      f'{total:.0f} seconds of processor time in tests, besides fixtures and what compilers do once; most:'
+  )
   for seconds, name, _ in sorted(_taken, reverse=True)[:5]:
     terminalreporter.write_line(f'  {seconds:6.1f} {name}')
   for seconds, name in _too_dear(most):
