@@ -42,10 +42,7 @@ class Part(NamedTuple):
 
 
 KERNELS = ('dsa_jax/kernels', 'tests/kernels/cases.py')
-TRAINING = (
-    'dsa_jax/train.py', 'dsa_jax/train_step.py', 'dsa_jax/checkpoint.py', 'dsa_jax/recipe.py',
-    'dsa_jax/distributed.py', 'dsa_jax/spmd.py', 'dsa_jax/sharding.py', 'configs',
-)  # fmt: skip
+TRAINING = ('dsa_jax/train.py', 'dsa_jax/training', 'dsa_jax/parallel', 'configs')
 PARTS = {
     'selection': Part(('tests/kernels/test_index_topk.py', 'tests/kernels/test_index_kl.py'), KERNELS),
     'attention': Part(
@@ -53,21 +50,22 @@ PARTS = {
     ),
     'models': Part(
         (
-            'tests/test_tpu_model.py', 'tests/test_extend.py', 'tests/test_bench_gpu.py',
-            'tests/test_spmd.py', 'tests/test_configs.py', 'tests/test_golden.py',
+            'tests/nn/test_tpu_model.py', 'tests/inference/test_extend.py', 'tests/test_bench_gpu.py',
+            'tests/parallel/test_spmd.py', 'tests/test_configs.py', 'tests/test_golden.py',
         ),
-        ('dsa_jax/kernels', 'dsa_jax/nn', 'dsa_jax/sharding.py', 'dsa_jax/spmd.py', 'configs'),
+        ('dsa_jax/kernels', 'dsa_jax/nn', 'dsa_jax/parallel', 'configs'),
     ),
-    'lost work': Part(('tests/test_train.py', 'tests/test_processes.py'), TRAINING),
+    'lost work': Part(('tests/test_train.py', 'tests/parallel/test_processes.py'), TRAINING),
     'checkpoints': Part(
         (
-            'tests/test_convert.py', 'tests/test_convert_faults.py', 'tests/test_convert_scale.py',
-            'tests/test_notebooks.py', 'tests/test_compile_report.py', 'tests/test_compile_gpu.py',
+            'tests/convert/test_convert.py', 'tests/convert/test_convert_faults.py',
+            'tests/convert/test_convert_scale.py', 'tests/test_notebooks.py',
+            'tests/compile/test_compile_report.py', 'tests/compile/test_compile_gpu.py',
         ),
-        ('dsa_jax/convert', 'dsa_jax/checkpoint.py', 'dsa_jax/load.py', 'notebooks'),
+        ('dsa_jax/convert', 'dsa_jax/training', 'dsa_jax/inference', 'notebooks'),
     ),
     'pods': Part(
-        ('experiments/pod_plan',), ('dsa_jax/kernels', 'dsa_jax/nn', 'dsa_jax/sharding.py'),
+        ('experiments/pod_plan',), ('dsa_jax/kernels', 'dsa_jax/nn', 'dsa_jax/parallel'),
         (sys.executable, 'experiments/pod_plan/plan.py', '--stage=warmup'),
     ),
 }  # fmt: skip

@@ -7,10 +7,10 @@ from ml_collections import ConfigDict
 
 from dsa_jax.config import ModelConfig
 from dsa_jax.data.sources import DataConfig
-from dsa_jax.optim import OptimConfig
-from dsa_jax.recipe import ReportConfig
-from dsa_jax.sharding import MeshConfig
-from dsa_jax.stages import StageConfig
+from dsa_jax.parallel.mesh import MeshConfig
+from dsa_jax.training.optim import OptimConfig
+from dsa_jax.training.recipe import ReportConfig
+from dsa_jax.training.stages import StageConfig
 
 
 def get_config() -> ConfigDict:
@@ -30,7 +30,7 @@ def get_config() -> ConfigDict:
   c.measure_rows = 4  # Validation rows of such a look.
   c.save_every = 100  # Steps between checkpoints.
   c.recipe = ()  # The stages to run, in order: keys of `stages`.
-  c.stages = ConfigDict()  # name -> the fields of dsa_jax.stages.StageConfig.
+  c.stages = ConfigDict()  # name -> the fields of dsa_jax.training.stages.StageConfig.
   c.mesh = dataclasses.asdict(MeshConfig())  # How many devices share what; one device by default.
   c.model = dataclasses.asdict(ModelConfig())  # The released 671B model.
   c.data = dataclasses.asdict(DataConfig())

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs a recipe: python -m dsa_jax.train --config=configs/quickstart.py"""
 
+from collections.abc import Callable
 import contextlib
 import dataclasses
 import functools
@@ -8,40 +9,48 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from absl import app
-from absl import flags
+from absl import app, flags
 from flax import nnx
 from grain import DatasetIterator
 import jax
 from jax.sharding import Mesh
 from jax.stages import Lowered
-from ml_collections import ConfigDict
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 import numpy as np
 
-from dsa_jax.ahead import Ahead
-from dsa_jax.checkpoint import Checkpoints, Progress, restore_params
-from dsa_jax.compilation_cache import compilation_cache
 from dsa_jax.data.batch import Batch
 from dsa_jax.data.pipeline import first_batches, make_iterator
-from dsa_jax.distributed import LOST, is_first, join_job, own_share, place_batch, wait_for_all
-from dsa_jax.evaluate import measure, measure_batch
-from dsa_jax.kernels.backend import default_backend
-from dsa_jax.kernels.crossover import faster_attention
-from dsa_jax.metrics import MetricsWriter, Progress as ProgressBar, SilentWriter
-from dsa_jax.nn.mla import Mode
-from dsa_jax.recipe import Recipe, claim_workdir, read_recipe
-from dsa_jax.report import write_report
-from dsa_jax.results import evaluate_recipe, report_programs
-from dsa_jax.sharding import MeshConfig, make_mesh
-from dsa_jax.stages import StageConfig
-from dsa_jax.state import (
-    TrainState, abstract_params, abstract_state, init_params, model_graph, new_state
+from dsa_jax.kernels.backend import default_backend, faster_attention
+from dsa_jax.nn.attention.mla import Mode
+from dsa_jax.parallel.mesh import MeshConfig, make_mesh
+from dsa_jax.parallel.processes import (
+    LOST,
+    is_first,
+    join_job,
+    own_share,
+    place_batch,
+    wait_for_all,
+)
+from dsa_jax.reporting.evaluate import measure, measure_batch
+from dsa_jax.reporting.metrics import MetricsWriter, Progress as ProgressBar, SilentWriter
+from dsa_jax.reporting.report import write_report
+from dsa_jax.reporting.results import evaluate_recipe, report_programs
+from dsa_jax.training.ahead import Ahead
+from dsa_jax.training.checkpoint import Checkpoints, Progress, restore_params
+from dsa_jax.training.compilation_cache import compilation_cache
+from dsa_jax.training.recipe import Recipe, claim_workdir, read_recipe
+from dsa_jax.training.stages import StageConfig
+from dsa_jax.training.state import (
+    TrainState,
+    abstract_params,
+    abstract_state,
+    init_params,
+    model_graph,
+    new_state,
 )  # fmt: skip
-from dsa_jax.train_step import make_train_step
+from dsa_jax.training.step import make_train_step
 
 
 def train(config: ConfigDict) -> dict[str, Any]:

@@ -9,7 +9,7 @@
 #   written before: 0 warnings
 #   written after: Error writing persistent compilation cache entry ... FileNotFoundError
 #
-# Here: dsa_jax/compilation_cache.py removes programs without a time before a run.
+# Here: dsa_jax/training/compilation_cache.py removes programs without a time before a run.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT

@@ -10,8 +10,8 @@ import numpy as np
 import plain
 
 from dsa_jax.config import ModelConfig
-from dsa_jax.nn.mla import Mode
-from dsa_jax.nn.param import BackboneParam, IndexerParam
+from dsa_jax.nn.attention.mla import Mode
+from dsa_jax.params import BackboneParam, IndexerParam
 
 
 @functools.cache

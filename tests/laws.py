@@ -18,15 +18,15 @@ import numpy as np
 from dsa_jax.config import ModelConfig
 from dsa_jax.data.batch import Batch
 from dsa_jax.kernels import index_kl
-from dsa_jax.losses import next_token_loss
-from dsa_jax.nn.mla import Mode
+from dsa_jax.nn.attention.mla import Mode
 from dsa_jax.nn.moe import balance, route
-from dsa_jax.nn.param import BackboneParam, IndexerParam
 from dsa_jax.nn.transformer import Transformer
-from dsa_jax.optim import OptimConfig
-from dsa_jax.stages import STAGES
-from dsa_jax.state import model_graph, new_state, split_parts
-from dsa_jax.train_step import make_train_step
+from dsa_jax.params import BackboneParam, IndexerParam
+from dsa_jax.training.losses import next_token_loss
+from dsa_jax.training.optim import OptimConfig
+from dsa_jax.training.stages import STAGES
+from dsa_jax.training.state import model_graph, new_state, split_parts
+from dsa_jax.training.step import make_train_step
 
 BACKENDS = ('reference', 'xla')
 CFG = ModelConfig(

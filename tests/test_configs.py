@@ -7,8 +7,8 @@ import pathlib
 import pytest
 
 from dsa_jax.config import ModelConfig
-from dsa_jax.recipe import read_recipe
 from dsa_jax.train import train
+from dsa_jax.training.recipe import read_recipe
 
 ROOT = pathlib.Path(__file__).parents[1]
 NAMES = sorted(p.stem for p in (ROOT / 'configs').glob('*.py') if p.stem != 'base')

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from dsa_jax.config import ModelConfig
-from dsa_jax.nn.param import IndexerParam
 from dsa_jax.nn.rope import rope_frequencies
 from dsa_jax.nn.transformer import Transformer
+from dsa_jax.params import IndexerParam
 
 pytestmark = pytest.mark.usefixtures('eager')
 

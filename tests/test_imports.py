@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Imports point one way: see RANKS."""
+"""Imports point down: from room to room of the package (a folder, or a file at its top), by RANKS."""
 
 import ast
 import pathlib
@@ -8,21 +8,25 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parents[1] / 'dsa_jax'
 RANKS = [
-    {'config', 'shapes', 'versions'},
-    {'kernels'},
-    {'selection'},
-    {'nn', 'sharding', 'spmd', 'ragged'},
-    {'losses', 'optim', 'data', 'metrics', 'report', 'plots', 'tokenizer', 'compilation_cache'},
-    {'stages', 'state', 'recipe', 'checkpoint', 'train_step', 'evaluate', 'results', 'cost'}
-    | {'distributed', 'targets', 'collectives', 'schedule', 'ptxas', 'compile_cases', 'gpu_cases'}
-    | {'ahead', 'tpu_cases', 'programs'},
-    {'train', 'load', 'convert', 'sample', 'compile_report'},
+    {'config', 'shapes', 'params', 'versions', 'data'},
+    {'families', 'kernels', 'cost'},
+    {'parallel', 'selection'},
+    {'nn'},
+    {'training'},
+    {'inference', 'reporting'},
+    {'convert', 'compile'},
+    {'train', 'sample', 'load'},
 ]
-OUTSIDE = {'flax': 3, 'optax': 4, 'orbax': 5, 'ml_collections': 5, 'grain': 4}  # From this rank on.
+# The first rank that may use each library.
+OUTSIDE = {'flax': 0, 'optax': 4, 'orbax': 4, 'ml_collections': 4, 'grain': 0}
 
 
-def rank_of(module: str) -> int:
-  return next(rank for rank, modules in enumerate(RANKS) if module in modules)
+def rank_of(room: str) -> int:
+  return next(rank for rank, rooms in enumerate(RANKS) if room in rooms)
+
+
+def room_of(path: pathlib.Path) -> str:
+  return path.relative_to(ROOT).parts[0].removesuffix('.py')
 
 
 def imports(path: pathlib.Path):
@@ -37,12 +41,34 @@ FILES = [p for p in ROOT.rglob('*.py') if p != ROOT / '__init__.py']
 
 
 @pytest.mark.parametrize('path', FILES, ids=lambda p: str(p.relative_to(ROOT)))
-def test_imports_point_up(path):
-  module = path.relative_to(ROOT).parts[0].removesuffix('.py')
-  rank = rank_of(module)
+def test_imports_point_down(path):
+  room = room_of(path)
+  rank = len(RANKS) if path.name == '__main__.py' else rank_of(room)  # That is a command.
   for name in imports(path):
     first, *rest = name.split('.')
-    if first == 'dsa_jax' and rest[0] != module:
-      assert rank_of(rest[0]) <= rank, f'{module} must not import {name}'
-    assert rank >= OUTSIDE.get(first, 0), f'{module} must not import {name}'
-    assert first not in ('configs', 'experiments', 'tests'), f'{module} must not import {name}'
+    if first == 'dsa_jax' and rest[0] != room:
+      assert rank_of(rest[0]) <= rank, f'{room} must not import {name}'
+    assert rank >= OUTSIDE.get(first, 0), f'{room} must not import {name}'
+    assert first not in ('configs', 'experiments', 'tests'), f'{room} must not import {name}'
+  if room == 'kernels':
+    assert not any(name.split('.')[0] == 'flax' for name in imports(path)), 'kernels know no flax'
+
+
+def test_no_two_rooms_import_each_other():
+  arrows = set()
+  for path in FILES:
+    for first, *rest in (name.split('.') for name in imports(path)):
+      if first == 'dsa_jax' and rest[0] != room_of(path):
+        arrows.add((room_of(path), rest[0]))
+  assert not {(a, b) for a, b in arrows if (b, a) in arrows}
+
+
+@pytest.mark.parametrize('path', FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_kernels_of_a_platform_are_loaded_by_its_ops_alone(path):
+  """So that whoever lacks one platform's compiler can use all the others."""
+  parts = path.relative_to(ROOT).parts
+  for name in imports(path):
+    for platform in 'tpu', 'gpu':
+      if name.startswith(f'dsa_jax.kernels.{platform}.'):
+        inside = parts[0] == 'kernels' and any(platform in part or 'hopper' in part for part in parts[1:])
+        assert inside or parts[0] == 'compile', f'{path} must not import {name}'

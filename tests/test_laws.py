@@ -9,9 +9,9 @@ import laws
 import numpy as np
 import pytest
 
-from dsa_jax.losses import shift_targets
-from dsa_jax.nn import mla
-from dsa_jax.nn.mla import Mode
+from dsa_jax.nn.attention import mla
+from dsa_jax.nn.attention.mla import Mode
+from dsa_jax.training.losses import shift_targets
 
 backends = pytest.mark.parametrize('backend', laws.BACKENDS)
 two_modes = pytest.mark.parametrize('attention', ['dense', 'sparse'])

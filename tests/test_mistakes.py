@@ -12,17 +12,18 @@ import laws
 import numpy as np
 import pytest
 
-from dsa_jax import selection, stages, train_step
+from dsa_jax import selection
 from dsa_jax.config import ModelConfig
 from dsa_jax.kernels import index_scores
-from dsa_jax.kernels.index_kl import op as index_kl_op
-from dsa_jax.kernels.index_kl import reference as index_kl_reference
+from dsa_jax.kernels.index_kl import op as index_kl_op, reference as index_kl_reference
 from dsa_jax.kernels.index_topk import xla as index_topk_xla
 from dsa_jax.kernels.mean_attention import mean_attention
 from dsa_jax.kernels.visibility import selected_keys, visible_keys
-from dsa_jax.nn import indexer, mla, moe, norms
+from dsa_jax.nn import indexer, moe, norms
+from dsa_jax.nn.attention import mla
+from dsa_jax.training import stages, step as train_step
 
-indexer_rule = importlib.import_module('dsa_jax.selection.indexer')  # Its function hides it.
+indexer_rule = importlib.import_module('dsa_jax.selection.lightning')  # Its function hides it.
 sparse = functools.partial(golden.check_forward, 'sparse', 'xla')
 masked = functools.partial(golden.check_forward, 'masked', 'xla')
 dense = functools.partial(golden.check_forward, 'dense', 'xla')

@@ -13,7 +13,7 @@ from test_parity import GOLDEN, forward
 
 from dsa_jax.convert.exporter import export_checkpoint, open_checkpoint
 from dsa_jax.convert.importer import import_checkpoint, open_source
-from dsa_jax.load import load_checkpoint
+from dsa_jax.inference.load import load_checkpoint
 
 torch = pytest.importorskip('torch', reason='needs the extra [parity]')
 pytest.importorskip('transformers', reason='needs the extra [parity]')

@@ -16,15 +16,15 @@ import pytest
 import tokenizers
 
 from dsa_jax import sample
-from dsa_jax.checkpoint import Checkpoints, Progress
 from dsa_jax.data.text import BOS, VOCAB_SIZE
-from dsa_jax.load import has_trained_indexer
-from dsa_jax.nn.extend import extend
-from dsa_jax.nn.mla import Mode
-from dsa_jax.optim import OptimConfig
-from dsa_jax.sample import SampleConfig, Sampler, draw
-from dsa_jax.state import new_state
-from dsa_jax.tokenizer import Bytes, Pretrained
+from dsa_jax.data.tokenizer import Bytes, Pretrained
+from dsa_jax.inference.extend import extend
+from dsa_jax.inference.load import has_trained_indexer
+from dsa_jax.inference.sampler import SampleConfig, Sampler, draw
+from dsa_jax.nn.attention.mla import Mode
+from dsa_jax.training.checkpoint import Checkpoints, Progress
+from dsa_jax.training.optim import OptimConfig
+from dsa_jax.training.state import new_state
 
 CFG = dataclasses.replace(laws.CFG, vocab_size=VOCAB_SIZE, max_seq_len=48)
 PROMPTS = [[3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5], [2, 7], [1, 8, 2, 8, 1, 8]]

@@ -16,8 +16,8 @@ import pytest
 
 from configs import quickstart
 from dsa_jax import train
-from dsa_jax.metrics import read_metrics
-from dsa_jax.recipe import claim_workdir, read_recipe
+from dsa_jax.reporting.metrics import read_metrics
+from dsa_jax.training.recipe import claim_workdir, read_recipe
 
 ROOT = pathlib.Path(__file__).parents[1]
 COMMAND = [sys.executable, '-m', 'dsa_jax.train', '--config=configs/quickstart.py:tiny']

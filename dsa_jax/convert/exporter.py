@@ -11,15 +11,15 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorstore as ts
 
-from dsa_jax.checkpoint import latest_checkpoint, open_tree
 from dsa_jax.config import ModelConfig
 from dsa_jax.convert import fp8
-from dsa_jax.convert.families import FAMILIES, write_config
+from dsa_jax.convert.building import KEPT_FILES, Summary, building
+from dsa_jax.convert.config_json import FAMILIES, write_config
+from dsa_jax.convert.files import CODES, DTYPES, SINGLE, write_file, write_index
 from dsa_jax.convert.importer import SCALE, Advance
-from dsa_jax.convert.shards import CODES, DTYPES, SINGLE, write_file, write_index
-from dsa_jax.convert.target import KEPT_FILES, Summary, building
 from dsa_jax.convert.tensors import Array, Path, Tensor, arrays_of, mtp_copies
-from dsa_jax.load import read_record
+from dsa_jax.inference.load import read_record
+from dsa_jax.training.checkpoint import latest_checkpoint, open_tree
 
 QUANTIZATION = {  # As DeepSeek's config.json has it.
     'quant_method': 'fp8',

@@ -15,10 +15,10 @@ import numpy as np
 
 from dsa_jax.config import ModelConfig
 from dsa_jax.convert import fp8
-from dsa_jax.convert.families import FAMILIES, read_config
-from dsa_jax.convert.shards import DTYPES, Place, open_folder
+from dsa_jax.convert.building import KEPT_FILES, Summary, building, nested
+from dsa_jax.convert.config_json import FAMILIES, read_config
+from dsa_jax.convert.files import DTYPES, Place, open_folder
 from dsa_jax.convert.stream import Streamed, write_tree
-from dsa_jax.convert.target import KEPT_FILES, Summary, building, nested
 from dsa_jax.convert.tensors import Array, Path, Tensor, arrays_of, mtp_copies, weight_shapes
 from dsa_jax.nn.indexer import LightningIndexer
 from dsa_jax.nn.transformer import STACKS

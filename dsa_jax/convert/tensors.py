@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from dsa_jax.config import ModelConfig
-from dsa_jax.convert.families import FAMILIES
+from dsa_jax.convert.config_json import FAMILIES
 from dsa_jax.nn.transformer import Transformer
 
 Path = tuple[str, ...]  # Of a weight in our tree.

@@ -9,8 +9,7 @@ import dataclasses
 import math
 import sys
 
-from absl import app
-from absl import flags
+from absl import app, flags
 from ml_collections import config_flags
 import rich.box
 import rich.console

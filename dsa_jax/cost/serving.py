@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from dsa_jax.config import ModelConfig
-from dsa_jax.cost.chips import CHIPS, Chip, Efficiency, FITTED
+from dsa_jax.cost.chips import CHIPS, FITTED, Chip, Efficiency
 from dsa_jax.cost.work import Work, token_work
 
 Numbers = int | float | Sequence | np.ndarray  # One, or an array of them.

@@ -2,6 +2,7 @@
 """The ops of DSA: pure functions on arrays, each with a definition and fast backends."""
 
 from dsa_jax.kernels.dense_attention.op import dense_attention
+from dsa_jax.kernels.grouped_matmul.op import grouped_matmul
 from dsa_jax.kernels.index_kl.op import index_kl
 from dsa_jax.kernels.index_scores import index_scores
 from dsa_jax.kernels.index_topk.op import index_topk

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Names of the backends, the one place that picks a default, and the one that loads them."""
+"""The names of the backends, the one place that picks a default, and the one that loads them."""
 
 import importlib
 import logging
@@ -8,6 +8,11 @@ from types import ModuleType
 import jax
 
 BACKENDS = ('reference', 'xla', 'tpu', 'gpu')
+
+# Context / K at which a forward and backward pass of `sparse_attention` takes as long as one of
+# `dense_attention` with `indices`. Measured by experiments/kernel_speed: see its README.
+# Not yet measured on a TPU or a GPU.
+CROSSOVER = {'reference': 1, 'xla': 4, 'tpu': 1, 'gpu': 1}
 
 
 class Blocks:
@@ -34,6 +39,11 @@ def _compute_capability() -> str:
 def check_backend(backend: str):
   if backend not in BACKENDS:
     raise ValueError(f'{backend=} must be one of {BACKENDS}.')
+
+
+def faster_attention(backend: str, seq_len: int, topk: int) -> str:
+  """Returns 'masked' or 'sparse': the same numbers, at the lower cost."""
+  return 'sparse' if seq_len > CROSSOVER[backend] * topk else 'masked'
 
 
 def load_kernels(module: str) -> ModuleType:

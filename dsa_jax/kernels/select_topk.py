@@ -4,8 +4,8 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from dsa_jax.kernels.best import best_positions
 from dsa_jax.kernels.visibility import visible_keys
+from dsa_jax.kernels.xla.threshold import best_positions
 
 
 def select_topk(

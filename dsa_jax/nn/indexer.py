@@ -11,8 +11,8 @@ from jaxtyping import Array, Float, Int
 
 from dsa_jax.config import ModelConfig
 from dsa_jax.nn.norms import LayerNorm
-from dsa_jax.nn.param import IndexerParam, param
 from dsa_jax.nn.rope import apply_rope, rope_frequencies
+from dsa_jax.params import IndexerParam, param
 
 
 class IndexInputs(NamedTuple):

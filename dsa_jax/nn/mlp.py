@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from dsa_jax import spmd
-from dsa_jax.nn.param import BackboneParam, param
-from dsa_jax.sharding import BATCH
+from dsa_jax.parallel import spmd
+from dsa_jax.parallel.mesh import BATCH
+from dsa_jax.params import BackboneParam, param
 
 
 class MLP(nnx.Module):

@@ -7,13 +7,13 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from dsa_jax import ragged, spmd
 from dsa_jax.config import ModelConfig
-from dsa_jax.kernels.grouped_matmul import grouped_matmul
-from dsa_jax.kernels.rows import map_rows
+from dsa_jax.kernels.grouped_matmul.op import grouped_matmul
+from dsa_jax.kernels.xla.rows import map_rows
 from dsa_jax.nn.mlp import MLP, swiglu
-from dsa_jax.nn.param import BackboneParam, RouterBias, param
-from dsa_jax.sharding import BATCH, MESH_AXES, OWNERS
+from dsa_jax.parallel import ragged, spmd
+from dsa_jax.parallel.mesh import BATCH, MESH_AXES, OWNERS
+from dsa_jax.params import BackboneParam, RouterBias, param
 
 TOKENS_AT_ONCE = 2**14  # Of all devices that share the experts: one may have to take them all in.
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from dsa_jax.nn.param import BackboneParam
+from dsa_jax.params import BackboneParam
 
 
 class RMSNorm(nnx.Module):

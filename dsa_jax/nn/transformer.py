@@ -11,16 +11,15 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int, Key
 import numpy as np
 
-from dsa_jax import spmd
 from dsa_jax.config import ModelConfig
-from dsa_jax.nn.mla import MLA, Measures, Mode, Selections, Shared
+from dsa_jax.nn.attention.mla import MLA, Measures, Mode, Selections, Shared
 from dsa_jax.nn.mlp import MLP
 from dsa_jax.nn.moe import MoE
 from dsa_jax.nn.norms import RMSNorm
-from dsa_jax.nn.param import BackboneParam, param
 from dsa_jax.nn.remat import rematerialized
-from dsa_jax.sharding import BATCH, LOGITS
-
+from dsa_jax.parallel import spmd
+from dsa_jax.parallel.mesh import BATCH, LOGITS
+from dsa_jax.params import BackboneParam, param
 
 STACKS = ('dense_blocks', 'moe_blocks', 'mtp')  # Leading MLP layers, expert layers, MTP layer.
 

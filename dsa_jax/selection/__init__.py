@@ -6,9 +6,9 @@ import functools
 import jax
 
 from dsa_jax.selection.candidates import Candidates, Rule
-from dsa_jax.selection.indexer import indexer
+from dsa_jax.selection.lightning import indexer
 from dsa_jax.selection.oracle import oracle
-from dsa_jax.selection.random import random
+from dsa_jax.selection.uniform import random
 from dsa_jax.selection.window_sinks import window_sinks
 
 RULES: dict[str, Rule] = {

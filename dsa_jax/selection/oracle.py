@@ -6,9 +6,9 @@ from jaxtyping import Array, Int
 
 from dsa_jax.kernels import dense_attention
 from dsa_jax.kernels.mean_attention import mean_attention
-from dsa_jax.kernels.rows import map_rows
 from dsa_jax.kernels.select_topk import select_topk
 from dsa_jax.kernels.visibility import visible_keys
+from dsa_jax.kernels.xla.rows import map_rows
 from dsa_jax.selection.candidates import Candidates
 
 

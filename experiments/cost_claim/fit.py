@@ -9,8 +9,7 @@ import scipy.optimize
 
 from dsa_jax import cost
 from dsa_jax.config import ModelConfig
-from dsa_jax.cost import published
-from dsa_jax.cost import serving as serving_module
+from dsa_jax.cost import published, serving as serving_module
 
 CFG = ModelConfig()  # DeepSeek-V3.2.
 PHASES, KINDS = ('prefill', 'decode'), ('dense', 'sparse')

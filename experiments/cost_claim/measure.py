@@ -27,11 +27,11 @@ import numpy as np
 from dsa_jax.config import ModelConfig
 from dsa_jax.cost.chips import Chip, Efficiency
 from dsa_jax.cost.serving import Serving, token_parts
+from dsa_jax.inference.cache import init_cache
+from dsa_jax.inference.extend import extend
 from dsa_jax.kernels import index_topk
 from dsa_jax.kernels.backend import default_backend
-from dsa_jax.nn.cache import init_cache
-from dsa_jax.nn.extend import extend
-from dsa_jax.state import init_params, model_graph
+from dsa_jax.training.state import init_params, model_graph
 
 CHUNK = 512
 TOKENS = {'prefill': CHUNK, 'decode': 1}  # Of a step.

@@ -3,14 +3,14 @@
 
 import pathlib
 
+from calls import HIT_SHARES, MIXES, OUTPUT_SHARES, Curves
 import matplotlib
 from matplotlib import figure as mpl_figure
 import numpy as np
 
 from dsa_jax import cost
-from dsa_jax import plots
 from dsa_jax.cost import published
-from calls import Curves, HIT_SHARES, MIXES, OUTPUT_SHARES
+from dsa_jax.reporting import plots
 
 COLOURS = {'dense': '#404040', 'sparse': '#0072B2'}
 

@@ -18,6 +18,7 @@ sys.path.insert(0, str(HERE.parents[1]))
 import calls  # noqa: E402
 import fit  # noqa: E402
 import pictures  # noqa: E402
+
 from dsa_jax import cost  # noqa: E402
 from dsa_jax.cost import published  # noqa: E402
 

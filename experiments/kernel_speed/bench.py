@@ -16,7 +16,6 @@ import time
 
 import jax
 import jax.numpy as jnp
-
 import programs
 import report
 

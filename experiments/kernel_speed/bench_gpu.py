@@ -20,17 +20,17 @@ import json
 import pathlib
 import time
 
+import bench_torch
+import bench_tpu
+from bench_tpu import DIMS, SMALL
 import jax
-import jax.numpy as jnp
-import numpy as np
 from jax.experimental.mosaic.gpu import profiler
 from jax.experimental.pallas import tpu as pltpu
+import jax.numpy as jnp
+import numpy as np
 
-import bench_tpu
-import bench_torch
-from bench_tpu import DIMS, SMALL
+from dsa_jax.compile.chips import GPUS
 from dsa_jax.kernels import index_kl, index_scores, index_topk, sparse_attention
-from dsa_jax.targets import GPUS
 
 HERE = pathlib.Path(__file__).parent
 CHECKED = 64  # Queries.

@@ -14,14 +14,20 @@ import pathlib
 import time
 
 import jax
+from jax.experimental.pallas import tpu as pltpu
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental.pallas import tpu as pltpu
 
-from dsa_jax.kernels import dense_attention, index_kl, index_topk, indexed_attention
-from dsa_jax.kernels import resident, sparse_attention, sparse_cores
+from dsa_jax.kernels import (
+    dense_attention,
+    index_kl,
+    index_topk,
+    indexed_attention,
+    sparse_attention,
+)
 from dsa_jax.kernels.indexed_attention import tpu as indexed
-from dsa_jax.kernels.shards import Shards
+from dsa_jax.kernels.tpu import resident, sparse_cores
+from dsa_jax.kernels.tpu.shards import Shards
 
 DIMS = dict(H=128, E=576, V=512, I=64, J=128, K=2048)
 SMALL = dict(H=8, E=40, V=24, I=4, J=16, K=24)

@@ -44,11 +44,12 @@ def torch_layer(n: int):
 
 
 def our_layer(n: int):
+  from flax import nnx
   import jax
   import jax.numpy as jnp
-  from flax import nnx
+
   from dsa_jax.config import ModelConfig
-  from dsa_jax.nn.mla import MLA, Mode
+  from dsa_jax.nn.attention.mla import MLA, Mode
 
   cfg = ModelConfig(dim=512, n_heads=16, dtype='float32', max_seq_len=n, original_seq_len=n, **DIMS)
   layer = MLA(cfg, out_scale=1.0, rngs=nnx.Rngs(0))

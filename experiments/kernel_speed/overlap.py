@@ -14,10 +14,10 @@ from flax import nnx
 import numpy as np
 
 from dsa_jax.data.pipeline import first_batches
-from dsa_jax.evaluate import measure
+from dsa_jax.inference.load import load_model
 from dsa_jax.kernels.backend import default_backend
-from dsa_jax.load import load_model
-from dsa_jax.nn.mla import Mode
+from dsa_jax.nn.attention.mla import Mode
+from dsa_jax.reporting.evaluate import measure
 
 STAGES = {'warmup': 'dense', 'sparse': 'sparse'}  # How the model attends in each.
 FACTORS = 1, 1.5, 2, 3, 4, 6, 8  # Of the budget: where ranges of positions begin.

@@ -7,7 +7,6 @@ import matplotlib
 
 matplotlib.use('Agg')
 import matplotlib.pyplot as plt
-
 import programs
 
 RATIOS = [  # Title, what is slow, what is fast.

@@ -16,11 +16,11 @@ import jax.numpy as jnp
 
 from dsa_jax.config import ModelConfig
 from dsa_jax.data.batch import Batch
-from dsa_jax.nn.mla import Mode
-from dsa_jax.optim import OptimConfig
-from dsa_jax.stages import STAGES
-from dsa_jax.state import init_params, model_graph, new_state
-from dsa_jax.train_step import make_train_step
+from dsa_jax.nn.attention.mla import Mode
+from dsa_jax.training.optim import OptimConfig
+from dsa_jax.training.stages import STAGES
+from dsa_jax.training.state import init_params, model_graph, new_state
+from dsa_jax.training.step import make_train_step
 
 BYTES = {'f32': 4, 's32': 4, 'u32': 4, 'bf16': 2, 'pred': 1}
 

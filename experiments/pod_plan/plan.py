@@ -29,18 +29,18 @@ import numpy as np
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
 from configs import deepseek_v32  # noqa: E402
-from dsa_jax.collectives import collectives, total_bytes  # noqa: E402
+from dsa_jax.compile.chips import CHIPS, environment  # noqa: E402
+from dsa_jax.compile.hlo import collectives, total_bytes  # noqa: E402
 from dsa_jax.config import ModelConfig  # noqa: E402
 from dsa_jax.cost.work import token_work  # noqa: E402
 from dsa_jax.data.batch import Batch  # noqa: E402
-from dsa_jax.nn.mla import Mode  # noqa: E402
+from dsa_jax.nn.attention.mla import Mode  # noqa: E402
 from dsa_jax.nn.transformer import Transformer  # noqa: E402
-from dsa_jax.optim import OptimConfig  # noqa: E402
-from dsa_jax.sharding import ALL_TOKENS, MESH_AXES, MeshConfig, shardings_of  # noqa: E402
-from dsa_jax.stages import STAGES, StageConfig  # noqa: E402
-from dsa_jax.state import model_graph, new_state, split_parts  # noqa: E402
-from dsa_jax.targets import CHIPS, environment  # noqa: E402
-from dsa_jax.train_step import make_train_step  # noqa: E402
+from dsa_jax.parallel.mesh import ALL_TOKENS, MESH_AXES, MeshConfig, shardings_of  # noqa: E402
+from dsa_jax.training.optim import OptimConfig  # noqa: E402
+from dsa_jax.training.stages import STAGES, StageConfig  # noqa: E402
+from dsa_jax.training.state import model_graph, new_state, split_parts  # noqa: E402
+from dsa_jax.training.step import make_train_step  # noqa: E402
 
 MODELS = {
     'v32': ModelConfig(),

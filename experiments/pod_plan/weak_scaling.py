@@ -16,12 +16,12 @@ import time
 
 import plan
 
-from dsa_jax.collectives import collectives, total_bytes
+from dsa_jax.compile.chips import environment
+from dsa_jax.compile.hlo import collectives, total_bytes
 from dsa_jax.config import ModelConfig
 from dsa_jax.cost.work import index_flops, mha_flops
-from dsa_jax.sharding import MeshConfig
-from dsa_jax.stages import StageConfig
-from dsa_jax.targets import environment
+from dsa_jax.parallel.mesh import MeshConfig
+from dsa_jax.training.stages import StageConfig
 
 TOKENS = 1024  # Of each device.
 POD = {1: '2x2x1', 4: '2x2x1', 16: '2x2x4', 64: '4x4x4', 256: '4x8x8'}

@@ -6,8 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from dsa_jax.data import pipeline
-from dsa_jax.data import text
+from dsa_jax.data import pipeline, text
 from dsa_jax.data.batch import Batch
 from dsa_jax.data.recall import Recall
 

@@ -5,14 +5,14 @@ import contextlib
 import functools
 
 import jax
-import jax.numpy as jnp
-import jaxtyping
-import numpy as np
 from jax._src.pallas.mosaic import sc_core
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 from jax.experimental.pallas import tpu as pltpu
+import jax.numpy as jnp
+import jaxtyping
+import numpy as np
 
-from dsa_jax.kernels import sparse_cores
+from dsa_jax.kernels.tpu import sparse_cores
 
 PORTABLE = ['xla']  # What is compiled and measured here; the other kernels are interpreted.
 BACKENDS = [*PORTABLE, 'tpu', 'gpu']

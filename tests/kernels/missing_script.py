@@ -16,9 +16,16 @@ import jax
 import jax.numpy as jnp
 
 import dsa_jax
-from dsa_jax import evaluate, sample, train  # The entry points, and all that they import.
-from dsa_jax.kernels import dense_attention, index_kl, index_scores, index_topk
-from dsa_jax.kernels import indexed_attention, sparse_attention
+from dsa_jax import sample, train
+from dsa_jax.kernels import (
+    dense_attention,
+    index_kl,
+    index_scores,
+    index_topk,
+    indexed_attention,
+    sparse_attention,
+)
+from dsa_jax.reporting import evaluate  # The entry points, and all that they import.
 
 OF_GPUS = 'gpu', 'gpu_dense', 'gpu_cases', 'hopper', 'triton', 'score_tiles', 'selected_rows'
 B, T, S, H, E, V, I, J, K = 1, 16, 24, 2, 24, 16, 2, 8, 4

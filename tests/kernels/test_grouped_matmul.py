@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsa_jax.kernels.grouped_matmul import grouped_matmul
+from dsa_jax.kernels.grouped_matmul.op import grouped_matmul
 
 SIZES = {
     'even': (128, 128, 128, 128),

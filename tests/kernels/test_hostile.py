@@ -7,6 +7,7 @@ op ask for one property at a time; for the kernels of a TPU they belong to the n
 
 import cases
 import hostile
+from hostile import K, S, T
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,7 +15,6 @@ import pytest
 import test_index_kl as kl
 import test_index_topk as topk
 import test_sparse_attention as attention
-from hostile import K, S, T
 
 from dsa_jax.kernels import index_scores
 from dsa_jax.kernels.index_topk import tpu as topk_tpu

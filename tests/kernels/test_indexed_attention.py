@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 from test_index_topk import make_inputs as make_index_inputs
 
-from dsa_jax.kernels import indexed_attention, sparse_cores
+from dsa_jax.kernels import indexed_attention
 from dsa_jax.kernels.index_topk import tpu as selection
 from dsa_jax.kernels.indexed_attention import tpu
 from dsa_jax.kernels.sparse_attention import tpu as attention
+from dsa_jax.kernels.tpu import sparse_cores
 
 H, E, V = 3, 8, 5
 SMALL = tpu.BlockSizes(

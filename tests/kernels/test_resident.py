@@ -6,9 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsa_jax.kernels import resident
-from dsa_jax.kernels.shards import Shards, fit_shards
 from dsa_jax.kernels.sparse_attention.tpu import BlockSizes
+from dsa_jax.kernels.tpu import resident
+from dsa_jax.kernels.tpu.shards import Shards, fit_shards
 
 SHARDS = [Shards(1, 64, 0), Shards(4, 16, 0), Shards(2, 32, 16), Shards(4, 16, 8), Shards(8, 8, 4)]
 N_KEYS, K, LINE, TILE = 61, 24, 4, 8

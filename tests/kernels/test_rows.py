@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsa_jax.kernels.rows import gather_rows, map_rows, scan_rows, scatter_rows
 from dsa_jax.kernels.visibility import selected_keys, visible_keys
+from dsa_jax.kernels.xla.rows import gather_rows, map_rows, scan_rows, scatter_rows
 
 INDICES = [[[0, 4, 2], [-1, 5, 2**30], [4, -7, -1]], [[1, -1, 3], [3, 2, 1], [-(2**31), -1, 6]]]
 

@@ -10,9 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsa_jax.kernels import resident, sparse_attention
-from dsa_jax.kernels.shards import Shards, fit_shards
+from dsa_jax.kernels import sparse_attention
 from dsa_jax.kernels.sparse_attention import gpu, tpu, xla
+from dsa_jax.kernels.tpu import resident
+from dsa_jax.kernels.tpu.shards import Shards, fit_shards
 
 ALL = ['reference', *cases.BACKENDS]
 SMALL = {'tpu': tpu.BlockSizes(step_t=8, tile=8, line=8, copied=16)}  # Interpreted: few rows.

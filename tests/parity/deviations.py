@@ -16,14 +16,13 @@ and of 'negative_bias' and 'ties' the arrays that their functions below return.
 import json
 import math
 
+import make_golden
 import numpy as np
 import torch
 import transformers
 from transformers.models.deepseek_v3 import modeling_deepseek_v3
 from transformers.models.deepseek_v32 import modeling_deepseek_v32
 from transformers.models.glm_moe_dsa import modeling_glm_moe_dsa
-
-import make_golden
 
 SEQ_LEN = 48
 

@@ -15,14 +15,12 @@ import json
 import pathlib
 import tempfile
 
+import make_golden
 import numpy as np
-from safetensors.torch import load_file
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 import torch
 import transformers
 from transformers.modeling_layers import MtpLayer
-
-import make_golden
 
 NAME = 'deepseek_v32_mtp'
 CONFIG = make_golden.DEEPSEEK | make_golden.INDEXER | dict(

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from dsa_jax.kernels.backend import Blocks
-from dsa_jax.kernels.rows import add_block, key_range, map_rows, pad_axis, scan_rows, take_block
 from dsa_jax.kernels.visibility import selected_keys, visible_keys
+from dsa_jax.kernels.xla.rows import add_block, key_range, map_rows, pad_axis, scan_rows, take_block
 
 _f32 = {'preferred_element_type': jnp.float32}
 

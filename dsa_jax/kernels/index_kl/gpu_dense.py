@@ -8,17 +8,17 @@ again. The gradient of index keys grows from block to block, in their order.
 import dataclasses
 
 import jax
-import jax.numpy as jnp
 from jax.experimental import pallas as pl
+import jax.numpy as jnp
 
-from dsa_jax.kernels import triton
 from dsa_jax.kernels.backend import Blocks
+from dsa_jax.kernels.gpu import triton
+from dsa_jax.kernels.gpu.score_tiles import ScoreTiles
+from dsa_jax.kernels.gpu.selected_rows import flat
+from dsa_jax.kernels.gpu.triton import column_parts, dot, gather
 from dsa_jax.kernels.index_kl.gpu import compare
-from dsa_jax.kernels.rows import map_rows, scan_rows
-from dsa_jax.kernels.score_tiles import ScoreTiles
-from dsa_jax.kernels.selected_rows import flat
-from dsa_jax.kernels.triton import column_parts, dot, gather
 from dsa_jax.kernels.visibility import visible_keys
+from dsa_jax.kernels.xla.rows import map_rows, scan_rows
 
 WIDE = 256  # Channels; wider heads meet in smaller tiles.
 

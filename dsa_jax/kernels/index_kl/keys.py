@@ -7,9 +7,15 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from dsa_jax.kernels.rows import add_block, gather_rows, key_range, pad_axis, scatter_rows
-from dsa_jax.kernels.rows import take_block
 from dsa_jax.kernels.visibility import visible_keys
+from dsa_jax.kernels.xla.rows import (
+    add_block,
+    gather_rows,
+    key_range,
+    pad_axis,
+    scatter_rows,
+    take_block,
+)
 
 
 class Keys(NamedTuple):

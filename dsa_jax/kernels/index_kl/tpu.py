@@ -8,14 +8,14 @@ over them are all that the divergence needs (see `xla`); backward makes target a
 import dataclasses
 
 import jax
-import jax.numpy as jnp
 from jax.experimental import pallas as pl
+import jax.numpy as jnp
 
-from dsa_jax.kernels import resident
 from dsa_jax.kernels.backend import Blocks
-from dsa_jax.kernels.resident import LANES, Rows, ShardKernels, dot
-from dsa_jax.kernels.rows import map_rows, scan_rows
-from dsa_jax.kernels.shards import fit_shards
+from dsa_jax.kernels.tpu import resident
+from dsa_jax.kernels.tpu.resident import LANES, Rows, ShardKernels, dot
+from dsa_jax.kernels.tpu.shards import fit_shards
+from dsa_jax.kernels.xla.rows import map_rows, scan_rows
 
 TOP, TOTAL, MASS, ENTROPY, CROSS = range(5)  # A query's sums, one to a lane.
 SCORES_LSE, TARGET_MASS, DKL = range(3)  # What its gradient needs.

@@ -10,14 +10,14 @@ import dataclasses
 import math
 
 import jax
-import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+import jax.numpy as jnp
 
-from dsa_jax.kernels import resident
 from dsa_jax.kernels.backend import Blocks
-from dsa_jax.kernels.resident import Rows, dot
-from dsa_jax.kernels.rows import pad_axis
+from dsa_jax.kernels.tpu import resident
+from dsa_jax.kernels.tpu.resident import Rows, dot
+from dsa_jax.kernels.xla.rows import pad_axis
 
 TOP, TOTAL, MASS, ENTROPY, CROSS = range(5)  # A query's sums, one to a row.
 N_SUMS = 8  # Rows of a vector.

@@ -15,7 +15,7 @@ from dsa_jax.kernels.backend import Blocks
 from dsa_jax.kernels.index_kl.keys import Keys, over_keys
 from dsa_jax.kernels.index_scores import weigh
 from dsa_jax.kernels.mean_attention import mean_attention
-from dsa_jax.kernels.rows import map_rows, pad_axis, scan_rows
+from dsa_jax.kernels.xla.rows import map_rows, pad_axis, scan_rows
 
 _f32 = {'preferred_element_type': jnp.float32}
 

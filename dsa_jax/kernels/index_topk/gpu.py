@@ -11,13 +11,13 @@ lies below is not, and what lies in it counts from the lowest position.
 import dataclasses
 
 import jax
-import jax.numpy as jnp
 from jax.experimental import pallas as pl
+import jax.numpy as jnp
 
-from dsa_jax.kernels import triton
 from dsa_jax.kernels.backend import Blocks
-from dsa_jax.kernels.rows import map_rows
-from dsa_jax.kernels.score_tiles import ScoreTiles
+from dsa_jax.kernels.gpu import triton
+from dsa_jax.kernels.gpu.score_tiles import ScoreTiles
+from dsa_jax.kernels.xla.rows import map_rows
 
 LOWEST, HIGHEST = -(2**31), 2**31 - 1
 HALF = 2**16  # Two counts share an integer.

@@ -13,15 +13,16 @@ of 128 holds every WORD-th key from the i-th on.
 import dataclasses
 
 import jax
-import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+import jax.numpy as jnp
 
-from dsa_jax.kernels import resident, set_bits
 from dsa_jax.kernels.backend import Blocks
-from dsa_jax.kernels.resident import LANES, dot
-from dsa_jax.kernels.rows import map_rows, pad_axis
-from dsa_jax.kernels.set_bits import WORD
+from dsa_jax.kernels.tpu import resident
+from dsa_jax.kernels.tpu.resident import LANES, dot
+from dsa_jax.kernels.xla import set_bits
+from dsa_jax.kernels.xla.rows import map_rows, pad_axis
+from dsa_jax.kernels.xla.set_bits import WORD
 
 TILE = WORD * LANES  # Keys whose flags are a line of words.
 CHUNK = 8  # Words of a lane that are met at one time.

@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 
 from dsa_jax.kernels.backend import Blocks
-from dsa_jax.kernels.best import best_positions
 from dsa_jax.kernels.index_scores import weigh
-from dsa_jax.kernels.rows import key_range, pad_axis, scan_rows
 from dsa_jax.kernels.select_topk import hide
+from dsa_jax.kernels.xla.rows import key_range, pad_axis, scan_rows
+from dsa_jax.kernels.xla.threshold import best_positions
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -9,16 +9,15 @@ from the last one, whose rows have come.
 import dataclasses
 
 import jax
-import jax.numpy as jnp
 from jax.experimental import pallas as pl
+import jax.numpy as jnp
 
-from dsa_jax.kernels import compact, resident, sparse_cores
 from dsa_jax.kernels.backend import Blocks
 from dsa_jax.kernels.index_topk import tpu as selection
-from dsa_jax.kernels.resident import Rows
-from dsa_jax.kernels.rows import pad_axis, take_block
-from dsa_jax.kernels.sparse_attention import tpu as attention
-from dsa_jax.kernels.sparse_attention import tpu_rows
+from dsa_jax.kernels.sparse_attention import tpu as attention, tpu_rows
+from dsa_jax.kernels.tpu import gather_scatter, resident, sparse_cores
+from dsa_jax.kernels.tpu.resident import Rows
+from dsa_jax.kernels.xla.rows import pad_axis, take_block
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,7 +44,7 @@ def forward(
   index_k = selection.tile_keys(index_k)
   select_in = selection.fit(blocks.select, blocks.block_t, index_k.shape[1])
   attend_in = resident.fit_chip(blocks.attend, resident.vmem_bytes())
-  fetch = compact.Fetch.of(rows, kv.shape[1], topk, attend_in)
+  fetch = gather_scatter.Fetch.of(rows, kv.shape[1], topk, attend_in)
   keys = resident.pack(kv, fetch.shards)
   by_query = resident.pad_channels(q), index_q, weights, start, end
   q, *by_query = [pad_axis(x, 1, blocks.block_t) for x in by_query]

@@ -13,15 +13,24 @@ import dataclasses
 import functools
 
 import jax
-import jax.numpy as jnp
 from jax.experimental import pallas as pl
+import jax.numpy as jnp
 
-from dsa_jax.kernels import triton
 from dsa_jax.kernels.backend import Blocks, load_kernels
-from dsa_jax.kernels.rows import map_rows, scan_rows
-from dsa_jax.kernels.selected_rows import add_rows, flat, positions, slots
-from dsa_jax.kernels.triton import alone, column_parts, dot, gather, load_row, load_tile
-from dsa_jax.kernels.triton import some_tiles, store_row, store_tile
+from dsa_jax.kernels.gpu import triton
+from dsa_jax.kernels.gpu.selected_rows import add_rows, flat, positions, slots
+from dsa_jax.kernels.gpu.triton import (
+    alone,
+    column_parts,
+    dot,
+    gather,
+    load_row,
+    load_tile,
+    some_tiles,
+    store_row,
+    store_tile,
+)
+from dsa_jax.kernels.xla.rows import map_rows, scan_rows
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

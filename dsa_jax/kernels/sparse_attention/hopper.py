@@ -8,12 +8,12 @@ memory.
 """
 
 import jax
-import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
+import jax.numpy as jnp
 
-from dsa_jax.kernels import hopper
-from dsa_jax.kernels.hopper import BY_ROW, HEADS, STEP, TILE, Ring
+from dsa_jax.kernels.gpu import hopper
+from dsa_jax.kernels.gpu.hopper import BY_ROW, HEADS, STEP, TILE, Ring
 
 LOG2_E = 1.4426950408889634
 ROUNDS = 2  # Steps in flight or in use; backward, there is room for one.

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from dsa_jax.kernels.rows import gather_rows
+from dsa_jax.kernels.xla.rows import gather_rows
 
 
 def sparse_attention_reference(

@@ -10,15 +10,15 @@ holds too few keys for whole tiles of each shard, rows are brought together firs
 import dataclasses
 
 import jax
-import jax.numpy as jnp
 from jax.experimental import pallas as pl
+import jax.numpy as jnp
 
-from dsa_jax.kernels import resident
 from dsa_jax.kernels.backend import Blocks
-from dsa_jax.kernels.resident import LANES, Rows, ShardKernels, dot
-from dsa_jax.kernels.rows import map_rows, scan_rows
-from dsa_jax.kernels.shards import fit_shards
 from dsa_jax.kernels.sparse_attention import tpu_rows
+from dsa_jax.kernels.tpu import resident
+from dsa_jax.kernels.tpu.resident import LANES, Rows, ShardKernels, dot
+from dsa_jax.kernels.tpu.shards import fit_shards
+from dsa_jax.kernels.xla.rows import map_rows, scan_rows
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -11,20 +11,20 @@ import functools
 import math
 
 import jax
-import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+import jax.numpy as jnp
 
-from dsa_jax.kernels import compact, resident, sparse_cores
-from dsa_jax.kernels.resident import LANES, Rows, dot
-from dsa_jax.kernels.rows import gather_rows, scan_rows, whole_block
-from dsa_jax.kernels.shards import Shards
+from dsa_jax.kernels.tpu import gather_scatter, resident, sparse_cores
+from dsa_jax.kernels.tpu.resident import LANES, Rows, dot
+from dsa_jax.kernels.tpu.shards import Shards
+from dsa_jax.kernels.xla.rows import gather_rows, scan_rows, whole_block
 
 
 def decode(q, kv, indices, *, v_dim: int, sm_scale: float, blocks):
   """The op for a few queries."""
   rows = Rows(kv.shape[-1], kv.dtype)
-  tiles, tile = compact.own_tiles(indices.shape[2], rows, blocks)
+  tiles, tile = gather_scatter.own_tiles(indices.shape[2], rows, blocks)
   more = [(0, 0)] * 2 + [(0, tiles * tile - indices.shape[2])]
   indices = jnp.pad(indices, more, constant_values=-1)
   own = gather_rows(kv, indices).reshape(-1, tiles * tile, kv.shape[2])
@@ -39,7 +39,7 @@ def decode(q, kv, indices, *, v_dim: int, sm_scale: float, blocks):
 def forward(q, kv, indices, *, v_dim: int, sm_scale: float, blocks):
   """The op where rows are brought together first."""
   rows = Rows(kv.shape[-1], kv.dtype)
-  gather, _ = compact.fit(rows, kv.shape[1], indices.shape[2], resident.vmem_bytes(), blocks)
+  gather, _ = gather_scatter.fit(rows, kv.shape[1], indices.shape[2], resident.vmem_bytes(), blocks)
   packed = resident.pack(kv, gather.shards)
 
   def step(memory, block):
@@ -64,11 +64,11 @@ def backward(queries, kv, *, sm_scale: float, blocks):
   q, indices = queries[:2]
   rows = Rows(kv.shape[-1], kv.dtype)
   sizes = kv.shape[1], indices.shape[2]
-  gather, scatter = compact.fit(rows, *sizes, resident.vmem_bytes(), blocks)
+  gather, scatter = gather_scatter.fit(rows, *sizes, resident.vmem_bytes(), blocks)
   block = blocks.block_t_compact // 2, gather.step_t
   has_sparse_cores = sparse_cores.available()
   if has_sparse_cores:
-    gather = compact.Fetch.of(rows, *sizes, blocks)
+    gather = gather_scatter.Fetch.of(rows, *sizes, blocks)
     scatter = dataclasses.replace(scatter, gather=gather)
   packed = resident.pack(kv, gather.shards)
   dkv = resident.zero_sums(kv.shape[0], rows, scatter.shards)
@@ -161,7 +161,7 @@ def _call(kernel, name, queries, keys, sums, of_rows, rows, blocks):
   own, seen = keys
   batch, n_queries, n_rows = seen.shape
   step_t = math.gcd(blocks.step_t, n_queries)
-  n_tiles, tile = compact.own_tiles(n_rows, rows, blocks)
+  n_tiles, tile = gather_scatter.own_tiles(n_rows, rows, blocks)
   whole = lambda x: pl.BlockSpec(
       (1, step_t, *x.shape[2:]), lambda b, t, j: (b, t, *[0] * len(x.shape[2:]))
   )

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from dsa_jax.kernels.backend import Blocks
-from dsa_jax.kernels.rows import gather_rows, map_rows, scan_rows, scatter_rows
+from dsa_jax.kernels.xla.rows import gather_rows, map_rows, scan_rows, scatter_rows
 
 _f32 = {'preferred_element_type': jnp.float32}
 

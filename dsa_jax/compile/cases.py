@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the reports of TPUs and GPUs share: the sizes of released models, and an op's arguments."""
+
+from collections.abc import Callable
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from dsa_jax.compile.chips import CHIPS
+
+T, E, V, J, K = 4096, 576, 512, 128, 2048
+DENSE_E = 192  # Of attention whose heads have keys of their own.
+HEADS = {'v32': (128, 64), 'glm5': (64, 32)}  # Of attention, of the indexer.
+BF16 = jnp.dtype(jnp.bfloat16)
+
+
+class Dims(NamedTuple):
+  """What an op is compiled at: a model's heads, keys, and the chip's bytes of VMEM."""
+
+  heads: int
+  index_heads: int
+  n_keys: int
+  vmem: int
+
+
+class Op(NamedTuple):
+  """A row of the report. All but the name are functions of `Dims`, or take the shapes."""
+
+  name: str
+  function: Callable
+  shapes: Callable  # Its arguments.
+  flops: Callable  # Of the matrix unit, for one query.
+  trips: Callable | None = None  # kernel: [(depth, trips for one query)], in schedule's order.
+  gathered: Callable = lambda dims: 0  # Bytes that SparseCores fetch for one query, beside kernels.
+  repeats: float = 1.0  # Of all that is done once for each query.
+  chips: tuple[str, ...] = tuple(CHIPS)  # Of those that have such a case.
+
+
+def shape(*dims: int, dtype=jnp.bfloat16) -> jax.ShapeDtypeStruct:
+  return jax.ShapeDtypeStruct((1, *dims), dtype)
+
+
+int32 = functools.partial(shape, dtype=jnp.int32)
+float32 = functools.partial(shape, dtype=jnp.float32)
+
+
+def topk_shapes(dims):
+  heads = dims.index_heads
+  return shape(T, heads, J), shape(dims.n_keys, J), float32(T, heads), int32(T), int32(T)
+
+
+def attention_shapes(dims):
+  return shape(T, dims.heads, E), shape(dims.n_keys, E), int32(T, K)
+
+
+def attention_backward_shapes(dims):
+  out, lse = shape(T, dims.heads, V), float32(T, dims.heads)
+  return (*attention_shapes(dims), out, lse), (out, lse)
+
+
+def kl_constants(dims):
+  keys = shape(dims.n_keys, 1, E)
+  return shape(T, dims.heads, E), keys, float32(T, dims.heads), int32(T), int32(T), int32(T, K)
+
+
+def kl_index(dims):
+  return shape(T, dims.index_heads, J), shape(dims.n_keys, J), float32(T, dims.index_heads)
+
+
+def dense_constants(dims):
+  heads = dims.heads, DENSE_E
+  return shape(T, *heads), shape(dims.n_keys, *heads), float32(T, dims.heads), int32(T), int32(T)

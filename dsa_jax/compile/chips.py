@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Chips to compile for without having one.
+
+libtpu, the TPU's own compiler, needs no TPU attached: `pip install 'dsa_jax[compile]'`. Nor do
+XLA's compiler for NVIDIA GPUs and ptxas: `pip install 'dsa_jax[compile-gpu]'`.
+"""
+
+import importlib.util
+import os
+import pathlib
+from typing import Any, NamedTuple
+
+import jax
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+import numpy as np
+
+from dsa_jax.compile import ptxas
+
+DUMPED = '^(original|final_bundles)$'  # Passes; to write all 70 takes four times the compile.
+
+
+class Chip(NamedTuple):
+  """One device as jax sees it. Peaks are the makers'.
+
+  The clock of tpu7x, 2.2 GHz, is assumed: none is published. The rate of gathers is what
+  tpu-inference says it reaches with eight streams; of v5p and v6e nobody has published one.
+  """
+
+  topology: str
+  accelerator: str
+  hertz: float
+  flops: float  # bfloat16 per second.
+  bytes: float  # HBM, per second.
+  gathered: float | None = None  # By SparseCores, rows of 512 bytes, per second.
+
+
+CHIPS = {
+    'v5p': Chip('v5p:2x2x1', 'v5p-8', 1.75e9, 459e12, 2.76e12),
+    'v6e': Chip('v6e:2x2', 'v6e-4', 1.75e9, 918e12, 1.64e12),
+    'tpu7x': Chip('tpu7x:2x2x1', 'tpu7x-8', 2.2e9, 1153e12, 3.69e12, 1e12),
+}
+
+
+class Gpu(NamedTuple):
+  """One device as XLA's compiler sees it, and the maker's peaks."""
+
+  architecture: str  # For ptxas.
+  flops: float  # bfloat16 per second, dense.
+  bytes: float  # HBM, per second.
+  config: str  # XLA's GpuTargetConfigProto.
+
+
+GPUS = {
+    'h200': Gpu(
+        'sm_90a', 989e12, 4.8e12,
+        """
+gpu_device_info {
+  threads_per_block_limit: 1024  threads_per_warp: 32
+  shared_memory_per_block: 49152  shared_memory_per_core: 233472
+  shared_memory_per_block_optin: 232448
+  threads_per_core_limit: 2048  core_count: 132  fpus_per_core: 128
+  block_dim_limit_x: 2147483647  block_dim_limit_y: 65535  block_dim_limit_z: 65535
+  memory_bandwidth: 4800000000000  l2_cache_size: 62914560  clock_rate_ghz: 1.98
+  device_memory_size: 150000000000
+  cuda_compute_capability { major: 9 }
+  registers_per_core_limit: 65536  registers_per_block_limit: 65536
+}
+platform_name: "CUDA"
+dnn_version_info { major: 9 minor: 8 }
+runtime_version { major: 13 }
+device_description_str: "NVIDIA H200"
+""",
+    ),
+}  # fmt: skip
+
+
+def environment(chip: str, dump: pathlib.Path | None = None) -> dict[str, str]:
+  """What a process needs in its environment, before jax starts, to compile for a chip.
+
+  Args:
+    chip: A key of CHIPS or of GPUS.
+    dump: Where the compiler writes the programs and schedules of kernels, in more than twice the
+      time for a layer.
+  """
+  if chip in GPUS:
+    flags = f'--xla_dump_to={dump} --xla_gpu_cuda_data_dir={ptxas.toolkit()} '
+    return {
+        'JAX_PLATFORMS': 'cpu',
+        'JAX_SKIP_CUDA_CONSTRAINTS_CHECK': '1',
+        'XLA_FLAGS': flags + '--xla_dump_emitter_re=ptx',  # From jax 0.11 on: also what ptxas reads.
+        'MOSAIC_GPU_DUMP_TO': str(dump),
+    }
+  flags = f'--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true '
+  flags += f'--xla_jf_dump_llo_pass_label_regex={DUMPED}'
+  return {
+      'JAX_PLATFORMS': 'cpu',
+      'TPU_SKIP_MDS_QUERY': '1',
+      'TPU_WORKER_HOSTNAMES': 'localhost',
+      'TPU_ACCELERATOR_TYPE': _checked(chip).accelerator,
+      'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',  # Two processes at a time.
+      'LIBTPU_INIT_ARGS': flags if dump else '',
+  }
+
+
+def make_mesh(chip: str) -> Mesh:
+  """A mesh of one device of a chip, in a process with its `environment`."""
+  if chip in GPUS:
+    topology = topologies.get_topology_desc(
+        platform='cuda', topology_name='', topology='1x1x1', target_config=GPUS[chip].config
+    )
+    return Mesh(np.array(topology.devices[:1]), ('device',))
+  spec = _checked(chip)
+  if os.environ.get('TPU_ACCELERATOR_TYPE') != spec.accelerator:
+    raise ValueError(f'compiling for {chip} needs a process with environment({chip!r}).')
+  topology = topologies.get_topology_desc(platform='tpu', topology_name=spec.topology)
+  return Mesh(np.array(topology.devices[:1]), ('device',))
+
+
+def lower_for(chip: str, f, *shapes: Any) -> jax.stages.Lowered:
+  """Lowers f for one device of a chip, in a process with its `environment`."""
+  mesh = make_mesh(chip)
+  place = NamedSharding(mesh, PartitionSpec())
+  put = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
+  with jax.set_mesh(mesh):
+    return jax.jit(f).lower(*jax.tree.map(put, shapes))
+
+
+def _checked(chip: str) -> Chip:
+  if chip not in CHIPS:
+    raise ValueError(f'{chip=} must be one of {(*CHIPS, *GPUS)}.')
+  if importlib.util.find_spec('libtpu') is None:
+    raise ValueError("libtpu is not installed: pip install 'dsa_jax[compile]'.")
+  return CHIPS[chip]

@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What `report` compiles for GPUs: our kernels at the dimensions of released models."""
+
+import pathlib
+
+import jax
+
+from dsa_jax import versions
+from dsa_jax.compile import ptxas
+from dsa_jax.compile.cases import (
+    DENSE_E,
+    Dims,
+    E,
+    J,
+    K,
+    Op,
+    T,
+    V,
+    attention_backward_shapes,
+    attention_shapes,
+    dense_constants,
+    float32,
+    kl_constants,
+    kl_index,
+    topk_shapes,
+)
+from dsa_jax.compile.chips import GPUS
+from dsa_jax.kernels.index_kl import gpu as kl, gpu_dense
+from dsa_jax.kernels.index_topk import gpu as select
+from dsa_jax.kernels.sparse_attention import gpu as attention
+
+CHIPS = tuple(GPUS)
+ATTENTION = dict(v_dim=V, sm_scale=0.1, blocks=attention.BlockSizes())
+KL = dict(sm_scale=0.1, blocks=kl.BlockSizes())
+DENSE_KL = dict(sm_scale=0.1, blocks=gpu_dense.BlockSizes())
+DECODED = 64  # Sequences, a query each.
+
+
+def decoding(shapes, *of_keys: int):
+  """The shapes for the last query of many sequences; `of_keys` says which are of keys."""
+
+  def each(dims):
+    sizes = [(x, x.shape[1] if i in of_keys else 1) for i, x in enumerate(shapes(dims))]
+    return [jax.ShapeDtypeStruct((DECODED, n, *x.shape[2:]), x.dtype) for x, n in sizes]
+
+  return each
+
+
+KERNELS = [
+    Op(
+        'index_topk',
+        lambda *x: select.forward(*x, topk=K, blocks=select.BlockSizes()),
+        topk_shapes,
+        lambda dims: 2 * dims.n_keys / 2 * dims.index_heads * J,
+        chips=CHIPS,
+    ),
+    Op(
+        'sparse_attention_forward',
+        lambda *x: attention.forward(*x, **ATTENTION),
+        attention_shapes,
+        lambda dims: 2 * K * dims.heads * (E + V),
+        chips=CHIPS,
+    ),
+    Op(
+        'sparse_attention_backward',
+        lambda *x: attention.backward(*x, **ATTENTION),
+        attention_backward_shapes,
+        lambda dims: 2 * K * dims.heads * (3 * E + 2 * V),
+        chips=CHIPS,
+    ),
+    Op(
+        'index_kl_selected_forward',
+        lambda constants, index: kl.forward(constants, *index, **KL),
+        lambda dims: (kl_constants(dims), kl_index(dims)),
+        lambda dims: 2 * K * (dims.heads * E + dims.index_heads * J),
+        chips=CHIPS,
+    ),
+    Op(
+        'index_kl_selected_backward',
+        lambda *x: kl.backward(*x, **KL),
+        lambda dims: (
+            kl_constants(dims),
+            (*kl_index(dims), *[float32(T)] * 2, float32(T, K)),
+            float32(T),
+        ),
+        lambda dims: 2 * K * 3 * dims.index_heads * J,
+        chips=CHIPS,
+    ),
+    Op(
+        'index_kl_dense_forward',
+        lambda constants, index: gpu_dense.forward((*constants, None), *index, **DENSE_KL),
+        lambda dims: (dense_constants(dims), kl_index(dims)),
+        lambda dims: 2 * dims.n_keys / 2 * (dims.heads * DENSE_E + dims.index_heads * J),
+        chips=CHIPS,
+    ),
+    Op(
+        'index_kl_dense_backward',
+        lambda constants, *x: gpu_dense.backward((*constants, None), *x, **DENSE_KL),
+        lambda dims: (
+            dense_constants(dims),
+            (*kl_index(dims), *[float32(T)] * 2),
+            float32(T),
+        ),
+        lambda dims: 2 * dims.n_keys / 2 * (dims.heads * DENSE_E + 3 * dims.index_heads * J),
+        chips=CHIPS,
+    ),
+]
+for op in KERNELS[:2]:  # Selection and attention.
+  KERNELS.append(op._replace(name=f'{op.name}_decode', shapes=decoding(op.shapes, 1)))
+OPS = {op.name: op for op in KERNELS}
+BASELINES = {}
+COMPILERS = versions.GPU_COMPILERS
+OURS = ('sparse_attention_', 'index_', 'add_rows')  # Other kernels are XLA's own.
+
+
+def vmem_of(chip: str) -> int:
+  """Returns 0: the plans of these kernels ask for no memory's size."""
+  del chip
+  return 0
+
+
+def expects(op: Op, dims: Dims):
+  """Returns None: `measure` is told nothing of the kernels that it reads."""
+  del op, dims
+
+
+def measure(op: Op, chip: str, dims: Dims, dump: pathlib.Path, compiled: jax.stages.Compiled) -> dict:
+  """Reads what the compiler left of an op in the folder of its dumps."""
+  del compiled
+  kernels = ptxas.read_kernels(dump, GPUS[chip].architecture, OURS)
+  if not kernels:
+    raise ValueError(f'{op.name}: the compiler wrote no kernel of ours.')
+  return {
+      'tensor_us': 1e6 * op.flops(dims) / GPUS[chip].flops,
+      'loop_spills': sum(kernel['loop_spills'] for kernel in kernels.values()),
+      'serialized': sum(kernel['serialized'] for kernel in kernels.values()),
+      'kernels': kernels,
+  }
+
+
+def print_table(rows: list[dict]):
+  """A line for each kernel."""
+  print('| chip | model | op | S | temporaries MiB | compiled s | tensor floor, us a query '
+        '| kernel | registers | loop spills | shared KiB | loop instructions | of them products '
+        '| serialized |')  # fmt: skip
+  print('| --- | --- | --- |' + ' ---: |' * 4 + ' --- |' + ' ---: |' * 6)
+  for row in rows:
+    start = [row['chip'], row['model'], row['op'], str(row['S'])]
+    if 'error' in row:
+      print('|', ' | '.join([*start, row['error']]), '|')
+      continue
+    start += [f'{row["temporaries_mib"]:.0f}', f'{row["seconds"]:.0f}', f'{row["tensor_us"]:.2f}']
+    for name, kernel in row['kernels'].items():
+      cells = [kernel['registers'], kernel['loop_spills'], f'{kernel["shared_bytes"] / 1024:.0f}']
+      cells += [kernel['loop_instructions'], kernel['loop_products'], kernel['serialized']]
+      print('|', ' | '.join(map(str, [*start, name, *cells])), '|')

@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Selected rows on a GPU: where a kernel finds them, and how their gradients are added."""
+
+import jax
+from jax.experimental import pallas as pl
+import jax.numpy as jnp
+
+from dsa_jax.kernels.gpu import triton
+from dsa_jax.kernels.gpu.triton import column_parts, gather, load_row, store_row
+
+SUMMED = 8  # Rows for one sum that are read at one time.
+
+
+def positions(indices: jax.Array, n_keys: int) -> jax.Array:
+  """Which of the indices are positions of keys."""
+  return (indices >= 0) & (indices < n_keys)
+
+
+def slots(
+    indices: jax.Array, filled: jax.Array, n_keys: int, tile: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Of each query: rows of the flat keys, 0 or -inf for each, and the end of the last used tile.
+
+  An empty slot reads a key that the query selected: no other is known to be finite.
+
+  Args:
+    indices: int32 [B, T, K].
+    filled: bool [B, T, K], which of them count; these are positions.
+    n_keys: Of a sequence.
+    tile: What the slots are padded to a multiple of.
+
+  Returns:
+    int32 [B * T, K], float32 [B * T, K] and int32 [B * T], with K padded.
+  """
+  widths = (0, 0), (0, 0), (0, -indices.shape[2] % tile)
+  indices, filled = jnp.pad(indices, widths), jnp.pad(filled, widths)
+  sequence = jnp.arange(indices.shape[0])[:, None, None]
+  some = jnp.max(jnp.where(filled, indices, 0), axis=2, keepdims=True)
+  rows = jnp.where(filled, indices, some) + n_keys * sequence
+  numbers = jnp.arange(1, indices.shape[2] + 1, dtype=jnp.int32)
+  ends = jnp.max(jnp.where(filled, numbers, 0), axis=2)
+  bias = jnp.where(filled, 0.0, -jnp.inf)
+  return tuple(flat(x) for x in (rows.astype(jnp.int32), bias, pl.cdiv(ends, tile) * tile))
+
+
+def flat(x: jax.Array) -> jax.Array:
+  """[B, T, ...] to [B * T, ...]."""
+  return x.reshape(-1, *x.shape[2:])
+
+
+def add_rows(sums: jax.Array, values: jax.Array, rows: jax.Array) -> jax.Array:
+  """Adds `values[i]`, [N, E], to `sums[rows[i]]`, float32 [R, E]; nowhere if negative.
+
+  What goes to one row is added in the order of i, whatever the machine does.
+  """
+  n_sums, width = sums.shape
+  rows = jnp.where(rows < 0, n_sums, rows).reshape(-1)
+  rows, order = jax.lax.sort((rows, jnp.arange(rows.size)), num_keys=1, is_stable=True)
+  starts = jnp.searchsorted(rows, jnp.arange(n_sums + 1)).astype(jnp.int32)
+  parts = column_parts(width)
+
+  def add(_, values, order, starts, sums):
+    row = pl.program_id(0)
+    first, end = starts[row], starts[row + 1]
+
+    def step(j, state):
+      at = first + j * SUMMED + jnp.arange(SUMMED)
+      found = triton.load(order.at[jnp.minimum(at, order.size - 1)])
+      new = [gather(values, found, *part, filled=at < end) for part in parts]
+      return [x + jnp.sum(y.astype(x.dtype), axis=0) for x, y in zip(state, new)]
+
+    @pl.when(end > first)
+    def _():
+      state = [load_row(sums, row, *part) for part in parts]
+      state = jax.lax.fori_loop(0, pl.cdiv(end - first, SUMMED), step, state)
+      for (start, _, stop), x in zip(parts, state):
+        store_row(sums, row, start, stop, x)
+
+  out = jax.ShapeDtypeStruct(sums.shape, sums.dtype)
+  args = sums, values, order, starts
+  (sums,) = triton.call(add, 'add_rows', n_sums, [out], args, warps=2, aliases={0: 0})
+  return sums

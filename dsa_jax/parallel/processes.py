@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One job of many processes: how they meet, who writes, and what each reads."""
+
+import glob
+import importlib.util
+import logging
+import os
+
+import jax
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding
+import numpy as np
+
+from dsa_jax.data.batch import Batch
+from dsa_jax.parallel.mesh import ALL_TOKENS
+
+# Where srun and mpirun say how many processes they started. (SLURM_NTASKS is there without srun, too.)
+LAUNCHERS = ('SLURM_STEP_NUM_TASKS', 'OMPI_COMM_WORLD_SIZE')
+TOGETHER = (
+    'one of %d processes: where one goes, all end, within two minutes. Started again, the job '
+    'resumes from the last checkpoint in its workdir.'
+)
+LOST = (
+    'another process of this job has gone. Start the job again as it was, or on other devices: it '
+    'resumes from the last checkpoint in its workdir.'
+)
+
+
+def join_job():
+  """Meets the other processes of the job, if the environment says that there are any.
+
+  Slurm, Open MPI and TPU pods are recognised by jax itself. Elsewhere, Kubernetes included, three
+  variables say it: JAX_COORDINATOR_ADDRESS (host:port of the first process), JAX_NUM_PROCESSES and
+  JAX_PROCESS_ID.
+
+  Where a process goes, the others end: with an error of the collective that waits for it or,
+  where that waits for ever, once jax has missed its heartbeats for 100 seconds and aborts.
+
+  Raises:
+    ValueError: One of the three variables is missing.
+  """
+  names = 'JAX_COORDINATOR_ADDRESS', 'JAX_NUM_PROCESSES', 'JAX_PROCESS_ID'
+  given = [os.environ.get(name) for name in names]
+  if all(given):
+    jax.distributed.initialize(given[0], int(given[1]), int(given[2]))
+  elif any(given):
+    missing = [name for name, value in zip(names, given) if not value]
+    raise ValueError(f'{missing} must be set, too: the three say which process this is.')
+  elif any(int(os.environ.get(name, 1)) > 1 for name in LAUNCHERS):
+    jax.distributed.initialize()
+  elif _has_tpu():
+    try:
+      jax.distributed.initialize()
+    except ValueError:  # jax knows nothing of a pod around it.
+      logging.info('this TPU is no part of a pod: one process.')
+  if jax.distributed.is_initialized():
+    logging.info(TOGETHER, jax.process_count())
+
+
+def _has_tpu() -> bool:
+  if os.environ.get('JAX_PLATFORMS', 'tpu') != 'tpu' or not importlib.util.find_spec('libtpu'):
+    return False
+  return bool(glob.glob('/dev/accel*') or glob.glob('/dev/vfio/[0-9]*'))
+
+
+def is_first() -> bool:
+  """Whether this process writes what is written once."""
+  return jax.process_index() == 0
+
+
+def wait_for_all(what: str):
+  if jax.process_count() > 1:
+    multihost_utils.sync_global_devices(what)
+
+
+def own_share(batch_size: int, mesh: Mesh | None) -> tuple[int, int]:
+  """Which sequences of a batch this process reads: share i of n equal ones."""
+  if mesh is None or jax.process_count() == 1:
+    return 0, 1
+  places = NamedSharding(mesh, ALL_TOKENS).addressable_devices_indices_map((batch_size, 1 << 20))
+  rows = [range(*index[0].indices(batch_size)) for index in places.values()]
+  first, last = min(r.start for r in rows), max(r.stop for r in rows)
+  if batch_size % (last - first) or first % (last - first):
+    return 0, 1  # No equal shares: it reads all.
+  return first // (last - first), batch_size // (last - first)
+
+
+def place_batch(batch: Batch, batch_size: int, mesh: Mesh | None) -> Batch:
+  """Puts the sequences that this process has read on its devices."""
+  if mesh is None:
+    return batch
+  share, _ = own_share(batch_size, mesh)
+  before = share * len(batch.tokens)
+
+  def put(x: np.ndarray) -> jax.Array:
+    def piece(index):
+      rows = range(*index[0].indices(batch_size))
+      return x[rows.start - before : rows.stop - before, index[1]]
+
+    shape = batch_size, x.shape[1]
+    return jax.make_array_from_callback(shape, NamedSharding(mesh, ALL_TOKENS), piece)
+
+  return jax.tree.map(put, batch)

@@ -1,0 +1,283 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The pictures of a report, and how models and selection rules look in them."""
+
+from collections.abc import Iterable, Mapping, Sequence
+import io
+import itertools
+import math
+import os
+import pathlib
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from dsa_jax.reporting import metrics
+
+
+class Look(NamedTuple):
+  """How one model, or one selection rule, is called and drawn."""
+
+  label: str
+  colour: str
+  marker: str
+
+
+MODELS = {
+    'dense_before': Look('dense', '#999999', 'd'),
+    'dense_baseline': Look('dense, fair baseline', '#404040', 's'),
+    'sparse': Look('sparse, indexer', '#0072B2', 'o'),
+    'oracle': Look('sparse, oracle', '#009E73', '^'),
+    'window_sinks': Look('sparse, window + sinks', '#E69F00', 'v'),
+    'random': Look('sparse, random', '#CC79A7', 'x'),
+}
+# The model in MODELS whose look a selection rule shares.
+RULES = {
+    'indexer': 'sparse', 'oracle': 'oracle', 'window_sinks': 'window_sinks', 'random': 'random'
+}
+STAGE_COLOURS = {
+    'dense': '#404040', 'baseline': '#E69F00', 'warmup': '#009E73', 'sparse': '#0072B2'
+}
+SELECTION_PANELS = {
+    'index_kl': 'Divergence of the indexer (KL, nats)',
+    'captured_mass': 'Share of the true attention captured',
+    'topk_recall': 'Recall of the true top-K',
+    'neighbour_overlap': 'Overlap with the previous query',
+    'layer_overlap': 'Overlap with the next layer',
+    'selected_distance': 'Mean distance (tokens)',
+}
+RC = {
+    'figure.constrained_layout.h_pad': 0.08, 'figure.constrained_layout.w_pad': 0.08,
+    'font.size': 10, 'axes.titlesize': 10.5, 'axes.titlelocation': 'left',
+    'axes.spines.top': False, 'axes.spines.right': False, 'axes.edgecolor': '#888888',
+    'axes.grid': True, 'axes.axisbelow': True, 'grid.color': '#e6e6e6', 'grid.linewidth': 0.7,
+    'lines.linewidth': 1.6, 'legend.frameon': False, 'xtick.color': '#444444',
+    'ytick.color': '#444444', 'xtick.labelcolor': '#222222', 'ytick.labelcolor': '#222222',
+}
+
+
+class Curves:
+  """The rows of metrics.csv, grouped for drawing."""
+
+  def __init__(self, rows: Sequence[metrics.Row]):
+    self.last_step: dict[str, int] = {}
+    self._by_name: dict[str, list[metrics.Row]] = {}
+    for row in rows:
+      self.last_step[row.stage] = max(row.step, self.last_step.get(row.stage, 1))
+      self._by_name.setdefault(row.name, []).append(row)
+
+  def of(self, stage: str, name: str) -> tuple[np.ndarray, np.ndarray]:
+    return metrics.series(self._by_name.get(name, []), stage, name)
+
+  @property
+  def n_layers(self) -> int:
+    layers = [int(n.rpartition('_')[2]) for n in self._by_name if '/layer_' in n]
+    return 1 + max(layers, default=0)
+
+  def layers(self, name: str) -> list[int]:
+    prefix = f'{name}/layer_'
+    return sorted(int(n.removeprefix(prefix)) for n in self._by_name if n.startswith(prefix))
+
+  def indexer_stages(self) -> dict[str, int]:
+    """The stages in which the indexer is trained, and the step at which each starts."""
+    stages = [s for s in ('warmup', 'sparse') if s in self.last_step]
+    ends = itertools.accumulate(self.last_step[stage] for stage in stages)
+    return dict(zip(stages, [0, *ends]))
+
+
+def _smooth(values: np.ndarray, windows: int = 20) -> np.ndarray:
+  window = np.ones(max(1, values.size // windows))
+  return np.convolve(values, window, 'same') / np.convolve(values * 0 + 1, window, 'same')
+
+
+def draw(workdir: pathlib.Path, results: Mapping[str, Any], curves: Curves) -> list[str]:
+  """Draws what there is data for and returns the names of these files."""
+  import matplotlib  # Here, because it is slow to import.
+  from matplotlib import figure as mpl_figure
+
+  drawn = []
+  figures = {'overview.png': _overview, 'training.png': _training, 'selection.png': _selection}
+  layer_colours = matplotlib.colormaps['viridis'](np.linspace(0, 0.88, curves.n_layers))
+  cycle = matplotlib.cycler(color=layer_colours)
+  with matplotlib.rc_context(RC | {'axes.prop_cycle': cycle}):
+    for name, draw in figures.items():
+      (workdir / name).unlink(missing_ok=True)
+      figure = mpl_figure.Figure(dpi=150, layout='constrained')
+      draw(figure, results, curves)
+      if figure.get_axes():
+        png = io.BytesIO()
+        figure.savefig(png, format='png')
+        replace_bytes(workdir / name, png.getvalue())
+        drawn.append(name)
+  return drawn
+
+
+def _overview(figure: Any, results: Mapping[str, Any], curves: Curves) -> None:
+  by_position, mass = results.get('bits_by_position') or {}, captured_mass(results)
+  n_left = bool(by_position) + bool(mass)
+  widths = [n_left] * bool(n_left) + [1] * bool(curves.layers('index_kl'))
+  if not widths:
+    return
+  figure.set_size_inches(4.5 * sum(widths), 4.8)
+  parts = figure.subfigures(1, len(widths), width_ratios=widths, wspace=0.04, squeeze=False)[0]
+  if n_left:
+    columns = iter(parts[0].add_gridspec(1, n_left, wspace=0.1))
+    if by_position:
+      _draw_positions(parts[0], next(columns), results, by_position)
+    if mass:
+      _draw_mass(parts[0].add_subplot(next(columns)), mass)
+    _legend_below(parts[0], 3)
+  if curves.layers('index_kl'):
+    axes = parts[-1].add_subplot()
+    _draw_layers(axes, curves, 'index_kl')
+    axes.set_xlabel('training step')
+    _legend_below(parts[-1], 3)
+
+
+def _draw_positions(part: Any, cell: Any, results: Mapping[str, Any], by_position: Any) -> None:
+  edges = np.maximum(np.array(results['position_edges'], float), 1)
+  centres = np.sqrt(edges[:-1] * edges[1:])
+  bits = {name: np.array(by_position[name], float) for name in ordered([by_position], MODELS)}
+  if 'dense_baseline' in bits:
+    bits.pop('dense_before', None)
+  panels = {f'Bits per {"answer" if results.get("accuracy") else "byte"}, by position': bits}
+  if 'dense_baseline' in bits and not results.get('accuracy'):
+    excess = {name: 100 * (values / bits['dense_baseline'] - 1) for name, values in bits.items()}
+    panels['Difference to the fair baseline (%)'] = excess
+  grid = cell.subgridspec(len(panels), 1)
+  for row, (title, lines) in enumerate(panels.items()):
+    axes = part.add_subplot(grid[row])
+    for name, values in lines.items():
+      label, colour, marker = look(name)
+      axes.plot(centres, values, color=colour, marker=marker, ms=4, label=label)
+    axes.axvline(results['index_topk'], color='#888888', lw=1, ls='--')
+    axes.set_xscale('log', base=2)
+    axes.xaxis.set_major_formatter('{x:.0f}' if row == len(panels) - 1 else '')
+    axes.set_title(title)
+  axes.set_xlabel(f'position in the context (dashed: budget of {results["index_topk"]} tokens)')
+  if len(panels) == 2:
+    others = np.concatenate([v for name, v in excess.items() if name != 'random'])
+    low, high = np.nanmin(others), np.nanmax(others)
+    if high > low:
+      axes.set_ylim(low - 0.15 * (high - low), high + 0.3 * (high - low))
+
+
+def _draw_mass(axes: Any, mass: Mapping[str, Sequence[float]]) -> None:
+  rules = ordered([mass], RULES)
+  width = 0.8 / len(rules)
+  for i, rule in enumerate(rules):
+    at = np.arange(len(mass[rule])) + (i - (len(rules) - 1) / 2) * width
+    label, colour, _ = look(RULES.get(rule, rule))
+    axes.bar(at, mass[rule], 0.9 * width, color=colour, label=label)
+  axes.set(ylim=(0, 1), xlabel='layer', title='Share of the true attention captured')
+  axes.grid(visible=False, axis='x')
+  axes.xaxis.get_major_locator().set_params(integer=True)
+
+
+def _draw_layers(axes: Any, curves: Curves, name: str) -> None:
+  """One line per layer, along warm-up and sparse training."""
+  stages = curves.indexer_stages()
+  for layer in curves.layers(name):
+    parts = [(start, *curves.of(s, f'{name}/layer_{layer}')) for s, start in stages.items()]
+    # A NaN between two stages breaks the line there.
+    steps = np.concatenate([part for start, x, _ in parts for part in (start + x, [np.nan])])
+    values = np.concatenate([part for *_, y in parts for part in (_smooth(y), [np.nan])])
+    axes.plot(steps, values, label=f'layer {layer}')
+  if stages.get('sparse'):
+    axes.axvline(stages['sparse'], color='#888888', lw=1, ls='--', label='sparse stage starts')
+  axes.set_title(SELECTION_PANELS[name])
+  if name == 'index_kl':
+    axes.set_yscale('log')
+    axes.yaxis.get_major_locator().set_params(subs=(1, 2, 5))
+    axes.yaxis.set_major_formatter('{x:g}')
+    axes.yaxis.set_minor_formatter('')
+
+
+def _legend_below(figure: Any, columns: int) -> None:
+  """One legend for all axes; of many layers, only some."""
+  found = {}
+  for axes in figure.axes:
+    for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+      found.setdefault(label, handle)
+  labels = list(found)
+  if len(labels) > 9:
+    labels = [labels[round(i)] for i in np.linspace(0, len(labels) - 1, 9)]
+  handles = [found[label] for label in labels]
+  figure.legend(handles, labels, loc='outside lower center', ncols=columns)
+
+
+def _training(figure: Any, results: Mapping[str, Any], curves: Curves) -> None:
+  stages = [stage for stage in curves.last_step if curves.of(stage, 'lm_loss')[0].size]
+  if not stages:
+    return
+  tokens = results.get('tokens_by_stage') or {}
+  known = all(stage in tokens for stage in stages)
+  length = {s: tokens[s] if known else curves.last_step[s] for s in stages}
+  trunk = [stage for stage in stages if stage != 'baseline']
+  starts = dict(zip(trunk, [0, *itertools.accumulate(length[stage] for stage in trunk)]))
+  starts.setdefault('baseline', starts.get('sparse', sum(length[stage] for stage in trunk)))
+  panels = {'Language-model loss (nats per token)': stages}
+  if len(stages) > 1:
+    panels['The same, after the first stage'] = stages[1:]
+  figure.set_size_inches(5.5 * len(panels), 4)
+  for title, shown in panels.items():
+    axes = figure.add_subplot(1, len(panels), len(figure.axes) + 1)
+    for stage in shown:
+      colour = STAGE_COLOURS.get(stage, '#56B4E9')
+      steps, loss = curves.of(stage, 'lm_loss')
+      at = starts[stage] + steps * (length[stage] / curves.last_step[stage])
+      axes.plot(at, loss, color=colour, alpha=0.2, lw=0.7)
+      axes.plot(at, _smooth(loss, 20 if shown is stages else 8), color=colour, label=stage)
+    axes.set(title=title, xlabel='tokens' if known else 'steps')
+    axes.xaxis.set_major_formatter(lambda x, _: si(x))
+  _legend_below(figure, 4)
+
+
+def _selection(figure: Any, results: Mapping[str, Any], curves: Curves) -> None:
+  del results
+  names = [name for name in SELECTION_PANELS if curves.layers(name)]
+  columns = min(3, len(names))
+  figure.set_size_inches(4 * max(columns, 1), 2.6 * -(-len(names) // 3) + 0.6)
+  for i, name in enumerate(names):
+    axes = figure.add_subplot(-(-len(names) // 3), columns, i + 1)
+    _draw_layers(axes, curves, name)
+    if i >= len(names) - columns:
+      axes.set_xlabel('training step')
+  if names:
+    _legend_below(figure, 9)
+
+
+def look(model: str) -> Look:
+  return MODELS.get(model, Look(model, '#56B4E9', '.'))
+
+
+def rule_label(rule: str) -> str:
+  return look(RULES.get(rule, rule)).label.removeprefix('sparse, ')
+
+
+def ordered(dicts: Iterable[Mapping[str, Any]], known: Iterable[str]) -> list[str]:
+  names = dict.fromkeys(itertools.chain.from_iterable(dicts))
+  first = [name for name in known if name in names]
+  return first + [name for name in names if name not in first]
+
+
+def captured_mass(results: Mapping[str, Any]) -> Mapping[str, Sequence[float]]:
+  if results.get('captured_mass_by_rule'):
+    return results['captured_mass_by_rule']
+  return {'indexer': results['captured_mass']} if results.get('captured_mass') else {}
+
+
+def is_number(value: Any) -> bool:
+  return value is not None and math.isfinite(value)
+
+
+def si(value: float | int | None) -> str:
+  if not is_number(value):
+    return 'n/a'
+  power = min(max(int(math.log10(max(value, 1)) // 3), 0), 4)
+  return f'{value / 1000**power:.3g} {["", "k", "M", "G", "T"][power]}'.strip()
+
+
+def replace_bytes(path: pathlib.Path, data: bytes) -> None:
+  temporary = path.with_name(f'.{path.name}.tmp')
+  temporary.write_bytes(data)
+  os.replace(temporary, path)

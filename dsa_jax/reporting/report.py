@@ -1,0 +1,279 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A finished run in words, tables and pictures: report.md, PNG plots and report.json."""
+
+from collections.abc import Mapping, Sequence
+import json
+import math
+import pathlib
+from typing import Any
+
+import numpy as np
+import rich.box
+import rich.console
+import rich.table
+
+from dsa_jax.reporting import metrics, plots
+
+TITLES = {
+    'overview.png': 'The result in one picture',
+    'training.png': 'Language-model loss while training',
+    'selection.png': 'What the indexer selects while training',
+}
+CAPTIONS = {
+    'overview.png': (
+        'Bits by position: right of the dashed line a token sees more than it may select, so look'
+        ' there at how close the indexer stays to dense attention and to the oracle (random'
+        ' selection may leave the frame of the difference). The bars are the share of the true'
+        ' attention that each rule captures: higher is better. The divergence says how far the'
+        ' indexer is from the true attention: lower is better (the sparse stage measures it over'
+        ' the selected tokens only, so it may jump there).'
+    ),
+    'training.png': 'Lower is better; faint lines are the raw values.',
+    'selection.png': (
+        'One line per layer. The divergence should fall; captured attention and recall should'
+        ' rise towards 1; an overlap of 1 means that both select the same tokens; the distance is'
+        ' how far back the selected tokens lie on average.'
+    ),
+}
+STAGES_CAPTION = (
+    ' The baseline is drawn where the sparse stage starts, because both continue the same dense'
+    ' model: compare these two. In warm-up only the indexer learns, so the loss stays flat.'
+)
+MASS_CAPTION = (
+    'The share of the true (dense) attention that falls on the selected tokens, from 0 to 1: at 1,'
+    ' leaving out the other tokens changes nothing. The oracle is the most that can be reached.'
+)
+FLOPS_CAPTION = (
+    'Floating-point operations that attention needs for one token, the indexer included, by the'
+    ' number of tokens in the context. The last column says how many times cheaper sparse is.'
+)
+COST_CAPTION = 'Seconds include compilation; the whole run includes evaluation, too.'
+Table = tuple[list[str], list[list[str]]]
+
+
+def write_report(
+    workdir: pathlib.Path,
+    results: Mapping[str, Any],
+    console: rich.console.Console | None = None,
+) -> None:
+  """Writes report.md, its plots and report.json, and prints the main table.
+
+  What the results do not have is left out of the report. report.json is removed first and written
+  last: where it exists, the report is whole.
+  """
+  _check_lengths(results)
+  (workdir / 'report.json').unlink(missing_ok=True)
+  csv = workdir / 'metrics.csv'
+  curves = plots.Curves(metrics.read_metrics(csv) if csv.exists() else [])
+  drawn = plots.draw(workdir, results, curves)
+  plots.replace_bytes(workdir / 'report.md', _markdown(results, drawn).encode())
+  text = json.dumps(_finite(results), indent=2, allow_nan=False) + '\n'
+  plots.replace_bytes(workdir / 'report.json', text.encode())
+  _print(results, workdir, console or rich.console.Console())
+
+
+# Tables
+
+
+def main_table(results: Mapping[str, Any]) -> Table:
+  """One row per model: its quality, and how it compares with the fair baseline."""
+  bits, beyond = (results.get(k, {}) for k in ('validation_bits_per_byte', 'bits_beyond_budget'))
+  accuracy = results.get('accuracy') or {}
+  unit = 'bits per answer' if accuracy else 'bits per byte'
+  columns = []
+  if accuracy:
+    columns += [('accuracy', accuracy, '{:.2%}'), ('of baseline', _share(accuracy), '{:.1%}')]
+  columns.append((unit, bits, '{:.4f}'))
+  if not accuracy:
+    columns.append(('vs baseline', _excess(bits), '{:+.2%}'))
+  columns.append(('beyond budget', beyond, '{:.4f}'))
+  if not accuracy:
+    columns.append(('vs baseline', _excess(beyond), '{:+.2%}'))
+  columns = [column for column in columns if column[1]]
+  rows = [
+      [plots.look(name).label, *(_number(values.get(name), form) for _, values, form in columns)]
+      for name in plots.ordered([bits, accuracy, beyond], plots.MODELS)
+  ]
+  return ['model', *(title for title, _, _ in columns)], rows
+
+
+def _share(values: Mapping[str, float]) -> dict[str, float]:
+  baseline = values.get('dense_baseline')
+  if not plots.is_number(baseline) or not baseline:
+    return {}
+  return {name: value / baseline for name, value in values.items() if plots.is_number(value)}
+
+
+def _excess(values: Mapping[str, float]) -> dict[str, float]:
+  return {name: share - 1 for name, share in _share(values).items()}
+
+
+def _mass_table(by_rule: Mapping[str, Sequence[float]]) -> Table:
+  rules = plots.ordered([by_rule], plots.RULES)
+  rows = [
+      [str(layer), *(_number(value, '{:.3f}') for value in values)]
+      for layer, values in enumerate(zip(*(by_rule[rule] for rule in rules), strict=True))
+  ]
+  means = [_number(float(np.mean(by_rule[rule])), '{:.3f}') for rule in rules]
+  return ['layer', *map(plots.rule_label, rules)], [*rows, ['mean', *means]]
+
+
+def _flops_table(flops: Mapping[str, Mapping[str, float]]) -> Table:
+  dense, sparse = flops.get('dense', {}), flops.get('sparse', {})
+  rows = []
+  for context in sorted({*dense, *sparse}, key=int):
+    d, s = dense.get(context), sparse.get(context)
+    ratio = d / s if plots.is_number(d) and plots.is_number(s) and s else None
+    rows.append([f'{int(context):,}', plots.si(d), plots.si(s), _number(ratio, '{:.1f} x')])
+  return ['context', 'dense', 'sparse', 'dense / sparse'], rows
+
+
+def _cost_table(results: Mapping[str, Any]) -> Table:
+  tokens, seconds = (results.get(k, {}) for k in ('tokens_by_stage', 'seconds_by_stage'))
+  rows = [
+      [stage, _number(tokens.get(stage), '{:,}'), _number(seconds.get(stage), '{:.1f}')]
+      for stage in plots.ordered([seconds, tokens], {})
+  ]
+  if 'seconds' in results:
+    total = sum(tokens.values()) if tokens else None
+    rows.append(['whole run', _number(total, '{:,}'), _number(results['seconds'], '{:.1f}')])
+  return ['stage', 'tokens', 'seconds'], rows
+
+
+def _number(value: float | int | None, form: str) -> str:
+  return form.format(value) if plots.is_number(value) else 'n/a'
+
+
+# Words
+
+
+def _markdown(results: Mapping[str, Any], drawn: Sequence[str]) -> str:
+  parts = [f'# {results["title"]}', *_what_was_run(results)]
+  parts += ['## Result', _markdown_table(main_table(results)), _how_to_read(results)]
+  parts += _picture('overview.png', drawn, CAPTIONS['overview.png'])
+  parts += _checks_section(results)
+  parts += _mass_section(results)
+  flops = results.get('attention_flops_per_token')
+  if flops:
+    parts += ['## Attention FLOPs per token', _markdown_table(_flops_table(flops))]
+    parts += [FLOPS_CAPTION]
+  parts += ['## Tokens and time', _markdown_table(_cost_table(results)), COST_CAPTION]
+  stages = STAGES_CAPTION if 'sparse' in results.get('tokens_by_stage', {}) else ''
+  later = _picture('training.png', drawn, CAPTIONS['training.png'] + stages)
+  later += _picture('selection.png', drawn, CAPTIONS['selection.png'])
+  parts += ['## While it trained', *later] if later else []
+  return '\n\n'.join(parts) + '\n'
+
+
+def _what_was_run(results: Mapping[str, Any]) -> list[str]:
+  sentence = f'Run on {results["machine"]}, {results["date"]}'
+  if 'seconds' in results:
+    sentence += f', in {results["seconds"]:.0f} seconds'
+  versions = ', '.join(f'{name} {v}' for name, v in results.get('versions', {}).items())
+  sentence += f' ({versions}).' if versions else '.'
+  return [sentence + ' The command:', f'```\n{results["command"]}\n```']
+
+
+def _how_to_read(results: Mapping[str, Any]) -> str:
+  names = results.get('validation_bits_per_byte', {})
+  sentences = ['Bits say how well the model predicts text it has not seen: lower is better.']
+  if results.get('accuracy'):
+    sentences = [
+        'Accuracy is the share of right answers, the main number here. Bits per answer say how'
+        ' sure the model is of the right one: lower is better.'
+    ]
+  if 'dense_baseline' in names:
+    sentences.append(
+        'Dense is the model after the dense stage. The fair baseline is that model, trained on'
+        ' for as many tokens as the sparse stage, and what every row is compared with.'
+    )
+  if 'sparse' in names:
+    sentences.append(
+        'The sparse rows are one trained model, in which a token attends to'
+        f' {results["index_topk"]} of at most {results["context"]} tokens; only the rule that'
+        ' selects them differs. The oracle selects by the true attention, which a real model cannot'
+        ' know in advance.'
+    )
+  if results.get('bits_beyond_budget'):
+    sentences.append(
+        f'Beyond budget means bits only at positions that see more than {results["index_topk"]}'
+        ' tokens: before them nothing has to be left out.'
+    )
+  return ' '.join(sentences)
+
+
+def _picture(name: str, drawn: Sequence[str], caption: str) -> list[str]:
+  return [f'![{TITLES[name]}]({name})', caption] if name in drawn else []
+
+
+def _checks_section(results: Mapping[str, Any]) -> list[str]:
+  checks = results.get('checks')
+  if not checks:
+    return []
+  rows = [[c['name'], 'pass' if c['passed'] else '**FAIL**', c['detail']] for c in checks]
+  table = _markdown_table((['check', 'result', 'detail'], rows), align='---')
+  return ['## Checks', 'What this run has to show, and whether it does.', table]
+
+
+def _mass_section(results: Mapping[str, Any]) -> list[str]:
+  everywhere, beyond = plots.captured_mass(results), results.get('captured_mass_beyond_budget')
+  if not everywhere:
+    return []
+  parts = ['## Attention captured by the selection', MASS_CAPTION]
+  parts += [_markdown_table(_mass_table(everywhere))]
+  if beyond:
+    parts += ['The same, only at positions beyond the budget, where it is harder:']
+    parts += [_markdown_table(_mass_table(beyond))]
+  return parts
+
+
+def _markdown_table(table: Table, align: str = '---:') -> str:
+  header, rows = table
+  ruler = ['---', *[align] * (len(header) - 1)]
+  escaped = ([cell.replace('|', '\\|') for cell in row] for row in (header, ruler, *rows))
+  return '\n'.join(f'| {" | ".join(row)} |' for row in escaped)
+
+
+def _print(
+    results: Mapping[str, Any], workdir: pathlib.Path, console: rich.console.Console
+) -> None:
+  header, rows = main_table(results)
+  table = rich.table.Table(
+      title=results['title'], title_justify='left', box=rich.box.SIMPLE_HEAD, pad_edge=False
+  )
+  for i, column in enumerate(header):
+    table.add_column(column, justify='right' if i else 'left', no_wrap=not i)
+  for row in rows:
+    table.add_row(*row)
+  console.print(table)
+  for check in results.get('checks') or []:
+    verdict = 'pass' if check['passed'] else 'FAIL'
+    console.print(f'{verdict}  {check["name"]}: {check["detail"]}', markup=False, highlight=False)
+  console.print(f'report: {workdir / "report.md"}', markup=False, highlight=False, soft_wrap=True)
+
+
+# Files
+
+
+def _check_lengths(results: Mapping[str, Any]) -> None:
+  n_buckets = len(results.get('position_edges') or ()) - 1
+  for name, values in (results.get('bits_by_position') or {}).items():
+    if len(values) != n_buckets:
+      raise ValueError(
+          f'bits_by_position[{name!r}] has {len(values)} values; position_edges make {n_buckets}'
+      )
+  for key in ('captured_mass_by_rule', 'captured_mass_beyond_budget'):
+    for rule, values in (results.get(key) or {}).items():
+      if len(values) != results['n_layers']:
+        raise ValueError(
+            f'{key}[{rule!r}] has {len(values)} values; n_layers is {results["n_layers"]}'
+        )
+
+
+def _finite(value: Any) -> Any:
+  """The same, with null for what JSON cannot say."""
+  if isinstance(value, Mapping):
+    return {key: _finite(item) for key, item in value.items()}
+  if isinstance(value, (list, tuple)):
+    return [_finite(item) for item in value]
+  return None if isinstance(value, float) and not math.isfinite(value) else value

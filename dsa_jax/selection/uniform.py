@@ -1,0 +1,34 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The floor for any rule: keys drawn without looking."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+
+from dsa_jax.kernels.select_topk import select_topk
+from dsa_jax.kernels.xla.rows import map_rows
+from dsa_jax.selection.candidates import Candidates
+
+
+def random(c: Candidates) -> Int[Array, 'B T K']:
+  """Selects visible keys uniformly, as `c.key` says."""
+  batch, n_rows = c.start.shape
+  positions = jnp.broadcast_to(jnp.arange(n_rows, dtype=jnp.int32), (batch, n_rows))
+  keys = jnp.arange(c.k.shape[1], dtype=jnp.uint32)
+  row = jnp.arange(batch, dtype=jnp.uint32)[:, None, None]
+  salt = jax.random.bits(c.key, dtype=jnp.uint32)
+
+  def select(rows):
+    positions, start, end = rows
+    seed = _mix(_mix(salt + row) + positions[..., None].astype(jnp.uint32))
+    lots = _mix(seed + keys) >> 8  # 24 bits are exact in float32.
+    return select_topk(lots.astype(jnp.float32), start, end, topk=c.topk)
+
+  return map_rows(select, (positions, c.start, c.end), block=64)
+
+
+def _mix(x):
+  """A hash of 32 bits: the finalizer of MurmurHash3."""
+  x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
+  x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
+  return x ^ (x >> 16)

@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Losses per token; who sums them decides what counts."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from dsa_jax.parallel import spmd
+from dsa_jax.parallel.mesh import ALL_TOKENS, LOGITS
+
+
+def next_token_loss(
+    logits: Float[Array, 'B T W'], targets: Int[Array, 'B T']
+) -> Float[Array, 'B T']:
+  """Returns the cross-entropy of every target, in nats, float32."""
+  return spmd.on_each_device(_next_token_loss, (LOGITS, ALL_TOKENS), ALL_TOKENS)(logits, targets)
+
+
+def _next_token_loss(logits, targets):
+  """From each device's share of the vocabulary."""
+  logits, n_words = logits.astype(jnp.float32), logits.shape[-1]
+  word = targets - spmd.index('tensor') * n_words
+  is_target = word[..., None] == jnp.arange(n_words)  # Gradients of a sum take no scatter.
+  own = spmd.total(jnp.sum(jnp.where(is_target, logits, 0), axis=-1), 'tensor')
+  top = spmd.largest(jax.lax.stop_gradient(logits.max(axis=-1)), 'tensor')
+  mass = spmd.total(jnp.sum(jnp.exp(logits - top[..., None]), axis=-1), 'tensor')
+  return top + jnp.log(mass) - own
+
+
+def shift_targets(
+    targets: Int[Array, 'B T'], weights: Float[Array, 'B T']
+) -> tuple[Int[Array, 'B T'], Float[Array, 'B T']]:
+  """Returns the targets one token further on, for the MTP layer.
+
+  They count where both the next token and the one after it do: within one document.
+  """
+  last = ((0, 0), (0, 1))
+  later = jnp.pad(weights, last)[:, 1:]
+  return jnp.pad(targets, last)[:, 1:], weights * later

@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One step for every stage: sums over micro-batches, one division, one update per part."""
+
+from collections.abc import Callable
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import optax
+
+from dsa_jax.data.batch import Batch
+from dsa_jax.nn.attention.mla import Mode
+from dsa_jax.nn.moe import balance
+from dsa_jax.nn.transformer import STACKS, Output
+from dsa_jax.parallel import spmd
+from dsa_jax.parallel.mesh import TOKENS
+from dsa_jax.training.losses import next_token_loss, shift_targets
+from dsa_jax.training.optim import OptimConfig, make_optimizer
+from dsa_jax.training.state import TrainState, join_parts, split_parts
+
+Rates = dict[str, jax.Array | float]  # The learning rate of each part that is trained.
+Metrics = dict[str, jax.Array]
+
+
+class Rows(NamedTuple):
+  """A batch with the targets of the MTP layer, in whatever order its tokens are."""
+
+  batch: Batch
+  mtp_targets: jax.Array
+  mtp_weights: jax.Array
+
+
+@functools.cache  # Stages that differ in their schedules only share one compiled program.
+def make_train_step(
+    graph: nnx.GraphDef,
+    trains: tuple[str, ...],
+    mode: Mode,
+    optim: OptimConfig,
+    *,
+    micro_batches: int = 1,
+) -> Callable[[TrainState, Batch, Rates], tuple[TrainState, Metrics]]:
+  """Returns the jitted step of a stage that trains the parts of the model that `trains` names.
+
+  The losses are means over the tokens of the whole batch that count, whatever the number of
+  micro-batches and the padding: `lm_loss` over the targets, the divergence of each layer over the
+  queries that see something, then summed over layers.
+  """
+
+  optimizer = make_optimizer(optim)
+
+  @functools.partial(jax.jit, donate_argnums=0)
+  def train_step(state: TrainState, batch: Batch, rates: Rates):
+    key, step_key = jax.random.split(jax.random.wrap_key_data(state.key))
+    parts, rest = split_parts(state.params, trains)
+    n_shares = spmd.mesh_size(*TOKENS)
+    zigzag = n_shares > 1
+    rows = Rows(batch, *shift_targets(batch.targets, batch.weights))
+    totals = _count(rows)
+    rows = jax.tree.map(lambda x: spmd.zigzag(x, n_shares), rows) if zigzag else rows
+
+    def loss(parts, rows_and_key):
+      rows, key = rows_and_key
+      batch, model = rows.batch, nnx.merge(graph, join_parts(parts, rest))
+      out = model(
+          batch.tokens, batch.start, batch.end, dataclasses.replace(mode, zigzag=zigzag),
+          next_tokens=batch.targets, key=key,
+      )
+      return _losses(out, rows, totals, optim, mode)
+
+    def accumulate(sums, rows_and_key):
+      (_, metrics), grads = jax.value_and_grad(loss, has_aux=True)(parts, rows_and_key)
+      own = spmd.at_rest(grads), metrics
+      return (own if sums is None else jax.tree.map(jnp.add, sums, own)), None
+
+    split = lambda x: spmd.micro_batches(x, micro_batches)
+    inputs = jax.tree.map(split, rows), jax.random.split(step_key, micro_batches)
+    if micro_batches == 1:
+      only = jax.tree.map(lambda x: x[0], inputs)
+      (_, metrics), grads = jax.value_and_grad(loss, has_aux=True)(parts, only)
+    else:
+      shapes = jax.eval_shape(accumulate, None, jax.tree.map(lambda x: x[0], inputs))[0]
+      zeros = spmd.at_rest(jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes))
+      (grads, metrics), _ = jax.lax.scan(accumulate, zeros, inputs)
+
+    opt_state = {}
+    for name in trains:
+      updates, opt_state[name] = optimizer.update(grads[name], state.opt_state[name], parts[name])
+      updates = optax.tree.scale(rates[name], updates)
+      parts[name] = optax.apply_updates(parts[name], updates)
+      metrics[f'grad_norm_{name}'] = optax.tree.norm(grads[name])
+      metrics[f'layer_grad_norm_{name}'] = _layer_grad_norm(grads[name])
+    params = join_parts(parts, rest)
+    if 'backbone' in trains:
+      params = _balance(graph, params, metrics['expert_load'], optim.bias_rate)
+    metrics = _summarize(metrics, micro_batches)
+    state = TrainState(state.step + 1, params, opt_state, jax.random.key_data(key))
+    return spmd.at_rest(state), metrics
+
+  return train_step
+
+
+def _count(rows: Rows) -> dict[str, jax.Array]:
+  """How many tokens of the whole batch count, by loss."""
+  count = lambda weights: jnp.maximum(jnp.sum(weights), 1)
+  return {
+      'lm': count(rows.batch.weights),
+      'mtp': count(rows.mtp_weights),
+      'kl': count(rows.batch.end > rows.batch.start),
+  }
+
+
+def _losses(out: Output, rows: Rows, totals, optim: OptimConfig, mode: Mode):
+  """The loss of all parts, and metrics that add up over micro-batches."""
+  batch = rows.batch
+  metrics = {'residual_rms': out.residual_rms}
+  metrics['lm_loss'] = (
+      jnp.sum(next_token_loss(out.logits, batch.targets) * batch.weights) / totals['lm']
+  )
+  loss = metrics['lm_loss']
+  if out.mtp_logits is not None:
+    nats = next_token_loss(out.mtp_logits, rows.mtp_targets)
+    mtp = jnp.sum(nats * rows.mtp_weights) / totals['mtp']
+    metrics['mtp_loss'] = mtp
+    loss += optim.mtp_weight * mtp
+  if mode.index_loss:
+    metrics['index_kl'] = jnp.sum(out.index_kl, axis=(1, 2)) / totals['kl']  # Of each layer.
+    loss += jnp.sum(metrics['index_kl'])
+  metrics['expert_load'] = {
+      stack: report.expert_load
+      for stack, report in out.layers.items()
+      if report.expert_load is not None
+  }
+  return loss, metrics
+
+
+def _balance(graph: nnx.GraphDef, params: nnx.State, load, rate: float) -> nnx.State:
+  """Moves every selection bias by the load its experts had in this step."""
+  model = nnx.merge(graph, params)
+  for stack, loads in load.items():
+    if stack == 'mtp':
+      bias, loads = model.mtp.block.ffn.bias, loads[0]
+    else:
+      bias = getattr(model, stack).ffn.bias
+    bias[...] = balance(bias[...], loads, rate)
+  return nnx.state(model)
+
+
+def _layer_grad_norm(grads: nnx.State) -> jax.Array:
+  """Norm of each layer's gradient, layers in order."""
+  square = lambda x: jnp.sum(jnp.square(x), axis=range(1, x.ndim))
+  stacks = [jax.tree.leaves(grads[stack]) for stack in STACKS if stack != 'mtp' and stack in grads]
+  return jnp.sqrt(jnp.concatenate([sum(map(square, leaves)) for leaves in stacks]))
+
+
+def _summarize(metrics: dict[str, Any], micro_batches: int) -> Metrics:
+  """Turns what was summed over micro-batches into what is logged."""
+  load = metrics.pop('expert_load')
+  metrics['residual_rms'] /= micro_batches
+  if load:
+    load = jnp.concatenate(list(load.values()))
+    metrics['expert_imbalance'] = load.max(axis=-1) / load.mean(axis=-1)  # 1 is balanced.
+  return metrics

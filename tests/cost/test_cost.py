@@ -1,0 +1,363 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Costs against arithmetic by hand, at DeepSeek-V3.2's sizes; and against the published curves."""
+
+import dataclasses
+import json
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from dsa_jax import cost
+from dsa_jax.config import ModelConfig
+from dsa_jax.cost import attention_flops, published, work
+
+ROOT = pathlib.Path(__file__).parents[2]
+EXPERIMENT = ROOT / 'experiments' / 'cost_claim'
+V32 = ModelConfig()
+ONE = dataclasses.replace(V32, n_layers=1, n_dense_layers=1)
+TINY = 'configs/deepseek_v32.py:tiny'
+CONTEXTS = 1, 1000, 2048, 2049, 7000, 32_768, 131_072
+
+# Context: dense MHA, indexer plus sparse absorbed, MFLOP per token and layer.
+TABLE = {4096: (168, 33.6 + 428), 32_768: (1342, 268 + 553), 131_072: (5369, 1074 + 566)}
+
+
+@pytest.mark.parametrize('context', TABLE)
+def test_matches_the_published_arithmetic(context):
+  for sparse, expected in zip((False, True), TABLE[context]):
+    per_layer = attention_flops(V32, context, sparse=sparse) / V32.n_layers / 1e6
+    assert per_layer == pytest.approx(expected, rel=2e-3)
+
+
+def test_counts_every_key_below_the_budget():
+  indexer = 2 * ONE.index_n_heads * ONE.index_head_dim
+  absorbed = 2 * ONE.n_heads * (2 * ONE.kv_lora_rank + ONE.qk_rope_head_dim)
+  visible = sum(range(1, 101)) / 100
+  assert attention_flops(ONE, 100, sparse=True) == pytest.approx((indexer + absorbed) * visible)
+
+
+def test_flops_per_pair():
+  assert work.index_flops(V32) == 16_384
+  assert work.mqa_flops(V32) == 278_528
+  assert work.mha_flops(V32) == 81_920
+
+
+def test_bytes_of_the_caches():
+  assert work.latent_bytes(V32, 'fp8') == 656
+  assert work.index_key_bytes(V32, 'fp8') == 132
+  assert cost.cache_bytes(V32, 'fp8') == 48_068
+  assert work.latent_bytes(V32, 'bf16') == 1152
+  assert work.index_key_bytes(V32, 'bf16') == 256
+
+
+def of(part: str, cfg: ModelConfig, *, context=131_072, form='mqa', **kwargs) -> work.Work:
+  return next(w for w in work.token_work(cfg, context, form=form, **kwargs) if w.part == part)
+
+
+def test_decode_at_128k_per_layer():
+  dense = of('attention', ONE, sparse=False)
+  assert dense.flops == pytest.approx(36.5e9, rel=2e-3)
+  assert dense.bytes == pytest.approx(86.0e6, rel=1e-3)
+  assert of('attention', ONE, sparse=False, cache='bf16').bytes == pytest.approx(151e6, rel=1e-3)
+  scores, attention = (of(p, ONE, sparse=True) for p in ('index scores', 'attention'))
+  assert (scores.flops, attention.flops) == pytest.approx((2.15e9, 0.57e9), rel=2e-3)
+  assert (scores.bytes, attention.bytes) == pytest.approx((17.3e6, 1.34e6), rel=3e-3)
+  assert scores.unit == 'fp8' and attention.unit == 'bf16'
+
+
+def test_two_readers_share_what_both_need_and_nothing_else():
+  for sparse, part, share in ((False, 'attention', 2), (True, 'index scores', 2),
+                              (True, 'attention', 1), (True, 'selection', 1)):  # fmt: skip
+    alone, together = (of(part, V32, sparse=sparse, readers=n).bytes for n in (1, 2))
+    assert alone == share * together
+
+
+def test_activated_parameters():
+  """37.48 billion, the indexers and the head among them, the embedding not."""
+  works = work.token_work(V32, 1, sparse=True, form='mqa')
+  flops = sum(w.flops for w in works if w.kind == 'weights')
+  assert flops / 2 == pytest.approx(37.48e9, rel=2e-4)
+  assert of('index projections', V32, sparse=True).flops / 2 / 61 == 13_959_424 - 2 * 128
+  assert of('head', V32, sparse=True).flops == 2 * 129_280 * 7168
+
+
+def test_a_prompt_token_needs_no_logits():
+  assert 'head' not in cost.token_parts(V32, 100, 'prefill', sparse=True)
+  assert 'head' in cost.token_parts(V32, 100, 'decode', sparse=True)
+
+
+def test_one_token_reads_its_experts_and_a_crowd_all_of_them():
+  size = 3 * 7168 * 2048
+  alone = of('routed experts', V32, sparse=False)
+  assert alone.bytes == pytest.approx(58 * 8 * size)
+  crowd = of('routed experts', V32, sparse=False, pass_tokens=1000)
+  assert crowd.bytes * 1000 == pytest.approx(58 * 256 * size)
+  spread = of('routed experts', V32, sparse=False, pass_tokens=1000, chips=32)
+  assert spread.bytes * 32 == pytest.approx(crowd.bytes)
+  assert alone.flops == crowd.flops == spread.flops == 2 * 58 * 8 * size
+  # Two chips of one token each wake 256 * (1 - (1 - 8 / 256)²) = 15.75 experts between them.
+  pair = of('routed experts', V32, sparse=False, chips=2)
+  assert pair.bytes == pytest.approx(58 * 15.75 * size / 2)
+
+
+def test_only_quantised_rows_are_dequantised():
+  assert of('attention', V32, sparse=True, cache='fp8').kind == 'gather'
+  assert of('attention', V32, sparse=True, cache='bf16').kind == 'context'
+  assert of('attention', V32, sparse=False, cache='fp8').kind == 'context'
+
+
+def test_shared_indexers_cost_nothing():
+  types = ['full' if max(i - 2, 0) % 4 == 0 else 'shared' for i in range(61)]
+  glm = dataclasses.replace(V32, indexer_types=types)
+  full = types.count('full')
+  for part in ('index scores', 'index projections', 'selection'):
+    many, few = of(part, V32, sparse=True), of(part, glm, sparse=True)
+    assert few.flops * 61 == many.flops * full
+    assert few.bytes * 61 == pytest.approx(many.bytes * full)
+  assert of('attention', glm, sparse=True) == of('attention', V32, sparse=True)
+  assert cost.cache_bytes(glm, 'fp8') == 61 * 656 + full * 132
+
+
+def test_seconds_are_the_longer_of_arithmetic_and_memory():
+  chip = cost.Chip(name='toy', bf16=2e12, fp8=4e12, bandwidth=1e9, memory=1e9)
+  shares = cost.Efficiency(weights=0.25, context=0.5, bandwidth=0.5, gather=0.1)
+  serving = cost.Serving(chip=chip, decode=shares, batch=1, queries=1)
+  dense = cost.token_parts(V32, 1000, 'decode', sparse=False, serving=serving)
+  assert dense['attention'].seconds == pytest.approx(61 * 1000 * 656 / 0.5e9)
+  assert dense['attention'].bound == 'memory'
+  serving = dataclasses.replace(serving, chip=dataclasses.replace(chip, bandwidth=1e18))
+  dense, sparse = (
+      cost.token_parts(V32, 1000, 'decode', sparse=kind, serving=serving) for kind in (False, True)
+  )
+  assert dense['attention'].seconds == pytest.approx(61 * 1000 * 278_528 / 1e12)
+  assert sparse['attention'].seconds == pytest.approx(61 * 1000 * 278_528 / 0.1e12)  # Gathers.
+  assert sparse['index scores'].seconds == pytest.approx(61 * 1000 * 16_384 / 2e12)
+  assert sparse['head'].seconds == pytest.approx(2 * 129_280 * 7168 / 0.5e12)
+  assert dense['attention'].bound == 'compute'
+
+
+def test_sparse_prefill_takes_the_faster_form():
+  """Masked MHA up to 2048 * 278528 / 81920 keys, gathered MQA beyond. Published kink: 6.6K."""
+  flops = [
+      cost.token_parts(V32, n, 'prefill', sparse=True)['attention'].flops for n in (6900, 7000)
+  ]
+  assert flops == [61 * 6900 * 81_920, 61 * 2048 * 278_528]
+
+
+@pytest.mark.parametrize('chip', cost.CHIPS)
+@pytest.mark.parametrize('sparse', [False, True])
+@pytest.mark.parametrize('phase', ['prefill', 'decode'])
+def test_more_context_costs_more_and_a_better_chip_less(phase, sparse, chip):
+  serving = cost.Serving(chip=cost.CHIPS[chip])
+  seconds = [cost.token_seconds(V32, n, phase, sparse=sparse, serving=serving) for n in CONTEXTS]
+  assert np.all(np.diff(seconds) > 0)
+  chip = serving.chip
+  better = dataclasses.replace(
+      chip, bf16=2 * chip.bf16, fp8=2 * chip.fp8, bandwidth=2 * chip.bandwidth
+  )
+  half = cost.token_seconds(
+      V32, 7000, phase, sparse=sparse, serving=dataclasses.replace(serving, chip=better)
+  )
+  assert half == pytest.approx(seconds[4] / 2)
+
+
+def test_a_larger_batch_is_never_dearer():
+  seconds = [
+      cost.token_seconds(V32, 4096, 'decode', sparse=True, serving=cost.Serving(batch=n))
+      for n in (1, 8, 64, 512)
+  ]
+  assert seconds == sorted(seconds, reverse=True) and seconds[0] > 3 * seconds[-1]
+
+
+def test_dollars():
+  assert cost.dollars_per_million(1.8e-3, 2.0) == pytest.approx(1.0)
+
+
+# Published curves
+
+
+def test_published_curves_are_the_published_table():
+  """The nine rows of the report's reading, in dollars per million tokens."""
+  rows = {
+      ('prefill', 'dense'): [0.053, 0.063, 0.072, 0.091, 0.130, 0.206, 0.359, 0.513, 0.666],
+      ('prefill', 'sparse'): [0.061, 0.073, 0.085, 0.101, 0.107, 0.118, 0.141, 0.164, 0.187],
+      ('decode', 'dense'): [0.070, 0.103, 0.136, 0.201, 0.331, 0.592, 1.112, 1.633, 2.154],
+      ('decode', 'sparse'): [0.095, 0.144, 0.147, 0.151, 0.157, 0.170, 0.197, 0.223, 0.249],
+  }
+  for key, expected in rows.items():
+    curve = published.CURVES[key]
+    dollars = cost.dollars_per_million(curve.at(published.POSITIONS), published.PRICE)
+    np.testing.assert_allclose(dollars, expected, atol=6e-4)
+  averages = [c.total(0, c.limit) / c.limit / 1800e-6 * 1e6 for c in published.CURVES.values()]
+  np.testing.assert_allclose(np.array(averages) / 1e6, [0.359, 0.140, 1.112, 0.196], atol=6e-4)
+
+
+@pytest.mark.parametrize(
+    'phase, bound, ratio, crossover', [('prefill', 0.082, 3.28, 8910), ('decode', 0.146, 8.37, 3630)]
+)
+def test_fits_the_published_curves(phase, bound, ratio, crossover):
+  """As found by experiments/cost_claim: within 15 % everywhere, with the crossovers too early."""
+  curves = {}
+  for kind in ('dense', 'sparse'):
+    curves[kind] = cost.model_curve(V32, phase, sparse=kind == 'sparse')
+    there = published.CURVES[phase, kind].at(published.POSITIONS)
+    errors = curves[kind].at(published.POSITIONS) / there - 1
+    assert np.abs(errors).max() < bound
+  end = published.POSITIONS[-1]
+  assert curves['dense'].at(end) / curves['sparse'].at(end) == pytest.approx(ratio, rel=0.01)
+  assert cost.crossover(*curves.values()) == pytest.approx(crossover, rel=0.01)
+
+
+def test_experiment_finds_the_shipped_shares(tmp_path):
+  """The whole command: it fits again, and its files say what the committed ones say."""
+  done = subprocess.run(
+      [sys.executable, EXPERIMENT / 'run.py', tmp_path], capture_output=True, text=True, check=True
+  )
+  found = json.loads((tmp_path / 'cost_claim.json').read_text())
+  for phase, shares in cost.FITTED.items():
+    fitted = found['phases'][phase]['model']
+    assert (fitted['weights'], fitted['context']) == (shares.weights, shares.context)
+  committed = json.loads((EXPERIMENT / 'cost_claim.json').read_text())
+  assert found['answer'] == committed['answer'] and found['verdict'] == committed['verdict']
+  assert (tmp_path / 'table.md').read_text() == (EXPERIMENT / 'table.md').read_text()
+  readme = ' '.join((EXPERIMENT / 'README.md').read_text().replace('> ', '').split())
+  assert found['answer'] in readme and found['verdict'] in readme
+  assert found['answer'] in done.stdout
+  assert {'curves.png', 'half_cost.png'} <= {p.name for p in tmp_path.iterdir()}
+
+
+def test_measured_table_is_of_the_measured_figures():
+  """And the readme has its growth from 4K to 64K, and the indexer's share of it."""
+  sys.path.insert(0, str(EXPERIMENT))
+  import measure
+
+  report = json.loads((EXPERIMENT / 'measured.json').read_text())
+  assert measure.table(report) == (EXPERIMENT / 'measured.md').read_text()
+  readme = ' '.join((EXPERIMENT / 'README.md').read_text().split())
+  for phase, kinds in report['measured'].items():
+    dense, sparse = (kinds[kind][-1] / kinds[kind][0] for kind in ('dense', 'sparse'))
+    assert f"| {phase}, dense / sparse | {dense:.1f} x / {sparse:.1f} x |" in readme
+  share = measure.residual(report['measured']['decode']).split()[-3]
+  assert f"{share.rstrip('%')} % of what a token's time grows by" in readme
+
+
+# Calls
+
+
+FLAT = {'prefill': cost.Curve([0, 100], [1, 1]), 'decode': cost.Curve([0, 100], [3, 3])}
+RISING = {p: cost.Curve([0, 100], [0, 2]) for p in FLAT}
+
+
+def test_curve_adds_up():
+  curve = cost.Curve([0, 10, 30], [0, 10, 10])
+  assert curve.at(5) == 5 and curve.total(0, 10) == 50 and curve.total(5, 20) == 37.5 + 100
+  assert curve.total(3, 7) + curve.total(7, 30) == pytest.approx(curve.total(3, 30))
+
+
+def test_a_call_by_hand():
+  assert cost.call_seconds(**FLAT, inputs=50, outputs=10) == 80
+  assert cost.call_seconds(**FLAT, inputs=50, outputs=10, hit_share=0.8) == 40
+  # Its last positions are the dear ones: a hit saves the cheap ones.
+  assert cost.call_seconds(**RISING, inputs=50, outputs=0, hit_share=0.5) == 18.75
+  assert cost.call_seconds(**RISING, inputs=50, outputs=50) == pytest.approx(100)
+
+
+def test_half_as_expensive_by_hand():
+  """Dense 2 p / 100 per token, sparse 0.5: a call of n costs n² / 100 and n / 2."""
+  sparse = {p: cost.Curve([0, 100], [0.5, 0.5]) for p in FLAT}
+  for output_share in (0.0, 0.3, 1.0):
+    assert cost.cheaper_from(RISING, sparse, output_share, 0.0) == pytest.approx(100, rel=0.01)
+    assert cost.cheaper_from(RISING, sparse, output_share, 0.0, 1.0) == pytest.approx(50, rel=0.01)
+  # With hits, only positions h n .. n count: their mean cost is (1 + h) n / 100.
+  assert cost.cheaper_from(RISING, sparse, 0.0, 0.6) == pytest.approx(100 / 1.6, rel=0.01)
+  assert np.isnan(cost.cheaper_from(RISING, sparse, 0.0, 0.0, 0.4))
+  assert cost.crossover(RISING['decode'], sparse['decode']) == pytest.approx(25, rel=0.01)
+
+
+def test_more_hits_halve_a_prompt_sooner():
+  dense, sparse = ({p: published.CURVES[p, kind] for p in FLAT} for kind in ('dense', 'sparse'))
+  lengths = [cost.cheaper_from(dense, sparse, 0.02, h) for h in (0.0, 0.3, 0.6, 0.9)]
+  assert lengths == sorted(lengths, reverse=True)
+
+
+def test_price_cuts():
+  prices = published.PRICES_BEFORE, published.PRICES_AFTER
+  ratios = [cost.price_ratio(*prices, o, h) for o, h in ((0.0, 0.0), (0.0, 1.0), (1.0, 0.0))]
+  assert ratios == pytest.approx([0.5, 0.4, 0.25])
+  assert cost.price_ratio(*prices, 0.5, 0.0) == pytest.approx((0.28 + 0.42) / (0.56 + 1.68))
+
+
+# Errors
+
+
+@pytest.mark.parametrize('context', [0, -1, 163_841])
+def test_refuses_a_context_the_model_does_not_have(context):
+  with pytest.raises(ValueError, match=f'context={context} .* max_seq_len=163840'):
+    cost.token_seconds(V32, context, 'decode', sparse=True)
+
+
+def test_refuses_nonsense():
+  with pytest.raises(ValueError, match="phase='train' must be 'prefill' or 'decode'"):
+    cost.token_seconds(V32, 1, 'train', sparse=True)
+  with pytest.raises(ValueError, match='batch=0 must be at least 1'):
+    cost.Serving(batch=0)
+  with pytest.raises(ValueError, match="self.cache='int8' must be 'fp8' or 'bf16'"):
+    cost.Serving(cache='int8')
+  with pytest.raises(ValueError, match=r'weights=1.2 must be in \(0, 1\]'):
+    cost.Efficiency(weights=1.2, context=0.5)
+  with pytest.raises(ValueError, match='hit_share=1.5 must be within 0 and 1'):
+    cost.call_seconds(**FLAT, inputs=1, outputs=1, hit_share=1.5)
+  with pytest.raises(ValueError, match='position=120 must be at most 100'):
+    cost.call_seconds(**FLAT, inputs=100, outputs=20)
+  with pytest.raises(ValueError, match='must start at 0 and increase'):
+    cost.Curve([0, 5, 5], [1, 1, 1])
+
+
+# The command
+
+
+def command(*flags: str) -> subprocess.CompletedProcess:
+  return subprocess.run(
+      [sys.executable, '-m', 'dsa_jax.cost', *flags], capture_output=True, text=True, cwd=ROOT
+  )
+
+
+def test_command_prints_tables_and_words():
+  done = command('--model=configs/deepseek_v32.py', '--chip=h200', '--context=131072', '--price=3')
+  assert done.returncode == 0, done.stderr
+  text = ' '.join(done.stdout.split())
+  for part in cost.token_parts(V32, 131_072, 'decode', sparse=True):
+    assert part in text
+  serving = cost.Serving(chip=cost.CHIPS['h200'])
+  for phase in ('prefill', 'decode'):
+    for sparse in (False, True):
+      seconds = cost.token_seconds(V32, 131_072, phase, sparse=sparse, serving=serving)
+      assert f'{1e6 * seconds:,.0f} µs' in text
+      assert f'${cost.dollars_per_million(seconds, 3.0):.3f}' in text
+  assert '48,068 bytes' in text
+
+
+def test_command_says_small_numbers():
+  done = command(f'--model={TINY}', '--chip=v6e', '--context=64', '--output_share=0.5')
+  assert done.returncode == 0, done.stderr
+  assert ' 0 µs' not in done.stdout and '$0.000' not in done.stdout and ' 0 GB' not in done.stdout
+  assert '50% of its tokens generated' in ' '.join(done.stdout.split())
+
+
+@pytest.mark.parametrize(
+    'flags, message',
+    [
+        (['--chip=a100'], 'should be one of <h800|h200|v5p|v6e|tpu7x>'),
+        (['--context=0'], 'context=0 must be within 1 and max_seq_len=163840'),
+        ([f'--model={TINY}', '--context=65'], 'context=65 must be within 1 and max_seq_len=64'),
+        (['--output_share=2'], 'output_share=2.0 must be within 0 and 1'),
+        (['--hit_share=2'], 'hit_share=2.0 must be within 0 and 1'),
+    ],
+)
+def test_command_says_what_is_wrong(flags, message):
+  done = command(*flags)
+  assert done.returncode and message in done.stdout + done.stderr
+  assert 'Traceback' not in done.stderr

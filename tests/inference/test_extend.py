@@ -1,0 +1,229 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reading with a cache gives the numbers of one whole pass, however the text is cut up."""
+
+import dataclasses
+import functools
+
+import cases
+import jax
+import jax.numpy as jnp
+import laws
+import numpy as np
+import pytest
+from test_golden import GLM
+
+
+from dsa_jax.config import ModelConfig
+from dsa_jax.inference import cache as caches
+from dsa_jax.inference.cache import bytes_per_token, init_cache
+from dsa_jax.inference.extend import extend
+from dsa_jax.nn.attention.mla import Mode
+
+CONFIGS = {
+    'deepseek': laws.CFG,
+    'glm': dataclasses.replace(GLM, n_mtp_layers=0),
+    'fp8': dataclasses.replace(laws.CFG, index_head_dim=16),
+    'fp8_all_selected': dataclasses.replace(laws.CFG, index_head_dim=16, index_topk=27),
+}
+LENGTHS = (27, 16, 5)  # Of three sequences, longer and shorter than the budget of five.
+WHOLE = (27, 27, 27)  # What the rest of a row is filled with must not matter.
+
+
+def tokens_of(cfg: ModelConfig) -> np.ndarray:
+  return np.random.default_rng(0).integers(cfg.vocab_size, size=(3, 27)).astype(np.int32)
+
+
+@functools.cache
+def whole_pass(name: str, attention: str):
+  """Logits and selections of a pass without a cache."""
+  cfg = CONFIGS[name]
+  tokens = jnp.asarray(tokens_of(cfg))
+  end = jnp.broadcast_to(jnp.arange(1, 28, dtype=jnp.int32), tokens.shape)
+  mode = Mode(attention=attention, backend='xla', measure=('indexer',))
+  forward = jax.jit(lambda params: laws.model_of(params, cfg)(tokens, jnp.zeros_like(tokens), end, mode))
+  out = forward(laws.weights(cfg))
+  return np.asarray(out.logits), laws.selected(out)
+
+
+@functools.partial(jax.jit, static_argnames=('cfg', 'attention', 'backend'), donate_argnums=1)
+def step(params, cache, tokens, n_new, cfg, attention, backend='xla'):
+  model = laws.model_of(params, cfg)
+  reading = extend(model, cache, tokens, n_new, attention=attention, backend=backend)
+  return model.logits(reading.hidden), reading.selected, reading.cache
+
+
+def read(name, attention, cuts, *, lengths=LENGTHS, capacity=27, rows=(0, 1, 2), **how):
+  """Reads the rows in pieces; returns logits and selections where a row has a token."""
+  cfg = CONFIGS[name]
+  tokens, lengths = tokens_of(cfg)[list(rows)], np.array(lengths)[list(rows)]
+  params, cache = laws.weights(cfg), init_cache(cfg, len(rows), capacity, **{'fmt': 'float32'} | how)
+  logits, selected = [], []
+  for first, last in zip((0, *cuts), (*cuts, 27)):
+    width = next(n for n in (1, 10, 27) if n >= last - first)  # Few programs; the rest is padding.
+    piece = np.full((len(rows), width), cfg.vocab_size - 1, np.int32)
+    n_new = np.clip(lengths - first, 0, last - first)
+    for row, n in enumerate(n_new):
+      piece[row, :n] = tokens[row, first : first + n]
+    found = step(params, cache, jnp.asarray(piece), jnp.asarray(n_new, jnp.int32), cfg, attention)
+    cache = found[2]
+    logits.append(found[0][:, : last - first])
+    selected.append(found[1][:, :, : last - first])
+  np.testing.assert_array_equal(cache.length, lengths)
+  return np.concatenate(logits, 1), np.concatenate(selected, 2)
+
+
+CUTS = {
+    'whole': (),
+    'token_by_token': tuple(range(1, 27)),
+    'chunks_then_tokens': (4, 5, 14, 17, 23, 24, 25, 26),
+}
+
+
+NIGHTLY = pytest.mark.nightly
+
+
+@pytest.mark.parametrize('cuts', CUTS)
+@pytest.mark.parametrize(
+    'name, attention',
+    [('deepseek', 'sparse'), ('deepseek', 'masked'), ('deepseek', 'dense'), ('glm', 'sparse')]
+    + [pytest.param('glm', attention, marks=NIGHTLY) for attention in ('masked', 'dense')],
+)
+def test_any_chunking(name, cuts, attention):
+  want, want_selected = whole_pass(name, attention)
+  logits, selected = read(name, attention, CUTS[cuts])
+  for row, n in enumerate(LENGTHS):
+    np.testing.assert_allclose(logits[row, :n], want[row, :n], atol=1e-4, rtol=0)
+    if attention != 'dense':
+      np.testing.assert_array_equal(selected[:, row, :n], want_selected[:, row, :n])
+
+
+@NIGHTLY
+@pytest.mark.parametrize('name', ['deepseek', 'glm'])
+def test_many_tokens_by_the_kernels_of_a_tpu(name):
+  """Layers that select for themselves do so in one op with attention; others share."""
+  cfg, length = CONFIGS[name], 8
+  tokens, cache = jnp.asarray(tokens_of(cfg)[:1, :length]), init_cache(cfg, 1, length, fmt='float32')
+  with cases.interpreted('tpu'):
+    found = step(laws.weights(cfg), cache, tokens, jnp.array([length]), cfg, 'sparse', backend='tpu')
+    logits, selected, _ = jax.block_until_ready(found)
+  want, want_selected = whole_pass(name, 'sparse')
+  np.testing.assert_allclose(logits[0], want[0, :length], atol=1e-4, rtol=0)
+  np.testing.assert_array_equal(selected[:, 0], want_selected[:, 0, :length])
+
+
+@pytest.mark.parametrize('rows', [(0,), pytest.param((2, 0), marks=NIGHTLY), (1, 1, 2, 0)])
+def test_any_batch(rows):
+  """A sequence does not feel its neighbours, nor how much room there is."""
+  want, want_selected = read('deepseek', 'sparse', (8, 9))
+  capacity = 64 if len(rows) == 1 else 31
+  logits, selected = read('deepseek', 'sparse', (8, 9), rows=rows, capacity=capacity)
+  for i, row in enumerate(rows):
+    n = LENGTHS[row]
+    np.testing.assert_allclose(logits[i, :n], want[row, :n], atol=1e-4, rtol=0)
+    np.testing.assert_array_equal(selected[:, i, :n], want_selected[:, row, :n])
+
+
+@pytest.mark.parametrize('attention', ['sparse', pytest.param('dense', marks=NIGHTLY)])
+def test_whole_lines_change_nothing(attention):
+  """As a TPU keeps a cache: rows end in zeros."""
+  want, want_selected = read('deepseek', attention, (8, 9))
+  logits, selected = read('deepseek', attention, (8, 9), whole_lines=True)
+  for row, n in enumerate(LENGTHS):
+    np.testing.assert_allclose(logits[row, :n], want[row, :n], atol=1e-4, rtol=0)
+    np.testing.assert_array_equal(selected[:, row, :n], want_selected[:, row, :n])
+  cache = jax.eval_shape(lambda: init_cache(ModelConfig(), 1, 8, whole_lines=True))
+  assert cache.kv.shape[2] == 640 and cache.index_key.shape[2] == 128
+
+
+@pytest.mark.parametrize('cuts', [(), tuple(range(1, 27))], ids=['layer_read', 'rows_gathered'])
+def test_quantised_cache(cuts):
+  """FP8: nine of ten selected tokens stay; where all are selected, logits move by 5 % of their spread."""
+  _, want_selected = whole_pass('fp8', 'sparse')
+  _, selected = read('fp8', 'sparse', cuts, lengths=WHOLE, fmt='fp8')
+  kept = np.mean([
+      len(np.intersect1d(a[a >= 0], b[b >= 0])) / (a >= 0).sum()
+      for a, b in zip(want_selected.reshape(-1, 5), selected.reshape(-1, 5))
+  ])  # fmt: skip
+  assert 0.9 < kept < 1, kept
+  want, _ = whole_pass('fp8_all_selected', 'sparse')
+  logits, _ = read('fp8_all_selected', 'sparse', cuts, lengths=WHOLE, fmt='fp8')
+  error = np.sqrt(np.mean((logits - want) ** 2)) / want.std()
+  assert 1e-3 < error < 0.05, error
+
+
+def test_quantised_kv_within_half_a_step():
+  rng = np.random.default_rng(0)
+  rows = jnp.asarray(rng.normal(size=(7, 300)) * 10.0 ** rng.integers(-3, 3, size=(7, 1)), jnp.float32)
+  quantised = caches.quantize_kv(rows, 260)
+  assert quantised.latent.shape == (7, 260) and quantised.scale.shape == (7, 3)
+  assert (np.frexp(quantised.scale)[0] == 0.5).all()  # Powers of two.
+  back = np.asarray(caches.decode(quantised, jnp.float32))
+  scale = np.repeat(quantised.scale, 128, axis=1)[:, :260]
+  limit = np.maximum(np.abs(rows[:, :260]) * 2**-4, scale * 2**-10)
+  assert (np.abs(back[:, :260] - rows[:, :260]) <= limit).all()
+  np.testing.assert_allclose(back[:, 260:], rows[:, 260:], rtol=2**-8)
+  key = caches.quantize_key(rows)
+  assert key.scale.shape == (7, 1)
+  largest = np.abs(rows).max(axis=1, keepdims=True)
+  assert ((largest <= 448 * key.scale) & (448 * key.scale < 2 * largest)).all()
+
+
+def test_rotation_keeps_products():
+  rng = np.random.default_rng(0)
+  q, k = (jnp.asarray(rng.normal(size=(50, 128)), jnp.float32) for _ in range(2))
+  products = lambda q, k: np.asarray(q, np.float64) @ np.asarray(k, np.float64).T
+  np.testing.assert_allclose(products(*map(caches.rotate, (q, k))), products(q, k), atol=1e-4)
+  one = caches.rotate(jnp.eye(128)[5])
+  np.testing.assert_allclose(np.abs(one), 128**-0.5, rtol=1e-6)
+  assert np.sign(one[:8]).tolist() == [1, -1, 1, -1, -1, 1, -1, 1]  # Minus where i & 5 has an odd count.
+
+
+def test_index_keys_are_rotated_before_fp8():
+  cfg = dataclasses.replace(laws.CFG, index_head_dim=128)
+  rows = jax.random.normal(jax.random.key(0), (1, 8, 128))
+  kept = caches.encode(init_cache(cfg, 1, 8, fmt='fp8').index_key, rows, 0)
+  found = caches.rotate(caches.decode(kept, jnp.float32))
+  assert 0 < np.abs(found - rows).max() < 0.2
+  with pytest.raises(ValueError, match='cfg.index_head_dim=96 must be a power of two'):
+    init_cache(dataclasses.replace(cfg, index_head_dim=96), 1, 8, fmt='fp8')
+
+
+def test_bytes_per_token():
+  """The arithmetic of what is served: 788 bytes per layer in FP8, 1152 + 256 in bfloat16."""
+  cfg = ModelConfig()
+  assert bytes_per_token(cfg, 'fp8') == 48_068 == 61 * (512 + 4 * 4 + 64 * 2 + 128 + 4)
+  assert bytes_per_token(cfg, 'bfloat16') == 61 * 2 * (576 + 128)
+  shared = dataclasses.replace(cfg, indexer_types=('full', *['shared'] * 60))
+  assert bytes_per_token(shared, 'fp8') == 61 * 656 + 132
+
+
+def test_cache_is_updated_in_place():
+  """One row of it is written, and no layer of it is copied: index keys are scored where they lie."""
+  cfg = dataclasses.replace(CONFIGS['deepseek'], index_head_dim=32, max_seq_len=20_000)
+  cache = init_cache(cfg, 1, 20_000, fmt='float32')
+  arguments = laws.weights(cfg), cache, jnp.zeros((1, 1), jnp.int32), jnp.ones(1, jnp.int32)
+  compiled = step.lower(*arguments, cfg, 'sparse').compile()
+  memory = compiled.memory_analysis()
+  size = sum(x.nbytes for x in jax.tree.leaves(cache))
+  assert memory.alias_size_in_bytes >= size
+  assert memory.temp_size_in_bytes < 20_000 * cfg.index_head_dim * 4
+
+
+def test_what_does_not_fit_is_lost_and_harms_nothing():
+  want, _ = whole_pass('deepseek', 'sparse')
+  cfg = CONFIGS['deepseek']
+  cache, tokens = init_cache(cfg, 3, 20, fmt='float32'), jnp.asarray(tokens_of(cfg))
+  n_new = jnp.full(3, 27, jnp.int32)
+  logits, _, cache = step(laws.weights(cfg), cache, tokens, n_new, cfg, 'sparse')
+  np.testing.assert_array_equal(cache.length, [20, 20, 20])
+  np.testing.assert_allclose(logits[:, :20], want[:, :20], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(
+    'batch, capacity, fmt, message',
+    [(0, 8, 'fp8', 'batch=0'), (1, 0, 'fp8', 'capacity=0'), (1, 8, 'int8', "fmt='int8'"),
+     (1, 10**6, 'fp8', 'cfg.max_seq_len')],
+)  # fmt: skip
+def test_bad_cache(batch, capacity, fmt, message):
+  with pytest.raises(ValueError, match=message):
+    init_cache(laws.CFG, batch, capacity, fmt=fmt)

@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A job of two processes: its numbers, a kill of one of them, and how one goes on alone."""
+
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from test_spmd import DEVICES
+
+from configs import quickstart
+from dsa_jax.data.pipeline import make_iterator
+from dsa_jax.parallel import processes as distributed
+from dsa_jax.reporting.metrics import read_metrics
+from dsa_jax.training.recipe import read_recipe
+
+HEARTBEATS = 'another task died'  # jax says so where a collective waits for ever, and aborts.
+ROOT = pathlib.Path(__file__).parents[2]
+COMMAND = [
+    sys.executable, '-m', 'dsa_jax.train', '--config=configs/quickstart.py:tiny',
+    "--config.recipe=('dense',)", '--config.stages.dense.steps=40', '--config.save_every=3',
+    '--config.measure_rows=2',
+]  # fmt: skip
+
+
+def start(workdir, *flags, **variables):
+  env = os.environ | {'JAX_PLATFORMS': 'cpu'} | variables
+  command = [*COMMAND, f'--config.workdir={workdir}', *flags]
+  return subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def start_two(workdir):
+  """Two processes of two devices each, which share sequences and tokens."""
+  with socket.socket() as s:
+    s.bind(('localhost', 0))
+    port = s.getsockname()[1]
+  job = {'JAX_COORDINATOR_ADDRESS': f'localhost:{port}', 'JAX_NUM_PROCESSES': '2'}
+  job['XLA_FLAGS'] = DEVICES['XLA_FLAGS'].replace('8', '2')
+  mesh = '--config.mesh.fsdp=2', '--config.mesh.context=2'
+  return [start(workdir, *mesh, **job, JAX_PROCESS_ID=str(i)) for i in range(2)]
+
+
+def numbers(workdir):
+  return {(row.stage, row.step, row.name): row.value for row in read_metrics(workdir / 'metrics.csv')}
+
+
+@pytest.mark.nightly
+def test_one_goes_on_where_a_killed_job_of_two_ended(tmp_path):
+  alone, together = tmp_path / 'alone', tmp_path / 'together'
+  processes = start_two(together)
+  while not (together / 'checkpoints' / 'dense' / '6').exists():
+    assert all(p.poll() is None for p in processes), processes[0].communicate()[0]
+    time.sleep(0.05)
+  processes[1].kill()
+  output, _ = processes[0].communicate()
+  processes[1].communicate()
+  assert processes[1].returncode == -signal.SIGKILL
+  endings = {1: distributed.LOST, -signal.SIGABRT: HEARTBEATS}
+  assert endings.get(processes[0].returncode, 'no such ending') in output, output
+  assert distributed.TOGETHER % 2 in output, output
+  for workdir in (alone, together):
+    output, _ = (process := start(workdir)).communicate()
+    assert process.returncode == 0, output
+  assert 'continues after step' in output
+  found, wanted = numbers(together), numbers(alone)
+  assert found.keys() == wanted.keys() and ('dense', 40, 'lm_loss') in found
+  for name in wanted:
+    np.testing.assert_allclose(found[name], wanted[name], rtol=1e-4, atol=1e-5, err_msg=str(name))
+
+
+def test_shares_make_up_the_batch(tmp_path):
+  config = quickstart.get_config('tiny')
+  config.workdir = str(tmp_path)
+  rows = read_recipe(config).data.rows(64, 'train')
+  whole = make_iterator(rows, 6, seed=3)
+  shares = [make_iterator(rows, 6, seed=3, share=(i, 3)) for i in range(3)]
+  for step in range(20):
+    found = [next(share).tokens for share in shares]
+    np.testing.assert_array_equal(np.concatenate(found), next(whole).tokens, err_msg=str(step))
+  state = shares[1].get_state()
+  want = next(shares[1]).tokens
+  again = make_iterator(rows, 6, seed=3, share=(1, 3))
+  again.set_state(state)
+  np.testing.assert_array_equal(next(again).tokens, want)
+  for share in ((0, 4), (3, 3)):
+    with pytest.raises(ValueError, match='n must divide batch_size=6'):
+      make_iterator(rows, 6, seed=3, share=share)
+
+
+def test_half_a_job_is_refused(monkeypatch):
+  monkeypatch.setenv('JAX_COORDINATOR_ADDRESS', 'localhost:1')
+  monkeypatch.delenv('JAX_PROCESS_ID', raising=False)
+  monkeypatch.setenv('JAX_NUM_PROCESSES', '2')
+  with pytest.raises(ValueError, match=r"\['JAX_PROCESS_ID'\] must be set, too"):
+    distributed.join_job()

@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Scores by position, and the verdicts of a report."""
+
+import dataclasses
+import math
+
+import laws
+import numpy as np
+import pytest
+
+from dsa_jax.nn.attention.mla import Mode
+from dsa_jax.reporting import evaluate
+from dsa_jax.reporting.evaluate import Scores
+from dsa_jax.reporting.results import checks
+from dsa_jax.selection import RULES
+
+SEVERAL = Mode(attention='sparse', backend='xla', rule=tuple(RULES))
+
+
+def test_bits_by_position():
+  scores = Scores(
+      nats=np.log(2) * np.array([1.0, 2.0, 3.0, 5.0]),
+      right=np.array([True, False, True, True]),
+      n_visible=np.array([1, 2, 3, 8]),
+  )
+  assert scores.bits() == 2.75
+  assert scores.bits(n_visible_above=2) == 4.0
+  by_position = scores.bits_by_position([1, 2, 4, 8, 9])
+  np.testing.assert_allclose(by_position[:2], [1.0, 2.5])
+  assert math.isnan(by_position[2]) and by_position[3] == 5.0
+
+
+def results(**changes):
+  found = {
+      'validation_bits_per_byte': {'dense_baseline': 2.0, 'sparse': 2.005},
+      'bits_beyond_budget': {
+          'oracle': 2.0, 'sparse': 2.01, 'window_sinks': 2.1, 'random': 3.0, 'dense_baseline': 2.0
+      },
+      'captured_mass': [0.91, 0.93],
+      'captured_mass_by_rule': {'indexer': [0.91, 0.93], 'window_sinks': [0.5, 0.9]},
+  }
+  return found | changes
+
+
+def passed(found):
+  return [check['passed'] for check in checks(found)]
+
+
+def test_good_results_pass_every_bar():
+  assert passed(results()) == [True] * 4
+
+
+def test_each_bar_can_fail():
+  beyond = results()['bits_beyond_budget']
+  mass = results()['captured_mass_by_rule']
+  worse = [
+      {'validation_bits_per_byte': {'dense_baseline': 2.0, 'sparse': 2.011}},
+      {'captured_mass': [0.85, 0.94]},
+      {'captured_mass_by_rule': mass | {'window_sinks': [0.92, 0.1]}},
+      {'bits_beyond_budget': beyond | {'oracle': 2.02}},
+  ]
+  for i, change in enumerate(worse):
+    assert passed(results(**change)) == [j != i for j in range(4)]
+
+
+def test_recall_is_judged_by_accuracy():
+  accuracy = {'dense_baseline': 1.0, 'sparse': 0.99, 'window_sinks': 0.1}
+  assert passed(results(accuracy=accuracy))[:2] == [True, True]
+  assert passed(results(accuracy=accuracy | {'sparse': 0.97}))[:2] == [False, True]
+  assert passed(results(accuracy=accuracy | {'window_sinks': 0.6}))[:2] == [True, False]
+
+
+CFG = dataclasses.replace(laws.CFG, n_layers=1, n_dense_layers=1)
+
+
+def score(rule: str | tuple[str, ...], choice: int | None = None) -> Scores:
+  mode = dataclasses.replace(SEVERAL, rule=rule)
+  batch = laws.make_batch(laws.LENGTHS)
+  return evaluate.evaluate(laws.graph_of(CFG), laws.weights(CFG), [batch], mode, choice)
+
+
+def test_one_program_scores_every_rule():
+  """That each selects what it selects alone is tested with the rules."""
+  before = evaluate.score_batch._cache_size()
+  nats = {score(tuple(RULES), i).nats.sum() for i in range(len(RULES))}
+  assert evaluate.score_batch._cache_size() == before + 1
+  assert len(nats) == len(RULES)
+
+
+def test_several_rules_are_not_measured_at_once():
+  with pytest.raises(ValueError, match='must be empty where rule='):
+    dataclasses.replace(SEVERAL, measure=('indexer',))
+  with pytest.raises(ValueError, match="'best' must be one of"):
+    dataclasses.replace(SEVERAL, rule=('indexer', 'best'))

@@ -1,0 +1,228 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The report holds the right numbers, leaves out what a run does not have, and ends whole."""
+
+import io
+import json
+import math
+import os
+
+import numpy as np
+import pytest
+import rich.console
+
+from dsa_jax.reporting import metrics, report
+
+PNG = b'\x89PNG'
+BITS = {
+    'dense_before': 2.1600,
+    'dense_baseline': 2.0000,
+    'oracle': 2.0020,
+    'sparse': 2.0060,
+    'window_sinks': 2.0500,
+    'random': 2.4000,
+}
+LAYERS = 4
+EDGES = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512]
+
+
+def bits_by_position():
+  visible = np.array(EDGES[:-1]) * 1.4
+  dense = 1.75 + 5.0 / visible**0.6
+  beyond = np.log2(np.maximum(visible / 64, 1)) / 3
+  excess = {name: bits / 2 - 1 for name, bits in BITS.items()}
+  return {name: list(dense * (1 + e * (0.1 + beyond))) for name, e in excess.items()}
+
+
+def full_results():
+  mass = {
+      'indexer': [0.92, 0.94, 0.955, 0.93],
+      'oracle': [0.965, 0.97, 0.98, 0.968],
+      'window_sinks': [0.61, 0.72, 0.80, 0.75],
+      'random': [0.22, 0.2, 0.25, 0.21],
+  }
+  bits = bits_by_position()
+  bits['random'][0] = math.nan
+  bits['sparse'][0] = None
+  return {
+      'title': 'Quickstart: dense, warm-up, sparse',
+      'command': 'python -m dsa_jax.train --config=configs/quickstart.py',
+      'machine': '2 x Intel Xeon, CPU',
+      'date': '2026-01-31',
+      'versions': {'jax': '0.10.2'},
+      'seconds': 331.4,
+      'seconds_by_stage': {'dense': 120.0, 'baseline': 60.0, 'warmup': 30.5, 'sparse': 80.0},
+      'tokens_by_stage': {
+          'dense': 1_638_400, 'baseline': 819_200, 'warmup': 409_600, 'sparse': 819_200
+      },
+      'context': 512,
+      'index_topk': 64,
+      'n_layers': LAYERS,
+      'validation_bits_per_byte': BITS,
+      'bits_beyond_budget': {name: 0.9 * bits for name, bits in BITS.items()},
+      'position_edges': EDGES,
+      'bits_by_position': bits,
+      'captured_mass': mass['indexer'],
+      'captured_mass_by_rule': mass,
+      'captured_mass_beyond_budget': {r: [v**1.5 for v in vs] for r, vs in mass.items()},
+      'attention_flops_per_token': {
+          'dense': {'512': 3.2e6, '131072': 8.1e8}, 'sparse': {'512': 1.6e6, '131072': 8.1e7}
+      },
+      'checks': [
+          {'name': 'loss', 'passed': True, 'detail': '+0.30 % <= 0.5 %'},
+          {'name': 'captured mass', 'passed': False, 'detail': '0.89 < 0.9 | layer 1'},
+      ],
+  }
+
+
+def dense_results():
+  return {
+      'title': 'Dense only',
+      'command': 'python -m dsa_jax.train --config=configs/dense.py',
+      'machine': '2 x Intel Xeon, CPU',
+      'date': '2026-01-31',
+      'versions': {},
+      'seconds': 12.0,
+      'seconds_by_stage': {'dense': 10.0},
+      'tokens_by_stage': {'dense': 1000},
+      'context': 512,
+      'index_topk': 64,
+      'n_layers': LAYERS,
+      'validation_bits_per_byte': {'dense_before': 2.5},
+      'checks': [],
+  }
+
+
+def write_metrics(workdir, stages, every=2):
+  """Writes curves of the shapes that training makes."""
+  rng = np.random.default_rng(0)
+  begin, depth = 0, np.arange(LAYERS)
+  with metrics.MetricsWriter(workdir) as writer:
+    for stage, n_steps in stages.items():
+      for step in range(every, n_steps + 1, every):
+        learnt = begin + step * (stage != 'warmup')
+        scalars = {'lm_loss': 1.25 + 4.2 * np.exp(-learnt / 25) + 12 / (learnt + 20)}
+        scalars['lm_loss'] += 0.05 * rng.normal()
+        if stage in ('warmup', 'sparse'):
+          trained = 1 - np.exp(-(step + 200 * (stage == 'sparse')) / (30 + 10 * depth))
+          wobble = 1 + 0.03 * rng.normal(size=(6, LAYERS))
+          jump = 0.6 if stage == 'sparse' else 1
+          scalars |= {
+              'index_kl': jump * (2.2 - 2.1 * trained + 0.05 * depth) * wobble[0],
+              'captured_mass': np.minimum(0.3 + (0.64 - 0.03 * depth) * trained * wobble[1], 1),
+              'topk_recall': 0.2 + (0.6 - 0.03 * depth) * trained * wobble[2],
+              'neighbour_overlap': (0.95 - 0.1 * trained - 0.02 * depth) * wobble[3],
+              'layer_overlap': (0.3 + 0.3 * trained[:-1]) * wobble[4, :-1],
+              'selected_distance': (220 - (100 + 15 * depth) * trained) * wobble[5],
+          }
+        writer.write(stage, step, scalars)
+      begin += n_steps * (stage == 'dense')
+
+
+@pytest.fixture(scope='module')
+def full(tmp_path_factory):
+  workdir = tmp_path_factory.mktemp('full')
+  write_metrics(workdir, {'dense': 400, 'baseline': 200, 'warmup': 150, 'sparse': 200})
+  out = io.StringIO()
+  report.write_report(workdir, full_results(), rich.console.Console(file=out, width=140))
+  return workdir, out.getvalue()
+
+
+def test_full_report_has_every_section_and_plot(full):
+  workdir, _ = full
+  text = (workdir / 'report.md').read_text()
+  for name in ('overview.png', 'training.png', 'selection.png'):
+    assert (workdir / name).read_bytes().startswith(PNG)
+    assert f']({name})' in text
+  for words in ('2 x Intel Xeon', 'jax 0.10.2', '2026-01-31', 'configs/quickstart.py', '## Checks'):
+    assert words in text
+  assert not [path for path in workdir.iterdir() if path.suffix == '.tmp']
+
+
+def test_tables_hold_the_right_numbers(full):
+  text = (full[0] / 'report.md').read_text()
+  rows = [[cell.strip() for cell in line.split('|')[1:-1]] for line in text.splitlines()]
+  assert ['sparse, indexer', '2.0060', '+0.30%', '1.8054', '+0.30%'] in rows
+  assert ['sparse, window + sinks', '2.0500', '+2.50%', '1.8450', '+2.50%'] in rows
+  assert ['dense', '2.1600', '+8.00%', '1.9440', '+8.00%'] in rows
+  assert ['dense, fair baseline', '2.0000', '+0.00%', '1.8000', '+0.00%'] in rows
+  assert ['0', '0.920', '0.965', '0.610', '0.220'] in rows
+  assert ['mean', '0.936', '0.971', '0.720', '0.220'] in rows
+  assert ['131,072', '810 M', '81 M', '10.0 x'] in rows
+  assert ['warmup', '409,600', '30.5'] in rows
+  assert ['whole run', '3,686,400', '331.4'] in rows
+  assert '| captured mass | **FAIL** | 0.89 < 0.9 \\| layer 1 |' in text
+
+
+def test_terminal_shows_the_main_table_and_the_checks(full):
+  _, shown = full
+  for words in ('sparse, indexer', '+0.30%', 'pass  loss', 'FAIL  captured mass'):
+    assert words in shown
+
+
+def test_json_is_valid_and_has_null_for_nan(full):
+  read = json.loads((full[0] / 'report.json').read_text(), parse_constant=pytest.fail)
+  assert read['bits_by_position']['random'][0] is None
+  assert read['bits_by_position']['sparse'][0] is None
+  assert read['validation_bits_per_byte'] == BITS
+  assert read['captured_mass'] == full_results()['captured_mass']
+
+
+def test_report_json_comes_last_and_an_old_one_goes_first(tmp_path, monkeypatch):
+  (tmp_path / 'report.json').write_text('old')
+  write_metrics(tmp_path, {'dense': 4})
+  replaced = []
+
+  def replace(source, target):
+    assert not (tmp_path / 'report.json').exists()
+    os.rename(source, target)
+    replaced.append(target.name)
+
+  monkeypatch.setattr(os, 'replace', replace)
+  report.write_report(tmp_path, dense_results(), rich.console.Console(file=io.StringIO()))
+  assert replaced == ['training.png', 'report.md', 'report.json']
+
+
+def test_dense_only_report_leaves_the_rest_out(tmp_path):
+  (tmp_path / 'selection.png').write_text('of an earlier run')
+  write_metrics(tmp_path, {'dense': 4})
+  out = io.StringIO()
+  report.write_report(tmp_path, dense_results(), rich.console.Console(file=out))
+  text = (tmp_path / 'report.md').read_text()
+  assert (tmp_path / 'training.png').exists()
+  assert not (tmp_path / 'overview.png').exists()
+  assert not (tmp_path / 'selection.png').exists()
+  for absent in ('sparse', 'baseline', 'captured', 'FLOPs', 'Checks', 'n/a', 'overview.png'):
+    assert absent not in text, absent
+  assert '| dense | 2.5000 |' in text
+
+
+def test_without_metrics_or_baseline(tmp_path):
+  results = full_results()
+  for key in ('validation_bits_per_byte', 'bits_beyond_budget', 'bits_by_position'):
+    results[key] = {n: v for n, v in results[key].items() if n != 'dense_baseline'}
+  report.write_report(tmp_path, results, rich.console.Console(file=io.StringIO()))
+  text = (tmp_path / 'report.md').read_text()
+  assert 'vs baseline' not in text
+  assert (tmp_path / 'overview.png').exists()
+  assert not (tmp_path / 'training.png').exists()
+
+
+def test_accuracy_is_the_main_number(tmp_path):
+  results = full_results()
+  results['accuracy'] = {'dense_baseline': 0.98, 'sparse': 0.9702, 'window_sinks': 0.049}
+  header, rows = report.main_table(results)
+  assert header[1:4] == ['accuracy', 'of baseline', 'bits per answer']
+  by_model = {row[0]: row[1:] for row in rows}
+  assert by_model['sparse, indexer'][:3] == ['97.02%', '99.0%', '2.0060']
+  assert by_model['sparse, random'][:2] == ['n/a', 'n/a']
+  report.write_report(tmp_path, results, rich.console.Console(file=io.StringIO()))
+  assert 'share of right answers' in (tmp_path / 'report.md').read_text()
+
+
+@pytest.mark.parametrize('key', ['bits_by_position', 'captured_mass_by_rule'])
+def test_refuses_lists_of_the_wrong_length_before_writing(tmp_path, key):
+  results = full_results()
+  results[key] = {'oracle': [0.5]}
+  with pytest.raises(ValueError, match=rf"{key}\['oracle'\] has 1 values"):
+    report.write_report(tmp_path, results)
+  assert not list(tmp_path.iterdir())
