@@ -17,7 +17,7 @@ def get_config() -> ConfigDict:
   c = ConfigDict()
   c.workdir = ''  # Checkpoints, metrics and the report; a run resumes from here.
   c.seed = 0  # Of the weights and of every rule that draws lots.
-  c.backend = ''  # Of the kernels: 'xla' or 'reference'; '': the platform's default.
+  c.backend = ''  # Of the kernels: 'reference', 'xla', 'tpu' or 'gpu'; '': the platform's default.
   c.selection = 'indexer'  # A key of dsa_jax.selection.RULES.
   # What the backward pass computes again, for less memory: 'none'; 'products' and 'selection' keep
   # the products with weights, or the selected indices; 'layer' keeps nothing but each layer's input.

@@ -6,6 +6,13 @@ import dataclasses
 import math
 
 
+class ConfigError(ValueError):
+  """An input that its user can mend; its message names the value and says what would be right.
+
+  The commands print it as one line. Every other error keeps its traceback.
+  """
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
   """A DeepSeek-V3.2 model; the defaults are the released 671B one.
@@ -68,36 +75,36 @@ class ModelConfig:
                  'qk_nope_head_dim', 'v_head_dim', 'index_n_heads', 'index_head_dim',
                  'index_topk', 'max_seq_len', 'original_seq_len'):
       if getattr(self, name) < 1:
-        raise ValueError(f'{name}={getattr(self, name)} must be at least 1.')
+        raise ConfigError(f'{name}={getattr(self, name)} must be at least 1.')
     if not 0 <= self.n_dense_layers <= self.n_layers:
-      raise ValueError(f'{self.n_dense_layers=} must be within 0 and {self.n_layers=}.')
+      raise ConfigError(f'{self.n_dense_layers=} must be within 0 and {self.n_layers=}.')
     if self.n_mtp_layers not in (0, 1):
-      raise ValueError(f'{self.n_mtp_layers=} must be 0 or 1.')
+      raise ConfigError(f'{self.n_mtp_layers=} must be 0 or 1.')
     if self.qk_rope_head_dim % 2 or self.qk_rope_head_dim < 2:
-      raise ValueError(f'{self.qk_rope_head_dim=} must be even and at least 2.')
+      raise ConfigError(f'{self.qk_rope_head_dim=} must be even and at least 2.')
     if self.index_head_dim < self.qk_rope_head_dim:
-      raise ValueError(f'{self.index_head_dim=} must hold {self.qk_rope_head_dim=} channels.')
+      raise ConfigError(f'{self.index_head_dim=} must hold {self.qk_rope_head_dim=} channels.')
     if self.score_func != 'sigmoid':
-      raise ValueError(f"{self.score_func=} must be 'sigmoid'.")
+      raise ConfigError(f"{self.score_func=} must be 'sigmoid'.")
     if self.dtype not in ('float32', 'bfloat16'):
-      raise ValueError(f"{self.dtype=} must be 'float32' or 'bfloat16'.")
+      raise ConfigError(f"{self.dtype=} must be 'float32' or 'bfloat16'.")
     if self.n_dense_layers < self.n_layers:
       self._check_experts()
     if types := self.indexer_types:
       if len(types) != self.n_layers or set(types) - {'full', 'shared'} or types[0] != 'full':
-        raise ValueError(
+        raise ConfigError(
             f"indexer_types={types} must be () or 'full' or 'shared' for each of the {self.n_layers} "
             "layers, the first of them 'full'."
         )
 
   def _check_experts(self):
     if self.n_routed_experts % self.n_expert_groups:
-      raise ValueError(f'{self.n_routed_experts=} must be a multiple of {self.n_expert_groups=}.')
+      raise ConfigError(f'{self.n_routed_experts=} must be a multiple of {self.n_expert_groups=}.')
     if not 1 <= self.n_limited_groups <= self.n_expert_groups:
-      raise ValueError(f'{self.n_limited_groups=} must be within 1 and {self.n_expert_groups=}.')
+      raise ConfigError(f'{self.n_limited_groups=} must be within 1 and {self.n_expert_groups=}.')
     reachable = self.n_routed_experts // self.n_expert_groups * self.n_limited_groups
     if not 1 <= self.n_activated_experts <= reachable:
-      raise ValueError(
+      raise ConfigError(
           f'{self.n_activated_experts=} must be within 1 and the {reachable} experts of '
           f'{self.n_limited_groups=} groups.'
       )

@@ -8,6 +8,7 @@ import time
 
 from absl import app, flags
 
+from dsa_jax.config import ConfigError
 from dsa_jax.inference.cache import FORMATS
 from dsa_jax.inference.sampler import Sampler
 from dsa_jax.training.compilation_cache import compilation_cache
@@ -25,7 +26,7 @@ def main(_):
       for text in sampler.stream(prompt, **drawing):
         print(text, end='', flush=True)
         n_chars += len(text)
-  except (ValueError, OSError) as error:
+  except (ConfigError, OSError) as error:
     sys.exit(f'error: {error}')
   seconds = time.monotonic() - began
   print(f'\n[{n_chars} characters in {seconds:.1f} s, {sampler.attention} attention]', file=sys.stderr)
@@ -39,7 +40,7 @@ def read_prompt(prompt: str) -> str:
   try:
     return path.read_text(encoding='utf-8')
   except UnicodeDecodeError as error:
-    raise ValueError(f'{path} is no UTF-8 text: {error}') from error
+    raise ConfigError(f'{path} is no UTF-8 text: {error}') from error
 
 
 if __name__ == '__main__':

@@ -7,17 +7,24 @@ import random
 import signal
 import subprocess
 import sys
+import tarfile
 import time
+from types import SimpleNamespace
 
 import jax
+from ml_collections import ConfigDict
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
 from configs import quickstart
 from dsa_jax import train
+from dsa_jax.config import ConfigError
+from dsa_jax.inference.load import load_model
 from dsa_jax.reporting.metrics import read_metrics
-from dsa_jax.training.recipe import claim_workdir, read_recipe
+from dsa_jax.training.recipe import read_recipe
+from dsa_jax.training.run import Run
+from dsa_jax.training.workdir import check_workdir, write_config
 
 ROOT = pathlib.Path(__file__).parents[1]
 COMMAND = [sys.executable, '-m', 'dsa_jax.train', '--config=configs/quickstart.py:tiny']
@@ -178,11 +185,25 @@ def test_misspelt_field_names_the_right_one(tmp_path):
         ({'recipe': ('dense', 'dence')}, r"names \['dence'\]"),
         ({'workdir': ''}, r'workdir must name a folder'),
         ({'model.index_tpk': 8}, r"did you mean 'index_topk'"),
+        ({'report.rules': ('nonsense',)}, r"report: rules=\('nonsense',\) names \['nonsense'\]; the rules are"),
+        ({'report.rules': ('random', 'random')}, r'name each of its rules once'),
+        ({'report.rules': ()}, r'at least one'),
+        ({'report.rules': ('random',)}, r"must hold recipe.selection='indexer'"),
+        ({'report.seq_len': 4096}, r'report.seq_len=4096 exceeds .*max_seq_len=256'),
+        ({'report.seq_len': 8}, r'report.seq_len=8 must exceed .*index_topk=8'),
+        ({'report.batches': 0}, r'report: batches=0 must be at least 1'),
+        ({'report.sparse': 'spars'}, r"report.sparse='spars' must be one of the stages"),
+        ({'report.dense_before': 'warmup'}, r"'warmup' is a warmup stage; it must be a dense one"),
+        ({'backend': 'cuda'}, r"backend='cuda' must be one of .*'reference', 'xla', 'tpu', 'gpu'"),
+        ({'backend': 'tpu'}, r"backend='tpu': its kernels run on a TPU, and jax finds a cpu here"),
+        ({'backend': 'gpu'}, r"backend='gpu': its kernels run on a Hopper GPU"),
+        ({'optim.b1': 1.0}, r'optim: b1=1.0 must be at least 0 and below 1'),
+        ({'stages.dense.backbone_lr': float('nan')}, r'backbone_lr must be above 0'),
     ],
 )
 def test_bad_configs_say_what_to_do_and_write_nothing(tmp_path, changes, message):
   workdir = tmp_path / 'new'
-  with pytest.raises(ValueError, match=message):
+  with pytest.raises(ConfigError, match=message):
     train.train(tiny(workdir, **changes))
   assert not workdir.exists()
 
@@ -226,10 +247,123 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
 
 def test_config_is_kept_whole(tmp_path):
   config = tiny(tmp_path)
-  claim_workdir(config, read_recipe(config).workdir)
-  claim_workdir(config, read_recipe(config).workdir)
+  for _ in range(2):
+    check_workdir(config, tmp_path)
+    write_config(config, tmp_path)
   assert json.loads((tmp_path / 'config.json').read_text())['model']['index_topk'] == 8
   assert [p.name for p in tmp_path.iterdir()] == ['config.json']
+
+
+@pytest.fixture
+def old_run(tmp_path):
+  """A run of this package as of November 2026, whose warm-up was stopped at step 2 of 4."""
+  with tarfile.open(pathlib.Path(__file__).with_name('run_of_2026_11.tar.xz')) as archive:
+    archive.extractall(tmp_path, filter='data')
+  return tmp_path
+
+
+def config_of(workdir):
+  """Returns the config that made the old run, with whatever fields there are today."""
+  kept = json.loads((workdir / 'config.json').read_text())
+  config = quickstart.get_config('tiny')
+  with config.unlocked():
+    for name, value in kept.items():
+      if isinstance(value, dict):
+        for inner, of_inner in value.items():
+          if isinstance(of_inner, dict):
+            config[name][inner].update(of_inner)
+          else:
+            config[name][inner] = of_inner
+      else:
+        config[name] = value
+  config.workdir = str(workdir)
+  return config
+
+
+def test_a_run_of_an_earlier_version_resumes_to_its_numbers(old_run):
+  """Its config.json lacks every field that was added since."""
+  csv = old_run / 'metrics.csv'
+  by_row = lambda: {row[:3]: row.value for row in read_metrics(csv)}
+  before = by_row()
+  assert ('warmup', 4, 'index_kl/layer_1') in before
+  lines = csv.read_text().splitlines(keepends=True)
+  csv.write_text(''.join(line for line in lines if not line.startswith(('warmup,3', 'warmup,4'))))
+  kept = json.loads((old_run / 'config.json').read_text())
+  for name in ('embed_init_std', 'indexer_types'):  # As if these were new.
+    del kept['model'][name]
+  kept['model'] |= {'embed_init_std': 1.0}
+  (old_run / 'config.json').write_text(json.dumps(kept))
+  train.train(config_of(old_run))
+  after = by_row()
+  assert before.keys() == after.keys()
+  for row, value in before.items():
+    np.testing.assert_allclose(after[row], value, rtol=1e-4, err_msg=str(row))
+
+
+def test_a_model_of_an_earlier_version_is_loaded(old_run):
+  model, recipe = load_model(old_run, 'dense')
+  assert model.cfg.dim == 16 and recipe.roles == {'dense_before': 'dense'}
+  assert np.isfinite(np.asarray(model.embed[...])).all()
+
+
+def test_another_report_is_no_other_run(undisturbed, tmp_path):
+  config = tiny(tmp_path)
+  write_config(config, tmp_path)
+  changes = {'report.batches': 1, 'log_every': 2, 'save_every': 1}
+  check_workdir(tiny(tmp_path, **changes), tmp_path)
+  with pytest.raises(ConfigError, match='optim.b1: 0.9 there, 0.8 here'):
+    check_workdir(tiny(tmp_path, **changes | {'optim.b1': 0.8}), tmp_path)
+
+
+@pytest.mark.parametrize('text, message', [('{', 'is no JSON'), ('[]', 'must hold a JSON object')])
+def test_a_broken_config_is_named(tmp_path, text, message):
+  (tmp_path / 'config.json').write_text(text)
+  with pytest.raises(ConfigError, match=message):
+    check_workdir(tiny(tmp_path), tmp_path)
+
+
+@pytest.mark.nightly
+def test_entries_have_any_names(tmp_path):
+  """They are trained, scored, drawn and reported under them; several may end a recipe."""
+  config = tiny(tmp_path, log_every=1)
+  names = {'dense': 'base-1', 'baseline': 'more.dense', 'warmup': 'random', 'sparse': 'sparse_k8'}
+  with config.unlocked():
+    stages = {names[name]: entry for name, entry in config.stages.items()}
+    for entry in stages.values():
+      entry.update(steps=2, init_from=names.get(entry.init_from, ''))
+    stages['sparse'] = stages['sparse_k8'].copy_and_resolve_references()
+    config.stages = ConfigDict()
+    for name, entry in stages.items():
+      config.stages[name.replace('.', '_')] = entry
+    config.recipe = ('base-1', 'more_dense', 'random', 'sparse', 'sparse_k8')
+  results = train.train(config)
+  roles = {'dense_before': 'base-1', 'dense_baseline': 'more_dense', 'sparse': 'sparse_k8'}
+  assert results['roles'] == roles
+  scored = results['validation_bits_per_byte']
+  assert {'dense_before', 'dense_baseline', 'sparse', 'sparse (entry)', 'oracle'} <= scored.keys()
+  assert scored['sparse (entry)'] == scored['sparse']  # The same stage, twice.
+  text = (tmp_path / 'report.md').read_text()
+  for words in ('dense (base-1)', 'sparse, indexer (sparse_k8)', '| random | 256 |', 'sparse_k8 starts'):
+    assert words in text, words
+  for name in ('overview.png', 'training.png', 'selection.png'):
+    assert (tmp_path / name).stat().st_size > 1000
+
+
+def test_a_programming_error_keeps_its_traceback(tmp_path, monkeypatch, capsys):
+  """Only what a user can mend is one line."""
+
+  def fail(config):
+    raise ValueError('operands could not be broadcast together')
+
+  monkeypatch.setattr(train, 'CONFIG', SimpleNamespace(value=tiny(tmp_path)), raising=False)
+  monkeypatch.setattr(train, 'join_job', lambda: None)
+  monkeypatch.setattr(train, 'train', fail)
+  with pytest.raises(ValueError, match='broadcast'):
+    train.main(None)
+  monkeypatch.setattr(train, 'train', lambda config: check_workdir(config, tmp_path))
+  (tmp_path / 'config.json').write_text('{')
+  with pytest.raises(SystemExit, match='^error: .*config.json is no JSON'):
+    train.main(None)
 
 
 @pytest.mark.parametrize('topk, want', [(8, 'sparse'), (32, 'masked')])
@@ -238,7 +372,8 @@ def test_auto_is_one_of_the_two_modes_and_says_which(tmp_path, caplog, topk, wan
   caplog.set_level('INFO')
   changes = {'model.index_topk': topk, 'stages.sparse.attention': 'auto'}
   recipe = read_recipe(tiny(tmp_path, **changes))
-  mode = train.stage_mode(recipe, recipe.stages['sparse'], 'xla')
+  mode_of = lambda recipe: Run(recipe, None, 'xla', None, None).mode('sparse')
+  mode = mode_of(recipe)
   assert f'stage sparse at 64 tokens: {want} attention' in caplog.text
   named = read_recipe(tiny(tmp_path, **changes | {'stages.sparse.attention': want}))
-  assert mode == train.stage_mode(named, named.stages['sparse'], 'xla')
+  assert mode == mode_of(named)

@@ -7,6 +7,8 @@ import pathlib
 import shutil
 from typing import Any, NamedTuple
 
+from dsa_jax.config import ConfigError
+
 KEPT_FILES = (  # Carried along, unread.
     'tokenizer.json',
     'tokenizer_config.json',
@@ -45,7 +47,7 @@ def building(target: pathlib.Path, *, needs: int) -> Iterator[pathlib.Path]:
     OSError: It could not be written, for want of space or of a right.
   """
   if target.exists():
-    raise ValueError(f'{target} exists; choose another target, or delete it.')
+    raise ConfigError(f'{target} exists; choose another target, or delete it.')
   partial = target.with_name(target.name + '.partial')
   done = False
   try:

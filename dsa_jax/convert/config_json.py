@@ -4,7 +4,7 @@
 import dataclasses
 from typing import Any
 
-from dsa_jax.config import ModelConfig
+from dsa_jax.config import ConfigError, ModelConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -82,7 +82,7 @@ def read_config(config: Any) -> tuple[str, ModelConfig]:
   """
   name = config.get('model_type') if isinstance(config, dict) else None
   if name not in FAMILIES:
-    raise ValueError(f'config.json: model_type={name!r} must be one of {tuple(FAMILIES)}.')
+    raise ConfigError(f'config.json: model_type={name!r} must be one of {tuple(FAMILIES)}.')
   family, problems = FAMILIES[name], list[str]()
   for key, value in FIXED.items():
     if config.get(key, value) != value:
@@ -96,7 +96,7 @@ def read_config(config: Any) -> tuple[str, ModelConfig]:
       sizes[field] = _number(key, config[key], float if field in _REALS else int, problems)
   rope = _read_rope(config, sizes, problems)
   if problems:
-    raise ValueError('config.json:\n  ' + '\n  '.join(problems))
+    raise ConfigError('config.json:\n  ' + '\n  '.join(problems))
   depth, stored = sizes['n_layers'], config.get('dtype', config.get('torch_dtype'))
   fields = {
       **sizes,
@@ -110,11 +110,11 @@ def read_config(config: Any) -> tuple[str, ModelConfig]:
       'dtype': 'float32' if stored == 'float32' else 'bfloat16',
   }
   if problems:
-    raise ValueError('config.json:\n  ' + '\n  '.join(problems))
+    raise ConfigError('config.json:\n  ' + '\n  '.join(problems))
   try:
     return name, ModelConfig(**fields)
   except (TypeError, ValueError) as error:
-    raise ValueError(f'config.json: {error}') from error
+    raise ConfigError(f'config.json: {error}') from error
 
 
 _REALS = ('norm_eps', 'route_scale')

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorstore as ts
 
-from dsa_jax.config import ModelConfig
+from dsa_jax.config import ConfigError, ModelConfig
 from dsa_jax.convert import fp8
 from dsa_jax.convert.building import KEPT_FILES, Summary, building
 from dsa_jax.convert.config_json import FAMILIES, write_config
@@ -76,10 +76,10 @@ def open_checkpoint(folder: pathlib.Path, family: str = '') -> Checkpoint:
   usual = 'glm_moe_dsa' if model.indexer_rope_interleave else 'deepseek_v32'
   family = family or origin.get('family', usual)
   if family not in FAMILIES:
-    raise ValueError(f'{family=} must be one of {tuple(FAMILIES)}.')
+    raise ConfigError(f'{family=} must be one of {tuple(FAMILIES)}.')
   traits = FAMILIES[family]
   if traits.has_indexer and traits.indexer_rope_interleave != model.indexer_rope_interleave:
-    raise ValueError(f'{family=} rotates index channels in another way: export as {usual!r}.')
+    raise ConfigError(f'{family=} rotates index channels in another way: export as {usual!r}.')
   step = latest_checkpoint(folder)
   flat = open_tree(step / 'state')
   stores = {path[1:]: store for path, store in flat.items() if path[0] == 'params'}
@@ -87,7 +87,7 @@ def open_checkpoint(folder: pathlib.Path, family: str = '') -> Checkpoint:
   arrays = arrays_of(model, family)
   wrong = [path for path, a in arrays.items() if path not in stores or stores[path].shape != a.shape]
   if wrong:
-    raise ValueError(f'{folder} lacks, or has in another shape: {[".".join(p) for p in wrong]}.')
+    raise ConfigError(f'{folder} lacks, or has in another shape: {[".".join(p) for p in wrong]}.')
   return Checkpoint(folder, family, model, origin, arrays, stores, scales)
 
 

@@ -10,6 +10,8 @@ import ml_dtypes
 import numpy as np
 import safetensors
 
+from dsa_jax.config import ConfigError
+
 INDEX = 'model.safetensors.index.json'
 SINGLE = 'model.safetensors'
 DTYPES = {
@@ -34,7 +36,7 @@ class Place(NamedTuple):
     dtype = DTYPES[self.dtype]
     flat = np.fromfile(self.path, dtype, self.nbytes // dtype.itemsize, offset=self.offset)
     if flat.nbytes != self.nbytes:
-      raise ValueError(f'{self.path.name} was cut short while it was read.')
+      raise ConfigError(f'{self.path.name} was cut short while it was read.')
     return flat.reshape(self.shape)
 
 

@@ -13,7 +13,7 @@ import jax
 import ml_dtypes
 import numpy as np
 
-from dsa_jax.config import ModelConfig
+from dsa_jax.config import ConfigError, ModelConfig
 from dsa_jax.convert import fp8
 from dsa_jax.convert.building import KEPT_FILES, Summary, building, nested
 from dsa_jax.convert.config_json import FAMILIES, read_config
@@ -64,12 +64,12 @@ def open_source(
   try:
     config = json.loads((folder / 'config.json').read_bytes())
   except (OSError, ValueError, RecursionError) as error:
-    raise ValueError(f'{folder} is no released checkpoint: config.json: {error}') from error
+    raise ConfigError(f'{folder} is no released checkpoint: config.json: {error}') from error
   family, model = read_config(config)
   if not FAMILIES[family].has_indexer:
     model = dataclasses.replace(model, **(indexer or {}))
   elif indexer:
-    raise ValueError(f'{family} checkpoints have indexers: {indexer} cannot be chosen.')
+    raise ConfigError(f'{family} checkpoints have indexers: {indexer} cannot be chosen.')
   places, problems = open_folder(folder)
   extra_layer = [name for name in places if name.startswith(f'model.layers.{model.n_layers}.')]
   if not mtp or not extra_layer:  # The `transformers` package saves no MTP layer.
@@ -80,7 +80,7 @@ def open_source(
   if not problems:  # Else a missing file would be told once for each of its tensors.
     problems = _check_tensors(arrays, copies, places)
   if problems:
-    raise ValueError(f'{folder} cannot be converted:\n  ' + '\n  '.join(problems))
+    raise ConfigError(f'{folder} cannot be converted:\n  ' + '\n  '.join(problems))
   return Source(folder, family, config, model, arrays, places, copies)
 
 

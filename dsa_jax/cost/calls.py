@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from dsa_jax.config import ModelConfig
+from dsa_jax.config import ConfigError, ModelConfig
 from dsa_jax.cost.serving import Numbers, Serving, token_seconds
 
 
@@ -15,7 +15,7 @@ class Curve:
   def __init__(self, positions: Numbers, costs: Numbers):
     self.positions, self.costs = np.asarray(positions, float), np.asarray(costs, float)
     if self.positions[0] or np.any(np.diff(self.positions) <= 0):
-      raise ValueError(f'positions={list(positions)} must start at 0 and increase.')
+      raise ConfigError(f'positions={list(positions)} must start at 0 and increase.')
     steps = np.diff(self.positions) * (self.costs[1:] + self.costs[:-1]) / 2
     self._totals = np.concatenate([[0.0], np.cumsum(steps)])
 
@@ -33,7 +33,7 @@ class Curve:
   def _until(self, position: Numbers) -> Numbers:
     position = np.asarray(position, float)
     if np.any(position > self.limit):
-      raise ValueError(f'position={np.max(position):g} must be at most {self.limit:g}.')
+      raise ConfigError(f'position={np.max(position):g} must be at most {self.limit:g}.')
     i = np.searchsorted(self.positions, position, side='right') - 1
     rest = position - self.positions[i]
     return self._totals[i] + rest * (self.costs[i] + self.at(position)) / 2
@@ -69,7 +69,7 @@ def call_seconds(
     hit_share: Share of the prompt that is cached: its first tokens, which then cost nothing.
   """
   if np.any(np.less(hit_share, 0) | np.greater(hit_share, 1)):
-    raise ValueError(f'{hit_share=} must be within 0 and 1.')
+    raise ConfigError(f'{hit_share=} must be within 0 and 1.')
   inputs = np.asarray(inputs, float)
   return prefill.total(hit_share * inputs, inputs) + decode.total(inputs, inputs + outputs)
 
@@ -86,7 +86,7 @@ def cheaper_from(
   The context is the whole call, prompt and answer; NaN if there is none up to the curves' limit.
   """
   if not 0 <= output_share <= 1:
-    raise ValueError(f'{output_share=} must be within 0 and 1.')
+    raise ConfigError(f'{output_share=} must be within 0 and 1.')
   contexts = np.geomspace(1, dense['prefill'].limit, 1024)
   outputs = output_share * contexts
   costs = [

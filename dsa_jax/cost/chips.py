@@ -3,6 +3,8 @@
 
 import dataclasses
 
+from dsa_jax.config import ConfigError
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Chip:
@@ -39,7 +41,7 @@ class Efficiency:
   def __post_init__(self):
     for field in dataclasses.fields(self):
       if not 0 < getattr(self, field.name) <= 1:
-        raise ValueError(f'{field.name}={getattr(self, field.name)} must be in (0, 1].')
+        raise ConfigError(f'{field.name}={getattr(self, field.name)} must be in (0, 1].')
 
 
 # `weights` and `context` by experiments/cost_claim, to the published curves of an H800; other chips

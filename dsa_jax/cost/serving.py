@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from dsa_jax.config import ModelConfig
+from dsa_jax.config import ConfigError, ModelConfig
 from dsa_jax.cost.chips import CHIPS, FITTED, Chip, Efficiency
 from dsa_jax.cost.work import Work, token_work
 
@@ -35,9 +35,9 @@ class Serving:
   def __post_init__(self):
     for name in ('batch', 'queries', 'chunk', 'expert_chips'):
       if getattr(self, name) < 1:
-        raise ValueError(f'{name}={getattr(self, name)} must be at least 1.')
+        raise ConfigError(f'{name}={getattr(self, name)} must be at least 1.')
     if self.cache not in ('fp8', 'bf16'):
-      raise ValueError(f"{self.cache=} must be 'fp8' or 'bf16'.")
+      raise ConfigError(f"{self.cache=} must be 'fp8' or 'bf16'.")
 
 
 class Part(NamedTuple):
@@ -69,7 +69,7 @@ def token_parts(
     ValueError: The phase is unknown, or the model has no such context.
   """
   if not 1 <= context <= cfg.max_seq_len:
-    raise ValueError(f'{context=} must be within 1 and max_seq_len={cfg.max_seq_len} of the model.')
+    raise ConfigError(f'{context=} must be within 1 and max_seq_len={cfg.max_seq_len} of the model.')
   shared = dict(sparse=sparse, cache=serving.cache, chips=serving.expert_chips)
   if phase == 'prefill':
     shared |= dict(readers=serving.chunk, pass_tokens=serving.chunk, logits=False, scores='weights')
@@ -78,7 +78,7 @@ def token_parts(
     shared |= dict(readers=serving.queries, pass_tokens=serving.batch * serving.queries)
     forms, efficiency = ('mqa',), serving.decode
   else:
-    raise ValueError(f"{phase=} must be 'prefill' or 'decode'.")
+    raise ConfigError(f"{phase=} must be 'prefill' or 'decode'.")
   found = []
   for form in forms:
     works = token_work(cfg, context, form=form, **shared)

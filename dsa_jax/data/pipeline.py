@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import grain
 import numpy as np
 
+from dsa_jax.config import ConfigError
 from dsa_jax.data.batch import Batch
 
 
@@ -33,7 +34,7 @@ def make_iterator(
   _check(source, batch_size, seed)
   i, n = share
   if batch_size % n or not 0 <= i < n:
-    raise ValueError(f'{share=} must be (i, n) with i below n, and n must divide {batch_size=}.')
+    raise ConfigError(f'{share=} must be (i, n) with i below n, and n must divide {batch_size=}.')
   # Without drop_remainder, grain's length of this endless dataset overflows at batch_size 1.
   rows = _shuffled(source, seed).repeat()
   batches = rows.batch(batch_size // n, drop_remainder=True, batch_fn=_stack)[i::n]
@@ -48,9 +49,9 @@ def first_batches(
   """Returns `n_batches` fixed batches of rows drawn without repetition, for validation."""
   _check(source, batch_size, seed)
   if n_batches < 1:
-    raise ValueError(f'{n_batches=} must be at least 1')
+    raise ConfigError(f'{n_batches=} must be at least 1')
   if n_batches * batch_size > len(source):
-    raise ValueError(
+    raise ConfigError(
         f'{n_batches=} of {batch_size=} need {n_batches * batch_size} different rows, but the'
         f' source has {len(source)}'
     )
@@ -60,11 +61,11 @@ def first_batches(
 
 def _check(source: grain.sources.RandomAccessDataSource, batch_size: int, seed: int) -> None:
   if batch_size < 1:
-    raise ValueError(f'{batch_size=} must be at least 1')
+    raise ConfigError(f'{batch_size=} must be at least 1')
   if batch_size > len(source):
-    raise ValueError(f'{batch_size=} must not exceed the {len(source)} rows of the source')
+    raise ConfigError(f'{batch_size=} must not exceed the {len(source)} rows of the source')
   if seed < 0:
-    raise ValueError(f'{seed=} must not be negative')
+    raise ConfigError(f'{seed=} must not be negative')
 
 
 def _shuffled(source: grain.sources.RandomAccessDataSource, seed: int) -> grain.MapDataset:

@@ -5,6 +5,7 @@ import dataclasses
 
 import numpy as np
 
+from dsa_jax.config import ConfigError
 from dsa_jax.data.batch import Batch
 
 N_NOISE = 16
@@ -41,16 +42,16 @@ class Recall:
   def __post_init__(self):
     for name in ('n_keys', 'n_values', 'n_pairs', 'n_queries', 'n_rows'):
       if getattr(self, name) < 1:
-        raise ValueError(f'{name}={getattr(self, name)} must be at least 1')
+        raise ConfigError(f'{name}={getattr(self, name)} must be at least 1')
     if self.seed < 0:
-      raise ValueError(f'{self.seed=} must not be negative')
+      raise ConfigError(f'{self.seed=} must not be negative')
     if self.n_pairs > self.n_keys:
-      raise ValueError(
+      raise ConfigError(
           f'{self.n_pairs=} must not exceed {self.n_keys=}: the keys of a row are distinct'
       )
     needed = self.n_pairs + self.n_queries
     if needed > self.seq_len:
-      raise ValueError(
+      raise ConfigError(
           f'{self.n_pairs=} and {self.n_queries=} take {needed} tokens, which must not'
           f' exceed {self.seq_len=}'
       )

@@ -3,6 +3,7 @@
 
 import dataclasses
 
+from dsa_jax.config import ConfigError
 from dsa_jax.data.recall import Recall
 from dsa_jax.data.text import VOCAB_SIZE, PackedText, find_files, split_files
 
@@ -27,7 +28,7 @@ class DataConfig:
 
   def __post_init__(self):
     if self.source not in ('text', 'recall'):
-      raise ValueError(f"data.source={self.source!r} must be 'text' or 'recall'.")
+      raise ConfigError(f"data.source={self.source!r} must be 'text' or 'recall'.")
 
   @property
   def vocab_size(self) -> int:

@@ -10,6 +10,7 @@ import sysconfig
 
 import numpy as np
 
+from dsa_jax.config import ConfigError
 from dsa_jax.data.batch import Batch
 
 BOS = 256
@@ -44,7 +45,7 @@ def find_files(pattern: str | None) -> list[pathlib.Path]:
   paths = {pathlib.Path(os.path.abspath(name)) for name in names}
   files = [path for path in paths if path.is_file() and path.stat().st_size]
   if not files:
-    raise ValueError(f'{pattern=} matches no file that holds anything; {wanted}')
+    raise ConfigError(f'{pattern=} matches no file that holds anything; {wanted}')
   return sorted(files, key=pathlib.Path.as_posix)
 
 
@@ -73,10 +74,10 @@ def split_files(
     ValueError: the share is not between 0 and 1, or there are fewer than two files.
   """
   if not 0 < validation_share < 1:
-    raise ValueError(f'{validation_share=} must lie between 0 and 1, both excluded')
+    raise ConfigError(f'{validation_share=} must lie between 0 and 1, both excluded')
   files = list(dict.fromkeys(files))
   if len(files) < 2:
-    raise ValueError(f'a split by file needs at least 2 different files, got {len(files)}')
+    raise ConfigError(f'a split by file needs at least 2 different files, got {len(files)}')
   ranks = {file: _unit_hash('/'.join(file.parts[-2:]), seed) for file in files}
   n_validation = sum(rank < validation_share for rank in ranks.values())
   n_validation = min(max(n_validation, 1), len(files) - 1)
@@ -105,11 +106,11 @@ class PackedText:
       seed: of the order in which the documents are laid; rows are shuffled elsewhere.
     """
     if seq_len < 2:
-      raise ValueError(f'{seq_len=} must be at least 2: one token and its target')
+      raise ConfigError(f'{seq_len=} must be at least 2: one token and its target')
     if not documents:
-      raise ValueError('no documents to pack: give at least one')
+      raise ConfigError('no documents to pack: give at least one')
     if seed < 0:
-      raise ValueError(f'{seed=} must not be negative')
+      raise ConfigError(f'{seed=} must not be negative')
     self.seq_len = seq_len
     n_tokens = sum(len(document) + 1 for document in documents)
     self._n_rows = -(-n_tokens // seq_len)

@@ -7,6 +7,7 @@ import pathlib
 
 import tokenizers
 
+from dsa_jax.config import ConfigError
 from dsa_jax.data.text import BOS
 
 
@@ -34,7 +35,7 @@ class Pretrained:
     try:
       self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # The library raises no narrower one.
-      raise ValueError(f'{path} is no tokenizer: {error}') from error
+      raise ConfigError(f'{path} is no tokenizer: {error}') from error
     self.stop = stop
 
   def encode(self, text: str) -> list[int]:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 import numpy as np
 
-from dsa_jax.config import ModelConfig
+from dsa_jax.config import ConfigError, ModelConfig
 from dsa_jax.kernels.xla.rows import gather_rows
 
 TILE = 128  # Latent channels that share a scale.
@@ -64,11 +64,11 @@ def init_cache(
     The FP8 layout of FlashMLA's and DeepGEMM's READMEs, less their interleaving in memory.
   """
   if fmt not in FORMATS:
-    raise ValueError(f'{fmt=} must be one of {FORMATS}.')
+    raise ConfigError(f'{fmt=} must be one of {FORMATS}.')
   if batch < 1 or not 1 <= capacity <= cfg.max_seq_len:
-    raise ValueError(f'{batch=} must be at least 1 and {capacity=} within 1 and {cfg.max_seq_len=}.')
+    raise ConfigError(f'{batch=} must be at least 1 and {capacity=} within 1 and {cfg.max_seq_len=}.')
   if fmt == 'fp8' and cfg.index_head_dim & (cfg.index_head_dim - 1):
-    raise ValueError(f'{fmt=} rotates index keys: {cfg.index_head_dim=} must be a power of two.')
+    raise ConfigError(f'{fmt=} rotates index keys: {cfg.index_head_dim=} must be a power of two.')
   rows = lambda layers, width: jnp.zeros((batch, layers * capacity, width), fmt)
   n_full, width = len(cfg.full_layers), cfg.kv_lora_rank + cfg.qk_rope_head_dim
   width += -width % LINE if whole_lines else 0

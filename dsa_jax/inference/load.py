@@ -9,7 +9,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from dsa_jax.config import ModelConfig
+from dsa_jax.config import ConfigError, ModelConfig
 from dsa_jax.nn.transformer import Transformer
 from dsa_jax.training.checkpoint import restore_params
 from dsa_jax.training.recipe import Recipe, read_recipe
@@ -41,10 +41,10 @@ def read_record(folder: pathlib.Path) -> dict[str, Any]:
     if path.exists():
       break
   else:
-    raise ValueError(f'{folder} is neither a converted checkpoint nor RUN/checkpoints/ENTRY.')
+    raise ConfigError(f'{folder} is neither a converted checkpoint nor RUN/checkpoints/ENTRY.')
   if (folder / 'checkpoints').is_dir():
     entries = ', '.join(sorted(p.name for p in (folder / 'checkpoints').iterdir()))
-    raise ValueError(f'{folder} is a run: choose {folder}/checkpoints/ENTRY, ENTRY one of {entries}.')
+    raise ConfigError(f'{folder} is a run: choose {folder}/checkpoints/ENTRY, ENTRY one of {entries}.')
   return json.loads(path.read_text())
 
 
@@ -67,9 +67,9 @@ def load_model(workdir: str | pathlib.Path, entry: str) -> tuple[Transformer, Re
   """
   path = pathlib.Path(workdir).expanduser() / 'config.json'
   if not path.exists():
-    raise ValueError(f'{workdir} is not the workdir of a run: it has no config.json.')
+    raise ConfigError(f'{workdir} is not the workdir of a run: it has no config.json.')
   config = json.loads(path.read_text()) | {'workdir': str(workdir)}
   recipe = read_recipe(ConfigDict(config))
   if entry not in recipe.stages:
-    raise ValueError(f'{entry=} must be one of the recipe, {tuple(recipe.stages)}.')
+    raise ConfigError(f'{entry=} must be one of the recipe, {tuple(recipe.stages)}.')
   return load_checkpoint(recipe.checkpoint_folder(entry)), recipe

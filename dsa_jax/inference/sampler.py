@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 import numpy as np
 
+from dsa_jax.config import ConfigError
 from dsa_jax.data.tokenizer import Bytes, Tokenizer, find_tokenizer
 from dsa_jax.inference.cache import Cache, init_cache
 from dsa_jax.inference.extend import extend
@@ -35,13 +36,13 @@ class SampleConfig:
 
   def __post_init__(self):
     if self.max_new_tokens < 1:
-      raise ValueError(f'{self.max_new_tokens=} must be at least 1.')
+      raise ConfigError(f'{self.max_new_tokens=} must be at least 1.')
     if not self.temperature >= 0:
-      raise ValueError(f'{self.temperature=} must be 0 or more.')
+      raise ConfigError(f'{self.temperature=} must be 0 or more.')
     if self.top_k < 0:
-      raise ValueError(f'{self.top_k=} must be 0 or more.')
+      raise ConfigError(f'{self.top_k=} must be 0 or more.')
     if not 0 < self.top_p <= 1:
-      raise ValueError(f'{self.top_p=} must be above 0 and at most 1.')
+      raise ConfigError(f'{self.top_p=} must be above 0 and at most 1.')
 
 
 class Prefix(NamedTuple):
@@ -88,12 +89,12 @@ class Sampler:
     self.cfg, self.tokenizer, self.attention = model.cfg, tokenizer or Bytes(), attention
     self.capacity = capacity or model.cfg.max_seq_len
     if not 1 <= self.capacity <= model.cfg.max_seq_len:
-      raise ValueError(f'{capacity=} must be within 1 and the {model.cfg.max_seq_len=}.')
+      raise ConfigError(f'{capacity=} must be within 1 and the {model.cfg.max_seq_len=}.')
     backend = backend or default_backend()
     self._on_tpu = backend == 'tpu'
     chunk = (4096 if self._on_tpu else 512) if chunk is None else chunk
     if chunk < 1:
-      raise ValueError(f'{chunk=} must be at least 1.')
+      raise ConfigError(f'{chunk=} must be at least 1.')
     self._chunk, self._format = chunk, cache or model.cfg.dtype
     self._graph, self._params = nnx.split(model)
     how = {'attention': attention, 'backend': backend}
@@ -120,7 +121,7 @@ class Sampler:
   def stream(self, prompt: str, **kwargs) -> Iterator[str]:
     """Yields the continuation of one text as it is written."""
     if not prompt:
-      raise ValueError('the prompt is empty: there must be something to continue.')
+      raise ConfigError('the prompt is empty: there must be something to continue.')
     config = SampleConfig(**({'stop': self.tokenizer.stop} | kwargs))
     prefix = self.read([self.tokenizer.encode(prompt)], config.max_new_tokens)
     new = (ids[0] for ids in self.steps(prefix, config))
@@ -139,7 +140,7 @@ class Sampler:
     """
     before = np.zeros(len(prompts), int) if after is None else after.lengths
     if not prompts or len(before) != len(prompts):
-      raise ValueError(f'{len(prompts)} prompts for {len(before)} texts; there must be one for each.')
+      raise ConfigError(f'{len(prompts)} prompts for {len(before)} texts; there must be one for each.')
     for i, prompt in enumerate(prompts):
       self._check(i, prompt, int(before[i]), room)
     longest = max(map(len, prompts))
@@ -162,17 +163,17 @@ class Sampler:
 
   def _check(self, i: int, prompt: Sequence[int], before: int, room: int):
     if not len(prompt):
-      raise ValueError(f'prompt {i} is empty: it must hold at least one token.')
+      raise ConfigError(f'prompt {i} is empty: it must hold at least one token.')
     total = before + len(prompt) + room
     if total > self.capacity:
-      raise ValueError(
+      raise ConfigError(
           f'prompt {i} has {before + len(prompt)} tokens and {room} are to follow: {total} do not fit '
           f'into a cache of {self.capacity}.'
       )
     low, high = min(prompt), max(prompt)
     if low < 0 or high >= self.cfg.vocab_size:
       wrong = low if low < 0 else high
-      raise ValueError(f'prompt {i} holds id {wrong}; ids must be within 0 and {self.cfg.vocab_size - 1}.')
+      raise ConfigError(f'prompt {i} holds id {wrong}; ids must be within 0 and {self.cfg.vocab_size - 1}.')
 
   def steps(self, prefix: Prefix, config: SampleConfig) -> Iterator[list[int | None]]:
     """Yields the next id of every text, step after step; None for those that have ended.
@@ -181,12 +182,12 @@ class Sampler:
     its neighbours.
     """
     if prefix.lengths.max() + config.max_new_tokens > self.capacity:
-      raise ValueError(
+      raise ConfigError(
           f'{prefix.lengths.max()} tokens are held and {config.max_new_tokens=} are to follow: they do '
           f'not fit into a cache of {self.capacity}.'
       )
     if config.top_k > self.cfg.vocab_size:
-      raise ValueError(f'{config.top_k=} must be at most the vocabulary of {self.cfg.vocab_size}.')
+      raise ConfigError(f'{config.top_k=} must be at most the vocabulary of {self.cfg.vocab_size}.')
     n = len(prefix.lengths)
     keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(config.seed), jnp.arange(n))
     cache, logits = jax.tree.map(jnp.copy, prefix.cache), prefix.logits

@@ -32,6 +32,16 @@ def default_backend() -> str:
   return backend
 
 
+def why_not_here(backend: str) -> str:
+  """Returns why the kernels of a backend cannot run on this machine; '' where they can."""
+  platform = jax.default_backend()
+  if backend == 'tpu' and platform != 'tpu':
+    return f'its kernels run on a TPU, and jax finds a {platform} here; xla runs everywhere.'
+  if backend == 'gpu' and not (platform == 'gpu' and _compute_capability().startswith('9.')):
+    return f'its kernels run on a Hopper GPU, and jax finds a {platform} here; xla runs everywhere.'
+  return ''
+
+
 def _compute_capability() -> str:
   return str(getattr(jax.local_devices()[0], 'compute_capability', ''))  # AMD's begin with gfx.
 

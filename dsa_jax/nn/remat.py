@@ -6,6 +6,8 @@ from collections.abc import Callable
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
+from dsa_jax.config import ConfigError
+
 _SELECTION = 'selection'
 POLICIES = {
     'none': jax.checkpoint_policies.everything_saveable,
@@ -17,7 +19,7 @@ POLICIES = {
 
 def check_policy(name: str):
   if name not in POLICIES:
-    raise ValueError(f'remat={name!r} must be one of {tuple(POLICIES)}.')
+    raise ConfigError(f'remat={name!r} must be one of {tuple(POLICIES)}.')
 
 
 def rematerialized(layer: Callable, policy: str) -> Callable:

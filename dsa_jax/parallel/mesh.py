@@ -10,7 +10,7 @@ from flax import nnx
 import jax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec as P
 
-from dsa_jax.config import ModelConfig
+from dsa_jax.config import ConfigError, ModelConfig
 
 MESH_AXES = ('fsdp', 'context', 'expert', 'tensor')
 SEQUENCES = ('fsdp', 'expert')  # They share the sequences of a batch,
@@ -44,7 +44,7 @@ class MeshConfig:
   def __post_init__(self):
     for name, size in self.sizes.items():
       if size < 1:
-        raise ValueError(f'{name}={size} must be at least 1.')
+        raise ConfigError(f'{name}={size} must be at least 1.')
 
   @property
   def sizes(self) -> dict[str, int]:
@@ -66,17 +66,17 @@ class MeshConfig:
       split = ' times '.join(f'{axis}={self.sizes[axis]}' for axis in axes)
       for name in names:
         if getattr(cfg, name) % math.prod(self.sizes[axis] for axis in axes):
-          raise ValueError(f'{split} must divide {name}={getattr(cfg, name)}.')
+          raise ConfigError(f'{split} must divide {name}={getattr(cfg, name)}.')
 
   def check_rows(self, batch_size: int, seq_len: int):
     """Raises a ValueError if the sequences or tokens of a (micro-)batch cannot be shared evenly."""
     if batch_size % (self.fsdp * self.expert):
-      raise ValueError(
+      raise ConfigError(
           f'fsdp={self.fsdp} times expert={self.expert} must divide the {batch_size} sequences of a '
           'micro-batch.'
       )
     if seq_len % (2 * self.context * self.tensor):
-      raise ValueError(
+      raise ConfigError(
           f'twice context={self.context} times tensor={self.tensor} must divide {seq_len} tokens: '
           'every device takes an early and a late piece of each sequence.'
       )
@@ -90,7 +90,7 @@ def make_mesh(*, fsdp: int = 1, context: int = 1, expert: int = 1, tensor: int =
   """
   cfg = MeshConfig(fsdp=fsdp, context=context, expert=expert, tensor=tensor)
   if cfg.n_devices > jax.device_count():
-    raise ValueError(
+    raise ConfigError(
         f'mesh {cfg.sizes} needs {cfg.n_devices} devices; there are {jax.device_count()}.'
     )
   axis_types = (jax.sharding.AxisType.Auto,) * len(MESH_AXES)
@@ -116,7 +116,7 @@ def weight_sharding(
   for size, name, split in zip(shape, named, spec):
     axes = (split,) if isinstance(split, str) else split or ()
     if size % math.prod(sizes := [mesh.shape[axis] for axis in axes]):
-      raise ValueError(f'axis {name!r} of {size} cannot be split over {axes} of {sizes}.')
+      raise ConfigError(f'axis {name!r} of {size} cannot be split over {axes} of {sizes}.')
   return NamedSharding(mesh, spec)
 
 

@@ -5,12 +5,14 @@ import glob
 import importlib.util
 import logging
 import os
+import re
 
 import jax
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 import numpy as np
 
+from dsa_jax.config import ConfigError
 from dsa_jax.data.batch import Batch
 from dsa_jax.parallel.mesh import ALL_TOKENS
 
@@ -26,6 +28,18 @@ LOST = (
 )
 
 
+# What jax and its collectives say where another process does not answer any more.
+_GONE = re.compile(
+    r'heartbeat|coordination service|barrier|gloo|nccl|connection (reset|closed|refused)|by peer|task.*died',
+    re.IGNORECASE,
+)
+
+
+def has_lost_a_process(error: Exception) -> bool:
+  """Returns whether a runtime error of this process says that another one has gone."""
+  return 'RESOURCE_EXHAUSTED' not in str(error) and bool(_GONE.search(str(error)))
+
+
 def join_job():
   """Meets the other processes of the job, if the environment says that there are any.
 
@@ -37,7 +51,7 @@ def join_job():
   where that waits for ever, once jax has missed its heartbeats for 100 seconds and aborts.
 
   Raises:
-    ValueError: One of the three variables is missing.
+    ConfigError: One of the three variables is missing.
   """
   names = 'JAX_COORDINATOR_ADDRESS', 'JAX_NUM_PROCESSES', 'JAX_PROCESS_ID'
   given = [os.environ.get(name) for name in names]
@@ -45,7 +59,7 @@ def join_job():
     jax.distributed.initialize(given[0], int(given[1]), int(given[2]))
   elif any(given):
     missing = [name for name, value in zip(names, given) if not value]
-    raise ValueError(f'{missing} must be set, too: the three say which process this is.')
+    raise ConfigError(f'{missing} must be set, too: the three say which process this is.')
   elif any(int(os.environ.get(name, 1)) > 1 for name in LAUNCHERS):
     jax.distributed.initialize()
   elif _has_tpu():

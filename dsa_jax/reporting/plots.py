@@ -34,9 +34,10 @@ MODELS = {
 RULES = {
     'indexer': 'sparse', 'oracle': 'oracle', 'window_sinks': 'window_sinks', 'random': 'random'
 }
-STAGE_COLOURS = {
-    'dense': '#404040', 'baseline': '#E69F00', 'warmup': '#009E73', 'sparse': '#0072B2'
-}
+# What the entries of a recipe are usually called; a label names an entry that is called otherwise.
+USUAL = {'dense_before': 'dense', 'dense_baseline': 'baseline', 'sparse': 'sparse'}
+STAGE_COLOURS = {'dense': '#404040', 'warmup': '#009E73', 'sparse': '#0072B2'}
+OTHER_COLOURS = ('#E69F00', '#CC79A7', '#56B4E9', '#D55E00', '#F0E442')  # Of further entries.
 SELECTION_PANELS = {
     'index_kl': 'Divergence of the indexer (KL, nats)',
     'captured_mass': 'Share of the true attention captured',
@@ -77,11 +78,36 @@ class Curves:
     prefix = f'{name}/layer_'
     return sorted(int(n.removeprefix(prefix)) for n in self._by_name if n.startswith(prefix))
 
-  def indexer_stages(self) -> dict[str, int]:
-    """The stages in which the indexer is trained, and the step at which each starts."""
-    stages = [s for s in ('warmup', 'sparse') if s in self.last_step]
-    ends = itertools.accumulate(self.last_step[stage] for stage in stages)
-    return dict(zip(stages, [0, *ends]))
+
+
+class Lineage(NamedTuple):
+  """The entries of a recipe in their order, and which of them each one starts from."""
+
+  stages: Mapping[str, Mapping[str, str]]  # Their `stage` and `init_from`, by entry.
+  roles: Mapping[str, str]  # The entries that the report compares.
+
+  @classmethod
+  def of(cls, results: Mapping[str, Any]) -> 'Lineage':
+    return cls(results.get('stages') or {}, results.get('roles') or {})
+
+  def starts(self, length: Mapping[str, float | int]) -> dict[str, float | int]:
+    """Returns where each entry begins on an axis on which it lies behind the one it starts from."""
+    starts: dict[str, float | int] = {}
+    for name in length:
+      parent = self.stages.get(name, {}).get('init_from', '')
+      starts[name] = starts[parent] + length[parent] if parent in starts else 0
+    return starts
+
+  def trains_indexer(self, name: str) -> bool:
+    return self.stages.get(name, {}).get('stage') in ('warmup', 'sparse')
+
+  def chain(self, name: str) -> list[str]:
+    """Returns an entry and those it descends from, the oldest first."""
+    names = []
+    while name in self.stages and name not in names:
+      names.insert(0, name)
+      name = self.stages[name].get('init_from', '')
+    return names
 
 
 def _smooth(values: np.ndarray, windows: int = 20) -> np.ndarray:
@@ -128,7 +154,7 @@ def _overview(figure: Any, results: Mapping[str, Any], curves: Curves) -> None:
     _legend_below(parts[0], 3)
   if curves.layers('index_kl'):
     axes = parts[-1].add_subplot()
-    _draw_layers(axes, curves, 'index_kl')
+    _draw_layers(axes, results, curves, 'index_kl')
     axes.set_xlabel('training step')
     _legend_below(parts[-1], 3)
 
@@ -147,8 +173,8 @@ def _draw_positions(part: Any, cell: Any, results: Mapping[str, Any], by_positio
   for row, (title, lines) in enumerate(panels.items()):
     axes = part.add_subplot(grid[row])
     for name, values in lines.items():
-      label, colour, marker = look(name)
-      axes.plot(centres, values, color=colour, marker=marker, ms=4, label=label)
+      _, colour, marker = look(name)
+      axes.plot(centres, values, color=colour, marker=marker, ms=4, label=label(name, results))
     axes.axvline(results['index_topk'], color='#888888', lw=1, ls='--')
     axes.set_xscale('log', base=2)
     axes.xaxis.set_major_formatter('{x:.0f}' if row == len(panels) - 1 else '')
@@ -166,24 +192,33 @@ def _draw_mass(axes: Any, mass: Mapping[str, Sequence[float]]) -> None:
   width = 0.8 / len(rules)
   for i, rule in enumerate(rules):
     at = np.arange(len(mass[rule])) + (i - (len(rules) - 1) / 2) * width
-    label, colour, _ = look(RULES.get(rule, rule))
-    axes.bar(at, mass[rule], 0.9 * width, color=colour, label=label)
+    shown, colour, _ = look(RULES.get(rule, rule))
+    axes.bar(at, mass[rule], 0.9 * width, color=colour, label=shown)
   axes.set(ylim=(0, 1), xlabel='layer', title='Share of the true attention captured')
   axes.grid(visible=False, axis='x')
   axes.xaxis.get_major_locator().set_params(integer=True)
 
 
-def _draw_layers(axes: Any, curves: Curves, name: str) -> None:
-  """One line per layer, along warm-up and sparse training."""
-  stages = curves.indexer_stages()
+def _draw_layers(axes: Any, results: Mapping[str, Any], curves: Curves, name: str) -> None:
+  """Draws one line per layer, along the entries that train the indexer.
+
+  Other entries than those that the compared sparse one descends from are dashed.
+  """
+  lineage = Lineage.of(results)
+  steps = {s: n for s, n in curves.last_step.items() if lineage.trains_indexer(s)}
+  starts, sparse = lineage.starts(steps), lineage.roles.get('sparse', next(reversed(steps), ''))
+  main = [s for s in lineage.chain(sparse) if s in starts]
   for layer in curves.layers(name):
-    parts = [(start, *curves.of(s, f'{name}/layer_{layer}')) for s, start in stages.items()]
-    # A NaN between two stages breaks the line there.
-    steps = np.concatenate([part for start, x, _ in parts for part in (start + x, [np.nan])])
-    values = np.concatenate([part for *_, y in parts for part in (_smooth(y), [np.nan])])
-    axes.plot(steps, values, label=f'layer {layer}')
-  if stages.get('sparse'):
-    axes.axvline(stages['sparse'], color='#888888', lw=1, ls='--', label='sparse stage starts')
+    drawn = lambda s: (starts[s] + (xy := curves.of(s, f'{name}/layer_{layer}'))[0], _smooth(xy[1]))
+    parts = [drawn(s) for s in main]
+    # A NaN between two entries breaks the line there.
+    x, y = (np.concatenate([np.append(part[i], np.nan) for part in parts] or [[]]) for i in (0, 1))
+    [line] = axes.plot(x, y, label=f'layer {layer}')
+    for s in starts.keys() - set(main):
+      axes.plot(*drawn(s), color=line.get_color(), ls='--', lw=1, label='_' + s)
+  if starts.get(lineage.roles.get('sparse')):
+    label = f'{sparse} stage starts'
+    axes.axvline(starts[sparse], color='#888888', lw=1, ls='--', label=label)
   axes.set_title(SELECTION_PANELS[name])
   if name == 'index_kl':
     axes.set_yscale('log')
@@ -194,14 +229,14 @@ def _draw_layers(axes: Any, curves: Curves, name: str) -> None:
 
 def _legend_below(figure: Any, columns: int) -> None:
   """One legend for all axes; of many layers, only some."""
-  found = {}
+  by_label = {}
   for axes in figure.axes:
-    for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
-      found.setdefault(label, handle)
-  labels = list(found)
+    for handle, text in zip(*axes.get_legend_handles_labels(), strict=True):
+      by_label.setdefault(text, handle)
+  labels = list(by_label)
   if len(labels) > 9:
     labels = [labels[round(i)] for i in np.linspace(0, len(labels) - 1, 9)]
-  handles = [found[label] for label in labels]
+  handles = [by_label[text] for text in labels]
   figure.legend(handles, labels, loc='outside lower center', ncols=columns)
 
 
@@ -209,12 +244,13 @@ def _training(figure: Any, results: Mapping[str, Any], curves: Curves) -> None:
   stages = [stage for stage in curves.last_step if curves.of(stage, 'lm_loss')[0].size]
   if not stages:
     return
-  tokens = results.get('tokens_by_stage') or {}
+  tokens, lineage = results.get('tokens_by_stage') or {}, Lineage.of(results)
   known = all(stage in tokens for stage in stages)
   length = {s: tokens[s] if known else curves.last_step[s] for s in stages}
-  trunk = [stage for stage in stages if stage != 'baseline']
-  starts = dict(zip(trunk, [0, *itertools.accumulate(length[stage] for stage in trunk)]))
-  starts.setdefault('baseline', starts.get('sparse', sum(length[stage] for stage in trunk)))
+  starts = lineage.starts(length)
+  if {'dense_baseline', 'sparse'} <= lineage.roles.keys():  # Both go on from one dense model.
+    starts[lineage.roles['dense_baseline']] = starts.get(lineage.roles['sparse'], 0)
+  colours = stage_colours(lineage, stages)
   panels = {'Language-model loss (nats per token)': stages}
   if len(stages) > 1:
     panels['The same, after the first stage'] = stages[1:]
@@ -222,7 +258,7 @@ def _training(figure: Any, results: Mapping[str, Any], curves: Curves) -> None:
   for title, shown in panels.items():
     axes = figure.add_subplot(1, len(panels), len(figure.axes) + 1)
     for stage in shown:
-      colour = STAGE_COLOURS.get(stage, '#56B4E9')
+      colour = colours[stage]
       steps, loss = curves.of(stage, 'lm_loss')
       at = starts[stage] + steps * (length[stage] / curves.last_step[stage])
       axes.plot(at, loss, color=colour, alpha=0.2, lw=0.7)
@@ -233,21 +269,35 @@ def _training(figure: Any, results: Mapping[str, Any], curves: Curves) -> None:
 
 
 def _selection(figure: Any, results: Mapping[str, Any], curves: Curves) -> None:
-  del results
   names = [name for name in SELECTION_PANELS if curves.layers(name)]
   columns = min(3, len(names))
   figure.set_size_inches(4 * max(columns, 1), 2.6 * -(-len(names) // 3) + 0.6)
   for i, name in enumerate(names):
     axes = figure.add_subplot(-(-len(names) // 3), columns, i + 1)
-    _draw_layers(axes, curves, name)
+    _draw_layers(axes, results, curves, name)
     if i >= len(names) - columns:
       axes.set_xlabel('training step')
   if names:
     _legend_below(figure, 9)
 
 
+def stage_colours(lineage: Lineage, names: Sequence[str]) -> dict[str, str]:
+  """Returns the colour of each entry: the first of each stage has the stage's own."""
+  colours, free = {}, itertools.cycle(OTHER_COLOURS)
+  for name in names:
+    own = STAGE_COLOURS.get(lineage.stages.get(name, {}).get('stage', ''))
+    colours[name] = next(free) if own is None or own in colours.values() else own
+  return colours
+
+
 def look(model: str) -> Look:
   return MODELS.get(model, Look(model, '#56B4E9', '.'))
+
+
+def label(model: str, results: Mapping[str, Any]) -> str:
+  """Returns what a model is called, with the name of its entry where that is not the usual one."""
+  entry = Lineage.of(results).roles.get(model)
+  return look(model).label + (f' ({entry})' if entry not in (None, USUAL.get(model)) else '')
 
 
 def rule_label(rule: str) -> str:

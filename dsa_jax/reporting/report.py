@@ -36,8 +36,8 @@ CAPTIONS = {
     ),
 }
 STAGES_CAPTION = (
-    ' The baseline is drawn where the sparse stage starts, because both continue the same dense'
-    ' model: compare these two. In warm-up only the indexer learns, so the loss stays flat.'
+    ' {baseline} is drawn where {sparse} starts, because both continue the same dense model: compare'
+    ' these two. In warm-up only the indexer learns, so the loss stays flat.'
 )
 MASS_CAPTION = (
     'The share of the true (dense) attention that falls on the selected tokens, from 0 to 1: at 1,'
@@ -91,7 +91,7 @@ def main_table(results: Mapping[str, Any]) -> Table:
     columns.append(('vs baseline', _excess(beyond), '{:+.2%}'))
   columns = [column for column in columns if column[1]]
   rows = [
-      [plots.look(name).label, *(_number(values.get(name), form) for _, values, form in columns)]
+      [plots.label(name, results), *(_number(values.get(name), form) for _, values, form in columns)]
       for name in plots.ordered([bits, accuracy, beyond], plots.MODELS)
   ]
   return ['model', *(title for title, _, _ in columns)], rows
@@ -158,7 +158,9 @@ def _markdown(results: Mapping[str, Any], drawn: Sequence[str]) -> str:
     parts += ['## Attention FLOPs per token', _markdown_table(_flops_table(flops))]
     parts += [FLOPS_CAPTION]
   parts += ['## Tokens and time', _markdown_table(_cost_table(results)), COST_CAPTION]
-  stages = STAGES_CAPTION if 'sparse' in results.get('tokens_by_stage', {}) else ''
+  roles = results.get('roles') or {}
+  compared = {'baseline': roles.get('dense_baseline'), 'sparse': roles.get('sparse')}
+  stages = STAGES_CAPTION.format(**compared) if all(compared.values()) else ''
   later = _picture('training.png', drawn, CAPTIONS['training.png'] + stages)
   later += _picture('selection.png', drawn, CAPTIONS['selection.png'])
   parts += ['## While it trained', *later] if later else []

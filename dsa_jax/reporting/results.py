@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a finished recipe has shown: every number of the report, and whether it met its bars."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 import datetime
 import functools
 import importlib.metadata
@@ -15,16 +15,16 @@ from typing import Any, NamedTuple
 from flax import nnx
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
 from jax.stages import Lowered
 import numpy as np
 
 from dsa_jax.cost import attention_flops
-from dsa_jax.data.batch import Batch
 from dsa_jax.nn.attention.mla import Mode
 from dsa_jax.reporting.evaluate import Scores, evaluate, measure, measure_batch, score_batch
+from dsa_jax.selection import RULES
 from dsa_jax.training.checkpoint import Checkpoints, restore_params
 from dsa_jax.training.recipe import Recipe
+from dsa_jax.training.run import Run
 from dsa_jax.training.state import abstract_params
 
 LONG_CONTEXT = 131_072
@@ -34,69 +34,57 @@ class Modes(NamedTuple):
   """How the models of a recipe run while they are judged."""
 
   dense: Mode
-  sparse: Mode  # Selecting by any rule of the report.
-  measured: Mode  # Selecting as in training, the rules of the report beside it.
+  sparse: Mode  # It selects by any rule of the report.
+  measured: Mode  # It selects as in training, and the rules of the report are measured beside it.
 
 
-def report_modes(recipe: Recipe, backend: str) -> Modes:
-  rules, sparse = recipe.report.rules, {'attention': 'sparse', 'backend': backend}
+def report_modes(run: Run) -> Modes:
+  rules, sparse = run.recipe.report.rules, {'attention': 'sparse', 'backend': run.backend}
   return Modes(
-      dense=Mode(attention='dense', backend=backend),
+      dense=Mode(attention='dense', backend=run.backend),
       sparse=Mode(**sparse, rule=rules),
-      measured=Mode(**sparse, rule=recipe.selection, measure=rules),
+      measured=Mode(**sparse, rule=run.recipe.selection, measure=rules),
   )
 
 
-def report_programs(
-    recipe: Recipe,
-    graph: nnx.GraphDef,
-    backend: str,
-    mesh: Mesh | None,
-    batches: Sequence[Batch],
-) -> dict[str, Callable[[], Lowered]]:
+def scored_entries(recipe: Recipe) -> dict[str, str]:
+  """Returns the entries that are scored, by the names of their scores.
+
+  Those are the three that the report compares, by their roles, and every other model with which the
+  recipe ends, by its own name.
+  """
+  roles = recipe.roles
+  ancestors = {entry.init_from for entry in recipe.stages.values()}
+  taken = {*roles.values(), *ancestors}
+  others = [e for e, entry in recipe.stages.items() if e not in taken and entry.stage != 'warmup']
+  reserved = {'dense_before', 'dense_baseline', 'sparse', *RULES}
+  return roles | {f'{e} (entry)' if e in reserved else e: e for e in others}
+
+
+def report_programs(run: Run) -> dict[str, Callable[[], Lowered]]:
   """Returns what lowers each program that `evaluate_recipe` will run."""
-  setting, modes = recipe.report, report_modes(recipe, backend)
-  params, batch = abstract_params(recipe.model, mesh=mesh), batches[0]
-  score = lambda *args: functools.partial(score_batch.lower, graph, params, batch, *args)
+  recipe, modes = run.recipe, report_modes(run)
+  params, batch = abstract_params(recipe.model, mesh=run.mesh), run.data.report[0]
+  score = lambda *args: functools.partial(score_batch.lower, run.graph, params, batch, *args)
+  kinds = {recipe.stages[entry].stage for entry in scored_entries(recipe).values()}
   programs = {}
-  if {setting.dense_before, setting.dense_baseline} & recipe.stages.keys():
+  if 'dense' in kinds:
     programs['report/dense'] = score(modes.dense, None)
-  if setting.sparse in recipe.stages:
+  if 'sparse' in kinds:
     programs['report/sparse'] = score(modes.sparse, jnp.int32(0))
-    args = graph, params, batch, modes.measured, (0, recipe.model.index_topk)
+  if 'sparse' in recipe.roles:
+    args = run.graph, params, batch, modes.measured, (0, recipe.model.index_topk)
     programs['report/measured'] = functools.partial(measure_batch.lower, *args)
   return programs
 
 
-def evaluate_recipe(
-    recipe: Recipe,
-    graph: nnx.GraphDef,
-    backend: str,
-    mesh: Mesh | None,
-    batches: Sequence[Batch],
-) -> dict[str, Any]:
-  """Evaluates the models that the recipe left behind; see `report.write_report` for the fields."""
+def evaluate_recipe(run: Run) -> dict[str, Any]:
+  """Evaluates the models that a recipe left behind; see `report.write_report` for the fields."""
   began = time.monotonic()
-  setting, budget = recipe.report, recipe.model.index_topk
-  like = abstract_params(recipe.model, mesh=mesh)
-  load = lambda entry: restore_params(recipe.checkpoint_folder(entry), like)
-
-  scores: dict[str, Scores] = {}
-  modes = report_modes(recipe, backend)
-  for name in ('dense_before', 'dense_baseline'):
-    if (entry := getattr(setting, name)) in recipe.stages:
-      scores[name] = evaluate(graph, load(entry), batches, modes.dense)
-  captured, captured_beyond = {}, {}
-  if setting.sparse in recipe.stages:
-    params = load(setting.sparse)
-    for i, rule in enumerate(setting.rules):
-      name = 'sparse' if rule == recipe.selection else rule
-      scores[name] = evaluate(graph, params, batches, modes.sparse, choice=i)
-    measured = measure(graph, params, batches, modes.measured, beyond=(0, budget))
-    captured, captured_beyond = map(_captured, measured)
-
-  edges = [2**i for i in range(setting.seq_len.bit_length())]
-  edges = [e for e in edges if e < setting.seq_len] + [setting.seq_len + 1]
+  recipe, report = run.recipe, run.recipe.report
+  scores, (captured, captured_beyond) = _scores(run), _captured_mass(run)
+  edges = [2**i for i in range(report.seq_len.bit_length())]
+  edges = [e for e in edges if e < report.seq_len] + [report.seq_len + 1]
   seconds = {name: _seconds(recipe, name) for name in recipe.stages}
   results = {
       'title': recipe.workdir.name,
@@ -107,23 +95,24 @@ def evaluate_recipe(
       'seconds': sum(seconds.values()) + time.monotonic() - began,
       'seconds_by_stage': seconds,
       'tokens_by_stage': {name: entry.tokens for name, entry in recipe.stages.items()},
-      'context': setting.seq_len,
-      'index_topk': budget,
+      'stages': {
+          name: {'stage': entry.stage, 'init_from': entry.init_from}
+          for name, entry in recipe.stages.items()
+      },
+      'roles': recipe.roles,
+      'context': report.seq_len,
+      'index_topk': recipe.model.index_topk,
       'n_layers': recipe.model.n_layers,
       'validation_bits_per_byte': {n: s.bits() for n, s in scores.items()},
-      'bits_beyond_budget': {n: s.bits(n_visible_above=budget) for n, s in scores.items()},
+      'bits_beyond_budget': {
+          n: s.bits(n_visible_above=recipe.model.index_topk) for n, s in scores.items()
+      },
       'position_edges': edges,
       'bits_by_position': {n: s.bits_by_position(edges) for n, s in scores.items()},
       'captured_mass': captured.get(recipe.selection, []),
       'captured_mass_by_rule': captured,
       'captured_mass_beyond_budget': captured_beyond,
-      'attention_flops_per_token': {
-          kind: {
-              str(context): attention_flops(recipe.model, context, sparse=kind == 'sparse')
-              for context in (setting.seq_len, LONG_CONTEXT)
-          }
-          for kind in ('dense', 'sparse')
-      },
+      'attention_flops_per_token': _attention_flops(recipe),
   }
   if recipe.data.source == 'recall':
     results['accuracy'] = {n: float(s.right.mean()) for n, s in scores.items()}
@@ -131,12 +120,56 @@ def evaluate_recipe(
   return results
 
 
+def _scores(run: Run) -> dict[str, Scores]:
+  """Scores every entry, the sparse one that the report compares by every rule."""
+  recipe, modes, scores = run.recipe, report_modes(run), {}
+  rules = recipe.report.rules
+  for name, entry in scored_entries(recipe).items():
+    params = _params(run, entry)
+    score = functools.partial(evaluate, run.graph, params, run.data.report)
+    if recipe.stages[entry].stage == 'dense':
+      scores[name] = score(modes.dense)
+    elif name == 'sparse':
+      for i, rule in enumerate(rules):
+        scores['sparse' if rule == recipe.selection else rule] = score(modes.sparse, choice=i)
+    else:
+      scores[name] = score(modes.sparse, choice=rules.index(recipe.selection))
+  return scores
+
+
+def _captured_mass(run: Run) -> list[dict[str, list[float]]]:
+  """Returns the mass that each rule captures in each layer, over all queries and beyond the budget."""
+  if 'sparse' not in run.recipe.roles:
+    return [{}, {}]
+  params, mode = _params(run, run.recipe.roles['sparse']), report_modes(run).measured
+  beyond = 0, run.recipe.model.index_topk
+  measured = measure(run.graph, params, run.data.report, mode, beyond=beyond)
+  return [
+      {rule: means['captured_mass'].tolist() for rule, means in by_rule.items()}
+      for by_rule in measured
+  ]
+
+
+def _params(run: Run, entry: str) -> nnx.State:
+  like = abstract_params(run.recipe.model, mesh=run.mesh)
+  return restore_params(run.recipe.checkpoint_folder(entry), like)
+
+
+def _attention_flops(recipe: Recipe) -> dict[str, dict[str, float]]:
+  contexts = recipe.report.seq_len, LONG_CONTEXT
+  flops = lambda kind: {
+      str(context): attention_flops(recipe.model, context, sparse=kind == 'sparse')
+      for context in contexts
+  }
+  return {kind: flops(kind) for kind in ('dense', 'sparse')}
+
+
 def checks(results: dict[str, Any]) -> list[dict[str, Any]]:
   """Returns the bars that apply to these results, each with the numbers it was judged by."""
-  found = []
+  verdicts = []
 
   def check(name: str, passed: bool, detail: str):
-    found.append({'name': name, 'passed': passed, 'detail': detail})
+    verdicts.append({'name': name, 'passed': passed, 'detail': detail})
 
   bits, beyond = results['validation_bits_per_byte'], results['bits_beyond_budget']
   if 'accuracy' in results and {'dense_baseline', 'sparse'} <= results['accuracy'].keys():
@@ -165,11 +198,7 @@ def checks(results: dict[str, Any]) -> list[dict[str, Any]]:
     a, b, c, d = (beyond[name] for name in order)
     text = ', '.join(f'{name} {beyond[name]:.4f}' for name in order)
     check('beyond the budget: oracle <= sparse < window and sinks < random', a <= b < c < d, text)
-  return found
-
-
-def _captured(measured: dict[str, dict[str, np.ndarray]]) -> dict[str, list[float]]:
-  return {rule: found['captured_mass'].tolist() for rule, found in measured.items()}
+  return verdicts
 
 
 def _seconds(recipe: Recipe, entry: str) -> float:

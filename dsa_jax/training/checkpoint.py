@@ -9,6 +9,7 @@ import jax
 import orbax.checkpoint as ocp
 import tensorstore as ts
 
+from dsa_jax.config import ConfigError
 from dsa_jax.training.state import TrainState
 
 CACHE_BYTES = 64 * 2**20  # Of what was just read, for the next piece out of the same file.
@@ -36,7 +37,7 @@ class Checkpoints:
     return self
 
   def __exit__(self, error: type | None, *_):
-    if jax.process_count() > 1 and error is jax.errors.JaxRuntimeError:
+    if jax.process_count() > 1 and error and issubclass(error, jax.errors.JaxRuntimeError):
       return  # Another process has gone: what it was to write will never be there.
     self._manager.close()  # Waits for what is still being written.
 
@@ -72,14 +73,14 @@ def latest_checkpoint(folder: pathlib.Path) -> pathlib.Path:
   """Returns the latest step in a stage's folder.
 
   Raises:
-    ValueError: There is none.
+    ConfigError: There is none.
   """
   if not folder.is_dir():
-    raise ValueError(f'there is no checkpoint folder {folder}.')
+    raise ConfigError(f'there is no checkpoint folder {folder}.')
   with Checkpoints(folder) as checkpoints:
     step = checkpoints.latest_step
   if step is None:
-    raise ValueError(f'{folder} holds no checkpoint.')
+    raise ConfigError(f'{folder} holds no checkpoint.')
   return folder.absolute() / str(step)
 
 
@@ -87,7 +88,7 @@ def restore_params(folder: pathlib.Path, like: nnx.State) -> nnx.State:
   """Returns the parameters of the latest step in a stage's folder; optimiser and step stay behind.
 
   Raises:
-    ValueError: There is no checkpoint, or it is of a model with other shapes.
+    ConfigError: There is no checkpoint, or it is of a model with other shapes.
   """
   stores = open_tree(latest_checkpoint(folder) / 'state')
   stores = {path[1:]: store for path, store in stores.items() if path[0] == 'params'}
@@ -136,7 +137,7 @@ def _check_shapes(stores: dict, targets: dict, folder: pathlib.Path):
     rows = [
         f'  {".".join(p)}: {theirs.get(p, "absent")} there, {ours.get(p, "absent")} here' for p in wrong
     ]
-    raise ValueError(f'{folder} holds another model:\n' + '\n'.join(rows))
+    raise ConfigError(f'{folder} holds another model:\n' + '\n'.join(rows))
 
 
 def _shapes(tree: Any) -> Any:

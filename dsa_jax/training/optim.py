@@ -5,6 +5,8 @@ import dataclasses
 
 import optax
 
+from dsa_jax.config import ConfigError
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimConfig:
@@ -17,6 +19,17 @@ class OptimConfig:
   clip_norm: float = 1.0  # Of the backbone's gradient and of the indexer's, each by itself.
   bias_rate: float = 1e-3  # Step of the experts' selection bias, after every step.
   mtp_weight: float = 0.3  # Of the MTP layer's loss beside the next token's.
+
+  def __post_init__(self):
+    for name in ('b1', 'b2'):
+      if not 0 <= getattr(self, name) < 1:
+        raise ConfigError(f'{name}={getattr(self, name)} must be at least 0 and below 1.')
+    for name in ('eps', 'clip_norm'):
+      if not getattr(self, name) > 0:
+        raise ConfigError(f'{name}={getattr(self, name)} must be above 0.')
+    for name in ('weight_decay', 'bias_rate', 'mtp_weight'):
+      if not getattr(self, name) >= 0:
+        raise ConfigError(f'{name}={getattr(self, name)} must be 0 or more.')
 
 
 def make_schedule(*, peak: float, warmup_steps: int, steps: int, end_share: float) -> optax.Schedule:

@@ -1,39 +1,55 @@
 # SPDX-License-Identifier: Apache-2.0
 """A run as plain values: the one place that reads a ConfigDict."""
 
+from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import difflib
-import json
-import os
 import pathlib
+import re
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from dsa_jax.config import ModelConfig
+from dsa_jax.config import ConfigError, ModelConfig
 from dsa_jax.data.sources import DataConfig
+from dsa_jax.kernels.backend import BACKENDS
 from dsa_jax.nn.remat import check_policy
 from dsa_jax.parallel.mesh import MeshConfig
 from dsa_jax.selection import RULES
 from dsa_jax.training.optim import OptimConfig
 from dsa_jax.training.stages import StageConfig
 
-# A run may go on in another place, on other devices and with another cache: a workdir does not keep
-# these fields, and where a config lacks them, they are what they are here.
-ELSEWHERE = {'workdir': '', 'mesh': {}, 'compilation_cache': ''}
+# Fields that older configs lack, each with the value that means what was done before it existed.
+# Fields of the sections below have theirs as defaults of their classes.
+ADDED = {'mesh': {}, 'compilation_cache': ''}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ReportConfig:
   """What the report compares, and on how much validation data."""
 
-  dense_before: str = 'dense'  # Entry of the recipe: the dense model that warm-up starts from.
-  dense_baseline: str = 'baseline'  # The same model, trained densely for as many more tokens.
-  sparse: str = 'sparse'
+  # The dense entry that the sparse one descends from. '': the one that its warm-up starts from.
+  dense_before: str = ''
+  # The same model, trained densely for as many more tokens. '': the dense entry that starts there.
+  dense_baseline: str = ''
+  # The entry that is compared with both. '': the last sparse one.
+  sparse: str = ''
   seq_len: int = 512
   batch_size: int = 8
   batches: int = 16
-  rules: tuple[str, ...] = tuple(RULES)
+  rules: Sequence[str] = tuple(RULES)
+
+  def __post_init__(self):
+    object.__setattr__(self, 'rules', tuple(self.rules))  # JSON has lists.
+    for name in ('batch_size', 'batches'):
+      if getattr(self, name) < 1:
+        raise ConfigError(f'{name}={getattr(self, name)} must be at least 1.')
+    if self.seq_len < 2:
+      raise ConfigError(f'{self.seq_len=} must be at least 2: one token and its target.')
+    if unknown := [rule for rule in self.rules if rule not in RULES]:
+      raise ConfigError(f'rules={self.rules} names {unknown}; the rules are {tuple(RULES)}.')
+    if not self.rules or len(set(self.rules)) < len(self.rules):
+      raise ConfigError(f'rules={self.rules} must name each of its rules once, and at least one.')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,7 +71,7 @@ class Recipe:
   data: DataConfig
   optim: OptimConfig
   report: ReportConfig
-  stages: dict[str, StageConfig]  # In the order they run.
+  stages: dict[str, StageConfig]  # The entries that run, in their order.
 
   def checkpoint_folder(self, entry: str) -> pathlib.Path:
     return self.workdir / 'checkpoints' / entry
@@ -65,67 +81,130 @@ class Recipe:
       return self.checkpoint_folder(entry.init_from)
     return pathlib.Path(entry.init_from).expanduser()
 
+  @property
+  def roles(self) -> dict[str, str]:
+    """The entries that the report compares, by the names of its fields; those that do not run are left out."""
+    report, stages = self.report, self.stages
+    sparse = report.sparse or _last(stages, lambda name, entry: entry.stage == 'sparse')
+    before = report.dense_before or self._dense_ancestor(sparse)
+    starts_there = lambda name, entry: entry.stage == 'dense' and entry.init_from == before
+    baseline = report.dense_baseline or (_last(stages, starts_there) if sparse else '')
+    roles = {'dense_before': before, 'dense_baseline': baseline, 'sparse': sparse}
+    return {role: entry for role, entry in roles.items() if entry in stages}
+
+  def _dense_ancestor(self, entry: str) -> str:
+    """Returns the nearest dense entry that `entry` descends from, or the last one if there is none."""
+    while entry in self.stages and self.stages[entry].stage != 'dense':
+      entry = self.stages[entry].init_from
+    if entry in self.stages:
+      return entry
+    return _last(self.stages, lambda name, entry: entry.stage == 'dense')
+
+
+def _last(stages: Mapping[str, StageConfig], fits: Callable[[str, StageConfig], bool]) -> str:
+  return next((name for name, entry in reversed(stages.items()) if fits(name, entry)), '')
+
+
+SECTIONS = {
+    'mesh': MeshConfig,
+    'model': ModelConfig,
+    'data': DataConfig,
+    'optim': OptimConfig,
+    'report': ReportConfig,
+}
+
 
 def read_recipe(config: ConfigDict) -> Recipe:
   """Turns a config into plain values and checks that they belong together.
 
   Raises:
-    ValueError: A field is missing, misspelt or out of range. Nothing has been written.
+    ConfigError: A field is missing, misspelt or out of range. Nothing has been written.
   """
-  given = ELSEWHERE | config.to_dict()
+  given = ADDED | config.to_dict()
   names = [f.name for f in dataclasses.fields(Recipe)] + ['recipe']
   _check_names('config', given, names)
   if missing := [name for name in names if name not in given]:
-    raise ValueError(f'config lacks {missing}; configs/base.py lists every field.')
+    raise ConfigError(f'config lacks {missing}; configs/base.py lists every field.')
   if not given['workdir']:
-    raise ValueError('config.workdir must name a folder: --config.workdir=runs/mine')
+    raise ConfigError('config.workdir must name a folder: --config.workdir=runs/mine')
   entries = list(given['recipe'])
   if unknown := [name for name in entries if name not in given['stages']]:
-    raise ValueError(f'recipe={entries} names {unknown}; the stages are {list(given["stages"])}.')
+    raise ConfigError(f'recipe={entries} names {unknown}; the stages are {list(given["stages"])}.')
   if not entries or len(set(entries)) < len(entries):
-    raise ValueError(f'recipe={entries} must name each of its stages once.')
+    raise ConfigError(f'recipe={entries} must name each of its stages once.')
   fields = {name: given[name] for name in names if name != 'recipe'}
-  fields |= {
-      'workdir': pathlib.Path(given['workdir']).expanduser(),
-      'mesh': _build('mesh', MeshConfig, given['mesh']),
-      'model': _build('model', ModelConfig, given['model']),
-      'data': _build('data', DataConfig, given['data']),
-      'optim': _build('optim', OptimConfig, given['optim']),
-      'report': _build('report', ReportConfig, given['report']),
-      'stages': {e: _build(f'stages.{e}', StageConfig, given['stages'][e]) for e in entries},
-  }
-  recipe = Recipe(**fields)
+  fields |= {name: _build(name, kind, given[name]) for name, kind in SECTIONS.items()}
+  recipe = Recipe(
+      **fields
+      | {
+          'workdir': pathlib.Path(given['workdir']).expanduser(),
+          'stages': {e: _build(f'stages.{e}', StageConfig, given['stages'][e]) for e in entries},
+      }
+  )
   _check(recipe)
+  _check_stages(recipe)
+  _check_report(recipe, list(given['stages']))
+  _check_mesh(recipe)
   return recipe
 
 
 def _check(recipe: Recipe):
   for name in ('log_every', 'measure_every', 'measure_rows', 'save_every'):
     if getattr(recipe, name) < 1:
-      raise ValueError(f'{name}={getattr(recipe, name)} must be at least 1.')
+      raise ConfigError(f'{name}={getattr(recipe, name)} must be at least 1.')
   check_policy(recipe.remat)
+  if recipe.backend and recipe.backend not in BACKENDS:
+    raise ConfigError(f"backend={recipe.backend!r} must be one of {BACKENDS}, or '' for the default.")
   if recipe.selection not in RULES:
-    raise ValueError(f'selection={recipe.selection!r} must be one of {tuple(RULES)}.')
+    raise ConfigError(f'selection={recipe.selection!r} must be one of {tuple(RULES)}.')
   if recipe.model.vocab_size < recipe.data.vocab_size:
-    raise ValueError(
+    raise ConfigError(
         f'model.vocab_size={recipe.model.vocab_size} is too small for the {recipe.data.source} '
         f'data: it needs {recipe.data.vocab_size}.'
     )
-  _check_mesh(recipe)
+
+
+def _check_stages(recipe: Recipe):
   done = []
   for name, entry in recipe.stages.items():
+    if not re.fullmatch(r'\w[\w.-]*', name):
+      raise ConfigError(
+          f'stages: the name {name!r} must be of letters, digits, underscores, dots and hyphens: it '
+          'names a folder of checkpoints and rows of metrics.csv.'
+      )
     if entry.seq_len > recipe.model.max_seq_len:
-      raise ValueError(f'stages.{name}: {entry.seq_len=} exceeds {recipe.model.max_seq_len=}.')
+      raise ConfigError(f'stages.{name}: {entry.seq_len=} exceeds {recipe.model.max_seq_len=}.')
     if entry.stage == 'sparse' and entry.seq_len <= recipe.model.index_topk:
-      raise ValueError(
+      raise ConfigError(
           f'stages.{name}: {entry.seq_len=} must exceed {recipe.model.index_topk=}: below it every '
           'token is selected, and sparse attention is dense.'
       )
     if entry.stage != 'dense' and not entry.init_from:
-      raise ValueError(f'stages.{name}: init_from must say which model to start from.')
+      raise ConfigError(f'stages.{name}: init_from must say which model to start from.')
     if entry.init_from in recipe.stages and entry.init_from not in done:
-      raise ValueError(f'stages.{name}: init_from={entry.init_from!r} must come before it.')
+      raise ConfigError(f'stages.{name}: init_from={entry.init_from!r} must come before it.')
     done.append(name)
+
+
+def _check_report(recipe: Recipe, defined: list[str]):
+  report, kinds = recipe.report, {'dense_before': 'dense', 'dense_baseline': 'dense', 'sparse': 'sparse'}
+  for role, kind in kinds.items():
+    entry = getattr(report, role)
+    if entry and entry not in defined:
+      raise ConfigError(f'report.{role}={entry!r} must be one of the stages {defined}, or empty.')
+    if entry in recipe.stages and recipe.stages[entry].stage != kind:
+      raise ConfigError(
+          f'report.{role}={entry!r} is a {recipe.stages[entry].stage} stage; it must be a {kind} one.'
+      )
+  if report.seq_len > recipe.model.max_seq_len:
+    raise ConfigError(f'{report.seq_len=} exceeds {recipe.model.max_seq_len=}.')
+  if 'sparse' in recipe.roles and recipe.selection not in report.rules:
+    raise ConfigError(f'report.rules={report.rules} must hold {recipe.selection=}, which is trained.')
+  if 'sparse' in recipe.roles and report.seq_len <= recipe.model.index_topk:
+    raise ConfigError(
+        f'{report.seq_len=} must exceed {recipe.model.index_topk=}: below it every token is selected, '
+        'and no rule leaves anything out.'
+    )
 
 
 def _check_mesh(recipe: Recipe):
@@ -139,16 +218,16 @@ def _check_mesh(recipe: Recipe):
     recipe.mesh.check_model(recipe.model)
     for where, (batch_size, seq_len) in rows.items():
       recipe.mesh.check_rows(batch_size, seq_len)
-  except ValueError as error:
-    raise ValueError(f'config.mesh does not fit {where}: {error}') from error
+  except ConfigError as error:
+    raise ConfigError(f'config.mesh does not fit {where}: {error}') from error
 
 
 def _build(where: str, kind: type, fields: dict[str, Any]) -> Any:
   _check_names(where, fields, [f.name for f in dataclasses.fields(kind)])
   try:
     return kind(**fields)
-  except (TypeError, ValueError) as error:
-    raise ValueError(f'config.{where}: {error}') from error
+  except (TypeError, ConfigError) as error:
+    raise ConfigError(f'config.{where}: {error}') from error
 
 
 def _check_names(where: str, given: dict[str, Any], known: list[str]):
@@ -156,45 +235,4 @@ def _check_names(where: str, given: dict[str, Any], known: list[str]):
     if name not in known:
       close = difflib.get_close_matches(name, known, n=1)
       hint = f'did you mean {close[0]!r}?' if close else f'the fields are {known}.'
-      raise ValueError(f'{where} has no field {name!r}: {hint}')
-
-
-def claim_workdir(config: ConfigDict, workdir: pathlib.Path):
-  """Writes the config into an empty workdir, or checks that the workdir is this config's own.
-
-  Raises:
-    ValueError: The workdir belongs to another config, or cannot be written.
-  """
-  ours = json.loads(config.to_json())
-  for name in ELSEWHERE:
-    ours.pop(name, None)
-  path = workdir / 'config.json'
-  if path.exists():
-    theirs = json.loads(path.read_text())
-    if changed := _differences(theirs, ours):
-      raise ValueError(
-          f'workdir {workdir} belongs to another config; it differs in\n  '
-          + '\n  '.join(changed)
-          + '\nChoose another with --config.workdir=..., or delete this one.'
-      )
-    return
-  try:
-    workdir.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_suffix('.tmp')
-    fresh.write_text(json.dumps(ours, indent=2, sort_keys=True))
-    os.replace(fresh, path)
-  except OSError as error:
-    raise ValueError(
-        f'workdir {workdir} cannot be written ({error.strerror}); choose another with '
-        '--config.workdir=...'
-    ) from error
-
-
-def _differences(theirs: Any, ours: Any, where: str = '') -> list[str]:
-  if isinstance(theirs, dict) and isinstance(ours, dict):
-    rows = []
-    for name in sorted(theirs.keys() | ours.keys()):
-      inner = f'{where}.{name}' if where else name
-      rows += _differences(theirs.get(name), ours.get(name), inner)
-    return rows
-  return [] if theirs == ours else [f'{where}: {theirs} there, {ours} here']
+      raise ConfigError(f'{where} has no field {name!r}: {hint}')

@@ -8,6 +8,7 @@ from flax import nnx
 import jax
 import numpy as np
 
+from dsa_jax.config import ConfigError
 from dsa_jax.params import BackboneParam, IndexerParam
 from dsa_jax.training.optim import make_schedule
 
@@ -52,22 +53,24 @@ class StageConfig:
 
   def __post_init__(self):
     if self.stage not in STAGES:
-      raise ValueError(f'stage={self.stage!r} must be one of {tuple(STAGES)}.')
+      raise ConfigError(f'stage={self.stage!r} must be one of {tuple(STAGES)}.')
     for name in ('steps', 'batch_size', 'micro_batches'):
       if getattr(self, name) < 1:
-        raise ValueError(f'{name}={getattr(self, name)} must be at least 1.')
+        raise ConfigError(f'{name}={getattr(self, name)} must be at least 1.')
     if self.seq_len < 2:
-      raise ValueError(f'{self.seq_len=} must be at least 2: one token and its target.')
+      raise ConfigError(f'{self.seq_len=} must be at least 2: one token and its target.')
     if self.batch_size % self.micro_batches:
-      raise ValueError(f'{self.batch_size=} must be a multiple of {self.micro_batches=}.')
+      raise ConfigError(f'{self.batch_size=} must be a multiple of {self.micro_batches=}.')
+    if not 0 <= self.end_share <= 1:
+      raise ConfigError(f'{self.end_share=} must be within 0 and 1.')
     if not 0 <= self.warmup_steps < self.steps:
-      raise ValueError(f'{self.warmup_steps=} must be within 0 and {self.steps=}.')
+      raise ConfigError(f'{self.warmup_steps=} must be within 0 and {self.steps=}.')
     if self.attention and self.attention not in STAGES[self.stage].attention:
       allowed = STAGES[self.stage].attention
-      raise ValueError(f'attention={self.attention!r} of a {self.stage} stage must be of {allowed}.')
+      raise ConfigError(f'attention={self.attention!r} of a {self.stage} stage must be of {allowed}.')
     for part in STAGES[self.stage].trains:
-      if self.learning_rate(part) <= 0:
-        raise ValueError(f'a {self.stage} stage trains the {part}: {part}_lr must be above 0.')
+      if not 0 < self.learning_rate(part) < float('inf'):
+        raise ConfigError(f'a {self.stage} stage trains the {part}: {part}_lr must be above 0.')
 
   def learning_rate(self, part: str) -> float:
     return {'backbone': self.backbone_lr, 'indexer': self.indexer_lr}[part]

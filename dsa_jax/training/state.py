@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, SingleDeviceSharding
 import optax
 
-from dsa_jax.config import ModelConfig
+from dsa_jax.config import ConfigError, ModelConfig
 from dsa_jax.nn.transformer import Transformer
 from dsa_jax.parallel.mesh import shardings_of, weight_sharding
 from dsa_jax.training.optim import OptimConfig, make_optimizer
@@ -69,7 +69,7 @@ def abstract_params(
     dtype: Of matrices; norms and the router's bias are float32 always.
   """
   if dtype not in ('float32', 'bfloat16'):
-    raise ValueError(f"{dtype=} must be 'float32' or 'bfloat16'.")
+    raise ConfigError(f"{dtype=} must be 'float32' or 'bfloat16'.")
   first = SingleDeviceSharding(jax.devices()[0])
 
   def leaf(x: nnx.Variable) -> nnx.Variable:

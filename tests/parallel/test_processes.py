@@ -8,14 +8,17 @@ import socket
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
 from test_spmd import DEVICES
 
 from configs import quickstart
+from dsa_jax import train
 from dsa_jax.data.pipeline import make_iterator
-from dsa_jax.parallel import processes as distributed
+from dsa_jax.parallel import processes
 from dsa_jax.reporting.metrics import read_metrics
 from dsa_jax.training.recipe import read_recipe
 
@@ -52,17 +55,17 @@ def numbers(workdir):
 @pytest.mark.nightly
 def test_one_goes_on_where_a_killed_job_of_two_ended(tmp_path):
   alone, together = tmp_path / 'alone', tmp_path / 'together'
-  processes = start_two(together)
+  first, second = start_two(together)
   while not (together / 'checkpoints' / 'dense' / '6').exists():
-    assert all(p.poll() is None for p in processes), processes[0].communicate()[0]
+    assert first.poll() is None and second.poll() is None, first.communicate()[0]
     time.sleep(0.05)
-  processes[1].kill()
-  output, _ = processes[0].communicate()
-  processes[1].communicate()
-  assert processes[1].returncode == -signal.SIGKILL
-  endings = {1: distributed.LOST, -signal.SIGABRT: HEARTBEATS}
-  assert endings.get(processes[0].returncode, 'no such ending') in output, output
-  assert distributed.TOGETHER % 2 in output, output
+  second.kill()
+  output, _ = first.communicate()
+  second.communicate()
+  assert second.returncode == -signal.SIGKILL
+  endings = {1: processes.LOST, -signal.SIGABRT: HEARTBEATS}
+  assert endings.get(first.returncode, 'no such ending') in output, output
+  assert processes.TOGETHER % 2 in output, output
   for workdir in (alone, together):
     output, _ = (process := start(workdir)).communicate()
     assert process.returncode == 0, output
@@ -92,9 +95,35 @@ def test_shares_make_up_the_batch(tmp_path):
       make_iterator(rows, 6, seed=3, share=share)
 
 
+@pytest.mark.parametrize(
+    'message, gone',
+    [
+        ('UNKNOWN: Gloo all-reduce failed: Connection closed by peer [127.0.0.1]:4242', True),
+        ('UNAVAILABLE: The following tasks are unhealthy (stopped sending heartbeats)', True),
+        ('DEADLINE_EXCEEDED: Barrier timed out. Id: shutdown', True),
+        ('RESOURCE_EXHAUSTED: Out of memory while trying to allocate 17179869184 bytes.', False),
+        ('INTERNAL: RET_CHECK failure (xla/service/hlo_verifier.cc:42)', False),
+    ],
+)
+def test_a_process_is_called_gone_only_where_it_is(message, gone, monkeypatch, capsys):
+  def fail(_):
+    raise jax.errors.JaxRuntimeError(message)
+
+  codes = []
+  monkeypatch.setattr(train, 'CONFIG', SimpleNamespace(value=None), raising=False)
+  monkeypatch.setattr(train, 'join_job', lambda: None)
+  monkeypatch.setattr(train, 'train', fail)
+  monkeypatch.setattr(jax, 'process_count', lambda: 2)
+  monkeypatch.setattr(train.os, '_exit', codes.append)
+  train.main(None)
+  shown = capsys.readouterr().err
+  assert 'Traceback' in shown and message in shown and codes == [1]
+  assert (processes.LOST in shown) == gone
+
+
 def test_half_a_job_is_refused(monkeypatch):
   monkeypatch.setenv('JAX_COORDINATOR_ADDRESS', 'localhost:1')
   monkeypatch.delenv('JAX_PROCESS_ID', raising=False)
   monkeypatch.setenv('JAX_NUM_PROCESSES', '2')
   with pytest.raises(ValueError, match=r"\['JAX_PROCESS_ID'\] must be set, too"):
-    distributed.join_job()
+    processes.join_job()

@@ -10,6 +10,7 @@ import rich.console
 from tensorboardX.proto import event_pb2
 
 from dsa_jax.reporting import metrics
+from dsa_jax.reporting.progress import StepProgress
 
 
 def train(workdir, stage, steps, seed=0):
@@ -141,7 +142,7 @@ def test_progress_in_a_log_is_a_line_now_and_then(monkeypatch):
   clock = iter(np.arange(0, 1000, 1.0))
   monkeypatch.setattr(metrics.time, 'monotonic', lambda: float(next(clock)))
   out = io.StringIO()
-  with metrics.Progress(rich.console.Console(file=out)) as progress:
+  with StepProgress(rich.console.Console(file=out)) as progress:
     progress.start_stage('dense', 30, 0)
     for step in range(1, 31):
       progress.update(step, 12_345.6, 'loss [2.5]')
@@ -158,7 +159,7 @@ def test_progress_in_a_log_is_a_line_now_and_then(monkeypatch):
 def test_progress_on_a_terminal_is_a_bar():
   out = io.StringIO()
   console = rich.console.Console(file=out, force_terminal=True, width=100)
-  with metrics.Progress(console) as progress:
+  with StepProgress(console) as progress:
     progress.start_stage('warmup', 10, 4)
     progress.update(10, 2000.0, 'KL [0.5]')
   shown = out.getvalue()

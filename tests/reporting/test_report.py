@@ -6,11 +6,12 @@ import json
 import math
 import os
 
+from matplotlib.figure import Figure
 import numpy as np
 import pytest
 import rich.console
 
-from dsa_jax.reporting import metrics, report
+from dsa_jax.reporting import metrics, plots, report
 
 PNG = b'\x89PNG'
 BITS = {
@@ -54,6 +55,13 @@ def full_results():
       'tokens_by_stage': {
           'dense': 1_638_400, 'baseline': 819_200, 'warmup': 409_600, 'sparse': 819_200
       },
+      'stages': {
+          'dense': {'stage': 'dense', 'init_from': ''},
+          'baseline': {'stage': 'dense', 'init_from': 'dense'},
+          'warmup': {'stage': 'warmup', 'init_from': 'dense'},
+          'sparse': {'stage': 'sparse', 'init_from': 'warmup'},
+      },
+      'roles': {'dense_before': 'dense', 'dense_baseline': 'baseline', 'sparse': 'sparse'},
       'context': 512,
       'index_topk': 64,
       'n_layers': LAYERS,
@@ -102,8 +110,8 @@ def write_metrics(workdir, stages, every=2):
         learnt = begin + step * (stage != 'warmup')
         scalars = {'lm_loss': 1.25 + 4.2 * np.exp(-learnt / 25) + 12 / (learnt + 20)}
         scalars['lm_loss'] += 0.05 * rng.normal()
-        if stage in ('warmup', 'sparse'):
-          trained = 1 - np.exp(-(step + 200 * (stage == 'sparse')) / (30 + 10 * depth))
+        if stage in ('warmup', 'random') or stage.startswith('sparse'):
+          trained = 1 - np.exp(-(step + 200 * stage.startswith('sparse')) / (30 + 10 * depth))
           wobble = 1 + 0.03 * rng.normal(size=(6, LAYERS))
           jump = 0.6 if stage == 'sparse' else 1
           scalars |= {
@@ -217,6 +225,37 @@ def test_accuracy_is_the_main_number(tmp_path):
   assert by_model['sparse, random'][:2] == ['n/a', 'n/a']
   report.write_report(tmp_path, results, rich.console.Console(file=io.StringIO()))
   assert 'share of right answers' in (tmp_path / 'report.md').read_text()
+
+
+def test_entries_are_reported_and_drawn_under_their_own_names(tmp_path):
+  new = {'dense': 'base-1', 'baseline': 'more', 'warmup': 'random', 'sparse': 'sparse_k8', '': ''}
+  results = full_results()
+  results['roles'] = {role: new[entry] for role, entry in results['roles'].items()}
+  results['stages'] = {
+      new[name]: {'stage': entry['stage'], 'init_from': new[entry['init_from']]}
+      for name, entry in results['stages'].items()
+  }
+  results['stages']['sparse_k9'] = {'stage': 'sparse', 'init_from': 'random'}
+  for key in ('seconds_by_stage', 'tokens_by_stage'):
+    results[key] = {new[name]: value for name, value in results[key].items()} | {'sparse_k9': 7}
+  results['validation_bits_per_byte'] = BITS | {'sparse_k9': 2.01}
+  write_metrics(tmp_path, {'base-1': 4, 'more': 2, 'random': 4, 'sparse_k8': 4, 'sparse_k9': 4})
+  curves = plots.Curves(metrics.read_metrics(tmp_path / 'metrics.csv'))
+  training, selection = Figure(), Figure()
+  plots._training(training, results, curves)
+  plots._selection(selection, results, curves)
+  labels = [line.get_label() for line in training.axes[0].lines]
+  assert [x for x in labels if not x.startswith('_')] == list(results['stages'])
+  begins = {line.get_label(): line.get_xdata()[0] for line in training.axes[0].lines}
+  assert begins['more'] == pytest.approx(begins['sparse_k8'], rel=0.3)
+  assert begins['random'] < begins['sparse_k8']
+  labels = {line.get_label() for line in selection.axes[0].lines}
+  assert {'layer 0', 'sparse_k8 stage starts', '_sparse_k9'} <= labels
+  report.write_report(tmp_path, results, rich.console.Console(file=io.StringIO()))
+  text = (tmp_path / 'report.md').read_text()
+  for words in ('| dense (base-1) |', '| sparse, indexer (sparse_k8) |', '| sparse_k9 | 2.0100 |'):
+    assert words in text, words
+  assert 'more is drawn where sparse_k8 starts' in text
 
 
 @pytest.mark.parametrize('key', ['bits_by_position', 'captured_mass_by_rule'])

@@ -11,6 +11,7 @@ import pytest
 from configs import quickstart
 from dsa_jax import train
 from dsa_jax.config import ModelConfig
+from dsa_jax.training import run
 from dsa_jax.training.ahead import Ahead
 from dsa_jax.training.optim import OptimConfig
 from dsa_jax.training.stages import STAGES
@@ -88,7 +89,7 @@ def train_step(state, batch, rates):
 
 
 def test_no_program_of_a_run_is_compiled_twice(tmp_path, monkeypatch):
-  monkeypatch.setattr(train, 'make_train_step', lambda *_, **__: train_step)
+  monkeypatch.setattr(run, 'make_train_step', lambda *_, **__: train_step)
   config = quickstart.get_config('tiny')
   config.update(workdir=str(tmp_path), recipe=('dense', 'baseline'))
   config.model.update({name: getattr(SMALL, name) for name in config.model})

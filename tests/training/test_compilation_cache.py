@@ -15,7 +15,8 @@ from configs import quickstart
 from dsa_jax import train
 from dsa_jax.training import compilation_cache as module
 from dsa_jax.training.compilation_cache import compilation_cache
-from dsa_jax.training.recipe import claim_workdir, read_recipe
+from dsa_jax.training.recipe import read_recipe
+from dsa_jax.training.workdir import check_workdir, write_config
 
 
 @pytest.fixture(autouse=True)
@@ -172,7 +173,9 @@ def config_of(workdir, **changes):
 def test_a_workdir_does_not_mind_another_cache(tmp_path):
   """Nor do those that were begun before there was one."""
   for folder in ('', 'off', str(tmp_path / 'cache')):
-    claim_workdir(config_of(tmp_path / 'run', compilation_cache=folder), tmp_path / 'run')
+    config = config_of(tmp_path / 'run', compilation_cache=folder)
+    check_workdir(config, tmp_path / 'run')
+    write_config(config, tmp_path / 'run')
   assert 'compilation_cache' not in (tmp_path / 'run' / 'config.json').read_text()
 
 

@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a recipe's report compares, whatever its entries are called."""
+
+import pytest
+
+from configs import base
+from dsa_jax.config import ConfigError
+from dsa_jax.reporting.results import scored_entries
+from dsa_jax.training.recipe import read_recipe
+
+SIZE = {'steps': 1, 'batch_size': 2, 'seq_len': 64}
+
+
+def recipe_of(**entries):
+  """Returns the recipe of entries that are given as (stage, init_from)."""
+  config = base.get_config()
+  config.workdir = 'runs/none'
+  config.model.update(vocab_size=258, index_topk=8)
+  config.report.update(seq_len=64)
+  config.recipe = tuple(entries)
+  for name, (stage, init_from) in entries.items():
+    rates = {'backbone_lr': 1e-3, 'indexer_lr': 1e-3}
+    config.stages[name] = base.stage(stage=stage, init_from=init_from, **rates, **SIZE)
+  return read_recipe(config)
+
+
+def test_roles_follow_from_what_starts_where():
+  recipe = recipe_of(
+      short=('dense', ''), long=('dense', 'short'), fair=('dense', 'long'), kl=('warmup', 'long'),
+      k8=('sparse', 'kl'), random=('sparse', 'kl'), k9=('sparse', 'kl'),
+  )
+  assert recipe.roles == {'dense_before': 'long', 'dense_baseline': 'fair', 'sparse': 'k9'}
+  others = {'k8': 'k8', 'random (entry)': 'random'}  # A rule of the report is called random.
+  assert scored_entries(recipe) == recipe.roles | others
+
+
+def test_roles_of_recipes_that_lack_some():
+  assert recipe_of(a=('dense', '')).roles == {'dense_before': 'a'}
+  assert recipe_of(a=('dense', ''), b=('dense', 'a')).roles == {'dense_before': 'b'}
+  assert recipe_of(w=('warmup', 'runs/a'), s=('sparse', 'w')).roles == {'sparse': 's'}
+  recipe = recipe_of(a=('dense', ''), w=('warmup', 'a'))
+  assert recipe.roles == {'dense_before': 'a'} == scored_entries(recipe)
+
+
+@pytest.mark.parametrize('name', ['a,b', 'a/b', '-a', 'a b'])
+def test_a_name_that_is_no_folder_is_refused(name):
+  with pytest.raises(ConfigError, match='the name .* must be of letters'):
+    recipe_of(**{name: ('dense', '')})
