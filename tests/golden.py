@@ -10,7 +10,7 @@ import numpy as np
 import plain
 
 from dsa_jax.config import ModelConfig
-from dsa_jax.nn.attention.mla import Mode
+from dsa_jax.nn.attention.types import Mode
 from dsa_jax.params import BackboneParam, IndexerParam
 
 

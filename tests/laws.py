@@ -18,7 +18,7 @@ import numpy as np
 from dsa_jax.config import ModelConfig
 from dsa_jax.data.batch import Batch
 from dsa_jax.kernels import index_kl
-from dsa_jax.nn.attention.mla import Mode
+from dsa_jax.nn.attention.types import Mode
 from dsa_jax.nn.moe import balance, route
 from dsa_jax.nn.transformer import Transformer
 from dsa_jax.params import BackboneParam, IndexerParam

@@ -9,8 +9,8 @@ import laws
 import numpy as np
 import pytest
 
-from dsa_jax.nn.attention import mla
-from dsa_jax.nn.attention.mla import Mode
+from dsa_jax.nn.attention import attend
+from dsa_jax.nn.attention.types import Mode
 from dsa_jax.training.losses import shift_targets
 
 backends = pytest.mark.parametrize('backend', laws.BACKENDS)
@@ -152,9 +152,9 @@ def test_blocks_of_queries_are_invisible(types, monkeypatch):
   mode = Mode(attention='sparse', backend='xla', index_loss=True)
   run = lambda: [laws.gradients(loss, params, batch, mode, cfg) for loss in (0, 1)]
   whole = run()
-  blocks, map_rows = [], mla.map_rows
-  monkeypatch.setattr(mla, 'map_rows', lambda *x: blocks.append(x[2]) or map_rows(*x))
+  blocks, map_rows = [], attend.map_rows
+  monkeypatch.setattr(attend, 'map_rows', lambda *x: blocks.append(x[2]) or map_rows(*x))
   channels = cfg.n_heads * (cfg.kv_lora_rank + cfg.qk_rope_head_dim)
-  monkeypatch.setattr(mla, 'QUERY_CHANNELS', 9 * channels)  # The last block has rows to spare.
+  monkeypatch.setattr(attend, 'QUERY_CHANNELS', 9 * channels)  # The last block has rows to spare.
   laws.assert_close(run(), whole, 1e-5)
   assert set(blocks) == {8}

@@ -20,7 +20,7 @@ from dsa_jax.kernels.index_topk import xla as index_topk_xla
 from dsa_jax.kernels.mean_attention import mean_attention
 from dsa_jax.kernels.visibility import selected_keys, visible_keys
 from dsa_jax.nn import indexer, moe, norms
-from dsa_jax.nn.attention import mla
+from dsa_jax.nn.attention import attend, divergence, mla
 from dsa_jax.training import stages, step as train_step
 
 indexer_rule = importlib.import_module('dsa_jax.selection.lightning')  # Its function hides it.
@@ -129,7 +129,7 @@ def selection_is_dead(patch):
 @mistake(law('selection_reaches_output', 'xla', 'masked'), masked)
 def mask_is_ignored(patch):
   make = lambda attend: lambda *args, indices=None, **kwargs: attend(*args, **kwargs)
-  wrap(patch, mla, 'dense_attention', make)
+  wrap(patch, attend, 'dense_attention', make)
 
 
 @mistake(law('no_future', 'xla', 'sparse'), sparse)
@@ -151,7 +151,7 @@ def future_visible_to_attention(patch):
 
     return wrong
 
-  wrap(patch, mla, 'dense_attention', make)
+  wrap(patch, attend, 'dense_attention', make)
 
 
 @mistake(law('packed_is_alone', 'xla', 'sparse'), sparse)
@@ -173,7 +173,7 @@ def document_ignored_by_attention(patch):
 
     return wrong
 
-  wrap(patch, mla, 'dense_attention', make)
+  wrap(patch, attend, 'dense_attention', make)
 
 
 # The indexer.
@@ -278,7 +278,7 @@ def _kl(patch, change):
     log_probs = lambda where: scores - jax.nn.logsumexp(scores, axis=-1, keepdims=True, where=where)
     return change(target, log_probs, seen, visible)
 
-  patch.setattr(mla, 'index_kl', wrong)
+  patch.setattr(divergence, 'index_kl', wrong)
 
 
 def _divergence(p, log_p, log_q, where):
@@ -367,7 +367,7 @@ def softmax_scale_of_the_absorbed_width_in_sparse_only(patch):
         q, *args, sm_scale=q.shape[-1] ** -0.5, **kwargs
     )
 
-  wrap(patch, mla, 'sparse_attention', make)
+  wrap(patch, attend, 'sparse_attention', make)
 
 
 @mistake(sparse)

@@ -13,7 +13,7 @@ import pytest
 
 from dsa_jax.convert.importer import import_checkpoint, open_source
 from dsa_jax.inference.load import load_checkpoint
-from dsa_jax.nn.attention.mla import Mode
+from dsa_jax.nn.attention.types import Mode
 from dsa_jax.nn.transformer import Transformer
 
 GOLDEN = pathlib.Path(__file__).parent / 'parity'

@@ -21,7 +21,7 @@ from dsa_jax.data.tokenizer import Bytes, Pretrained
 from dsa_jax.inference.extend import extend
 from dsa_jax.inference.load import has_trained_indexer
 from dsa_jax.inference.sampler import SampleConfig, Sampler, draw
-from dsa_jax.nn.attention.mla import Mode
+from dsa_jax.nn.attention.types import Mode
 from dsa_jax.training.checkpoint import Checkpoints, Progress
 from dsa_jax.training.optim import OptimConfig
 from dsa_jax.training.state import new_state

@@ -44,7 +44,8 @@ from dsa_jax.kernels.sparse_attention import tpu as attention
 from dsa_jax.kernels.tpu import gather_scatter, resident
 from dsa_jax.kernels.tpu.resident import LANES, Rows
 from dsa_jax.kernels.tpu.shards import fit_shards
-from dsa_jax.nn.attention.mla import MLA, Mode
+from dsa_jax.nn.attention.mla import MLA
+from dsa_jax.nn.attention.types import Mode
 
 BISECTIONS = 29  # Of 64K random scores, for the slowest of 16 rows; at most 32.
 SEQUENCES = 32  # That decode side by side.

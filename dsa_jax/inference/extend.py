@@ -11,7 +11,8 @@ import numpy as np
 from dsa_jax.inference import cache as caches
 from dsa_jax.inference.cache import Cache
 from dsa_jax.kernels import dense_attention, index_topk, indexed_attention, sparse_attention
-from dsa_jax.nn.attention.mla import MLA, Attention
+from dsa_jax.nn.attention.mla import MLA
+from dsa_jax.nn.attention.types import Attention
 from dsa_jax.nn.transformer import Transformer, add, are_full, layers_of_stacks, with_every_indexer
 
 

@@ -19,7 +19,7 @@ from dsa_jax.inference.cache import Cache, init_cache
 from dsa_jax.inference.extend import extend
 from dsa_jax.inference.load import has_trained_indexer, load_checkpoint, read_record
 from dsa_jax.kernels.backend import default_backend
-from dsa_jax.nn.attention.mla import Attention
+from dsa_jax.nn.attention.types import Attention
 from dsa_jax.nn.transformer import Transformer
 
 

@@ -12,7 +12,8 @@ from jaxtyping import Array, Bool, Float, Int, Key
 import numpy as np
 
 from dsa_jax.config import ModelConfig
-from dsa_jax.nn.attention.mla import MLA, Measures, Mode, Selections, Shared
+from dsa_jax.nn.attention.mla import MLA
+from dsa_jax.nn.attention.types import Measures, Mode, Selections, Shared
 from dsa_jax.nn.mlp import MLP
 from dsa_jax.nn.moe import MoE
 from dsa_jax.nn.norms import RMSNorm

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dsa_jax.data.batch import Batch
-from dsa_jax.nn.attention.mla import Mode
+from dsa_jax.nn.attention.types import Mode
 from dsa_jax.parallel import spmd
 from dsa_jax.selection import measures
 from dsa_jax.training.losses import next_token_loss

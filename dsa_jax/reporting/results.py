@@ -19,7 +19,7 @@ from jax.stages import Lowered
 import numpy as np
 
 from dsa_jax.cost import attention_flops
-from dsa_jax.nn.attention.mla import Mode
+from dsa_jax.nn.attention.types import Mode
 from dsa_jax.reporting.evaluate import Scores, evaluate, measure, measure_batch, score_batch
 from dsa_jax.selection import RULES
 from dsa_jax.training.checkpoint import Checkpoints, restore_params

@@ -18,7 +18,7 @@ from dsa_jax.config import ConfigError
 from dsa_jax.data.batch import Batch
 from dsa_jax.data.pipeline import first_batches, make_iterator
 from dsa_jax.kernels.backend import default_backend, faster_attention, why_not_here
-from dsa_jax.nn.attention.mla import Mode
+from dsa_jax.nn.attention.types import Mode
 from dsa_jax.parallel.mesh import MeshConfig, make_mesh
 from dsa_jax.parallel.processes import own_share, place_batch
 from dsa_jax.training.checkpoint import restore_params

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from dsa_jax.data.batch import Batch
-from dsa_jax.nn.attention.mla import Mode
+from dsa_jax.nn.attention.types import Mode
 from dsa_jax.nn.moe import balance
 from dsa_jax.nn.transformer import STACKS, Output
 from dsa_jax.parallel import spmd

@@ -49,7 +49,8 @@ def our_layer(n: int):
   import jax.numpy as jnp
 
   from dsa_jax.config import ModelConfig
-  from dsa_jax.nn.attention.mla import MLA, Mode
+  from dsa_jax.nn.attention.mla import MLA
+  from dsa_jax.nn.attention.types import Mode
 
   cfg = ModelConfig(dim=512, n_heads=16, dtype='float32', max_seq_len=n, original_seq_len=n, **DIMS)
   layer = MLA(cfg, out_scale=1.0, rngs=nnx.Rngs(0))

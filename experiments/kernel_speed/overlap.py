@@ -16,7 +16,7 @@ import numpy as np
 from dsa_jax.data.pipeline import first_batches
 from dsa_jax.inference.load import load_model
 from dsa_jax.kernels.backend import default_backend
-from dsa_jax.nn.attention.mla import Mode
+from dsa_jax.nn.attention.types import Mode
 from dsa_jax.reporting.evaluate import measure
 
 STAGES = {'warmup': 'dense', 'sparse': 'sparse'}  # How the model attends in each.

@@ -34,7 +34,7 @@ from dsa_jax.compile.hlo import collectives, total_bytes  # noqa: E402
 from dsa_jax.config import ModelConfig  # noqa: E402
 from dsa_jax.cost.work import token_work  # noqa: E402
 from dsa_jax.data.batch import Batch  # noqa: E402
-from dsa_jax.nn.attention.mla import Mode  # noqa: E402
+from dsa_jax.nn.attention.types import Mode  # noqa: E402
 from dsa_jax.nn.transformer import Transformer  # noqa: E402
 from dsa_jax.parallel.mesh import ALL_TOKENS, MESH_AXES, MeshConfig, shardings_of  # noqa: E402
 from dsa_jax.training.optim import OptimConfig  # noqa: E402

@@ -12,12 +12,11 @@ import numpy as np
 import pytest
 from test_golden import GLM
 
-
 from dsa_jax.config import ModelConfig
 from dsa_jax.inference import cache as caches
 from dsa_jax.inference.cache import bytes_per_token, init_cache
 from dsa_jax.inference.extend import extend
-from dsa_jax.nn.attention.mla import Mode
+from dsa_jax.nn.attention.types import Mode
 
 CONFIGS = {
     'deepseek': laws.CFG,

@@ -12,7 +12,7 @@ import pytest
 from configs import quickstart
 from dsa_jax.config import ModelConfig
 from dsa_jax.data.batch import Batch
-from dsa_jax.nn.attention.mla import Mode
+from dsa_jax.nn.attention.types import Mode
 from dsa_jax.training.optim import OptimConfig
 from dsa_jax.training.stages import STAGES
 from dsa_jax.training.state import init_params, model_graph, new_state

@@ -16,7 +16,7 @@ import laws
 import numpy as np
 
 from dsa_jax.compile.hlo import collectives, total_bytes
-from dsa_jax.nn.attention.mla import Mode
+from dsa_jax.nn.attention.types import Mode
 from dsa_jax.parallel.mesh import BATCH as BATCH_SPEC, SEQUENCES, make_mesh, shardings_of
 from dsa_jax.parallel.spmd import zigzag
 from dsa_jax.training.stages import STAGES

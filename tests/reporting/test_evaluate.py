@@ -8,7 +8,7 @@ import laws
 import numpy as np
 import pytest
 
-from dsa_jax.nn.attention.mla import Mode
+from dsa_jax.nn.attention.types import Mode
 from dsa_jax.reporting import evaluate
 from dsa_jax.reporting.evaluate import Scores
 from dsa_jax.reporting.results import checks

@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Selections held against the true attention of their layer."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int, Key
+
+from dsa_jax import selection
+from dsa_jax.kernels import dense_attention, sparse_attention
+from dsa_jax.nn.attention.types import Measures, Mode, Selections, Views
+from dsa_jax.parallel import spmd
+from dsa_jax.parallel.mesh import TOKENS
+from dsa_jax.selection import measures
+
+
+def measure_selections(
+    layer,
+    views: Views,
+    selections: Selections,
+    start: Int[Array, 'B T'],
+    end: Int[Array, 'B T'],
+    key: Key[Array, ''],
+    mode: Mode,
+) -> dict[str, Measures]:
+  """Compares what each rule of `mode.measure` selected with all that the queries see."""
+  scale, backend = layer.cfg.sm_scale, mode.backend
+  lse_visible = dense_attention(
+      views.q, views.k, views.v, start, end, sm_scale=scale, backend=backend
+  )[1]
+  if 'oracle' in selections:
+    oracle = selections['oracle']
+  else:
+    oracle = selection.RULES['oracle'](views.candidates(start, end, key, layer.cfg, backend))
+
+  def compare(chosen: Int[Array, 'B T K']) -> Measures:
+    lse = sparse_attention(
+        views.absorbed_q, views.kv, chosen,
+        v_dim=layer.latent_dim, sm_scale=scale, backend=backend,
+    )[1]  # fmt: skip
+    return Measures(
+        indices=chosen,
+        captured_mass=measures.captured_mass(lse, lse_visible),
+        topk_recall=measures.overlap(oracle, chosen),
+        neighbour_overlap=_neighbour_overlap(chosen),
+        selected_distance=measures.selected_distance(chosen, end),
+    )
+
+  stacked = jax.lax.map(compare, jnp.stack([selections[rule] for rule in mode.measure]))
+  return {rule: jax.tree.map(lambda x: x[i], stacked) for i, rule in enumerate(mode.measure)}
+
+
+def _neighbour_overlap(chosen):
+  """Returns the overlap for this device's tokens; the one before its first is another device's."""
+  overlap = measures.neighbour_overlap(spmd.gather(chosen, *TOKENS, dim=1))
+  here = spmd.index(*TOKENS) * chosen.shape[1]
+  return jax.lax.dynamic_slice_in_dim(overlap, here, chosen.shape[1], axis=1)

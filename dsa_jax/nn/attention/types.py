@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What attention is asked for, what it reads, and what it reports."""
+
+import dataclasses
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from dsa_jax import selection
+from dsa_jax.config import ConfigError, ModelConfig
+from dsa_jax.nn.indexer import IndexInputs
+from dsa_jax.nn.remat import check_policy
+from dsa_jax.parallel import spmd
+from dsa_jax.parallel.mesh import MESH_AXES
+
+Attention = Literal['dense', 'sparse', 'masked']
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Mode:
+  """How a forward pass attends, and what it reports beside its output."""
+
+  attention: Attention  # 'masked': the numbers of 'sparse' at the cost of dense attention.
+  backend: str
+  # A key of dsa_jax.selection.RULES; or several, and whoever runs the model says which by number.
+  rule: str | tuple[str, ...] = 'indexer'
+  index_loss: bool = False  # Report the indexer's divergence from the attention.
+  measure: tuple[str, ...] = ()  # Rules whose selections are compared with the true attention.
+  remat: str = 'none'  # What each layer computes again in the backward pass: dsa_jax.nn.remat.POLICIES.
+  zigzag: bool = False  # The tokens come in the order of `spmd.zigzag`, not of the text.
+
+  @property
+  def rules(self) -> tuple[str | tuple[str, ...], ...]:
+    """All rules that must select, each once."""
+    used = () if self.attention == 'dense' else (self.rule,)
+    return tuple(dict.fromkeys(used + self.measure))
+
+  @property
+  def splits_heads(self) -> bool:
+    """Whether the heads may lie on several devices: the indexer alone selects without them."""
+    return set(self.rules) <= {'indexer'} and not self.measure
+
+  def __post_init__(self):
+    if self.attention not in ('dense', 'sparse', 'masked'):
+      raise ConfigError(f"attention={self.attention!r} must be 'dense', 'sparse' or 'masked'.")
+    check_policy(self.remat)
+    several = not isinstance(self.rule, str)
+    if several and self.measure:
+      raise ConfigError(f'measure={self.measure} must be empty where rule={self.rule} is several.')
+    for rule in (*(self.rule if several else (self.rule,)), *self.measure):
+      if rule not in selection.RULES:
+        raise ConfigError(f'selection rule {rule!r} must be one of {tuple(selection.RULES)}.')
+
+
+class Measures(NamedTuple):
+  """One rule's selection in one layer, held against the layer's true attention."""
+
+  indices: Int[Array, 'B T K']
+  captured_mass: Float[Array, 'B T']
+  topk_recall: Float[Array, 'B T']  # Share of the oracle's selection that the rule found.
+  neighbour_overlap: Float[Array, 'B T']
+  selected_distance: Float[Array, 'B T']
+
+
+Selections = dict[str | tuple[str, ...], Int[Array, 'B T K']]  # By rule.
+
+
+class Shared(NamedTuple):
+  """What a layer of a model with IndexShare receives from the layers before it."""
+
+  selections: Selections  # Of the last layer that has an indexer.
+  is_full: Bool[Array, '']  # Whether this layer selects for itself.
+
+
+class AttentionReport(NamedTuple):
+  """What attention says of itself; None where the mode does not ask."""
+
+  index_kl: Float[Array, 'B T'] | None  # Nats.
+  measures: dict[str, Measures]
+
+
+class Views(NamedTuple):
+  """A layer's queries and keys: in MHA form (E = N + R), absorbed (P = C + R), and the indexer's.
+
+  Queries are those of this device's tokens, keys those of all; heads those of this device.
+  """
+
+  q_latent: Float[Array, 'B T Q']
+  q: Float[Array, 'B T H E']
+  k: Float[Array, 'B S H E']
+  v: Float[Array, 'B S H V']
+  absorbed_q: Float[Array, 'B T H P']
+  kv: Float[Array, 'B S P']  # The latent, then the rotary key: all that a cache would hold.
+  index: IndexInputs | None  # None in a layer that shares another's selection.
+
+  def candidates(
+      self,
+      start: Int[Array, 'B T'],
+      end: Int[Array, 'B T'],
+      key: Key[Array, ''],
+      cfg: ModelConfig,
+      backend: str,
+      choice: Int[Array, ''] | None = None,
+  ) -> selection.Candidates:
+    """What a selection rule may look at, cut off from the gradients."""
+    index = self.index or (None, None, None)
+    arrays = jax.lax.stop_gradient((*index, self.q, self.k))
+    if spmd.size(*MESH_AXES) > 1:  # Devices draw different lots.
+      key = jax.random.fold_in(key, spmd.index(*MESH_AXES))
+    sizes = {'sm_scale': cfg.sm_scale, 'topk': cfg.index_topk, 'backend': backend}
+    return selection.Candidates(*arrays, start, end, key, choice, **sizes)
+
+
+def positions_of(start: Int[Array, 'B T'], end: Int[Array, 'B T']) -> Int[Array, 'B T']:
+  """Returns the place of each token in its document."""
+  return jnp.maximum(end - 1 - start, 0)
