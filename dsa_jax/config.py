@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a model is: its sizes and constants, under DeepSeek's names."""
+"""The sizes and constants of a model, under DeepSeek's names."""
 
 from collections.abc import Sequence
 import dataclasses
@@ -15,19 +15,19 @@ class ConfigError(ValueError):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-  """A DeepSeek-V3.2 model; the defaults are the released 671B one.
+  """A model of DeepSeek-V3.2's kind. The defaults are the released 671B model.
 
-  The fields of DeepSeek's inference/config_671B_v3.2.json, less its `dtype` and `scale_fmt`, and
-  GLM-5's two of the indexer. GLM-5 is this model without YaRN (original_seq_len = max_seq_len) and
-  without expert groups.
+  The fields are those of DeepSeek's inference/config_671B_v3.2.json without its `dtype` and
+  `scale_fmt`, and two of GLM-5's indexer. GLM-5 is such a model without YaRN (its original_seq_len
+  is its max_seq_len) and without expert groups.
   """
 
   vocab_size: int = 129_280
   dim: int = 7168
   n_layers: int = 61
-  n_dense_layers: int = 3  # Leading layers with an MLP in place of experts.
-  n_mtp_layers: int = 0  # 0 or 1: predict the token after the next one, too.
-  inter_dim: int = 18_432  # Width of those layers' MLP.
+  n_dense_layers: int = 3  # This many leading layers have an MLP in place of experts.
+  n_mtp_layers: int = 0  # 1 adds a layer that predicts the token after the next one.
+  inter_dim: int = 18_432  # The width of the MLP in dense layers.
   norm_eps: float = 1e-6
 
   # Mixture of experts.
@@ -35,7 +35,7 @@ class ModelConfig:
   n_shared_experts: int = 1
   n_activated_experts: int = 8
   n_expert_groups: int = 8
-  n_limited_groups: int = 4  # Groups that a token may choose experts from.
+  n_limited_groups: int = 4  # A token may choose experts from this many groups.
   moe_inter_dim: int = 2048
   route_scale: float = 2.5
   score_func: str = 'sigmoid'
@@ -52,12 +52,13 @@ class ModelConfig:
   index_n_heads: int = 64
   index_head_dim: int = 128
   index_topk: int = 2048
-  indexer_rope_interleave: bool = False  # True pairs neighbouring channels, as GLM-5's indexer does.
-  # IndexShare: 'full' or 'shared' for each layer; a shared one attends to what the last full one
-  # selected. (): every layer has an indexer of its own.
+  # Whether the indexer's rotary embedding pairs neighbouring channels, as GLM-5's does.
+  indexer_rope_interleave: bool = False
+  # 'full' or 'shared' for each layer (IndexShare). A shared layer attends to what the last full one
+  # before it selected. () means that every layer has an indexer of its own.
   indexer_types: Sequence[str] = ()
 
-  # Rotary positions: YaRN wherever max_seq_len exceeds original_seq_len.
+  # Rotary positions. They are YaRN's if max_seq_len exceeds original_seq_len.
   max_seq_len: int = 163_840
   original_seq_len: int = 4096
   rope_theta: float = 10_000.0
@@ -66,8 +67,9 @@ class ModelConfig:
   beta_slow: float = 1.0
   mscale: float = 1.0
 
-  embed_init_std: float = 0.02  # Of fresh embeddings; other weights by their fan-in.
-  dtype: str = 'bfloat16'  # Of activations; parameters and reductions are float32.
+  # The standard deviation of fresh embeddings. That of other weights follows from their fan-in.
+  embed_init_std: float = 0.02
+  dtype: str = 'bfloat16'  # The dtype of activations. Parameters and reductions are float32.
 
   def __post_init__(self):
     object.__setattr__(self, 'indexer_types', tuple(self.indexer_types))  # JSON has lists.
@@ -115,7 +117,7 @@ class ModelConfig:
     return tuple(i for i in range(self.n_layers) if self.is_full(i))
 
   def is_full(self, layer: int) -> bool:
-    """Whether a layer has its own indexer, and does not attend to what an earlier one selected."""
+    """Returns whether a layer has its own indexer instead of the selection of an earlier layer."""
     return not self.indexer_types or self.indexer_types[layer] == 'full'
 
   @property
@@ -128,6 +130,6 @@ class ModelConfig:
 
   @property
   def sm_scale(self) -> float:
-    """Softmax scale of the main attention, in both its forms; YaRN's factor included."""
+    """The softmax scale of the main attention, in both its forms, with YaRN's factor."""
     m = 0.1 * self.mscale * math.log(self.rope_factor) + 1 if self.uses_yarn else 1.0
     return m * m * (self.qk_nope_head_dim + self.qk_rope_head_dim) ** -0.5

@@ -1,20 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weights that know who trains them and how they split."""
+"""The kinds of weights: who trains them, and which axes of a mesh may split them."""
 
 from flax import nnx
 import jax
 
 
 class BackboneParam(nnx.Param):
-  """A weight of the dense model; frozen while the indexer warms up."""
+  """A weight of the dense model. It is frozen while the indexer warms up."""
 
 
 class IndexerParam(nnx.Param):
-  """A weight of the lightning indexer; trained by distillation only."""
+  """A weight of the lightning indexer. Only distillation trains it."""
 
 
 class RouterBias(nnx.Variable):
-  """The experts' selection bias; no loss trains it, the load of each expert moves it."""
+  """The selection bias of the experts. No loss trains it: the load of each expert moves it."""
 
 
 def param(
@@ -25,7 +25,15 @@ def param(
     std: float,
     rngs: nnx.Rngs,
 ) -> nnx.Variable:
-  """Creates a float32 weight, normal with `std`; `axes` names its dimensions (None: never split)."""
+  """Creates a float32 weight, drawn from a normal distribution.
+
+  Args:
+    kind: Who trains it.
+    shape: Its shape.
+    axes: The names of its dimensions in `parallel.mesh.RULES`. A dimension named None is never split.
+    std: The standard deviation.
+    rngs: What it is drawn from.
+  """
   if len(axes) != len(shape):
     raise ValueError(f'{axes=} must name every dimension of {shape=}.')
   return kind(std * jax.random.normal(rngs.params(), shape), axes=axes)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Validation: loss by position, and how much true attention a selection captures."""
+"""Validation: the loss by position, and the true attention that a selection captures."""
 
 from collections.abc import Sequence
 import functools
@@ -22,14 +22,14 @@ class Scores(NamedTuple):
 
   nats: np.ndarray
   right: np.ndarray  # Whether the likeliest token was the target.
-  n_visible: np.ndarray  # How many tokens the query could see, itself included.
+  n_visible: np.ndarray  # The number of tokens that the query could see, itself included.
 
   def bits(self, n_visible_above: int = 0) -> float:
-    """Mean bits per target, over the queries that see more than that."""
+    """Returns the mean bits per target, over the queries that see more tokens than given."""
     return float(self.nats[self.n_visible > n_visible_above].mean() / np.log(2))
 
   def bits_by_position(self, edges: Sequence[int]) -> list[float]:
-    """Mean bits per target with edges[i] <= n_visible < edges[i + 1]; NaN where there is none."""
+    """Returns the mean bits of targets with edges[i] <= n_visible < edges[i + 1], or else NaN."""
     bucket = np.digitize(self.n_visible, edges) - 1
     count = np.bincount(bucket, minlength=len(edges))[: len(edges) - 1]
     total = np.bincount(bucket, self.nats, minlength=len(edges))[: len(edges) - 1]
@@ -45,7 +45,7 @@ def evaluate(
 ) -> Scores:
   """Scores every target of the batches.
 
-  Where `mode.rule` names several rules, `choice` is the number of the one that selects: one
+  Where `mode.rule` names several rules, `choice` is the number of the one that selects, so one
   compiled program serves them all.
   """
   scored, choice = [], None if choice is None else jnp.int32(choice)
@@ -73,23 +73,26 @@ def measure(
     *,
     beyond: tuple[int, ...] = (0,),
 ) -> list[dict[str, dict[str, np.ndarray]]]:
-  """Holds the selections of `mode.measure` against the true attention.
+  """Compares the selections of `mode.measure` with the true attention.
 
   Args:
     graph: The model without its weights.
     params: Its weights.
     batches: What to run on.
-    mode: How the model attends meanwhile; its `measure` names the rules.
-    beyond: For each of these numbers, count only queries that see more tokens than it: with
-      the budget, those for which a rule has to choose.
+    mode: How the model attends. Its `measure` names the rules.
+    beyond: For each of these numbers, only queries that see more tokens than it are counted. With
+      the budget as the number, those are the queries for which a rule has to choose.
 
   Returns:
-    For each number, by rule, then by measure, means over queries for each layer: `captured_mass`, `topk_recall`,
-    `neighbour_overlap` (against the previous query), `layer_overlap` (against the previous layer;
-    one shorter) as shares, and `selected_distance` in tokens.
+    For each number, by rule and then by measure, the means over queries for each layer.
+    `captured_mass`, `topk_recall`, `neighbour_overlap` (with the previous query) and `layer_overlap`
+    (with the next layer, so one number fewer) are shares; `selected_distance` is in tokens.
+
+  Raises:
+    ValueError: No query sees that many tokens.
   """
-  found = [measure_batch(graph, params, batch, mode, beyond) for batch in batches]
-  sums, counts = jax.tree.map(lambda *x: np.sum(x, axis=0), *found)
+  of_batches = [measure_batch(graph, params, batch, mode, beyond) for batch in batches]
+  sums, counts = jax.tree.map(lambda *x: np.sum(x, axis=0), *of_batches)
   if not all(counts):
     raise ValueError(f'no query of the batches sees more than {max(beyond)} tokens.')
   return [jax.tree.map(lambda x: x / n, total) for total, n in zip(sums, counts)]
@@ -98,15 +101,15 @@ def measure(
 @functools.partial(jax.jit, static_argnums=(0, 3, 4))
 def measure_batch(graph, params, batch, mode, beyond):
   out = nnx.merge(graph, params)(batch.tokens, batch.start, batch.end, mode)
-  found = {}
+  by_rule = {}
   for rule in mode.measure:
     fields = out.measures(rule)._asdict()
     indices = fields.pop('indices')
     fields['layer_overlap'] = measures.overlap(indices[1:], indices[:-1])
-    found[rule] = fields
+    by_rule[rule] = fields
   sums, counts = [], []
   for n in beyond:
     counted = (batch.end - batch.start > n).astype(jnp.float32)
-    sums.append(jax.tree.map(lambda x: jnp.sum(x * counted, axis=(1, 2)), found))
+    sums.append(jax.tree.map(lambda x: jnp.sum(x * counted, axis=(1, 2)), by_rule))
     counts.append(jnp.sum(counted))
   return spmd.everywhere((sums, counts))

@@ -26,11 +26,11 @@ class Row(NamedTuple):
 
 
 class MetricsWriter:
-  """The open `metrics.csv` and TensorBoard folders of one workdir.
+  """Writes `metrics.csv` and the TensorBoard folders of one workdir.
 
-  The file survives a kill at any moment: a line cut short is removed on opening. Whoever resumes
-  calls `rewind` for the stage of the checkpoint and for every later one, so that steps taken after
-  the checkpoint are not recorded twice.
+  The file survives a kill at any moment, because a line that was cut short is removed on opening.
+  A run that resumes calls `rewind` for the stage of the checkpoint and for every later one, so that
+  no step is recorded twice.
   """
 
   def __init__(self, workdir: pathlib.Path):
@@ -58,7 +58,7 @@ class MetricsWriter:
     self._tensorboard.clear()
 
   def write(self, stage: str, step: int, scalars: Mapping[str, Any]) -> None:
-    """Records numbers by name; a sequence or array is one number per layer, `name/layer_<i>`."""
+    """Records numbers by name. A sequence or array holds one per layer, named `name/layer_<i>`."""
     _check_word('stage', stage, r'[\w.-]+')
     flat = {}
     for name, value in scalars.items():
@@ -77,7 +77,7 @@ class MetricsWriter:
     writer.flush()
 
   def rewind(self, stage: str, step: int) -> None:
-    """Forgets what `stage` wrote after `step`; a step of -1 forgets all of it."""
+    """Removes what `stage` wrote after `step`, or everything if `step` is -1."""
     self._file.close()
     lines = _whole_lines(self.path)
     kept = [line for line in lines[1:] if not _is_after(_parse(line), stage, step)]
@@ -85,12 +85,12 @@ class MetricsWriter:
     self._file = self.path.open('a', newline='\n')
     if stage in self._tensorboard:
       self._tensorboard.pop(stage).close()
-    # TensorBoard hides the purge step itself, too.
+    # TensorBoard also hides the purge step itself.
     self._purge_steps[stage] = min(step + 1, self._purge_steps.get(stage, step + 1))
 
   def _tensorboard_writer(self, stage: str) -> tensorboardX.SummaryWriter:
     if stage not in self._tensorboard:
-      # Files are named by the second: a quick restart must not overwrite its predecessor's.
+      # Files are named by the second, and a quick restart must not overwrite an earlier file.
       self._tensorboard[stage] = tensorboardX.SummaryWriter(
           str(self._tensorboard_dir / stage),
           purge_step=self._purge_steps.pop(stage, None),
@@ -100,7 +100,7 @@ class MetricsWriter:
 
 
 class SilentWriter(MetricsWriter):
-  """Writes nothing: for the processes of a job beside the one that writes."""
+  """Writes nothing. All processes of a job but one have it."""
 
   def __init__(self):
     pass
@@ -116,18 +116,18 @@ class SilentWriter(MetricsWriter):
 
 
 def read_metrics(path: pathlib.Path) -> list[Row]:
-  """Reads a `metrics.csv`, also of a run that is still writing or was killed."""
+  """Reads a `metrics.csv`, even while a run writes it or after one was killed."""
   return [_parse(line) for line in _whole_lines(path)[1:]]
 
 
 def series(rows: Sequence[Row], stage: str, name: str) -> tuple[np.ndarray, np.ndarray]:
-  """Picks one metric of one stage: its steps and its values."""
+  """Returns the steps and the values of one metric of one stage."""
   picked = [row for row in rows if row.stage == stage and row.name == name]
   return np.array([r.step for r in picked], int), np.array([r.value for r in picked], float)
 
 
 def _whole_lines(path: pathlib.Path) -> list[str]:
-  """Reads the lines that end in a newline: what a kill cut short is not a measurement."""
+  """Reads the lines that end in a newline. A line that a kill cut short is no measurement."""
   lines = path.read_text().split('\n')[:-1]
   if lines and lines[0] != HEADER:
     raise ConfigError(f'{path} starts with {lines[0]!r}, not {HEADER!r}: use another workdir')

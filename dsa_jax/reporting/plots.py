@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The pictures of a report, and how models and selection rules look in them."""
+"""The pictures of a report."""
 
 from collections.abc import Iterable, Mapping, Sequence
 import io
@@ -15,7 +15,7 @@ from dsa_jax.reporting import metrics
 
 
 class Look(NamedTuple):
-  """How one model, or one selection rule, is called and drawn."""
+  """The name and the drawing style of a model or of a selection rule."""
 
   label: str
   colour: str
@@ -34,7 +34,7 @@ MODELS = {
 RULES = {
     'indexer': 'sparse', 'oracle': 'oracle', 'window_sinks': 'window_sinks', 'random': 'random'
 }
-# What the entries of a recipe are usually called; a label names an entry that is called otherwise.
+# The usual names of entries. A label adds the name of an entry that is called otherwise.
 USUAL = {'dense_before': 'dense', 'dense_baseline': 'baseline', 'sparse': 'sparse'}
 STAGE_COLOURS = {'dense': '#404040', 'warmup': '#009E73', 'sparse': '#0072B2'}
 OTHER_COLOURS = ('#E69F00', '#CC79A7', '#56B4E9', '#D55E00', '#F0E442')  # Of further entries.
@@ -91,7 +91,7 @@ class Lineage(NamedTuple):
     return cls(results.get('stages') or {}, results.get('roles') or {})
 
   def starts(self, length: Mapping[str, float | int]) -> dict[str, float | int]:
-    """Returns where each entry begins on an axis on which it lies behind the one it starts from."""
+    """Returns where each entry begins, if it follows the entry that it starts from."""
     starts: dict[str, float | int] = {}
     for name in length:
       parent = self.stages.get(name, {}).get('init_from', '')
@@ -202,7 +202,7 @@ def _draw_mass(axes: Any, mass: Mapping[str, Sequence[float]]) -> None:
 def _draw_layers(axes: Any, results: Mapping[str, Any], curves: Curves, name: str) -> None:
   """Draws one line per layer, along the entries that train the indexer.
 
-  Other entries than those that the compared sparse one descends from are dashed.
+  Lines are dashed for entries from which the compared sparse one does not descend.
   """
   lineage = Lineage.of(results)
   steps = {s: n for s, n in curves.last_step.items() if lineage.trains_indexer(s)}
@@ -228,7 +228,7 @@ def _draw_layers(axes: Any, results: Mapping[str, Any], curves: Curves, name: st
 
 
 def _legend_below(figure: Any, columns: int) -> None:
-  """One legend for all axes; of many layers, only some."""
+  """Draws one legend for all axes, with some of the labels if there are many."""
   by_label = {}
   for axes in figure.axes:
     for handle, text in zip(*axes.get_legend_handles_labels(), strict=True):
@@ -295,7 +295,7 @@ def look(model: str) -> Look:
 
 
 def label(model: str, results: Mapping[str, Any]) -> str:
-  """Returns what a model is called, with the name of its entry where that is not the usual one."""
+  """Returns the label of a model, with the name of its entry if that is not the usual one."""
   entry = Lineage.of(results).roles.get(model)
   return look(model).label + (f' ({entry})' if entry not in (None, USUAL.get(model)) else '')
 

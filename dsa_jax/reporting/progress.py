@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Progress on a terminal, and in lines elsewhere: of training steps, and of bytes."""
+"""Progress of training steps and of bytes, as bars on a terminal and as lines elsewhere."""
 
 import datetime
 import time
@@ -11,7 +11,7 @@ PLAIN_LINE_SECONDS = 10.0
 
 
 class StepProgress:
-  """A bar per stage on a terminal; elsewhere a line every ten seconds and when a stage ends."""
+  """Shows a bar per stage on a terminal, and elsewhere a line every ten seconds and at the end."""
 
   def __init__(self, console: rich.console.Console | None = None, *, quiet: bool = False):
     self.console = console or rich.console.Console(quiet=quiet)
@@ -41,7 +41,7 @@ class StepProgress:
       self.print(f'{name}: {total_steps} steps{start}')
 
   def update(self, step: int, tokens_per_second: float, text: str = '') -> None:
-    """Shows that `step` steps are done; `text` is what else to show, such as the loss."""
+    """Shows that `step` steps are done, and `text`, such as the loss, beside them."""
     speed = f'{tokens_per_second:,.0f} tokens/s'
     if self._bars:
       self._bars.update(self._task, completed=step, speed=speed, text=text)
@@ -54,7 +54,7 @@ class StepProgress:
       self._print_pending()
 
   def print(self, text: str) -> None:
-    """Prints a line, above the bars where there are bars."""
+    """Prints a line, above the bars if there are any."""
     self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
   def _time_left(self, step: int, now: float) -> str:
@@ -72,7 +72,7 @@ class StepProgress:
 
 
 class ByteProgress:
-  """A bar of bytes done, speed and time left on a terminal; elsewhere a line every ten seconds."""
+  """Shows bytes done, speed and time left, as a bar or as a line every ten seconds."""
 
   def __init__(self, name: str, total: int, console: rich.console.Console | None = None):
     self._name, self._total, self._done = name, total, 0

@@ -58,8 +58,8 @@ def write_report(
 ) -> None:
   """Writes report.md, its plots and report.json, and prints the main table.
 
-  What the results do not have is left out of the report. report.json is removed first and written
-  last: where it exists, the report is whole.
+  The report leaves out what the results do not have. report.json is removed first and written last,
+  so the report is complete wherever that file exists.
   """
   _check_lengths(results)
   (workdir / 'report.json').unlink(missing_ok=True)
@@ -76,7 +76,7 @@ def write_report(
 
 
 def main_table(results: Mapping[str, Any]) -> Table:
-  """One row per model: its quality, and how it compares with the fair baseline."""
+  """Returns one row per model, with its quality beside that of the fair baseline."""
   bits, beyond = (results.get(k, {}) for k in ('validation_bits_per_byte', 'bits_beyond_budget'))
   accuracy = results.get('accuracy') or {}
   unit = 'bits per answer' if accuracy else 'bits per byte'
@@ -273,7 +273,7 @@ def _check_lengths(results: Mapping[str, Any]) -> None:
 
 
 def _finite(value: Any) -> Any:
-  """The same, with null for what JSON cannot say."""
+  """Returns the same value with None in place of numbers that JSON does not have."""
   if isinstance(value, Mapping):
     return {key: _finite(item) for key, item in value.items()}
   if isinstance(value, (list, tuple)):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a finished recipe has shown: every number of the report, and whether it met its bars."""
+"""Every number that the report of a finished recipe holds, and whether it met its bars."""
 
 from collections.abc import Callable
 import datetime
@@ -31,11 +31,11 @@ LONG_CONTEXT = 131_072
 
 
 class Modes(NamedTuple):
-  """How the models of a recipe run while they are judged."""
+  """The modes in which the models of a recipe are evaluated."""
 
   dense: Mode
-  sparse: Mode  # It selects by any rule of the report.
-  measured: Mode  # It selects as in training, and the rules of the report are measured beside it.
+  sparse: Mode  # Any rule of the report selects.
+  measured: Mode  # The rule of training selects, and the rules of the report are measured.
 
 
 def report_modes(run: Run) -> Modes:
@@ -165,7 +165,7 @@ def _attention_flops(recipe: Recipe) -> dict[str, dict[str, float]]:
 
 
 def checks(results: dict[str, Any]) -> list[dict[str, Any]]:
-  """Returns the bars that apply to these results, each with the numbers it was judged by."""
+  """Returns the verdicts that apply to these results, each with the numbers behind it."""
   verdicts = []
 
   def check(name: str, passed: bool, detail: str):
@@ -207,13 +207,13 @@ def _seconds(recipe: Recipe, entry: str) -> float:
 
 
 def describe_command() -> str:
-  """Returns what was typed; a call from a notebook or a test has no command."""
+  """Returns the command that was typed, or the call that a notebook or a test makes."""
   typed = sys.orig_argv[1:]
   return ' '.join(['python', *typed]) if 'dsa_jax.train' in typed else 'dsa_jax.train.train(config)'
 
 
 def describe_machine() -> str:
-  """Returns cores, processor and accelerator in words."""
+  """Describes the cores, the processor and the accelerator."""
   processor = platform.processor() or platform.machine()
   cpuinfo = pathlib.Path('/proc/cpuinfo')
   if cpuinfo.exists():

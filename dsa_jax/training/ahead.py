@@ -13,8 +13,8 @@ from jax.stages import Lowered
 class Ahead:
   """One thread that lowers and compiles programs in the order of their use.
 
-  Whoever calls such a program after `wait`, with arguments of the same shapes and places, finds it
-  compiled. Where it could not be compiled ahead, the call itself compiles it, or fails.
+  A call of such a program after `wait`, with arguments of the same shapes and shardings, compiles
+  nothing. If a program could not be compiled ahead, its first call compiles it, or fails.
   """
 
   def __init__(self, programs: Mapping[str, Callable[[], Lowered]], mesh: Mesh | None):
@@ -29,7 +29,10 @@ class Ahead:
     self._thread.shutdown(cancel_futures=True)  # Waits for the program that is being compiled.
 
   def begin(self, first: str):
-    """Compiles the programs from that one on, at the first call; in a job of many processes, none."""
+    """Starts to compile the programs from `first` on. Only the first call does anything.
+
+    In a job of several processes nothing is compiled ahead.
+    """
     if self._begun or jax.process_count() > 1:
       return
     names = list(self._programs)
@@ -37,7 +40,7 @@ class Ahead:
       self._begun[name] = self._thread.submit(self._compile, name)
 
   def wait(self, name: str = ''):
-    """Waits until that program has been compiled, if it ever will be; all of them without a name."""
+    """Waits for one program, or for all of them without a name; returns at once if none is begun."""
     wanted = [name] if name else self._begun
     futures.wait([self._begun[name] for name in wanted if name in self._begun])
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoints: whole or not at all, written while training goes on."""
+"""Checkpoints, which appear whole or not at all and are written while training goes on."""
 
 import pathlib
 from typing import Any, NamedTuple
@@ -12,20 +12,20 @@ import tensorstore as ts
 from dsa_jax.config import ConfigError
 from dsa_jax.training.state import TrainState
 
-CACHE_BYTES = 64 * 2**20  # Of what was just read, for the next piece out of the same file.
+CACHE_BYTES = 64 * 2**20  # Tensorstore keeps this much of a file for the next piece out of it.
 
 
 class Progress(NamedTuple):
   """What is saved beside the arrays."""
 
-  data: dict  # State of the data iterator.
-  seconds: float  # Spent in this stage so far.
+  data: dict  # The state of the data iterator.
+  seconds: float  # The time spent in this stage so far.
 
 
 class Checkpoints:
   """The checkpoints of one stage, in one folder.
 
-  They hold bare arrays: to read them takes orbax, but neither flax nor this package.
+  They hold bare arrays, so reading them takes orbax but neither flax nor this package.
   """
 
   def __init__(self, folder: pathlib.Path, *, keep: int = 2):
@@ -38,15 +38,15 @@ class Checkpoints:
 
   def __exit__(self, error: type | None, *_):
     if jax.process_count() > 1 and error and issubclass(error, jax.errors.JaxRuntimeError):
-      return  # Another process has gone: what it was to write will never be there.
-    self._manager.close()  # Waits for what is still being written.
+      return  # If another process has gone, its part of a checkpoint will never be written.
+    self._manager.close()  # This waits until everything is written.
 
   @property
   def latest_step(self) -> int | None:
     return self._manager.latest_step()
 
   def save(self, step: int, state: TrainState, progress: Progress):
-    """Saves in the background; the folder of a step appears when it is whole."""
+    """Saves in the background. The folder of a step appears once it is complete."""
     items = {
         'state': ocp.args.StandardSave(nnx.as_pure(state._asdict())),
         'progress': ocp.args.JsonSave(progress._asdict()),
@@ -59,12 +59,12 @@ class Checkpoints:
         'state': ocp.args.StandardRestore(_shapes(like._asdict())),
         'progress': ocp.args.JsonRestore(),
     }
-    found = self._manager.restore(self.latest_step, args=ocp.args.Composite(**items))
-    state = TrainState(**_with_structure(found['state'], like._asdict()))
-    return state, Progress(**found['progress'])
+    restored = self._manager.restore(self.latest_step, args=ocp.args.Composite(**items))
+    state = TrainState(**_with_structure(restored['state'], like._asdict()))
+    return state, Progress(**restored['progress'])
 
   def seconds(self) -> float:
-    """Returns how long the stage had taken at its latest step."""
+    """Returns the seconds that the stage had taken up to its latest step."""
     args = ocp.args.Composite(progress=ocp.args.JsonRestore())
     return self._manager.restore(self.latest_step, args=args)['progress']['seconds']
 
@@ -85,7 +85,7 @@ def latest_checkpoint(folder: pathlib.Path) -> pathlib.Path:
 
 
 def restore_params(folder: pathlib.Path, like: nnx.State) -> nnx.State:
-  """Returns the parameters of the latest step in a stage's folder; optimiser and step stay behind.
+  """Returns the parameters of the latest step in a stage's folder, without optimiser and step.
 
   Raises:
     ConfigError: There is no checkpoint, or it is of a model with other shapes.
@@ -100,24 +100,24 @@ def restore_params(folder: pathlib.Path, like: nnx.State) -> nnx.State:
 
 
 def _read(store: ts.TensorStore, target: jax.ShapeDtypeStruct) -> jax.Array:
-  """Reads one array: every device's own share, one share after another."""
-  shares = []
-  for device, index in target.sharding.addressable_devices_indices_map(target.shape).items():
-    share = store[index].read().result().astype(target.dtype, copy=False)
-    shares.append(jax.block_until_ready(jax.device_put(share, device)))
-  return jax.make_array_from_single_device_arrays(target.shape, target.sharding, shares)
+  """Reads one array, one device's shard after another."""
+  shards, places = [], target.sharding.addressable_devices_indices_map(target.shape)
+  for device, index in places.items():
+    shard = store[index].read().result().astype(target.dtype, copy=False)
+    shards.append(jax.block_until_ready(jax.device_put(shard, device)))
+  return jax.make_array_from_single_device_arrays(target.shape, target.sharding, shards)
 
 
 def open_tree(folder: pathlib.Path) -> dict[tuple[str, ...], ts.TensorStore]:
   """Opens the arrays of an orbax checkpoint without reading them.
 
   Returns:
-    By path, what has `shape`, `dtype`, and `store[index].read().result()`.
+    A tensorstore for each path in the tree.
   """
   folder = folder.absolute()
   with ocp.PyTreeCheckpointer() as checkpointer:
     tree = checkpointer.metadata(folder).item_metadata.tree
-  packed = (folder / 'manifest.ocdbt').exists()  # As a run saves; a conversion leaves plain files.
+  packed = (folder / 'manifest.ocdbt').exists()  # Runs save in this format; conversions write plain files.
   context = ts.Context({'cache_pool': {'total_bytes_limit': CACHE_BYTES}})
   stores = {}
   for keys, _ in jax.tree.leaves_with_path(tree):
@@ -134,9 +134,8 @@ def _check_shapes(stores: dict, targets: dict, folder: pathlib.Path):
   ours, theirs = ({p: x.shape for p, x in tree.items()} for tree in (targets, stores))
   wrong = sorted(p for p in ours.keys() | theirs.keys() if ours.get(p) != theirs.get(p))
   if wrong:
-    rows = [
-        f'  {".".join(p)}: {theirs.get(p, "absent")} there, {ours.get(p, "absent")} here' for p in wrong
-    ]
+    shape = lambda shapes, p: shapes.get(p, 'absent')
+    rows = [f'  {".".join(p)}: {shape(theirs, p)} there, {shape(ours, p)} here' for p in wrong]
     raise ConfigError(f'{folder} holds another model:\n' + '\n'.join(rows))
 
 
@@ -145,5 +144,5 @@ def _shapes(tree: Any) -> Any:
   return jax.tree.map(shape, nnx.as_pure(tree))
 
 
-def _with_structure(found: Any, like: Any) -> Any:
-  return jax.tree.unflatten(jax.tree.structure(like), jax.tree.leaves(found))
+def _with_structure(tree: Any, like: Any) -> Any:
+  return jax.tree.unflatten(jax.tree.structure(like), jax.tree.leaves(tree))

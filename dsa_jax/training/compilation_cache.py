@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compiled programs, kept on disk: what was compiled once is only read when a run starts again."""
+"""Keeps compiled programs on disk, so that a run that starts again only reads them."""
 
 from collections.abc import Iterator
 import contextlib
@@ -13,22 +13,22 @@ import jax
 from jax.experimental.compilation_cache import compilation_cache as jax_cache
 
 NOWHERE = 'off'
-MIN_FREE_BYTES = 2**28  # A disk with less is left alone.
-SETTINGS = {  # A variable of the same name in the environment wins.
-    'jax_compilation_cache_max_size': 2 * 2**30,  # What was not used for longest goes first.
-    'jax_persistent_cache_min_compile_time_secs': 0.0,  # A start has many small programs.
+MIN_FREE_BYTES = 2**28  # Nothing is kept on a disk with less free space.
+SETTINGS = {  # A variable of the same name in the environment takes precedence.
+    'jax_compilation_cache_max_size': 2 * 2**30,  # The least recently used programs go first.
+    'jax_persistent_cache_min_compile_time_secs': 0.0,  # The start of a run has many small programs.
 }
 
 
 @contextlib.contextmanager
 def compilation_cache(folder: str) -> Iterator[None]:
-  """Keeps the programs that are compiled meanwhile, and reads those that were kept before.
+  """Lets jax keep compiled programs, and read those that were kept, inside a `with` block.
 
-  If jax has a cache already, by JAX_COMPILATION_CACHE_DIR or by `jax.config`, that one is used. A
-  folder that cannot be written costs a warning and nothing else.
+  If jax already has a cache, from JAX_COMPILATION_CACHE_DIR or `jax.config`, that one is used. A
+  folder that cannot be written causes a warning and nothing else.
 
   Args:
-    folder: Where to keep them; '': `dsa_jax/compiled` in the user's cache folder; 'off': nowhere.
+    folder: Where to keep them. '' means `dsa_jax/compiled` in the user's cache folder, 'off' nowhere.
   """
   if jax.config.jax_compilation_cache_dir or folder == NOWHERE:
     yield
@@ -53,8 +53,8 @@ def compilation_cache(folder: str) -> Iterator[None]:
 def _configure(settings: dict[str, int | float | str | None]):
   for name, value in settings.items():
     jax.config.update(name, value)
-  logging.getLogger('jax._src.compilation_cache').setLevel(logging.WARNING)  # It tells of each reset.
-  jax_cache.reset_cache()  # jax looks at them once only.
+  logging.getLogger('jax._src.compilation_cache').setLevel(logging.WARNING)  # It reports each reset.
+  jax_cache.reset_cache()  # jax reads its settings only once.
 
 
 def user_folder() -> pathlib.Path:
@@ -63,13 +63,13 @@ def user_folder() -> pathlib.Path:
 
 
 def prepare(folder: pathlib.Path):
-  """Makes the folder, and removes programs that a killed process left half-written.
+  """Makes the folder and removes programs that a killed process may have left half-written.
 
-  jax writes a program first and the time of its use second. Where the second is missing, the first
-  may not be whole, jax would never replace it, and it would not write any other.
+  jax first writes a program and then the time of its use. A program without a time may be incomplete.
+  jax would neither replace it nor write any other program as long as it is there.
 
   Raises:
-    OSError: Nothing can be written there.
+    OSError: The folder cannot be written, or its disk is nearly full.
   """
   folder.mkdir(mode=0o700, parents=True, exist_ok=True)
   with tempfile.TemporaryFile(dir=folder):

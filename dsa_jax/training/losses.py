@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Losses per token; who sums them decides what counts."""
+"""Losses of each token. The step that sums them decides which tokens count."""
 
 import jax
 import jax.numpy as jnp
@@ -17,10 +17,10 @@ def next_token_loss(
 
 
 def _next_token_loss(logits, targets):
-  """From each device's share of the vocabulary."""
+  """Computes the loss from each device's shard of the vocabulary."""
   logits, n_words = logits.astype(jnp.float32), logits.shape[-1]
   word = targets - spmd.index('tensor') * n_words
-  is_target = word[..., None] == jnp.arange(n_words)  # Gradients of a sum take no scatter.
+  is_target = word[..., None] == jnp.arange(n_words)  # The gradient of this sum needs no scatter.
   own = spmd.total(jnp.sum(jnp.where(is_target, logits, 0), axis=-1), 'tensor')
   top = spmd.largest(jax.lax.stop_gradient(logits.max(axis=-1)), 'tensor')
   mass = spmd.total(jnp.sum(jnp.exp(logits - top[..., None]), axis=-1), 'tensor')
@@ -30,9 +30,9 @@ def _next_token_loss(logits, targets):
 def shift_targets(
     targets: Int[Array, 'B T'], weights: Float[Array, 'B T']
 ) -> tuple[Int[Array, 'B T'], Float[Array, 'B T']]:
-  """Returns the targets one token further on, for the MTP layer.
+  """Returns the targets of the MTP layer and their weights: the tokens after the next ones.
 
-  They count where both the next token and the one after it do: within one document.
+  They count where both the next token and the one after it count, which is within one document.
   """
   last = ((0, 0), (0, 1))
   later = jnp.pad(weights, last)[:, 1:]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One optax chain for each part of the model; neither sees the other's gradients."""
+"""One optax chain for each part of the model. Neither sees the gradients of the other."""
 
 import dataclasses
 
@@ -10,15 +10,15 @@ from dsa_jax.config import ConfigError
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-  """What all stages share. AdamW; the published recipe does not name its optimiser."""
+  """The settings of AdamW, which all stages share. The published recipe names no optimiser."""
 
   b1: float = 0.9
   b2: float = 0.95
   eps: float = 1e-8
   weight_decay: float = 0.0
-  clip_norm: float = 1.0  # Of the backbone's gradient and of the indexer's, each by itself.
-  bias_rate: float = 1e-3  # Step of the experts' selection bias, after every step.
-  mtp_weight: float = 0.3  # Of the MTP layer's loss beside the next token's.
+  clip_norm: float = 1.0  # The backbone's gradient and the indexer's are clipped separately.
+  bias_rate: float = 1e-3  # The experts' selection bias moves by this much in every step.
+  mtp_weight: float = 0.3  # The weight of the MTP layer's loss; the next token's has 1.
 
   def __post_init__(self):
     for name in ('b1', 'b2'):
@@ -33,17 +33,17 @@ class OptimConfig:
 
 
 def make_schedule(*, peak: float, warmup_steps: int, steps: int, end_share: float) -> optax.Schedule:
-  """Linear warm-up to `peak`, then a cosine down to `end_share` of it at the last step."""
+  """Returns a linear warm-up to `peak`, then a cosine down to `end_share` of it at the last step."""
   if warmup_steps == 0:
     return optax.cosine_decay_schedule(peak, steps, end_share)
   return optax.warmup_cosine_decay_schedule(0.0, peak, warmup_steps, steps, peak * end_share)
 
 
 def make_optimizer(optim: OptimConfig) -> optax.GradientTransformation:
-  """Returns AdamW behind its own clipping, for a learning rate of one.
+  """Returns AdamW with its own clipping and a learning rate of one.
 
-  The step scales the updates by the rate it is given, so that stages which differ in their
-  schedules only share one compiled program.
+  The step multiplies the updates by the learning rate that it is given, so stages that differ only
+  in their schedules share one compiled program.
   """
   return optax.chain(
       optax.clip_by_global_norm(optim.clip_norm),

@@ -83,7 +83,7 @@ class Recipe:
 
   @property
   def roles(self) -> dict[str, str]:
-    """The entries that the report compares, by the names of its fields; those that do not run are left out."""
+    """The entries that the report compares, by the names of its fields, as far as they run."""
     report, stages = self.report, self.stages
     sparse = report.sparse or _last(stages, lambda name, entry: entry.stage == 'sparse')
     before = report.dense_before or self._dense_ancestor(sparse)
@@ -93,7 +93,7 @@ class Recipe:
     return {role: entry for role, entry in roles.items() if entry in stages}
 
   def _dense_ancestor(self, entry: str) -> str:
-    """Returns the nearest dense entry that `entry` descends from, or the last one if there is none."""
+    """Returns the nearest dense entry that `entry` descends from, or else the last dense one."""
     while entry in self.stages and self.stages[entry].stage != 'dense':
       entry = self.stages[entry].init_from
     if entry in self.stages:

@@ -17,14 +17,15 @@ PARTS: dict[str, type[nnx.Variable]] = {'backbone': BackboneParam, 'indexer': In
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-  """How a stage attends, and which parts of the model it trains.
+  """A kind of training: its attention, and the parts of the model that learn.
 
-  The backbone learns from the language-model loss only, the indexer from its divergence only:
-  over all visible keys where attention is dense, over the selected ones where it is not.
+  The backbone learns from the language-model loss only, and the indexer only from its divergence.
+  The divergence is over all visible keys where attention is dense, and over the selected ones where
+  it is not.
   """
 
-  attention: tuple[str, ...]  # The modes it may run in; the first is the default.
-  trains: tuple[str, ...]  # Keys of PARTS.
+  attention: tuple[str, ...]  # The modes that the stage may run in. The first is the default.
+  trains: tuple[str, ...]  # The keys of PARTS that learn.
 
 
 STAGES = {
@@ -36,20 +37,21 @@ STAGES = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StageConfig:
-  """One entry of a recipe: a stage, and how long and on what it runs."""
+  """One entry of a recipe: a stage with its data, length and learning rates."""
 
   stage: str  # A key of STAGES.
-  init_from: str = ''  # An earlier entry of the recipe, or a checkpoint folder of another run.
+  # An earlier entry of the recipe, or the checkpoint folder of another run. '': fresh weights.
+  init_from: str = ''
   steps: int
   batch_size: int
   seq_len: int
-  micro_batches: int = 1  # Gradients are accumulated over them; the numbers stay the same.
-  data_seed: int = 0  # Entries with one seed, batch and length read the same batches.
-  attention: str = ''  # '': the stage's default. 'auto': the cheaper of 'sparse' and 'masked'.
+  micro_batches: int = 1  # Gradients are accumulated over this many; the numbers stay the same.
+  data_seed: int = 0  # Entries with the same seed, batch size and length read the same batches.
+  attention: str = ''  # '' means the stage's default, 'auto' the cheaper of 'sparse' and 'masked'.
   backbone_lr: float = 0.0
   indexer_lr: float = 0.0
-  warmup_steps: int = 0  # Of the learning rates, to their peak.
-  end_share: float = 0.1  # Of the peak, at the last step of the cosine.
+  warmup_steps: int = 0  # The learning rates rise to their peaks in this many steps.
+  end_share: float = 0.1  # The cosine ends at this share of the peak.
 
   def __post_init__(self):
     if self.stage not in STAGES:
@@ -76,7 +78,7 @@ class StageConfig:
     return {'backbone': self.backbone_lr, 'indexer': self.indexer_lr}[part]
 
   def rates(self) -> dict[str, np.ndarray]:
-    """Returns the learning rates of each trained part, one for every step."""
+    """Returns the learning rate of each trained part at every step."""
     shape = {'warmup_steps': self.warmup_steps, 'steps': self.steps, 'end_share': self.end_share}
     steps, schedule = np.arange(self.steps), functools.partial(make_schedule, **shape)
     rates = lambda part: jax.jit(schedule(peak=self.learning_rate(part)))(steps)
@@ -88,7 +90,7 @@ class StageConfig:
 
   @property
   def mode(self) -> str:
-    """How the stage attends; 'auto' is for who knows the backend to settle."""
+    """The mode of attention; 'auto' remains to be settled by whoever knows the backend."""
     return self.attention or STAGES[self.stage].attention[0]
 
   @property

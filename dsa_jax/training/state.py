@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The train state, and how it is born."""
+"""The train state: its creation, and its shapes and shardings."""
 
 from collections.abc import Callable
 import functools
@@ -23,8 +23,8 @@ class TrainState(NamedTuple):
 
   step: jax.Array
   params: nnx.State
-  opt_state: dict[str, optax.OptState]  # For each part of the model that the stage trains.
-  key: jax.Array  # Random state, as the bits of a key.
+  opt_state: dict[str, optax.OptState]  # One for each part of the model that the stage trains.
+  key: jax.Array  # The random state, as the bits of a key.
 
 
 def split_parts(params: nnx.State, names: Any) -> tuple[dict[str, nnx.State], nnx.State]:
@@ -38,13 +38,13 @@ def join_parts(parts: dict[str, nnx.State], rest: nnx.State) -> nnx.State:
 
 
 def model_graph(cfg: ModelConfig) -> nnx.GraphDef:
-  """Returns the model without its weights; `nnx.merge` puts them back."""
+  """Returns the model without its weights, which `nnx.merge` puts back."""
   return nnx.split(nnx.eval_shape(lambda: Transformer(cfg, rngs=nnx.Rngs(0))))[0]
 
 
 def init_params(cfg: ModelConfig, *, seed: int, mesh: Mesh | None = None) -> nnx.State:
   """Returns fresh weights, the same on every mesh."""
-  key = jax.random.key(seed, impl='rbg')  # Threefry takes XLA ten times longer.
+  key = jax.random.key(seed, impl='rbg')  # XLA takes ten times longer to compile Threefry.
   return _make_params(cfg, mesh)(key)
 
 
@@ -53,7 +53,7 @@ def _make_params(cfg: ModelConfig, mesh: Mesh | None) -> Callable:
   make = lambda key: nnx.state(Transformer(cfg, rngs=nnx.Rngs(key)))
   shapes = jax.eval_shape(make, jax.random.key(0, impl='rbg'))
   places = None if mesh is None else shardings_of(shapes, mesh)
-  # It runs once, so that on a CPU half of the compiler's work would not pay.
+  # The program runs once, so on a CPU half of the compiler's work would not pay.
   options = {'xla_backend_optimization_level': 0} if jax.default_backend() == 'cpu' else None
   return jax.jit(make, out_shardings=places, compiler_options=options)
 
@@ -61,12 +61,12 @@ def _make_params(cfg: ModelConfig, mesh: Mesh | None) -> Callable:
 def abstract_params(
     cfg: ModelConfig, *, mesh: Mesh | None = None, dtype: str = 'float32'
 ) -> nnx.State:
-  """Returns the weights' shapes, dtypes and places, for a checkpoint to fill.
+  """Returns the shapes, dtypes and shardings of the weights, for a checkpoint to fill.
 
   Args:
     cfg: The model.
-    mesh: Devices to split the weights over, see `weight_sharding`; None puts all on the first.
-    dtype: Of matrices; norms and the router's bias are float32 always.
+    mesh: The devices that share the weights, see `weight_sharding`. None: the first device has all.
+    dtype: The dtype of matrices. Norms and the router's bias are always float32.
   """
   if dtype not in ('float32', 'bfloat16'):
     raise ConfigError(f"{dtype=} must be 'float32' or 'bfloat16'.")
@@ -90,7 +90,7 @@ def new_state(
     seed: int,
     mesh: Mesh | None = None,
 ) -> TrainState:
-  """Returns a state at step 0 around weights that exist, with a fresh optimiser for each part."""
+  """Returns a state at step 0 with the given weights and a fresh optimiser for each part."""
   parts, _ = split_parts(params, trains)
   optimizer = make_optimizer(optim)
   fresh = lambda parts: {name: optimizer.init(part) for name, part in parts.items()}
@@ -100,14 +100,14 @@ def new_state(
       params=params,
       opt_state=jax.jit(fresh, out_shardings=places)(parts),
       key=jax.random.key_data(jax.random.key(seed)),
-  )  # Committed, as restored arrays are: one program.
+  )  # Restored arrays are committed to devices; so are these, and one program serves both.
   return jax.device_put(state, jax.devices()[0] if mesh is None else shardings_of(state, mesh))
 
 
 def abstract_state(
     cfg: ModelConfig, trains: tuple[str, ...], optim: OptimConfig, *, mesh: Mesh | None = None
 ) -> TrainState:
-  """Returns shapes, dtypes and places of a state, to compile its step before it is there."""
+  """Returns the shapes, dtypes and shardings of a state, so that its step can be compiled first."""
   params = abstract_params(cfg, mesh=mesh)
   state = jax.eval_shape(lambda params: new_state(params, trains, optim, seed=0), params)
   first = SingleDeviceSharding(jax.devices()[0])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One step for every stage: sums over micro-batches, one division, one update per part."""
+"""The train step of every stage: it sums over micro-batches, and updates each part once."""
 
 from collections.abc import Callable
 import dataclasses
@@ -21,19 +21,19 @@ from dsa_jax.training.losses import next_token_loss, shift_targets
 from dsa_jax.training.optim import OptimConfig, make_optimizer
 from dsa_jax.training.state import TrainState, join_parts, split_parts
 
-Rates = dict[str, jax.Array | float]  # The learning rate of each part that is trained.
+Rates = dict[str, jax.Array | float]  # The learning rate of each part that learns.
 Metrics = dict[str, jax.Array]
 
 
 class Rows(NamedTuple):
-  """A batch with the targets of the MTP layer, in whatever order its tokens are."""
+  """A batch with the targets of the MTP layer."""
 
   batch: Batch
   mtp_targets: jax.Array
   mtp_weights: jax.Array
 
 
-@functools.cache  # Stages that differ in their schedules only share one compiled program.
+@functools.cache  # Stages that differ only in their schedules share one compiled program.
 def make_train_step(
     graph: nnx.GraphDef,
     trains: tuple[str, ...],
@@ -42,11 +42,18 @@ def make_train_step(
     *,
     micro_batches: int = 1,
 ) -> Callable[[TrainState, Batch, Rates], tuple[TrainState, Metrics]]:
-  """Returns the jitted step of a stage that trains the parts of the model that `trains` names.
+  """Returns the jitted step of a stage.
 
   The losses are means over the tokens of the whole batch that count, whatever the number of
-  micro-batches and the padding: `lm_loss` over the targets, the divergence of each layer over the
-  queries that see something, then summed over layers.
+  micro-batches and the padding. `lm_loss` is a mean over targets. The divergence is a mean over the
+  queries that see something, in each layer, and is then summed over layers.
+
+  Args:
+    graph: The model without its weights.
+    trains: The parts of the model that learn, keys of `stages.PARTS`.
+    mode: How the model attends.
+    optim: The settings of the optimiser.
+    micro_batches: The number of pieces that a batch is cut into; it must divide the batch.
   """
 
   optimizer = make_optimizer(optim)
@@ -103,7 +110,7 @@ def make_train_step(
 
 
 def _count(rows: Rows) -> dict[str, jax.Array]:
-  """How many tokens of the whole batch count, by loss."""
+  """Returns how many tokens of the whole batch count for each loss."""
   count = lambda weights: jnp.maximum(jnp.sum(weights), 1)
   return {
       'lm': count(rows.batch.weights),
@@ -113,7 +120,7 @@ def _count(rows: Rows) -> dict[str, jax.Array]:
 
 
 def _losses(out: Output, rows: Rows, totals, optim: OptimConfig, mode: Mode):
-  """The loss of all parts, and metrics that add up over micro-batches."""
+  """Returns the sum of all losses, and metrics that add up over micro-batches."""
   batch = rows.batch
   metrics = {'residual_rms': out.residual_rms}
   metrics['lm_loss'] = (
@@ -126,7 +133,7 @@ def _losses(out: Output, rows: Rows, totals, optim: OptimConfig, mode: Mode):
     metrics['mtp_loss'] = mtp
     loss += optim.mtp_weight * mtp
   if mode.index_loss:
-    metrics['index_kl'] = jnp.sum(out.index_kl, axis=(1, 2)) / totals['kl']  # Of each layer.
+    metrics['index_kl'] = jnp.sum(out.index_kl, axis=(1, 2)) / totals['kl']  # One number per layer.
     loss += jnp.sum(metrics['index_kl'])
   metrics['expert_load'] = {
       stack: report.expert_load
@@ -137,7 +144,7 @@ def _losses(out: Output, rows: Rows, totals, optim: OptimConfig, mode: Mode):
 
 
 def _balance(graph: nnx.GraphDef, params: nnx.State, load, rate: float) -> nnx.State:
-  """Moves every selection bias by the load its experts had in this step."""
+  """Moves every selection bias by the load that its experts had in this step."""
   model = nnx.merge(graph, params)
   for stack, loads in load.items():
     if stack == 'mtp':
@@ -149,14 +156,14 @@ def _balance(graph: nnx.GraphDef, params: nnx.State, load, rate: float) -> nnx.S
 
 
 def _layer_grad_norm(grads: nnx.State) -> jax.Array:
-  """Norm of each layer's gradient, layers in order."""
+  """Returns the norm of the gradient of each layer, in order."""
   square = lambda x: jnp.sum(jnp.square(x), axis=range(1, x.ndim))
   stacks = [jax.tree.leaves(grads[stack]) for stack in STACKS if stack != 'mtp' and stack in grads]
   return jnp.sqrt(jnp.concatenate([sum(map(square, leaves)) for leaves in stacks]))
 
 
 def _summarize(metrics: dict[str, Any], micro_batches: int) -> Metrics:
-  """Turns what was summed over micro-batches into what is logged."""
+  """Turns sums over micro-batches into the metrics that are logged."""
   load = metrics.pop('expert_load')
   metrics['residual_rms'] /= micro_batches
   if load:

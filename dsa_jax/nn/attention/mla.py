@@ -29,9 +29,9 @@ from dsa_jax.params import BackboneParam, param
 class MLA(nnx.Module):
   """Attention through a low-rank latent that all heads share.
 
-  Dense and masked attention expand the latent into keys and values for each head (MHA form);
-  sparse attention absorbs the expansion into the queries and gathers latents (MQA form). Both
-  forms are the same function of the same weights.
+  Dense and masked attention expand the latent into keys and values for each head (MHA form). Sparse
+  attention absorbs the expansion into the queries and gathers latents (MQA form). Both forms are the
+  same function of the same weights.
   """
 
   def __init__(self, cfg: ModelConfig, *, out_scale: float, rngs: nnx.Rngs):
@@ -58,10 +58,10 @@ class MLA(nnx.Module):
       shared: Shared | None = None,
       choice: Int[Array, ''] | None = None,
   ) -> tuple[Float[Array, 'B T D'], Selections, AttentionReport]:
-    """Attends from the normed `x`; query t sees the keys start <= s < end.
+    """Attends from the normed `x`. Query t sees the keys start <= s < end.
 
-    Only the rule `random` draws from `key`. Without `shared`, the layer selects for itself. Where
-    `mode.rule` names several, `choice` is the number of the one that selects.
+    Only the rule `random` uses `key`. Without `shared`, the layer selects for itself. Where
+    `mode.rule` names several rules, `choice` is the number of the one that selects.
     """
 
     def attend_here(self, x, start, end, key, shared, choice):
@@ -91,7 +91,10 @@ class MLA(nnx.Module):
       *,
       zigzag: bool = False,
   ) -> Views:
-    """Projects the normed `x` into all that attention and indexer read; unused parts cost nothing."""
+    """Projects the normed `x` into everything that attention and indexer read.
+
+    The compiler drops whatever is not used.
+    """
     positions = positions_of(start, end)
     w_k, w_v = self._expansion(x.dtype)
     q_latent = self.q_norm(x @ self.wq_a[...].astype(x.dtype))
@@ -111,15 +114,15 @@ class MLA(nnx.Module):
     )
 
   def from_latents(self, out: Float[Array, 'B T H C']) -> Float[Array, 'B T D']:
-    """Turns what each head read in absorbed form, a mean of latents, into the layer's output."""
+    """Turns what each head has read in absorbed form, a mean of latents, into the output."""
     return self.join_heads(jnp.einsum('BTHC,CHV->BTHV', out, self._expansion(out.dtype)[1]))
 
   def join_heads(self, out: Float[Array, 'B T H V']) -> Float[Array, 'B T D']:
-    """Projects what each head read into the layer's output."""
+    """Projects what each head has read in MHA form into the output."""
     return jnp.einsum('BTHV,HVD->BTD', out, self.wo[...].astype(out.dtype))
 
   def _expansion(self, dtype):
-    """The weights that expand a latent into each head's key [C, H, N] and value [C, H, V]."""
+    """Returns the weights that expand a latent into keys [C, H, N] and values [C, H, V]."""
     return jnp.split(self.wkv_b[...].astype(dtype), [self.cfg.qk_nope_head_dim], axis=-1)
 
   def queries(
@@ -142,7 +145,7 @@ class MLA(nnx.Module):
     return jnp.concatenate([absorbed, rope], axis=-1)
 
   def _latents(self, x, positions):
-    """The normed latent and the rotated key of every token."""
+    """Returns the normed latent and the rotated key of every token."""
     latent, rope = jnp.split(x @ self.wkv_a[...].astype(x.dtype), [self.cfg.kv_lora_rank], axis=-1)
     frequencies = rope_frequencies(self.cfg)
     rope = apply_rope(rope[:, :, None], positions, frequencies, interleaved=True)[:, :, 0]
@@ -150,6 +153,6 @@ class MLA(nnx.Module):
 
 
 def _of_all_tokens(keys, zigzag: bool):
-  """The keys of a sequence from all devices that share it, in the order of the text."""
+  """All-gathers the keys of a sequence, in the order of the text."""
   keys = spmd.gather(keys, *TOKENS, dim=1)
   return spmd.unzigzag(keys, spmd.size(*TOKENS)) if zigzag else keys

@@ -20,26 +20,26 @@ Attention = Literal['dense', 'sparse', 'masked']
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Mode:
-  """How a forward pass attends, and what it reports beside its output."""
+  """The kind of attention of a forward pass, and what it reports beside its output."""
 
-  attention: Attention  # 'masked': the numbers of 'sparse' at the cost of dense attention.
-  backend: str
-  # A key of dsa_jax.selection.RULES; or several, and whoever runs the model says which by number.
+  attention: Attention  # 'masked' gives the numbers of 'sparse' at the cost of 'dense'.
+  backend: str  # Of the kernels.
+  # A key of dsa_jax.selection.RULES. With several keys, each call says by number which one selects.
   rule: str | tuple[str, ...] = 'indexer'
-  index_loss: bool = False  # Report the indexer's divergence from the attention.
+  index_loss: bool = False  # Whether to report the divergence of the indexer from the attention.
   measure: tuple[str, ...] = ()  # Rules whose selections are compared with the true attention.
-  remat: str = 'none'  # What each layer computes again in the backward pass: dsa_jax.nn.remat.POLICIES.
-  zigzag: bool = False  # The tokens come in the order of `spmd.zigzag`, not of the text.
+  remat: str = 'none'  # What the backward pass computes again, a key of dsa_jax.nn.remat.POLICIES.
+  zigzag: bool = False  # Whether the tokens are in zigzag order instead of the order of the text.
 
   @property
   def rules(self) -> tuple[str | tuple[str, ...], ...]:
-    """All rules that must select, each once."""
+    """The rules that must select, each of them once."""
     used = () if self.attention == 'dense' else (self.rule,)
     return tuple(dict.fromkeys(used + self.measure))
 
   @property
   def splits_heads(self) -> bool:
-    """Whether the heads may lie on several devices: the indexer alone selects without them."""
+    """Whether the heads may lie on several devices. All rules but the indexer need all heads."""
     return set(self.rules) <= {'indexer'} and not self.measure
 
   def __post_init__(self):
@@ -55,11 +55,11 @@ class Mode:
 
 
 class Measures(NamedTuple):
-  """One rule's selection in one layer, held against the layer's true attention."""
+  """The selection of one rule in one layer, compared with the true attention of the layer."""
 
   indices: Int[Array, 'B T K']
   captured_mass: Float[Array, 'B T']
-  topk_recall: Float[Array, 'B T']  # Share of the oracle's selection that the rule found.
+  topk_recall: Float[Array, 'B T']  # The share of the oracle's selection that the rule selects.
   neighbour_overlap: Float[Array, 'B T']
   selected_distance: Float[Array, 'B T']
 
@@ -70,21 +70,22 @@ Selections = dict[str | tuple[str, ...], Int[Array, 'B T K']]  # By rule.
 class Shared(NamedTuple):
   """What a layer of a model with IndexShare receives from the layers before it."""
 
-  selections: Selections  # Of the last layer that has an indexer.
+  selections: Selections  # Those of the last layer that has an indexer.
   is_full: Bool[Array, '']  # Whether this layer selects for itself.
 
 
 class AttentionReport(NamedTuple):
-  """What attention says of itself; None where the mode does not ask."""
+  """What attention reports beside its output."""
 
-  index_kl: Float[Array, 'B T'] | None  # Nats.
+  index_kl: Float[Array, 'B T'] | None  # In nats. None if the mode does not ask for it.
   measures: dict[str, Measures]
 
 
 class Views(NamedTuple):
-  """A layer's queries and keys: in MHA form (E = N + R), absorbed (P = C + R), and the indexer's.
+  """The queries and keys of a layer, in the forms that the modes of attention read.
 
-  Queries are those of this device's tokens, keys those of all; heads those of this device.
+  In MHA form they have E = N + R channels, in absorbed form P = C + R. Queries are those of this
+  device's tokens and keys those of all tokens, for the heads of this device.
   """
 
   q_latent: Float[Array, 'B T Q']
@@ -92,8 +93,8 @@ class Views(NamedTuple):
   k: Float[Array, 'B S H E']
   v: Float[Array, 'B S H V']
   absorbed_q: Float[Array, 'B T H P']
-  kv: Float[Array, 'B S P']  # The latent, then the rotary key: all that a cache would hold.
-  index: IndexInputs | None  # None in a layer that shares another's selection.
+  kv: Float[Array, 'B S P']  # The latent, then the rotary key. A cache holds nothing else.
+  index: IndexInputs | None  # None in a layer that shares the selection of another.
 
   def candidates(
       self,
@@ -104,15 +105,15 @@ class Views(NamedTuple):
       backend: str,
       choice: Int[Array, ''] | None = None,
   ) -> selection.Candidates:
-    """What a selection rule may look at, cut off from the gradients."""
+    """Returns what a selection rule may look at, without gradients."""
     index = self.index or (None, None, None)
     arrays = jax.lax.stop_gradient((*index, self.q, self.k))
-    if spmd.size(*MESH_AXES) > 1:  # Devices draw different lots.
+    if spmd.size(*MESH_AXES) > 1:  # Each device draws its own random numbers.
       key = jax.random.fold_in(key, spmd.index(*MESH_AXES))
     sizes = {'sm_scale': cfg.sm_scale, 'topk': cfg.index_topk, 'backend': backend}
     return selection.Candidates(*arrays, start, end, key, choice, **sizes)
 
 
 def positions_of(start: Int[Array, 'B T'], end: Int[Array, 'B T']) -> Int[Array, 'B T']:
-  """Returns the place of each token in its document."""
+  """Returns the position of each token in its document."""
   return jnp.maximum(end - 1 - start, 0)
