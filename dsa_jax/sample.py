@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Continues texts: python -m dsa_jax.sample --checkpoint=runs/quickstart/checkpoints/sparse --prompt='def '"""
+"""Continues a text.
+
+    python -m dsa_jax.sample --checkpoint=runs/quickstart/checkpoints/sparse --prompt='def main('
+"""
 
 import logging
 import pathlib
@@ -15,7 +18,7 @@ from dsa_jax.training.compilation_cache import compilation_cache
 
 
 def main(_):
-  logging.getLogger('absl').setLevel(logging.ERROR)  # orbax thinks aloud.
+  logging.getLogger('absl').setLevel(logging.ERROR)  # Silences orbax's INFO logs.
   sampler_flags = {name: flag.value for name, flag in SAMPLER.items() if flag.value}
   drawing = {name: flag.value for name, flag in DRAWING.items() if flag.value is not None}
   try:
@@ -29,43 +32,54 @@ def main(_):
   except (ConfigError, OSError) as error:
     sys.exit(f'error: {error}')
   seconds = time.monotonic() - began
-  print(f'\n[{n_chars} characters in {seconds:.1f} s, {sampler.attention} attention]', file=sys.stderr)
+  summary = f'[{n_chars} characters in {seconds:.1f} s, {sampler.attention} attention]'
+  print(f'\n{summary}', file=sys.stderr)
 
 
 def read_prompt(prompt: str) -> str:
-  """Returns the text, or that of the file that `@file` names."""
+  """Returns the prompt itself, or the text of the file that `@FILE` names."""
   if not prompt.startswith('@'):
     return prompt
   path = pathlib.Path(prompt[1:]).expanduser()
   try:
     return path.read_text(encoding='utf-8')
   except UnicodeDecodeError as error:
-    raise ConfigError(f'{path} is no UTF-8 text: {error}') from error
+    raise ConfigError(f'{path} is no UTF-8 text: {error}.') from error
 
 
 if __name__ == '__main__':
   CHECKPOINT = flags.DEFINE_string('checkpoint', None, 'Converted, or RUN/checkpoints/ENTRY.')
-  PROMPT = flags.DEFINE_string('prompt', None, 'The text to continue, or @FILE.')
+  PROMPT = flags.DEFINE_string('prompt', None, 'The text to continue, or @FILE to read it.')
   COMPILATION_CACHE = flags.DEFINE_string(
       'compilation_cache', '', "Folder of compiled programs; default: the user's cache; off: none."
   )
   SAMPLER = {
       'attention': flags.DEFINE_enum(
           'attention', '', ['', 'sparse', 'masked', 'dense'],
-          'How to attend; default: sparse, or dense where the indexer was never trained.',
+          'How to attend; default: sparse, or dense if the indexer was never trained.',
       ),
-      'cache': flags.DEFINE_enum('cache', '', ['', *FORMATS], "Its format; default: the model's dtype."),
-      'capacity': flags.DEFINE_integer('capacity', 0, 'Tokens of the cache; 0: all the model can read.'),
+      'cache': flags.DEFINE_enum(
+          'cache', '', ['', *FORMATS], "Format of the cache; default: the model's dtype."
+      ),
+      'capacity': flags.DEFINE_integer(
+          'capacity', 0, 'Tokens of the cache; 0: all that the model can read.'
+      ),
   }  # fmt: skip
   DRAWING = {
-      'max_new_tokens': flags.DEFINE_integer('max_new_tokens', 128, 'How many to write.'),
-      'temperature': flags.DEFINE_float('temperature', 0, '0: always the likeliest token.'),
-      'top_k': flags.DEFINE_integer('top_k', 0, 'Draw from that many of the likeliest; 0: all.'),
-      'top_p': flags.DEFINE_float('top_p', 1, 'Draw from the likeliest that hold this probability.'),
+      'max_new_tokens': flags.DEFINE_integer('max_new_tokens', 128, 'Tokens to write at most.'),
+      'temperature': flags.DEFINE_float(
+          'temperature', 0, 'Divides the logits; 0: always the likeliest token.'
+      ),
+      'top_k': flags.DEFINE_integer(
+          'top_k', 0, 'Draw from as many of the likeliest tokens; 0: all.'
+      ),
+      'top_p': flags.DEFINE_float(
+          'top_p', 1, 'Draw from the likeliest tokens that hold this probability.'
+      ),
       'stop': flags.DEFINE_multi_integer(
           'stop', None, "An id that ends the text; may be repeated. Default: the tokenizer's own."
       ),
-      'seed': flags.DEFINE_integer('seed', 0, 'Of what is drawn.'),
+      'seed': flags.DEFINE_integer('seed', 0, 'Determines what is drawn.'),
   }
   flags.mark_flags_as_required(['checkpoint', 'prompt'])
   app.run(main)

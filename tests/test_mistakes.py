@@ -3,7 +3,6 @@
 
 import dataclasses
 import functools
-import importlib
 
 import golden
 import jax
@@ -21,9 +20,9 @@ from dsa_jax.kernels.mean_attention import mean_attention
 from dsa_jax.kernels.visibility import selected_keys, visible_keys
 from dsa_jax.nn import indexer, moe, norms
 from dsa_jax.nn.attention import attend, divergence, mla
+from dsa_jax.selection import lightning
 from dsa_jax.training import stages, step as train_step
 
-indexer_rule = importlib.import_module('dsa_jax.selection.lightning')  # Its function hides it.
 sparse = functools.partial(golden.check_forward, 'sparse', 'xla')
 masked = functools.partial(golden.check_forward, 'masked', 'xla')
 dense = functools.partial(golden.check_forward, 'dense', 'xla')
@@ -83,13 +82,13 @@ def budget_smaller_by_one(patch):
 
     return wrong
 
-  wrap(patch, indexer_rule, 'index_topk', make)
+  wrap(patch, lightning, 'index_topk', make)
 
 
 @mistake(sparse, law('all_selected_is_dense', 'xla', 'sparse'))
 def row_shorter_than_budget_loses_a_key(patch):
   make = lambda index_topk: lambda *args, **kwargs: index_topk(*args, **kwargs).at[..., 0].set(-1)
-  wrap(patch, indexer_rule, 'index_topk', make)
+  wrap(patch, lightning, 'index_topk', make)
 
 
 @mistake(sparse)
@@ -123,7 +122,7 @@ def own_position_is_forced(patch):
 
 @mistake(law('selection_reaches_output', 'xla', 'sparse'), sparse)
 def selection_is_dead(patch):
-  patch.setitem(selection.RULES, 'indexer', selection.window_sinks)
+  patch.setitem(selection.RULES, 'indexer', selection.RULES['window_sinks'])
 
 
 @mistake(law('selection_reaches_output', 'xla', 'masked'), masked)
@@ -140,7 +139,7 @@ def future_visible_to_the_indexer(patch):
 
     return wrong
 
-  wrap(patch, indexer_rule, 'index_topk', make)
+  wrap(patch, lightning, 'index_topk', make)
 
 
 @mistake(law('no_future', 'xla', 'dense'), dense)
@@ -162,7 +161,7 @@ def document_ignored_by_the_indexer(patch):
 
     return wrong
 
-  wrap(patch, indexer_rule, 'index_topk', make)
+  wrap(patch, lightning, 'index_topk', make)
 
 
 @mistake(law('packed_is_alone', 'xla', 'dense'), dense)

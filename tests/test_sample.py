@@ -20,7 +20,7 @@ from dsa_jax.data.text import BOS, VOCAB_SIZE
 from dsa_jax.data.tokenizer import Bytes, Pretrained
 from dsa_jax.inference.extend import extend
 from dsa_jax.inference.load import has_trained_indexer
-from dsa_jax.inference.sampler import SampleConfig, Sampler, draw
+from dsa_jax.inference.sampler import SampleConfig, Sampler, draw, draw_and_read, read_chunk
 from dsa_jax.nn.attention.types import Mode
 from dsa_jax.training.checkpoint import Checkpoints, Progress
 from dsa_jax.training.optim import OptimConfig
@@ -40,23 +40,26 @@ def sampler(model):
   return Sampler(model, capacity=40, chunk=4)
 
 
-def greedy(model, prompt, n):
+def greedy(model, prompts, n):
   """The definition: the whole text again for every token."""
-  ids, mode = list(prompt), Mode(attention='sparse', backend='xla')
+  mode = Mode(attention='sparse', backend='xla')
   forward = jax.jit(lambda tokens, end: model(tokens, jnp.zeros_like(end), end, mode).logits)
-  for _ in range(n):
-    tokens = jnp.zeros((1, 40), jnp.int32).at[0, : len(ids)].set(jnp.asarray(ids))
-    end = jnp.where(jnp.arange(40) < len(ids), jnp.arange(1, 41), 0)[None].astype(jnp.int32)
-    ids.append(int(forward(tokens, end)[0, len(ids) - 1].argmax()))
-  return ids[len(prompt) :]
+  for prompt in prompts:
+    ids = list(prompt)
+    for _ in range(n):
+      tokens, position = np.zeros((1, 40), np.int32), np.arange(40, dtype=np.int32)
+      tokens[0, : len(ids)] = ids
+      end = np.where(position < len(ids), position + 1, 0).astype(np.int32)[None]
+      ids.append(int(forward(tokens, end)[0, len(ids) - 1].argmax()))
+    yield ids[len(prompt) :]
 
 
 def test_greedy_is_the_likeliest_of_whole_passes(model, sampler):
   config = SampleConfig(max_new_tokens=12)
-  found = sampler.generate(PROMPTS, config)
-  assert found == [greedy(model, prompt, 12) for prompt in PROMPTS]
+  texts = sampler.generate(PROMPTS, config)
+  assert texts == list(greedy(model, PROMPTS, 12))
   other = Sampler(model, capacity=24, chunk=512, attention='masked')
-  assert [other.generate([prompt], config)[0] for prompt in PROMPTS] == found
+  assert [other.generate([prompt], config)[0] for prompt in PROMPTS] == texts
 
 
 def test_one_prefix_many_times(sampler):
@@ -94,13 +97,42 @@ def test_streaming_yields_as_it_goes(model):
   assert ''.join([*first, *pieces]) == whole
 
 
+def n_programs() -> tuple[int, int]:
+  return read_chunk._cache_size(), draw_and_read._cache_size()
+
+
 def test_no_compilation_as_the_context_grows(model):
-  sampler = Sampler(model, capacity=40, chunk=4)
+  before = n_programs()
+  sampler = Sampler(model, capacity=38, chunk=4)  # No other test has this capacity.
   prefix = sampler.read([list(range(1, 12))], 20)
   list(sampler.steps(prefix, SampleConfig(max_new_tokens=20)))
   sampler.read([list(range(1, 30))], 1)
-  assert sampler._step._cache_size() == 1
-  assert sampler._read._cache_size() == 1
+  assert n_programs() == (before[0] + 1, before[1] + 1)
+
+
+def test_a_second_sampler_compiles_nothing(sampler):
+  config = SampleConfig(max_new_tokens=3)
+  [want] = sampler.generate(PROMPTS[:1], config)
+  before = n_programs()
+  model = laws.model_of(laws.weights(CFG), CFG)
+  assert Sampler(model, capacity=40, chunk=4).generate(PROMPTS[:1], config) == [want]
+  drawn = dataclasses.replace(config, temperature=1.0, top_p=0.9, seed=1)
+  Sampler(model, capacity=40, chunk=4).generate(PROMPTS[:1], drawn)
+  assert n_programs() == before
+
+
+def test_a_cache_is_copied_only_for_a_prefix_that_stays(sampler, monkeypatch):
+  config, prefixes = SampleConfig(max_new_tokens=3), []
+  prefix = sampler.read(PROMPTS, 3)
+  list(sampler.steps(prefix, config))
+  assert not any(x.is_deleted() for x in jax.tree.leaves(prefix))
+  read = sampler.read
+  monkeypatch.setattr(sampler, 'read', lambda *args: prefixes.append(read(*args)) or prefixes[-1])
+  sampler.generate(PROMPTS, config)
+  sampler('hello', max_new_tokens=3)
+  for prefix in prefixes:
+    assert all(x.is_deleted() for x in jax.tree.leaves(prefix.cache))
+  assert len(prefixes) == 2
 
 
 # Drawing.
@@ -134,7 +166,20 @@ def test_draw(kwargs, want):
 
 def test_likeliest_tie_goes_to_the_lowest_id():
   logits = jnp.array([[0.0, 2.0, 2.0, 1.0]])
-  assert draw(logits, jax.random.split(jax.random.key(0), 1), 0.0, 0, 1.0)[0] == 1
+  keys = jax.random.split(jax.random.key(0), 1)
+  assert draw(logits, keys, 0.0, 0, 1.0)[0] == 1
+  assert draw(logits, keys, 1.0, 1, 1.0)[0] == 1
+  assert draw(logits, keys, 1.0, 0, 1e-6)[0] == 1
+
+
+def test_temperature_0_sorts_nothing():
+  """A draw sorts in one branch of a condition, and the other takes the largest logit."""
+  keys = jax.random.split(jax.random.key(0), 1)
+  jaxpr = jax.make_jaxpr(lambda t: draw(LOGITS, keys, t, 0, 1.0))(0.0)
+  assert 'sort' not in {str(equation.primitive) for equation in jaxpr.eqns}
+  [condition] = [equation for equation in jaxpr.eqns if str(equation.primitive) == 'cond']
+  at_0, above_0 = map(str, condition.params['branches'])
+  assert 'sort' in above_0 and 'sort' not in at_0 and 'argmax' in at_0
 
 
 # Text.
@@ -193,11 +238,11 @@ def test_an_untrained_indexer_selects_nothing(tmp_path, stage, want):
 
 def test_a_converted_model_without_indexers_is_dense():
   names = {'embed': 'BF16', 'blocks/attn/wkv_a': 'BF16'}
-  found = [
+  trained = [
       has_trained_indexer(pathlib.Path('v3'), {'source': {'dtypes': dtypes}})
       for dtypes in (names, names | {'blocks/attn/indexer/wk': 'BF16'})
   ]
-  assert found == [False, True]
+  assert trained == [False, True]
 
 
 def command(*flags: str) -> subprocess.CompletedProcess:
@@ -210,14 +255,15 @@ def test_command(tmp_path):
   """It prints what the sampler returns, up to a stop token; and a mistake in one line."""
   folder = save_run(tmp_path)
   (tmp_path / 'prompt.txt').write_text('hello')
-  sampler, how = Sampler.load(folder, capacity=40), {'max_new_tokens': 20, 'temperature': 1.0}
-  ids = [step[0] for step in sampler.steps(sampler.read([Bytes().encode('hello')], 20), SampleConfig(**how))]
+  sampler, drawing = Sampler.load(folder, capacity=40), {'max_new_tokens': 20, 'temperature': 1.0}
+  [ids] = sampler.generate([Bytes().encode('hello')], SampleConfig(**drawing))
   stop = next(i for i in ids[5:] if i not in ids[:5])
   flags = f'--checkpoint={folder}', '--capacity=40', '--max_new_tokens=20', '--temperature=1'
   flags += ('--compilation_cache=off',)
   done = command(*flags, f'--prompt=@{tmp_path}/prompt.txt', f'--stop={stop}')
   assert done.returncode == 0, done.stderr
-  assert done.stdout == sampler('hello', **how, stop=(stop,)) != sampler('hello', **how, stop=())
+  assert done.stdout == sampler('hello', **drawing, stop=(stop,))
+  assert done.stdout != sampler('hello', **drawing, stop=())
   assert 'sparse attention]' in done.stderr
   done = command(*flags, '--prompt=' + 'x' * 30)
   assert done.returncode == 1 and 'Traceback' not in done.stderr
@@ -236,6 +282,7 @@ def test_command(tmp_path):
         ([list(range(40))], 1, '41 do not fit into a cache of 40'),
         ([[1, VOCAB_SIZE]], 1, f'holds id {VOCAB_SIZE}; ids must be within 0 and {VOCAB_SIZE - 1}'),
         ([[1, -1]], 1, 'holds id -1'),
+        ([[1]], -1, 'room=-1 must be 0 or more'),
     ],
 )
 def test_bad_prompts(sampler, prompts, room, message):
@@ -243,25 +290,39 @@ def test_bad_prompts(sampler, prompts, room, message):
     sampler.read(prompts, room)
 
 
+def test_text_instead_of_ids(sampler):
+  with pytest.raises((ValueError, TypeError), match='text'):  # Type checks of tests come first.
+    sampler.read(['text'])
+
+
 def test_empty_text(sampler):
-  with pytest.raises(ValueError, match='the prompt is empty'):
+  with pytest.raises(ValueError, match="prompt='' is empty"):
     sampler('')
 
 
-def test_prefixes_that_do_not_match(sampler):
+def test_prefixes_that_do_not_match(model, sampler):
   prefix = sampler.read([[1, 2]], 1)
   with pytest.raises(ValueError, match='2 prompts for 1 texts'):
     sampler.read([[1], [2]], 1, after=prefix)
   with pytest.raises(ValueError, match='do not fit into a cache of 40'):
-    next(sampler.steps(prefix, SampleConfig(max_new_tokens=39)))
+    sampler.steps(prefix, SampleConfig(max_new_tokens=39))
+  larger = Sampler(model, capacity=41)
+  for misuse in (
+      lambda: larger.steps(prefix, SampleConfig(max_new_tokens=1)),
+      lambda: larger.read([[1]], after=prefix),
+  ):
+    with pytest.raises(ValueError, match='a cache of 40 tokens(.|\n)*capacity, 41'):
+      misuse()
 
 
 @pytest.mark.parametrize(
     'changes',
-    [{'max_new_tokens': 0}, {'temperature': -1.0}, {'top_k': -1}, {'top_p': 0.0}, {'top_p': 1.1}],
-)
+    [{'max_new_tokens': 0}, {'temperature': -1.0}, {'top_k': -1}, {'top_p': 0.0}, {'top_p': 1.1},
+     {'seed': -1}, {'seed': 2**32}],
+)  # fmt: skip
 def test_bad_config(changes):
-  with pytest.raises(ValueError, match=next(iter(changes))):
+  [(name, value)] = changes.items()
+  with pytest.raises(ValueError, match=f'{name}={value} must be'):
     SampleConfig(**changes)
 
 
@@ -270,8 +331,14 @@ def test_bad_sampler(model, sampler):
     Sampler(model, capacity=49)
   with pytest.raises(ValueError, match='chunk=-1'):
     Sampler(model, chunk=-1)
+  with pytest.raises(ValueError, match="cache='int8' must be one of"):
+    Sampler(model, cache='int8')
+  with pytest.raises(ValueError, match="backend='cuda' must be one of"):
+    Sampler(model, backend='cuda')
+  with pytest.raises(ValueError, match='top_k=10000 must be at most the vocabulary'):
+    sampler.steps(sampler.read([[1]], 1), SampleConfig(top_k=10000, max_new_tokens=1))
   with pytest.raises(ValueError, match='top_k=10000'):
-    next(sampler.steps(sampler.read([[1]], 1), SampleConfig(top_k=10000, max_new_tokens=1)))
+    sampler('hello', top_k=10000)
 
 
 def test_checkpoint_of_another_config(tmp_path):

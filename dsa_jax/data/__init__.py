@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training rows: local text, a synthetic recall task, and the iterator that batches them."""
+"""Training rows from local text and a synthetic recall task, and the iterator that batches them."""

@@ -12,17 +12,10 @@ class Batch(NamedTuple):
   The query at position t may see the keys start <= s < end. Its RoPE position is t - start, so a
   document looks the same wherever it lies in a row. A padding position has start = end = t: it
   sees nothing and weighs nothing.
-
-  Attributes:
-    tokens: int32.
-    targets: int32, the next token; arbitrary but in the vocabulary where the weight is 0.
-    weights: float32, 1 where the target counts in the language-model loss, else 0.
-    start: int32, the first position of t's document in this row.
-    end: int32, t + 1.
   """
 
-  tokens: np.ndarray
-  targets: np.ndarray
-  weights: np.ndarray
-  start: np.ndarray
-  end: np.ndarray
+  tokens: np.ndarray  # int32.
+  targets: np.ndarray  # int32, the next token; any token of the vocabulary where the weight is 0.
+  weights: np.ndarray  # float32, 1 where the target counts in the language-model loss, else 0.
+  start: np.ndarray  # int32, the first position of t's document in this row.
+  end: np.ndarray  # int32, t + 1.

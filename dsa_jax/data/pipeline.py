@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a random-access source of rows to batches."""
+"""Shuffles the rows of a random-access source and batches them."""
 
 from collections.abc import Sequence
 
@@ -21,15 +21,18 @@ def make_iterator(
   Every epoch takes each row once, in an order of its own. The batch between two epochs holds rows
   of both, so no row is dropped.
 
-  `get_state()` is a dict of one number, the batches already returned; it survives JSON, and
-  `set_state()` continues from it exactly, on an iterator made with the same arguments (which it
-  cannot check).
+  `get_state()` returns a dict of one number, which counts the batches already returned. It survives
+  JSON, and `set_state()` continues from it exactly, on an iterator made with the same arguments
+  (which it cannot check).
 
   Args:
-    source: rows, each a `Batch` of `[T]` arrays: `PackedText` or `Recall`.
-    batch_size: Rows of a batch, of all its shares.
-    seed: Of the order.
-    share: (i, n): the i-th of n equal shares of every batch; no row of another is read.
+    source: `PackedText` or `Recall`; each row is a `Batch` of `[T]` arrays.
+    batch_size: Rows of a batch, over all its shares.
+    seed: Determines the order.
+    share: (i, n) reads the i-th of n equal shares of every batch, and no row of the others.
+
+  Raises:
+    ConfigError: An argument is out of range.
   """
   _check(source, batch_size, seed)
   i, n = share
@@ -49,11 +52,11 @@ def first_batches(
   """Returns `n_batches` fixed batches of rows drawn without repetition, for validation."""
   _check(source, batch_size, seed)
   if n_batches < 1:
-    raise ConfigError(f'{n_batches=} must be at least 1')
+    raise ConfigError(f'{n_batches=} must be at least 1.')
   if n_batches * batch_size > len(source):
     raise ConfigError(
-        f'{n_batches=} of {batch_size=} need {n_batches * batch_size} different rows, but the'
-        f' source has {len(source)}'
+        f'{n_batches=} of {batch_size=} need {n_batches * batch_size} different rows, but the '
+        f'source has {len(source)}.'
     )
   batches = _shuffled(source, seed).batch(batch_size, batch_fn=_stack)
   return [batches[i] for i in range(n_batches)]
@@ -61,16 +64,16 @@ def first_batches(
 
 def _check(source: grain.sources.RandomAccessDataSource, batch_size: int, seed: int) -> None:
   if batch_size < 1:
-    raise ConfigError(f'{batch_size=} must be at least 1')
+    raise ConfigError(f'{batch_size=} must be at least 1.')
   if batch_size > len(source):
-    raise ConfigError(f'{batch_size=} must not exceed the {len(source)} rows of the source')
+    raise ConfigError(f'{batch_size=} must not exceed the {len(source)} rows of the source.')
   if seed < 0:
-    raise ConfigError(f'{seed=} must not be negative')
+    raise ConfigError(f'{seed=} must not be negative.')
 
 
 def _shuffled(source: grain.sources.RandomAccessDataSource, seed: int) -> grain.MapDataset:
-  # Not shuffle(seed): grain adds the epoch to that seed, so seed 0 in its second epoch would
-  # repeat the order of seed 1 in its first. seed(seed) hashes it first.
+  # grain adds the epoch to the seed of shuffle(seed), so seed 0 in its second epoch would repeat
+  # the order of seed 1 in its first. seed(seed) hashes it first.
   return grain.MapDataset.source(source).seed(seed).shuffle()
 
 

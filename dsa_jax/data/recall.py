@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Multi-query associative recall: a synthetic task that only long-range retrieval solves."""
+"""Multi-query associative recall, a synthetic task that only long-range retrieval solves."""
 
 import dataclasses
 
@@ -13,47 +13,43 @@ N_NOISE = 16
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Recall:
-  """Rows of key-value pairs lost in noise, then queries: a random-access source.
+  """A random-access source of rows that hold key-value pairs among noise, then queries.
 
-  A row is a context and then `n_queries` queries. A pair is one token, a key with its value, so
-  that a single attention step can retrieve it; the context holds `n_pairs` of them, every
-  placement being equally likely, and noise between them. A query is the token of a key alone, and
-  its target is the value. Only queries weigh in the loss, so the best guess without retrieval is
-  right once in `n_values`. With more queries than pairs, keys repeat.
+  A row is a context and then `n_queries` queries. A pair is one token that stands for a key and its
+  value, so that a single attention step can retrieve it. The context holds `n_pairs` of them among
+  noise, and every placement is equally likely. A query is the token of a key alone, and its target
+  is the value. Only queries weigh in the loss, so the best guess without retrieval is right once in
+  `n_values`. With more queries than pairs, keys repeat.
 
-  Row i depends on (seed, i) alone: for validation rows take another seed.
+  Row i depends on (seed, i) alone, so validation rows need another seed.
 
-  Token ids: keys from 0, then values, then pairs (key by key), then `N_NOISE` noise tokens.
-
-  Attributes:
-    n_keys: size of the key vocabulary; the keys of a row are distinct.
-    n_values: size of the value vocabulary; values may repeat within a row.
-    n_rows: how many rows to offer. They are made on demand, so a large number costs nothing.
+  Token ids are those of keys from 0, then of values, then of pairs (key by key), then `N_NOISE` of
+  noise.
   """
 
-  seq_len: int
-  n_keys: int
-  n_values: int
-  n_pairs: int
-  n_queries: int
-  n_rows: int
-  seed: int
+  seq_len: int  # Tokens of a row.
+  n_keys: int  # Size of the key vocabulary. The keys of a row are distinct.
+  n_values: int  # Size of the value vocabulary. Values may repeat within a row.
+  n_pairs: int  # Pairs in a row.
+  n_queries: int  # Queries at the end of a row.
+  n_rows: int  # Rows on offer. They are made on demand, so a large number costs nothing.
+  seed: int  # Determines all rows.
 
   def __post_init__(self):
     for name in ('n_keys', 'n_values', 'n_pairs', 'n_queries', 'n_rows'):
       if getattr(self, name) < 1:
-        raise ConfigError(f'{name}={getattr(self, name)} must be at least 1')
+        raise ConfigError(f'{name}={getattr(self, name)} must be at least 1.')
     if self.seed < 0:
-      raise ConfigError(f'{self.seed=} must not be negative')
+      raise ConfigError(f'{self.seed=} must not be negative.')
     if self.n_pairs > self.n_keys:
       raise ConfigError(
-          f'{self.n_pairs=} must not exceed {self.n_keys=}: the keys of a row are distinct'
+          f'{self.n_pairs=} must not exceed {self.n_keys=}: the keys of a row are distinct.'
       )
     needed = self.n_pairs + self.n_queries
     if needed > self.seq_len:
       raise ConfigError(
-          f'{self.n_pairs=} and {self.n_queries=} take {needed} tokens, which must not'
-          f' exceed {self.seq_len=}'
+          f'{self.n_pairs=} and {self.n_queries=} take {needed} tokens, which must not '
+          f'exceed {self.seq_len=}.'
       )
 
   @property

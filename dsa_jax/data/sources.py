@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which rows a stage reads, by name of the source."""
+"""The sources of rows, by name."""
 
 import dataclasses
 
@@ -13,18 +13,18 @@ Source = PackedText | Recall
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig:
-  """Where tokens come from; the source's name says which of the fields it reads."""
+  """Where tokens come from. Some fields belong to one source only."""
 
-  source: str = 'text'  # 'text': bytes of local files. 'recall': synthetic key-value retrieval.
-  seed: int = 0  # Of the split and of the packing; each stage shuffles by its own.
+  source: str = 'text'  # 'text' reads bytes of local files, 'recall' is synthetic retrieval.
+  seed: int = 0  # Determines the split and the packing; each stage shuffles by its own seed.
 
-  files: str = ''  # text: a glob. '': the Python standard library's own sources.
-  validation_share: float = 0.05  # text: of the files.
+  files: str = ''  # text: A glob. '' stands for the sources of Python's standard library.
+  validation_share: float = 0.05  # text: The share of the files that validation reads.
 
-  n_keys: int = 128  # recall: size of the key vocabulary.
-  n_values: int = 16  # recall: size of the value vocabulary.
-  tokens_per_pair: int = 4  # recall: one key-value pair for so many tokens of a row.
-  tokens_per_query: int = 8  # recall: one question for so many tokens of a row.
+  n_keys: int = 128  # recall: Size of the key vocabulary.
+  n_values: int = 16  # recall: Size of the value vocabulary.
+  tokens_per_pair: int = 4  # recall: Tokens of a row for each key-value pair.
+  tokens_per_query: int = 8  # recall: Tokens of a row for each query.
 
   def __post_init__(self):
     if self.source not in ('text', 'recall'):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bytes of local text files, packed into rows."""
+"""Packs the bytes of local text files into rows."""
 
 from collections.abc import Sequence
 import glob
@@ -23,18 +23,18 @@ _NOT_LIBRARY = frozenset(
 
 
 def find_files(pattern: str | None) -> list[pathlib.Path]:
-  """Finds the non-empty files that `pattern` matches, as absolute paths in a fixed order.
+  """Returns the non-empty files that `pattern` matches, as absolute paths in a fixed order.
 
   The order is that of the paths below their common folder, so it does not depend on where that
   folder lies or on the order in which the file system lists it.
 
   Args:
-    pattern: a glob; `~` and a recursive `**` are expanded. None or '' means the Python sources
-      of the running interpreter's standard library, without its tests: some ten megabytes that
-      every machine has.
+    pattern: A glob, in which `~` and a recursive `**` are expanded. None or '' stands for the
+      Python sources of the running interpreter's standard library, without its tests: some ten
+      megabytes that every machine has.
 
   Raises:
-    ValueError: nothing matches.
+    ConfigError: Nothing matches.
   """
   if pattern:
     names = glob.glob(os.path.expanduser(pattern), recursive=True)
@@ -45,7 +45,7 @@ def find_files(pattern: str | None) -> list[pathlib.Path]:
   paths = {pathlib.Path(os.path.abspath(name)) for name in names}
   files = [path for path in paths if path.is_file() and path.stat().st_size]
   if not files:
-    raise ConfigError(f'{pattern=} matches no file that holds anything; {wanted}')
+    raise ConfigError(f'{pattern=} matches no file that holds anything; {wanted}.')
   return sorted(files, key=pathlib.Path.as_posix)
 
 
@@ -62,22 +62,24 @@ def split_files(
 ) -> tuple[list[pathlib.Path], list[pathlib.Path]]:
   """Splits by file into (train, validation), each in the order given.
 
-  A file's side follows from `seed` and the last two parts of its path (folder and file name),
-  and from nothing else: not from the other files, nor from where the tree lies, so a corpus that
-  grows or moves keeps its split, and copies of one file in two trees land on the same side. The
-  exception: a side that would stay empty takes the one file whose hash is nearest to it.
+  A file's side depends on `seed` and on the last two parts of its path (folder and file name)
+  alone. A corpus that grows or moves therefore keeps its split, and copies of one file in two trees
+  land on the same side. There is one exception: a side that would stay empty takes the one file
+  whose hash is nearest to it.
 
   Args:
-    validation_share: the share of the files (not of the bytes) to expect in validation.
+    files: The files; repetitions are ignored.
+    validation_share: The share of the files (not of the bytes) to expect in validation.
+    seed: Determines the split.
 
   Raises:
-    ValueError: the share is not between 0 and 1, or there are fewer than two files.
+    ConfigError: The share is not between 0 and 1, or there are fewer than two files.
   """
   if not 0 < validation_share < 1:
-    raise ConfigError(f'{validation_share=} must lie between 0 and 1, both excluded')
+    raise ConfigError(f'{validation_share=} must lie between 0 and 1, both excluded.')
   files = list(dict.fromkeys(files))
   if len(files) < 2:
-    raise ConfigError(f'a split by file needs at least 2 different files, got {len(files)}')
+    raise ConfigError(f'a split by file needs at least 2 different files, got {len(files)}.')
   ranks = {file: _unit_hash('/'.join(file.parts[-2:]), seed) for file in files}
   n_validation = sum(rank < validation_share for rank in ranks.values())
   n_validation = min(max(n_validation, 1), len(files) - 1)
@@ -92,29 +94,34 @@ def _unit_hash(name: str, seed: int) -> float:
 
 
 class PackedText:
-  """Documents laid end to end and cut into rows of `seq_len` tokens: a random-access source.
+  """A random-access source: documents are laid end to end and cut into rows of `seq_len` tokens.
 
   A document is BOS and its bytes. Short documents share a row and do not see each other. A long
-  one is cut: the part in the next row sees nothing of the part before, but no byte and no target
-  is lost. The last token of a document has no target (PAD, weight 0); only the last row is padded.
+  document is cut: its part in the next row does not see the part before, but no byte and no target
+  is lost. The last token of a document has no target (PAD, weight 0). Only the last row is padded.
   """
 
   def __init__(self, documents: Sequence[bytes], seq_len: int, seed: int = 0):
     """Packs documents.
 
     Args:
-      seed: of the order in which the documents are laid; rows are shuffled elsewhere.
+      documents: The bytes of each document.
+      seq_len: Tokens of a row.
+      seed: Determines the order of the documents; rows are shuffled elsewhere.
+
+    Raises:
+      ValueError: An argument is out of range.
     """
     if seq_len < 2:
-      raise ConfigError(f'{seq_len=} must be at least 2: one token and its target')
+      raise ConfigError(f'{seq_len=} must be at least 2: one token and its target.')
     if not documents:
-      raise ConfigError('no documents to pack: give at least one')
+      raise ConfigError('no documents to pack: give at least one.')
     if seed < 0:
-      raise ConfigError(f'{seed=} must not be negative')
+      raise ConfigError(f'{seed=} must not be negative.')
     self.seq_len = seq_len
     n_tokens = sum(len(document) + 1 for document in documents)
     self._n_rows = -(-n_tokens // seq_len)
-    # One more than the rows hold: the target of the very last position.
+    # The stream has one token more than the rows hold, the target of the very last position.
     self._stream = np.full(self._n_rows * seq_len + 1, PAD, np.uint16)
     offset = 0
     for i in np.random.default_rng(seed).permutation(len(documents)):

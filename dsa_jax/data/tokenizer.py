@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Text to token ids and back: a checkpoint's tokenizer.json, or plain bytes."""
+"""Turns text into token ids and back, by a checkpoint's tokenizer.json or as plain bytes."""
 
 import codecs
 from collections.abc import Iterable, Iterator
@@ -12,12 +12,12 @@ from dsa_jax.data.text import BOS
 
 
 class Bytes:
-  """Ids are bytes, as in the package's own text data, after a mark of the beginning."""
+  """A tokenizer whose ids are bytes, as in the package's own text data, after BOS."""
 
-  stop = (BOS,)  # Ids that end a text: the next document begins.
+  stop = (BOS,)  # Ids that end a text, because the next document begins.
 
   def encode(self, text: str) -> list[int]:
-    """Returns the ids of a text, with what it begins with."""
+    """Returns BOS and the bytes of a text."""
     return [BOS, *text.encode()]
 
   def stream(self, ids: Iterable[int]) -> Iterator[str]:
@@ -29,7 +29,7 @@ class Bytes:
 
 
 class Pretrained:
-  """A tokenizer.json, through the `tokenizers` library."""
+  """A tokenizer that the `tokenizers` library reads from a tokenizer.json."""
 
   def __init__(self, path: pathlib.Path, stop: tuple[int, ...] = ()):
     try:

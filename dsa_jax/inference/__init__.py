@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reading and continuing texts from a cache."""
+"""Reads texts into a cache and continues them."""

@@ -1,27 +1,33 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reads on from where a cache ends: prefill in chunks, and decoding, are the same function."""
+"""Reads new tokens after those that a cache holds: prefill in chunks, and decoding."""
 
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+import typing
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, DTypeLike, Float, Int
 import numpy as np
 
-from dsa_jax.inference import cache as caches
+from dsa_jax.config import ConfigError, ModelConfig
+from dsa_jax.inference import storage
 from dsa_jax.inference.cache import Cache
+from dsa_jax.inference.storage import Span, Store
 from dsa_jax.kernels import dense_attention, index_topk, indexed_attention, sparse_attention
-from dsa_jax.nn.attention.mla import MLA
-from dsa_jax.nn.attention.types import Attention
-from dsa_jax.nn.transformer import Transformer, add, are_full, layers_of_stacks, with_every_indexer
+from dsa_jax.kernels.backend import packs_all_keys
+from dsa_jax.nn.attention.types import Attention, Views
+from dsa_jax.nn.block import Block, add
+from dsa_jax.nn.indexer import IndexInputs
+from dsa_jax.nn.transformer import Transformer, are_full, layers_of_stacks, with_every_indexer
 
 
 class Reading(NamedTuple):
-  """What came of new tokens."""
+  """What `extend` returns."""
 
   hidden: Float[Array, 'B T D']  # After the final norm; `Transformer.logits` turns it into logits.
   cache: Cache
-  selected: Int[Array, 'L B T K']  # Positions; [L, 0] where attention is dense.
+  selected: Int[Array, 'L B T K']  # Positions; [L, B, T, 0] where attention is dense.
 
 
 def extend(
@@ -33,136 +39,153 @@ def extend(
     attention: Attention,
     backend: str,
 ) -> Reading:
-  """Reads up to T new tokens of each sequence, and keeps them.
+  """Reads up to T new tokens of each sequence, and keeps them in the cache.
 
-  Nothing depends on T, on the other sequences or on the capacity but the cost: the numbers are those
-  of one pass over the whole text.
+  The numbers are those of one pass over the whole text. T, the capacity and the other sequences of
+  the batch change only the cost.
 
   Args:
     model: The model.
-    cache: What was read before; donate it, it is updated in place.
-    tokens: Token ids; of row b, the first `n_new[b]` count and the rest is padding.
-    n_new: At most what the cache has room for; more is lost.
+    cache: The tokens that were read before. Donate it to have it updated in place.
+    tokens: Token ids. The first `n_new[b]` of row b count; the rest is padding.
+    n_new: New tokens of each sequence. Those that the cache has no room for are lost.
     attention: 'sparse'; 'masked', the same numbers at the cost of 'dense'; or 'dense'.
-    backend: Of the kernels.
+    backend: Which kernels run.
   """
-  cfg = model.cfg
-  capacity = jax.tree.leaves(cache.kv)[0].shape[1] // cfg.n_layers
-  position = cache.length[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)
-  counted = (jnp.arange(tokens.shape[1]) < n_new[:, None]) & (position < capacity)
-  end = jnp.where(counted, position + 1, 0)
-  at = jnp.where(counted, position, -1)
-  full = are_full(cfg, range(cfg.n_layers))
-  many = tokens.shape[1] * cfg.index_topk >= capacity
-  at_once = backend == 'tpu' and attention == 'sparse' and many and full.all()
-  slot = np.maximum(np.cumsum(full) - 1, 0)  # Of each layer's index keys, its own or its owner's.
+  if attention not in typing.get_args(Attention):
+    raise ConfigError(f'{attention=} must be one of {typing.get_args(Attention)}.')
+  cfg, capacity, n_tokens = model.cfg, cache.capacity(model.cfg), tokens.shape[1]
+  position = cache.length[:, None] + jnp.arange(n_tokens, dtype=jnp.int32)
+  counted = (jnp.arange(n_tokens) < n_new[:, None]) & (position < capacity)
+  at, end = jnp.where(counted, position, -1), jnp.where(counted, position + 1, 0)
+  packs = packs_all_keys(backend, n_tokens, cfg.index_topk, capacity)
+  in_one_op = attention == 'sparse' and packs and not cfg.shares_indexers
 
   def layer(carry, inputs):
     x, kv, index_key, selected = carry
     block, i, slot, is_full = inputs
-    reader = _Reader(block.attn, capacity, i, slot, is_full, end, at, attention, at_once, backend)
-    out, kv, index_key, selected = reader.read(block.attn_norm(x), kv, index_key, selected)
-    x, _ = block.feed_forward(add(x, out), counted)
+    span, index_span = (i * capacity, capacity), (slot * capacity, capacity)
+    views = block.attn.views(block.attn_norm(x), jnp.zeros_like(end), end)
+    kv = storage.write(kv, views.kv, at, span)
+    if block.attn.indexer is not None:
+      index_key = storage.write(index_key, views.index.k, jnp.where(is_full, at, -1), index_span)
+    if in_one_op:
+      out, selected = select_and_attend(views, kv, span, index_key, index_span, end, cfg, backend)
+    else:
+      if attention != 'dense' and block.attn.indexer is not None:
+        own = lambda: select(views.index, index_key, index_span, end, cfg.index_topk, backend)
+        selected = jax.lax.cond(is_full, own, lambda: selected)
+      out = attend(views.absorbed_q, kv, span, selected, end, cfg, attention, backend)
+    x, _ = block.feed_forward(add(x, block.attn.from_latents(out)), counted)
     return (x, kv, index_key, selected), selected
 
   x = model.embed[...].astype(cfg.dtype)[tokens]
   k = 0 if attention == 'dense' else cfg.index_topk
   carry = x, cache.kv, cache.index_key, jnp.full((*tokens.shape, k), -1, jnp.int32)
   selections = []
-  for name, layers in layers_of_stacks(cfg).items():
-    if blocks := getattr(model, name):
-      ids = np.arange(layers.start, layers.stop)
-      inputs = with_every_indexer(blocks, full[ids]), ids, slot[ids], full[ids]
-      carry, selected = jax.lax.scan(layer, carry, inputs)
-      selections.append(selected)
+  for inputs in layers_of(model):
+    carry, selected = jax.lax.scan(layer, carry, inputs)
+    selections.append(selected)
   x, kv, index_key, _ = carry
   length = cache.length + jnp.sum(counted, axis=1, dtype=jnp.int32)
   return Reading(model.norm(x), Cache(kv, index_key, length), jnp.concatenate(selections))
 
 
-class _Reader(NamedTuple):
-  """One layer's attention over the cache."""
+def layers_of(model: Transformer) -> Iterator[tuple[Block, np.ndarray, np.ndarray, np.ndarray]]:
+  """Yields, for each stack, its blocks, their numbers, their index keys' slots, and which are full.
 
-  attn: MLA
-  capacity: int
-  layer: Int[Array, '']
-  slot: Int[Array, '']
-  is_full: Bool[Array, '']
-  end: Int[Array, 'B T']
-  at: Int[Array, 'B T']
-  attention: str
-  at_once: bool  # Whether many queries select and attend in one op, each layer for itself.
-  backend: str
+  A layer that shares another's selection has the slot of the layer that owns it.
+  """
+  full = are_full(model.cfg, range(model.cfg.n_layers))
+  slot = np.maximum(np.cumsum(full) - 1, 0)
+  for name, layers in layers_of_stacks(model.cfg).items():
+    if blocks := getattr(model, name):
+      i = np.arange(layers.start, layers.stop)
+      yield with_every_indexer(blocks, full[i]), i, slot[i], full[i]
 
-  def read(self, x: Float[Array, 'B T D'], kv: Any, index_key: Any, selected: Any):
-    """Attends from the normed `x`; returns the output and what is handed on."""
-    start = jnp.zeros_like(self.end)
-    seen = self.attn.views(x, start, self.end)
-    kv = caches.write(kv, caches.encode(kv, seen.kv, self._v_dim), self._rows(self.at, self.layer))
-    if self.attn.indexer is not None:
-      new = caches.encode(index_key, seen.index.k, self._v_dim)
-      at = jnp.where(self.is_full, self._rows(self.at, self.slot), -1)
-      index_key = caches.write(index_key, new, at)
-      if self.attention != 'dense' and not self.at_once:
-        own = lambda: self._select(seen.index, index_key, start)
-        selected = jax.lax.cond(self.is_full, own, lambda: selected)
-    how = {'sm_scale': self.attn.cfg.sm_scale, 'backend': self.backend}
-    if self.at_once:
-      index_q, index_k = self._index_of_layer(seen.index, index_key)
-      index = index_q, index_k, seen.index.weights, start, self.end
-      keys = self._keys(kv, x.dtype)
-      q = caches.widen(seen.absorbed_q, keys.shape[-1])
-      how |= {'topk': self.attn.cfg.index_topk, 'v_dim': self._v_dim}
-      out, selected = indexed_attention(q, keys, *index, **how)
-    elif self.attention == 'sparse':
-      keys, indices = self._chosen(kv, selected, x.dtype)
-      q = caches.widen(seen.absorbed_q, keys.shape[-1])
-      out, _ = sparse_attention(q, keys, indices, v_dim=self._v_dim, **how)
-    else:
-      indices = selected if self.attention == 'masked' else None
-      keys = self._keys(kv, x.dtype)[:, :, None]
-      q = caches.widen(seen.absorbed_q, keys.shape[-1])
-      out, _ = dense_attention(  # Keys for values, too: cutting the latents out would copy them all.
-          q, keys, keys, start, self.end, indices=indices, **how
-      )
-      out = out[..., : self._v_dim]
-    return self.attn.from_latents(out), kv, index_key, selected
 
-  def _select(self, index, index_key, start):
-    how = {'topk': self.attn.cfg.index_topk, 'backend': self.backend}
-    if isinstance(index_key, jax.Array) and index_key.dtype == index.q.dtype:
-      q, keys = index.q, index_key
-      how['span'] = self.slot * self.capacity, self.capacity  # Read where they are.
-    else:
-      q, keys = self._index_of_layer(index, index_key)
-    return index_topk(q, keys, index.weights, start, self.end, **how)
+def select(
+    index: IndexInputs,
+    store: Store,
+    span: Span,
+    end: Int[Array, 'B T'],
+    topk: int,
+    backend: str,
+) -> Int[Array, 'B T {topk}']:
+  """Returns the positions with the highest index scores."""
+  q, keys = index.q, store.as_array(index.q.dtype)
+  if keys is None:
+    q, keys = store.match(q), storage.read_layer(store, span).decode(q.dtype)
+    span = None  # The keys are those of this layer alone.
+  start = jnp.zeros_like(end)
+  return index_topk(q, keys, index.weights, start, end, topk=topk, backend=backend, span=span)
 
-  def _index_of_layer(self, index, index_key):
-    """Index queries, and this layer's keys, as the ops read them."""
-    keys = caches.decode(caches.read_layer(index_key, self.slot, self.capacity), index.q.dtype)
-    q = caches.rotate(index.q) if isinstance(index_key, caches.QuantizedKey) else index.q
-    return q, keys
 
-  def _chosen(self, kv: Any, selected: Int[Array, 'B T K'], dtype: Any):
-    """What sparse attention gathers from, and where: nothing is copied that it can read as it is."""
-    batch, n_rows, k = selected.shape
-    many = n_rows * k >= self.capacity
-    packs_all = many and self.backend == 'tpu'
-    if isinstance(kv, jax.Array) and kv.dtype == dtype and not packs_all:
-      return kv, self._rows(selected, self.layer)
-    if many:
-      return self._keys(kv, dtype), selected
-    rows = caches.decode(caches.gather(kv, self._rows(selected, self.layer)), dtype)
-    slots = jnp.arange(n_rows * k, dtype=jnp.int32).reshape(n_rows, k)
-    return rows.reshape(batch, n_rows * k, -1), jnp.where(selected >= 0, slots, -1)
+def attend(
+    q: Float[Array, 'B T H P'],
+    store: Store,
+    span: Span,
+    selected: Int[Array, 'B T K'],
+    end: Int[Array, 'B T'],
+    cfg: ModelConfig,
+    attention: Attention,
+    backend: str,
+) -> Float[Array, 'B T H C']:
+  """Returns the mean latent that each head reads from a layer."""
+  dtype, v_dim, sizes = q.dtype, cfg.kv_lora_rank, {'sm_scale': cfg.sm_scale, 'backend': backend}
+  q = store.match(q)
+  if attention == 'sparse':
+    keys, indices = keys_of_selected(store, span, selected, dtype, backend)
+    return sparse_attention(q, keys, indices, v_dim=v_dim, **sizes)[0]
+  indices = selected if attention == 'masked' else None
+  keys = storage.read_layer(store, span).decode(dtype)[:, :, None]
+  # The keys stand for the values, too: cutting the latents out would copy them all.
+  start = jnp.zeros_like(end)
+  return dense_attention(q, keys, keys, start, end, indices=indices, **sizes)[0][..., :v_dim]
 
-  def _keys(self, kv: Any, dtype: Any) -> Float[Array, 'B S E']:
-    """All that this layer keeps."""
-    return caches.decode(caches.read_layer(kv, self.layer, self.capacity), dtype)
 
-  def _rows(self, positions, layer):
-    return jnp.where(positions >= 0, layer * self.capacity + positions, -1)
+def keys_of_selected(
+    store: Store, span: Span, selected: Int[Array, 'B T K'], dtype: DTypeLike, backend: str
+) -> tuple[Float[Array, 'B S P'], Int[Array, 'B T K']]:
+  """Returns the keys that sparse attention gathers from, and which of them each query selected.
 
-  @property
-  def _v_dim(self) -> int:
-    return self.attn.cfg.kv_lora_rank
+  The keys are the whole store where the op can read it as it is. Otherwise they are the layer where
+  many rows are selected, and the selected rows alone where few are.
+  """
+  batch, n_queries, k = selected.shape
+  whole = store.as_array(dtype)
+  if whole is not None and not packs_all_keys(backend, n_queries, k, span[1]):
+    return whole, storage.rows_of(selected, span)
+  if n_queries * k >= span[1]:
+    return storage.read_layer(store, span).decode(dtype), selected
+  rows = storage.gather(store, selected, span).decode(dtype)
+  slots = jnp.arange(n_queries * k, dtype=jnp.int32).reshape(n_queries, k)
+  return rows.reshape(batch, n_queries * k, -1), jnp.where(selected >= 0, slots, -1)
+
+
+def select_and_attend(
+    views: Views,
+    kv: Store,
+    span: Span,
+    index_key: Store,
+    index_span: Span,
+    end: Int[Array, 'B T'],
+    cfg: ModelConfig,
+    backend: str,
+) -> tuple[Float[Array, 'B T H C'], Int[Array, 'B T K']]:
+  """Returns what `attend` and `select` return, from one op that may do both at one time."""
+  keys = storage.read_layer(kv, span).decode(views.kv.dtype)
+  index_keys = storage.read_layer(index_key, index_span).decode(views.index.q.dtype)
+  return indexed_attention(
+      kv.match(views.absorbed_q),
+      keys,
+      index_key.match(views.index.q),
+      index_keys,
+      views.index.weights,
+      jnp.zeros_like(end),
+      end,
+      topk=cfg.index_topk,
+      v_dim=cfg.kv_lora_rank,
+      sm_scale=cfg.sm_scale,
+      backend=backend,
+  )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A model in one call, for notebooks: from a converted checkpoint, or from a run."""
+"""Loads a model in one call, from a converted checkpoint or from a run."""
 
 import json
 import pathlib
@@ -23,11 +23,13 @@ def load_checkpoint(
 
   Args:
     folder: The checkpoint.
-    mesh: Devices to split the weights over; each reads its own share only. None: the first device.
-    dtype: Of matrices, whatever they are stored in; norms and the router's bias are float32.
+    mesh: Devices to split the weights over. Each reads its own share only. None stands for the
+      first device.
+    dtype: The dtype of matrices, whatever they are stored in. Norms and the router's bias are
+      float32.
 
   Raises:
-    ValueError: The folder holds no checkpoint, or the mesh does not divide its weights.
+    ConfigError: The folder holds no checkpoint, or the mesh does not divide its weights.
   """
   folder = pathlib.Path(folder).expanduser()
   cfg = ModelConfig(**read_record(folder)['model'])
@@ -36,7 +38,7 @@ def load_checkpoint(
 
 
 def read_record(folder: pathlib.Path) -> dict[str, Any]:
-  """Returns the config.json of a converted checkpoint, or of the run that a checkpoint is of."""
+  """Returns the config.json of a converted checkpoint, or of the run that a checkpoint is from."""
   for path in (folder / 'config.json', folder.parent.parent / 'config.json'):
     if path.exists():
       break
@@ -44,12 +46,14 @@ def read_record(folder: pathlib.Path) -> dict[str, Any]:
     raise ConfigError(f'{folder} is neither a converted checkpoint nor RUN/checkpoints/ENTRY.')
   if (folder / 'checkpoints').is_dir():
     entries = ', '.join(sorted(p.name for p in (folder / 'checkpoints').iterdir()))
-    raise ConfigError(f'{folder} is a run: choose {folder}/checkpoints/ENTRY, ENTRY one of {entries}.')
+    raise ConfigError(
+        f'{folder} is a run: choose {folder}/checkpoints/ENTRY, ENTRY one of {entries}.'
+    )
   return json.loads(path.read_text())
 
 
 def has_trained_indexer(folder: pathlib.Path, record: dict[str, Any]) -> bool:
-  """Returns whether a checkpoint came with an indexer, or of a stage that is not `dense`."""
+  """Returns whether a converted checkpoint had an indexer, or a run's stage is not `dense`."""
   if 'source' in record:
     return any('indexer' in path for path in record['source']['dtypes'])
   return record.get('stages', {}).get(folder.name, {}).get('stage') != 'dense'
@@ -59,11 +63,11 @@ def load_model(workdir: str | pathlib.Path, entry: str) -> tuple[Transformer, Re
   """Returns the model as one entry of a finished recipe left it, and the recipe.
 
   Args:
-    workdir: Of a run.
-    entry: A name in its recipe: 'dense', 'warmup', 'sparse'.
+    workdir: The folder of a run.
+    entry: A name in its recipe, such as 'dense', 'warmup' or 'sparse'.
 
   Raises:
-    ValueError: The folder is no workdir, or the entry has no checkpoint.
+    ConfigError: The folder is no workdir, or the entry has no checkpoint.
   """
   path = pathlib.Path(workdir).expanduser() / 'config.json'
   if not path.exists():

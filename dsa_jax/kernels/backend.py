@@ -56,6 +56,14 @@ def faster_attention(backend: str, seq_len: int, topk: int) -> str:
   return 'sparse' if seq_len > CROSSOVER[backend] * topk else 'masked'
 
 
+def packs_all_keys(backend: str, n_queries: int, topk: int, n_keys: int) -> bool:
+  """Returns whether `sparse_attention` copies all keys it is given, those that nothing selects included.
+
+  Whoever holds more than `n_keys` should then cut them out first.
+  """
+  return backend == 'tpu' and n_queries * topk >= n_keys
+
+
 def load_kernels(module: str) -> ModuleType:
   """Imports a backend's module of an op when it is asked for, and with it its compiler.
 

@@ -16,7 +16,7 @@ from dsa_jax.params import IndexerParam, param
 
 
 class IndexInputs(NamedTuple):
-  """What the index ops read; see `index_scores`."""
+  """The inputs of the index ops; see `index_scores`."""
 
   q: Float[Array, 'B T I J']
   k: Float[Array, 'B S J']
@@ -24,9 +24,9 @@ class IndexInputs(NamedTuple):
 
 
 class LightningIndexer(nnx.Module):
-  """Says which earlier tokens matter to each query; learns by distillation only.
+  """Scores which earlier tokens matter to each query. It learns by distillation only.
 
-  Its inputs are detached: the main model never feels the indexer's loss.
+  Its inputs are detached, so that its loss never reaches the main model.
   """
 
   def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs):
@@ -54,13 +54,14 @@ class LightningIndexer(nnx.Module):
     q = jnp.einsum('BTQ,QIJ->BTIJ', q_latent, self.wq_b[...].astype(x.dtype))
     k = self.k_norm(x @ self.wk[...].astype(x.dtype))
     weights = x.astype(jnp.float32) @ self.weights_proj[...]
-    scale = (self.cfg.index_n_heads * self.cfg.index_head_dim) ** -0.5  # The loss sees it.
+    scale = (self.cfg.index_n_heads * self.cfg.index_head_dim) ** -0.5  # The loss depends on it.
     return IndexInputs(
         self._rotate(q, positions), self._rotate(k[:, :, None], positions)[:, :, 0], scale * weights
     )
 
   def _rotate(self, x, positions):
-    rope, nope = jnp.split(x, [self.cfg.qk_rope_head_dim], axis=-1)  # MLA's are the last.
+    # The indexer rotates its first channels, MLA its last.
+    rope, nope = jnp.split(x, [self.cfg.qk_rope_head_dim], axis=-1)
     rope = apply_rope(
         rope, positions, rope_frequencies(self.cfg), interleaved=self.cfg.indexer_rope_interleave
     )

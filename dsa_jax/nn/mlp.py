@@ -12,7 +12,7 @@ from dsa_jax.params import BackboneParam, param
 
 
 class MLP(nnx.Module):
-  """w2(silu(w1 x) * w3 x), the product in float32."""
+  """Computes w2(silu(w1 x) * w3 x), with the elementwise product in float32."""
 
   def __init__(self, dim: int, width: int, *, out_std: float, rngs: nnx.Rngs):
     self.w1 = param(BackboneParam, (dim, width), ('embed', 'ffn'), std=dim**-0.5, rngs=rngs)
@@ -24,13 +24,16 @@ class MLP(nnx.Module):
     return spmd.on_each_device(MLP._apply, shares, BATCH)(self, x)
 
   def _apply(self, x):
-    """Devices that share the width take all their tokens, and share the sum."""
+    """Applies the weights on one device.
+
+    Devices that split the width gather each other's tokens, and reduce-scatter the sum.
+    """
     weights = spmd.gather_weights(self, x.dtype)
     w1, w3, w2 = (w[...].astype(x.dtype) for w in (weights.w1, weights.w3, weights.w2))
     x = spmd.gather(x, 'tensor', dim=1)
     return spmd.scatter_sum(swiglu(x @ w1, x @ w3).astype(x.dtype) @ w2, 'tensor', dim=1)
 
 
-@jax.checkpoint  # It is cheaper to compute again in the backward pass than to keep.
+@jax.checkpoint  # The backward pass computes it again more cheaply than it could keep it.
 def swiglu(gate: Float[Array, '*any F'], up: Float[Array, '*any F']) -> Float[Array, '*any F']:
   return jax.nn.silu(gate.astype(jnp.float32)) * up.astype(jnp.float32)

@@ -15,11 +15,11 @@ from dsa_jax.parallel import ragged, spmd
 from dsa_jax.parallel.mesh import BATCH, MESH_AXES, OWNERS
 from dsa_jax.params import BackboneParam, RouterBias, param
 
-TOKENS_AT_ONCE = 2**14  # Of all devices that share the experts: one may have to take them all in.
+TOKENS_AT_ONCE = 2**14  # Over all devices that share the experts; one may receive them all.
 
 
 class MoE(nnx.Module):
-  """Sends every token to its own few experts, none dropped, and to the shared expert."""
+  """Sends every token to a few experts and to the shared expert, and drops none."""
 
   def __init__(self, cfg: ModelConfig, *, out_scale: float, rngs: nnx.Rngs):
     d, x, f = cfg.dim, cfg.n_routed_experts, cfg.moe_inter_dim
@@ -36,13 +36,13 @@ class MoE(nnx.Module):
   def __call__(
       self, x: Float[Array, 'B T D'], counted: Float[Array, 'B T']
   ) -> tuple[Float[Array, 'B T D'], Float[Array, 'X']]:
-    """Returns the output, and how many of the `counted` tokens each expert received."""
+    """Returns the output, and the number of `counted` tokens that each expert received."""
     shares = spmd.weight_specs(self), BATCH, BATCH
     routed, load = spmd.on_each_device(MoE._experts, shares, (BATCH, P()))(self, x, counted)
     return routed + self.shared(x), load
 
   def _experts(self, x, counted):
-    """Sends this device's tokens to the owners of their experts, and adds up what these return."""
+    """Sends this device's tokens to the owners of their experts, and sums what they return."""
     here = spmd.gather_weights(self, x.dtype)
     weights = [w[...].astype(jnp.float32) for w in (here.w1, here.w3, here.w2)]
     gate = spmd.gather(self.gate[...], 'fsdp', dim=0)
@@ -50,7 +50,7 @@ class MoE(nnx.Module):
     experts, gates = route(tokens.astype(jnp.float32) @ gate, self.bias[...], self.cfg)
     load = jnp.sum(_is_of(experts, self.cfg) * counted.reshape(-1, 1, 1), axis=(0, 1))
 
-    def apply(rows):  # The gradients of the weights add up over such rows in float32.
+    def apply(rows):  # The weights' gradients add up in float32 over blocks of rows.
       narrow = (w.astype(x.dtype) for w in weights)
       return _apply(*(a[0] for a in rows), *narrow, self.cfg)[None]
 
@@ -61,11 +61,12 @@ class MoE(nnx.Module):
 
 
 def _apply(tokens, experts, gates, w1, w3, w2, cfg: ModelConfig):
-  """The gated sum of each token's experts, float32 [A, D], whichever devices own them."""
+  """Returns the gated sum of each token's experts, float32 [A, D], wherever these lie."""
   n_tokens, n_chosen = experts.shape
-  order = jnp.argsort(experts.reshape(-1))  # Stable: each expert's tokens, side by side.
+  order = jnp.argsort(experts.reshape(-1))  # A stable sort puts each expert's tokens side by side.
   journey = ragged.plan_journey(jnp.sum(_is_of(experts, cfg), axis=(0, 1)), *OWNERS)
-  most = spmd.size(*OWNERS) * n_tokens * min(n_chosen, len(w1))  # If all choose these experts.
+  # So many rows arrive if all tokens choose this device's experts.
+  most = spmd.size(*OWNERS) * n_tokens * min(n_chosen, len(w1))
   rows = _permuted(jnp.repeat(tokens, n_chosen, axis=0), order)
   rows = ragged.send(rows, journey.there, most, *OWNERS)
   dot = lambda rows, w: grouped_matmul(rows, w, journey.sizes)
@@ -76,13 +77,13 @@ def _apply(tokens, experts, gates, w1, w3, w2, cfg: ModelConfig):
 
 
 def _is_of(experts, cfg: ModelConfig):
-  """Whether each choice [A, K] is of each expert [A, K, X]; sums over it take no scatter."""
+  """Returns which expert each choice [A, K] is, one-hot [A, K, X]; its sums need no scatter."""
   return experts[..., None] == jnp.arange(cfg.n_routed_experts)
 
 
 @jax.custom_vjp
 def _permuted(x, order):
-  """`x[order]`, whose gradient is no scatter but the permutation back."""
+  """Returns `x[order]`; its gradient is the inverse permutation instead of a scatter."""
   return x[order]
 
 
@@ -96,8 +97,8 @@ def route(
 ) -> tuple[Int[Array, 'A K'], Float[Array, 'A K']]:
   """Chooses each token's experts and their weights.
 
-  The bias moves the choice only. A group's score is the sum of its two best experts; experts
-  outside the best `n_limited_groups` groups cannot be chosen.
+  The bias moves the choice, but not the weights. A group's score is the sum of its two best
+  experts. Experts outside the best `n_limited_groups` groups cannot be chosen.
 
   Source:
     `Gate.forward` in DeepSeek-V3.2-Exp inference/model.py at commit 87e509a2.

@@ -12,7 +12,7 @@ from dsa_jax.params import BackboneParam
 
 
 class RMSNorm(nnx.Module):
-  """Divides by the root mean square; no mean is subtracted."""
+  """Divides by the root mean square, without subtracting a mean."""
 
   def __init__(self, width: int, *, eps: float):
     self.scale = BackboneParam(jnp.ones(width), axes=(None,))
@@ -37,7 +37,7 @@ class LayerNorm(nnx.Module):
     return (y * self.scale[...] + self.bias[...]).astype(x.dtype)
 
 
-@functools.partial(jax.checkpoint, static_argnums=2)  # Cheaper to compute again than to keep.
+@functools.partial(jax.checkpoint, static_argnums=2)  # Recomputing is cheaper than keeping.
 def _rms_norm(x, scale, eps):
   y = x.astype(jnp.float32)
   y *= jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)

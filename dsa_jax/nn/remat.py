@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a layer keeps for the backward pass, by name; the rest is computed again there."""
+"""Policies that name what a layer keeps for the backward pass, which computes the rest again."""
 
 from collections.abc import Callable
 
@@ -11,9 +11,9 @@ from dsa_jax.config import ConfigError
 _SELECTION = 'selection'
 POLICIES = {
     'none': jax.checkpoint_policies.everything_saveable,
-    'layer': jax.checkpoint_policies.nothing_saveable,  # But the layer's input.
-    'selection': jax.checkpoint_policies.save_only_these_names(_SELECTION),  # Beside the input.
-    'products': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # Those with weights.
+    'layer': jax.checkpoint_policies.nothing_saveable,  # All but the layer's input.
+    'selection': jax.checkpoint_policies.save_only_these_names(_SELECTION),  # The input, too.
+    'products': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # Products with weights.
 }
 
 
@@ -27,5 +27,5 @@ def rematerialized(layer: Callable, policy: str) -> Callable:
 
 
 def selected(indices: jax.Array) -> jax.Array:
-  """Marks what a layer selected, which the policy `selection` keeps."""
+  """Marks a layer's selection, which the policy `selection` keeps."""
   return checkpoint_name(indices, _SELECTION)

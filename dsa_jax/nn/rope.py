@@ -11,11 +11,11 @@ from dsa_jax.config import ModelConfig
 
 
 def rope_frequencies(cfg: ModelConfig) -> np.ndarray:
-  """Returns the radians per position of each of the R/2 channel pairs, float64.
+  """Returns the radians per position of each of the R/2 channel pairs, in float64.
 
   Where the configured length exceeds the original one, YaRN keeps the fast frequencies, divides
-  the slow ones by `rope_factor`, and blends in between. It depends on the configuration only,
-  never on the length of the sequence at hand.
+  the slow ones by `rope_factor`, and blends those in between. The result depends on the
+  configuration only, never on the length of the sequence at hand.
   """
   width = cfg.qk_rope_head_dim
   frequencies = cfg.rope_theta ** (-np.arange(0, width, 2) / width)
@@ -23,7 +23,7 @@ def rope_frequencies(cfg: ModelConfig) -> np.ndarray:
     return frequencies
 
   def channel_of(turns: float) -> float:
-    """The channel pair that makes `turns` turns over the original length."""
+    """Returns the channel pair that makes `turns` turns over the original length."""
     wavelength = cfg.original_seq_len / (2 * math.pi * turns)
     return width * math.log(wavelength) / (2 * math.log(cfg.rope_theta))
 
@@ -45,11 +45,11 @@ def apply_rope(
 
   Args:
     x: Queries or keys.
-    positions: From the beginning of the token's document.
+    positions: Positions that count from the beginning of the token's document.
     frequencies: See `rope_frequencies`.
     interleaved: True pairs channels (2i, 2i+1), as MLA does; False pairs (i, i + R/2), as
-      DeepSeek's indexer does. The order of the channels is kept. The wrong one is silent below
-      `index_topk` tokens, so there is no default.
+      DeepSeek's indexer does. The order of the channels is kept. There is no default, because the
+      wrong pairing shows only beyond `index_topk` tokens.
   """
   angle = positions[..., None, None].astype(jnp.float32) * jnp.asarray(frequencies, jnp.float32)
   cos, sin = jnp.cos(angle), jnp.sin(angle)

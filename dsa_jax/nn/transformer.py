@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The decoder: layers stacked once, scanned always, each reporting what the losses need."""
+"""The decoder. Its layers are stacked and scanned, and each reports what the losses need."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -8,38 +8,27 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Float, Int, Key
 import numpy as np
 
-from dsa_jax.config import ModelConfig
-from dsa_jax.nn.attention.mla import MLA
-from dsa_jax.nn.attention.types import Measures, Mode, Selections, Shared
-from dsa_jax.nn.mlp import MLP
-from dsa_jax.nn.moe import MoE
+from dsa_jax.config import ConfigError, ModelConfig
+from dsa_jax.nn.attention.types import Measures, Mode, Shared
+from dsa_jax.nn.block import MTP, Block, LayerReport
 from dsa_jax.nn.norms import RMSNorm
 from dsa_jax.nn.remat import rematerialized
 from dsa_jax.parallel import spmd
 from dsa_jax.parallel.mesh import BATCH, LOGITS
 from dsa_jax.params import BackboneParam, param
 
-STACKS = ('dense_blocks', 'moe_blocks', 'mtp')  # Leading MLP layers, expert layers, MTP layer.
-
-
-class LayerReport(NamedTuple):
-  """What a layer says beside its output; stacked over layers by the scan."""
-
-  residual_rms: Float[Array, '*L']  # Root mean square of the residual stream after the layer.
-  index_kl: Float[Array, '*L B T'] | None  # Nats; 0 in layers that share another's selection.
-  expert_load: Float[Array, '*L X'] | None  # Tokens per expert; None without experts.
-  measures: dict[str, Measures]
+STACKS = ('dense_blocks', 'moe_blocks', 'mtp')  # Leading layers with an MLP, with experts, MTP.
 
 
 class Output(NamedTuple):
-  """What a forward pass returns."""
+  """The result of a forward pass."""
 
   logits: Float[Array, 'B T W']  # float32.
-  mtp_logits: Float[Array, 'B T W'] | None  # Of the token after the next one.
-  layers: dict[str, LayerReport]  # By stack, in order: see STACKS.
+  mtp_logits: Float[Array, 'B T W'] | None  # Those of the token after the next one.
+  layers: dict[str, LayerReport]  # The keys are those of STACKS, in order.
 
   @property
   def index_kl(self) -> Float[Array, 'L B T']:
@@ -50,81 +39,9 @@ class Output(NamedTuple):
     return jnp.concatenate([stack.residual_rms for stack in self.layers.values()])
 
   def measures(self, rule: str) -> Measures:
-    """One rule's measures, every field with a leading L."""
+    """Returns one rule's measures, every field with a leading L."""
     stacks = [stack.measures[rule] for stack in self.layers.values()]
     return jax.tree.map(lambda *x: jnp.concatenate(x), *stacks)
-
-
-class Block(nnx.Module):
-  """Attention, then an MLP or experts, each on the normed residual stream."""
-
-  def __init__(self, cfg: ModelConfig, *, experts: bool, rngs: nnx.Rngs):
-    out_scale = (2 * cfg.n_layers) ** -0.5
-    self.attn_norm = RMSNorm(cfg.dim, eps=cfg.norm_eps)
-    self.attn = MLA(cfg, out_scale=out_scale, rngs=rngs)
-    self.ffn_norm = RMSNorm(cfg.dim, eps=cfg.norm_eps)
-    if experts:
-      self.ffn = MoE(cfg, out_scale=out_scale, rngs=rngs)
-    else:
-      self.ffn = MLP(cfg.dim, cfg.inter_dim, out_std=out_scale * cfg.inter_dim**-0.5, rngs=rngs)
-
-  def __call__(
-      self,
-      x: Float[Array, 'B T D'],
-      start: Int[Array, 'B T'],
-      end: Int[Array, 'B T'],
-      key: Key[Array, ''],
-      mode: Mode,
-      shared: Shared | None = None,
-      choice: Int[Array, ''] | None = None,
-  ) -> tuple[Float[Array, 'B T D'], Selections, LayerReport]:
-    with jax.named_scope('attention'):
-      h = self.attn_norm(x)
-      out, selections, attention = self.attn(h, start, end, key, mode, shared, choice)
-      x = add(x, out)
-    x, load = self.feed_forward(x, end > start)
-    rms = jnp.sqrt(jnp.mean(jnp.square(x.astype(jnp.float32))))
-    return x, selections, LayerReport(rms, attention.index_kl, load, attention.measures)
-
-  def feed_forward(
-      self, x: Float[Array, 'B T D'], counted: Bool[Array, 'B T']
-  ) -> tuple[Float[Array, 'B T D'], Float[Array, 'X'] | None]:
-    """The second half of the layer, and how many of the counted tokens each expert received."""
-    with jax.named_scope('feed_forward'):
-      load, h = None, self.ffn_norm(x)
-      if isinstance(self.ffn, MoE):
-        h, load = self.ffn(h, counted.astype(jnp.float32))
-      else:
-        h = self.ffn(h)
-      return add(x, h), load
-
-
-class MTP(nnx.Module):
-  """One more layer, that predicts the token after the next one from the next one's embedding.
-
-  It reads the model's hidden state after the final norm, and shares embedding and head with it.
-
-  Source:
-    DeepSeek-V3 report, section 2.2, which does not say on which side of the norm. After it: the
-    modeling_deepseek.py shipped with DeepSeek-R1-0528's MTP weights, and the engines that serve
-    them (vllm-project/vllm#47448, ROCm/ATOM#1764).
-  """
-
-  def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs):
-    d = cfg.dim
-    self.enorm = RMSNorm(d, eps=cfg.norm_eps)
-    self.hnorm = RMSNorm(d, eps=cfg.norm_eps)
-    self.eh_proj = param(
-        BackboneParam, (2 * d, d), (None, 'embed'), std=(2 * d) ** -0.5, rngs=rngs
-    )
-    self.block = Block(cfg, experts=cfg.n_dense_layers < cfg.n_layers, rngs=rngs)
-    self.norm = RMSNorm(d, eps=cfg.norm_eps)
-
-  def __call__(self, hidden, next_embedding, start, end, key, mode: Mode, choice=None):
-    x = jnp.concatenate([self.enorm(next_embedding), self.hnorm(hidden)], axis=-1)
-    x = x @ self.eh_proj[...].astype(x.dtype)
-    x, _, report = self.block(x, start, end, key, mode, choice=choice)
-    return self.norm(x), jax.tree.map(lambda a: a[None], report)
 
 
 class Transformer(nnx.Module):
@@ -156,12 +73,12 @@ class Transformer(nnx.Module):
 
     Args:
       tokens: Token ids. Rows may hold several documents, or padding.
-      start: The first position of each token's document: the first key it sees.
-      end: One past the last key it sees: its own position + 1; start = end for padding.
+      start: The first key that each token sees, which is the first of its document.
+      end: One past the last key that each token sees, its own position + 1; `start` for padding.
       mode: How to attend.
-      next_tokens: The tokens that follow; the MTP layer reads them and is skipped without.
-      key: For rules that draw lots; a fixed one if None.
-      choice: Which rule selects where `mode.rule` names several: the number of its name.
+      next_tokens: The tokens that follow. The MTP layer reads them, and is skipped without them.
+      key: The random state of rules that draw. None stands for a fixed one.
+      choice: The number of the rule that selects, if `mode.rule` names several.
     """
     keys = jax.random.split(jax.random.key(0) if key is None else key, self.cfg.n_layers + 1)
     x, reports, selections = self.embedded(tokens), {}, None
@@ -194,7 +111,7 @@ class Transformer(nnx.Module):
   def block(self, i: int) -> Block:
     """Layer `i` on its own, for a notebook: `model.block(3).attn.indexer(...)`."""
     if not 0 <= i < self.cfg.n_layers:
-      raise ValueError(f'layer {i} must be within 0 and {self.cfg.n_layers - 1}.')
+      raise ConfigError(f'layer {i} must be within 0 and {self.cfg.n_layers - 1}.')
     stacks = layers_of_stacks(self.cfg).items()
     name, layers = next((name, layers) for name, layers in stacks if i in layers)
     blocks = with_every_indexer(getattr(self, name), are_full(self.cfg, layers))
@@ -205,7 +122,7 @@ class Transformer(nnx.Module):
 
 
 def _embed(embed, tokens):
-  """From each device's share of the vocabulary."""
+  """Sums the embeddings that each device looks up in its own share of the vocabulary."""
   embed = spmd.gather(embed, 'fsdp', dim=1)
   word = spmd.gather(tokens, 'tensor', dim=1) - spmd.index('tensor') * len(embed)
   here = (word >= 0) & (word < len(embed))
@@ -228,7 +145,7 @@ def are_full(cfg: ModelConfig, layers: range) -> np.ndarray:
 
 
 def _stack(cfg: ModelConfig, name: str, rngs: nnx.Rngs) -> Block | None:
-  """Makes the layers of a stack; of indexers, only those of full layers."""
+  """Returns the layers of a stack, with indexers for full layers only; None without layers."""
   layers = layers_of_stacks(cfg)[name]
   if not layers:
     return None
@@ -243,7 +160,7 @@ def _stack(cfg: ModelConfig, name: str, rngs: nnx.Rngs) -> Block | None:
 
 
 def with_every_indexer(blocks: Block, full: np.ndarray) -> Block:
-  """Repeats indexers until there is one for each layer, which shared layers do not use."""
+  """Repeats indexers until every layer has one; layers that are not full do not use theirs."""
   if full.all() or blocks.attn.indexer is None:
     return blocks
   blocks = jax.tree.map(lambda a: a, blocks)  # A new module; the given one stays as it is.
@@ -253,7 +170,7 @@ def with_every_indexer(blocks: Block, full: np.ndarray) -> Block:
 
 
 def _run(blocks: Block, full: np.ndarray, x, selections, start, end, keys, mode: Mode, choice):
-  """Scans the layers; models with IndexShare hand selections on from layer to layer."""
+  """Scans the layers. Models with IndexShare hand selections on from layer to layer."""
 
   def layer(carry, inputs):
     (x, selections), (block, key, is_full) = carry, inputs
@@ -265,8 +182,3 @@ def _run(blocks: Block, full: np.ndarray, x, selections, start, end, keys, mode:
   inputs = with_every_indexer(blocks, full), keys, full
   (x, selections), reports = jax.lax.scan(layer, (x, selections), inputs)
   return x, selections, reports
-
-
-def add(x, y):
-  """Adds to the residual stream in float32, keeps it in its own dtype."""
-  return (x.astype(jnp.float32) + y.astype(jnp.float32)).astype(x.dtype)

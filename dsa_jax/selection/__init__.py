@@ -1,28 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which tokens each query attends to. A rule is one function in one file; to add one, add it here."""
+"""The rules that select which tokens each query attends to.
+
+A rule is one function in one file. To add one, write the file and name the function in `RULES`.
+"""
 
 import functools
 
 import jax
 
+from dsa_jax.selection import lightning, oracle, streaming, uniform
 from dsa_jax.selection.candidates import Candidates, Rule
-from dsa_jax.selection.lightning import indexer
-from dsa_jax.selection.oracle import oracle
-from dsa_jax.selection.uniform import random
-from dsa_jax.selection.window_sinks import window_sinks
 
 RULES: dict[str, Rule] = {
-    'indexer': indexer,
-    'window_sinks': window_sinks,
-    'random': random,
-    'oracle': oracle,
+    'indexer': lightning.indexer,
+    'window_sinks': streaming.window_sinks,
+    'random': uniform.random,
+    'oracle': oracle.largest_mass,
 }
 
 
 def find_rule(name: str | tuple[str, ...]) -> Rule:
-  """Returns the rule of that name; of several names, a rule that does as number `choice` does.
+  """Returns the rule of that name or, of several names, a rule that runs the one `choice` numbers.
 
-  Only that one runs, so that a single compiled program serves them all.
+  A single compiled program thus serves several rules, and runs only one of them.
   """
   if isinstance(name, str):
     return RULES[name]

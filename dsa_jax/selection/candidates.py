@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a selection rule may look at."""
+"""The inputs of a selection rule."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -9,9 +9,9 @@ from jaxtyping import Array, Float, Int, Key
 
 
 class Candidates(NamedTuple):
-  """One layer's queries and keys, in the indexer's view and in the main attention's.
+  """One layer's queries and keys, as the indexer sees them and as the main attention does.
 
-  Compiled away where a rule does not use it. The indexer's view is None in a layer that has none.
+  What a rule does not use is compiled away. The indexer's arrays are None in a layer without one.
   """
 
   index_q: Float[Array, 'B T I J'] | None
@@ -21,11 +21,11 @@ class Candidates(NamedTuple):
   k: Float[Array, 'B S H E']
   start: Int[Array, 'B T']
   end: Int[Array, 'B T']
-  key: Key[Array, '']  # Differs from layer to layer and from step to step.
-  choice: Int[Array, ''] | None  # Which of several rules selects; see `selection.find_rule`.
+  key: Key[Array, '']  # It differs from layer to layer and from step to step.
+  choice: Int[Array, ''] | None  # The number of the rule that selects; see `find_rule`.
   sm_scale: float
   topk: int
   backend: str
 
 
-Rule = Callable[[Candidates], jax.Array]  # To int32 [B, T, K] positions, ascending, then -1.
+Rule = Callable[[Candidates], jax.Array]  # Returns int32 [B, T, K] positions, ascending, then -1.

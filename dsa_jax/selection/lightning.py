@@ -8,7 +8,7 @@ from dsa_jax.selection.candidates import Candidates
 
 
 def indexer(c: Candidates) -> Int[Array, 'B T K']:
-  """Selects what the trained indexer scores highest."""
+  """Selects the keys that the trained indexer scores highest."""
   return index_topk(
       c.index_q, c.index_k, c.index_weights, c.start, c.end, topk=c.topk, backend=c.backend
   )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How good a selection is, and what it looks like."""
+"""Measures of a selection: how good it is, and what it looks like."""
 
 import jax
 import jax.numpy as jnp
@@ -9,34 +9,37 @@ from jaxtyping import Array, Float, Int
 def captured_mass(
     lse_selected: Float[Array, 'B T H'], lse_visible: Float[Array, 'B T H']
 ) -> Float[Array, 'B T']:
-  """Share of the true attention mass, averaged over heads, that falls on the selected tokens.
+  """Returns the share of the true attention mass on the selected tokens, averaged over heads.
 
-  Two log-sum-exps of the same logits say it all: over the selection, and over all visible keys.
+  It follows from two log-sum-exps of the same logits, over the selection and over all visible keys.
   """
   seen = lse_visible > -jnp.inf
   return jnp.mean(jnp.where(seen, jnp.exp(lse_selected - jnp.where(seen, lse_visible, 0)), 0), -1)
 
 
 def overlap(a: Int[Array, '*rows K'], b: Int[Array, '*rows K']) -> Float[Array, '*rows']:
-  """Share of the positions in `a` that are also in `b`; both ascending, then -1. 0 where a is empty."""
+  """Returns the share of the positions in `a` that are also in `b`, and 0 where `a` is empty.
+
+  The positions of both are ascending, then -1.
+  """
 
   def row(a, b):
     b = jnp.where(b < 0, jnp.iinfo(jnp.int32).max, b)
-    found = b[jnp.minimum(jnp.searchsorted(b, a), len(b) - 1)] == a
-    return jnp.sum(found & (a >= 0)) / jnp.maximum(jnp.sum(a >= 0), 1)
+    is_in_b = b[jnp.minimum(jnp.searchsorted(b, a), len(b) - 1)] == a
+    return jnp.sum(is_in_b & (a >= 0)) / jnp.maximum(jnp.sum(a >= 0), 1)
 
   flat = jax.vmap(row)(a.reshape(-1, a.shape[-1]), b.reshape(-1, b.shape[-1]))
   return flat.reshape(a.shape[:-1])
 
 
 def neighbour_overlap(indices: Int[Array, 'B T K']) -> Float[Array, 'B T']:
-  """Share of each query's selection that the query before it also selected; 0 for the first."""
+  """Returns the share of each query's selection that the query before it selected too."""
   before = jnp.pad(indices, ((0, 0), (1, 0), (0, 0)), constant_values=-1)[:, :-1]
   return overlap(indices, before)
 
 
 def selected_distance(indices: Int[Array, 'B T K'], end: Int[Array, 'B T']) -> Float[Array, 'B T']:
-  """Mean distance in tokens from each query back to what it selected; 0 where nothing is."""
+  """Returns the mean distance in tokens from each query back to what it selected, 0 for nothing."""
   filled = indices >= 0
   distance = jnp.where(filled, end[..., None] - 1 - indices, 0)
   return distance.sum(-1) / jnp.maximum(filled.sum(-1), 1)

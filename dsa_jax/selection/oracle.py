@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The best that any rule can do for the attention mass: look at the attention itself."""
+"""The rule that no other can beat: it looks at the attention itself."""
 
 import jax.numpy as jnp
 from jaxtyping import Array, Int
@@ -12,9 +12,9 @@ from dsa_jax.kernels.xla.rows import map_rows
 from dsa_jax.selection.candidates import Candidates
 
 
-def oracle(c: Candidates) -> Int[Array, 'B T K']:
+def largest_mass(c: Candidates) -> Int[Array, 'B T K']:
   """Selects the keys with the largest attention probability, averaged over the heads."""
-  # Only the log-sum-exp is wanted, so the values are the narrowest there are.
+  # Only the log-sum-exp is needed, so one channel stands for the values.
   _, lse = dense_attention(
       c.q, c.k, c.k[..., :1], c.start, c.end, sm_scale=c.sm_scale, backend=c.backend
   )

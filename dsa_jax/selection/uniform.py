@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The floor for any rule: keys drawn without looking."""
+"""The rule that every other should beat: it draws keys at random."""
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ from dsa_jax.selection.candidates import Candidates
 
 
 def random(c: Candidates) -> Int[Array, 'B T K']:
-  """Selects visible keys uniformly, as `c.key` says."""
+  """Selects visible keys uniformly; `c.key` determines which."""
   batch, n_rows = c.start.shape
   positions = jnp.broadcast_to(jnp.arange(n_rows, dtype=jnp.int32), (batch, n_rows))
   keys = jnp.arange(c.k.shape[1], dtype=jnp.uint32)
@@ -28,7 +28,7 @@ def random(c: Candidates) -> Int[Array, 'B T K']:
 
 
 def _mix(x):
-  """A hash of 32 bits: the finalizer of MurmurHash3."""
+  """Hashes 32 bits by the finalizer of MurmurHash3."""
   x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
   x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
   return x ^ (x >> 16)

@@ -111,12 +111,12 @@ def make_programs(cfg: ModelConfig):
     """Each layer's scores and selection."""
     del params, tokens
     end = (cache.length + n_new)[:, None]
-    capacity = cache.index_key.shape[1] // cfg.n_layers
+    capacity = cache.capacity(cfg)
     how = {'topk': cfg.index_topk, 'backend': backend}
 
     def layer(first):
       span = first, capacity
-      return index_topk(q, cache.index_key, weights, jnp.zeros_like(end), end, span=span, **how)
+      return index_topk(q, cache.index_key.rows, weights, jnp.zeros_like(end), end, span=span, **how)
 
     selected = jax.lax.map(layer, capacity * jnp.arange(cfg.n_layers))
     return selected, cache._replace(length=cache.length + n_new)
@@ -130,7 +130,7 @@ def full_cache(cfg: ModelConfig, capacity: int):
   """A cache that holds just the context, of random rows."""
   cache = init_cache(cfg, 1, capacity, fmt='float32')
   fill = lambda x: jax.random.normal(jax.random.key(0), x.shape, x.dtype)
-  return cache._replace(kv=fill(cache.kv), index_key=fill(cache.index_key))
+  return cache._replace(**jax.tree.map(fill, {'kv': cache.kv, 'index_key': cache.index_key}))
 
 
 def predict(cfg: ModelConfig, contexts: list[int], chip: Chip) -> dict[str, dict[str, list[float]]]:

@@ -112,9 +112,9 @@ def test_every_byte_appears_once_in_order_and_no_target_crosses_a_boundary(seq_l
   body, padding = tokens[tokens != PAD], tokens == PAD
   assert len(body) == sum(len(document) + 1 for document in documents)
   assert not padding[: len(body)].any() and padding.sum() < seq_len
-  found = [bytes(part[1:].tolist()) for part in np.split(body, np.flatnonzero(body == BOS))[1:]]
-  assert sorted(found) == sorted(documents)
-  assert found != documents
+  packed = [bytes(part[1:].tolist()) for part in np.split(body, np.flatnonzero(body == BOS))[1:]]
+  assert sorted(packed) == sorted(documents)
+  assert packed != documents
 
   # A counted target is the next token of the same document, and each byte is one exactly once.
   document = np.cumsum(tokens == BOS)

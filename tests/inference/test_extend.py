@@ -13,9 +13,9 @@ import pytest
 from test_golden import GLM
 
 from dsa_jax.config import ModelConfig
-from dsa_jax.inference import cache as caches
 from dsa_jax.inference.cache import bytes_per_token, init_cache
 from dsa_jax.inference.extend import extend
+from dsa_jax.inference.storage import QuantizedKeys, QuantizedLatents, rotate
 from dsa_jax.nn.attention.types import Mode
 
 CONFIGS = {
@@ -51,11 +51,12 @@ def step(params, cache, tokens, n_new, cfg, attention, backend='xla'):
   return model.logits(reading.hidden), reading.selected, reading.cache
 
 
-def read(name, attention, cuts, *, lengths=LENGTHS, capacity=27, rows=(0, 1, 2), **how):
+def read(name, attention, cuts, *, lengths=LENGTHS, capacity=27, rows=(0, 1, 2), fmt='float32', whole_lines=False):
   """Reads the rows in pieces; returns logits and selections where a row has a token."""
   cfg = CONFIGS[name]
   tokens, lengths = tokens_of(cfg)[list(rows)], np.array(lengths)[list(rows)]
-  params, cache = laws.weights(cfg), init_cache(cfg, len(rows), capacity, **{'fmt': 'float32'} | how)
+  params = laws.weights(cfg)
+  cache = init_cache(cfg, len(rows), capacity, fmt=fmt, whole_lines=whole_lines)
   logits, selected = [], []
   for first, last in zip((0, *cuts), (*cuts, 27)):
     width = next(n for n in (1, 10, 27) if n >= last - first)  # Few programs; the rest is padding.
@@ -63,10 +64,10 @@ def read(name, attention, cuts, *, lengths=LENGTHS, capacity=27, rows=(0, 1, 2),
     n_new = np.clip(lengths - first, 0, last - first)
     for row, n in enumerate(n_new):
       piece[row, :n] = tokens[row, first : first + n]
-    found = step(params, cache, jnp.asarray(piece), jnp.asarray(n_new, jnp.int32), cfg, attention)
-    cache = found[2]
-    logits.append(found[0][:, : last - first])
-    selected.append(found[1][:, :, : last - first])
+    n_new = jnp.asarray(n_new, jnp.int32)
+    new_logits, new_selected, cache = step(params, cache, jnp.asarray(piece), n_new, cfg, attention)
+    logits.append(new_logits[:, : last - first])
+    selected.append(new_selected[:, :, : last - first])
   np.testing.assert_array_equal(cache.length, lengths)
   return np.concatenate(logits, 1), np.concatenate(selected, 2)
 
@@ -103,8 +104,8 @@ def test_many_tokens_by_the_kernels_of_a_tpu(name):
   cfg, length = CONFIGS[name], 8
   tokens, cache = jnp.asarray(tokens_of(cfg)[:1, :length]), init_cache(cfg, 1, length, fmt='float32')
   with cases.interpreted('tpu'):
-    found = step(laws.weights(cfg), cache, tokens, jnp.array([length]), cfg, 'sparse', backend='tpu')
-    logits, selected, _ = jax.block_until_ready(found)
+    out = step(laws.weights(cfg), cache, tokens, jnp.array([length]), cfg, 'sparse', backend='tpu')
+    logits, selected, _ = jax.block_until_ready(out)
   want, want_selected = whole_pass(name, 'sparse')
   np.testing.assert_allclose(logits[0], want[0, :length], atol=1e-4, rtol=0)
   np.testing.assert_array_equal(selected[:, 0], want_selected[:, 0, :length])
@@ -122,16 +123,20 @@ def test_any_batch(rows):
     np.testing.assert_array_equal(selected[:, i, :n], want_selected[:, row, :n])
 
 
-@pytest.mark.parametrize('attention', ['sparse', pytest.param('dense', marks=NIGHTLY)])
-def test_whole_lines_change_nothing(attention):
+@pytest.mark.parametrize(
+    'name, attention, fmt',
+    [('deepseek', 'sparse', 'float32'), pytest.param('deepseek', 'dense', 'float32', marks=NIGHTLY),
+     ('fp8', 'sparse', 'fp8')],
+)  # fmt: skip
+def test_whole_lines_change_nothing(name, attention, fmt):
   """As a TPU keeps a cache: rows end in zeros."""
-  want, want_selected = read('deepseek', attention, (8, 9))
-  logits, selected = read('deepseek', attention, (8, 9), whole_lines=True)
+  want, want_selected = read(name, attention, (8, 9), fmt=fmt)
+  logits, selected = read(name, attention, (8, 9), fmt=fmt, whole_lines=True)
   for row, n in enumerate(LENGTHS):
     np.testing.assert_allclose(logits[row, :n], want[row, :n], atol=1e-4, rtol=0)
     np.testing.assert_array_equal(selected[:, row, :n], want_selected[:, row, :n])
   cache = jax.eval_shape(lambda: init_cache(ModelConfig(), 1, 8, whole_lines=True))
-  assert cache.kv.shape[2] == 640 and cache.index_key.shape[2] == 128
+  assert cache.kv.rows.shape[2] == 640 and cache.index_key.rows.shape[2] == 128
 
 
 @pytest.mark.parametrize('cuts', [(), tuple(range(1, 27))], ids=['layer_read', 'rows_gathered'])
@@ -153,15 +158,15 @@ def test_quantised_cache(cuts):
 def test_quantised_kv_within_half_a_step():
   rng = np.random.default_rng(0)
   rows = jnp.asarray(rng.normal(size=(7, 300)) * 10.0 ** rng.integers(-3, 3, size=(7, 1)), jnp.float32)
-  quantised = caches.quantize_kv(rows, 260)
-  assert quantised.latent.shape == (7, 260) and quantised.scale.shape == (7, 3)
+  quantised = QuantizedLatents.quantize(rows, 260)
+  assert quantised.codes.shape == (7, 260) and quantised.scale.shape == (7, 3)
   assert (np.frexp(quantised.scale)[0] == 0.5).all()  # Powers of two.
-  back = np.asarray(caches.decode(quantised, jnp.float32))
+  back = np.asarray(quantised.decode(jnp.float32))
   scale = np.repeat(quantised.scale, 128, axis=1)[:, :260]
   limit = np.maximum(np.abs(rows[:, :260]) * 2**-4, scale * 2**-10)
   assert (np.abs(back[:, :260] - rows[:, :260]) <= limit).all()
   np.testing.assert_allclose(back[:, 260:], rows[:, 260:], rtol=2**-8)
-  key = caches.quantize_key(rows)
+  key = QuantizedKeys.quantize(rows)
   assert key.scale.shape == (7, 1)
   largest = np.abs(rows).max(axis=1, keepdims=True)
   assert ((largest <= 448 * key.scale) & (448 * key.scale < 2 * largest)).all()
@@ -171,8 +176,8 @@ def test_rotation_keeps_products():
   rng = np.random.default_rng(0)
   q, k = (jnp.asarray(rng.normal(size=(50, 128)), jnp.float32) for _ in range(2))
   products = lambda q, k: np.asarray(q, np.float64) @ np.asarray(k, np.float64).T
-  np.testing.assert_allclose(products(*map(caches.rotate, (q, k))), products(q, k), atol=1e-4)
-  one = caches.rotate(jnp.eye(128)[5])
+  np.testing.assert_allclose(products(*map(rotate, (q, k))), products(q, k), atol=1e-4)
+  one = rotate(jnp.eye(128)[5])
   np.testing.assert_allclose(np.abs(one), 128**-0.5, rtol=1e-6)
   assert np.sign(one[:8]).tolist() == [1, -1, 1, -1, -1, 1, -1, 1]  # Minus where i & 5 has an odd count.
 
@@ -180,9 +185,11 @@ def test_rotation_keeps_products():
 def test_index_keys_are_rotated_before_fp8():
   cfg = dataclasses.replace(laws.CFG, index_head_dim=128)
   rows = jax.random.normal(jax.random.key(0), (1, 8, 128))
-  kept = caches.encode(init_cache(cfg, 1, 8, fmt='fp8').index_key, rows, 0)
-  found = caches.rotate(caches.decode(kept, jnp.float32))
-  assert 0 < np.abs(found - rows).max() < 0.2
+  store = init_cache(cfg, 1, 8, fmt='fp8').index_key
+  kept = rotate(store.encode(rows).decode(jnp.float32))
+  assert 0 < np.abs(kept - rows).max() < 0.2
+  q = jax.random.normal(jax.random.key(1), (1, 8, 2, 128))
+  np.testing.assert_array_equal(store.match(q), rotate(q))
   with pytest.raises(ValueError, match='cfg.index_head_dim=96 must be a power of two'):
     init_cache(dataclasses.replace(cfg, index_head_dim=96), 1, 8, fmt='fp8')
 
@@ -226,3 +233,10 @@ def test_what_does_not_fit_is_lost_and_harms_nothing():
 def test_bad_cache(batch, capacity, fmt, message):
   with pytest.raises(ValueError, match=message):
     init_cache(laws.CFG, batch, capacity, fmt=fmt)
+
+
+def test_unknown_attention():
+  cfg = CONFIGS['deepseek']
+  cache, tokens = init_cache(cfg, 1, 4), jnp.zeros((1, 1), jnp.int32)
+  with pytest.raises((ValueError, TypeError), match="'sprase'"):
+    step(laws.weights(cfg), cache, tokens, jnp.ones(1, jnp.int32), cfg, 'sprase')

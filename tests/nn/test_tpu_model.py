@@ -30,16 +30,16 @@ def test_the_sparse_stage_steps_alike():
   batch = Batch(
       tokens=tokens, targets=jnp.roll(tokens, -1, 1), weights=weights, start=start, end=position + 1
   )
-  found = {}
+  results = {}
   for backend in ('xla', 'tpu', 'gpu'):
     mode = Mode(backend=backend, attention='sparse', index_loss=True)
     state = new_state(init_params(cfg, seed=0), trains, optim, seed=0)
     with cases.interpreted(backend):
       step = make_train_step(graph, trains, mode, optim)
-      found[backend] = jax.block_until_ready(step(state, batch, {part: 1e-3 for part in trains}))
-  metrics = found['xla'][1]
+      results[backend] = jax.block_until_ready(step(state, batch, {part: 1e-3 for part in trains}))
+  metrics = results['xla'][1]
   for backend in ('tpu', 'gpu'):
-    assert_alike(found[backend][1], metrics)
+    assert_alike(results[backend][1], metrics)
 
 
 def assert_alike(other, metrics):

@@ -2,6 +2,9 @@
 """Every rule of the package keeps the contract of a selection; and the measures measure."""
 
 import functools
+import pathlib
+import re
+import types
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +12,7 @@ import laws
 import numpy as np
 import pytest
 
+from dsa_jax import selection
 from dsa_jax.kernels import dense_attention
 from dsa_jax.selection import RULES, Candidates, find_rule, measures
 
@@ -43,17 +47,36 @@ def choose(rule: str, backend: str = 'xla', key: int = 0, topk: int = K) -> np.n
 @pytest.mark.parametrize('backend', laws.BACKENDS)
 @pytest.mark.parametrize('rule', RULES)
 def test_contract(rule, backend, topk):
-  c, found = make_candidates(backend, topk=topk), choose(rule, backend, topk=topk)
-  assert found.dtype == np.int32 and found.shape == (2, laws.T, topk)
+  c, indices = make_candidates(backend, topk=topk), choose(rule, backend, topk=topk)
+  check_contract(c, indices)
+  np.testing.assert_array_equal(RULES[rule](c), indices)
+
+
+def check_contract(c: Candidates, indices: np.ndarray):
+  topk = c.topk
+  assert indices.dtype == np.int32 and indices.shape == (2, laws.T, topk)
   for row, start, end in zip(
-      found.reshape(-1, topk), np.ravel(c.start).tolist(), np.ravel(c.end).tolist()
+      indices.reshape(-1, topk), np.ravel(c.start).tolist(), np.ravel(c.end).tolist()
   ):
     n = min(topk, end - start)
     chosen = row[:n].tolist()
     assert (row[n:] == -1).all(), row
     assert chosen == sorted(set(chosen)), row
     assert all(start <= s < end for s in chosen), row
-  np.testing.assert_array_equal(RULES[rule](c), found)
+
+
+def test_the_rule_of_the_readme():
+  readme = (pathlib.Path(__file__).parents[2] / 'README.md').read_text()
+  [code] = [c for c in re.findall(r'```python\n(.*?)```', readme, re.DOTALL) if 'Candidates' in c]
+  exec(code, names := {})
+  c = make_candidates()
+  check_contract(c, indices := np.asarray(names['every_16th'](c)))
+  np.testing.assert_array_equal(indices[0, 16], [0, 13, 14, 15, 16])
+
+
+def test_no_rule_hides_its_module():
+  for path in pathlib.Path(selection.__file__).parent.glob('[!_]*.py'):
+    assert isinstance(getattr(selection, path.stem), types.ModuleType), path
 
 
 @pytest.mark.parametrize('rule', RULES)
@@ -107,14 +130,14 @@ def test_captured_mass(rule):
 
 
 def test_window_sinks_by_hand():
-  found = choose('window_sinks')  # One sink of the five.
-  np.testing.assert_array_equal(found[0, 3], [0, 1, 2, 3, -1])
-  np.testing.assert_array_equal(found[0, 4], [0, 1, 2, 3, 4])
-  np.testing.assert_array_equal(found[0, 16], [0, 13, 14, 15, 16])
-  np.testing.assert_array_equal(found[0, 28], [17, 25, 26, 27, 28])
-  np.testing.assert_array_equal(found[1, 28], [-1] * 5)
-  found = choose('window_sinks', topk=3)
-  np.testing.assert_array_equal(found[0, 16], [14, 15, 16])
+  indices = choose('window_sinks')  # One sink of the five.
+  np.testing.assert_array_equal(indices[0, 3], [0, 1, 2, 3, -1])
+  np.testing.assert_array_equal(indices[0, 4], [0, 1, 2, 3, 4])
+  np.testing.assert_array_equal(indices[0, 16], [0, 13, 14, 15, 16])
+  np.testing.assert_array_equal(indices[0, 28], [17, 25, 26, 27, 28])
+  np.testing.assert_array_equal(indices[1, 28], [-1] * 5)
+  indices = choose('window_sinks', topk=3)
+  np.testing.assert_array_equal(indices[0, 16], [14, 15, 16])
 
 
 def test_random_goes_by_its_key():

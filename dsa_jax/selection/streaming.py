@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The usual cheap rule: the latest tokens, and the first few as attention sinks."""
+"""The usual cheap rule: it selects the latest tokens, and the first few as attention sinks."""
 
 import jax.numpy as jnp
 from jaxtyping import Array, Int
