@@ -34,7 +34,7 @@ class Place(NamedTuple):
     dtype = DTYPES[self.dtype]
     flat = np.fromfile(self.path, dtype, self.nbytes // dtype.itemsize, offset=self.offset)
     if flat.nbytes != self.nbytes:
-      raise ValueError(f'{self.path.name} was cut short while it was read.')
+      raise OSError(f'{self.path.name} was cut short while it was read.')
     return flat.reshape(self.shape)
 
 

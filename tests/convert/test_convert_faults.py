@@ -13,10 +13,12 @@ import time
 import numpy as np
 import pytest
 import released
+import safetensors
 
 from dsa_jax.convert import building as target_module
 from dsa_jax.convert.exporter import export_checkpoint, open_checkpoint
 from dsa_jax.convert.importer import import_checkpoint, open_source
+from dsa_jax.convert.tensors import Tensor
 from dsa_jax.inference.load import load_checkpoint
 
 quiet = lambda nbytes: None
@@ -188,6 +190,51 @@ def test_unreadable_while_converting(source, tmp_path):
   with pytest.raises(OSError, match='model-00003-of-00003.safetensors was cut short'):
     import_checkpoint(opened, tmp_path / 'ours', advance=quiet)
   assert sorted(p.name for p in tmp_path.iterdir()) == ['source']
+
+
+@pytest.mark.parametrize('direction', ['import', 'export'])
+@pytest.mark.parametrize('kind', [KeyError, TypeError, ValueError])
+def test_an_error_of_the_program_stays_what_it_is(source, tmp_path, monkeypatch, direction, kind):
+  """It keeps its type and its traceback, and what was half written is removed all the same."""
+  import_checkpoint(open_source(source), tmp_path / 'ours', advance=quiet)
+
+  def turn_axes(tensor, x):
+    del x
+    raise kind(tensor.name)
+
+  name = {'import': 'to_ours', 'export': 'to_theirs'}[direction]
+  monkeypatch.setattr(Tensor, name, turn_axes)
+  with pytest.raises(kind) as error:
+    if direction == 'import':
+      import_checkpoint(open_source(source), tmp_path / 'out', advance=quiet)
+    else:
+      export_checkpoint(open_checkpoint(tmp_path / 'ours'), tmp_path / 'out')
+  assert error.type is kind
+  assert 'turn_axes' in [entry.name for entry in error.traceback]
+  assert sorted(p.name for p in tmp_path.iterdir()) == ['ours', 'source']
+
+
+@pytest.mark.parametrize(
+    'error, becomes',
+    [
+        (OSError('no space'), OSError),
+        (ValueError("RESOURCE_EXHAUSTED: No space left on device [os_error_code='28']"), OSError),
+        (safetensors.SafetensorError('I/O error: File too large (os error 27)'), OSError),
+        (ValueError('shapes differ'), ValueError),
+        (KeyError('attn'), KeyError),
+        (RuntimeError('28'), RuntimeError),
+    ],
+    ids=['system', 'tensorstore', 'safetensors', 'value', 'key', 'runtime'],
+)
+def test_only_what_the_system_refuses_could_not_be_written(tmp_path, error, becomes):
+  target = tmp_path / 'out'
+  with pytest.raises(becomes) as raised:
+    with target_module.building(target, needs=0) as partial:
+      (partial / 'half').write_text('x')
+      raise error
+  assert ('could not be written' in str(raised.value)) == (becomes is OSError)
+  assert raised.value is error or raised.value.__cause__ is error
+  assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.nightly
