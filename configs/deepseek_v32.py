@@ -10,12 +10,16 @@ alone. The report does not give the optimiser, the schedule's shape or the clipp
 is assumed. Variant `:tiny` has a dense stage of its own to start from.
 """
 
+import dataclasses
+
 from configs import base
+from dsa_jax.families.deepseek import DEEPSEEK_V32
 
 
 def get_config(variant: str = 'full'):
   c = base.get_config()
   c.workdir = 'runs/deepseek_v32'
+  c.model.update(dataclasses.asdict(DEEPSEEK_V32))
   c.recipe = ('warmup', 'sparse')
   size = dict(seq_len=131_072, end_share=1.0)
   c.stages.warmup = base.stage(

@@ -38,6 +38,42 @@ GLM = {k: v for k, v in V32.items() if k != 'rope_scaling'} | {
     'index_topk_freq': 2, 'index_skip_topk_offset': 2, 'architectures': ['GlmMoeDsaForCausalLM'],
 }  # Full layers: 0, 1, 3, 5.  # fmt: skip
 
+# The sizes of the released models, as their own config.json files have them.
+CONFIGS = {
+    'v32': {
+        'model_type': 'deepseek_v32', 'vocab_size': 129280, 'hidden_size': 7168, 'n_group': 8,
+        'intermediate_size': 18432, 'moe_intermediate_size': 2048, 'num_hidden_layers': 61,
+        'num_attention_heads': 128, 'n_shared_experts': 1, 'n_routed_experts': 256, 'topk_group': 4,
+        'routed_scaling_factor': 2.5, 'kv_lora_rank': 512, 'q_lora_rank': 1536,
+        'qk_rope_head_dim': 64, 'v_head_dim': 128, 'qk_nope_head_dim': 128,
+        'num_experts_per_tok': 8, 'rms_norm_eps': 1e-6, 'max_position_embeddings': 163840,
+        'index_topk': 2048, 'index_head_dim': 128, 'index_n_heads': 64, 'first_k_dense_replace': 3,
+        'num_nextn_predict_layers': 1, 'rope_theta': 10000, 'torch_dtype': 'bfloat16',
+        'rope_scaling': {
+            'type': 'yarn', 'factor': 40, 'original_max_position_embeddings': 4096,
+            'beta_fast': 32, 'beta_slow': 1, 'mscale': 1.0, 'mscale_all_dim': 1.0,
+        },
+    },
+    'glm5': {
+        'model_type': 'glm_moe_dsa', 'vocab_size': 154880, 'hidden_size': 6144, 'n_group': 1,
+        'intermediate_size': 12288, 'moe_intermediate_size': 2048, 'num_hidden_layers': 78,
+        'num_attention_heads': 64, 'n_shared_experts': 1, 'n_routed_experts': 256, 'topk_group': 1,
+        'routed_scaling_factor': 2.5, 'kv_lora_rank': 512, 'q_lora_rank': 2048,
+        'qk_rope_head_dim': 64, 'v_head_dim': 256, 'qk_nope_head_dim': 192,
+        'num_experts_per_tok': 8, 'rms_norm_eps': 1e-5, 'max_position_embeddings': 202752,
+        'index_topk': 2048, 'index_head_dim': 128, 'index_n_heads': 32, 'first_k_dense_replace': 3,
+        'num_nextn_predict_layers': 1,
+        'rope_parameters': {'rope_theta': 1e6, 'rope_type': 'default'},
+    },
+}  # fmt: skip
+CONFIGS['v3'] = {
+    key: value for key, value in CONFIGS['v32'].items() if not key.startswith('index_')
+} | {'model_type': 'deepseek_v3'}
+CONFIGS['glm52'] = CONFIGS['glm5'] | {
+    'max_position_embeddings': 1048576, 'index_topk_freq': 4, 'index_skip_topk_offset': 3,
+    'rope_parameters': {'rope_theta': 8e6, 'rope_type': 'default'},
+}  # fmt: skip
+
 
 def layout(c: dict, *, fp8: bool = True, norms: str = 'F32') -> dict[str, tuple[tuple, str]]:
   """Returns shape and dtype of every tensor but the scales."""

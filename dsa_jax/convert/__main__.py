@@ -11,9 +11,9 @@ import sys
 
 from absl import app, flags
 
-from dsa_jax.convert.config_json import FAMILIES
 from dsa_jax.convert.exporter import export_bytes, export_checkpoint, open_checkpoint
 from dsa_jax.convert.importer import DTYPES_OF, import_checkpoint, open_source
+from dsa_jax.families import FAMILIES
 from dsa_jax.reporting.metrics import ByteProgress
 
 EXPORT = flags.DEFINE_bool('export', False, 'SOURCE is ours: write the released layout.')

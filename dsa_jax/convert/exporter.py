@@ -14,10 +14,11 @@ import tensorstore as ts
 from dsa_jax.config import ModelConfig
 from dsa_jax.convert import fp8
 from dsa_jax.convert.building import KEPT_FILES, Summary, building
-from dsa_jax.convert.config_json import FAMILIES, write_config
+from dsa_jax.convert.config_json import write_config
 from dsa_jax.convert.files import CODES, DTYPES, SINGLE, write_file, write_index
 from dsa_jax.convert.importer import SCALE, Advance
 from dsa_jax.convert.tensors import Array, Path, Tensor, arrays_of, mtp_copies
+from dsa_jax.families import FAMILIES
 from dsa_jax.inference.load import read_record
 from dsa_jax.training.checkpoint import latest_checkpoint, open_tree
 
@@ -73,7 +74,7 @@ def open_checkpoint(folder: pathlib.Path, family: str = '') -> Checkpoint:
   record = read_record(folder)
   model = ModelConfig(**record['model'])
   origin = record.get('source', {})
-  usual = 'glm_moe_dsa' if model.indexer_rope_interleave else 'deepseek_v32'
+  usual = _usual_family(model)
   family = family or origin.get('family', usual)
   if family not in FAMILIES:
     raise ValueError(f'{family=} must be one of {tuple(FAMILIES)}.')
@@ -89,6 +90,15 @@ def open_checkpoint(folder: pathlib.Path, family: str = '') -> Checkpoint:
   if wrong:
     raise ValueError(f'{folder} lacks, or has in another shape: {[".".join(p) for p in wrong]}.')
   return Checkpoint(folder, family, model, origin, arrays, stores, scales)
+
+
+def _usual_family(model: ModelConfig) -> str:
+  """Returns the first family whose indexer rotates its channels as the model's does."""
+  return next(
+      name
+      for name, family in FAMILIES.items()
+      if family.has_indexer and family.indexer_rope_interleave == model.indexer_rope_interleave
+  )
 
 
 def export_checkpoint(
@@ -155,7 +165,7 @@ def export_bytes(source: Checkpoint, quantized: bool | None = None) -> int:
 def _outs(source: Checkpoint, quantized: bool) -> Iterator[Out]:
   """Everything to write, layer after layer."""
   usual = FAMILIES[source.family].repeats_embedding
-  repeats = mtp_copies(source.model) if source.origin.get('repeats_embedding', usual) else {}
+  repeats = mtp_copies(source.model, source.family) if source.origin.get('repeats_embedding', usual) else {}
   copies = {original: name for name, original in repeats.items()}
   found = []
   for path, array in source.arrays.items():

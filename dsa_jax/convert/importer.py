@@ -16,10 +16,11 @@ import numpy as np
 from dsa_jax.config import ModelConfig
 from dsa_jax.convert import fp8
 from dsa_jax.convert.building import KEPT_FILES, Summary, building, nested
-from dsa_jax.convert.config_json import FAMILIES, read_config
+from dsa_jax.convert.config_json import read_config
 from dsa_jax.convert.files import DTYPES, Place, open_folder
 from dsa_jax.convert.stream import Streamed, write_tree
 from dsa_jax.convert.tensors import Array, Path, Tensor, arrays_of, mtp_copies, weight_shapes
+from dsa_jax.families import FAMILIES
 from dsa_jax.nn.indexer import LightningIndexer
 from dsa_jax.nn.transformer import STACKS
 
@@ -76,7 +77,7 @@ def open_source(
     model = dataclasses.replace(model, n_mtp_layers=0)
     places = {name: place for name, place in places.items() if name not in set(extra_layer)}
   arrays = arrays_of(model, family)
-  copies = {name: of for name, of in mtp_copies(model).items() if name in places}
+  copies = {name: of for name, of in mtp_copies(model, family).items() if name in places}
   if not problems:  # Else a missing file would be told once for each of its tensors.
     problems = _check_tensors(arrays, copies, places)
   if problems:

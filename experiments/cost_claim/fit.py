@@ -8,10 +8,10 @@ import numpy as np
 import scipy.optimize
 
 from dsa_jax import cost
-from dsa_jax.config import ModelConfig
 from dsa_jax.cost import published, serving as serving_module
+from dsa_jax.families.deepseek import DEEPSEEK_V32
 
-CFG = ModelConfig()  # DeepSeek-V3.2.
+CFG = DEEPSEEK_V32
 PHASES, KINDS = ('prefill', 'decode'), ('dense', 'sparse')
 
 

@@ -29,15 +29,18 @@ from jax.experimental.pallas import tpu as pltpu
 import jax.numpy as jnp
 import numpy as np
 
-from dsa_jax.compile.chips import GPUS
+from dsa_jax.chips import DEVICES
+from dsa_jax.families.deepseek import DEEPSEEK_V32
 from dsa_jax.kernels import index_kl, index_scores, index_topk, sparse_attention
 
 HERE = pathlib.Path(__file__).parent
 CHECKED = 64  # Queries.
 TOLERANCE = 2e-2  # Of the largest value: inputs are bfloat16.
-DENSE = dict(E=192, V=128)
+DENSE = dict(  # Channels of a head whose key and value are its own.
+    E=DEEPSEEK_V32.qk_nope_head_dim + DEEPSEEK_V32.qk_rope_head_dim, V=DEEPSEEK_V32.v_head_dim
+)
 SQUARE = 32_768, 32  # Keys and queries, and index heads, of the published figure for selection.
-PEAK = GPUS['h200']
+PEAK = DEVICES['h200']
 THREADS = 12  # That compile.
 
 
@@ -268,7 +271,7 @@ def row_of(name, size, run, sets, d, args):
   flops, bytes_, causal = work(name, kind, n_keys, n_queries, d)
   row = {'S': n_keys, 'queries': n_queries * batch, 'program': name, 'device_ms': device_ms}
   row |= {'wall_ms': float(np.median(wall))}
-  row |= {'roofline_ms': 1e3 * batch * max(flops / PEAK.flops, bytes_ / PEAK.bytes)}
+  row |= {'roofline_ms': 1e3 * batch * max(flops / PEAK.bf16, bytes_ / PEAK.bandwidth)}
   row |= {'tflops': None if args.interpret else batch * flops / device_ms / 1e9}
   row |= {'causal_ms': device_ms * causal} if device and causal < 1 else {}
   return row | ({'sequences': batch} if n_queries == 1 else {}) | (

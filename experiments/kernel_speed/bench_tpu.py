@@ -18,6 +18,7 @@ from jax.experimental.pallas import tpu as pltpu
 import jax.numpy as jnp
 import numpy as np
 
+from dsa_jax.families.deepseek import DEEPSEEK_V32
 from dsa_jax.kernels import (
     dense_attention,
     index_kl,
@@ -29,7 +30,14 @@ from dsa_jax.kernels.indexed_attention import tpu as indexed
 from dsa_jax.kernels.tpu import resident, sparse_cores
 from dsa_jax.kernels.tpu.shards import Shards
 
-DIMS = dict(H=128, E=576, V=512, I=64, J=128, K=2048)
+DIMS = dict(
+    H=DEEPSEEK_V32.n_heads,
+    E=DEEPSEEK_V32.kv_lora_rank + DEEPSEEK_V32.qk_rope_head_dim,
+    V=DEEPSEEK_V32.kv_lora_rank,
+    I=DEEPSEEK_V32.index_n_heads,
+    J=DEEPSEEK_V32.index_head_dim,
+    K=DEEPSEEK_V32.index_topk,
+)
 SMALL = dict(H=8, E=40, V=24, I=4, J=16, K=24)
 HERE = pathlib.Path(__file__).parent
 KINDS = {'TPU v5': 'v5p', 'TPU v5p': 'v5p', 'TPU v6 lite': 'v6e', 'TPU7x': 'tpu7x'}

@@ -29,11 +29,13 @@ import numpy as np
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
 from configs import deepseek_v32  # noqa: E402
-from dsa_jax.compile.chips import CHIPS, environment  # noqa: E402
+from dsa_jax.chips import DEVICES  # noqa: E402
+from dsa_jax.compile.chips import environment  # noqa: E402
 from dsa_jax.compile.hlo import collectives, total_bytes  # noqa: E402
 from dsa_jax.config import ModelConfig  # noqa: E402
 from dsa_jax.cost.work import token_work  # noqa: E402
 from dsa_jax.data.batch import Batch  # noqa: E402
+from dsa_jax.families import SIZES  # noqa: E402
 from dsa_jax.nn.attention.mla import Mode  # noqa: E402
 from dsa_jax.nn.transformer import Transformer  # noqa: E402
 from dsa_jax.parallel.mesh import ALL_TOKENS, MESH_AXES, MeshConfig, shardings_of  # noqa: E402
@@ -42,15 +44,7 @@ from dsa_jax.training.stages import STAGES, StageConfig  # noqa: E402
 from dsa_jax.training.state import model_graph, new_state, split_parts  # noqa: E402
 from dsa_jax.training.step import make_train_step  # noqa: E402
 
-MODELS = {
-    'v32': ModelConfig(),
-    'glm5': ModelConfig(  # Its config.json, without the MTP layer.
-        vocab_size=154_880, dim=6144, n_layers=78, inter_dim=12_288, norm_eps=1e-5, n_heads=64,
-        n_expert_groups=1, n_limited_groups=1, q_lora_rank=2048, qk_nope_head_dim=192,
-        v_head_dim=256, index_n_heads=32, indexer_rope_interleave=True, rope_theta=1e6,
-        max_seq_len=202_752, original_seq_len=202_752,
-    ),
-}  # fmt: skip
+MODELS = {name: SIZES[name] for name in ('v32', 'glm5')}
 SMALL, LARGE = (MeshConfig(fsdp=n, context=8, expert=4, tensor=16) for n in (4, 8))
 PODS = {  # By stage and chip.
     ('warmup', 'v5p'): ('v5p:8x16x16', SMALL),
@@ -58,7 +52,7 @@ PODS = {  # By stage and chip.
     ('warmup', 'tpu7x'): ('tpu7x:8x8x16', SMALL),  # Each chip of it is two devices.
     ('sparse', 'tpu7x'): ('tpu7x:8x16x16', LARGE),
 }
-HBM_GIB = {'v5p': 95.74, 'tpu7x': 94.75}  # What the compiler grants a program on a device.
+HBM_GIB = {chip: DEVICES[chip].granted for _, chip in PODS}
 TOKENS = {'warmup': 2.1e9, 'sparse': 943.7e9}  # Of the published training.
 UTILISATION = 0.3  # Of the chip's peak in bfloat16: assumed.
 
@@ -94,7 +88,7 @@ def plan(stage: str, model: str, chip: str) -> dict:
   compiled, state = compile_step(cfg, entry, mesh, micro_batches)
   seconds = time.monotonic() - began
   flops = flops_per_token(cfg, stage, entry.seq_len)
-  days = TOKENS[stage] * flops / (mesh.size * CHIPS[chip].flops * UTILISATION) / 86_400
+  days = TOKENS[stage] * flops / (mesh.size * DEVICES[chip].bf16 * UTILISATION) / 86_400
   return {
       'stage': stage,
       'model': model,

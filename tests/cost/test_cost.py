@@ -13,10 +13,11 @@ import pytest
 from dsa_jax import cost
 from dsa_jax.config import ModelConfig
 from dsa_jax.cost import attention_flops, published, work
+from dsa_jax.families.deepseek import DEEPSEEK_V32
 
 ROOT = pathlib.Path(__file__).parents[2]
 EXPERIMENT = ROOT / 'experiments' / 'cost_claim'
-V32 = ModelConfig()
+V32 = DEEPSEEK_V32
 ONE = dataclasses.replace(V32, n_layers=1, n_dense_layers=1)
 TINY = 'configs/deepseek_v32.py:tiny'
 CONTEXTS = 1, 1000, 2048, 2049, 7000, 32_768, 131_072
