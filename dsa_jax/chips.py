@@ -15,7 +15,7 @@ class Device(NamedTuple):
   memory: float  # Bytes of HBM.
   per_chip: int = 1  # Devices that make up one chip, as it is sold and priced.
   hertz: float | None = None  # The clock.
-  granted: float | None = None  # GiB of HBM that libtpu grants one program; its own message says so.
+  granted: float | None = None  # GiB of HBM that libtpu grants one program, by its own message.
   gathered: float | None = None  # Bytes per second that SparseCores gather in rows of 512 bytes.
 
 
@@ -28,8 +28,8 @@ class Device(NamedTuple):
 #   of v5p or v6e.
 # H200: NVIDIA's data sheet, whose figures with sparsity are twice these.
 # H800: FlashMLA's notes of April 2025 give 990 TFLOP/s and 3.35 TB/s. NVIDIA's figure for the same
-#   tensor cores is 989.4; but the fitted shares in cost/chips.py are shares of 990, so it stays. FP8
-#   and memory are those of the H100 SXM.
+#   tensor cores is 989.4, but the fitted shares in cost/chips.py are shares of 990 (of 989.4, one
+#   of them would be 0.605 instead of 0.604), so it stays. FP8 and memory are those of the H100 SXM.
 DEVICES = {
     'h800': Device('H800', bf16=990e12, fp8=1979e12, bandwidth=3.35e12, memory=80e9),
     'h200': Device('H200', bf16=989.4e12, fp8=1979e12, bandwidth=4.8e12, memory=141e9),

@@ -80,14 +80,14 @@ def layout(c: dict, *, fp8: bool = True, norms: str = 'F32') -> dict[str, tuple[
   d, heads, wide = c['hidden_size'], c['num_attention_heads'], 'F8' if fp8 else 'BF16'
   q, kv, depth = c['q_lora_rank'], c['kv_lora_rank'], c['num_hidden_layers']
   nope, rope, v = c['qk_nope_head_dim'], c['qk_rope_head_dim'], c['v_head_dim']
-  found = {
+  tensors = {
       'model.embed_tokens.weight': ((c['vocab_size'], d), 'BF16'),
       'lm_head.weight': ((c['vocab_size'], d), 'BF16'),
       'model.norm.weight': ((d,), norms),
   }
   for i in range(depth + c['num_nextn_predict_layers']):
     layer, attn = f'model.layers.{i}.', f'model.layers.{i}.self_attn.'
-    found |= {
+    tensors |= {
         layer + 'input_layernorm.weight': ((d,), norms),
         layer + 'post_attention_layernorm.weight': ((d,), norms),
         attn + 'q_a_proj.weight': ((q, d), wide),
@@ -102,7 +102,7 @@ def layout(c: dict, *, fp8: bool = True, norms: str = 'F32') -> dict[str, tuple[
     owns_indexer = i == depth or max(i - offset + 1, 0) % freq == 0
     if 'index_n_heads' in c and owns_indexer:
       n, width = c['index_n_heads'], c['index_head_dim']
-      found |= {
+      tensors |= {
           attn + 'indexer.wq_b.weight': ((n * width, q), wide),
           attn + 'indexer.wk.weight': ((width, d), wide),
           attn + 'indexer.k_norm.weight': ((width,), norms),
@@ -110,16 +110,16 @@ def layout(c: dict, *, fp8: bool = True, norms: str = 'F32') -> dict[str, tuple[
           attn + 'indexer.weights_proj.weight': ((n, d), 'BF16'),
       }
     if i < c['first_k_dense_replace']:
-      found |= _swiglu(layer + 'mlp.', d, c['intermediate_size'], wide)
+      tensors |= _swiglu(layer + 'mlp.', d, c['intermediate_size'], wide)
     else:
       f, shared = c['moe_intermediate_size'], c['n_shared_experts'] * c['moe_intermediate_size']
-      found[layer + 'mlp.gate.weight'] = (c['n_routed_experts'], d), 'BF16'
-      found[layer + 'mlp.gate.e_score_correction_bias'] = (c['n_routed_experts'],), 'F32'
+      tensors[layer + 'mlp.gate.weight'] = (c['n_routed_experts'], d), 'BF16'
+      tensors[layer + 'mlp.gate.e_score_correction_bias'] = (c['n_routed_experts'],), 'F32'
       for e in range(c['n_routed_experts']):
-        found |= _swiglu(layer + f'mlp.experts.{e}.', d, f, wide)
-      found |= _swiglu(layer + 'mlp.shared_experts.', d, shared, wide)
+        tensors |= _swiglu(layer + f'mlp.experts.{e}.', d, f, wide)
+      tensors |= _swiglu(layer + 'mlp.shared_experts.', d, shared, wide)
     if i == depth:
-      found |= {
+      tensors |= {
           layer + 'enorm.weight': ((d,), norms),
           layer + 'hnorm.weight': ((d,), norms),
           layer + 'eh_proj.weight': ((d, 2 * d), 'BF16'),
@@ -127,8 +127,8 @@ def layout(c: dict, *, fp8: bool = True, norms: str = 'F32') -> dict[str, tuple[
       }
       if c['model_type'] != 'glm_moe_dsa':
         for name in ('embed_tokens.weight', 'shared_head.head.weight'):
-          found[layer + name] = (c['vocab_size'], d), 'BF16'
-  return found
+          tensors[layer + name] = (c['vocab_size'], d), 'BF16'
+  return tensors
 
 
 def _swiglu(prefix: str, d: int, f: int, dtype: str) -> dict:
@@ -147,21 +147,21 @@ def random_tensors(c: dict, *, odd_scales: bool = False, **kwargs) -> dict[str, 
     odd_scales: Scales that are no powers of two, as DeepSeek-V3's are not.
     **kwargs: See `layout`.
   """
-  rng, found = np.random.default_rng(0), {}
+  rng, tensors = np.random.default_rng(0), {}
   for name, (shape, code) in layout(c, **kwargs).items():
     if code == 'F8':
       codes = rng.integers(0, 127, size=shape) + 128 * rng.integers(2, size=shape)
-      found[name] = codes.astype(np.uint8).view(CODES['F8'])
+      tensors[name] = codes.astype(np.uint8).view(CODES['F8'])
       blocks = [-(-n // 128) for n in shape]
       scale = rng.uniform(0.5, 1, blocks) if odd_scales else 2.0 ** rng.integers(-12, -9, blocks)
-      found[name + '_scale_inv'] = (scale * (1e-3 if odd_scales else 1)).astype(np.float32)
+      tensors[name + '_scale_inv'] = (scale * (1e-3 if odd_scales else 1)).astype(np.float32)
     else:
-      found[name] = rng.normal(size=shape).astype(CODES[code])
+      tensors[name] = rng.normal(size=shape).astype(CODES[code])
   extra = f"model.layers.{c['num_hidden_layers']}."
-  if extra + 'embed_tokens.weight' in found:
-    found[extra + 'embed_tokens.weight'] = found['model.embed_tokens.weight']
-    found[extra + 'shared_head.head.weight'] = found['lm_head.weight']
-  return found
+  if extra + 'embed_tokens.weight' in tensors:
+    tensors[extra + 'embed_tokens.weight'] = tensors['model.embed_tokens.weight']
+    tensors[extra + 'shared_head.head.weight'] = tensors['lm_head.weight']
+  return tensors
 
 
 def write(folder: pathlib.Path, c: dict, tensors: dict[str, np.ndarray], *, shards: int = 3):
@@ -193,8 +193,8 @@ def write_shard(path: pathlib.Path, tensors: dict[str, np.ndarray]):
 
 def read(folder: pathlib.Path) -> dict[str, tuple[str, tuple, bytes]]:
   """Returns dtype, shape and bytes of every tensor of a folder."""
-  found = {}
+  tensors = {}
   for path in sorted(folder.glob('*.safetensors')):
     for name, entry in safetensors.deserialize(path.read_bytes()):
-      found[name] = entry['dtype'], tuple(entry['shape']), bytes(entry['data'])
-  return found
+      tensors[name] = entry['dtype'], tuple(entry['shape']), bytes(entry['data'])
+  return tensors

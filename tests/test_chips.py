@@ -48,7 +48,7 @@ def test_plans_of_pods_grant_what_the_table_says():
 
 
 def test_no_other_file_has_a_peak():
-  """Judged by the rates of products, devices' and chips', and by what was once written elsewhere."""
+  """Judged by the rates of devices and of chips, and by what was once written elsewhere."""
   rates = {989e12, 1153e12, 95.74, 94.75}
   for device in DEVICES.values():
     for peak in (device.bf16, device.fp8, device.bandwidth):

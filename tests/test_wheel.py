@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A wheel of the package has all of it and nothing else, and is imported far from the repository."""
+"""A wheel has all of the package and nothing else, and is imported far from the repository."""
 
 import importlib.metadata
 import pathlib

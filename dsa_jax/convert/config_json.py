@@ -71,7 +71,7 @@ def _number(key: str, value: Any, kind: type, problems: list[str]) -> Any:
 def _read_rope(
     config: dict, family: Family, sizes: dict, problems: list[str]
 ) -> dict[str, Any]:
-  """Returns the fields of rotary positions, from older files (rope_scaling) and newer ones alike."""
+  """Returns the fields of rotary positions, from `rope_parameters` or the older `rope_scaling`."""
   rope = config.get('rope_parameters') or config.get('rope_scaling') or {}
   if not isinstance(rope, dict):
     problems.append(f'rope_scaling={rope!r} must be an object.')
@@ -98,7 +98,8 @@ def _read_rope(
 def _leading_layers(config: dict, depth: int, problems: list[str]) -> int:
   """Returns the number of leading layers that have an MLP in place of experts."""
   types = config.get('mlp_layer_types')
-  leading = config.get('first_k_dense_replace', types.count('dense') if isinstance(types, list) else 0)
+  listed = types.count('dense') if isinstance(types, list) else 0
+  leading = config.get('first_k_dense_replace', listed)
   if isinstance(leading, bool) or not isinstance(leading, int) or not 0 <= leading <= depth:
     problems.append(f'first_k_dense_replace={leading!r} must be within 0 and {depth}.')
   elif types and types != ['dense'] * leading + ['sparse'] * (depth - leading):
@@ -107,7 +108,7 @@ def _leading_layers(config: dict, depth: int, problems: list[str]) -> int:
 
 
 def _indexer_types(config: dict, depth: int, problems: list[str]) -> tuple[str, ...]:
-  """Returns the kind of each layer, which a file lists, or gives by GLM-5.2's pattern or frequency."""
+  """Returns the kind of each layer: as listed, by GLM-5.2's pattern, or by its frequency."""
   types = config.get('indexer_types')
   if types is None and (pattern := config.get('index_topk_pattern')):
     types = [{'F': 'full', 'S': 'shared'}.get(c, c) for c in pattern]
@@ -115,7 +116,9 @@ def _indexer_types(config: dict, depth: int, problems: list[str]) -> tuple[str, 
     every = config.get('index_topk_freq') or 1
     offset = config.get('index_skip_topk_offset', 2)
     if not isinstance(every, int) or not isinstance(offset, int) or every < 1:
-      problems.append(f'index_topk_freq={every!r} and index_skip_topk_offset={offset!r} must be counts.')
+      problems.append(
+          f'index_topk_freq={every!r} and index_skip_topk_offset={offset!r} must be counts.'
+      )
       return ()
     types = ['shared' if max(i - offset + 1, 0) % every else 'full' for i in range(depth)]
   if not isinstance(types, list) or not all(isinstance(kind, str) for kind in types):
@@ -139,7 +142,7 @@ def write_config(name: str, cfg: ModelConfig, base: dict[str, Any]) -> dict[str,
   config |= {key: getattr(cfg, field) for key, field in _fields(family).items()}
   config['num_key_value_heads'] = cfg.n_heads
   if not {'dtype', 'torch_dtype'} & config.keys():
-    config['torch_dtype'] = cfg.dtype  # Of activations.
+    config['torch_dtype'] = cfg.dtype
   config['first_k_dense_replace'] = cfg.n_dense_layers
   config['num_nextn_predict_layers'] = cfg.n_mtp_layers
   if family.lists_indexers:

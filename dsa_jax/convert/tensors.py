@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where every tensor of a released checkpoint belongs: a family's table, read in both directions."""
+"""Where every tensor of a released checkpoint belongs, by the table of its family."""
 
 from collections.abc import Iterator
 import dataclasses
@@ -15,7 +15,7 @@ from dsa_jax.families import FAMILIES
 from dsa_jax.families.family import Family
 from dsa_jax.nn.transformer import Transformer
 
-Path = tuple[str, ...]  # Of a weight in our tree.
+Path = tuple[str, ...]  # The path of a weight in our tree.
 
 
 @dataclasses.dataclass(frozen=True)

@@ -45,9 +45,9 @@ class Efficiency:
         raise ValueError(f'{field.name}={getattr(self, field.name)} must be in (0, 1].')
 
 
-# experiments/cost_claim fitted `weights` and `context` to the published curves of an H800; other chips
-# borrow them. In decode FlashMLA dequantises each gathered row before it multiplies, which keeps it
-# at 410 TFLOP/s where its dense kernel reaches 660 (on an H800; its README of 2025-09-29).
+# experiments/cost_claim fitted `weights` and `context` to the published curves of an H800; other
+# chips borrow them. In decode FlashMLA dequantises each gathered row before it multiplies, which
+# keeps it at 410 TFLOP/s where its dense kernel reaches 660 (on an H800; its README of 2025-09-29).
 FITTED = {
     'prefill': Efficiency(weights=0.366, context=0.604),
     'decode': Efficiency(weights=0.266, context=0.606, gather=410 / 660),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The families of released models, each in a file of its own, by the `model_type` of config.json."""
+"""The families of released models, one file each, by the `model_type` of their config.json."""
 
 from dsa_jax.families import deepseek, glm
 

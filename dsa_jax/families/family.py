@@ -45,6 +45,6 @@ class Family:
   has_indexer: bool = True  # Without one, an import makes fresh indexers.
   # Whether the indexer rotates pairs of neighbouring channels, as config.json may say otherwise.
   indexer_rope_interleave: bool = False
-  lists_indexers: bool = False  # Whether config.json says which layers have an indexer of their own.
+  lists_indexers: bool = False  # Whether config.json lists the layers that have an indexer.
   norms: str = 'BF16'  # The dtype of norm weights, where an import does not say.
   repeats_embedding: bool = True  # Whether `mtp_copies` are written, where an import does not say.

@@ -223,8 +223,8 @@ def test_fresh_quantisation(tmp_path):
   expected = {
       name: dtype for name, (_, dtype) in released.layout(config, fp8=True, norms='F32').items()
   }
-  found = released.read(tmp_path / 'out')
-  assert {name: dtype for name, (dtype, *_) in found.items() if 'scale_inv' not in name} == {
+  dtypes = released.read(tmp_path / 'out')
+  assert {name: dtype for name, (dtype, *_) in dtypes.items() if 'scale_inv' not in name} == {
       name: {'F8': 'F8_E4M3'}.get(dtype, dtype) for name, dtype in expected.items()
   }
   import_folder(tmp_path / 'out', tmp_path / 'back')

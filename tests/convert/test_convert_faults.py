@@ -94,7 +94,8 @@ def test_misshapen_scales(source):
 
 def test_mixed_dtypes(source):
   name = 'model.layers.1.input_layernorm.weight'
-  rewrite(source, lambda tensors: tensors.update({name: tensors[name].astype(released.CODES['BF16'])}))
+  narrow = lambda x: x.astype(released.CODES['BF16'])
+  rewrite(source, lambda tensors: tensors.update({name: narrow(tensors[name])}))
   fails(source, f'{name} (BF16)', 'are stacked and must share a dtype')
 
 
@@ -302,7 +303,9 @@ def test_fuzz(source, trials):
   open_source(source)
 
 
-@pytest.mark.parametrize('junk', ['[]', '3', '{"weight_map": []}', '{"weight_map": {"a": 1}}', '"', ''])
+@pytest.mark.parametrize(
+    'junk', ['[]', '3', '{"weight_map": []}', '{"weight_map": {"a": 1}}', '"', '']
+)
 def test_junk_index(source, junk):
   (source / INDEX).write_text(junk)
   fails(source, 'model.safetensors.index.json must be JSON with a weight_map')

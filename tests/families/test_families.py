@@ -61,9 +61,8 @@ def test_a_new_family_is_one_more_entry(monkeypatch):
   renamed = {ours: (name.replace('self_attn', 'attention'), equation)
              for ours, (name, equation) in v32.tensors.layer.items()}  # fmt: skip
   fields = {key.replace('num_attention_heads', 'n_head'): ours for key, ours in v32.fields.items()}
-  toy = dataclasses.replace(
-      v32, architecture='Toy', tensors=dataclasses.replace(v32.tensors, layer=renamed), fields=fields
-  )
+  tensors = dataclasses.replace(v32.tensors, layer=renamed)
+  toy = dataclasses.replace(v32, architecture='Toy', tensors=tensors, fields=fields)
   monkeypatch.setitem(FAMILIES, 'toy', toy)
   small = few_layers(DEEPSEEK_V32)
   config = write_config('toy', small, {})
