@@ -61,8 +61,12 @@ PARTS = {
             'tests/convert/test_convert.py', 'tests/convert/test_convert_faults.py',
             'tests/convert/test_convert_scale.py', 'tests/test_notebooks.py',
             'tests/compile/test_compile_report.py', 'tests/compile/test_compile_gpu.py',
+            'tests/test_wheel.py',
         ),
-        ('dsa_jax/convert', 'dsa_jax/training', 'dsa_jax/inference', 'notebooks'),
+        (
+            'dsa_jax/convert', 'dsa_jax/families', 'dsa_jax/training', 'dsa_jax/inference', 'notebooks',
+            'setup.cfg', 'pyproject.toml',
+        ),
     ),
     'pods': Part(
         ('experiments/pod_plan',), ('dsa_jax/kernels', 'dsa_jax/nn', 'dsa_jax/parallel'),

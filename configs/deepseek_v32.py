@@ -1,21 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-r"""DeepSeek-V3.2-Exp, 671B: how a dense model becomes a sparse one, as published (report, section 2.1).
+r"""DeepSeek-V3.2-Exp, 671B: a dense model becomes a sparse one, as published (report, section 2.1).
 
 python -m dsa_jax.convert --nomtp DeepSeek-V3.1-Terminus checkpoints/deepseek_v31
 python -m dsa_jax.train --config=configs/deepseek_v32.py --config.workdir=runs/deepseek_v32
 
-The first line reads the released dense model and gives it fresh indexers; the second warms them up
-and goes on sparsely. From the weights of V3.2 itself, take `recipe` and `init_from` of `sparse`
-alone. The report does not give the optimiser, the schedule's shape or the clipping; a constant rate
-is assumed. Variant `:tiny` has a dense stage of its own to start from.
+The first command reads the released dense model and gives it fresh indexers; the second warms them
+up and then trains sparsely. To start from the weights of V3.2 itself, let `recipe` be ('sparse',)
+and set its `init_from`. The report does not give the optimiser, the shape of the schedule or the
+clipping; a constant rate is assumed. The variant `:tiny` starts from a dense stage of its own.
 """
 
+import dataclasses
+
 from configs import base
+from dsa_jax.families.deepseek import DEEPSEEK_V32
 
 
 def get_config(variant: str = 'full'):
   c = base.get_config()
   c.workdir = 'runs/deepseek_v32'
+  c.model.update(dataclasses.asdict(DEEPSEEK_V32))
   c.recipe = ('warmup', 'sparse')
   size = dict(seq_len=131_072, end_share=1.0)
   c.stages.warmup = base.stage(

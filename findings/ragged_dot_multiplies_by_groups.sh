@@ -8,7 +8,7 @@
 #   groups 1: 1.0 x the work, 2 MiB of temporaries
 #   groups 64: 64.5 x the work, 144 MiB of temporaries
 #
-# Here: dsa_jax/kernels/grouped_matmul.py multiplies tiles of rows on a CPU.
+# Here: dsa_jax/kernels/grouped_matmul/ multiplies tiles of rows on a CPU.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT

@@ -38,20 +38,56 @@ GLM = {k: v for k, v in V32.items() if k != 'rope_scaling'} | {
     'index_topk_freq': 2, 'index_skip_topk_offset': 2, 'architectures': ['GlmMoeDsaForCausalLM'],
 }  # Full layers: 0, 1, 3, 5.  # fmt: skip
 
+# The sizes of the released models, as their own config.json files have them.
+CONFIGS = {
+    'v32': {
+        'model_type': 'deepseek_v32', 'vocab_size': 129280, 'hidden_size': 7168, 'n_group': 8,
+        'intermediate_size': 18432, 'moe_intermediate_size': 2048, 'num_hidden_layers': 61,
+        'num_attention_heads': 128, 'n_shared_experts': 1, 'n_routed_experts': 256, 'topk_group': 4,
+        'routed_scaling_factor': 2.5, 'kv_lora_rank': 512, 'q_lora_rank': 1536,
+        'qk_rope_head_dim': 64, 'v_head_dim': 128, 'qk_nope_head_dim': 128,
+        'num_experts_per_tok': 8, 'rms_norm_eps': 1e-6, 'max_position_embeddings': 163840,
+        'index_topk': 2048, 'index_head_dim': 128, 'index_n_heads': 64, 'first_k_dense_replace': 3,
+        'num_nextn_predict_layers': 1, 'rope_theta': 10000, 'torch_dtype': 'bfloat16',
+        'rope_scaling': {
+            'type': 'yarn', 'factor': 40, 'original_max_position_embeddings': 4096,
+            'beta_fast': 32, 'beta_slow': 1, 'mscale': 1.0, 'mscale_all_dim': 1.0,
+        },
+    },
+    'glm5': {
+        'model_type': 'glm_moe_dsa', 'vocab_size': 154880, 'hidden_size': 6144, 'n_group': 1,
+        'intermediate_size': 12288, 'moe_intermediate_size': 2048, 'num_hidden_layers': 78,
+        'num_attention_heads': 64, 'n_shared_experts': 1, 'n_routed_experts': 256, 'topk_group': 1,
+        'routed_scaling_factor': 2.5, 'kv_lora_rank': 512, 'q_lora_rank': 2048,
+        'qk_rope_head_dim': 64, 'v_head_dim': 256, 'qk_nope_head_dim': 192,
+        'num_experts_per_tok': 8, 'rms_norm_eps': 1e-5, 'max_position_embeddings': 202752,
+        'index_topk': 2048, 'index_head_dim': 128, 'index_n_heads': 32, 'first_k_dense_replace': 3,
+        'num_nextn_predict_layers': 1,
+        'rope_parameters': {'rope_theta': 1e6, 'rope_type': 'default'},
+    },
+}  # fmt: skip
+CONFIGS['v3'] = {
+    key: value for key, value in CONFIGS['v32'].items() if not key.startswith('index_')
+} | {'model_type': 'deepseek_v3'}
+CONFIGS['glm52'] = CONFIGS['glm5'] | {
+    'max_position_embeddings': 1048576, 'index_topk_freq': 4, 'index_skip_topk_offset': 3,
+    'rope_parameters': {'rope_theta': 8e6, 'rope_type': 'default'},
+}  # fmt: skip
+
 
 def layout(c: dict, *, fp8: bool = True, norms: str = 'F32') -> dict[str, tuple[tuple, str]]:
   """Returns shape and dtype of every tensor but the scales."""
   d, heads, wide = c['hidden_size'], c['num_attention_heads'], 'F8' if fp8 else 'BF16'
   q, kv, depth = c['q_lora_rank'], c['kv_lora_rank'], c['num_hidden_layers']
   nope, rope, v = c['qk_nope_head_dim'], c['qk_rope_head_dim'], c['v_head_dim']
-  found = {
+  tensors = {
       'model.embed_tokens.weight': ((c['vocab_size'], d), 'BF16'),
       'lm_head.weight': ((c['vocab_size'], d), 'BF16'),
       'model.norm.weight': ((d,), norms),
   }
   for i in range(depth + c['num_nextn_predict_layers']):
     layer, attn = f'model.layers.{i}.', f'model.layers.{i}.self_attn.'
-    found |= {
+    tensors |= {
         layer + 'input_layernorm.weight': ((d,), norms),
         layer + 'post_attention_layernorm.weight': ((d,), norms),
         attn + 'q_a_proj.weight': ((q, d), wide),
@@ -66,7 +102,7 @@ def layout(c: dict, *, fp8: bool = True, norms: str = 'F32') -> dict[str, tuple[
     owns_indexer = i == depth or max(i - offset + 1, 0) % freq == 0
     if 'index_n_heads' in c and owns_indexer:
       n, width = c['index_n_heads'], c['index_head_dim']
-      found |= {
+      tensors |= {
           attn + 'indexer.wq_b.weight': ((n * width, q), wide),
           attn + 'indexer.wk.weight': ((width, d), wide),
           attn + 'indexer.k_norm.weight': ((width,), norms),
@@ -74,16 +110,16 @@ def layout(c: dict, *, fp8: bool = True, norms: str = 'F32') -> dict[str, tuple[
           attn + 'indexer.weights_proj.weight': ((n, d), 'BF16'),
       }
     if i < c['first_k_dense_replace']:
-      found |= _swiglu(layer + 'mlp.', d, c['intermediate_size'], wide)
+      tensors |= _swiglu(layer + 'mlp.', d, c['intermediate_size'], wide)
     else:
       f, shared = c['moe_intermediate_size'], c['n_shared_experts'] * c['moe_intermediate_size']
-      found[layer + 'mlp.gate.weight'] = (c['n_routed_experts'], d), 'BF16'
-      found[layer + 'mlp.gate.e_score_correction_bias'] = (c['n_routed_experts'],), 'F32'
+      tensors[layer + 'mlp.gate.weight'] = (c['n_routed_experts'], d), 'BF16'
+      tensors[layer + 'mlp.gate.e_score_correction_bias'] = (c['n_routed_experts'],), 'F32'
       for e in range(c['n_routed_experts']):
-        found |= _swiglu(layer + f'mlp.experts.{e}.', d, f, wide)
-      found |= _swiglu(layer + 'mlp.shared_experts.', d, shared, wide)
+        tensors |= _swiglu(layer + f'mlp.experts.{e}.', d, f, wide)
+      tensors |= _swiglu(layer + 'mlp.shared_experts.', d, shared, wide)
     if i == depth:
-      found |= {
+      tensors |= {
           layer + 'enorm.weight': ((d,), norms),
           layer + 'hnorm.weight': ((d,), norms),
           layer + 'eh_proj.weight': ((d, 2 * d), 'BF16'),
@@ -91,8 +127,8 @@ def layout(c: dict, *, fp8: bool = True, norms: str = 'F32') -> dict[str, tuple[
       }
       if c['model_type'] != 'glm_moe_dsa':
         for name in ('embed_tokens.weight', 'shared_head.head.weight'):
-          found[layer + name] = (c['vocab_size'], d), 'BF16'
-  return found
+          tensors[layer + name] = (c['vocab_size'], d), 'BF16'
+  return tensors
 
 
 def _swiglu(prefix: str, d: int, f: int, dtype: str) -> dict:
@@ -111,21 +147,21 @@ def random_tensors(c: dict, *, odd_scales: bool = False, **kwargs) -> dict[str, 
     odd_scales: Scales that are no powers of two, as DeepSeek-V3's are not.
     **kwargs: See `layout`.
   """
-  rng, found = np.random.default_rng(0), {}
+  rng, tensors = np.random.default_rng(0), {}
   for name, (shape, code) in layout(c, **kwargs).items():
     if code == 'F8':
       codes = rng.integers(0, 127, size=shape) + 128 * rng.integers(2, size=shape)
-      found[name] = codes.astype(np.uint8).view(CODES['F8'])
+      tensors[name] = codes.astype(np.uint8).view(CODES['F8'])
       blocks = [-(-n // 128) for n in shape]
       scale = rng.uniform(0.5, 1, blocks) if odd_scales else 2.0 ** rng.integers(-12, -9, blocks)
-      found[name + '_scale_inv'] = (scale * (1e-3 if odd_scales else 1)).astype(np.float32)
+      tensors[name + '_scale_inv'] = (scale * (1e-3 if odd_scales else 1)).astype(np.float32)
     else:
-      found[name] = rng.normal(size=shape).astype(CODES[code])
+      tensors[name] = rng.normal(size=shape).astype(CODES[code])
   extra = f"model.layers.{c['num_hidden_layers']}."
-  if extra + 'embed_tokens.weight' in found:
-    found[extra + 'embed_tokens.weight'] = found['model.embed_tokens.weight']
-    found[extra + 'shared_head.head.weight'] = found['lm_head.weight']
-  return found
+  if extra + 'embed_tokens.weight' in tensors:
+    tensors[extra + 'embed_tokens.weight'] = tensors['model.embed_tokens.weight']
+    tensors[extra + 'shared_head.head.weight'] = tensors['lm_head.weight']
+  return tensors
 
 
 def write(folder: pathlib.Path, c: dict, tensors: dict[str, np.ndarray], *, shards: int = 3):
@@ -157,8 +193,8 @@ def write_shard(path: pathlib.Path, tensors: dict[str, np.ndarray]):
 
 def read(folder: pathlib.Path) -> dict[str, tuple[str, tuple, bytes]]:
   """Returns dtype, shape and bytes of every tensor of a folder."""
-  found = {}
+  tensors = {}
   for path in sorted(folder.glob('*.safetensors')):
     for name, entry in safetensors.deserialize(path.read_bytes()):
-      found[name] = entry['dtype'], tuple(entry['shape']), bytes(entry['data'])
-  return found
+      tensors[name] = entry['dtype'], tuple(entry['shape']), bytes(entry['data'])
+  return tensors

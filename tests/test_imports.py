@@ -8,7 +8,7 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parents[1] / 'dsa_jax'
 RANKS = [
-    {'config', 'shapes', 'params', 'versions', 'data'},
+    {'config', 'chips', 'shapes', 'params', 'versions', 'data'},
     {'families', 'kernels', 'cost'},
     {'parallel', 'selection'},
     {'nn'},

@@ -83,7 +83,7 @@ def test_expert_choice(converted, case):
 
 
 def test_dense_model(converted):
-  """DeepSeek-V3, which becomes a DSA model by warm-up: dense as it is, whatever its indexers are."""
+  """DeepSeek-V3, which a warm-up makes a DSA model, is dense whatever its indexers are."""
   want, model = golden('deepseek_v3'), converted('deepseek_v3')
   close(forward(model, want['tokens'], 'dense', measure=())[0], want['logits'])
 
@@ -117,7 +117,8 @@ def test_where_transformers_leaves_the_specification(entry, tmp_path):
   """We follow the specification; `transformers` would, with its constants put right."""
   source = source_of(entry, tmp_path / 'source')
   import_checkpoint(open_source(source), tmp_path / 'ours', advance=lambda _: None)
-  want = {name: deviations()[f'{entry}/{name}'] for name in ('tokens', 'spec_logits', 'as_is_logits')}
+  names = 'tokens', 'spec_logits', 'as_is_logits'
+  want = {name: deviations()[f'{entry}/{name}'] for name in names}
   model = load_checkpoint(tmp_path / 'ours')
   logits, _, selected, _ = forward(model, want['tokens'], 'sparse')
   close(logits, want['spec_logits'])

@@ -34,7 +34,8 @@ def test_transformers_reads_our_export(case, tmp_path: pathlib.Path, make_golden
   theirs = make_golden.load(tmp_path / 'out')  # Raises if a tensor is missing or unexpected.
   ours = load_checkpoint(tmp_path / 'ours')
   for seed in range(100):  # Until no cut is so close that rounding could decide it.
-    tokens = np.random.default_rng(seed).integers(ours.cfg.vocab_size, size=(1, 64)).astype(np.int32)
+    rng = np.random.default_rng(seed)
+    tokens = rng.integers(ours.cfg.vocab_size, size=(1, 64)).astype(np.int32)
     want, watch = make_golden.full_forward(theirs, torch.from_numpy(tokens).long())
     if watch.is_clear():
       break

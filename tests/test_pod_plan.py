@@ -17,9 +17,9 @@ FILES = [path for path in PLANS.glob('*.json') if path.stem != 'weak_scaling']
 
 def test_every_stage_of_every_model_is_planned_for_every_chip():
   reports = [json.loads(path.read_text()) for path in FILES]
-  found = {(report['stage'], report['model'], report['topology']) for report in reports}
+  planned = {(report['stage'], report['model'], report['topology']) for report in reports}
   pods = [(stage, topology) for (stage, _), (topology, _) in plan.PODS.items()]
-  assert found == {(stage, model, topology) for stage, topology in pods for model in plan.MODELS}
+  assert planned == {(stage, model, topology) for stage, topology in pods for model in plan.MODELS}
 
 
 @pytest.mark.parametrize('path', FILES, ids=lambda path: path.stem)

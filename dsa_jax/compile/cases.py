@@ -9,10 +9,12 @@ import jax
 import jax.numpy as jnp
 
 from dsa_jax.compile.chips import CHIPS
+from dsa_jax.families import SIZES
 
 T, E, V, J, K = 4096, 576, 512, 128, 2048
 DENSE_E = 192  # Of attention whose heads have keys of their own.
-HEADS = {'v32': (128, 64), 'glm5': (64, 32)}  # Of attention, of the indexer.
+# Heads of attention and of the indexer, by model.
+HEADS = {name: (SIZES[name].n_heads, SIZES[name].index_n_heads) for name in ('v32', 'glm5')}
 BF16 = jnp.dtype(jnp.bfloat16)
 
 

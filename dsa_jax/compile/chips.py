@@ -15,17 +15,14 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import numpy as np
 
+from dsa_jax.chips import DEVICES
 from dsa_jax.compile import ptxas
 
 DUMPED = '^(original|final_bundles)$'  # Passes; to write all 70 takes four times the compile.
 
 
 class Chip(NamedTuple):
-  """One device as jax sees it. Peaks are the makers'.
-
-  The clock of tpu7x, 2.2 GHz, is assumed: none is published. The rate of gathers is what
-  tpu-inference says it reaches with eight streams; of v5p and v6e nobody has published one.
-  """
+  """One device as jax sees it, with its peaks of `dsa_jax.chips`."""
 
   topology: str
   accelerator: str
@@ -35,15 +32,20 @@ class Chip(NamedTuple):
   gathered: float | None = None  # By SparseCores, rows of 512 bytes, per second.
 
 
+def _peaks(name: str) -> tuple[float | None, ...]:
+  device = DEVICES[name]
+  return device.hertz, device.bf16, device.bandwidth, device.gathered
+
+
 CHIPS = {
-    'v5p': Chip('v5p:2x2x1', 'v5p-8', 1.75e9, 459e12, 2.76e12),
-    'v6e': Chip('v6e:2x2', 'v6e-4', 1.75e9, 918e12, 1.64e12),
-    'tpu7x': Chip('tpu7x:2x2x1', 'tpu7x-8', 2.2e9, 1153e12, 3.69e12, 1e12),
+    'v5p': Chip('v5p:2x2x1', 'v5p-8', *_peaks('v5p')),
+    'v6e': Chip('v6e:2x2', 'v6e-4', *_peaks('v6e')),
+    'tpu7x': Chip('tpu7x:2x2x1', 'tpu7x-8', *_peaks('tpu7x')),
 }
 
 
 class Gpu(NamedTuple):
-  """One device as XLA's compiler sees it, and the maker's peaks."""
+  """One device as XLA's compiler sees it, with its peaks of `dsa_jax.chips`."""
 
   architecture: str  # For ptxas.
   flops: float  # bfloat16 per second, dense.
@@ -53,7 +55,7 @@ class Gpu(NamedTuple):
 
 GPUS = {
     'h200': Gpu(
-        'sm_90a', 989e12, 4.8e12,
+        'sm_90a', DEVICES['h200'].bf16, DEVICES['h200'].bandwidth,
         """
 gpu_device_info {
   threads_per_block_limit: 1024  threads_per_warp: 32

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Released checkpoints in, and out again: python -m dsa_jax.convert SOURCE TARGET"""
+"""Imports released checkpoints and exports ours: python -m dsa_jax.convert SOURCE TARGET"""

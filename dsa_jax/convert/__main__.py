@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-r"""Converts checkpoints.
+r"""Converts checkpoints between the released layouts and ours.
 
 python -m dsa_jax.convert SOURCE TARGET            released -> ours
 python -m dsa_jax.convert --export SOURCE TARGET   ours -> released
@@ -11,34 +11,49 @@ import sys
 
 from absl import app, flags
 
-from dsa_jax.convert.config_json import FAMILIES
+from dsa_jax.config import ConfigError
 from dsa_jax.convert.exporter import export_bytes, export_checkpoint, open_checkpoint
 from dsa_jax.convert.importer import DTYPES_OF, import_checkpoint, open_source
+from dsa_jax.families import FAMILIES
 from dsa_jax.reporting.progress import ByteProgress
 
-EXPORT = flags.DEFINE_bool('export', False, 'SOURCE is ours: write the released layout.')
-MTP = flags.DEFINE_bool('mtp', True, 'Import the multi-token-prediction layer, if there is one.')
-DTYPE = flags.DEFINE_enum('dtype', 'bfloat16', list(DTYPES_OF), 'Import FP8 weights as this.')
-SEED = flags.DEFINE_integer('seed', 0, 'Of fresh indexers, where the family has none.')
-INDEXER = {  # Of fresh indexers; the defaults are DeepSeek-V3.2's.
-    'index_n_heads': flags.DEFINE_integer('index_n_heads', None, 'Heads of a fresh indexer.'),
-    'index_head_dim': flags.DEFINE_integer('index_head_dim', None, 'Width of their heads.'),
-    'index_topk': flags.DEFINE_integer('index_topk', None, 'Tokens that they will select.'),
+EXPORT = flags.DEFINE_bool(
+    'export', False, 'SOURCE is one of our checkpoints; TARGET gets the released layout.'
+)
+MTP = flags.DEFINE_bool('mtp', True, 'Import the multi-token-prediction layer where there is one.')
+DTYPE = flags.DEFINE_enum(
+    'dtype', 'bfloat16', list(DTYPES_OF), 'The dtype that FP8 weights are imported as.'
+)
+SEED = flags.DEFINE_integer('seed', 0, 'The seed of fresh indexers, where the family has none.')
+INDEXER = {  # The sizes of fresh indexers; the defaults are those of DeepSeek-V3.2.
+    'index_n_heads': flags.DEFINE_integer(
+        'index_n_heads', None, 'The number of heads of a fresh indexer.'
+    ),
+    'index_head_dim': flags.DEFINE_integer(
+        'index_head_dim', None, 'The width of each of its heads.'
+    ),
+    'index_topk': flags.DEFINE_integer(
+        'index_topk', None, 'The number of tokens that it will select.'
+    ),
 }
-FAMILY = flags.DEFINE_enum('family', '', ['', *FAMILIES], 'Export as; default: as imported.')
-FP8 = flags.DEFINE_bool('fp8', None, 'Export in FP8; default: as imported.')
-SHARD_GB = flags.DEFINE_float('shard_gb', 4, 'Export files of at most this many GiB.', lower_bound=0)
+FAMILY = flags.DEFINE_enum(
+    'family', '', ['', *FAMILIES], 'The family to export as; by default the one it was imported as.'
+)
+FP8 = flags.DEFINE_bool('fp8', None, 'Export in FP8; by default as it was imported.')
+SHARD_GB = flags.DEFINE_float(
+    'shard_gb', 4, 'The largest size of an exported file, in GiB.', lower_bound=0
+)
 
 
 def main(argv: list[str]):
-  logging.getLogger('absl').setLevel(logging.CRITICAL)  # orbax thinks aloud; errors are raised.
+  logging.getLogger('absl').setLevel(logging.CRITICAL)  # Silences orbax: errors are raised anyway.
   if len(argv) != 3:
     sys.exit(f'usage: python -m dsa_jax.convert [--export] SOURCE TARGET; got {argv[1:]}.')
   source, target = (pathlib.Path(name).expanduser() for name in argv[1:])
   try:
     run = run_export if EXPORT.value else run_import
     summary = run(source, target)
-  except (ValueError, OSError) as error:
+  except (ConfigError, OSError) as error:
     sys.exit(f'error: {error}')
   print(summary)
   print(f'written to {target}')

@@ -4,12 +4,13 @@
 from collections.abc import Iterator
 import contextlib
 import pathlib
+import re
 import shutil
 from typing import Any, NamedTuple
 
 from dsa_jax.config import ConfigError
 
-KEPT_FILES = (  # Carried along, unread.
+KEPT_FILES = (  # Copied as they are.
     'tokenizer.json',
     'tokenizer_config.json',
     'special_tokens_map.json',
@@ -23,7 +24,7 @@ class Summary(NamedTuple):
   family: str
   n_layers: int
   n_parameters: int
-  nbytes: int  # Of the arrays, before any compression.
+  nbytes: int  # The size of all arrays, before any compression.
 
   def __str__(self) -> str:
     return (
@@ -34,17 +35,18 @@ class Summary(NamedTuple):
 
 @contextlib.contextmanager
 def building(target: pathlib.Path, *, needs: int) -> Iterator[pathlib.Path]:
-  """Gives a folder to build in; it becomes `target` at the end, or disappears.
+  """Yields a folder to build in, which becomes `target` at the end or is removed.
 
-  A process that is killed leaves it behind, with the suffix .partial; the next run starts anew.
+  A process that is killed leaves the folder behind, with the suffix .partial; the next run removes
+  it. An error of the program itself passes through as it is.
 
   Args:
-    target: Must not exist.
-    needs: Bytes that the disk must have.
+    target: A path that must not exist.
+    needs: The bytes that the disk must have free.
 
   Raises:
-    ValueError: `target` exists.
-    OSError: It could not be written, for want of space or of a right.
+    ConfigError: `target` exists.
+    OSError: The disk is full, or the system refuses to read or write for another reason.
   """
   if target.exists():
     raise ConfigError(f'{target} exists; choose another target, or delete it.')
@@ -59,11 +61,23 @@ def building(target: pathlib.Path, *, needs: int) -> Iterator[pathlib.Path]:
     yield partial
     partial.rename(target)
     done = True
-  except Exception as error:  # TensorStore, orbax and safetensors each raise their own.
+  except Exception as error:
+    if not _is_from_the_system(error):
+      raise
     raise OSError(f'{target} could not be written: {error}. Nothing was left there.') from error
   finally:
     if not done:
       shutil.rmtree(partial, ignore_errors=True)
+
+
+def _is_from_the_system(error: Exception) -> bool:
+  """Returns whether the operating system refused something.
+
+  TensorStore reports that as a ValueError, and safetensors as an error of its own; both messages
+  contain the system's error code.
+  """
+  code = r"os_error_code='\d+'|\(os error \d+\)"
+  return isinstance(error, OSError) or re.search(code, str(error)) is not None
 
 
 def nested(flat: dict[tuple[str, ...], Any]) -> dict[str, Any]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One of our checkpoints becomes a folder that its family's own loaders read."""
+"""Exports one of our checkpoints as a folder that the loaders of its family read."""
 
 from collections.abc import Iterator
 import json
@@ -14,14 +14,15 @@ import tensorstore as ts
 from dsa_jax.config import ConfigError, ModelConfig
 from dsa_jax.convert import fp8
 from dsa_jax.convert.building import KEPT_FILES, Summary, building
-from dsa_jax.convert.config_json import FAMILIES, write_config
+from dsa_jax.convert.config_json import write_config
 from dsa_jax.convert.files import CODES, DTYPES, SINGLE, write_file, write_index
 from dsa_jax.convert.importer import SCALE, Advance
 from dsa_jax.convert.tensors import Array, Path, Tensor, arrays_of, mtp_copies
+from dsa_jax.families import FAMILIES
 from dsa_jax.inference.load import read_record
 from dsa_jax.training.checkpoint import latest_checkpoint, open_tree
 
-QUANTIZATION = {  # As DeepSeek's config.json has it.
+QUANTIZATION = {  # What DeepSeek's config.json says of FP8.
     'quant_method': 'fp8',
     'fmt': 'e4m3',
     'activation_scheme': 'dynamic',
@@ -31,19 +32,19 @@ QUANTIZATION = {  # As DeepSeek's config.json has it.
 
 
 class Checkpoint(NamedTuple):
-  """One of ours, open."""
+  """One of our checkpoints, opened."""
 
   folder: pathlib.Path
   family: str
   model: ModelConfig
-  origin: dict[str, Any]  # What the import knew of the source; {} for a run.
+  origin: dict[str, Any]  # What the import recorded of the source; {} for a training run.
   arrays: dict[Path, Array]
   stores: dict[Path, ts.TensorStore]
-  scales: dict[Path, ts.TensorStore]  # Of weights that were FP8 when they were imported.
+  scales: dict[Path, ts.TensorStore]  # The scales of weights that were imported from FP8.
 
 
 class Out(NamedTuple):
-  """A tensor to be written."""
+  """A tensor to write."""
 
   name: str
   dtype: np.dtype
@@ -65,15 +66,16 @@ def open_checkpoint(folder: pathlib.Path, family: str = '') -> Checkpoint:
 
   Args:
     folder: The checkpoint.
-    family: What to export it as; '': what it was imported as, else what its config amounts to.
+    family: The family to export as. '' stands for the one it was imported as, or for a training
+      run, for the first family that can hold it.
 
   Raises:
-    ValueError: It is none, or the family cannot hold it.
+    ConfigError: The folder is no checkpoint, or the family cannot hold it.
   """
   record = read_record(folder)
   model = ModelConfig(**record['model'])
   origin = record.get('source', {})
-  usual = 'glm_moe_dsa' if model.indexer_rope_interleave else 'deepseek_v32'
+  usual = _usual_family(model)
   family = family or origin.get('family', usual)
   if family not in FAMILIES:
     raise ConfigError(f'{family=} must be one of {tuple(FAMILIES)}.')
@@ -85,10 +87,23 @@ def open_checkpoint(folder: pathlib.Path, family: str = '') -> Checkpoint:
   stores = {path[1:]: store for path, store in flat.items() if path[0] == 'params'}
   scales = open_tree(step / 'scales') if (step / 'scales').is_dir() else {}
   arrays = arrays_of(model, family)
-  wrong = [path for path, a in arrays.items() if path not in stores or stores[path].shape != a.shape]
+  wrong = [
+      '.'.join(path)
+      for path, array in arrays.items()
+      if path not in stores or stores[path].shape != array.shape
+  ]
   if wrong:
-    raise ConfigError(f'{folder} lacks, or has in another shape: {[".".join(p) for p in wrong]}.')
+    raise ConfigError(f'{folder} lacks, or has in another shape: {wrong}.')
   return Checkpoint(folder, family, model, origin, arrays, stores, scales)
+
+
+def _usual_family(model: ModelConfig) -> str:
+  """Returns the first family whose indexer rotates its channels as the model's does."""
+  return next(
+      name
+      for name, family in FAMILIES.items()
+      if family.has_indexer and family.indexer_rope_interleave == model.indexer_rope_interleave
+  )
 
 
 def export_checkpoint(
@@ -101,20 +116,21 @@ def export_checkpoint(
 ) -> Summary:
   """Writes config.json, safetensors files and their index; `target` appears when it is whole.
 
-  Tensors have the dtypes they were imported in; those of a run are bfloat16, its norms, biases and
-  scales as the family has them. Memory: one file, `shard_bytes`, or the largest tensor.
+  Tensors have the dtypes they were imported in. Those of a training run are bfloat16, except norms
+  and biases, which have the dtypes that the family gives them. Memory holds one file at a time.
 
   Args:
-    source: From `open_checkpoint`.
+    source: The checkpoint, from `open_checkpoint`.
     target: A folder that does not exist yet.
-    quantized: Write the large matrices in FP8; None: as they were imported. The scales of an
-      import are used again, so that its bytes come back; else they are powers of two.
-    shard_bytes: Largest size of a file of several tensors.
-    advance: Called with the number of bytes that were written.
+    quantized: Whether to write the large matrices in FP8; None means as they were imported. The
+      scales of an import are used again, so that its bytes come back; other scales are powers of
+      two.
+    shard_bytes: The largest size of a file that holds several tensors.
+    advance: A function that is called with the number of bytes that have just been written.
 
   Raises:
-    ValueError: `target` exists.
-    OSError: It cannot be written, or the disk is full. Nothing is left.
+    ConfigError: `target` exists.
+    OSError: `target` cannot be written, or the disk is full. Nothing is left there.
   """
   if quantized is None:
     quantized = bool(source.scales)
@@ -148,31 +164,35 @@ def export_checkpoint(
 
 
 def export_bytes(source: Checkpoint, quantized: bool | None = None) -> int:
-  """Returns how many bytes `export_checkpoint` will write."""
-  return sum(out.nbytes for out in _outs(source, bool(source.scales) if quantized is None else quantized))
+  """Returns the number of bytes that `export_checkpoint` will write."""
+  if quantized is None:
+    quantized = bool(source.scales)
+  return sum(out.nbytes for out in _outs(source, quantized))
 
 
 def _outs(source: Checkpoint, quantized: bool) -> Iterator[Out]:
-  """Everything to write, layer after layer."""
+  """Yields every tensor to write, layer after layer."""
   usual = FAMILIES[source.family].repeats_embedding
-  repeats = mtp_copies(source.model) if source.origin.get('repeats_embedding', usual) else {}
-  copies = {original: name for name, original in repeats.items()}
-  found = []
+  copies = {}
+  if source.origin.get('repeats_embedding', usual):
+    names = mtp_copies(source.model, source.family)
+    copies = {original: name for name, original in names.items()}
+  outs = []
   for path, array in source.arrays.items():
     dtype = DTYPES[_code(source, path, array, quantized)]
     for tensor in array.tensors:
-      found.append(Out(tensor.name, dtype, tensor.shape, path, tensor))
+      outs.append(Out(tensor.name, dtype, tensor.shape, path, tensor))
       if copy := copies.get(tensor.name):
-        found.append(Out(copy, dtype, tensor.shape, path, tensor))
+        outs.append(Out(copy, dtype, tensor.shape, path, tensor))
       if CODES[dtype] == 'F8_E4M3':
         shape = fp8.scale_shape(tensor.shape)
-        found.append(Out(tensor.name + SCALE, np.dtype(np.float32), shape, path, tensor))
+        outs.append(Out(tensor.name + SCALE, np.dtype(np.float32), shape, path, tensor))
   layer = lambda out: int(out.name.split('.')[2]) if out.name.startswith('model.layers.') else -1
-  return iter(sorted(found, key=layer))
+  return iter(sorted(outs, key=layer))
 
 
 def _code(source: Checkpoint, path: Path, array: Array, quantized: bool) -> str:
-  """What a tensor is stored in."""
+  """Returns the dtype of an array's tensors, by its name in safetensors files."""
   recorded = source.origin.get('dtypes', {}).get('/'.join(path))
   if array.quantizable and quantized:
     return 'F8_E4M3'
@@ -185,7 +205,7 @@ def _code(source: Checkpoint, path: Path, array: Array, quantized: bool) -> str:
 
 
 def _into_files(outs: list[Out], shard_bytes: int) -> dict[str, list[Out]]:
-  """Fills one file after another; a tensor and its scales stay together."""
+  """Distributes tensors over files, so that a tensor and its scales stay together."""
   shards: list[list[Out]] = [[]]
   filled = 0
   for out in outs:
@@ -201,7 +221,7 @@ def _into_files(outs: list[Out], shard_bytes: int) -> dict[str, list[Out]]:
 
 
 def _read(source: Checkpoint, out: Out) -> np.ndarray:
-  """Reads one tensor, or makes the scales of one."""
+  """Returns a tensor to write, or the scales of one."""
   index = out.tensor.index
   is_scale = out.name.endswith(SCALE)
   if (is_scale or out.is_quantized) and out.path in source.scales:

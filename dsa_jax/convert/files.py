@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A folder of safetensors files: read one tensor at a time, written one file at a time."""
+"""Reads a folder of safetensors files tensor by tensor, and writes one file by file."""
 
 from collections.abc import Iterator
 import json
@@ -9,8 +9,6 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 import safetensors
-
-from dsa_jax.config import ConfigError
 
 INDEX = 'model.safetensors.index.json'
 SINGLE = 'model.safetensors'
@@ -24,27 +22,27 @@ CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 
 class Place(NamedTuple):
-  """Where a tensor lies."""
+  """The place of a tensor in a file."""
 
   path: pathlib.Path
-  dtype: str  # A key of DTYPES, or another code that safetensors knows.
+  dtype: str  # A key of DTYPES, or another dtype that safetensors knows by name.
   shape: tuple[int, ...]
-  offset: int  # In bytes, from the beginning of the file.
+  offset: int  # The first byte, counted from the beginning of the file.
   nbytes: int
 
   def read(self) -> np.ndarray:
     dtype = DTYPES[self.dtype]
     flat = np.fromfile(self.path, dtype, self.nbytes // dtype.itemsize, offset=self.offset)
     if flat.nbytes != self.nbytes:
-      raise ConfigError(f'{self.path.name} was cut short while it was read.')
+      raise OSError(f'{self.path.name} was cut short while it was read.')
     return flat.reshape(self.shape)
 
 
 def open_folder(folder: pathlib.Path) -> tuple[dict[str, Place], list[str]]:
-  """Finds every tensor of a checkpoint, by its index or in its only file.
+  """Locates every tensor of a checkpoint, by its index or in its only file.
 
   Returns:
-    The tensors by name, and all that is wrong with the files.
+    The tensors' places by name, and a list of all that is wrong with the files.
   """
   index, problems = None, []
   if (folder / INDEX).exists():
@@ -65,9 +63,9 @@ def open_folder(folder: pathlib.Path) -> tuple[dict[str, Place], list[str]]:
       if index is not None and index.get(name) != file:
         problems.append(f'{name} is in {file}, where {INDEX} does not list it.')
       places[name] = place
-  found = {place.path.name for place in places.values()}
+  opened = {place.path.name for place in places.values()}
   for name, file in (index or {}).items():
-    if name not in places and file in found:
+    if name not in places and file in opened:
       problems.append(f'{name} is not in {file}, where {INDEX} lists it.')
   return places, problems
 
@@ -88,7 +86,7 @@ def _read_index(path: pathlib.Path, problems: list[str]) -> dict[str, str]:
 def _open_file(path: pathlib.Path, problems: list[str]) -> Iterator[tuple[str, Place]]:
   try:
     with safetensors.safe_open(path, framework='numpy'):
-      pass  # It checks the header, and the length of the file against it.
+      pass  # Opening checks the header, and the length of the file against it.
     with open(path, 'rb') as f:
       length = int.from_bytes(f.read(8), 'little')
       header = json.loads(f.read(length))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A released checkpoint becomes ours: everything is checked first, then streamed, then named."""
+"""Imports a released checkpoint: checks all of it, then streams it into one of ours."""
 
 from collections.abc import Callable, Iterator
 import dataclasses
@@ -16,15 +16,16 @@ import numpy as np
 from dsa_jax.config import ConfigError, ModelConfig
 from dsa_jax.convert import fp8
 from dsa_jax.convert.building import KEPT_FILES, Summary, building, nested
-from dsa_jax.convert.config_json import FAMILIES, read_config
+from dsa_jax.convert.config_json import read_config
 from dsa_jax.convert.files import DTYPES, Place, open_folder
 from dsa_jax.convert.stream import Streamed, write_tree
 from dsa_jax.convert.tensors import Array, Path, Tensor, arrays_of, mtp_copies, weight_shapes
+from dsa_jax.families import FAMILIES
 from dsa_jax.nn.indexer import LightningIndexer
 from dsa_jax.nn.transformer import STACKS
 
-SCALE = '_scale_inv'  # Appended to the name of a tensor in FP8.
-Advance = Callable[[int], None]  # Told of bytes that were read.
+SCALE = '_scale_inv'  # The name of an FP8 tensor's scales ends with this.
+Advance = Callable[[int], None]  # Called with the number of bytes that have just been read.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,11 +34,11 @@ class Source:
 
   folder: pathlib.Path
   family: str
-  config: dict[str, Any]  # As it came.
+  config: dict[str, Any]  # The released config.json, unchanged.
   model: ModelConfig
   arrays: dict[Path, Array]
   places: dict[str, Place]
-  copies: dict[str, str]  # Tensors that must equal others.
+  copies: dict[str, str]  # The names of tensors that repeat others, with the names of those.
 
   @property
   def nbytes(self) -> int:
@@ -50,16 +51,16 @@ class Source:
 def open_source(
     folder: pathlib.Path, *, mtp: bool = True, indexer: dict[str, int] | None = None
 ) -> Source:
-  """Reads config and headers, and checks that every tensor is there and nothing else.
+  """Reads config and headers, and checks that all tensors are there, and no others.
 
   Args:
-    folder: config.json, safetensors files and their index.
-    mtp: Keep the MTP layer, if the checkpoint has one.
-    indexer: index_n_heads, index_head_dim and index_topk for a family that has no indexer;
-      DeepSeek-V3.2's own where not given.
+    folder: A folder with config.json, safetensors files and their index.
+    mtp: Whether to keep the MTP layer, where the checkpoint has one.
+    indexer: The sizes index_n_heads, index_head_dim and index_topk for a family that has no
+      indexer. Those of DeepSeek-V3.2 take the place of any that are not given.
 
   Raises:
-    ValueError: Not a whole checkpoint of a known family; all problems are listed.
+    ValueError: This is no whole checkpoint of a known family; the message lists every problem.
   """
   try:
     config = json.loads((folder / 'config.json').read_bytes())
@@ -76,8 +77,8 @@ def open_source(
     model = dataclasses.replace(model, n_mtp_layers=0)
     places = {name: place for name, place in places.items() if name not in set(extra_layer)}
   arrays = arrays_of(model, family)
-  copies = {name: of for name, of in mtp_copies(model).items() if name in places}
-  if not problems:  # Else a missing file would be told once for each of its tensors.
+  copies = {name: of for name, of in mtp_copies(model, family).items() if name in places}
+  if not problems:  # Otherwise a missing file would be reported once for each of its tensors.
     problems = _check_tensors(arrays, copies, places)
   if problems:
     raise ConfigError(f'{folder} cannot be converted:\n  ' + '\n  '.join(problems))
@@ -102,7 +103,8 @@ def _check_tensors(
       problems.append(f'{name} must be a copy of {original}: their dtypes or shapes differ.')
     elif original in places and not _same(places[name], places[original]):
       problems.append(f'{name} must be a copy of {original}: our MTP layer shares it.')
-  return problems + [f'{name} is in no place of this model.' for name in places if name not in known]
+  strangers = [name for name in places if name not in known]
+  return problems + [f'{name} is in no place of this model.' for name in strangers]
 
 
 def _check_tensor(tensor: Tensor, array: Array, places: dict[str, Place], known: set[str]):
@@ -120,8 +122,8 @@ def _check_tensor(tensor: Tensor, array: Array, places: dict[str, Place], known:
   if name not in places:
     return [f'{name} is missing: {tensor.name} is FP8.']
   if places[name].shape != shape or places[name].dtype != 'F32':
-    found = f'{places[name].dtype} {places[name].shape}'
-    return [f'{name} is {found}; it must be F32 {shape}, a scale for each 128 x 128 block.']
+    actual = f'{places[name].dtype} {places[name].shape}'
+    return [f'{name} is {actual}; it must be F32 {shape}, a scale for each 128 x 128 block.']
   return []
 
 
@@ -134,22 +136,27 @@ def _same(a: Place, b: Place) -> bool:
 
 
 def import_checkpoint(
-    source: Source, target: pathlib.Path, *, dtype: str = 'bfloat16', seed: int = 0, advance: Advance
+    source: Source,
+    target: pathlib.Path,
+    *,
+    dtype: str = 'bfloat16',
+    seed: int = 0,
+    advance: Advance,
 ) -> Summary:
   """Writes a released checkpoint as one of ours; `target` appears when it is whole.
 
-  Memory: small arrays are put together whole; of a large one, two tensors of theirs at a time.
+  A small array is assembled in memory; of a large one, memory holds two released tensors at a time.
 
   Args:
-    source: From `open_source`.
+    source: The checkpoint, from `open_source`.
     target: A folder that does not exist yet.
-    dtype: Of dequantised FP8 weights; all others keep their own.
-    seed: Of the indexers, where the family has none.
-    advance: Called with the number of bytes that were read.
+    dtype: The dtype of dequantised FP8 weights; all other weights keep their own.
+    seed: The seed of fresh indexers, where the family has none.
+    advance: A function that is called with the number of bytes that have just been read.
 
   Raises:
     ValueError: `target` exists.
-    OSError: It cannot be written, or the disk is full. Nothing is left.
+    OSError: `target` cannot be written, or the disk is full. Nothing is left there.
   """
   params = {
       path: _streamed(source, path, DTYPES_OF[dtype], advance) for path in source.arrays
@@ -201,7 +208,7 @@ def _streamed(source: Source, path: Path, wide: np.dtype, advance: Advance) -> S
 
 
 def _streamed_scales(source: Source, path: Path, advance: Advance) -> Streamed:
-  """The scales of an array, in their own orientation: with them, export gives the same bytes."""
+  """Returns the scales of an array as they came, so that an export gives the same bytes."""
   array = source.arrays[path]
   shape = fp8.scale_shape(array.tensors[0].shape)
 
@@ -216,17 +223,17 @@ def _streamed_scales(source: Source, path: Path, advance: Advance) -> Streamed:
 
 
 def _fresh(cfg: ModelConfig, path: Path, shape: tuple[int, ...], seed: int) -> Streamed:
-  """A stack of untrained weights of the indexer, as the model itself would make them."""
+  """Returns a stack of untrained indexer weights, as the model itself would make them."""
   within = path[path.index('indexer') + 1 :]
   n_leading = 0 if path[0] == 'mtp' else 1
   key_of_stack = jax.random.fold_in(jax.random.key(seed), STACKS.index(path[0]))
 
   def pieces():
     for index in np.ndindex(shape[:n_leading]):
-      key = jax.random.fold_in(key_of_stack, sum(index))  # One for all weights of a layer.
-      found = nnx.as_pure(nnx.state(LightningIndexer(cfg, rngs=nnx.Rngs(key))))
+      key = jax.random.fold_in(key_of_stack, sum(index))  # One key for a layer.
+      weights = nnx.as_pure(nnx.state(LightningIndexer(cfg, rngs=nnx.Rngs(key))))
       for name in within:
-        found = found[name]
-      yield index, np.asarray(found)
+        weights = weights[name]
+      yield index, np.asarray(weights)
 
   return Streamed(shape, np.dtype(np.float32), n_leading, pieces)

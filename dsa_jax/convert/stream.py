@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Arrays that pass through memory a piece at a time, into an orbax checkpoint."""
+"""Writes arrays into an orbax checkpoint piece by piece, so that none is in memory as a whole."""
 
 from collections.abc import Callable, Iterator
 import dataclasses
@@ -11,23 +11,24 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
 
-CHUNK_BYTES = 64 * 2**20  # Of the files a checkpoint is cut into: what a reader must hold at least.
+# The largest size of the files that a checkpoint is cut into: a reader holds at least one.
+CHUNK_BYTES = 64 * 2**20
 
-Index = tuple[int, ...]  # Of leading axes: () is the whole array.
+Index = tuple[int, ...]  # An index into the leading axes; () is the whole array.
 
 
 @dataclasses.dataclass(frozen=True)
 class Streamed:
   """An array that is made piece by piece while it is written.
 
-  A small array is put together in memory and written at once; of a large one, `n_leading` axes are
-  walked, and no more than two pieces exist at the same time.
+  A small array is assembled in memory and written at once. Of a large one, no more than two pieces
+  exist at the same time.
   """
 
   shape: tuple[int, ...]
   dtype: np.dtype
-  n_leading: int  # Axes that `pieces` indexes: layers, experts.
-  pieces: Callable[[], Iterator[tuple[Index, np.ndarray]]]  # Each of shape[n_leading:].
+  n_leading: int  # The number of axes that `pieces` indexes: layers, experts.
+  pieces: Callable[[], Iterator[tuple[Index, np.ndarray]]]  # Yields pieces of shape[n_leading:].
 
   @property
   def size(self) -> int:
@@ -39,7 +40,7 @@ class Streamed:
 
   @property
   def chunk_shape(self) -> tuple[int, ...]:
-    """How the array is cut into files: never across pieces unless it is one file altogether."""
+    """The shape of each file: at most one piece, unless the whole array is one file."""
     if self.nbytes <= CHUNK_BYTES:
       return self.shape
     chunk = [1] * self.n_leading + list(self.shape[self.n_leading :])
@@ -56,14 +57,14 @@ class Streamed:
 
 
 class _StreamHandler(ocp.type_handlers.NumpyHandler):
-  """Writes `Streamed` arrays as orbax writes numpy's, one after another; they read as any other."""
+  """Writes `Streamed` arrays one after another, in the format in which orbax writes numpy's."""
 
   def __init__(self):
     super().__init__(deepcopy_host_arrays=False)
     self._failed = False
 
   async def _open_and_write(self, value: Streamed, tspec: dict[str, Any], ts_context: ts.Context):
-    """Blocks where orbax would await, so that no two arrays are under way at once."""
+    """Writes one array, and blocks where orbax would await, so that no two are written at once."""
     if self._failed:
       return
     self._failed = True
@@ -73,15 +74,16 @@ class _StreamHandler(ocp.type_handlers.NumpyHandler):
     pieces = [((), value.assemble())] if value.nbytes <= CHUNK_BYTES else value.pieces()
     writing = None
     for index, piece in pieces:
-      before, writing = writing, store[index].write(piece, can_reference_source_data_indefinitely=True)
-      if before:  # One piece is written while the next one is made.
+      before = writing
+      writing = store[index].write(piece, can_reference_source_data_indefinitely=True)
+      if before:  # TensorStore writes one piece while the next one is made.
         before.result()
     writing.result()
     self._failed = False
 
 
 def write_tree(folder: pathlib.Path, tree: Any):
-  """Writes a tree of `Streamed` arrays, or of any that orbax knows, as an orbax checkpoint."""
+  """Writes a tree of `Streamed` arrays, or of others that orbax knows, as an orbax checkpoint."""
   registry = ocp.type_handlers.create_type_handler_registry((Streamed, _StreamHandler()))
   handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False, type_handler_registry=registry)
   with ocp.Checkpointer(handler) as checkpointer:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a token and a call cost, by arithmetic: python -m dsa_jax.cost --context=131072"""
+"""Computes the cost of a token and of a call: python -m dsa_jax.cost --context=131072"""
 
 from dsa_jax.cost.calls import (
     Curve,

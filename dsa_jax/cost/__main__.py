@@ -15,7 +15,7 @@ import rich.box
 import rich.console
 import rich.table
 
-from dsa_jax.config import ModelConfig
+from dsa_jax.config import ConfigError, ModelConfig
 from dsa_jax.cost.calls import cheaper_from, crossover, model_curve
 from dsa_jax.cost.chips import CHIPS
 from dsa_jax.cost.serving import Part, Serving, dollars_per_million, token_parts
@@ -78,7 +78,7 @@ def _memory(cfg: ModelConfig, serving: Serving, context: int) -> str:
 
 
 def phase_table(cfg: ModelConfig, serving: Serving, context: int, phase: str, price: float):
-  """Returns one row per part: its work and time, dense and sparse."""
+  """Returns a table with the work and time of each part, dense and sparse."""
   table = rich.table.Table(
       title=f'{phase}, per token at context {context:,}, {serving.chip.name}',
       title_justify='left', box=rich.box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True,
@@ -90,8 +90,8 @@ def phase_table(cfg: ModelConfig, serving: Serving, context: int, phase: str, pr
   table.add_column('\nbound by', no_wrap=True)
   both = [token_parts(cfg, context, phase, sparse=kind, serving=serving) for kind in (False, True)]
   for name in both[1]:
-    found = [parts[name] for parts in both if name in parts]
-    bound = ' / '.join(dict.fromkeys(part.bound for part in found))
+    present = [parts[name] for parts in both if name in parts]
+    bound = ' / '.join(dict.fromkeys(part.bound for part in present))
     table.add_row(name, *_cells([parts.get(name) for parts in both]), bound,
                   end_section=name == [*both[1]][-1])  # fmt: skip
   totals = [Part(*(sum(p[i] for p in parts.values()) for i in range(3)), '') for parts in both]
@@ -133,7 +133,7 @@ def main(_):
         price=PRICE.value, output_share=OUTPUT_SHARE.value, hit_share=HIT_SHARE.value,
     )  # fmt: skip
     tables = [phase_table(cfg, serving, CONTEXT.value, p, PRICE.value) for p in PHASES]
-  except ValueError as error:
+  except ConfigError as error:
     sys.exit(f'error: {error}')
   for table in tables:
     console.print(table)
@@ -148,16 +148,20 @@ def main(_):
 if __name__ == '__main__':
   DEFAULTS = Serving()
   MODEL = config_flags.DEFINE_config_file(
-      'model', 'configs/deepseek_v32.py', 'A file of configs/, of which `model` counts.'
+      'model', 'configs/deepseek_v32.py', 'A file of configs/; only its `model` is read.'
   )
-  CHIP = flags.DEFINE_enum('chip', 'h800', [*CHIPS], 'What to run on.')
-  CONTEXT = flags.DEFINE_integer('context', 131_072, 'Tokens that a token sees, itself included.')
+  CHIP = flags.DEFINE_enum('chip', 'h800', [*CHIPS], 'The chip to run on.')
+  CONTEXT = flags.DEFINE_integer(
+      'context', 131_072, 'The number of tokens that a token sees, itself included.'
+  )
   PRICE = flags.DEFINE_float('price', 2.0, 'Dollars per chip and hour.', lower_bound=0)
-  CACHE = flags.DEFINE_enum('cache', DEFAULTS.cache, ['fp8', 'bf16'], 'How keys are stored.')
+  CACHE = flags.DEFINE_enum('cache', DEFAULTS.cache, ['fp8', 'bf16'], 'The format of stored keys.')
   BATCH = flags.DEFINE_integer('batch', DEFAULTS.batch, 'Sequences per chip that decode together.')
   QUERIES = flags.DEFINE_integer(
-      'queries', DEFAULTS.queries, 'Tokens per sequence and decode step; more than 1: MTP.'
+      'queries', DEFAULTS.queries, 'Tokens per sequence and decode step; MTP gives more than 1.'
   )
-  OUTPUT_SHARE = flags.DEFINE_float('output_share', 0.1, "Of a call's tokens, those generated.")
-  HIT_SHARE = flags.DEFINE_float('hit_share', 0.0, 'Of its prompt, what is cached.')
+  OUTPUT_SHARE = flags.DEFINE_float(
+      'output_share', 0.1, "The share of a call's tokens that are generated."
+  )
+  HIT_SHARE = flags.DEFINE_float('hit_share', 0.0, 'The share of its prompt that is cached.')
   app.run(main)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a whole call costs, from what a token costs at each position."""
+"""Adds up the cost of a whole call from the cost of a token at each position."""
 
 from collections.abc import Mapping
 
@@ -10,7 +10,7 @@ from dsa_jax.cost.serving import Numbers, Serving, token_seconds
 
 
 class Curve:
-  """The cost of a token by its position: straight lines between points, from position 0 on."""
+  """The cost of a token by its position, as straight lines between points from position 0 on."""
 
   def __init__(self, positions: Numbers, costs: Numbers):
     self.positions, self.costs = np.asarray(positions, float), np.asarray(costs, float)
@@ -27,7 +27,7 @@ class Curve:
     return np.interp(position, self.positions, self.costs)
 
   def total(self, start: Numbers, stop: Numbers) -> Numbers:
-    """Returns the cost of all tokens of these positions, the last one left out."""
+    """Returns the cost of all tokens from position `start` to `stop`, which is left out."""
     return self._until(stop) - self._until(start)
 
   def _until(self, position: Numbers) -> Numbers:
@@ -62,11 +62,12 @@ def call_seconds(
   """Returns what a call costs, in the unit of the curves.
 
   Args:
-    prefill: Cost of a prompt token.
-    decode: Cost of a generated token.
-    inputs: Prompt tokens.
-    outputs: Generated tokens.
-    hit_share: Share of the prompt that is cached: its first tokens, which then cost nothing.
+    prefill: The cost of a prompt token.
+    decode: The cost of a generated token.
+    inputs: The number of prompt tokens.
+    outputs: The number of generated tokens.
+    hit_share: The share of the prompt that is cached. These are its first tokens, and they cost
+      nothing.
   """
   if np.any(np.less(hit_share, 0) | np.greater(hit_share, 1)):
     raise ConfigError(f'{hit_share=} must be within 0 and 1.')
@@ -83,7 +84,8 @@ def cheaper_from(
 ) -> float:
   """Returns the context from which on a sparse call costs at most `ratio` of a dense one.
 
-  The context is the whole call, prompt and answer; NaN if there is none up to the curves' limit.
+  The context is the whole call, prompt and answer. It is NaN if there is none up to the curves'
+  limit.
   """
   if not 0 <= output_share <= 1:
     raise ConfigError(f'{output_share=} must be within 0 and 1.')
@@ -97,7 +99,7 @@ def cheaper_from(
 
 
 def crossover(dense: Curve, sparse: Curve) -> float:
-  """Returns the position from which on a sparse token is the cheaper one; NaN if there is none."""
+  """Returns the position from which on a sparse token is the cheaper one, or NaN."""
   positions = np.geomspace(1, dense.limit, 4096)
   return _below_from(positions, sparse.at(positions) / dense.at(positions), 1.0)
 

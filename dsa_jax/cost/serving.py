@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Seconds per token by a roofline: a part is bound by arithmetic or memory, and parts add up."""
+"""Seconds per token by a roofline: arithmetic or memory bounds each part, and parts add up."""
 
 from collections.abc import Sequence
 import dataclasses
@@ -11,24 +11,24 @@ from dsa_jax.config import ConfigError, ModelConfig
 from dsa_jax.cost.chips import CHIPS, FITTED, Chip, Efficiency
 from dsa_jax.cost.work import Work, token_work
 
-Numbers = int | float | Sequence | np.ndarray  # One, or an array of them.
+Numbers = int | float | Sequence | np.ndarray  # One number, or an array of numbers.
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Serving:
-  """How a model is served; the defaults are DeepSeek's, as far as they are known.
+  """The setting that a model is served in; the defaults are DeepSeek's, as far as they are known.
 
-  128 sequences of 2 tokens: the setting of FlashMLA's published decode figure, the second token
-  from MTP, both counted as useful. 144 chips: DeepSeek's overview of its inference system (2025).
-  The chunk is ours: any large number gives the same seconds.
+  128 sequences of 2 tokens are the setting of FlashMLA's published decode figure; the second token
+  comes from MTP, and both count as useful. The 144 chips are those of DeepSeek's overview of its
+  inference system (2025). The chunk is our choice: any large number gives the same seconds.
   """
 
   chip: Chip = CHIPS['h800']
-  cache: str = 'fp8'  # Or 'bf16'.
-  batch: int = 128  # Sequences per chip that decode together.
-  queries: int = 2  # Tokens per sequence and decode step, which read its cache together.
-  chunk: int = 8192  # Prompt tokens per chip in one forward pass.
-  expert_chips: int = 144  # Chips that hold the routed experts between them.
+  cache: str = 'fp8'  # The format of stored keys: 'fp8' or 'bf16'.
+  batch: int = 128  # The number of sequences per chip that decode together.
+  queries: int = 2  # The tokens per sequence and decode step, which read its cache together.
+  chunk: int = 8192  # The number of prompt tokens per chip in one forward pass.
+  expert_chips: int = 144  # The number of chips that share the routed experts.
   prefill: Efficiency = FITTED['prefill']
   decode: Efficiency = FITTED['decode']
 
@@ -41,7 +41,7 @@ class Serving:
 
 
 class Part(NamedTuple):
-  """What a part of the model costs per token."""
+  """The cost per token of one part of the model."""
 
   flops: float
   bytes: float
@@ -54,19 +54,19 @@ def token_parts(
 ) -> dict[str, Part]:
   """Returns what one token costs, by part.
 
-  Attention runs in MHA form in dense prefill, in MQA form in decode; sparse prefill takes the
+  Attention runs in MHA form in dense prefill, and in MQA form in decode; sparse prefill takes the
   faster of masked MHA and gathered MQA. Index scores of a prompt are one large FP8 product and
-  reach the share of those with weights; in decode they read a cache, as attention does.
+  reach the share of products with weights; in decode they read a cache, as attention does.
 
   Args:
     cfg: The model.
-    context: Tokens that this one sees, itself included.
+    context: The number of tokens that this one sees, itself included.
     phase: 'prefill' or 'decode'.
     sparse: Whether an indexer selects among them.
-    serving: The chip and how it is used.
+    serving: The chip, and the setting that it serves in.
 
   Raises:
-    ValueError: The phase is unknown, or the model has no such context.
+    ConfigError: The phase is unknown, or the model has no such context.
   """
   if not 1 <= context <= cfg.max_seq_len:
     raise ConfigError(f'{context=} must be within 1 and max_seq_len={cfg.max_seq_len} of the model.')
@@ -79,11 +79,11 @@ def token_parts(
     forms, efficiency = ('mqa',), serving.decode
   else:
     raise ConfigError(f"{phase=} must be 'prefill' or 'decode'.")
-  found = []
+  candidates = []
   for form in forms:
     works = token_work(cfg, context, form=form, **shared)
-    found.append({work.part: _roofline(work, serving.chip, efficiency) for work in works})
-  return min(found, key=_total)
+    candidates.append({work.part: _roofline(work, serving.chip, efficiency) for work in works})
+  return min(candidates, key=_total)
 
 
 def token_seconds(
@@ -94,7 +94,7 @@ def token_seconds(
 
 
 def dollars_per_million(seconds: Numbers, price: float) -> Numbers:
-  """Returns dollars per million tokens of that many chip-seconds, at a price per chip-hour."""
+  """Returns dollars per million tokens of so many chip-seconds each, at a price per chip-hour."""
   return seconds * price / 3600 * 1e6
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The floating-point operations and bytes of one token, part by part. Two per multiply-add."""
+"""Counts the FLOPs and bytes of one token, part by part; a multiply-add is two FLOPs."""
 
 import math
 from typing import Literal, NamedTuple
@@ -12,17 +12,17 @@ class Work(NamedTuple):
 
   part: str
   flops: float
-  bytes: float  # Read or written; of what several tokens read together, this one's share.
+  bytes: float  # Bytes read or written; several tokens share what they read together.
   unit: Literal['fp8', 'bf16']
-  kind: Literal['weights', 'context', 'gather']  # Which efficiency applies.
+  kind: Literal['weights', 'context', 'gather']  # The efficiency that applies.
 
 
 def attention_flops(cfg: ModelConfig, context: int, *, sparse: bool) -> float:
   """Returns forward FLOPs per token of all layers' attention, averaged over a causal context.
 
-  Dense: every head's scores and values in MHA form, over (context + 1) / 2 visible keys. Sparse:
-  the indexer over the same keys, and the absorbed MQA form over at most `index_topk`. Projections,
-  which both share, are left out.
+  Dense attention takes every head's scores and values in MHA form, over (context + 1) / 2 visible
+  keys. Sparse attention takes the indexer over the same keys, and the absorbed MQA form over at
+  most `index_topk`. The projections, which both share, are left out.
   """
   visible = (context + 1) / 2
   if not sparse:
@@ -34,25 +34,25 @@ def attention_flops(cfg: ModelConfig, context: int, *, sparse: bool) -> float:
 
 
 def mha_flops(cfg: ModelConfig) -> int:
-  """Attention per query, key and layer where keys and values of each head are made up first."""
+  """Returns FLOPs per query, key and layer of attention with expanded keys and values."""
   return 2 * cfg.n_heads * (cfg.qk_nope_head_dim + cfg.qk_rope_head_dim + cfg.v_head_dim)
 
 
 def mqa_flops(cfg: ModelConfig) -> int:
-  """Attention per query, key and layer on the latents themselves (absorbed)."""
+  """Returns FLOPs per query, key and layer of attention on the latents themselves (absorbed)."""
   return 2 * cfg.n_heads * (2 * cfg.kv_lora_rank + cfg.qk_rope_head_dim)
 
 
 def index_flops(cfg: ModelConfig) -> int:
-  """Index scores per query, key and layer."""
+  """Returns FLOPs per query, key and layer of the index scores."""
   return 2 * cfg.index_n_heads * cfg.index_head_dim
 
 
 def latent_bytes(cfg: ModelConfig, cache: str) -> int:
-  """Bytes per token and layer of latent and rotary key.
+  """Returns the bytes per token and layer of latent and rotary key.
 
-  'fp8' as FlashMLA has it: the latent in FP8 with a float32 scale per 128 channels, the rotary key
-  in bfloat16.
+  The cache 'fp8' is FlashMLA's: the latent is FP8 with a float32 scale per 128 channels, and the
+  rotary key is bfloat16.
   """
   if cache == 'bf16':
     return 2 * (cfg.kv_lora_rank + cfg.qk_rope_head_dim)
@@ -60,12 +60,12 @@ def latent_bytes(cfg: ModelConfig, cache: str) -> int:
 
 
 def index_key_bytes(cfg: ModelConfig, cache: str) -> int:
-  """Bytes per token and full layer of the index key: in FP8 with one float32 scale, or bfloat16."""
+  """Returns the bytes of an index key: FP8 with one float32 scale, or bfloat16."""
   return 2 * cfg.index_head_dim if cache == 'bf16' else cfg.index_head_dim + 4
 
 
 def cache_bytes(cfg: ModelConfig, cache: str, *, sparse: bool = True) -> int:
-  """Bytes per cached token, all layers."""
+  """Returns the bytes per cached token, in all layers."""
   keys = len(cfg.full_layers) * index_key_bytes(cfg, cache) if sparse else 0
   return cfg.n_layers * latent_bytes(cfg, cache) + keys
 
@@ -90,53 +90,20 @@ def token_work(
 
   Args:
     cfg: The model.
-    context: Tokens that this one sees, itself included.
+    context: The number of tokens that this one sees, itself included.
     sparse: Whether an indexer selects among them.
-    form: Of attention. Sparse in MHA form masks: it computes every visible pair.
-    cache: How keys are stored.
-    readers: Query tokens of a sequence that read its cache together.
-    pass_tokens: Tokens per chip in one forward pass, which read the weights together.
-    chips: Over which routed experts are spread; all other weights are on each.
-    logits: Whether this token's logits are wanted; of a prompt only the last one's are.
-    scores: Which efficiency applies to index scores.
+    form: The form of attention. Sparse attention in MHA form computes every visible pair under a
+      mask.
+    cache: The format of stored keys.
+    readers: The number of a sequence's query tokens that read its cache together.
+    pass_tokens: The tokens per chip in one forward pass, which read the weights together.
+    chips: The number of chips that share the routed experts; each has all other weights.
+    logits: Whether this token's logits are wanted. Of a prompt, only the last token's are.
+    scores: The efficiency that applies to index scores.
   """
-  moe, dense = cfg.n_layers - cfg.n_dense_layers, cfg.n_dense_layers
-  experts = cfg.n_routed_experts
-  expert = 3 * cfg.dim * cfg.moe_inter_dim
-  mla = (
-      cfg.dim * (cfg.q_lora_rank + cfg.kv_lora_rank + cfg.qk_rope_head_dim)
-      + cfg.q_lora_rank * cfg.n_heads * (cfg.qk_nope_head_dim + cfg.qk_rope_head_dim)
-      + cfg.kv_lora_rank * cfg.n_heads * (cfg.qk_nope_head_dim + cfg.v_head_dim)
-      + cfg.n_heads * cfg.v_head_dim * cfg.dim
-  )
-  index = cfg.q_lora_rank * cfg.index_n_heads * cfg.index_head_dim + cfg.dim * (
-      cfg.index_head_dim + cfg.index_n_heads
-  )
-
-  def weights(part: str, size: int, unit='fp8'):
-    width = 1 if unit == 'fp8' else 2
-    return Work(part, 2 * size, size * width / pass_tokens, unit, 'weights')
-
-  # A large batch wakes every expert of a layer, a small one only some.
-  awake = experts * (1 - (1 - cfg.n_activated_experts / experts) ** (pass_tokens * chips))
-  routed = 2 * moe * cfg.n_activated_experts * expert
-  works = [
-      weights('projections', cfg.n_layers * mla),
-      weights('dense MLPs', dense * 3 * cfg.dim * cfg.inter_dim),
-      weights('router', moe * cfg.dim * experts, 'bf16'),
-      weights('shared experts', moe * cfg.n_shared_experts * expert),
-      Work('routed experts', routed, moe * awake * expert / chips / pass_tokens, 'fp8', 'weights'),
-      weights('head', cfg.dim * cfg.vocab_size if logits else 0, 'bf16'),
-  ]
+  works = _weight_works(cfg, pass_tokens, chips, logits)
   if sparse:
-    full = len(cfg.full_layers)
-    keys = full * context * index_key_bytes(cfg, cache) / readers
-    works += [
-        weights('index projections', full * index),
-        Work('index scores', full * context * index_flops(cfg), keys, cache, scores),
-        # Each score is written and read once, in float32.
-        Work('selection', 0, full * context * 8, 'bf16', 'context'),
-    ]
+    works += _index_works(cfg, context, cache, readers, pass_tokens, scores)
   entry = latent_bytes(cfg, cache)
   if sparse and form == 'mqa':  # Each query gathers its own keys.
     seen = cfg.n_layers * min(context, cfg.index_topk)
@@ -147,3 +114,50 @@ def token_work(
     seen = cfg.n_layers * context
     works.append(Work('attention', seen * pairs, seen * entry / readers, 'bf16', 'context'))
   return [work for work in works if work.flops or work.bytes]
+
+
+def _weight_works(cfg: ModelConfig, pass_tokens: int, chips: int, logits: bool) -> list[Work]:
+  """Returns the products with weights, except those of the indexer."""
+  moe, dense = cfg.n_layers - cfg.n_dense_layers, cfg.n_dense_layers
+  experts = cfg.n_routed_experts
+  expert = 3 * cfg.dim * cfg.moe_inter_dim
+  mla = (
+      cfg.dim * (cfg.q_lora_rank + cfg.kv_lora_rank + cfg.qk_rope_head_dim)
+      + cfg.q_lora_rank * cfg.n_heads * (cfg.qk_nope_head_dim + cfg.qk_rope_head_dim)
+      + cfg.kv_lora_rank * cfg.n_heads * (cfg.qk_nope_head_dim + cfg.v_head_dim)
+      + cfg.n_heads * cfg.v_head_dim * cfg.dim
+  )
+  # A large batch uses every expert of a layer, a small one only some.
+  used = experts * (1 - (1 - cfg.n_activated_experts / experts) ** (pass_tokens * chips))
+  routed = 2 * moe * cfg.n_activated_experts * expert
+  return [
+      _product('projections', cfg.n_layers * mla, pass_tokens),
+      _product('dense MLPs', dense * 3 * cfg.dim * cfg.inter_dim, pass_tokens),
+      _product('router', moe * cfg.dim * experts, pass_tokens, 'bf16'),
+      _product('shared experts', moe * cfg.n_shared_experts * expert, pass_tokens),
+      Work('routed experts', routed, moe * used * expert / chips / pass_tokens, 'fp8', 'weights'),
+      _product('head', cfg.dim * cfg.vocab_size if logits else 0, pass_tokens, 'bf16'),
+  ]
+
+
+def _index_works(
+    cfg: ModelConfig, context: int, cache: str, readers: int, pass_tokens: int, scores: str
+) -> list[Work]:
+  """Returns the indexer's products with weights, its scores, and the selection."""
+  full = len(cfg.full_layers)
+  weights = cfg.q_lora_rank * cfg.index_n_heads * cfg.index_head_dim + cfg.dim * (
+      cfg.index_head_dim + cfg.index_n_heads
+  )
+  keys = full * context * index_key_bytes(cfg, cache) / readers
+  return [
+      _product('index projections', full * weights, pass_tokens),
+      Work('index scores', full * context * index_flops(cfg), keys, cache, scores),
+      # Each score is written and read once, in float32.
+      Work('selection', 0, full * context * 8, 'bf16', 'context'),
+  ]
+
+
+def _product(part: str, size: int, pass_tokens: int, unit: str = 'fp8') -> Work:
+  """Returns the product of one token with weights of this size, which all tokens read together."""
+  width = 1 if unit == 'fp8' else 2
+  return Work(part, 2 * size, size * width / pass_tokens, unit, 'weights')

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From which length a call is half as expensive: published curves, model, list prices."""
+"""Computes the length from which a call is half as expensive, by curves, model and list prices."""
 
 import math
 
@@ -23,7 +23,7 @@ Curves = dict[str, dict[str, cost.Curve]]  # By phase, then by kind.
 
 
 def by_kind(curves: Curves, kind: str) -> dict[str, cost.Curve]:
-  return {phase: found[kind] for phase, found in curves.items()}
+  return {phase: kinds[kind] for phase, kinds in curves.items()}
 
 
 def half_from(curves: Curves, mix: dict[str, float], ratio: float = 0.5) -> float:
@@ -42,18 +42,18 @@ def cost_ratio(curves: Curves, mix: dict[str, float], length: int) -> float:
 
 
 def compare(curves: Curves, model: Curves) -> dict[str, dict[str, float]]:
-  """Returns, for each mix, what length halves a call and how that compares with the price cut."""
-  found = {}
+  """Returns, for each mix, the length that halves a call, beside what the price cut would need."""
+  by_mix = {}
   for name, mix in MIXES.items():
     price = cost.price_ratio(published.PRICES_BEFORE, published.PRICES_AFTER, **mix)
-    found[name] = mix | {
+    by_mix[name] = mix | {
         'half_from': half_from(curves, mix),
         'half_from_model': half_from(model, mix),
         'price_ratio': price,
         'as_cheap_as_priced_from': half_from(curves, mix, price),
         **{f'ratio_at_{length}': cost_ratio(curves, mix, length) for length in LENGTHS},
     }
-  return found
+  return by_mix
 
 
 def half_map(curves: Curves) -> np.ndarray:
@@ -67,17 +67,17 @@ def half_map(curves: Curves) -> np.ndarray:
 
 
 def answer(curves: Curves, compared: dict[str, dict[str, float]], halves: np.ndarray) -> str:
-  """Returns what came out, in words."""
+  """Returns the answer in words."""
   said = [
       'From which context length is a call half as expensive? By the published curves, from'
       f' {_tokens(np.nanmin(halves))} to {_tokens(np.nanmax(halves))} tokens, depending on its mix:'
   ]
   said.append(
       '; '.join(
-          f'{name} ({found["output_share"]:.0%} of the tokens generated,'
-          f' {found["hit_share"]:.0%} of the prompt cached) from {_tokens(found["half_from"])}'
-          f' (model: {_tokens(found["half_from_model"])})'
-          for name, found in compared.items()
+          f'{name} ({mix["output_share"]:.0%} of the tokens generated,'
+          f' {mix["hit_share"]:.0%} of the prompt cached) from {_tokens(mix["half_from"])}'
+          f' (model: {_tokens(mix["half_from_model"])})'
+          for name, mix in compared.items()
       )
       + '.'
   )
@@ -87,8 +87,8 @@ def answer(curves: Curves, compared: dict[str, dict[str, float]], halves: np.nda
       ' is the dearer one with DSA.'
   )
   cut = {
-      name: (found['price_ratio'], found['as_cheap_as_priced_from'])
-      for name, found in compared.items()
+      name: (mix['price_ratio'], mix['as_cheap_as_priced_from'])
+      for name, mix in compared.items()
   }
   first, last = (f(cut, key=lambda name: cut[name][1]) for f in (min, max))
   short, long = ([d[f'ratio_at_{n}'] for d in compared.values()] for n in (8192, 131_072))

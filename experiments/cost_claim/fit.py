@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Two shares of peak per phase, fitted to the published curves; and how far off the model stays."""
+"""Fits two shares of peak per phase to the published curves, and reports what errors remain."""
 
 import dataclasses
 from unittest import mock
@@ -8,17 +8,18 @@ import numpy as np
 import scipy.optimize
 
 from dsa_jax import cost
-from dsa_jax.config import ModelConfig
 from dsa_jax.cost import published, serving as serving_module
+from dsa_jax.families.deepseek import DEEPSEEK_V32
 
-CFG = ModelConfig()  # DeepSeek-V3.2.
+CFG = DEEPSEEK_V32
 PHASES, KINDS = ('prefill', 'decode'), ('dense', 'sparse')
 
 
 def fit(phase: str, serving: cost.Serving) -> cost.Serving:
   """Returns the same with the phase's `weights` and `context` of least squared relative error.
 
-  Over the nine positions of the published table, dense and sparse alike; rounded to three digits.
+  The error is taken over the nine positions of the published table, dense and sparse alike. The
+  shares are rounded to three digits.
   """
 
   def with_shares(x):
@@ -26,10 +27,10 @@ def fit(phase: str, serving: cost.Serving) -> cost.Serving:
     shares = dataclasses.replace(getattr(serving, phase), weights=weights, context=context)
     return dataclasses.replace(serving, **{phase: shares})
 
-  found = scipy.optimize.least_squares(
+  solution = scipy.optimize.least_squares(
       lambda x: errors(phase, with_shares(x)), x0=(0.4, 0.5), bounds=(0.05, 1.0)
   )
-  return with_shares(np.round(found.x, 3))
+  return with_shares(np.round(solution.x, 3))
 
 
 def errors(phase: str, serving: cost.Serving, positions=published.POSITIONS) -> np.ndarray:
@@ -46,15 +47,15 @@ def errors(phase: str, serving: cost.Serving, positions=published.POSITIONS) -> 
 
 
 def summary(phase: str, serving: cost.Serving) -> dict[str, float]:
-  """Returns the shares, the errors and what follows from the curves."""
-  found, limit = errors(phase, serving), published.POSITIONS[-1]
+  """Returns the shares, the errors, the ratio at 128K and the crossover."""
+  misses, limit = errors(phase, serving), published.POSITIONS[-1]
   dense, sparse = model_curves(serving)[phase].values()
   shares = getattr(serving, phase)
   return {
       'weights': shares.weights,
       'context': shares.context,
-      'worst_error': float(np.abs(found).max()),
-      'mean_error': float(np.abs(found).mean()),
+      'worst_error': float(np.abs(misses).max()),
+      'mean_error': float(np.abs(misses).mean()),
       'ratio_at_128k': float(dense.at(limit) / sparse.at(limit)),
       'crossover': cost.crossover(dense, sparse),
   }
@@ -93,15 +94,16 @@ def variations(serving: cost.Serving) -> dict[str, dict[str, dict[str, float]]]:
       'bf16 cache': {'cache': 'bf16'},
       '12 sequences per chip, what 80 GB hold at 128K': {'batch': 12},
   }
-  found = {name: _fitted(dataclasses.replace(serving, **x)) for name, x in changes.items()}
+  summaries = {name: _fitted(dataclasses.replace(serving, **x)) for name, x in changes.items()}
   original = cost.token_work
 
   def regrouped(*args, scores='context', **kwargs):
     return original(*args, scores={'context': 'weights', 'weights': 'context'}[scores], **kwargs)
 
   with mock.patch.object(serving_module, 'token_work', regrouped):
-    found['index scores at the share of attention (prefill), of the weights (decode)'] = _fitted(serving)
-  return found
+    name = 'index scores at the share of attention (prefill), of the weights (decode)'
+    summaries[name] = _fitted(serving)
+  return summaries
 
 
 def _fitted(serving: cost.Serving) -> dict[str, dict[str, float]]:
@@ -111,8 +113,8 @@ def _fitted(serving: cost.Serving) -> dict[str, dict[str, float]]:
 def slopes() -> dict[str, float]:
   """Returns what the published slopes mean on an H800, without any model of the rest.
 
-  FLOP/s of dense attention (MHA in prefill, MQA in decode) and of index scores, and bytes per
-  second of index keys if each decoded token read its own.
+  These are the FLOP/s of dense attention (MHA in prefill, MQA in decode) and of index scores, and
+  the bytes of index keys per second if each decoded token read its own.
   """
 
   def per_key(phase, kind):
@@ -137,7 +139,7 @@ def slopes() -> dict[str, float]:
 def unexplained(phase: str, serving: cost.Serving) -> dict[str, float]:
   """Returns what sparse costs more than dense at position 0, where nothing is to be selected.
 
-  `least_error`: what two shares of peak cannot avoid there, since they move both alike.
+  `least_error` is the error that two shares of peak cannot avoid there, since they move both alike.
   """
   there = {k: float(published.CURVES[phase, k].at(0)) for k in KINDS}
   model = {

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The claim on this machine: prefill and decode of a real model, dense and sparse, ever longer.
+"""Measures the claim on this machine: prefill and decode, dense and sparse, by context.
 
 python experiments/cost_claim/measure.py [--longest 65536] [--out FOLDER]
 
-Writes measured.json, measured.md and measured.png. The model is small, its weights and what its
-cache holds are random: time does not depend on them. Decoding runs over consecutive tokens, the
-context growing by one each; dense and sparse run by turns, and a figure is the median of all tokens
-but those of the first turn, which compiles. 'indexer' is what sparse decoding scores and selects
-with, run by itself. What is predicted is the arithmetic of dsa_jax.cost at this machine's own speed of
-one large matrix product and of one large copy.
+Writes measured.json, measured.md and measured.png. The model is small; its weights and the rows of
+its cache are random, because time does not depend on them. Decoding runs over consecutive tokens,
+so that the context grows by one with each. Dense and sparse decoding take turns, and a figure is
+the median of all tokens but those of the first turn, which compiles. 'indexer' is the scoring and
+selecting of sparse decoding, run by itself. Predictions are the arithmetic of dsa_jax.cost at the
+speed that this machine reaches in one large matrix product and in one large copy.
 """
 
 import argparse
@@ -34,8 +34,8 @@ from dsa_jax.kernels.backend import default_backend
 from dsa_jax.training.state import init_params, model_graph
 
 CHUNK = 512
-TOKENS = {'prefill': CHUNK, 'decode': 1}  # Of a step.
-STEPS = {'prefill': 1, 'decode': 12}  # Of a turn.
+TOKENS = {'prefill': CHUNK, 'decode': 1}  # Tokens of a step.
+STEPS = {'prefill': 1, 'decode': 12}  # Steps of a turn.
 TURNS = {'prefill': 3, 'decode': 4}
 KINDS = {'prefill': ('dense', 'sparse'), 'decode': ('dense', 'sparse', 'indexer')}
 
@@ -50,7 +50,7 @@ def small_model(longest: int) -> ModelConfig:
 
 
 def this_machine() -> Chip:
-  """What one product and one copy reach."""
+  """Returns the peaks of this machine: what one product and one copy reach."""
   a = jnp.ones((2048, 2048))
   product = fastest(jax.jit(lambda a: a @ a), a, runs=5)
   b = jnp.ones(2**26)
@@ -72,7 +72,7 @@ def fastest(f, *arguments, runs: int) -> float:
 def measure(cfg: ModelConfig, contexts: list[int]) -> dict[str, dict[str, list[float]]]:
   """Returns seconds per token at each context, by phase and by kind."""
   params, programs = init_params(cfg, seed=0), make_programs(cfg)
-  found = {phase: {kind: [] for kind in kinds} for phase, kinds in KINDS.items()}
+  per_token = {phase: {kind: [] for kind in kinds} for phase, kinds in KINDS.items()}
   for context in contexts:
     cache = full_cache(cfg, context)
     for phase, width in TOKENS.items():
@@ -88,14 +88,15 @@ def measure(cfg: ModelConfig, contexts: list[int]) -> dict[str, dict[str, list[f
             if turn:
               seconds[kind].append((time.perf_counter() - began) / width)
       for kind, each in seconds.items():
-        found[phase][kind].append(float(np.median(each)))
-      row = {kind: found[phase][kind][-1] for kind in seconds}
-      print(f'{phase} at {context:,}: ' + ', '.join(f'{k} {1e3 * s:.2f} ms' for k, s in row.items()))
-  return found
+        per_token[phase][kind].append(float(np.median(each)))
+      row = {kind: per_token[phase][kind][-1] for kind in seconds}
+      times = ', '.join(f'{kind} {1e3 * s:.2f} ms' for kind, s in row.items())
+      print(f'{phase} at {context:,}: {times}')
+  return per_token
 
 
 def make_programs(cfg: ModelConfig):
-  """Returns the step of each kind: parameters, cache and tokens to an output and the next cache."""
+  """Returns the step of each kind, which turns parameters, cache and tokens into the next cache."""
   graph, backend = model_graph(cfg), default_backend()
 
   def step(params, cache, tokens, n_new, attention):
@@ -108,15 +109,15 @@ def make_programs(cfg: ModelConfig):
   weights = jax.random.normal(jax.random.key(1), heads)
 
   def indexer(params, cache, tokens, n_new):
-    """Each layer's scores and selection."""
+    """Scores and selects in each layer."""
     del params, tokens
     end = (cache.length + n_new)[:, None]
     capacity = cache.capacity(cfg)
-    how = {'topk': cfg.index_topk, 'backend': backend}
 
     def layer(first):
       span = first, capacity
-      return index_topk(q, cache.index_key.rows, weights, jnp.zeros_like(end), end, span=span, **how)
+      inputs = q, cache.index_key.rows, weights, jnp.zeros_like(end), end
+      return index_topk(*inputs, topk=cfg.index_topk, span=span, backend=backend)
 
     selected = jax.lax.map(layer, capacity * jnp.arange(cfg.n_layers))
     return selected, cache._replace(length=cache.length + n_new)
@@ -127,18 +128,19 @@ def make_programs(cfg: ModelConfig):
 
 
 def full_cache(cfg: ModelConfig, capacity: int):
-  """A cache that holds just the context, of random rows."""
+  """Returns a cache with random rows that holds just the context."""
   cache = init_cache(cfg, 1, capacity, fmt='float32')
   fill = lambda x: jax.random.normal(jax.random.key(0), x.shape, x.dtype)
   return cache._replace(**jax.tree.map(fill, {'kv': cache.kv, 'index_key': cache.index_key}))
 
 
 def predict(cfg: ModelConfig, contexts: list[int], chip: Chip) -> dict[str, dict[str, list[float]]]:
-  """Returns what the roofline says at the peaks of this machine: every part at full speed."""
+  """Returns what the roofline predicts where every part reaches the peaks of this machine."""
   peak = Efficiency(weights=1.0, context=1.0, bandwidth=1.0)
   serving = Serving(
-      chip=chip, cache='bf16', batch=1, queries=1, chunk=CHUNK, expert_chips=1, prefill=peak, decode=peak
-  )
+      chip=chip, cache='bf16', batch=1, queries=1, chunk=CHUNK, expert_chips=1,
+      prefill=peak, decode=peak,
+  )  # fmt: skip
 
   def seconds(context, phase, kind):
     parts = token_parts(cfg, context, phase, sparse=kind != 'dense', serving=serving)
@@ -149,7 +151,7 @@ def predict(cfg: ModelConfig, contexts: list[int], chip: Chip) -> dict[str, dict
 
 
 def slope(contexts: list[int], seconds: list[float]) -> float:
-  """Seconds per token for each further token of context, by least squares of relative errors."""
+  """Returns the seconds per token that each further token of context adds, by least squares."""
   x, y = np.array(contexts, float), np.array(seconds)
   design = np.stack([np.ones_like(x), x], axis=1) / y[:, None]
   return float(np.linalg.lstsq(design, np.ones_like(y), rcond=None)[0][1])
@@ -161,7 +163,8 @@ def table(report: dict) -> str:
   names = [f'{phase} {kind}, ms' for phase, kind in columns]
   names += [f'{phase}, times cheaper' for phase in KINDS]
   lines = [
-      f"{report['machine']}; {report['gflops']:.0f} GFLOP/s in a product, {report['gbytes']:.1f} GB/s in a copy.",
+      f"{report['machine']}; {report['gflops']:.0f} GFLOP/s in a product,"
+      f" {report['gbytes']:.1f} GB/s in a copy.",
       '',
       f"| context | {' | '.join(names)} |",
       '| ---: |' + ' ---: |' * len(names),
@@ -172,14 +175,16 @@ def table(report: dict) -> str:
     lines.append(f"| {context:,} | {' | '.join(cells)} |")
   lines += [
       '',
-      '| | measured, from first to last | µs per token and 1K of context: measured | at peak speed | share of peak |',
+      '| | measured, from first to last | µs per token and 1K of context: measured'
+      ' | at peak speed | share of peak |',
       '| --- | ---: | ---: | ---: | ---: |',
   ]
   for phase, kind in columns:
     values, peak = measured[phase][kind], predicted[phase][kind]
-    found, best = (1e9 * slope(contexts, v) for v in (values, peak))
+    slope_here, slope_at_peak = (1e9 * slope(contexts, v) for v in (values, peak))
     lines.append(
-        f'| {phase}, {kind} | {values[-1] / values[0]:.2f} x | {found:.3g} | {best:.3g} | {best / found:.0%} |'
+        f'| {phase}, {kind} | {values[-1] / values[0]:.2f} x | {slope_here:.3g}'
+        f' | {slope_at_peak:.3g} | {slope_at_peak / slope_here:.0%} |'
     )
   if len(contexts) > 1:
     lines += ['', residual(measured['decode'])]
@@ -187,12 +192,12 @@ def table(report: dict) -> str:
 
 
 def residual(decode: dict[str, list[float]]) -> str:
-  """Says what the indexer is of what a sparse token's time grows by."""
+  """Returns a sentence on the indexer's share of the growth of a sparse token's time."""
   sparse, indexer = (1e3 * (decode[kind][-1] - decode[kind][0]) for kind in ('sparse', 'indexer'))
   share = f', {indexer / sparse:.0%} of it' if sparse > 0 else ''
   return (
-      f'From the first context to the last a sparse decoded token takes {sparse:.2f} ms more; scoring and'
-      f' selecting, run by themselves, take {indexer:.2f} ms more{share}.'
+      f'From the first context to the last a sparse decoded token takes {sparse:.2f} ms more;'
+      f' scoring and selecting, run by themselves, take {indexer:.2f} ms more{share}.'
   )
 
 
@@ -204,7 +209,8 @@ def plot(report: dict, path: pathlib.Path):
       measured, peak = (1e3 * np.array(report[x][phase][kind]) for x in ('measured', 'predicted'))
       panel.plot(report['contexts'], measured, 'o-', color=colors[kind], label=f'{kind}, measured')
       panel.plot(report['contexts'], peak, ':', color=colors[kind], label=f'{kind}, at peak speed')
-    panel.set(xscale='log', yscale='log', title=phase, xlabel='tokens of context', ylabel='ms per token')
+    panel.set(xscale='log', yscale='log', title=phase)
+    panel.set(xlabel='tokens of context', ylabel='ms per token')
     panel.set_xticks(report['contexts'], [f'{c // 1024}K' for c in report['contexts']])
     panel.set_xticks([], minor=True)
     panel.set_ylim(top=10 * panel.get_ylim()[1])  # Room for the legend.
@@ -222,7 +228,10 @@ def main():
   contexts = [c for c in (2**n for n in range(12, 30)) if c <= options.longest]
   cfg, chip = small_model(options.longest), this_machine()
   report = {
-      'machine': f'{jax.devices()[0].device_kind}, {platform.processor() or platform.machine()}, jax {jax.__version__}',
+      'machine': ', '.join(
+          [jax.devices()[0].device_kind, platform.processor() or platform.machine(),
+           f'jax {jax.__version__}']
+      ),  # fmt: skip
       'gflops': chip.bf16 / 1e9,
       'gbytes': chip.bandwidth / 1e9,
       'contexts': contexts,

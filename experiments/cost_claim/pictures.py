@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The model beside the published curves, and the map of the lengths that halve a call."""
+"""Draws the model beside the published curves, and a map of the lengths that halve a call."""
 
 import pathlib
 
@@ -16,7 +16,7 @@ COLOURS = {'dense': '#404040', 'sparse': '#0072B2'}
 
 
 def draw_curves(path: pathlib.Path, model: Curves) -> None:
-  """Dollars per million tokens by position: published points, fitted lines."""
+  """Draws dollars per million tokens by position: published points and fitted lines."""
   with matplotlib.rc_context(plots.RC):
     figure = mpl_figure.Figure(figsize=(10, 4.4), dpi=150, layout='constrained')
     for axes, phase in zip(figure.subplots(1, 2), model):
@@ -41,7 +41,7 @@ def draw_curves(path: pathlib.Path, model: Curves) -> None:
 
 
 def draw_halves(path: pathlib.Path, halves: np.ndarray) -> None:
-  """Context from which a call costs half, by output share and cache-hit share."""
+  """Draws the context from which a call costs half, by output share and cache-hit share."""
   with matplotlib.rc_context(plots.RC | {'axes.grid': False}):
     figure = mpl_figure.Figure(figsize=(7, 4.6), dpi=150, layout='constrained')
     axes = figure.subplots()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Holds the cost model against the published curves: cost_claim.json, table.md and two pictures.
+"""Compares the cost model with the published curves in cost_claim.json, table.md and two pictures.
 
 python experiments/cost_claim/run.py [FOLDER]
 """
@@ -33,7 +33,7 @@ def results() -> dict:
   curves = {p: {k: published.CURVES[p, k] for k in fit.KINDS} for p in fit.PHASES}
   compared = calls.compare(curves, model)
   halves = calls.half_map(curves)
-  found = {
+  report = {
       'phases': {
           phase: {
               'model': fit.summary(phase, serving),
@@ -49,8 +49,8 @@ def results() -> dict:
       'verdict': '',
       'answer': calls.answer(curves, compared, halves),
   }
-  found['verdict'] = verdict(found['phases'])
-  return found | {'_model': model, '_halves': halves}
+  report['verdict'] = verdict(report['phases'])
+  return report | {'_model': model, '_halves': halves}
 
 
 def positions(phase: str, serving: cost.Serving) -> list[dict]:
@@ -68,12 +68,12 @@ def positions(phase: str, serving: cost.Serving) -> list[dict]:
 
 
 def verdict(phases: dict) -> str:
-  """Returns whether the bar is met, and where the model is furthest off."""
+  """Returns, in words, whether the bar is met and where the model is furthest off."""
   said = []
-  for phase, found in phases.items():
-    errors = [(abs(r[f'{k}_error']), k, r) for r in found['positions'] for k in fit.KINDS]
+  for phase, of_phase in phases.items():
+    errors = [(abs(r[f'{k}_error']), k, r) for r in of_phase['positions'] for k in fit.KINDS]
     worst, kind, row = max(errors, key=lambda x: x[0])
-    zero, model, there = found['at_position_0'], found['model'], found['published']
+    zero, model, there = of_phase['at_position_0'], of_phase['model'], of_phase['published']
     said.append(
         f'{phase.capitalize()}: with two fitted shares of peak (weights {model["weights"]:.3f},'
         f' context {model["context"]:.3f}) the largest of {len(errors)} errors is'
@@ -91,12 +91,12 @@ def verdict(phases: dict) -> str:
   return ' '.join(said)
 
 
-def markdown(found: dict) -> str:
+def markdown(report: dict) -> str:
   parts = ['# Published and modelled cost of a token, and of a call',
            'Written by `python experiments/cost_claim/run.py`.',
-           '## The answer', found['answer'], '## The model against the published curves',
-           found['verdict']]  # fmt: skip
-  for phase, data in found['phases'].items():
+           '## The answer', report['answer'], '## The model against the published curves',
+           report['verdict']]  # fmt: skip
+  for phase, data in report['phases'].items():
     rows = [
         [f'{row["position"] / 1024:g}K']
         + [form.format(row[f'{k}_{name}']) for k in fit.KINDS
@@ -112,11 +112,11 @@ def markdown(found: dict) -> str:
   parts += ['## What the published slopes say by themselves', table(
       ['slope read as', 'rate', 'of the peak'],
       [[name, f'{rate / 1e12:.1f} T', f'{rate / peak(name):.0%}']
-       for name, rate in found['published_slopes'].items()])]  # fmt: skip
+       for name, rate in report['published_slopes'].items()])]  # fmt: skip
   rows = [
       [name] + [form.format(data[phase][key]) for phase in fit.PHASES for key, form in (
           ('worst_error', '{:.1%}'), ('ratio_at_128k', '{:.2f}'), ('crossover', '{:,.0f}'))]
-      for name, data in found['variations'].items()
+      for name, data in report['variations'].items()
   ]  # fmt: skip
   columns = 'worst error', 'ratio at 128K', 'crossover'
   header = ['', *(f'{phase}: {name}' for phase in fit.PHASES for name in columns)]
@@ -125,7 +125,7 @@ def markdown(found: dict) -> str:
       [name, f'{d["output_share"]:.0%}', f'{d["hit_share"]:.0%}', tokens(d['half_from']),
        tokens(d['half_from_model']), *(f'{d[f"ratio_at_{n}"]:.2f}' for n in calls.LENGTHS),
        f'{d["price_ratio"]:.2f}', tokens(d['as_cheap_as_priced_from'])]
-      for name, d in found['calls'].items()
+      for name, d in report['calls'].items()
   ]  # fmt: skip
   parts += ['## Calls: sparse over dense, published curves and list prices', table(
       ['call', 'generated', 'cached', 'half from', 'half from (model)', 'cost at 8K', 'at 32K',
@@ -150,17 +150,17 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def main():
   folder = pathlib.Path(sys.argv[1]) if len(sys.argv) > 1 else HERE
   folder.mkdir(parents=True, exist_ok=True)
-  found = results()
-  model, halves = found.pop('_model'), found.pop('_halves')
-  (folder / 'cost_claim.json').write_text(json.dumps(_finite(found), indent=2) + '\n')
-  (folder / 'table.md').write_text(markdown(found))
+  report = results()
+  model, halves = report.pop('_model'), report.pop('_halves')
+  (folder / 'cost_claim.json').write_text(json.dumps(_finite(report), indent=2) + '\n')
+  (folder / 'table.md').write_text(markdown(report))
   pictures.draw_curves(folder / 'curves.png', model)
   pictures.draw_halves(folder / 'half_cost.png', halves)
-  print(f'{found["verdict"]}\n\n{found["answer"]}\n\nwritten to {folder}')
+  print(f'{report["verdict"]}\n\n{report["answer"]}\n\nwritten to {folder}')
 
 
 def _finite(value):
-  """The same, with null for NaN, rounded to six digits: the last ones vary between machines."""
+  """Returns a value rounded to six digits, which all machines agree on, with None for NaN."""
   if isinstance(value, dict):
     return {key: _finite(item) for key, item in value.items()}
   if isinstance(value, list):

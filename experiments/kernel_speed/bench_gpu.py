@@ -29,15 +29,18 @@ from jax.experimental.pallas import tpu as pltpu
 import jax.numpy as jnp
 import numpy as np
 
-from dsa_jax.compile.chips import GPUS
+from dsa_jax.chips import DEVICES
+from dsa_jax.families.deepseek import DEEPSEEK_V32
 from dsa_jax.kernels import index_kl, index_scores, index_topk, sparse_attention
 
 HERE = pathlib.Path(__file__).parent
 CHECKED = 64  # Queries.
 TOLERANCE = 2e-2  # Of the largest value: inputs are bfloat16.
-DENSE = dict(E=192, V=128)
+DENSE = dict(  # Channels of a head whose key and value are its own.
+    E=DEEPSEEK_V32.qk_nope_head_dim + DEEPSEEK_V32.qk_rope_head_dim, V=DEEPSEEK_V32.v_head_dim
+)
 SQUARE = 32_768, 32  # Keys and queries, and index heads, of the published figure for selection.
-PEAK = GPUS['h200']
+PEAK = DEVICES['h200']
 THREADS = 12  # That compile.
 
 
@@ -126,8 +129,8 @@ def topk(d, backend, x):
 
 
 def attend(d, backend, x):
-  how = dict(v_dim=d['V'], sm_scale=d['E'] ** -0.5, backend=backend)
-  return sparse_attention(x['q'], x['kv'], x['indices'], **how)
+  inputs = x['q'], x['kv'], x['indices']
+  return sparse_attention(*inputs, v_dim=d['V'], sm_scale=d['E'] ** -0.5, backend=backend)
 
 
 def attend_backward(d, backend, x):
@@ -207,7 +210,8 @@ def measured(d, args):
       cases.append(((batch, n, 1), 'dense_decode', functools.partial(dense_decode, d)))
   if not args.small:
     n, heads = SQUARE
-    shapes['square', n, n] = functools.partial(random_inputs, 1, n, n, d | dict(H=1, V=1, E=2, I=heads))
+    small = d | dict(H=1, V=1, E=2, I=heads)
+    shapes['square', n, n] = functools.partial(random_inputs, 1, n, n, small)
     cases.append((('square', n, n), 'index_topk', functools.partial(topk, d, 'gpu')))
   compile_inputs = lambda f: jax.jit(f).lower(jnp.int32(0)).compile()
   compile_one = lambda case: (
@@ -236,8 +240,11 @@ def dense_inputs(n_keys, n_queries, d, seed):
 
 def dense_programs(portable: bool):
   def attend(q, k, v):
-    how = dict(is_causal=q.shape == k.shape, implementation='xla' if portable else 'cudnn')
-    return jax.nn.dot_product_attention(q, k, v, **how)
+    implementation = 'xla' if portable else 'cudnn'
+    is_causal = q.shape == k.shape
+    return jax.nn.dot_product_attention(
+        q, k, v, is_causal=is_causal, implementation=implementation
+    )
 
   def backward(x):
     return jax.vjp(attend, x['q'], x['k'], x['v'])[1](x['q'])
@@ -268,7 +275,7 @@ def row_of(name, size, run, sets, d, args):
   flops, bytes_, causal = work(name, kind, n_keys, n_queries, d)
   row = {'S': n_keys, 'queries': n_queries * batch, 'program': name, 'device_ms': device_ms}
   row |= {'wall_ms': float(np.median(wall))}
-  row |= {'roofline_ms': 1e3 * batch * max(flops / PEAK.flops, bytes_ / PEAK.bytes)}
+  row |= {'roofline_ms': 1e3 * batch * max(flops / PEAK.bf16, bytes_ / PEAK.bandwidth)}
   row |= {'tflops': None if args.interpret else batch * flops / device_ms / 1e9}
   row |= {'causal_ms': device_ms * causal} if device and causal < 1 else {}
   return row | ({'sequences': batch} if n_queries == 1 else {}) | (
@@ -277,7 +284,7 @@ def row_of(name, size, run, sets, d, args):
 
 
 def work(name, kind, n_keys, n_queries, d) -> tuple[float, float, float]:
-  """FLOPs by the usual convention, bytes that must move, and the share of causal pairs among all."""
+  """Returns FLOPs by the usual convention, bytes that must move, and the share of causal pairs."""
   h, e, v, j = (d[x] for x in 'HEVJ')
   i = SQUARE[1] if kind == 'square' else d['I']
   topk = min(d['K'], n_keys)
@@ -354,7 +361,10 @@ def comparison(rows: list[dict]):
   alike = [row for row in rows if 'index_heads' not in row]
   prefill = {(row['program'], row['S']): row for row in alike if 'sequences' not in row}
   ms = lambda name, n: prefill[name, n].get('causal_ms', prefill[name, n]['device_ms'])
-  yield '\n| S | dense forward, ms | selection + sparse | times | and backward, dense | sparse, KL | times |'
+  yield (
+      '\n| S | dense forward, ms | selection + sparse | times'
+      ' | and backward, dense | sparse, KL | times |'
+  )
   yield '| ---: |' + ' ---: |' * 6
   for n in sorted({n for name, n in prefill if name == 'sparse_forward'}):
     if prefill['sparse_forward', n]['device_ms'] is None:
@@ -364,7 +374,8 @@ def comparison(rows: list[dict]):
     both += [(ms('dense_forward_backward', n), sum(ms(name, n) for name in trained))]
     cells = [f'{dense:.2f} | {sparse:.2f} | {dense / sparse:.2f}' for dense, sparse in both]
     yield f'| {n} | ' + ' | '.join(cells) + ' |'
-  decoded = {(row['program'], row['S'], row['sequences']): row for row in rows if 'sequences' in row}
+  decoding = [row for row in rows if 'sequences' in row]
+  decoded = {(row['program'], row['S'], row['sequences']): row for row in decoding}
   yield '\n| S | sequences | dense decoding, ms | selection + sparse | times |'
   yield '| ---: |' + ' ---: |' * 4
   for name, n, batch in decoded:

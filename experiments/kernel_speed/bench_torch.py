@@ -8,7 +8,11 @@ queries of a context; keys of 192 channels, values of 128 (padded to 192 for the
 import importlib.util
 import time
 
-H, E, V = 128, 192, 128
+from dsa_jax.families.deepseek import DEEPSEEK_V32
+
+H = DEEPSEEK_V32.n_heads
+E = DEEPSEEK_V32.qk_nope_head_dim + DEEPSEEK_V32.qk_rope_head_dim
+V = DEEPSEEK_V32.v_head_dim
 
 
 def rows(args):

@@ -18,6 +18,7 @@ from jax.experimental.pallas import tpu as pltpu
 import jax.numpy as jnp
 import numpy as np
 
+from dsa_jax.families.deepseek import DEEPSEEK_V32
 from dsa_jax.kernels import (
     dense_attention,
     index_kl,
@@ -29,7 +30,14 @@ from dsa_jax.kernels.indexed_attention import tpu as indexed
 from dsa_jax.kernels.tpu import resident, sparse_cores
 from dsa_jax.kernels.tpu.shards import Shards
 
-DIMS = dict(H=128, E=576, V=512, I=64, J=128, K=2048)
+DIMS = dict(
+    H=DEEPSEEK_V32.n_heads,
+    E=DEEPSEEK_V32.kv_lora_rank + DEEPSEEK_V32.qk_rope_head_dim,
+    V=DEEPSEEK_V32.kv_lora_rank,
+    I=DEEPSEEK_V32.index_n_heads,
+    J=DEEPSEEK_V32.index_head_dim,
+    K=DEEPSEEK_V32.index_topk,
+)
 SMALL = dict(H=8, E=40, V=24, I=4, J=16, K=24)
 HERE = pathlib.Path(__file__).parent
 KINDS = {'TPU v5': 'v5p', 'TPU v5p': 'v5p', 'TPU v6 lite': 'v6e', 'TPU7x': 'tpu7x'}
@@ -58,7 +66,8 @@ def main():
     raise SystemExit(f'no TPU here, only {jax.default_backend()}; see --interpret.')
   rows = [row for n in args.sizes for row in measure(n, args)]
   device = jax.devices()[0].device_kind
-  args.json.write_text(json.dumps({'device': device, 'jax': jax.__version__, 'rows': rows}, indent=1))
+  report = {'device': device, 'jax': jax.__version__, 'rows': rows}
+  args.json.write_text(json.dumps(report, indent=1))
 
 
 def measure(n_keys: int, args):
@@ -115,19 +124,22 @@ def topk(backend, x, d):
 
 
 def programs(d):
-  how = dict(sm_scale=d['E'] ** -0.5)
+  scale = d['E'] ** -0.5
 
   def attend(backend, x, q, kv):
-    return sparse_attention(q, kv, x['indices'], v_dim=d['V'], backend=backend, **how)
+    indices = x['indices']
+    return sparse_attention(q, kv, indices, v_dim=d['V'], sm_scale=scale, backend=backend)
 
   def select_and_attend(backend, x):
     index = x['index_q'], x['index_k'], x['weights'], x['start'], x['end']
     widths = dict(topk=d['K'], v_dim=d['V'])
-    return indexed_attention(x['q'], x['kv'], *index, **widths, **how, backend=backend)[0]
+    inputs = x['q'], x['kv'], *index
+    return indexed_attention(*inputs, **widths, sm_scale=scale, backend=backend)[0]
 
   def gather_lines(backend, x):
     """One line, 512 bytes, of each row that 128 queries select: for the rate of SparseCores."""
-    rows = resident.Rows(d['E'], x['kv'].dtype).lines * jnp.maximum(x['indices'][0, :128], 0).ravel()
+    lines = resident.Rows(d['E'], x['kv'].dtype).lines
+    rows = lines * jnp.maximum(x['indices'][0, :128], 0).ravel()
     on_sparse_cores = backend == 'tpu' and sparse_cores.available()
     return sparse_cores.gather(x['lines'], rows) if on_sparse_cores else x['lines'][rows]
 
@@ -138,7 +150,7 @@ def programs(d):
   def kl_grad(backend, x, indices, lse):
     op = lambda *index: index_kl(
         x['q'], x['kv'][:, :, None], lse, *index, x['start'], x['end'],
-        indices=indices, backend=backend, **how,
+        sm_scale=scale, indices=indices, backend=backend,
     )
     kl, vjp = jax.vjp(op, x['index_q'], x['index_k'], x['weights'])
     return kl, vjp(jnp.ones_like(kl))
@@ -152,7 +164,7 @@ def programs(d):
   def dense(backend, x):
     k = x['kv'][:, :, None]
     return dense_attention(
-        x['q'], k, k[..., : d['V']], x['start'], x['end'], backend=backend, **how
+        x['q'], k, k[..., : d['V']], x['start'], x['end'], sm_scale=scale, backend=backend
     )
 
   return {
@@ -182,9 +194,12 @@ def median_seconds(run, x, runs: int) -> float:
 
 def difference(actual, expected) -> float:
   """The largest difference, relative to the largest value of its array."""
-  as_float = lambda x: np.where(np.isfinite(x), x, 0).astype(np.float64)
-  pairs = zip(jax.tree.leaves(actual), jax.tree.leaves(expected))
-  pairs = [(as_float(np.asarray(a, np.float32)), as_float(np.asarray(b, np.float32))) for a, b in pairs]
+
+  def leaves(tree):
+    arrays = [np.asarray(x, np.float32) for x in jax.tree.leaves(tree)]
+    return [np.where(np.isfinite(x), x, 0).astype(np.float64) for x in arrays]
+
+  pairs = zip(leaves(actual), leaves(expected))
   return max(float(np.abs(a - b).max() / max(np.abs(b).max(), 1e-30)) for a, b in pairs)
 
 

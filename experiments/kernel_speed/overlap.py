@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What neighbouring queries select in common, by position, layer and stage, in finished runs:
+"""Measures what neighbouring queries of finished runs select in common.
 
 python experiments/kernel_speed/overlap.py runs/quickstart runs/recall
 
-For queries that have to choose, the share of what each selects that the query before it also did.
+Writes, by position, layer and stage, the share of a query's selected tokens that the query before
+it also selected, for queries that have to choose.
 """
 
 import json
@@ -19,8 +20,9 @@ from dsa_jax.kernels.backend import default_backend
 from dsa_jax.nn.attention.types import Mode
 from dsa_jax.reporting.evaluate import measure
 
-STAGES = {'warmup': 'dense', 'sparse': 'sparse'}  # How the model attends in each.
-FACTORS = 1, 1.5, 2, 3, 4, 6, 8  # Of the budget: where ranges of positions begin.
+STAGES = {'warmup': 'dense', 'sparse': 'sparse'}  # The attention of each stage.
+# Ranges of positions begin at these multiples of the budget.
+FACTORS = 1, 1.5, 2, 3, 4, 6, 8
 
 
 def main(folders: list[str]):
@@ -33,17 +35,17 @@ def main(folders: list[str]):
 
 
 def overlaps(folder: str, stage: str):
-  """A row for each layer: the mean overlap of the queries that see so and so many tokens."""
+  """Yields a row for each layer: the mean overlap, by the number of tokens that a query sees."""
   model, recipe = load_model(folder, stage)
   report, budget = recipe.report, recipe.model.index_topk
   source = recipe.data.rows(report.seq_len, 'validation')
   batches = first_batches(source, report.batch_size, report.batches, seed=0)
   visible = np.concatenate([np.ravel(batch.end - batch.start) for batch in batches])
   begins = [int(f * budget) for f in FACTORS if f * budget < visible.max()]
-  how = dict(attention=STAGES[stage], backend=default_backend(), measure=('indexer',))
-  found = measure(*nnx.split(model), batches, Mode(**how), beyond=tuple(begins))
+  mode = Mode(attention=STAGES[stage], backend=default_backend(), measure=('indexer',))
+  measures = measure(*nnx.split(model), batches, mode, beyond=tuple(begins))
   counts = [np.sum(visible > n) for n in begins]
-  sums = [n * x['indexer']['neighbour_overlap'] for n, x in zip(counts, found)]
+  sums = [n * x['indexer']['neighbour_overlap'] for n, x in zip(counts, measures)]
   in_range = lambda x: np.asarray(x) - np.asarray([*x[1:], 0 * x[0]])
   for layer, means in enumerate((in_range(sums) / in_range(counts)[:, None]).T):
     yield {

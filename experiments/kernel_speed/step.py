@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """One training step of a small model at a long context: python experiments/kernel_speed/step.py
 
-Prints, for each stage, seconds, the peak of resident memory, and the compiler's own account of the
-temporary memory with the largest arrays of the program, each with the part that made it.
+Prints for each stage its seconds, the peak of resident memory, and the temporary memory that the
+compiler reports, with the largest arrays of the program and the part that made each.
 """
 
 import argparse
@@ -48,8 +48,12 @@ def one_document(context: int, cfg: ModelConfig) -> Batch:
 def run(stage: str, context: int):
   cfg, optim = small_model(context), OptimConfig()
   trains = STAGES[stage].trains
-  how = dict(attention=STAGES[stage].attention[0], index_loss='indexer' in trains)
-  mode = Mode(backend='xla', remat='layer', **how)
+  mode = Mode(
+      attention=STAGES[stage].attention[0],
+      backend='xla',
+      index_loss='indexer' in trains,
+      remat='layer',
+  )
   state = new_state(init_params(cfg, seed=0), trains, optim, seed=0)
   step = make_train_step(model_graph(cfg), trains, mode, optim)
   inputs = state, one_document(context, cfg), {part: 1e-3 for part in trains}
@@ -67,15 +71,15 @@ def run(stage: str, context: int):
 
 
 def largest(text: str, n: int = 12) -> list[tuple[float, str, str]]:
-  """The largest arrays that a compiled program makes, one line for each shape and maker."""
-  found = {}
+  """Returns the largest arrays that a compiled program makes, one for each shape and maker."""
+  sizes = {}
   line = r'= (\w+)\[([\d,]+)\]\S* (\w[\w-]*)\(.*?op_name="([^"]*)"'
   for dtype, shape, op, name in re.findall(line, text):
     if op in ('parameter', 'get-tuple-element', 'bitcast', 'tuple') or dtype not in BYTES:
       continue
     size = BYTES[dtype] * math.prod(map(int, shape.split(',')))
-    found[f'{dtype}[{shape}]', '/'.join(name.split('/')[-3:])] = size
-  ranked = sorted(((size, *key) for key, size in found.items()), reverse=True)
+    sizes[f'{dtype}[{shape}]', '/'.join(name.split('/')[-3:])] = size
+  ranked = sorted(((size, *key) for key, size in sizes.items()), reverse=True)
   return ranked[:n]
 
 

@@ -5,9 +5,10 @@ python experiments/pod_plan/plan.py --stage=sparse    # four minutes on two core
 python experiments/pod_plan/plan.py --stage=warmup
 python experiments/pod_plan/plan.py --stage=warmup --model=glm5 --chip=tpu7x
 
-The compiler is the TPU's own: pip install -e '.[compile]'. Prints the devices, the mesh, what each
-device keeps and what it says to the others, from the compiler's report and program, and by
-arithmetic the days of the published training; fails where a device would need more than it has.
+The compiler is the TPU's own: pip install -e '.[compile]'. The script prints the devices, the mesh,
+the memory of each device and what it sends in collectives, from the compiler's report and program,
+and the days of the published training by arithmetic. It fails where a device would need more memory
+than it has.
 """
 
 import argparse
@@ -29,11 +30,13 @@ import numpy as np
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
 from configs import deepseek_v32  # noqa: E402
-from dsa_jax.compile.chips import CHIPS, environment  # noqa: E402
+from dsa_jax.chips import DEVICES  # noqa: E402
+from dsa_jax.compile.chips import environment  # noqa: E402
 from dsa_jax.compile.hlo import collectives, total_bytes  # noqa: E402
 from dsa_jax.config import ModelConfig  # noqa: E402
 from dsa_jax.cost.work import token_work  # noqa: E402
 from dsa_jax.data.batch import Batch  # noqa: E402
+from dsa_jax.families import SIZES  # noqa: E402
 from dsa_jax.nn.attention.types import Mode  # noqa: E402
 from dsa_jax.nn.transformer import Transformer  # noqa: E402
 from dsa_jax.parallel.mesh import ALL_TOKENS, MESH_AXES, MeshConfig, shardings_of  # noqa: E402
@@ -42,25 +45,17 @@ from dsa_jax.training.stages import STAGES, StageConfig  # noqa: E402
 from dsa_jax.training.state import model_graph, new_state, split_parts  # noqa: E402
 from dsa_jax.training.step import make_train_step  # noqa: E402
 
-MODELS = {
-    'v32': ModelConfig(),
-    'glm5': ModelConfig(  # Its config.json, without the MTP layer.
-        vocab_size=154_880, dim=6144, n_layers=78, inter_dim=12_288, norm_eps=1e-5, n_heads=64,
-        n_expert_groups=1, n_limited_groups=1, q_lora_rank=2048, qk_nope_head_dim=192,
-        v_head_dim=256, index_n_heads=32, indexer_rope_interleave=True, rope_theta=1e6,
-        max_seq_len=202_752, original_seq_len=202_752,
-    ),
-}  # fmt: skip
+MODELS = {name: SIZES[name] for name in ('v32', 'glm5')}
 SMALL, LARGE = (MeshConfig(fsdp=n, context=8, expert=4, tensor=16) for n in (4, 8))
-PODS = {  # By stage and chip.
+PODS = {  # Topology and mesh, by stage and chip.
     ('warmup', 'v5p'): ('v5p:8x16x16', SMALL),
     ('sparse', 'v5p'): ('v5p:16x16x16', LARGE),
     ('warmup', 'tpu7x'): ('tpu7x:8x8x16', SMALL),  # Each chip of it is two devices.
     ('sparse', 'tpu7x'): ('tpu7x:8x16x16', LARGE),
 }
-HBM_GIB = {'v5p': 95.74, 'tpu7x': 94.75}  # What the compiler grants a program on a device.
-TOKENS = {'warmup': 2.1e9, 'sparse': 943.7e9}  # Of the published training.
-UTILISATION = 0.3  # Of the chip's peak in bfloat16: assumed.
+HBM_GIB = {chip: DEVICES[chip].granted for _, chip in PODS}
+TOKENS = {'warmup': 2.1e9, 'sparse': 943.7e9}  # Tokens of the published training.
+UTILISATION = 0.3  # The share of the chip's peak in bfloat16, which is assumed.
 
 
 def main():
@@ -85,7 +80,7 @@ def main():
 
 
 def plan(stage: str, model: str, chip: str) -> dict:
-  """Compiles the step of a stage as the published recipe has it, with as many sequences at a time as the mesh takes."""
+  """Compiles a stage of the published recipe; each micro-batch fills the mesh."""
   cfg, (topology, pod) = MODELS[model], PODS[stage, chip]
   entry = StageConfig(**deepseek_v32.get_config().stages[stage])
   micro_batches = math.ceil(entry.batch_size / (pod.fsdp * pod.expert))
@@ -94,7 +89,7 @@ def plan(stage: str, model: str, chip: str) -> dict:
   compiled, state = compile_step(cfg, entry, mesh, micro_batches)
   seconds = time.monotonic() - began
   flops = flops_per_token(cfg, stage, entry.seq_len)
-  days = TOKENS[stage] * flops / (mesh.size * CHIPS[chip].flops * UTILISATION) / 86_400
+  days = TOKENS[stage] * flops / (mesh.size * DEVICES[chip].bf16 * UTILISATION) / 86_400
   return {
       'stage': stage,
       'model': model,
@@ -136,10 +131,12 @@ def compile_step(cfg: ModelConfig, entry: StageConfig, mesh: Mesh, micro_batches
     return step.lower(state, abstract_batch(entry, mesh), rates).compile(), state
 
 
-def memory_gib(compiled: jax.stages.Compiled, state: Any, trains: tuple[str, ...]) -> dict[str, float]:
-  """What one device keeps: weights, moments and gradients by their shapes, the rest by the compiler.
+def memory_gib(
+    compiled: jax.stages.Compiled, state: Any, trains: tuple[str, ...]
+) -> dict[str, float]:
+  """Returns the memory of one device: weights, moments and gradients by shape, the rest compiled.
 
-  Gradients are among the temporaries, and again in the sum of micro-batches where there are several.
+  Gradients are among the temporaries, and once more in the sum of several micro-batches.
   """
   memory = compiled.memory_analysis()
   parts, _ = split_parts(state.params, trains)
@@ -155,22 +152,23 @@ def memory_gib(compiled: jax.stages.Compiled, state: Any, trains: tuple[str, ...
 
 
 def share_bytes(tree: Any) -> int:
-  """Bytes of a tree on one device."""
+  """Returns the bytes of a tree on one device."""
   return sum(
       math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)
   )
 
 
 def collective_gib(compiled: jax.stages.Compiled, mesh: Mesh) -> dict[str, float]:
-  """What one device says and hears in a step: whole arrays, as gathered or before they are summed."""
+  """Returns GiB in collectives of one device and step: arrays as gathered, or before the sum."""
   totals = total_bytes(collectives(compiled.as_text(), dict(mesh.shape)))
   return {name: round(value / 2**30, 2) for name, value in totals.items() if value > 2**20}
 
 
 def flops_per_token(cfg: ModelConfig, stage: str, context: int) -> float:
-  """By arithmetic: each forward pass twice, and twice the products of what is trained, backward.
+  """Returns FLOPs per token, averaged over a causal context.
 
-  Averaged over a causal context. The divergence's own products are left out.
+  They are those of two forward passes, and twice the products of what is trained for its gradients.
+  The divergence's own products are left out.
   """
   sparse = stage == 'sparse'
   works = token_work(cfg, context // 2, sparse=True, form='mqa')

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compiles a small model's step for 1 to 256 v5p, every device with as many tokens of ever longer sequences.
+"""Compiles a small model's step for 1 to 256 v5p, with equally many tokens on every device.
 
 python experiments/pod_plan/weak_scaling.py --json=experiments/pod_plan/weak_scaling.json
 
-Prints a table of what one device computes, keeps and hears, from the compiler's report and program.
+Sequences grow with the devices. Prints a table of what one device computes, holds and receives,
+from the compiler's report and program.
 """
 
 import argparse
@@ -23,7 +24,7 @@ from dsa_jax.cost.work import index_flops, mha_flops
 from dsa_jax.parallel.mesh import MeshConfig
 from dsa_jax.training.stages import StageConfig
 
-TOKENS = 1024  # Of each device.
+TOKENS = 1024  # Tokens of each device.
 POD = {1: '2x2x1', 4: '2x2x1', 16: '2x2x4', 64: '4x4x4', 256: '4x8x8'}
 LONGEST = TOKENS * max(POD)
 MODEL = ModelConfig(
@@ -66,7 +67,7 @@ def main():
 
 
 def measure(stage: str, n: int) -> dict:
-  """One device's share of a step on n of them."""
+  """Returns one device's share of a step on n of them."""
   entry = plan.deepseek_v32.get_config().stages[stage].to_dict()
   entry = StageConfig(**entry | dict(batch_size=1, micro_batches=1, seq_len=TOKENS * n))
   mesh = plan.pod_mesh(f'v5p:{POD[n]}', MeshConfig(context=n))
@@ -92,7 +93,7 @@ def measure(stage: str, n: int) -> dict:
 
 
 def context_flops(stage: str, context: int) -> float:
-  """By arithmetic, one forward pass of a device's tokens: what every query does with every key before it."""
+  """Returns FLOPs of a device's queries with all keys before them, in one forward pass."""
   flops = index_flops(MODEL) + (mha_flops(MODEL) if stage == 'warmup' else 0)
   return TOKENS * MODEL.n_layers * flops * context / 2
 

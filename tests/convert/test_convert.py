@@ -15,11 +15,13 @@ import released
 
 from configs import deepseek_v32
 from dsa_jax.config import ModelConfig
-from dsa_jax.convert import config_json as families, fp8
+from dsa_jax.convert import fp8
 from dsa_jax.convert.config_json import read_config
 from dsa_jax.convert.exporter import Checkpoint, _outs, export_checkpoint, open_checkpoint
 from dsa_jax.convert.importer import import_checkpoint, open_source
 from dsa_jax.convert.tensors import arrays_of
+from dsa_jax.families import FAMILIES
+from dsa_jax.families.deepseek import DEEPSEEK_V32
 from dsa_jax.inference.load import load_checkpoint
 from dsa_jax.train import train
 from dsa_jax.training.checkpoint import Checkpoints, Progress, open_tree
@@ -132,7 +134,7 @@ def layout_of(family: str, cfg: ModelConfig):
 
 def test_layout_of_deepseek_v32():
   """The released checkpoint's own totals: tensors, elements and bytes."""
-  outs = layout_of('deepseek_v32', ModelConfig(n_mtp_layers=1))
+  outs = layout_of('deepseek_v32', dataclasses.replace(DEEPSEEK_V32, n_mtp_layers=1))
   assert len(outs) == len({out.name for out in outs}) == 92_425
   assert sum(out.nbytes for out in outs) == 689_471_107_200
   assert sum(int(np.prod(out.shape)) for out in outs) == 685_396_921_376
@@ -146,25 +148,13 @@ def v3(tmp_path_factory):
   return folder
 
 
-GLM_5 = {
-    'model_type': 'glm_moe_dsa', 'vocab_size': 154880, 'hidden_size': 6144, 'n_group': 1,
-    'intermediate_size': 12288, 'moe_intermediate_size': 2048, 'num_hidden_layers': 78,
-    'num_attention_heads': 64, 'n_shared_experts': 1, 'n_routed_experts': 256, 'topk_group': 1,
-    'routed_scaling_factor': 2.5, 'kv_lora_rank': 512, 'q_lora_rank': 2048, 'qk_rope_head_dim': 64,
-    'v_head_dim': 256, 'qk_nope_head_dim': 192, 'num_experts_per_tok': 8, 'rms_norm_eps': 1e-5,
-    'max_position_embeddings': 202752, 'index_topk': 2048, 'index_head_dim': 128,
-    'index_n_heads': 32, 'first_k_dense_replace': 3, 'num_nextn_predict_layers': 1,
-    'rope_parameters': {'rope_theta': 1e6, 'rope_type': 'default'},
-}  # fmt: skip
-GLM_52 = GLM_5 | {
-    'max_position_embeddings': 1048576, 'index_topk_freq': 4, 'index_skip_topk_offset': 3,
-    'rope_parameters': {'rope_theta': 8e6, 'rope_type': 'default'},
-}  # fmt: skip
-
-
 @pytest.mark.parametrize(
     'config, billions, full',
-    [(GLM_5, 753.9, 78), (GLM_5 | {'num_nextn_predict_layers': 0}, 743.9, 78), (GLM_52, 753.3, 21)],
+    [
+        (released.CONFIGS['glm5'], 753.9, 78),
+        (released.CONFIGS['glm5'] | {'num_nextn_predict_layers': 0}, 743.9, 78),
+        (released.CONFIGS['glm52'], 753.3, 21),
+    ],
     ids=['5', '5_without_mtp', '5.2'],
 )
 def test_layout_of_glm(config, billions, full):
@@ -233,8 +223,8 @@ def test_fresh_quantisation(tmp_path):
   expected = {
       name: dtype for name, (_, dtype) in released.layout(config, fp8=True, norms='F32').items()
   }
-  found = released.read(tmp_path / 'out')
-  assert {name: dtype for name, (dtype, *_) in found.items() if 'scale_inv' not in name} == {
+  dtypes = released.read(tmp_path / 'out')
+  assert {name: dtype for name, (dtype, *_) in dtypes.items() if 'scale_inv' not in name} == {
       name: {'F8': 'F8_E4M3'}.get(dtype, dtype) for name, dtype in expected.items()
   }
   import_folder(tmp_path / 'out', tmp_path / 'back')
@@ -288,13 +278,13 @@ def test_export_of_a_run(tmp_path):
 def test_a_dense_release_becomes_a_sparse_model(tmp_path):
   """configs/deepseek_v32.py from a DeepSeek-V3 folder: convert, warm up, go sparse, export."""
   config = deepseek_v32.get_config('tiny')
-  model = config.model.to_dict()
-  source = released.V3 | {key: model[field] for key, field in families.FIELDS.items()}
-  yarn = {key: model[field] for key, field in families.YARN_FIELDS.items()}
+  model, family = config.model.to_dict(), FAMILIES['deepseek_v32']
+  source = released.V3 | {key: model[field] for key, field in family.fields.items()}
+  yarn = {key: model[field] for key, field in family.yarn_fields.items()}
   source['rope_scaling'] = {'type': 'yarn', 'mscale_all_dim': yarn['mscale']} | yarn
   source |= {'first_k_dense_replace': 1, 'num_nextn_predict_layers': 1}
   released.write(tmp_path / 'v3', source, released.random_tensors(source))
-  sizes = {name: model[name] for name in families.INDEXER_FIELDS}
+  sizes = {name: model[name] for name in family.indexer_fields}
   opened = open_source(tmp_path / 'v3', indexer=sizes)
   import_checkpoint(opened, tmp_path / 'ours', advance=quiet)
 

@@ -13,10 +13,12 @@ import time
 import numpy as np
 import pytest
 import released
+import safetensors
 
 from dsa_jax.convert import building as target_module
 from dsa_jax.convert.exporter import export_checkpoint, open_checkpoint
 from dsa_jax.convert.importer import import_checkpoint, open_source
+from dsa_jax.convert.tensors import Tensor
 from dsa_jax.inference.load import load_checkpoint
 
 quiet = lambda nbytes: None
@@ -92,7 +94,8 @@ def test_misshapen_scales(source):
 
 def test_mixed_dtypes(source):
   name = 'model.layers.1.input_layernorm.weight'
-  rewrite(source, lambda tensors: tensors.update({name: tensors[name].astype(released.CODES['BF16'])}))
+  narrow = lambda x: x.astype(released.CODES['BF16'])
+  rewrite(source, lambda tensors: tensors.update({name: narrow(tensors[name])}))
   fails(source, f'{name} (BF16)', 'are stacked and must share a dtype')
 
 
@@ -190,6 +193,51 @@ def test_unreadable_while_converting(source, tmp_path):
   assert sorted(p.name for p in tmp_path.iterdir()) == ['source']
 
 
+@pytest.mark.parametrize('direction', ['import', 'export'])
+@pytest.mark.parametrize('kind', [KeyError, TypeError, ValueError])
+def test_an_error_of_the_program_stays_what_it_is(source, tmp_path, monkeypatch, direction, kind):
+  """It keeps its type and its traceback, and what was half written is removed all the same."""
+  import_checkpoint(open_source(source), tmp_path / 'ours', advance=quiet)
+
+  def turn_axes(tensor, x):
+    del x
+    raise kind(tensor.name)
+
+  name = {'import': 'to_ours', 'export': 'to_theirs'}[direction]
+  monkeypatch.setattr(Tensor, name, turn_axes)
+  with pytest.raises(kind) as error:
+    if direction == 'import':
+      import_checkpoint(open_source(source), tmp_path / 'out', advance=quiet)
+    else:
+      export_checkpoint(open_checkpoint(tmp_path / 'ours'), tmp_path / 'out')
+  assert error.type is kind
+  assert 'turn_axes' in [entry.name for entry in error.traceback]
+  assert sorted(p.name for p in tmp_path.iterdir()) == ['ours', 'source']
+
+
+@pytest.mark.parametrize(
+    'error, becomes',
+    [
+        (OSError('no space'), OSError),
+        (ValueError("RESOURCE_EXHAUSTED: No space left on device [os_error_code='28']"), OSError),
+        (safetensors.SafetensorError('I/O error: File too large (os error 27)'), OSError),
+        (ValueError('shapes differ'), ValueError),
+        (KeyError('attn'), KeyError),
+        (RuntimeError('28'), RuntimeError),
+    ],
+    ids=['system', 'tensorstore', 'safetensors', 'value', 'key', 'runtime'],
+)
+def test_only_what_the_system_refuses_could_not_be_written(tmp_path, error, becomes):
+  target = tmp_path / 'out'
+  with pytest.raises(becomes) as raised:
+    with target_module.building(target, needs=0) as partial:
+      (partial / 'half').write_text('x')
+      raise error
+  assert ('could not be written' in str(raised.value)) == (becomes is OSError)
+  assert raised.value is error or raised.value.__cause__ is error
+  assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.nightly
 def test_kill(source, tmp_path):
   """SIGKILL at several moments: no target, or a whole one; the next run starts cleanly."""
@@ -255,7 +303,9 @@ def test_fuzz(source, trials):
   open_source(source)
 
 
-@pytest.mark.parametrize('junk', ['[]', '3', '{"weight_map": []}', '{"weight_map": {"a": 1}}', '"', ''])
+@pytest.mark.parametrize(
+    'junk', ['[]', '3', '{"weight_map": []}', '{"weight_map": {"a": 1}}', '"', '']
+)
 def test_junk_index(source, junk):
   (source / INDEX).write_text(junk)
   fails(source, 'model.safetensors.index.json must be JSON with a weight_map')

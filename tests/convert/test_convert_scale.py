@@ -22,7 +22,8 @@ BIG = released.V32 | {
 PEAK = """
 import json, pathlib, re, sys
 def status(name):
-  return int(re.search(name + r':\\s+(\\d+)', pathlib.Path('/proc/self/status').read_text())[1]) * 1024
+  text = pathlib.Path('/proc/self/status').read_text()
+  return int(re.search(name + r':\\s+(\\d+)', text)[1]) * 1024
 def growth(work):
   'Bytes by which memory grew at its highest while `work` ran.'
   pathlib.Path('/proc/self/clear_refs').write_text('5')  # The peak starts from here.
@@ -66,7 +67,7 @@ def run(code: str, *arguments, devices: int = 1):
   flags = {
       'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices}',
       'JAX_PLATFORMS': 'cpu',
-      'MALLOC_MMAP_THRESHOLD_': '65536',  # Memory goes back when it is freed: we count what is used.
+      'MALLOC_MMAP_THRESHOLD_': '65536',  # Freed memory goes back, so that we count what is used.
   }
   command = [sys.executable, '-c', code, *map(str, arguments)]
   done = subprocess.run(command, capture_output=True, text=True, env=os.environ | flags)

@@ -13,10 +13,11 @@ import pytest
 from dsa_jax import cost
 from dsa_jax.config import ModelConfig
 from dsa_jax.cost import attention_flops, published, work
+from dsa_jax.families.deepseek import DEEPSEEK_V32
 
 ROOT = pathlib.Path(__file__).parents[2]
 EXPERIMENT = ROOT / 'experiments' / 'cost_claim'
-V32 = ModelConfig()
+V32 = DEEPSEEK_V32
 ONE = dataclasses.replace(V32, n_layers=1, n_dense_layers=1)
 TINY = 'configs/deepseek_v32.py:tiny'
 CONTEXTS = 1, 1000, 2048, 2049, 7000, 32_768, 131_072
@@ -196,10 +197,11 @@ def test_published_curves_are_the_published_table():
 
 
 @pytest.mark.parametrize(
-    'phase, bound, ratio, crossover', [('prefill', 0.082, 3.28, 8910), ('decode', 0.146, 8.37, 3630)]
+    'phase, bound, ratio, crossover',
+    [('prefill', 0.082, 3.28, 8910), ('decode', 0.146, 8.37, 3630)],
 )
 def test_fits_the_published_curves(phase, bound, ratio, crossover):
-  """As found by experiments/cost_claim: within 15 % everywhere, with the crossovers too early."""
+  """As fitted by experiments/cost_claim: within 15 % everywhere, with the crossovers too early."""
   curves = {}
   for kind in ('dense', 'sparse'):
     curves[kind] = cost.model_curve(V32, phase, sparse=kind == 'sparse')
@@ -216,16 +218,16 @@ def test_experiment_finds_the_shipped_shares(tmp_path):
   done = subprocess.run(
       [sys.executable, EXPERIMENT / 'run.py', tmp_path], capture_output=True, text=True, check=True
   )
-  found = json.loads((tmp_path / 'cost_claim.json').read_text())
+  report = json.loads((tmp_path / 'cost_claim.json').read_text())
   for phase, shares in cost.FITTED.items():
-    fitted = found['phases'][phase]['model']
+    fitted = report['phases'][phase]['model']
     assert (fitted['weights'], fitted['context']) == (shares.weights, shares.context)
   committed = json.loads((EXPERIMENT / 'cost_claim.json').read_text())
-  assert found['answer'] == committed['answer'] and found['verdict'] == committed['verdict']
+  assert report['answer'] == committed['answer'] and report['verdict'] == committed['verdict']
   assert (tmp_path / 'table.md').read_text() == (EXPERIMENT / 'table.md').read_text()
   readme = ' '.join((EXPERIMENT / 'README.md').read_text().replace('> ', '').split())
-  assert found['answer'] in readme and found['verdict'] in readme
-  assert found['answer'] in done.stdout
+  assert report['answer'] in readme and report['verdict'] in readme
+  assert report['answer'] in done.stdout
   assert {'curves.png', 'half_cost.png'} <= {p.name for p in tmp_path.iterdir()}
 
 

@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""DeepSeek-V3 and DeepSeek-V3.2, which is V3 with an indexer in every layer."""
+
+import dataclasses
+
+from dsa_jax.config import ModelConfig
+from dsa_jax.families.family import Family, TensorNames
+
+DEEPSEEK_V32 = ModelConfig()  # Its defaults are this model's sizes.
+DEEPSEEK_V3 = DEEPSEEK_V32  # With the indexers that V3.2 added to it.
+
+TENSORS = TensorNames(
+    model={
+        'embed': ('model.embed_tokens.weight', 'w d -> w d'),
+        'norm/scale': ('model.norm.weight', 'd -> d'),
+        'head': ('lm_head.weight', 'w d -> d w'),
+    },
+    layer={
+        'attn_norm/scale': ('input_layernorm.weight', 'd -> d'),
+        'attn/wq_a': ('self_attn.q_a_proj.weight', 'q d -> d q'),
+        'attn/q_norm/scale': ('self_attn.q_a_layernorm.weight', 'q -> q'),
+        'attn/wq_b': ('self_attn.q_b_proj.weight', '(h e) q -> q h e'),
+        'attn/wkv_a': ('self_attn.kv_a_proj_with_mqa.weight', 'e d -> d e'),
+        'attn/kv_norm/scale': ('self_attn.kv_a_layernorm.weight', 'c -> c'),
+        'attn/wkv_b': ('self_attn.kv_b_proj.weight', '(h e) c -> c h e'),
+        'attn/wo': ('self_attn.o_proj.weight', 'd (h v) -> h v d'),
+        'attn/indexer/wq_b': ('self_attn.indexer.wq_b.weight', '(i j) q -> q i j'),
+        'attn/indexer/wk': ('self_attn.indexer.wk.weight', 'j d -> d j'),
+        'attn/indexer/k_norm/scale': ('self_attn.indexer.k_norm.weight', 'j -> j'),
+        'attn/indexer/k_norm/bias': ('self_attn.indexer.k_norm.bias', 'j -> j'),
+        'attn/indexer/weights_proj': ('self_attn.indexer.weights_proj.weight', 'i d -> d i'),
+        'ffn_norm/scale': ('post_attention_layernorm.weight', 'd -> d'),
+    },
+    mlp={
+        'ffn/w1': ('mlp.gate_proj.weight', 'f d -> d f'),
+        'ffn/w3': ('mlp.up_proj.weight', 'f d -> d f'),
+        'ffn/w2': ('mlp.down_proj.weight', 'd f -> f d'),
+    },
+    moe={
+        'ffn/gate': ('mlp.gate.weight', 'x d -> d x'),
+        'ffn/bias': ('mlp.gate.e_score_correction_bias', 'x -> x'),
+        'ffn/w1': ('mlp.experts.{}.gate_proj.weight', 'f d -> d f'),
+        'ffn/w3': ('mlp.experts.{}.up_proj.weight', 'f d -> d f'),
+        'ffn/w2': ('mlp.experts.{}.down_proj.weight', 'd f -> f d'),
+        'ffn/shared/w1': ('mlp.shared_experts.gate_proj.weight', 'f d -> d f'),
+        'ffn/shared/w3': ('mlp.shared_experts.up_proj.weight', 'f d -> d f'),
+        'ffn/shared/w2': ('mlp.shared_experts.down_proj.weight', 'd f -> f d'),
+    },
+    mtp={
+        'enorm/scale': ('enorm.weight', 'd -> d'),
+        'hnorm/scale': ('hnorm.weight', 'd -> d'),
+        'eh_proj': ('eh_proj.weight', 'd e -> e d'),
+        'norm/scale': ('shared_head.norm.weight', 'd -> d'),
+    },
+    mtp_copies={
+        'embed_tokens.weight': 'model.embed_tokens.weight',
+        'shared_head.head.weight': 'lm_head.weight',
+    },
+    quantized=(
+        'q_a_proj', 'q_b_proj', 'kv_a_proj_with_mqa', 'kv_b_proj', 'o_proj', 'wq_b', 'wk',
+        'gate_proj', 'up_proj', 'down_proj',
+    ),
+)  # fmt: skip
+
+V32_FAMILY = Family(
+    architecture='DeepseekV32ForCausalLM',
+    sizes={'v32': DEEPSEEK_V32},
+    tensors=TENSORS,
+    fields={
+        'vocab_size': 'vocab_size',
+        'hidden_size': 'dim',
+        'num_hidden_layers': 'n_layers',
+        'intermediate_size': 'inter_dim',
+        'rms_norm_eps': 'norm_eps',
+        'n_routed_experts': 'n_routed_experts',
+        'n_shared_experts': 'n_shared_experts',
+        'num_experts_per_tok': 'n_activated_experts',
+        'n_group': 'n_expert_groups',
+        'topk_group': 'n_limited_groups',
+        'moe_intermediate_size': 'moe_inter_dim',
+        'routed_scaling_factor': 'route_scale',
+        'num_attention_heads': 'n_heads',
+        'q_lora_rank': 'q_lora_rank',
+        'kv_lora_rank': 'kv_lora_rank',
+        'qk_nope_head_dim': 'qk_nope_head_dim',
+        'qk_rope_head_dim': 'qk_rope_head_dim',
+        'v_head_dim': 'v_head_dim',
+        'max_position_embeddings': 'max_seq_len',
+    },
+    indexer_fields={
+        'index_n_heads': 'index_n_heads',
+        'index_head_dim': 'index_head_dim',
+        'index_topk': 'index_topk',
+    },
+    yarn_fields={
+        'factor': 'rope_factor',
+        'original_max_position_embeddings': 'original_seq_len',
+        'beta_fast': 'beta_fast',
+        'beta_slow': 'beta_slow',
+        'mscale': 'mscale',
+    },
+    fixed={
+        'hidden_act': 'silu',
+        'attention_bias': False,
+        'tie_word_embeddings': False,
+        'norm_topk_prob': True,
+        'scoring_func': 'sigmoid',
+        'topk_method': 'noaux_tc',
+        'moe_layer_freq': 1,
+        'mlp_bias': False,
+    },
+    norms='F32',
+)
+V3_FAMILY = dataclasses.replace(
+    V32_FAMILY,
+    architecture='DeepseekV3ForCausalLM',
+    sizes={'v3': DEEPSEEK_V3},
+    has_indexer=False,
+    norms='BF16',
+)

@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""GLM-5 and GLM-5.2: DeepSeek-V3.2 with other sizes, without YaRN and without groups of experts."""
+
+import dataclasses
+
+from dsa_jax.config import ModelConfig
+from dsa_jax.families import deepseek
+
+GLM_5 = ModelConfig(
+    vocab_size=154_880,
+    dim=6144,
+    n_layers=78,
+    n_dense_layers=3,
+    inter_dim=12_288,
+    norm_eps=1e-5,
+    n_routed_experts=256,
+    n_shared_experts=1,
+    n_activated_experts=8,
+    n_expert_groups=1,
+    n_limited_groups=1,
+    moe_inter_dim=2048,
+    route_scale=2.5,
+    n_heads=64,
+    q_lora_rank=2048,
+    kv_lora_rank=512,
+    qk_nope_head_dim=192,
+    qk_rope_head_dim=64,
+    v_head_dim=256,
+    index_n_heads=32,
+    index_head_dim=128,
+    index_topk=2048,
+    indexer_rope_interleave=True,
+    max_seq_len=202_752,
+    original_seq_len=202_752,
+    rope_theta=1e6,
+)
+# From layer 2 on, every fourth layer has an indexer; those between share what it selected.
+GLM_52 = dataclasses.replace(
+    GLM_5,
+    indexer_types=tuple('full' if max(i - 2, 0) % 4 == 0 else 'shared' for i in range(78)),
+    max_seq_len=1_048_576,
+    original_seq_len=1_048_576,
+    rope_theta=8e6,
+)
+
+FAMILY = dataclasses.replace(
+    deepseek.V32_FAMILY,
+    architecture='GlmMoeDsaForCausalLM',
+    sizes={'glm5': GLM_5, 'glm52': GLM_52},
+    indexer_rope_interleave=True,
+    lists_indexers=True,
+    norms='BF16',
+    repeats_embedding=False,
+)

@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Families are data, and the only place where the sizes of released models stand."""
+
+import ast
+import dataclasses
+import pathlib
+import sys
+
+import pytest
+import released
+
+from configs import deepseek_v32
+from dsa_jax.compile import cases
+from dsa_jax.config import ModelConfig
+from dsa_jax.convert.config_json import read_config, write_config
+from dsa_jax.convert.tensors import arrays_of, mtp_copies
+from dsa_jax.families import FAMILIES, SIZES
+from dsa_jax.families.deepseek import DEEPSEEK_V32
+
+ROOT = pathlib.Path(__file__).parents[2]
+HOMES = {ROOT / 'dsa_jax' / 'config.py', *(ROOT / 'dsa_jax' / 'families').glob('*.py')}
+
+
+def test_every_size_has_a_released_config():
+  assert SIZES.keys() == released.CONFIGS.keys()
+
+
+@pytest.mark.parametrize('name', SIZES)
+def test_sizes_are_those_of_the_released_config(name):
+  family, model = read_config(released.CONFIGS[name])
+  assert name in FAMILIES[family].sizes
+  assert model.n_mtp_layers == 1
+  assert dataclasses.replace(model, n_mtp_layers=0) == SIZES[name]
+
+
+@pytest.mark.parametrize('name', SIZES)
+def test_a_written_config_reads_as_the_same_model(name):
+  family, model = read_config(released.CONFIGS[name])
+  assert read_config(write_config(family, model, {})) == (family, model)
+
+
+@pytest.mark.parametrize('family', FAMILIES)
+def test_names_are_of_weights_and_fields_that_there_are(family):
+  """Every name is of one tensor, and every key of config.json is of a field of ModelConfig."""
+  traits = FAMILIES[family]
+  fields = {field.name for field in dataclasses.fields(ModelConfig)}
+  named = {**traits.fields, **traits.indexer_fields, **traits.yarn_fields}
+  assert set(named.values()) <= fields
+  small = few_layers(DEEPSEEK_V32)
+  names = [t.name for array in arrays_of(small, family).values() for t in array.tensors]
+  assert len(names) == len(set(names))
+  assert any(array.quantizable for array in arrays_of(small, family).values())
+  for copy, original in mtp_copies(small, family).items():
+    assert copy not in names and original in names
+  assert any('.indexer.' in name for name in names) == traits.has_indexer
+
+
+def test_a_new_family_is_one_more_entry(monkeypatch):
+  """A family that names its attention otherwise, in its config.json and in its tensors."""
+  v32 = FAMILIES['deepseek_v32']
+  renamed = {ours: (name.replace('self_attn', 'attention'), equation)
+             for ours, (name, equation) in v32.tensors.layer.items()}  # fmt: skip
+  fields = {key.replace('num_attention_heads', 'n_head'): ours for key, ours in v32.fields.items()}
+  tensors = dataclasses.replace(v32.tensors, layer=renamed)
+  toy = dataclasses.replace(v32, architecture='Toy', tensors=tensors, fields=fields)
+  monkeypatch.setitem(FAMILIES, 'toy', toy)
+  small = few_layers(DEEPSEEK_V32)
+  config = write_config('toy', small, {})
+  assert (config['architectures'], config['n_head']) == (['Toy'], small.n_heads)
+  assert read_config(config) == ('toy', small)
+  names = {t.name for array in arrays_of(small, 'toy').values() for t in array.tensors}
+  assert 'model.layers.1.attention.indexer.wk.weight' in names
+  assert not any('self_attn' in name for name in names)
+
+
+def few_layers(model: ModelConfig) -> ModelConfig:
+  return dataclasses.replace(
+      model, n_layers=2, n_dense_layers=1, n_mtp_layers=1, n_routed_experts=16
+  )
+
+
+def test_families_import_nothing_but_sizes():
+  for path in (ROOT / 'dsa_jax' / 'families').glob('*.py'):
+    for node in ast.walk(ast.parse(path.read_text())):
+      if isinstance(node, ast.ImportFrom) and node.module.startswith('dsa_jax'):
+        assert node.module.startswith(('dsa_jax.families', 'dsa_jax.config')), path
+
+
+def test_whoever_needs_a_size_takes_it_from_here():
+  sys.path.insert(0, str(ROOT / 'experiments' / 'pod_plan'))
+  import plan
+
+  assert DEEPSEEK_V32 == ModelConfig()
+  assert plan.MODELS == {name: SIZES[name] for name in cases.HEADS}
+  for name, heads in cases.HEADS.items():
+    assert heads == (SIZES[name].n_heads, SIZES[name].index_n_heads)
+  assert ModelConfig(**deepseek_v32.get_config().model) == DEEPSEEK_V32
+
+
+def test_no_other_file_has_the_sizes_of_a_released_model():
+  """Judged by the numbers that nothing but such a size can be."""
+  telling = {
+      getattr(size, name)
+      for size in SIZES.values()
+      for name in ('vocab_size', 'dim', 'inter_dim', 'max_seq_len')
+  } - {1_048_576}
+  for folder in ('dsa_jax', 'configs', 'experiments'):
+    for path in (ROOT / folder).rglob('*.py'):
+      if path not in HOMES:
+        assert not telling & numbers(path), path
+
+
+def numbers(path: pathlib.Path) -> set[float]:
+  tree = ast.walk(ast.parse(path.read_text()))
+  values = [node.value for node in tree if isinstance(node, ast.Constant)]
+  return {value for value in values if type(value) in (int, float)}
