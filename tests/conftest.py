@@ -21,7 +21,7 @@ if FLAGS not in os.environ.get('XLA_FLAGS', ''):
   os.environ['XLA_FLAGS'] = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}".strip()
 
 LONGEST = (
-    'test_laws', 'test_extend', 'test_spmd', 'test_mistakes', 'test_golden', 'test_train', 'test_sample',
+    'test_laws', 'test_extend', 'test_meshes', 'test_mistakes', 'test_golden', 'test_train', 'test_sample',
     'test_parity', 'test_hostile', 'test_index_topk', 'test_index_kl', 'test_convert',
 )  # fmt: skip
 KERNELS = pathlib.Path(__file__).parent / 'kernels'

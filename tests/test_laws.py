@@ -120,7 +120,7 @@ def test_bfloat16_is_close():
   assert np.median(error) < 0.05, np.median(error)  # A few rows select another token.
 
 
-def test_remat_is_invisible():  # The other policies: test_spmd.py.
+def test_remat_is_invisible():  # The other policies: test_meshes.py.
   batch, params = laws.make_batch(laws.LENGTHS), laws.weights()
   mode = Mode(attention='dense', backend='xla', index_loss=True)
   grads = [

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from dsa_jax.parallel import spmd
+from dsa_jax.parallel import collectives, shard
 from dsa_jax.parallel.mesh import BATCH
 from dsa_jax.params import BackboneParam, param
 
@@ -20,18 +20,18 @@ class MLP(nnx.Module):
     self.w2 = param(BackboneParam, (width, dim), ('ffn', 'embed'), std=out_std, rngs=rngs)
 
   def __call__(self, x: Float[Array, '*any D']) -> Float[Array, '*any D']:
-    shares = spmd.weight_specs(self), BATCH
-    return spmd.on_each_device(MLP._apply, shares, BATCH)(self, x)
+    shares = shard.weight_specs(self), BATCH
+    return shard.shard_mapped(MLP._apply, shares, BATCH)(self, x)
 
   def _apply(self, x):
     """Applies the weights on one device.
 
     Devices that split the width gather each other's tokens, and reduce-scatter the sum.
     """
-    weights = spmd.gather_weights(self, x.dtype)
+    weights = shard.gather_weights(self, x.dtype)
     w1, w3, w2 = (w[...].astype(x.dtype) for w in (weights.w1, weights.w3, weights.w2))
-    x = spmd.gather(x, 'tensor', dim=1)
-    return spmd.scatter_sum(swiglu(x @ w1, x @ w3).astype(x.dtype) @ w2, 'tensor', dim=1)
+    x = collectives.all_gather(x, 'tensor', dim=1)
+    return collectives.psum_scatter(swiglu(x @ w1, x @ w3).astype(x.dtype) @ w2, 'tensor', dim=1)
 
 
 @jax.checkpoint  # The backward pass computes it again more cheaply than it could keep it.

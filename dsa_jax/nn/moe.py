@@ -11,7 +11,7 @@ from dsa_jax.config import ModelConfig
 from dsa_jax.kernels.grouped_matmul.op import grouped_matmul
 from dsa_jax.kernels.xla.rows import map_rows
 from dsa_jax.nn.mlp import MLP, swiglu
-from dsa_jax.parallel import ragged, spmd
+from dsa_jax.parallel import collectives, ragged, shard
 from dsa_jax.parallel.mesh import BATCH, MESH_AXES, OWNERS
 from dsa_jax.params import BackboneParam, RouterBias, param
 
@@ -37,15 +37,15 @@ class MoE(nnx.Module):
       self, x: Float[Array, 'B T D'], counted: Float[Array, 'B T']
   ) -> tuple[Float[Array, 'B T D'], Float[Array, 'X']]:
     """Returns the output, and the number of `counted` tokens that each expert received."""
-    shares = spmd.weight_specs(self), BATCH, BATCH
-    routed, load = spmd.on_each_device(MoE._experts, shares, (BATCH, P()))(self, x, counted)
+    shares = shard.weight_specs(self), BATCH, BATCH
+    routed, load = shard.shard_mapped(MoE._experts, shares, (BATCH, P()))(self, x, counted)
     return routed + self.shared(x), load
 
   def _experts(self, x, counted):
     """Sends this device's tokens to the owners of their experts, and sums what they return."""
-    here = spmd.gather_weights(self, x.dtype)
+    here = shard.gather_weights(self, x.dtype)
     weights = [w[...].astype(jnp.float32) for w in (here.w1, here.w3, here.w2)]
-    gate = spmd.gather(self.gate[...], 'fsdp', dim=0)
+    gate = collectives.all_gather(self.gate[...], 'fsdp', dim=0)
     tokens = x.reshape(-1, x.shape[-1])
     experts, gates = route(tokens.astype(jnp.float32) @ gate, self.bias[...], self.cfg)
     load = jnp.sum(_is_of(experts, self.cfg) * counted.reshape(-1, 1, 1), axis=(0, 1))
@@ -55,9 +55,9 @@ class MoE(nnx.Module):
       return _apply(*(a[0] for a in rows), *narrow, self.cfg)[None]
 
     rows = jax.tree.map(lambda a: a[None], (tokens, experts, gates))
-    most = TOKENS_AT_ONCE // spmd.size(*OWNERS)
+    most = TOKENS_AT_ONCE // collectives.axis_size(*OWNERS)
     routed = apply(rows) if len(tokens) <= most else map_rows(jax.checkpoint(apply), rows, most)
-    return routed.astype(x.dtype).reshape(x.shape), spmd.total(load, *MESH_AXES)
+    return routed.astype(x.dtype).reshape(x.shape), collectives.psum(load, *MESH_AXES)
 
 
 def _apply(tokens, experts, gates, w1, w3, w2, cfg: ModelConfig):
@@ -66,7 +66,7 @@ def _apply(tokens, experts, gates, w1, w3, w2, cfg: ModelConfig):
   order = jnp.argsort(experts.reshape(-1))  # A stable sort puts each expert's tokens side by side.
   journey = ragged.plan_journey(jnp.sum(_is_of(experts, cfg), axis=(0, 1)), *OWNERS)
   # So many rows arrive if all tokens choose this device's experts.
-  most = spmd.size(*OWNERS) * n_tokens * min(n_chosen, len(w1))
+  most = collectives.axis_size(*OWNERS) * n_tokens * min(n_chosen, len(w1))
   rows = _permuted(jnp.repeat(tokens, n_chosen, axis=0), order)
   rows = ragged.send(rows, journey.there, most, *OWNERS)
   dot = lambda rows, w: grouped_matmul(rows, w, journey.sizes)

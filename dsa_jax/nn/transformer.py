@@ -16,7 +16,7 @@ from dsa_jax.nn.attention.types import Measures, Mode, Shared
 from dsa_jax.nn.block import MTP, Block, LayerReport
 from dsa_jax.nn.norms import RMSNorm
 from dsa_jax.nn.remat import rematerialized
-from dsa_jax.parallel import spmd
+from dsa_jax.parallel import collectives, shard
 from dsa_jax.parallel.mesh import BATCH, LOGITS
 from dsa_jax.params import BackboneParam, param
 
@@ -102,11 +102,11 @@ class Transformer(nnx.Module):
   def logits(self, hidden: Float[Array, 'B T D']) -> Float[Array, 'B T W']:
     """The float32 logits of normed hidden states."""
     shares = P('fsdp', 'tensor'), BATCH
-    return spmd.on_each_device(_logits, shares, LOGITS)(self.head[...], hidden)
+    return shard.shard_mapped(_logits, shares, LOGITS)(self.head[...], hidden)
 
   def embedded(self, tokens: Int[Array, 'B T']) -> Float[Array, 'B T D']:
     embed = self.embed[...].astype(self.cfg.dtype)
-    return spmd.on_each_device(_embed, (P('tensor', 'fsdp'), BATCH), BATCH)(embed, tokens)
+    return shard.shard_mapped(_embed, (P('tensor', 'fsdp'), BATCH), BATCH)(embed, tokens)
 
   def block(self, i: int) -> Block:
     """Layer `i` on its own, for a notebook: `model.block(3).attn.indexer(...)`."""
@@ -123,15 +123,15 @@ class Transformer(nnx.Module):
 
 def _embed(embed, tokens):
   """Sums the embeddings that each device looks up in its own share of the vocabulary."""
-  embed = spmd.gather(embed, 'fsdp', dim=1)
-  word = spmd.gather(tokens, 'tensor', dim=1) - spmd.index('tensor') * len(embed)
+  embed = collectives.all_gather(embed, 'fsdp', dim=1)
+  word = collectives.all_gather(tokens, 'tensor', dim=1) - collectives.axis_index('tensor') * len(embed)
   here = (word >= 0) & (word < len(embed))
-  return spmd.scatter_sum(jnp.where(here[..., None], embed[word], 0), 'tensor', dim=1)
+  return collectives.psum_scatter(jnp.where(here[..., None], embed[word], 0), 'tensor', dim=1)
 
 
 def _logits(head, hidden):
-  hidden = spmd.gather(hidden, 'tensor', dim=1)
-  head = spmd.gather(head.astype(hidden.dtype), 'fsdp', dim=0)
+  hidden = collectives.all_gather(hidden, 'tensor', dim=1)
+  head = collectives.all_gather(head.astype(hidden.dtype), 'fsdp', dim=0)
   return jnp.einsum('BTD,DW->BTW', hidden, head, preferred_element_type=jnp.float32)
 
 
@@ -175,7 +175,7 @@ def _run(blocks: Block, full: np.ndarray, x, selections, start, end, keys, mode:
   def layer(carry, inputs):
     (x, selections), (block, key, is_full) = carry, inputs
     shared = None if selections is None else Shared(selections, is_full)
-    x, own, report = block(spmd.flowing(x), start, end, key, mode, shared, choice)
+    x, own, report = block(shard.constrain_activations(x), start, end, key, mode, shared, choice)
     return (x, None if selections is None else own), report
 
   layer = rematerialized(layer, mode.remat)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from dsa_jax.parallel import spmd
+from dsa_jax.parallel import collectives, shard
 
 
 class Slices(NamedTuple):
@@ -31,14 +31,14 @@ class Journey(NamedTuple):
 
 
 def plan_journey(sizes: Int[Array, 'X'], *axes: str) -> Journey:
-  """Plans for rows that lie group by group, within `spmd.on_each_device`.
+  """Plans for rows that lie group by group, within `shard.shard_mapped`.
 
   Args:
     sizes: This device's rows of each of all groups.
     *axes: Of the mesh; each of its N devices owns as many groups, in order.
   """
-  n, me = spmd.size(*axes), spmd.index(*axes)
-  sizes = spmd.gather(sizes[None], *axes, dim=0).reshape(n, n, -1)  # Sender, owner, group.
+  n, me = collectives.axis_size(*axes), collectives.axis_index(*axes)
+  sizes = collectives.all_gather(sizes[None], *axes, dim=0).reshape(n, n, -1)  # Sender, owner, group.
   starts = _starts(sizes.reshape(n, -1)).reshape(sizes.shape)
   by_owner = sizes.transpose(1, 2, 0)  # Owners put together what belongs to one group.
   places = _starts(by_owner.reshape(n, -1)).reshape(by_owner.shape).transpose(2, 0, 1)
@@ -61,7 +61,7 @@ def send(rows: Float[Array, 'A D'], slices: Slices, n_rows: int, *axes: str) -> 
     n_rows: As many as may arrive.
     *axes: Of the mesh.
   """
-  if spmd.size(*axes) == 1:
+  if collectives.axis_size(*axes) == 1:
     return rows
   return jax.lax.platform_dependent(
       rows, *slices,
@@ -74,7 +74,7 @@ def send(rows: Float[Array, 'A D'], slices: Slices, n_rows: int, *axes: str) -> 
 
 def send_by_gather(rows, slices: Slices, n_rows: int, *axes: str):
   """`send` for CPUs, whose compiler has no ragged exchange: from the rows of all devices."""
-  everyone = spmd.gather(rows[None], *axes, dim=0)
+  everyone = collectives.all_gather(rows[None], *axes, dim=0)
   swap = lambda a: jax.lax.all_to_all(a, axes, 0, 0, tiled=True)
   starts, places = swap(slices.starts), swap(slices.places)
   row = jnp.arange(n_rows)[:, None]

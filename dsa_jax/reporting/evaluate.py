@@ -12,7 +12,7 @@ import numpy as np
 
 from dsa_jax.data.batch import Batch
 from dsa_jax.nn.attention.types import Mode
-from dsa_jax.parallel import spmd
+from dsa_jax.parallel import shard
 from dsa_jax.selection import measures
 from dsa_jax.training.losses import next_token_loss
 
@@ -62,7 +62,7 @@ def score_batch(graph, params, batch, mode, choice):
   model = nnx.merge(graph, params)
   logits = model(batch.tokens, batch.start, batch.end, mode, choice=choice).logits
   scores = next_token_loss(logits, batch.targets), logits.argmax(-1) == batch.targets
-  return spmd.everywhere(scores)
+  return shard.replicate(scores)
 
 
 def measure(
@@ -112,4 +112,4 @@ def measure_batch(graph, params, batch, mode, beyond):
     counted = (batch.end - batch.start > n).astype(jnp.float32)
     sums.append(jax.tree.map(lambda x: jnp.sum(x * counted, axis=(1, 2)), by_rule))
     counts.append(jnp.sum(counted))
-  return spmd.everywhere((sums, counts))
+  return shard.replicate((sums, counts))

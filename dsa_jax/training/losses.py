@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from dsa_jax.parallel import spmd
+from dsa_jax.parallel import collectives, shard
 from dsa_jax.parallel.mesh import ALL_TOKENS, LOGITS
 
 
@@ -13,17 +13,17 @@ def next_token_loss(
     logits: Float[Array, 'B T W'], targets: Int[Array, 'B T']
 ) -> Float[Array, 'B T']:
   """Returns the cross-entropy of every target, in nats, float32."""
-  return spmd.on_each_device(_next_token_loss, (LOGITS, ALL_TOKENS), ALL_TOKENS)(logits, targets)
+  return shard.shard_mapped(_next_token_loss, (LOGITS, ALL_TOKENS), ALL_TOKENS)(logits, targets)
 
 
 def _next_token_loss(logits, targets):
   """Computes the loss from each device's shard of the vocabulary."""
   logits, n_words = logits.astype(jnp.float32), logits.shape[-1]
-  word = targets - spmd.index('tensor') * n_words
+  word = targets - collectives.axis_index('tensor') * n_words
   is_target = word[..., None] == jnp.arange(n_words)  # The gradient of this sum needs no scatter.
-  own = spmd.total(jnp.sum(jnp.where(is_target, logits, 0), axis=-1), 'tensor')
-  top = spmd.largest(jax.lax.stop_gradient(logits.max(axis=-1)), 'tensor')
-  mass = spmd.total(jnp.sum(jnp.exp(logits - top[..., None]), axis=-1), 'tensor')
+  own = collectives.psum(jnp.sum(jnp.where(is_target, logits, 0), axis=-1), 'tensor')
+  top = collectives.pmax(jax.lax.stop_gradient(logits.max(axis=-1)), 'tensor')
+  mass = collectives.psum(jnp.sum(jnp.exp(logits - top[..., None]), axis=-1), 'tensor')
   return top + jnp.log(mass) - own
 
 

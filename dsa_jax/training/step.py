@@ -15,7 +15,8 @@ from dsa_jax.data.batch import Batch
 from dsa_jax.nn.attention.types import Mode
 from dsa_jax.nn.moe import balance
 from dsa_jax.nn.transformer import STACKS, Output
-from dsa_jax.parallel import spmd
+from dsa_jax.parallel import shard
+from dsa_jax.parallel.zigzag import zigzag
 from dsa_jax.parallel.mesh import TOKENS
 from dsa_jax.training.losses import next_token_loss, shift_targets
 from dsa_jax.training.optim import OptimConfig, make_optimizer
@@ -62,34 +63,34 @@ def make_train_step(
   def train_step(state: TrainState, batch: Batch, rates: Rates):
     key, step_key = jax.random.split(jax.random.wrap_key_data(state.key))
     parts, rest = split_parts(state.params, trains)
-    n_shares = spmd.mesh_size(*TOKENS)
-    zigzag = n_shares > 1
+    n_shares = shard.n_devices(*TOKENS)
+    in_zigzag = n_shares > 1
     rows = Rows(batch, *shift_targets(batch.targets, batch.weights))
     totals = _count(rows)
-    rows = jax.tree.map(lambda x: spmd.zigzag(x, n_shares), rows) if zigzag else rows
+    rows = jax.tree.map(lambda x: zigzag(x, n_shares), rows) if in_zigzag else rows
 
     def loss(parts, rows_and_key):
       rows, key = rows_and_key
       batch, model = rows.batch, nnx.merge(graph, join_parts(parts, rest))
       out = model(
-          batch.tokens, batch.start, batch.end, dataclasses.replace(mode, zigzag=zigzag),
+          batch.tokens, batch.start, batch.end, dataclasses.replace(mode, zigzag=in_zigzag),
           next_tokens=batch.targets, key=key,
       )
       return _losses(out, rows, totals, optim, mode)
 
     def accumulate(sums, rows_and_key):
       (_, metrics), grads = jax.value_and_grad(loss, has_aux=True)(parts, rows_and_key)
-      own = spmd.at_rest(grads), metrics
+      own = shard.constrain_weights(grads), metrics
       return (own if sums is None else jax.tree.map(jnp.add, sums, own)), None
 
-    split = lambda x: spmd.micro_batches(x, micro_batches)
+    split = lambda x: shard.split_micro_batches(x, micro_batches)
     inputs = jax.tree.map(split, rows), jax.random.split(step_key, micro_batches)
     if micro_batches == 1:
       only = jax.tree.map(lambda x: x[0], inputs)
       (_, metrics), grads = jax.value_and_grad(loss, has_aux=True)(parts, only)
     else:
       shapes = jax.eval_shape(accumulate, None, jax.tree.map(lambda x: x[0], inputs))[0]
-      zeros = spmd.at_rest(jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes))
+      zeros = shard.constrain_weights(jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes))
       (grads, metrics), _ = jax.lax.scan(accumulate, zeros, inputs)
 
     opt_state = {}
@@ -104,7 +105,7 @@ def make_train_step(
       params = _balance(graph, params, metrics['expert_load'], optim.bias_rate)
     metrics = _summarize(metrics, micro_batches)
     state = TrainState(state.step + 1, params, opt_state, jax.random.key_data(key))
-    return spmd.at_rest(state), metrics
+    return shard.constrain_weights(state), metrics
 
   return train_step
 

@@ -11,7 +11,7 @@ import numpy as np
 from dsa_jax.kernels import dense_attention, index_kl, index_scores, index_topk, sparse_attention
 from dsa_jax.kernels.visibility import visible_keys
 from dsa_jax.kernels.xla.rows import map_rows
-from dsa_jax.parallel.spmd import zigzag
+from dsa_jax.parallel.zigzag import zigzag
 
 H, E, V, I, J, K = 16, 160, 128, 4, 32, 512
 HOW = dict(sm_scale=E**-0.5, backend='xla')

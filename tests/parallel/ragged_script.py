@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rows to the owners of their groups and back, on eight simulated devices: prints what is right.
 
-Run by test_spmd.py in a process of its own, which has the devices.
+Run by test_meshes.py in a process of its own, which has the devices.
 """
 
 import json

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
-from test_spmd import DEVICES
+from test_meshes import DEVICES
 
 from configs import quickstart
 from dsa_jax import train

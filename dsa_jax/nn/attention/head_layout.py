@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import jax
 
-from dsa_jax.parallel import spmd
+from dsa_jax.parallel import collectives
 
 
 class HeadLayout(NamedTuple):
@@ -20,12 +20,12 @@ class HeadLayout(NamedTuple):
 
   def all_tokens(self, x: jax.Array) -> jax.Array:
     """All-gathers [B, T, ...] over tokens."""
-    return spmd.gather(x, 'tensor', dim=1) if self.is_split else x
+    return collectives.all_gather(x, 'tensor', dim=1) if self.is_split else x
 
   def own_tokens(self, x: jax.Array) -> jax.Array:
     """Adds up [B, T, ...] over the heads of all devices and scatters the tokens."""
-    return spmd.scatter_sum(x, 'tensor', dim=1) if self.is_split else x
+    return collectives.psum_scatter(x, 'tensor', dim=1) if self.is_split else x
 
   def all_heads(self, x: jax.Array) -> jax.Array:
     """Exchanges [B, T, H, ...]: all tokens of some heads for all heads of some tokens."""
-    return spmd.exchange(x, 'tensor', split=1, join=2) if self.is_split else x
+    return collectives.all_to_all(x, 'tensor', split=1, join=2) if self.is_split else x

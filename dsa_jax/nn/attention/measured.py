@@ -8,7 +8,7 @@ from jaxtyping import Array, Int, Key
 from dsa_jax import selection
 from dsa_jax.kernels import dense_attention, sparse_attention
 from dsa_jax.nn.attention.types import Measures, Mode, Selections, Views
-from dsa_jax.parallel import spmd
+from dsa_jax.parallel import collectives
 from dsa_jax.parallel.mesh import TOKENS
 from dsa_jax.selection import measures
 
@@ -51,6 +51,6 @@ def measure_selections(
 
 def _neighbour_overlap(chosen):
   """Returns the overlap for this device's tokens; the one before its first is another device's."""
-  overlap = measures.neighbour_overlap(spmd.gather(chosen, *TOKENS, dim=1))
-  here = spmd.index(*TOKENS) * chosen.shape[1]
+  overlap = measures.neighbour_overlap(collectives.all_gather(chosen, *TOKENS, dim=1))
+  here = collectives.axis_index(*TOKENS) * chosen.shape[1]
   return jax.lax.dynamic_slice_in_dim(overlap, here, chosen.shape[1], axis=1)

@@ -21,7 +21,8 @@ from dsa_jax.nn.attention.types import (
 from dsa_jax.nn.indexer import LightningIndexer
 from dsa_jax.nn.norms import RMSNorm
 from dsa_jax.nn.rope import apply_rope, rope_frequencies
-from dsa_jax.parallel import spmd
+from dsa_jax.parallel import collectives, shard
+from dsa_jax.parallel.zigzag import unzigzag
 from dsa_jax.parallel.mesh import BATCH, TOKENS
 from dsa_jax.params import BackboneParam, param
 
@@ -65,13 +66,13 @@ class MLA(nnx.Module):
     """
 
     def attend_here(self, x, start, end, key, shared, choice):
-      whole = spmd.gather_weights(self, x.dtype)
+      whole = shard.gather_weights(self, x.dtype)
       return attend(whole, x, start, end, key, mode, shared, choice)
 
-    weights = spmd.weight_specs(self, whole=() if mode.splits_heads else ('tensor',))
+    weights = shard.weight_specs(self, whole=() if mode.splits_heads else ('tensor',))
     shares = weights, BATCH, BATCH, BATCH, P(), shared and Shared(BATCH, P())
     shares = *shares, None if choice is None else P()
-    return spmd.on_each_device(attend_here, shares, BATCH)(self, x, start, end, key, shared, choice)
+    return shard.shard_mapped(attend_here, shares, BATCH)(self, x, start, end, key, shared, choice)
 
   @property
   def splits_heads(self) -> bool:
@@ -154,5 +155,5 @@ class MLA(nnx.Module):
 
 def _of_all_tokens(keys, zigzag: bool):
   """All-gathers the keys of a sequence, in the order of the text."""
-  keys = spmd.gather(keys, *TOKENS, dim=1)
-  return spmd.unzigzag(keys, spmd.size(*TOKENS)) if zigzag else keys
+  keys = collectives.all_gather(keys, *TOKENS, dim=1)
+  return unzigzag(keys, collectives.axis_size(*TOKENS)) if zigzag else keys

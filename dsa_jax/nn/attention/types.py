@@ -12,7 +12,7 @@ from dsa_jax import selection
 from dsa_jax.config import ConfigError, ModelConfig
 from dsa_jax.nn.indexer import IndexInputs
 from dsa_jax.nn.remat import check_policy
-from dsa_jax.parallel import spmd
+from dsa_jax.parallel import collectives
 from dsa_jax.parallel.mesh import MESH_AXES
 
 Attention = Literal['dense', 'sparse', 'masked']
@@ -108,8 +108,8 @@ class Views(NamedTuple):
     """Returns what a selection rule may look at, without gradients."""
     index = self.index or (None, None, None)
     arrays = jax.lax.stop_gradient((*index, self.q, self.k))
-    if spmd.size(*MESH_AXES) > 1:  # Each device draws its own random numbers.
-      key = jax.random.fold_in(key, spmd.index(*MESH_AXES))
+    if collectives.axis_size(*MESH_AXES) > 1:  # Each device draws its own random numbers.
+      key = jax.random.fold_in(key, collectives.axis_index(*MESH_AXES))
     sizes = {'sm_scale': cfg.sm_scale, 'topk': cfg.index_topk, 'backend': backend}
     return selection.Candidates(*arrays, start, end, key, choice, **sizes)
 

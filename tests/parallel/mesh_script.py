@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """One step, and one layer, on meshes of eight simulated devices: prints how far each is from one device.
 
-Run by test_spmd.py in a process of its own, which has the devices. `--few` takes the mixed meshes only.
+Run by test_meshes.py in a process of its own, which has the devices. `--few` takes the mixed meshes only.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ import numpy as np
 from dsa_jax.compile.hlo import collectives, total_bytes
 from dsa_jax.nn.attention.types import Mode
 from dsa_jax.parallel.mesh import BATCH as BATCH_SPEC, SEQUENCES, make_mesh, shardings_of
-from dsa_jax.parallel.spmd import zigzag
+from dsa_jax.parallel.zigzag import zigzag
 from dsa_jax.training.stages import STAGES
 from dsa_jax.training.state import model_graph, new_state
 from dsa_jax.training.step import make_train_step

@@ -14,7 +14,7 @@ import pytest
 from configs import quickstart
 from dsa_jax.config import ModelConfig
 from dsa_jax.parallel.mesh import MeshConfig, make_mesh
-from dsa_jax.parallel.spmd import unzigzag, zigzag
+from dsa_jax.parallel.zigzag import unzigzag, zigzag
 from dsa_jax.training.recipe import read_recipe
 
 HERE = pathlib.Path(__file__).parent
@@ -28,7 +28,7 @@ DEVICES = {
 
 @pytest.fixture(scope='module', params=['few', pytest.param('all', marks=pytest.mark.nightly)])
 def rows(request):
-  return found_by('spmd_script.py', *(['--few'] if request.param == 'few' else []))
+  return found_by('mesh_script.py', *(['--few'] if request.param == 'few' else []))
 
 
 def found_by(script: str, *flags: str) -> list[dict]:
