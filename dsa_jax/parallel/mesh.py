@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where every array lies on a mesh of devices: one table from its axes to the mesh's."""
+"""The mesh of devices, and one table from the axes of weights to the axes of the mesh."""
 
 from collections.abc import Sequence
 import dataclasses
@@ -13,14 +13,14 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec as P
 from dsa_jax.config import ConfigError, ModelConfig
 
 MESH_AXES = ('fsdp', 'context', 'expert', 'tensor')
-SEQUENCES = ('fsdp', 'expert')  # They share the sequences of a batch,
-TOKENS = ('context', 'tensor')  # and these the tokens of each.
-BATCH = P(SEQUENCES, TOKENS)  # [B, T, ...] as it flows from layer to layer.
-ALL_TOKENS = P(SEQUENCES, 'context')  # [B, T, ...] where devices share widths, not tokens.
-OWNERS = ('expert', 'tensor')  # Their devices own different experts.
-LOGITS = P(SEQUENCES, 'context', 'tensor')
+SEQUENCES = ('fsdp', 'expert')  # Devices along these axes share the sequences of a batch.
+TOKENS = ('context', 'tensor')  # Devices along these axes share the tokens of a sequence.
+BATCH = P(SEQUENCES, TOKENS)  # The sharding of [B, T, ...] between layers.
+ALL_TOKENS = P(SEQUENCES, 'context')  # The same where `tensor` splits widths instead of tokens.
+OWNERS = ('expert', 'tensor')  # Devices along these axes own different experts.
+LOGITS = P(SEQUENCES, 'context', 'tensor')  # The sharding of [B, T, W].
 
-# Axis of a weight -> axes of the mesh that split it; None keeps it whole.
+# The axes of the mesh that split each axis of a weight. None keeps it whole.
 RULES = {
     'embed': 'fsdp',
     'vocab': 'tensor',
@@ -28,18 +28,18 @@ RULES = {
     'ffn': 'tensor',
     'expert': OWNERS,
     'q_lora': None,
-    'index_heads': None,  # Every device must select the same tokens.
+    'index_heads': None,  # Every device scores with all index heads, so all select the same tokens.
 }
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshConfig:
-  """How many devices share what; all ones is a single device."""
+  """The number of devices along each axis of the mesh. All ones is a single device."""
 
-  fsdp: int = 1  # Weights and sequences.
-  context: int = 1  # The tokens of a sequence.
-  expert: int = 1  # Experts, and sequences.
-  tensor: int = 1  # Heads, widths and experts of one layer, and between layers the tokens.
+  fsdp: int = 1  # These devices share weights and sequences.
+  context: int = 1  # These share the tokens of a sequence.
+  expert: int = 1  # These share experts and sequences.
+  tensor: int = 1  # These share heads, widths and experts, and between layers the tokens.
 
   def __post_init__(self):
     for name, size in self.sizes.items():
@@ -55,7 +55,7 @@ class MeshConfig:
     return self.fsdp * self.context * self.expert * self.tensor
 
   def check_model(self, cfg: ModelConfig):
-    """Raises a ValueError if an axis of a weight cannot be split evenly."""
+    """Raises a ConfigError if an axis of a weight cannot be split evenly."""
     divided = {('tensor',): ['n_heads', 'vocab_size'], ('fsdp',): ['dim'], OWNERS: []}
     if cfg.n_dense_layers:
       divided['tensor',] += ['inter_dim']
@@ -69,7 +69,7 @@ class MeshConfig:
           raise ConfigError(f'{split} must divide {name}={getattr(cfg, name)}.')
 
   def check_rows(self, batch_size: int, seq_len: int):
-    """Raises a ValueError if the sequences or tokens of a (micro-)batch cannot be shared evenly."""
+    """Raises a ConfigError if the sequences or tokens of a (micro-)batch cannot be shared evenly."""
     if batch_size % (self.fsdp * self.expert):
       raise ConfigError(
           f'fsdp={self.fsdp} times expert={self.expert} must divide the {batch_size} sequences of a '
@@ -86,7 +86,7 @@ def make_mesh(*, fsdp: int = 1, context: int = 1, expert: int = 1, tensor: int =
   """Returns a mesh of that many devices along each axis.
 
   Raises:
-    ValueError: There are not as many devices.
+    ConfigError: There are not as many devices.
   """
   cfg = MeshConfig(fsdp=fsdp, context=context, expert=expert, tensor=tensor)
   if cfg.n_devices > jax.device_count():
@@ -106,10 +106,10 @@ def split_by(axes: Sequence[str | None]) -> P:
 def weight_sharding(
     shape: tuple[int, ...], axes: tuple[str | None, ...], mesh: Mesh | AbstractMesh
 ) -> NamedSharding:
-  """Returns where a weight lies; the leading dimension of a stack of layers, unnamed, stays whole.
+  """Returns the sharding of a weight. Leading dimensions without a name, as of a stack, stay whole.
 
   Raises:
-    ValueError: An axis cannot be split evenly.
+    ConfigError: An axis cannot be split evenly.
   """
   named = [None] * (len(shape) - len(axes)) + list(axes)
   spec = split_by(named)
@@ -121,7 +121,7 @@ def weight_sharding(
 
 
 def shardings_of(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
-  """Returns where each array of a tree lies: weights, and moments like them, by their axes."""
+  """Returns the sharding of each array: that of weights, and moments like them, by their axes."""
 
   def place(leaf):
     if not isinstance(leaf, nnx.Variable):

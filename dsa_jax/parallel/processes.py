@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One job of many processes: how they meet, who writes, and what each reads."""
+"""A job of several processes: how they meet, which one writes, and what each of them reads."""
 
 import glob
 import importlib.util
@@ -16,7 +16,8 @@ from dsa_jax.config import ConfigError
 from dsa_jax.data.batch import Batch
 from dsa_jax.parallel.mesh import ALL_TOKENS
 
-# Where srun and mpirun say how many processes they started. (SLURM_NTASKS is there without srun, too.)
+# srun and mpirun state in these variables how many processes they started. (SLURM_NTASKS is set
+# without srun, too.)
 LAUNCHERS = ('SLURM_STEP_NUM_TASKS', 'OMPI_COMM_WORLD_SIZE')
 TOGETHER = (
     'one of %d processes: where one goes, all end, within two minutes. Started again, the job '
@@ -43,12 +44,12 @@ def has_lost_a_process(error: Exception) -> bool:
 def join_job():
   """Meets the other processes of the job, if the environment says that there are any.
 
-  Slurm, Open MPI and TPU pods are recognised by jax itself. Elsewhere, Kubernetes included, three
-  variables say it: JAX_COORDINATOR_ADDRESS (host:port of the first process), JAX_NUM_PROCESSES and
-  JAX_PROCESS_ID.
+  jax itself recognises Slurm, Open MPI and TPU pods. Elsewhere, as on Kubernetes, three variables say
+  which process this is: JAX_COORDINATOR_ADDRESS (host:port of the first process), JAX_NUM_PROCESSES
+  and JAX_PROCESS_ID.
 
-  Where a process goes, the others end: with an error of the collective that waits for it or,
-  where that waits for ever, once jax has missed its heartbeats for 100 seconds and aborts.
+  If one process ends early, so do the others. Either the collective that waits for it raises an
+  error, or jax aborts once it has missed the heartbeats of that process for 100 seconds.
 
   Raises:
     ConfigError: One of the three variables is missing.
@@ -65,7 +66,7 @@ def join_job():
   elif _has_tpu():
     try:
       jax.distributed.initialize()
-    except ValueError:  # jax knows nothing of a pod around it.
+    except ValueError:  # This means that jax sees no pod around this TPU.
       logging.info('this TPU is no part of a pod: one process.')
   if jax.distributed.is_initialized():
     logging.info(TOGETHER, jax.process_count())
@@ -78,7 +79,7 @@ def _has_tpu() -> bool:
 
 
 def is_first() -> bool:
-  """Whether this process writes what is written once."""
+  """Returns whether this is the process that writes."""
   return jax.process_index() == 0
 
 
@@ -88,19 +89,19 @@ def wait_for_all(what: str):
 
 
 def own_share(batch_size: int, mesh: Mesh | None) -> tuple[int, int]:
-  """Which sequences of a batch this process reads: share i of n equal ones."""
+  """Returns (i, n): this process reads the i-th of n equal shares of a batch's sequences."""
   if mesh is None or jax.process_count() == 1:
     return 0, 1
   places = NamedSharding(mesh, ALL_TOKENS).addressable_devices_indices_map((batch_size, 1 << 20))
   rows = [range(*index[0].indices(batch_size)) for index in places.values()]
   first, last = min(r.start for r in rows), max(r.stop for r in rows)
   if batch_size % (last - first) or first % (last - first):
-    return 0, 1  # No equal shares: it reads all.
+    return 0, 1  # The shares would not be equal, so every process reads all sequences.
   return first // (last - first), batch_size // (last - first)
 
 
 def place_batch(batch: Batch, batch_size: int, mesh: Mesh | None) -> Batch:
-  """Puts the sequences that this process has read on its devices."""
+  """Returns the batch as global arrays, from the sequences that this process has read."""
   if mesh is None:
     return batch
   share, _ = own_share(batch_size, mesh)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rows on their way to the devices that own their groups, and back; none is dropped."""
+"""A ragged exchange: rows travel to the devices that own their groups, and back. None is dropped."""
 
 from typing import NamedTuple
 
@@ -11,31 +11,31 @@ from dsa_jax.parallel import collectives, shard
 
 
 class Slices(NamedTuple):
-  """What a device sends, G slices to each of N devices, and how long what it receives is.
+  """The slices that a device sends, G to each of N devices, and the sizes of those it receives.
 
-  The arguments of `jax.lax.ragged_all_to_all`, each of N * G, device by device.
+  They are the arguments of `jax.lax.ragged_all_to_all`: M = N * G numbers each, device by device.
   """
 
-  starts: Int[Array, 'M']  # Of each slice among the rows sent.
-  sizes: Int[Array, 'M']
-  places: Int[Array, 'M']  # Where its receiver puts it.
-  received: Int[Array, 'M']  # Sizes.
+  starts: Int[Array, 'M']  # The first row of each slice among the rows that are sent.
+  sizes: Int[Array, 'M']  # The rows of each slice.
+  places: Int[Array, 'M']  # The row at which its receiver puts each slice.
+  received: Int[Array, 'M']  # The rows of each slice that arrives here.
 
 
 class Journey(NamedTuple):
-  """Rows by group, from all devices to the owners of the groups; and the same rows back."""
+  """The exchange that takes rows to the owners of their groups, and the one that takes them back."""
 
-  there: Slices
-  back: Slices
-  sizes: Int[Array, 'G']  # Rows that arrive for each group here, one group after the other.
+  there: Slices  # From the devices that have the rows to the owners of the groups.
+  back: Slices  # From the owners to where the rows came from.
+  sizes: Int[Array, 'G']  # The rows of each group of this device, which arrive group by group.
 
 
 def plan_journey(sizes: Int[Array, 'X'], *axes: str) -> Journey:
-  """Plans for rows that lie group by group, within `shard.shard_mapped`.
+  """Returns the exchanges for rows that lie group by group, within `shard.shard_mapped`.
 
   Args:
-    sizes: This device's rows of each of all groups.
-    *axes: Of the mesh; each of its N devices owns as many groups, in order.
+    sizes: The number of rows that this device has of each group.
+    *axes: Axes of the mesh. Each of the N devices along them owns equally many groups, in order.
   """
   n, me = collectives.axis_size(*axes), collectives.axis_index(*axes)
   sizes = collectives.all_gather(sizes[None], *axes, dim=0).reshape(n, n, -1)  # Sender, owner, group.
@@ -53,13 +53,13 @@ def _starts(sizes):
 
 
 def send(rows: Float[Array, 'A D'], slices: Slices, n_rows: int, *axes: str) -> Float[Array, 'B D']:
-  """Returns what this device receives, zeros where nothing is put.
+  """Returns the rows that this device receives, and zeros where none is put.
 
   Args:
-    rows: What it has.
-    slices: What of it goes where.
-    n_rows: As many as may arrive.
-    *axes: Of the mesh.
+    rows: The rows that it sends.
+    slices: Where each slice of them goes.
+    n_rows: The largest number of rows that may arrive.
+    *axes: Axes of the mesh.
   """
   if collectives.axis_size(*axes) == 1:
     return rows
@@ -73,7 +73,7 @@ def send(rows: Float[Array, 'A D'], slices: Slices, n_rows: int, *axes: str) -> 
 
 
 def send_by_gather(rows, slices: Slices, n_rows: int, *axes: str):
-  """`send` for CPUs, whose compiler has no ragged exchange: from the rows of all devices."""
+  """Does what `send` does by an all-gather: XLA has no ragged exchange for CPUs."""
   everyone = collectives.all_gather(rows[None], *axes, dim=0)
   swap = lambda a: jax.lax.all_to_all(a, axes, 0, 0, tiled=True)
   starts, places = swap(slices.starts), swap(slices.places)
@@ -81,5 +81,5 @@ def send_by_gather(rows, slices: Slices, n_rows: int, *axes: str):
   inside = (row >= places) & (row < places + slices.received)
   of_slice = jnp.argmax(inside, axis=1)
   sender = of_slice // (len(starts) // len(everyone))
-  found = everyone[sender, starts[of_slice] + row[:, 0] - places[of_slice]]
-  return jnp.where(inside.any(axis=1, keepdims=True), found, 0)
+  arrived = everyone[sender, starts[of_slice] + row[:, 0] - places[of_slice]]
+  return jnp.where(inside.any(axis=1, keepdims=True), arrived, 0)

@@ -78,26 +78,13 @@ def make_train_step(
       )
       return _losses(out, rows, totals, optim, mode)
 
-    def accumulate(sums, rows_and_key):
-      (_, metrics), grads = jax.value_and_grad(loss, has_aux=True)(parts, rows_and_key)
-      own = shard.constrain_weights(grads), metrics
-      return (own if sums is None else jax.tree.map(jnp.add, sums, own)), None
-
     split = lambda x: shard.split_micro_batches(x, micro_batches)
     inputs = jax.tree.map(split, rows), jax.random.split(step_key, micro_batches)
-    if micro_batches == 1:
-      only = jax.tree.map(lambda x: x[0], inputs)
-      (_, metrics), grads = jax.value_and_grad(loss, has_aux=True)(parts, only)
-    else:
-      shapes = jax.eval_shape(accumulate, None, jax.tree.map(lambda x: x[0], inputs))[0]
-      zeros = shard.constrain_weights(jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes))
-      (grads, metrics), _ = jax.lax.scan(accumulate, zeros, inputs)
-
+    grads, metrics = _sum_over_micro_batches(jax.value_and_grad(loss, has_aux=True), parts, inputs)
     opt_state = {}
     for name in trains:
       updates, opt_state[name] = optimizer.update(grads[name], state.opt_state[name], parts[name])
-      updates = optax.tree.scale(rates[name], updates)
-      parts[name] = optax.apply_updates(parts[name], updates)
+      parts[name] = optax.apply_updates(parts[name], optax.tree.scale(rates[name], updates))
       metrics[f'grad_norm_{name}'] = optax.tree.norm(grads[name])
       metrics[f'layer_grad_norm_{name}'] = _layer_grad_norm(grads[name])
     params = join_parts(parts, rest)
@@ -118,6 +105,22 @@ def _count(rows: Rows) -> dict[str, jax.Array]:
       'mtp': count(rows.mtp_weights),
       'kl': count(rows.batch.end > rows.batch.start),
   }
+
+
+def _sum_over_micro_batches(grad: Callable, parts: dict[str, nnx.State], inputs: Any):
+  """Returns the gradients and metrics of all micro-batches, which lead the dimensions of `inputs`."""
+
+  def accumulate(sums, of_one):
+    (_, metrics), grads = grad(parts, of_one)
+    own = shard.constrain_weights(grads), metrics
+    return (own if sums is None else jax.tree.map(jnp.add, sums, own)), None
+
+  first = jax.tree.map(lambda x: x[0], inputs)
+  if len(jax.tree.leaves(inputs)[0]) == 1:
+    return accumulate(None, first)[0]
+  shapes = jax.eval_shape(accumulate, None, first)[0]
+  zeros = shard.constrain_weights(jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes))
+  return jax.lax.scan(accumulate, zeros, inputs)[0]
 
 
 def _losses(out: Output, rows: Rows, totals, optim: OptimConfig, mode: Mode):

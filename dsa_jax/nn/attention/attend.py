@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """From views to outputs: dense, masked and sparse attention.
 
-This file knows modes, ops, the indexer's loss and measures. What a layer's heads look like is the
-layer's business: `mla.MLA` makes the views, queries and outputs that are asked for here.
+This file knows modes, ops, the indexer's loss and measures. It does not know the geometry of heads:
+the layer, such as `mla.MLA`, makes the views, queries and outputs that are asked for here.
 """
 
 from collections.abc import Callable
