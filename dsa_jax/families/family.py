@@ -43,7 +43,7 @@ class Family:
   fixed: Mapping[str, Any]
 
   has_indexer: bool = True  # Without one, an import makes fresh indexers.
-  # Whether the indexer rotates pairs of neighbouring channels, as config.json may say otherwise.
+  # Whether the indexer rotates pairs of neighbouring channels, where config.json does not say.
   indexer_rope_interleave: bool = False
   lists_indexers: bool = False  # Whether config.json lists the layers that have an indexer.
   norms: str = 'BF16'  # The dtype of norm weights, where an import does not say.

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Time and memory of the xla backend: python experiments/kernel_speed/bench.py
+"""Measures time and memory of the xla backend: python experiments/kernel_speed/bench.py
 
-With --backend=gpu or --backend=tpu, the kernels for these: see bench_gpu.py and bench_tpu.py.
+With --backend=gpu or --backend=tpu it measures the kernels for these: see bench_gpu.py and
+bench_tpu.py.
 """
 
 import argparse
@@ -76,7 +77,7 @@ def put(results, kind, name, n, value):
 
 
 def memory(name: str, n: int) -> int:
-  """Bytes of temporary buffers, the compiler's own count; nothing runs."""
+  """Returns the bytes of temporary buffers by the compiler's own count, without a run."""
   shapes = jax.eval_shape(lambda: programs.make_inputs(programs.K))
   longer = lambda x: jax.ShapeDtypeStruct((1, n, *x.shape[2:]), x.dtype)
   compiled = jax.jit(programs.PROGRAMS[name]).lower(jax.tree.map(longer, shapes)).compile()
@@ -90,7 +91,7 @@ def inputs_and_programs(n: int, devices: int):
 
 
 def time_side_by_side(jobs, x, runs: int, budget: float) -> dict[str, list[float]]:
-  """Seconds of every run, programs in turn, so that a slow minute of the machine hits all."""
+  """Returns the seconds of every run; programs take turns, so a slow minute hits them all."""
   n, names = x['q'].shape[1], list(jobs)
   run = {name: jax.jit(f).lower(x).compile() for name, f in jobs.items()}
   seconds = {name: [] for name in names}
@@ -107,7 +108,7 @@ def time_side_by_side(jobs, x, runs: int, budget: float) -> dict[str, list[float
 
 
 def machine() -> dict[str, float | str]:
-  """What the figures were measured on, and what it can do at best."""
+  """Returns what the figures were measured on, and what that machine can do at best."""
   x = jnp.ones((2048, 2048))
   big = jnp.ones(2**28, jnp.float32)
   square = jax.jit(lambda x: x @ x)

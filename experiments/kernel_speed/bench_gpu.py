@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checks and times the GPU kernels on a GPU: python experiments/kernel_speed/bench.py --backend=gpu
 
-First every program is compared with the float32 reference on a few queries, and nothing is timed
-if one is wrong. Times are medians over inputs that rotate, random and after a warm-up: `device_ms`
-is the sum of the kernels' own times by CUPTI, `wall_ms` what a caller waits. The last `--queries`
-of a context are timed. Dense baselines: cuDNN's attention through jax, with keys of 192 channels
-and values padded to them, and PyTorch's where it is installed (bench_torch.py); for decoding, XLA's
-products with all latents. cuDNN masks causally only where all queries are there; elsewhere it meets
-all keys, and `causal_ms` takes off what a causal mask would save.
-Try it without a GPU, on toy sizes and interpreted:
+First, every program is compared with the float32 reference on a few queries; nothing is timed if
+one is wrong. Times are medians over random inputs that rotate, after a warm-up: `device_ms` is the
+sum of the kernels' own times by CUPTI, and `wall_ms` is the time that a caller waits. The last
+`--queries` of a context are timed. The dense baselines are cuDNN's attention through jax, with keys
+of 192 channels and values padded to them, and PyTorch's where it is installed (bench_torch.py); for
+decoding, XLA's products with all latents. cuDNN masks causally only where all queries are there;
+elsewhere it reads all keys, and `causal_ms` subtracts what a causal mask would save.
+Without a GPU, try it on toy sizes under the interpreter:
 --interpret --small --sizes 64 --queries 16 --decode 2 --decode_sizes 64 --seconds 0
 """
 
@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None):
 
 @contextlib.contextmanager
 def interpreted():
-  """The plain interpreter; to optimize its programs takes longer than to run them."""
+  """Uses the plain interpreter, whose programs take longer to optimize than to run."""
   jax.config.update('jax_disable_most_optimizations', True)
   with pltpu.force_tpu_interpret_mode(True):
     yield
@@ -98,7 +98,7 @@ def parse(argv):
 
 
 def make_inputs(batch, n_keys, n_queries, d, seed=0):
-  """Random bfloat16 inputs; each query selects by the indexer, the last ones of the context."""
+  """Returns random bfloat16 inputs of the last queries; each selects by the indexer."""
   x = random_inputs(batch, n_keys, n_queries, d, seed)
   return select(x, *(jax.jit(functools.partial(f, d, 'gpu')) for f in (topk, attend)))
 
@@ -139,7 +139,7 @@ def attend_backward(d, backend, x):
 
 
 def kl_grad(d, selected, backend, x):
-  """On selected keys as the sparse stage has them, on all as the warm-up: a key for each head."""
+  """Runs on selected keys, as in the sparse stage, or on all keys of each head, as in warm-up."""
   q, k, lse = x['q'], x['kv'][:, :, None], x['lse']
   if not selected:
     q = q[..., : min(DENSE['E'], d['E'])]
@@ -156,7 +156,7 @@ def kl_grad(d, selected, backend, x):
 
 
 def programs(d):
-  """Forward and backward of sparse attention are one program: its backward is the difference."""
+  """Forward and backward of sparse attention are one program; its backward is the difference."""
   return {
       'index_topk': functools.partial(topk, d),
       'sparse_forward': functools.partial(attend, d),
@@ -167,7 +167,7 @@ def programs(d):
 
 
 def check(n_keys: int, d) -> list[str]:
-  """What differs from the float32 reference, a line each."""
+  """Returns a line for each result that differs from the float32 reference."""
   x = make_inputs(1, n_keys, min(CHECKED, n_keys), d)
   exact = {
       name: v.astype(jnp.float32) if v.dtype == jnp.bfloat16 else v for name, v in x.items()
@@ -194,7 +194,7 @@ def chosen_scores(x, indices):
 
 
 def measured(d, args):
-  """A row for each program and size; all are compiled first, many at a time."""
+  """Yields a row for each program and size; all are compiled first, many at a time."""
   cases, shapes = [], {}
   for n in args.sizes:
     rows = min(args.queries, n)
@@ -253,7 +253,7 @@ def dense_programs(portable: bool):
 
 
 def dense_decode(d, x):
-  """One query of each sequence attends to all latents, which all heads share."""
+  """Lets one query of each sequence attend to all latents, which all heads share."""
   f32 = dict(preferred_element_type=jnp.float32)
   logits = jnp.einsum('BHE,BSE->BHS', x['q'][:, 0], x['kv'], **f32) * d['E'] ** -0.5
   weights = jax.nn.softmax(logits, axis=-1).astype(x['kv'].dtype)
@@ -312,7 +312,7 @@ def work(name, kind, n_keys, n_queries, d) -> tuple[float, float, float]:
 
 
 def matmul_tflops(n: int, args) -> float:
-  """What this chip reaches with one large product."""
+  """Returns the TFLOPS that this chip reaches with one large product."""
   x = jax.random.normal(jax.random.key(0), (n, n), jnp.bfloat16)
   run = jax.jit(lambda x: x @ x)
   jax.block_until_ready(run(x))
@@ -343,7 +343,7 @@ def table(results: dict):
 
 
 def with_differences(rows: list[dict], ceiling: float):
-  """Each row; after forward and backward of a program, the backward alone, by their difference."""
+  """Yields each row, and after forward and backward the backward alone, by their difference."""
   measured = {(row['program'], row['S'], row['queries']): row for row in rows}
   for row in rows:
     yield row
@@ -357,7 +357,7 @@ def with_differences(rows: list[dict], ceiling: float):
 
 
 def comparison(rows: list[dict]):
-  """What attention costs a layer, dense and sparse: selection is part of it, and training's KL."""
+  """Yields a table of what attention costs a layer, with selection, and in training with the KL."""
   alike = [row for row in rows if 'index_heads' not in row]
   prefill = {(row['program'], row['S']): row for row in alike if 'sequences' not in row}
   ms = lambda name, n: prefill[name, n].get('causal_ms', prefill[name, n]['device_ms'])

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""PyTorch's dense attention beside our kernels: see bench_gpu.py, which calls this.
+"""Times PyTorch's dense attention beside our kernels; bench_gpu.py calls this.
 
-Scaled-dot-product attention by whatever PyTorch picks, and FlexAttention, causal for the last
-queries of a context; keys of 192 channels, values of 128 (padded to 192 for the former).
+The programs are scaled-dot-product attention by whatever PyTorch picks, and FlexAttention, both
+causal, for the last queries of a context. Keys have 192 channels and values 128, which are padded
+to 192 for the former.
 """
 
 import importlib.util
@@ -16,7 +17,7 @@ V = DEEPSEEK_V32.v_head_dim
 
 
 def rows(args):
-  """Yields a row for each program and size; none where PyTorch is not installed."""
+  """Yields a row for each program and size, or none where PyTorch is not installed."""
   if importlib.util.find_spec('torch') is None:
     return
   import torch  # pylint: disable=import-outside-toplevel
@@ -64,7 +65,7 @@ def flex(n_queries: int, n_keys: int):
 
 
 def timed(attend, inputs, with_gradients: bool, seconds: float) -> float:
-  """The median of events on the device, after a warm-up."""
+  """Returns the median time of events on the device, after a warm-up."""
   import torch
 
   def run():

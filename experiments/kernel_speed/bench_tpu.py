@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checks and times the TPU kernels on a TPU: python experiments/kernel_speed/bench_tpu.py
 
-Each op is first compared with the portable backend on the same inputs, then both are timed, beside
-what `compile_report_jax_0.10.json` has the compiler expect of this chip.
-Try it without a TPU, on toy sizes and interpreted: --interpret --sizes 64 --queries 16 --small
+Each op is first compared with the portable backend on the same inputs. Then both are timed, beside
+what the compiler expects of this chip, by `compile_report_jax_0.10.json`. Without a TPU, try it on
+toy sizes under the interpreter: --interpret --sizes 64 --queries 16 --small
 """
 
 import argparse
@@ -41,10 +41,10 @@ DIMS = dict(
 SMALL = dict(H=8, E=40, V=24, I=4, J=16, K=24)
 HERE = pathlib.Path(__file__).parent
 KINDS = {'TPU v5': 'v5p', 'TPU v5p': 'v5p', 'TPU v6 lite': 'v6e', 'TPU7x': 'tpu7x'}
-OPS = {  # Of the compile report, by program.
+OPS = {  # The ops of the compile report that a program runs.
     'index_topk': ['index_topk'],
     'sparse_attention': ['sparse_attention_forward'],
-    'indexed_attention': ['index_topk', 'sparse_attention_forward'],  # Without SparseCores.
+    'indexed_attention': ['index_topk', 'sparse_attention_forward'],  # This is without SparseCores.
     'sparse_attention_grad': ['sparse_attention_forward', 'sparse_attention_backward'],
     'index_kl_selected_grad': [
         'sparse_attention_forward', 'index_kl_selected_forward', 'index_kl_selected_backward'
@@ -90,7 +90,7 @@ def measure(n_keys: int, args):
 
 
 def expected_ms(x: dict, name: str, dims: dict) -> float | None:
-  """By the compiler's schedule of V3.2's dims, of queries in the middle of the context."""
+  """Returns the time by the compiler's schedule at V3.2's sizes, in the middle of the context."""
   n_queries, n_keys = x['q'].shape[1], x['kv'].shape[1]
   rows = json.loads((HERE / 'compile_report_jax_0.10.json').read_text())
   at = KINDS.get(jax.devices()[0].device_kind), 'v32', n_keys
@@ -137,7 +137,7 @@ def programs(d):
     return indexed_attention(*inputs, **widths, sm_scale=scale, backend=backend)[0]
 
   def gather_lines(backend, x):
-    """One line, 512 bytes, of each row that 128 queries select: for the rate of SparseCores."""
+    """Gathers a line of 512 bytes of each row that 128 queries select: the rate of SparseCores."""
     lines = resident.Rows(d['E'], x['kv'].dtype).lines
     rows = lines * jnp.maximum(x['indices'][0, :128], 0).ravel()
     on_sparse_cores = backend == 'tpu' and sparse_cores.available()
@@ -193,7 +193,7 @@ def median_seconds(run, x, runs: int) -> float:
 
 
 def difference(actual, expected) -> float:
-  """The largest difference, relative to the largest value of its array."""
+  """Returns the largest difference, relative to the largest value of its array."""
 
   def leaves(tree):
     arrays = [np.asarray(x, np.float32) for x in jax.tree.leaves(tree)]

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention as in transformers' deepseek_v32 layer, on torch: its time and memory, beside ours.
+"""Measures the attention of transformers' deepseek_v32 layer, on torch, beside ours.
 
-Two environments, one file of results; run it once in each (jax with this package, torch with
+Two environments share one file of results. Run it once in each (jax with this package, torch with
 transformers):
 
   python experiments/kernel_speed/hf_attention.py
@@ -62,7 +62,7 @@ def our_layer(n: int):
 
 
 def measure(n: int, runs: int) -> str:
-  """Seconds of the fastest run, and how far the resident memory peaked above what it was before."""
+  """Returns the seconds of the fastest run, and the growth of resident memory at its peak."""
   peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
   forward = (torch_layer if importlib.util.find_spec('torch') else our_layer)(n)
   before, seconds = peak(), []

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is measured: each op on its own, the sparse stage as one program, and what they replace."""
+"""The measured programs: each op alone, the sparse stage as one, and what they replace."""
 
 import functools
 
@@ -14,12 +14,12 @@ from dsa_jax.kernels.xla.rows import map_rows
 from dsa_jax.parallel.zigzag import zigzag
 
 H, E, V, I, J, K = 16, 160, 128, 4, 32, 512
-HOW = dict(sm_scale=E**-0.5, backend='xla')
-NAIVE_BLOCK = 128  # As in index_topk.
+SM_SCALE = E**-0.5
+NAIVE_BLOCK = 128  # The block of index_topk.
 
 
 def make_inputs(n: int, seed: int = 0) -> dict[str, jax.Array]:
-  """Random float32 inputs of a context of n tokens; `lse` is a stand-in of the right size."""
+  """Returns random float32 inputs of n tokens; `lse` is a stand-in of the right size."""
   rng = np.random.default_rng(seed)
   normal = lambda *shape: jnp.asarray(rng.standard_normal(shape, np.float32))
   position = jnp.arange(n, dtype=jnp.int32)[None]
@@ -37,7 +37,7 @@ def make_inputs(n: int, seed: int = 0) -> dict[str, jax.Array]:
 
 
 def random_indices(rng, n: int) -> jax.Array:
-  """K visible positions of each query, ascending, then -1."""
+  """Returns K visible positions of each query, ascending, and then -1."""
   out = np.full((1, n, K), -1, np.int32)
   for t in range(n):
     chosen = np.arange(t + 1) if t < K else rng.choice(t + 1, K, replace=False, shuffle=False)
@@ -52,7 +52,7 @@ def topk(x):
 
 
 def naive_topk(x):
-  """Scores of all keys, then lax.top_k, for the same blocks of rows; positions not sorted."""
+  """Scores all keys and applies lax.top_k, in the same blocks; positions are not sorted."""
   n = x['index_k'].shape[1]
 
   def select(rows):
@@ -67,21 +67,24 @@ def naive_topk(x):
 
 def sparse(x, indices=None):
   indices = x['indices'] if indices is None else indices
-  return sparse_attention(x['q'], x['kv'], indices, v_dim=V, **HOW)
+  inputs = x['q'], x['kv'], indices
+  return sparse_attention(*inputs, v_dim=V, sm_scale=SM_SCALE, backend='xla')
 
 
 def dense(x, heads: int = 1, indices=None):
-  """`heads` key heads: one shared, as sparse attention has it, or one for each query head."""
+  """Attends with one key head, which sparse attention has too, or with one for each query head."""
   k = jnp.broadcast_to(x['kv'][:, :, None], (*x['kv'].shape[:2], heads, E))
   return dense_attention(
-      x['q'], k, k[..., :V], x['start'], x['end'], indices=indices, **HOW
+      x['q'], k, k[..., :V], x['start'], x['end'],
+      indices=indices, sm_scale=SM_SCALE, backend='xla',
   )
 
 
 def kl(x, indices=None, lse=None):
   return index_kl(
       x['q'], x['kv'][:, :, None], x['lse'] if lse is None else lse,
-      x['index_q'], x['index_k'], x['weights'], x['start'], x['end'], indices=indices, **HOW,
+      x['index_q'], x['index_k'], x['weights'], x['start'], x['end'],
+      indices=indices, sm_scale=SM_SCALE, backend='xla',
   )
 
 
@@ -90,14 +93,14 @@ def sparse_forward(x):
 
 
 def sparse_stage(x):
-  """All that attention costs in the sparse stage: selection, attention and the indexer's loss."""
+  """Runs selection, attention and the indexer's loss: all that attention is in the sparse stage."""
   indices = topk(x)
   out, lse = sparse(x, indices)
   return out, kl(x, indices, jax.lax.stop_gradient(lse))
 
 
 def with_gradients(f, *trained):
-  """f, and its gradients to the inputs named."""
+  """Returns f with its gradients to the named inputs."""
 
   def both(x):
     rest = {name: x[name] for name in x if name not in trained}
@@ -107,11 +110,11 @@ def with_gradients(f, *trained):
   return both
 
 
-WHOLE = ('kv', 'index_k')  # What every device holds; it has its share of all else.
+WHOLE = ('kv', 'index_k')  # Inputs that every device holds; all others are split.
 
 
 def share_rows(f, mesh):
-  """f with its query rows shared by the devices of a mesh, as with `mesh.context`."""
+  """Returns f with query rows split over the devices of a mesh, as `mesh.context` does."""
 
   def shared(x):
     specs = {name: rows_or_whole(name) for name in x}
@@ -131,7 +134,7 @@ def make_mesh(devices: int):
 
 
 def make_shares(n: int, devices: int) -> dict[str, jax.Array]:
-  """The inputs where `share_rows` wants them, each device's rows of the same causal work."""
+  """Returns inputs for `share_rows`, so that each device has equal causal work."""
   mesh = make_mesh(devices)
   return {
       name: jax.device_put(

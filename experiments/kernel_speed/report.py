@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tables and plots of what bench.py measured."""
+"""Writes tables and plots of what bench.py measured."""
 
 import pathlib
 
@@ -54,7 +54,7 @@ def tables(results: dict):
 
 
 def rates(seconds, amount) -> dict:
-  """Billions of what `amount` counts in a program, per second of its fastest run."""
+  """Returns billions of what `amount` counts, per second of each program's fastest run."""
   return {
       name: {n: amount(name, int(n)) / min(x) / 1e9 for n, x in row.items()}
       for name, row in seconds.items()
@@ -63,7 +63,7 @@ def rates(seconds, amount) -> dict:
 
 
 def fastest(seconds, shared, name) -> dict[str, float]:
-  """By size, the fastest run of either form."""
+  """Returns, by size, the fastest run of either form."""
   rows = seconds.get(name, {}), shared.get(name, {})
   return {n: min(sum((row.get(n, []) for row in rows), [])) for n in rows[0] | rows[1]}
 
