@@ -17,14 +17,14 @@ import numpy as np
 
 from dsa_jax.compile import ptxas
 
-DUMPED = '^(original|final_bundles)$'  # Passes; to write all 70 takes four times the compile.
+DUMPED = '^(original|final_bundles)$'  # Passes. Writing all 70 takes four times the compile.
 
 
 class Chip(NamedTuple):
   """One device as jax sees it. Peaks are the makers'.
 
-  The clock of tpu7x, 2.2 GHz, is assumed: none is published. The rate of gathers is what
-  tpu-inference says it reaches with eight streams; of v5p and v6e nobody has published one.
+  The clock of tpu7x, 2.2 GHz, is assumed: none is published. The rate of gathers is the one that
+  tpu-inference reports with eight streams; for v5p and v6e nobody has published one.
   """
 
   topology: str
@@ -76,12 +76,12 @@ device_description_str: "NVIDIA H200"
 
 
 def environment(chip: str, dump: pathlib.Path | None = None) -> dict[str, str]:
-  """What a process needs in its environment, before jax starts, to compile for a chip.
+  """Returns what a process needs in its environment, before jax starts, to compile for a chip.
 
   Args:
     chip: A key of CHIPS or of GPUS.
-    dump: Where the compiler writes the programs and schedules of kernels, in more than twice the
-      time for a layer.
+    dump: The folder for programs and schedules of kernels. Dumping them more than doubles the time
+      that a layer takes to compile.
   """
   if chip in GPUS:
     flags = f'--xla_dump_to={dump} --xla_gpu_cuda_data_dir={ptxas.toolkit()} '
@@ -104,7 +104,7 @@ def environment(chip: str, dump: pathlib.Path | None = None) -> dict[str, str]:
 
 
 def make_mesh(chip: str) -> Mesh:
-  """A mesh of one device of a chip, in a process with its `environment`."""
+  """Returns a mesh of one device of a chip, in a process with its `environment`."""
   if chip in GPUS:
     topology = topologies.get_topology_desc(
         platform='cuda', topology_name='', topology='1x1x1', target_config=GPUS[chip].config

@@ -218,7 +218,7 @@ def test_every_row_is_committed_and_above_its_floor(series, sizes, monkeypatch):
         row = by_name[chip, model, size, op.name]
         assert 'error' not in row
         floor = max(row['mxu_cycles'], row.get('hbm_cycles', 0))
-        assert op.trips is None or row['cycles'] > floor > 0
+        assert op.plan is None or row['cycles'] > floor > 0
 
 
 def test_says_that_nothing_was_committed_for_this_jax(monkeypatch):

@@ -24,6 +24,8 @@ class BlockSizes(Blocks):
 
 
 def forward(q, kv, indices, *, v_dim: int, sm_scale: float, blocks: BlockSizes):
+  """Returns the output and the log-sum-exp, as the op does."""
+
   def attend(rows):
     q, indices = rows
     chosen = gather_rows(kv, indices)
@@ -41,10 +43,9 @@ def forward(q, kv, indices, *, v_dim: int, sm_scale: float, blocks: BlockSizes):
   return map_rows(attend, (q, indices), blocks.block_t)
 
 
-def backward(residuals, cotangents, *, v_dim: int, sm_scale: float, blocks: BlockSizes):
-  q, kv, indices, out, lse = residuals
-  dout, dlse = cotangents
-  delta = jnp.sum(out.astype(jnp.float32) * dout, axis=-1) - jnp.where(lse > -jnp.inf, dlse, 0)
+def backward(residuals, dout, delta, *, v_dim: int, sm_scale: float, blocks: BlockSizes):
+  """Returns the gradients of q and kv, by blocks of rows as `forward`; see `logits_delta`."""
+  q, kv, indices, lse = residuals
   lse = jnp.where(lse > -jnp.inf, lse, 0)
 
   def step(dkv, rows):
@@ -67,5 +68,5 @@ def backward(residuals, cotangents, *, v_dim: int, sm_scale: float, blocks: Bloc
 
 
 def _mask(indices, kv):
-  """What to add to the logits of [B, T, K] slots: once for all heads, so that they vectorise."""
+  """Returns what is added to the logits of [B, T, K] slots, alike for all heads: they vectorise."""
   return jnp.where((indices >= 0) & (indices < kv.shape[1]), 0.0, -jnp.inf)
