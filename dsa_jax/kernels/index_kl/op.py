@@ -17,7 +17,7 @@ SELECTED = {
     'gpu': 'dsa_jax.kernels.index_kl.gpu',
 }
 DENSE = {
-    'xla': 'dsa_jax.kernels.index_kl.xla',
+    'xla': 'dsa_jax.kernels.index_kl.xla_dense',
     'tpu': 'dsa_jax.kernels.index_kl.tpu_dense',
     'gpu': 'dsa_jax.kernels.index_kl.gpu_dense',
 }
@@ -58,8 +58,8 @@ def index_kl(
     end: int32; one past the last.
     sm_scale: Softmax scale of the main attention.
     indices: The selection (sparse training); None for all visible keys (warm-up).
-    backend: Which implementation. Never falls back to another; `tpu` and `gpu` have kernels for
-      selected keys and others for all visible ones.
+    backend: Which implementation. Never falls back to another. Each has one module for selected
+      keys and another for all visible ones, with block sizes of its own.
     blocks: The kernels' own BlockSizes; their defaults if None. They cannot change the result.
 
   Returns:
