@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from dsa_jax.compile.chips import CHIPS
 
 T, E, V, J, K = 4096, 576, 512, 128, 2048
-DENSE_E = 192  # The key width of attention whose heads have keys of their own.
+DENSE_E = 192  # Of attention whose heads have keys of their own.
 HEADS = {'v32': (128, 64), 'glm5': (64, 32)}  # Of attention, of the indexer.
 BF16 = jnp.dtype(jnp.bfloat16)
 

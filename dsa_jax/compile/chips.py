@@ -23,8 +23,8 @@ DUMPED = '^(original|final_bundles)$'  # Passes. Writing all 70 takes four times
 class Chip(NamedTuple):
   """One device as jax sees it. Peaks are the makers'.
 
-  The clock of tpu7x, 2.2 GHz, is assumed: none is published. The rate of gathers is the one that
-  tpu-inference reports with eight streams; for v5p and v6e nobody has published one.
+  The clock of tpu7x, 2.2 GHz, is assumed: none is published. The rate of gathers is what
+  tpu-inference says it reaches with eight streams; of v5p and v6e nobody has published one.
   """
 
   topology: str
@@ -88,7 +88,7 @@ def environment(chip: str, dump: pathlib.Path | None = None) -> dict[str, str]:
     return {
         'JAX_PLATFORMS': 'cpu',
         'JAX_SKIP_CUDA_CONSTRAINTS_CHECK': '1',
-        'XLA_FLAGS': flags + '--xla_dump_emitter_re=ptx',  # From jax 0.11 on: also what ptxas reads.
+        'XLA_FLAGS': flags + '--xla_dump_emitter_re=ptx',  # jax 0.11 dumps PTX only if asked.
         'MOSAIC_GPU_DUMP_TO': str(dump),
     }
   flags = f'--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true '

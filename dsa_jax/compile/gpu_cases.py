@@ -115,17 +115,19 @@ OURS = ('sparse_attention_', 'index_', 'add_rows')  # Other kernels are XLA's ow
 
 
 def vmem_of(chip: str) -> int:
-  """Returns 0: the plans of these kernels ask for no memory's size."""
+  """Returns 0: plans for GPUs ask for no memory's size."""
   del chip
   return 0
 
 
 def expects(op: Op, dims: Dims):
-  """Returns None: `measure` is told nothing of the kernels that it reads."""
+  """Returns None: `measure` is told nothing of the kernels whose numbers it reads."""
   del op, dims
 
 
-def measure(op: Op, chip: str, dims: Dims, dump: pathlib.Path, compiled: jax.stages.Compiled) -> dict:
+def measure(
+    op: Op, chip: str, dims: Dims, dump: pathlib.Path, compiled: jax.stages.Compiled
+) -> dict:
   """Reads what the compiler left of an op in the folder of its dumps."""
   del compiled
   kernels = ptxas.read_kernels(dump, GPUS[chip].architecture, OURS)
@@ -140,7 +142,7 @@ def measure(op: Op, chip: str, dims: Dims, dump: pathlib.Path, compiled: jax.sta
 
 
 def print_table(rows: list[dict]):
-  """A line for each kernel."""
+  """Prints a line for each kernel."""
   print('| chip | model | op | S | temporaries MiB | compiled s | tensor floor, us a query '
         '| kernel | registers | loop spills | shared KiB | loop instructions | of them products '
         '| serialized |')  # fmt: skip

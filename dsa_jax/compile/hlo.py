@@ -100,7 +100,8 @@ def _trips(line: str, computations: dict[str, list[str]]) -> int | None:
   if known := re.search(r'known_trip_count[^\d]*(\d+)', line):
     return int(known[1])
   condition = computations[re.search(r'condition=%?([\w.\-]+)', line)[1]]
-  constants = [int(n) for line in condition for n in re.findall(r's32\[\]\S* constant\((\d+)\)', line)]
+  pattern = r's32\[\]\S* constant\((\d+)\)'
+  constants = [int(n) for line in condition for n in re.findall(pattern, line)]
   below = any('ROOT' in line and 'direction=LT' in line for line in condition)
   return constants[0] if below and len(constants) == 1 else None
 

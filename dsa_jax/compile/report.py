@@ -53,7 +53,7 @@ def main():
   committed = read_committed(args.chips) if args.check else []
   if args.worker:
     return work(args, committed)
-  jobs = [(chip, *case) for chip in args.chips for case in plan(args)]
+  jobs = [(chip, *case) for chip in args.chips for case in models_and_sizes(args)]
   with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
     rows = sum(pool.map(functools.partial(rows_of, args), jobs), [])
   print_tables(rows)
@@ -91,7 +91,7 @@ def part(text: str) -> tuple[int, int]:
   return k, n
 
 
-def plan(args) -> list[tuple[str, int]]:
+def models_and_sizes(args) -> list[tuple[str, int]]:
   """Returns the models and sizes to compile at."""
   if args.all:
     return [(model, size) for model in HEADS for size in (4096, 32_768, 131_072)]

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from dsa_jax.compile import tpu_cases
+from dsa_jax.compile.cases import Dims
 from dsa_jax.kernels.gpu import hopper
 from dsa_jax.kernels.index_kl import gpu, gpu_dense, tpu, tpu_dense
 from dsa_jax.kernels.index_topk import gpu as topk_gpu, tpu as topk_tpu
@@ -124,6 +126,21 @@ def test_gradients_of_attention_on_a_tpu(size, with_sparse_cores, vmem, monkeypa
   assert bool(plan.gathered_bytes) == fetches
 
 
+@pytest.mark.parametrize('vmem', VMEM)
+def test_plans_ask_no_chip(vmem, monkeypatch):
+  def ask():
+    raise AssertionError('a plan follows from its arguments')
+
+  monkeypatch.setattr(chip, 'vmem_bytes', ask)
+  monkeypatch.setattr(sparse_cores, 'available', ask)
+  planned = [op for op in tpu_cases.OPS.values() if op.plan]
+  assert len(planned) == 9
+  for op in planned:
+    trips, streams, gathered = tpu_cases.expects(op, Dims(64, 32, 131_072, vmem))
+    assert trips and all(n >= 0 for loops in trips.values() for _, n in loops)
+    assert set(streams) <= set(trips) and gathered >= 0
+
+
 def test_every_path_is_taken():
   options = dict(v_dim=V, blocks=attention.BlockSizes())
   forward, backward = set(), set()
@@ -182,6 +199,10 @@ def test_selection_on_a_gpu(size):
   options = dict(topk=size[3], blocks=topk_gpu.BlockSizes())
   plan = topk_gpu.plan(*inputs[:2], **options)
   assert calls(lambda *x: topk_gpu.forward(*x, **options), *inputs) == programs(plan.kernels())
+
+
+def test_sizes_of_hopper():
+  assert attention_gpu.HOPPER_HEADS == hopper.HEADS and attention_gpu.HOPPER_STEP == hopper.STEP
 
 
 @pytest.mark.parametrize('dtype', ['bfloat16', 'float32'])

@@ -17,7 +17,7 @@ _f32 = {'preferred_element_type': jnp.float32}
 class BlockSizes(Blocks):
   """They change the speed, never the result."""
 
-  block_t: int = 128  # Query rows at one time.
+  block_t: int = 128  # Query rows per pass.
   block_s: int = 128  # Keys at one time.
 
 

@@ -56,7 +56,7 @@ def call(
 
 
 def tile(*shape: int) -> Any:
-  """Shared memory that wgmma reads, bfloat16."""
+  """Returns shared memory that wgmma reads, bfloat16."""
   return plgpu.SMEM(shape, jnp.bfloat16, transforms=SWIZZLED)
 
 

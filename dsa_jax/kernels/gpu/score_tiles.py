@@ -19,16 +19,16 @@ PROGRAMS = 1024  # Enough for every chip.
 
 @dataclasses.dataclass(frozen=True)
 class ScoreTiles:
-  """Keys are k [B, S, J]; rows are q [B, T, I, J], weights, start and end: see `pad_heads`.
+  """Kernels that go through tiles of keys k [B, S, J] for steps of a few queries q [B, T, I, J].
 
-  T is a multiple of `step_t`.
+  T is a multiple of `step_t`, and heads are those of `pad_heads`.
   """
 
   n_keys: int
-  width: int  # J
+  width: int  # J, the width of an index head.
   heads: int  # I, a power of two.
-  step_t: int  # Queries side by side.
-  tile: int  # Keys.
+  step_t: int  # Queries of a step, side by side.
+  tile: int  # Keys of a tile.
   stages: int  # Tiles in flight or in use.
 
   @classmethod
@@ -46,7 +46,7 @@ class ScoreTiles:
     return pl.cdiv(self.n_keys, self.tile) * self.tile
 
   def pad_heads(self, q, weights):
-    """Adds heads of weight 0, up to a power of two; weights in float32."""
+    """Adds heads of weight 0, up to a power of two, and turns weights to float32."""
     widths = [(0, 0), (0, 0), (0, self.heads - q.shape[2])]
     return jnp.pad(q, [*widths, (0, 0)]), jnp.pad(weights.astype(jnp.float32), widths)
 
@@ -163,7 +163,7 @@ class ScoreTiles:
     """Returns `dk`, float32 [B, S, J], with the gradients of keys added; see `query_gradients`."""
     q, weights = self.by_step(q), self.by_step(weights)
     tiles = self.padded_keys // self.tile
-    steps = q.shape[0] // k.shape[0]  # Of a sequence.
+    steps = q.shape[0] // k.shape[0]  # Steps of a sequence.
 
     def kernel(k, q, weights, dscores, _, dk):
       sequence, j = pl.program_id(0) // tiles, pl.program_id(0) % tiles

@@ -33,7 +33,7 @@ class BlockSizes(Blocks):
   block_t: int = 1024  # Query rows per pass; bounds the accumulators' memory.
   step_t: int = 4  # Query rows of a step of the grid; half of them where VMEM is 64 MiB.
   tile: int = 1152  # At most so many selected rows of a query are read at one time.
-  line: int = LANES  # Slots of a line, where tiles may begin; a chip has no other.
+  line: int = LANES  # Slots of a line, where tiles begin; a chip has no other lines.
   copied: int = 256  # Rows copied between two branches.
   vmem_share: float = 0.8  # Part of VMEM for a shard of keys and of their gradients.
 
@@ -46,7 +46,7 @@ class Plan(NamedTuple):
   n_queries: int
   block_t: int  # Query rows per pass.
   n_groups: int  # Key heads of the attention; each has its own channels of a row.
-  rows: Rows  # Of the attention's keys.
+  rows: Rows  # The layout of the attention's keys.
   index_rows: Rows
   keys: ShardPlan
   adds: bool  # Whether the gradient of index keys is added to sums in VMEM.

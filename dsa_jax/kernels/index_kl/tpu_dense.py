@@ -111,8 +111,8 @@ class _Kernels:
   def prepare(self, constants, index_q, index_k, index_weights) -> tuple[jax.Array, DivergeIn]:
     """Returns the keys that blocks of queries see, and what the kernels read.
 
-    What enters a product whose sum counts is filled up with zeros; of the rest, what blocks hold
-    beyond the arrays is hidden by the intervals.
+    Operands whose products are summed are padded with zeros. What blocks of the others hold beyond
+    the arrays is hidden by the intervals.
     """
     q, k, lse, start, end, _ = constants
     end = jnp.minimum(end, self.plan.n_keys)
@@ -245,7 +245,7 @@ class _Kernels:
     )
 
   def _spec(self, shape, index) -> pl.BlockSpec:
-    """Returns a block spec: steps without work fetch what the one before or after them has."""
+    """Returns a block spec. Steps without work fetch the block of the step before or after them."""
 
     def clamped(b, t, s, step, spans):
       first, last = self._key_blocks(spans, b, t)
@@ -366,7 +366,7 @@ class _Kernels:
     self._each_tile(spans, add)
 
   def _target(self, q, k, lse, rows, columns):
-    """Returns this group's part of the target, [keys, queries]: a sum, as `lse` makes it a mean."""
+    """Returns this group's part of the target, [keys, queries]: a sum that `lse` makes a mean."""
     total = 0
     for head in range(self.plan.heads):
       key_head = head // self.plan.heads_per_key

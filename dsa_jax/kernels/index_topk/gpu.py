@@ -33,7 +33,7 @@ class BlockSizes(Blocks):
   tile: int = 64  # Keys of one product.
   span: int = 4096  # Keys that a program scores.
   stages: int = 3  # Tiles in flight or in use.
-  groups: int = 4096  # Groups of a row's keys, of which rows with fewer keys have none.
+  groups: int = 4096  # Groups of a row's keys; a row with fewer keys has no groups.
   chunk: int = 4096  # Candidates of a row that are read at one time.
 
 
@@ -50,7 +50,7 @@ class Plan(NamedTuple):
 
   @property
   def has_candidates(self) -> bool:
-    """Whether rows have so many keys that groups of them are cut first."""
+    """Says whether rows have so many keys that groups of them are cut first."""
     return self.n_keys > self.groups
 
   def kernels(self) -> dict[str, int]:
@@ -226,7 +226,7 @@ def _write(read, chunks, cut, no_slot, put):
         high == low + 1, first_ties, lambda x, n_before: (x >= low, n_before), x, n_ties
     )
     slot = n_out + jnp.cumsum(chosen.astype(jnp.int32)) - 1
-    # Two of one slot would race where interpreted.
+    # Where interpreted, two values of one slot would race.
     put(jnp.where(chosen, slot, no_slot), at, x, chosen)
     return n_out + jnp.sum(chosen.astype(jnp.int32)), n_ties
 

@@ -26,7 +26,7 @@ def index_topk(
     blocks: Blocks | None = None,
     span: tuple[Int[Array, ''], int] | None = None,
 ) -> Int[Array, 'B T {topk}']:
-  """Selects, for each query, the `topk` visible keys with the highest index scores.
+  """Selects for each query the `topk` visible keys with the highest index scores.
 
   Args:
     q: Index queries; see `index_scores`.

@@ -17,7 +17,6 @@ from dsa_jax.kernels.backend import Blocks
 from dsa_jax.kernels.index_topk import tpu as selection
 from dsa_jax.kernels.sparse_attention import tpu as attention, tpu_plan, tpu_rows
 from dsa_jax.kernels.tpu import chip, gather_scatter, layout, sparse_cores
-from dsa_jax.kernels.tpu.layout import Rows
 from dsa_jax.kernels.tpu.plans import KernelPlan
 from dsa_jax.kernels.tpu.shards import fit_chip
 from dsa_jax.kernels.xla.rows import pad_axis, take_block

@@ -75,7 +75,7 @@ class Plan(NamedTuple):
 
   @property
   def by_hopper(self) -> bool:
-    """Whether `hopper.py` does the forward pass."""
+    """Says whether `hopper.py` does the forward pass."""
     return self.wide and self.shares == 1
 
   @property

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which path attention to a selection takes on a TPU, and how each path cuts its work.
 
-Where there are few queries, XLA gathers the rows that they selected: `Decode`. Otherwise kernels
-copy rows within VMEM: `InVmem`. Where VMEM holds too few keys for whole tiles of each shard, rows
-are first brought together in HBM: `Together` forward and `TogetherBackward` backward.
+Where there are few queries, XLA gathers the rows that they selected (`Decode`). Otherwise kernels
+copy rows within VMEM (`InVmem`). Where VMEM holds too few keys for whole tiles of each shard, rows
+are first brought together in HBM (`Together`, and `TogetherBackward` for the gradients).
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ class BlockSizes(Blocks):
   block_t: int = 1024  # Query rows per pass; bounds the accumulators' memory.
   step_t: int = 4  # Query rows of a step of the grid; half of them where VMEM is 64 MiB.
   tile: int = 1152  # At most so many selected rows of a query are read at one time.
-  line: int = LANES  # Slots of a line, where tiles may begin; a chip has no other.
+  line: int = LANES  # Slots of a line, where tiles begin; a chip has no other lines.
   copied: int = 256  # Rows copied between two branches.
   step_t_compact: int = 4  # Query rows of a step that brings their selected rows together.
   block_t_compact: int = 512  # Query rows per pass whose rows are together; half of it backward.
@@ -42,7 +42,7 @@ class Sizes(NamedTuple):
   n_keys: int
   n_slots: int
   v_dim: int
-  rows: Rows  # Of keys.
+  rows: Rows  # The layout of keys.
 
   @classmethod
   def of(cls, q, kv, n_slots: int, v_dim: int) -> 'Sizes':

@@ -211,7 +211,7 @@ def _differentiate(rows, sm_scale, q_dout, stats, own, seen, dq, dkeys):
 
 
 def differentiate_logits(dots, stats, seen, keys, sm_scale: float):
-  """Returns gradients of a query's logits, [H, tile], and they above the probabilities, [2H, tile].
+  """Returns gradients of a query's logits, [H, tile], and these above probabilities, [2H, tile].
 
   Args:
     dots: Products of the query's heads, then of the output's gradients, with keys, [2H, tile].

@@ -20,7 +20,7 @@ _f32 = {'preferred_element_type': jnp.float32}
 class BlockSizes(Blocks):
   """They change the speed, never the result."""
 
-  block_t: int = 8  # Query rows whose selection is gathered at one time.
+  block_t: int = 8  # Query rows per pass, whose selection is gathered at one time.
 
 
 def forward(q, kv, indices, *, v_dim: int, sm_scale: float, blocks: BlockSizes):
@@ -30,7 +30,7 @@ def forward(q, kv, indices, *, v_dim: int, sm_scale: float, blocks: BlockSizes):
     q, indices = rows
     chosen = gather_rows(kv, indices)
     logits = jnp.einsum('BTKE,BTHE->BTKH', chosen, q, **_f32)
-    # Turned before the softmax, which then runs along memory; XLA would turn the products.
+    # Logits are turned before the softmax, which then runs along memory; XLA would turn products.
     logits = jnp.swapaxes(sm_scale * logits + _mask(indices, kv)[..., None], 2, 3)
     logits = jax.lax.optimization_barrier(logits)
     top = jnp.max(logits, axis=3, keepdims=True)
@@ -44,7 +44,7 @@ def forward(q, kv, indices, *, v_dim: int, sm_scale: float, blocks: BlockSizes):
 
 
 def backward(residuals, dout, delta, *, v_dim: int, sm_scale: float, blocks: BlockSizes):
-  """Returns the gradients of q and kv, by blocks of rows as `forward`; see `logits_delta`."""
+  """Returns the gradients of q and kv; see `logits_delta` for delta."""
   q, kv, indices, lse = residuals
   lse = jnp.where(lse > -jnp.inf, lse, 0)
 
@@ -52,7 +52,7 @@ def backward(residuals, dout, delta, *, v_dim: int, sm_scale: float, blocks: Blo
     q, indices, lse, dout, delta = rows
     chosen = gather_rows(kv, indices)
     dout = jnp.pad(dout, [(0, 0)] * 3 + [(0, kv.shape[-1] - v_dim)])
-    both = jnp.concatenate([q, dout], axis=2)  # Two dots with the same keys, twice.
+    both = jnp.concatenate([q, dout], axis=2)  # Both have dots with the same keys.
     logits, dprobs = jnp.split(jnp.einsum('BTKE,BTHE->BTKH', chosen, both, **_f32), 2, axis=-1)
     logits = sm_scale * logits + _mask(indices, kv)[..., None]
     probs = jnp.exp(logits - lse[:, :, None])

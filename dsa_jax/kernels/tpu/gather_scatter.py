@@ -33,7 +33,7 @@ from dsa_jax.kernels.tpu.shards import (
 )
 from dsa_jax.kernels.xla.rows import whole_block
 
-ALIGNED = 8  # Rows.
+ALIGNED = 8  # DMAs begin at multiples of so many rows.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -269,7 +269,7 @@ class Fetch:
     return slot
 
   def nothing(self, *queries: int) -> tuple[jax.Array, jax.Array]:
-    """Returns what `run` does for queries [B, T] that select nothing."""
+    """Returns what `run` returns for queries [B, T] that select nothing."""
     own = jnp.zeros((*queries, self.rows.lines, self.n_rows, LANES), self.rows.words)
     return own, jnp.zeros((*queries, self.n_rows), bool)
 

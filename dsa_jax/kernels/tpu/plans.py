@@ -14,4 +14,4 @@ class KernelPlan(NamedTuple):
   # The depth of each loop of the compiled kernel and its trips for one query, in the order of the
   # compiler's schedule. The grid itself is the loop of depth 1.
   loops: list[tuple[int, float]]
-  hbm_bytes: float = 0.0  # Bytes of selected rows through HBM, with what attends to them there.
+  hbm_bytes: float = 0.0  # Bytes through HBM of selected rows there, and of their queries.

@@ -14,14 +14,14 @@ ADDS = 8  # Groups of `ADDED` rows between two branches.
 
 
 class Shards(NamedTuple):
-  """Keys in n shards: each holds an equal share, and the keys in reach of either neighbour.
+  """Keys in n shards: each holds an equal share of them, and some of either neighbour's.
 
-  A query reads the keys in reach in one of two shards, so that its part of each makes whole tiles.
+  A query reads keys that two shards have in either, so that its part of each makes whole tiles.
   """
 
   n: int
-  share: int
-  reach: int
+  share: int  # Keys from one border between shards to the next.
+  reach: int  # Keys on each side of a border that both shards hold.
 
   @property
   def size(self) -> int:
@@ -33,7 +33,7 @@ class Shards(NamedTuple):
 
   @property
   def loose(self) -> bool:
-    """Whether tiles must have room to spare."""
+    """Says whether tiles must have room to spare."""
     return self.n > 1 and not self.reach
 
   def begin(self, i):

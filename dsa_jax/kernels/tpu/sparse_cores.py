@@ -16,7 +16,7 @@ LISTED = 8192  # Rows whose numbers a subcore holds at one time.
 
 
 def available() -> bool:
-  """Whether this is a TPU that has SparseCores."""
+  """Says whether this is a TPU that has SparseCores."""
   return pltpu.is_tpu_device() and pltpu.get_tpu_info().sparse_core is not None
 
 
