@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the reports of TPUs and GPUs share: the sizes of released models, and an op's arguments."""
+"""What the reports of TPUs and GPUs share: sizes of released models, and the ops' arguments."""
 
 from collections.abc import Callable
 import functools
@@ -19,7 +19,7 @@ BF16 = jnp.dtype(jnp.bfloat16)
 
 
 class Dims(NamedTuple):
-  """What an op is compiled at: a model's heads, keys, and the chip's bytes of VMEM."""
+  """What an op is compiled for: a model's heads, keys, and the chip's bytes of VMEM."""
 
   heads: int
   index_heads: int
@@ -28,16 +28,14 @@ class Dims(NamedTuple):
 
 
 class Op(NamedTuple):
-  """A row of the report. All but the name are functions of `Dims`, or take the shapes."""
+  """A row of the report."""
 
   name: str
-  function: Callable
-  shapes: Callable  # Its arguments.
-  flops: Callable  # Of the matrix unit, for one query.
-  trips: Callable | None = None  # kernel: [(depth, trips for one query)], in schedule's order.
-  gathered: Callable = lambda dims: 0  # Bytes that SparseCores fetch for one query, beside kernels.
-  repeats: float = 1.0  # Of all that is done once for each query.
-  chips: tuple[str, ...] = tuple(CHIPS)  # Of those that have such a case.
+  function: Callable  # What is compiled.
+  shapes: Callable  # The shapes of its arguments, of `Dims`.
+  flops: Callable  # FLOPs of the matrix unit for one query, of `Dims`.
+  plan: Callable | None = None  # The plan that it executes, of `Dims`, which the report reads.
+  chips: tuple[str, ...] = tuple(CHIPS)  # The chips that have such a row.
 
 
 def shape(*dims: int, dtype=jnp.bfloat16) -> jax.ShapeDtypeStruct:

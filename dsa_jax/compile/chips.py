@@ -18,7 +18,7 @@ import numpy as np
 from dsa_jax.chips import DEVICES
 from dsa_jax.compile import ptxas
 
-DUMPED = '^(original|final_bundles)$'  # Passes; to write all 70 takes four times the compile.
+DUMPED = '^(original|final_bundles)$'  # Passes. Writing all 70 takes four times the compile.
 
 
 class Chip(NamedTuple):
@@ -78,19 +78,19 @@ device_description_str: "NVIDIA H200"
 
 
 def environment(chip: str, dump: pathlib.Path | None = None) -> dict[str, str]:
-  """What a process needs in its environment, before jax starts, to compile for a chip.
+  """Returns what a process needs in its environment, before jax starts, to compile for a chip.
 
   Args:
     chip: A key of CHIPS or of GPUS.
-    dump: Where the compiler writes the programs and schedules of kernels, in more than twice the
-      time for a layer.
+    dump: The folder for programs and schedules of kernels. Dumping them more than doubles the time
+      that a layer takes to compile.
   """
   if chip in GPUS:
     flags = f'--xla_dump_to={dump} --xla_gpu_cuda_data_dir={ptxas.toolkit()} '
     return {
         'JAX_PLATFORMS': 'cpu',
         'JAX_SKIP_CUDA_CONSTRAINTS_CHECK': '1',
-        'XLA_FLAGS': flags + '--xla_dump_emitter_re=ptx',  # From jax 0.11 on: also what ptxas reads.
+        'XLA_FLAGS': flags + '--xla_dump_emitter_re=ptx',  # jax 0.11 dumps PTX only if asked.
         'MOSAIC_GPU_DUMP_TO': str(dump),
     }
   flags = f'--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true '
@@ -106,7 +106,7 @@ def environment(chip: str, dump: pathlib.Path | None = None) -> dict[str, str]:
 
 
 def make_mesh(chip: str) -> Mesh:
-  """A mesh of one device of a chip, in a process with its `environment`."""
+  """Returns a mesh of one device of a chip, in a process with its `environment`."""
   if chip in GPUS:
     topology = topologies.get_topology_desc(
         platform='cuda', topology_name='', topology='1x1x1', target_config=GPUS[chip].config

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tells whether a compiler would be given the same program again."""
+"""Tells whether a compiler would get the same program again."""
 
 import hashlib
 from typing import Any
@@ -8,9 +8,9 @@ from dsa_jax.versions import installed
 
 
 def fingerprint(program: str, expected: Any, compilers: tuple[str, ...]) -> str:
-  """Returns a hash of what a compiler is given, of its version, and of what is read from it.
+  """Returns a hash of what a compiler gets, of its version, and of what is expected of the result.
 
-  The code that reads is not in it: whoever changes that makes the committed rows anew.
+  The code that reads the result is not in it: whoever changes that makes the committed rows anew.
 
   Args:
     program: The lowered program, kernels included, without locations in source files.

@@ -27,17 +27,18 @@ from dsa_jax.compile.cases import (
 from dsa_jax.compile.chips import GPUS
 from dsa_jax.kernels.index_kl import gpu as kl, gpu_dense
 from dsa_jax.kernels.index_topk import gpu as select
-from dsa_jax.kernels.sparse_attention import gpu as attention
+from dsa_jax.kernels.sparse_attention import gpu as attention, op as attention_op
 
 CHIPS = tuple(GPUS)
-ATTENTION = dict(v_dim=V, sm_scale=0.1, blocks=attention.BlockSizes())
-KL = dict(sm_scale=0.1, blocks=kl.BlockSizes())
-DENSE_KL = dict(sm_scale=0.1, blocks=gpu_dense.BlockSizes())
-DECODED = 64  # Sequences, a query each.
+SM_SCALE = 0.1
+ATTENTION = dict(v_dim=V, sm_scale=SM_SCALE, blocks=attention.BlockSizes())
+KL = dict(sm_scale=SM_SCALE, blocks=kl.BlockSizes())
+DENSE_KL = dict(sm_scale=SM_SCALE, blocks=gpu_dense.BlockSizes())
+DECODED = 64  # Sequences, each with one query.
 
 
 def decoding(shapes, *of_keys: int):
-  """The shapes for the last query of many sequences; `of_keys` says which are of keys."""
+  """Returns the shapes for the last query of many sequences; `of_keys` says which are of keys."""
 
   def each(dims):
     sizes = [(x, x.shape[1] if i in of_keys else 1) for i, x in enumerate(shapes(dims))]
@@ -63,7 +64,7 @@ KERNELS = [
     ),
     Op(
         'sparse_attention_backward',
-        lambda *x: attention.backward(*x, **ATTENTION),
+        lambda *x: attention_op.backward(V, SM_SCALE, attention, ATTENTION['blocks'], *x)[:2],
         attention_backward_shapes,
         lambda dims: 2 * K * dims.heads * (3 * E + 2 * V),
         chips=CHIPS,
@@ -114,17 +115,19 @@ OURS = ('sparse_attention_', 'index_', 'add_rows')  # Other kernels are XLA's ow
 
 
 def vmem_of(chip: str) -> int:
-  """Returns 0: the plans of these kernels ask for no memory's size."""
+  """Returns 0: plans for GPUs ask for no memory's size."""
   del chip
   return 0
 
 
 def expects(op: Op, dims: Dims):
-  """Returns None: `measure` is told nothing of the kernels that it reads."""
+  """Returns None: `measure` is told nothing of the kernels whose numbers it reads."""
   del op, dims
 
 
-def measure(op: Op, chip: str, dims: Dims, dump: pathlib.Path, compiled: jax.stages.Compiled) -> dict:
+def measure(
+    op: Op, chip: str, dims: Dims, dump: pathlib.Path, compiled: jax.stages.Compiled
+) -> dict:
   """Reads what the compiler left of an op in the folder of its dumps."""
   del compiled
   kernels = ptxas.read_kernels(dump, GPUS[chip].architecture, OURS)
@@ -139,7 +142,7 @@ def measure(op: Op, chip: str, dims: Dims, dump: pathlib.Path, compiled: jax.sta
 
 
 def print_table(rows: list[dict]):
-  """A line for each kernel."""
+  """Prints a line for each kernel."""
   print('| chip | model | op | S | temporaries MiB | compiled s | tensor floor, us a query '
         '| kernel | registers | loop spills | shared KiB | loop instructions | of them products '
         '| serialized |')  # fmt: skip

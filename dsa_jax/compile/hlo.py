@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What devices say to each other, read from a compiled program."""
+"""Reads the collectives of a compiled program."""
 
 from collections.abc import Iterator
 import math
@@ -25,20 +25,20 @@ class Collective(NamedTuple):
   """One instruction of a program, as one device runs it."""
 
   kind: str  # One of KINDS.
-  axes: tuple[str, ...]  # Of the mesh, over which its devices go; () for permutes.
+  axes: tuple[str, ...]  # The axes of the mesh that its devices span; () for permutes.
   shape: str
-  bytes: int  # Of the whole array: what is gathered, summed or exchanged; ragged: all rows sent.
-  times: int  # In one run of the program.
+  bytes: int  # Bytes of the whole array that is gathered, summed or exchanged; all rows if ragged.
+  times: int  # How often it runs in one run of the program.
 
 
 def collectives(text: str, mesh: dict[str, int]) -> list[Collective]:
-  """Reads the collectives of a compiled program, those in loops with how often they run.
+  """Returns the collectives of a compiled program, with how often those in loops run.
 
   Every branch of a conditional counts as taken.
 
   Args:
     text: The program, `compiled.as_text()`.
-    mesh: Sizes of the axes of the mesh, in order, whose devices the program numbers row by row.
+    mesh: The sizes of the mesh's axes, in order. The program numbers its devices row by row.
 
   Raises:
     ValueError: A loop with collectives in it does not say how often it runs.
@@ -47,18 +47,20 @@ def collectives(text: str, mesh: dict[str, int]) -> list[Collective]:
 
   def walk(name: str, times: int | None) -> Iterator[Collective]:
     for line in computations.get(name, ()):
-      found = _INSTRUCTION.match(line)
-      if not found:
+      instruction = _INSTRUCTION.match(line)
+      if not instruction:
         continue
-      shape, op = found.groups()
+      shape, op = instruction.groups()
       kind = op.removesuffix('-start')
       if kind in KINDS:
         if times is None:
           raise ValueError(f'{op} of {shape} is in a loop that does not say how often it runs.')
-        if kind == 'ragged-all-to-all':  # One side holds all rows sent, the other all that may come.
+        if kind == 'ragged-all-to-all':  # One side holds all rows sent.
           shape = min(shape, _operand_shape(line, computations[name]), key=_total)
-        said = _collective(kind, op, shape, line, mesh, times)
-        yield said._replace(kind='reduce-scatter') if name.startswith(_FUSED_SCATTER) else said
+        collective = _collective(kind, op, shape, line, mesh, times)
+        if name.startswith(_FUSED_SCATTER):
+          collective = collective._replace(kind='reduce-scatter')
+        yield collective
         continue
       inner = times
       if op == 'while':
@@ -73,10 +75,10 @@ def collectives(text: str, mesh: dict[str, int]) -> list[Collective]:
   return list(walk(entry, 1))
 
 
-def total_bytes(found: list[Collective]) -> dict[str, int]:
+def total_bytes(exchanges: list[Collective]) -> dict[str, int]:
   """Sums bytes over one run, by kind and axes: {'all-gather over context, tensor': 123}."""
   totals = {}
-  for c in found:
+  for c in exchanges:
     key = f'{c.kind} over {", ".join(c.axes)}' if c.axes else c.kind
     totals[key] = totals.get(key, 0) + c.bytes * c.times
   return dict(sorted(totals.items(), key=lambda item: -item[1]))
@@ -94,17 +96,18 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
 
 
 def _trips(line: str, computations: dict[str, list[str]]) -> int | None:
-  """How often a loop runs: as the compiler says, or as its condition compares a count from 0."""
+  """Returns how often a loop runs: as the compiler says, or as its condition counts from 0."""
   if known := re.search(r'known_trip_count[^\d]*(\d+)', line):
     return int(known[1])
   condition = computations[re.search(r'condition=%?([\w.\-]+)', line)[1]]
-  constants = [int(n) for line in condition for n in re.findall(r's32\[\]\S* constant\((\d+)\)', line)]
+  pattern = r's32\[\]\S* constant\((\d+)\)'
+  constants = [int(n) for line in condition for n in re.findall(pattern, line)]
   below = any('ROOT' in line and 'direction=LT' in line for line in condition)
   return constants[0] if below and len(constants) == 1 else None
 
 
 def _operand_shape(line: str, computation: list[str]) -> str:
-  """The shape of an instruction's first operand."""
+  """Returns the shape of an instruction's first operand."""
   operand = re.search(r' ragged-all-to-all(?:-start)?\(%?([\w.\-]+)', line)[1]
   definition = re.compile(rf'^\s+%?{re.escape(operand)} = ')
   return next(_INSTRUCTION.match(other)[1] for other in computation if definition.match(other))
@@ -131,13 +134,13 @@ def _bytes(dtype: str, dims: str) -> int:
 
 
 def _axes(line: str, mesh: dict[str, int]) -> tuple[str, ...]:
-  """The axes along which the devices of the first group differ."""
+  """Returns the axes along which the devices of the first group differ."""
   places = np.stack(np.unravel_index(_first_group(line, mesh), tuple(mesh.values())))
   return tuple(axis for axis, place in zip(mesh, places) if len(set(place.tolist())) > 1)
 
 
 def _first_group(line: str, mesh: dict[str, int]) -> np.ndarray:
-  """Devices that talk to each other, in any of the ways programs write them."""
+  """Returns the devices of one group, in any of the ways that programs write groups."""
   numbers = lambda text: [int(n) for n in re.findall(r'\d+', text)]
   devices = np.arange(math.prod(mesh.values()))
   if listed := re.search(r'replica_groups=\{\{([\d,]*)\}', line):

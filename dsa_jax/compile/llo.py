@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the TPU compiler's dumps say of a kernel: loops of its final schedule, VMEM it takes."""
+"""Parses loop bodies and VMEM use from libtpu's dumps of a kernel."""
 
 from collections.abc import Sequence
 import pathlib
@@ -10,14 +10,14 @@ SHORT = 40  # Bundles; a shorter loop without inner ones may be the parts of a l
 
 
 class Loop(NamedTuple):
-  """A loop body of a schedule: how deep it is nested, and its bundles without inner loops'."""
+  """A loop body of a schedule: its depth, and its bundles without those of inner loops."""
 
   depth: int
   bundles: int
 
 
 def loop_bodies(schedule: str) -> list[Loop]:
-  """The loops of a final schedule, in its order. A bundle is a cycle where nothing stalls."""
+  """Returns the loops of a final schedule, in its order. A bundle is a cycle if nothing stalls."""
   loops = []
   for depth, label in _bundles(schedule):
     if label == 'LB':
@@ -29,10 +29,10 @@ def loop_bodies(schedule: str) -> list[Loop]:
 
 
 def cycles(loops: Sequence[Loop], trips: Sequence[tuple[int, int | float]]) -> float:
-  """Bundles times trips; `trips` has (depth, count) for each loop, in the schedule's order.
+  """Returns bundles times trips; `trips` has (depth, count) for each loop, in the schedule's order.
 
-  Where there are more loops, the shortest are left out of those that may start DMAs, which they
-  do a few times in many queries.
+  Where the schedule has more loops, it leaves out the shortest of those that may start DMAs: they
+  run a few times in many queries.
 
   Raises:
     ValueError: The loops are not those that `trips` counts.
@@ -52,10 +52,10 @@ def _is_dma(loop: Loop, after: Loop | None) -> bool:
 
 
 def beside(program: str, call: str, kernels: Sequence[str]) -> list[str]:
-  """Those kernels that run, each time, between the start and the end of an asynchronous call.
+  """Returns the kernels that always run between the start and the end of an asynchronous call.
 
   Args:
-    program: Of XLA, scheduled, as text.
+    program: The text of XLA's scheduled program.
     call: The name of the call.
     kernels: Names to look for.
   """
@@ -76,7 +76,7 @@ def beside(program: str, call: str, kernels: Sequence[str]) -> list[str]:
 
 
 def vmem_bytes(program: str) -> int:
-  """VMEM that a kernel's program allocates: scratch, and windows with their second buffers."""
+  """Returns the VMEM that a program allocates: scratch, and windows with their second buffers."""
   return sum(int(size, 16) for size in re.findall(r'space=vmem, size = (0x[0-9a-f]+)', program))
 
 
@@ -87,7 +87,7 @@ def _bundles(schedule: str):
 
 
 def cycles_of(dump: pathlib.Path, kernel: str, trips: list) -> float:
-  """A kernel's cycles for one query."""
+  """Returns a kernel's cycles for one query."""
   try:
     return cycles(loop_bodies(dumped(dump, kernel, 'final_bundles')), trips)
   except ValueError as e:
@@ -95,8 +95,8 @@ def cycles_of(dump: pathlib.Path, kernel: str, trips: list) -> float:
 
 
 def dumped(dump: pathlib.Path, kernel: str, label: str) -> str:
-  """What the compiler wrote of a kernel after a pass."""
-  found = [x for x in dump.glob(f'*-{kernel}[.-]*-{label}.txt') if 'analysis' not in x.name]
-  if not found:
+  """Returns what the compiler wrote of a kernel after a pass."""
+  paths = [x for x in dump.glob(f'*-{kernel}[.-]*-{label}.txt') if 'analysis' not in x.name]
+  if not paths:
     raise ValueError(f'{kernel}: the compiler wrote no {label}.')
-  return max(found).read_text()
+  return max(paths).read_text()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What NVIDIA's assembler says of kernels: registers, spills, and which of them lie in loops.
+"""Reads from NVIDIA's assembler a kernel's registers, its spills, and which of these are in loops.
 
 The tools come as wheels: `pip install 'dsa_jax[compile-gpu]'`.
 """
@@ -15,16 +15,16 @@ MOSAIC = '_mosaic_gpu_kernel'  # Mosaic GPU adds this to the name of a kernel.
 
 
 def toolkit() -> pathlib.Path:
-  """Where the wheels put ptxas, nvdisasm and libdevice.
+  """Returns the folder where the wheels put ptxas, nvdisasm and libdevice.
 
   Raises:
     ValueError: They are not installed.
   """
   try:
-    found = importlib.util.find_spec('nvidia.cu13')
+    package = importlib.util.find_spec('nvidia.cu13')
   except ModuleNotFoundError:
-    found = None
-  for folder in found.submodule_search_locations if found else ():
+    package = None
+  for folder in package.submodule_search_locations if package else ():
     if all((pathlib.Path(folder) / 'bin' / tool).exists() for tool in ('ptxas', 'nvdisasm')):
       return pathlib.Path(folder)
   raise ValueError("ptxas and nvdisasm are not installed: pip install 'dsa_jax[compile-gpu]'.")
@@ -33,7 +33,7 @@ def toolkit() -> pathlib.Path:
 def read_kernels(
     dump: pathlib.Path, architecture: str, prefixes: tuple[str, ...]
 ) -> dict[str, dict]:
-  """Assembles what XLA and Mosaic dumped, and describes kernels whose names begin so."""
+  """Assembles what XLA and Mosaic dumped, and describes the kernels whose names have a prefix."""
   shared = {}
   for path in dump.glob('*.thunk_sequence.txt'):
     shared |= shared_bytes(path.read_text())
@@ -44,8 +44,8 @@ def read_kernels(
   for path in sorted(dump.glob('*.ptx')):
     names = re.findall(r'^\.visible \.entry (\w+)\(', path.read_text(), re.MULTILINE)
     for name in (name for name in names if name.startswith(prefixes)):
-      found = describe(*assemble(path, name, architecture))
-      kernels[name.removesuffix(MOSAIC)] = found | {'shared_bytes': shared.get(name)}
+      described = describe(*assemble(path, name, architecture))
+      kernels[name.removesuffix(MOSAIC)] = described | {'shared_bytes': shared.get(name)}
   return kernels
 
 
@@ -58,10 +58,10 @@ def assemble(ptx: pathlib.Path, name: str, architecture: str) -> tuple[str, str]
 
 
 def describe(said: str, instructions: str) -> dict:
-  """Registers of a thread; spilled bytes; and of its loops: spills, instructions, products.
+  """Returns a kernel's registers and spilled bytes, and spills, instructions and products of loops.
 
   `serialized` says that ptxas waits after each product of tiles, which it does where it cannot
-  prove the registers free.
+  prove that the registers are free.
   """
   bodies = loops(instructions)
   inner = max(bodies, key=len, default=[])
@@ -77,29 +77,29 @@ def describe(said: str, instructions: str) -> dict:
 
 
 def loops(instructions: str) -> list[list[str]]:
-  """The bodies of a kernel's loops, an instruction a line; inner ones count in outer ones, too."""
+  """Returns the bodies of a kernel's loops, line by line; inner loops count in outer ones, too."""
   lines, labels, bodies = [], {}, []
   for line in instructions.splitlines():
     if label := re.match(r'\s*(\.L_\w+):', line):
       labels[label[1]] = len(lines)
-    elif found := re.match(r'\s*/\*[0-9a-f]+\*/\s+(.*?);', line):
-      lines.append(found[1])
-      jump = re.search(r'\bBRA\b.*`\((\.L_\w+)\)', found[1])
+    elif instruction := re.match(r'\s*/\*[0-9a-f]+\*/\s+(.*?);', line):
+      lines.append(instruction[1])
+      jump = re.search(r'\bBRA\b.*`\((\.L_\w+)\)', instruction[1])
       if jump and labels.get(jump[1], len(lines)) < len(lines) - 1:
         bodies.append(lines[labels[jump[1]] :])
   return bodies
 
 
 def shared_bytes(thunks: str) -> dict[str, int]:
-  """Shared memory that each kernel is launched with, from XLA's list of launches."""
-  found = re.findall(r'\] (\w+) grid: .*shared_memory: (\d+) bytes', thunks)
-  return {name: int(n) for name, n in found}
+  """Reads the shared memory that each kernel is launched with from XLA's list of launches."""
+  launches = re.findall(r'\] (\w+) grid: .*shared_memory: (\d+) bytes', thunks)
+  return {name: int(n) for name, n in launches}
 
 
 def launched_bytes(lines: Iterable[str]) -> int | None:
-  """Shared memory that a kernel is launched with, from Mosaic's log of its passes."""
-  found = (re.search(r'dynamic_shared_memory_size %c(\d+)_i32', line) for line in lines)
-  launch = next(filter(None, found), None)
+  """Reads the shared memory that a kernel is launched with from Mosaic's log of its passes."""
+  matches = (re.search(r'dynamic_shared_memory_size %c(\d+)_i32', line) for line in lines)
+  launch = next(filter(None, matches), None)
   return launch and int(launch[1])
 
 

@@ -1,24 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compiles the kernels for real TPUs and GPUs, on any machine, and says what they will take.
+"""Compiles the kernels for real TPUs and GPUs, on any machine, and reports what they will take.
 
 python -m dsa_jax.compile
 python -m dsa_jax.compile --all --json=experiments/kernel_speed/compile_report_jax_0.10.json
 python -m dsa_jax.compile --check   # Against the file of the installed jax, as CI does.
 
-A check compiles only what is another program, or meets another compiler, than when the file was
+A check compiles only the rows whose program or compiler is another one than when the file was
 made: each row holds the fingerprint of both. `--part 2/5` compiles every fifth row all the same,
 from the second one on, so that five checks with different parts compile everything.
 
 Cycles are bundles of each loop of the compiler's final schedule times how often the loop runs for
-a query that selects K keys, evenly spread, and sees half of S; stalls are not in them. Where rows lie
-in HBM, kernels take at least as long as those take through it; other DMA is not in them.
-Floors: products at the bfloat16 peak; arguments and results through HBM once, 4096 queries sharing keys.
-VMEM is what the kernel allocates there, the largest where an op has several kernels.
-Gathers of SparseCores are bytes over a published rate, of which what goes on beside kernels is free.
+a query that selects K keys, evenly spread, and sees half of S. The op's plan says how often. Stalls
+are not counted. Where rows lie in HBM, kernels take at least as long as the rows take through it;
+other DMA is not counted. One floor is products at the bfloat16 peak, the other is arguments and
+results through HBM once, with 4096 queries that share keys. VMEM is what the kernel allocates
+there, the largest where an op has several kernels. Gathers of SparseCores take their bytes over a
+published rate, and are free while kernels run beside them.
 
 python -m dsa_jax.compile --chips h200 --check
 
-Of a GPU: registers, spills and shared memory of each kernel, and the tensor cores' floor.
+For a GPU the report has registers, spills and shared memory of each kernel, and the tensor cores'
+floor.
 """
 
 import argparse
@@ -43,7 +45,7 @@ from dsa_jax.versions import JAX_SERIES
 
 FOLDER = pathlib.Path('experiments/kernel_speed')
 DEFAULT = [('v32', 32_768), ('glm5', 32_768)]  # CI has a few minutes.
-WORSE = 1.10  # What --check lets pass.
+WORSE = 1.10  # The factor that --check lets pass.
 
 
 def main():
@@ -51,7 +53,7 @@ def main():
   committed = read_committed(args.chips) if args.check else []
   if args.worker:
     return work(args, committed)
-  jobs = [(chip, *case) for chip in args.chips for case in plan(args)]
+  jobs = [(chip, *case) for chip in args.chips for case in models_and_sizes(args)]
   with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
     rows = sum(pool.map(functools.partial(rows_of, args), jobs), [])
   print_tables(rows)
@@ -89,8 +91,8 @@ def part(text: str) -> tuple[int, int]:
   return k, n
 
 
-def plan(args) -> list[tuple[str, int]]:
-  """Models and sizes to compile at."""
+def models_and_sizes(args) -> list[tuple[str, int]]:
+  """Returns the models and sizes to compile at."""
   if args.all:
     return [(model, size) for model in HEADS for size in (4096, 32_768, 131_072)]
   if not (args.models or args.sizes):
@@ -100,11 +102,11 @@ def plan(args) -> list[tuple[str, int]]:
 
 
 def rows_of(args, job: tuple[str, str, int]) -> list[dict]:
-  """The rows of a chip, model and size, from processes of their own: libtpu reads its flags once."""
+  """Returns rows of a chip, model and size, by processes of their own: libtpu reads flags once."""
   chip, model, n_keys = job
   cases = all_ops(chip)
   ops = [op for op in args.ops or cases_for(chip).OPS if op in cases and chip in cases[op].chips]
-  scheduled = [op for op in ops if chip in GPUS or cases[op].trips]
+  scheduled = [op for op in ops if chip in GPUS or cases[op].plan]
   others = [op for op in ops if op not in scheduled]
   rows = []
   for some, has_schedule in (scheduled, True), (others, False):
@@ -130,7 +132,7 @@ def _rows_of(args, job: tuple[str, str, int], ops: list[str], has_schedule: bool
 
 
 def cases_for(chip: str) -> ModuleType:
-  """Returns what is compiled for a kind of chip: its imports need that kind's compiler."""
+  """Returns the cases for a kind of chip, whose imports need that kind's compiler."""
   if chip in GPUS:
     from dsa_jax.compile import gpu_cases as cases
   else:
@@ -144,7 +146,7 @@ def all_ops(chip: str) -> dict[str, Op]:
 
 
 def work(args, committed: list[dict]):
-  """Compiles the ops for one chip, model and size; prints a row of JSON for each."""
+  """Compiles the ops for one chip, model and size, and prints a row of JSON for each."""
   (chip,), (model,), (n_keys,) = args.chips, args.models, args.sizes
   jax.config.update('jax_traceback_in_locations_limit', 0)  # Programs do not say where they lie.
   dims = Dims(*HEADS[model], n_keys, cases_for(chip).vmem_of(chip))
@@ -161,12 +163,12 @@ def work(args, committed: list[dict]):
 
 
 def is_due(i: int, of: tuple[int, int] | None) -> bool:
-  """Whether row `i` is compiled even if nothing has changed, in part k of n or in none."""
+  """Says whether row `i` is compiled even if nothing has changed, in part k of n or in none."""
   return of is not None and i % of[1] == of[0] - 1
 
 
 def measure(op: Op, chip: str, dims: Dims, dump: pathlib.Path, known: dict) -> dict:
-  """Compiles an op and reads what the compiler left, unless `known` has read just that."""
+  """Compiles an op and reads what the compiler left, unless `known` is the row of that program."""
   cases, began = cases_for(chip), time.perf_counter()
   lowered = lower_for(chip, op.function, *op.shapes(dims))
   program = fingerprint(lowered.as_text(), cases.expects(op, dims), cases.COMPILERS)
@@ -202,7 +204,7 @@ def read_committed(chips: Sequence[str]) -> list[dict]:
 
 
 def write_rows(path: pathlib.Path, rows: list[dict]):
-  """Puts rows into a file; those of other names, which it holds already, stay."""
+  """Puts rows into a file, whose rows of other names stay."""
   held = json.loads(path.read_text()) if path.exists() else []
   by_name = {name(row): row for row in held + rows}
   path.write_text(json.dumps(list(by_name.values()), indent=1) + '\n')
@@ -219,7 +221,7 @@ def print_tables(rows: list[dict]):
 
 
 def compare(rows: list[dict], committed: list[dict]) -> list[str]:
-  """What does not compile, or is worse than what was committed, a line each."""
+  """Returns a line for each row that does not compile, or is worse than the committed one."""
   known, complaints = {name(row): row for row in committed}, []
   for row in rows:
     before = known.get(name(row))

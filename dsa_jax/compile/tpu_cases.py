@@ -1,9 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `report` compiles for TPUs: our kernels, a layer, and jax's dense attention beside them."""
+"""What `report` compiles for TPUs: our kernels, a layer, and jax's dense attention beside them.
+
+What an op does, loop by loop, is what its plan says.
+"""
 
 from collections.abc import Callable
 import math
 import pathlib
+from typing import NamedTuple
 
 from flax import nnx
 import jax
@@ -40,133 +44,72 @@ from dsa_jax.config import ModelConfig
 from dsa_jax.kernels.index_kl import tpu as kl, tpu_dense
 from dsa_jax.kernels.index_topk import tpu as select
 from dsa_jax.kernels.indexed_attention import tpu as indexed
-from dsa_jax.kernels.sparse_attention import tpu as attention
-from dsa_jax.kernels.tpu import gather_scatter, resident
-from dsa_jax.kernels.tpu.resident import LANES, Rows
-from dsa_jax.kernels.tpu.shards import fit_shards
+from dsa_jax.kernels.sparse_attention import op as attention_op, tpu as attention
+from dsa_jax.kernels.tpu import chip as this_chip
+from dsa_jax.kernels.tpu.plans import KernelPlan
 from dsa_jax.nn.attention.mla import MLA
 from dsa_jax.nn.attention.types import Mode
 
-BISECTIONS = 29  # Of 64K random scores, for the slowest of 16 rows; at most 32.
-SEQUENCES = 32  # That decode side by side.
-INDEXED_REPEATS = 1 + 2 * indexed.BlockSizes().block_t / T  # There are two steps more than blocks.
-SPLASH_HEADS = 2  # Compiled; the grid goes over more of them one by one.
+SEQUENCES = 32  # Sequences that decode side by side.
+SPLASH_HEADS = 2  # Heads that are compiled; the grid goes over more of them one by one.
+SM_SCALE = 0.1
 
 
-def tile_trips(kernel: str, blocks, bytes_per_key: int, copies: int, adds: int = 0) -> Callable:
-  """Loops of a kernel that meets shards, for one query: step, tile, groups of rows."""
-
-  def trips(dims: Dims) -> dict:
-    fitting = resident.fit_chip(blocks, dims.vmem)
-    shards, tile = fit_shards(dims.n_keys, K, bytes_per_key, dims.vmem, fitting)
-    met = shards, tile, fitting.step_t
-    return {
-        kernel: [*step_trips(*met), *copy_trips(*met, blocks) * copies, *add_trips(*met) * adds]
-    }
-
-  return trips
+def plan_topk(dims: Dims):
+  q, k, *_ = topk_shapes(dims)
+  return select.plan(q, k, topk=K, vmem=dims.vmem, blocks=select.BlockSizes())
 
 
-def attention_trips(backward: bool) -> Callable:
-  """Of kernels that meet shards, or bring rows together first."""
-  name, blocks = 'sparse_attention_forward', attention.BlockSizes()
-  tiles = tile_trips(name, blocks, KV.bytes, copies=1)
-  if backward:
-    name = 'sparse_attention_backward'
-    tiles = tile_trips(name, blocks, KV.bytes + 4 * KV.channels, copies=1, adds=1)
-
-  def trips(dims: Dims) -> dict:
-    if not brings_together(dims, backward):
-      return tiles(dims)
-    fitting = resident.fit_chip(blocks, dims.vmem)
-    gather, scatter = gather_scatter.fit(KV, dims.n_keys, K, dims.vmem, fitting)
-    if backward:  # SparseCores gather.
-      met = scatter.shards, scatter.tile, scatter.step_t
-      return {
-          'sparse_attention_rows_backward': [(1, own_steps(K, dims))],
-          'scatter_selected_rows': [*step_trips(*met), *add_trips(*met)],
-      }
-    met = gather.shards, gather.tile, gather.step_t
-    return {
-        'gather_selected_rows': [*step_trips(*met), *copy_trips(*met, blocks)],
-        'sparse_attention_rows': [(1, own_steps(gather.n_rows, dims))],
-    }
-
-  return trips
+def plan_attention(dims: Dims):
+  return _plan_attention(attention_shapes(dims), dims)
 
 
-def brings_together(dims: Dims, backward: bool) -> bool:
-  """Whether sparse attention brings rows together in HBM first."""
-  blocks = resident.fit_chip(attention.BlockSizes(), dims.vmem)
-  bytes_per_key = KV.bytes + 4 * KV.channels * backward
-  return fit_shards(dims.n_keys, K, bytes_per_key, dims.vmem, blocks)[0].loose
+def plan_decode(dims: Dims):
+  return _plan_attention(decode_shapes(dims), dims)
 
 
-def streamed(op: Op, dims: Dims) -> dict[str, float]:
-  """Bytes through HBM for one query, of kernels that meet rows there: rows, and what they attend."""
-  blocks = resident.fit_chip(attention.BlockSizes(), dims.vmem)
-  gather, scatter = gather_scatter.fit(KV, dims.n_keys, K, dims.vmem, blocks)
-  q, out, sums = dims.heads * KV.channels * 2, dims.heads * V * 4, 4 * KV.channels
-  n_rows = gather.n_rows if 'gather_selected_rows' in op.trips(dims) else K
-  of_shards = lambda shards, size: shards.n * shards.stored * size / blocks.block_t_compact
-  bytes_of = {
-      'gather_selected_rows': n_rows * KV.bytes + of_shards(gather.shards, KV.bytes),
-      'sparse_attention_rows': n_rows * KV.bytes + q + out,
-      'sparse_attention_rows_backward': n_rows * (KV.bytes + sums) + 4 * q,
-      'scatter_selected_rows': n_rows * sums + 4 * of_shards(scatter.shards, sums),
-  }
-  return {kernel: op.repeats * bytes_of[kernel] for kernel in op.trips(dims) if kernel in bytes_of}
+def _plan_attention(shapes, dims: Dims):
+  q, kv, indices = shapes
+  sizes = dict(v_dim=V, vmem=dims.vmem, blocks=attention.BlockSizes())
+  return attention.plan_forward(q, kv, indices.shape[2], **sizes)
 
 
-def own_steps(n_rows: int, dims: Dims) -> float:
-  """Steps, for one query, of a kernel in which each meets rows of its own."""
-  blocks = resident.fit_chip(attention.BlockSizes(), dims.vmem)
-  return gather_scatter.own_tiles(n_rows, KV, blocks)[0] / blocks.step_t
+def plan_attention_backward(dims: Dims):
+  q, kv, indices = attention_shapes(dims)
+  sizes = dict(v_dim=V, vmem=dims.vmem, sparse_cores=True, blocks=attention.BlockSizes())
+  return attention.plan_backward(q, kv, indices.shape[2], **sizes)  # All CHIPS have SparseCores.
 
 
-def step_trips(shards, tile: int, step_t: int) -> list[tuple[int, float]]:
-  tiles = shards.n * math.ceil(K / shards.n / tile)
-  return [(1, shards.n / step_t), (2, tiles / step_t)]
+def plan_kl(make_plan: Callable) -> Callable:
+  """Returns what makes the plan of selected KL, of a plan function of `index_kl.tpu`."""
+
+  def plan(dims: Dims):
+    (_, k, *_, indices), (_, index_k, _) = kl_constants(dims), kl_index(dims)
+    return make_plan(k, index_k, indices, vmem=dims.vmem, blocks=KL['blocks'])
+
+  return plan
 
 
-def copy_trips(shards, tile: int, step_t: int, blocks) -> list[tuple[int, float]]:
-  """Groups that are copied, as many as the one of a step needs that has most, and cleared."""
-  slots, group = K / shards.n, blocks.copied / step_t
-  most = slots + math.sqrt(slots * (1 - 1 / shards.n)) * shards.loose
-  copied, all_groups = math.ceil(most / group), math.ceil(slots / tile) * tile / group
-  return [(3, shards.n * n / step_t) for n in (copied, all_groups - copied)]
+def plan_dense_kl(make_plan: Callable) -> Callable:
+  """Returns what makes the plan of dense KL, of a plan function of `index_kl.tpu_dense`."""
+
+  def plan(dims: Dims):
+    (q, k, *_), (index_q, *_) = dense_constants(dims), kl_index(dims)
+    return make_plan(q, k, index_q, vmem=dims.vmem, blocks=DENSE_KL['blocks'])
+
+  return plan
 
 
-def add_trips(shards, tile: int, step_t: int) -> list[tuple[int, float]]:
-  """Groups of sums, of which half a one is in vain where slots are not in whole tiles."""
-  groups = K / shards.n / (resident.ADDED * resident.ADDS)
-  groups = groups + 0.5 if shards.loose else math.ceil(groups)
-  return [(3, shards.n * groups / step_t)] * step_t
+def plan_indexed(dims: Dims):
+  q, kv, index_q, index_k, *_ = indexed_shapes(dims)
+  sizes = dict(topk=K, v_dim=V, vmem=dims.vmem, blocks=indexed.BlockSizes())
+  return indexed.plan(q, kv, index_q, index_k, **sizes)
 
 
-def topk_trips(dims) -> dict:
-  blocks = select.BlockSizes()
-  seen, tiles = dims.n_keys / 2 / select.TILE, -(-dims.n_keys // select.TILE)
-  loops = (1, tiles), (2, seen * select.TILE / blocks.step_s), (2, seen), (2, BISECTIONS)
-  loops += (3, BISECTIONS * seen), (2, seen)
-  chunks = -(-tiles // select.CHUNK)
-  sums, slots = [(2, chunks)] * 2, K / LANES
-  numbering = (1, 1), *sums, (2, slots), (3, slots * chunks)
-  if chunks == 1:  # No loop is made of one trip.
-    numbering = (1, 1), (2, slots)
-  per_query = lambda loops: [(depth, n / blocks.step_t) for depth, n in loops]
-  return {'index_topk_cut': per_query(loops), 'index_topk_positions': per_query(numbering)}
-
-
-def indexed_trips(dims) -> dict:
-  """Selection, and attention to rows that have come. Steps without queries score no keys."""
-  more = lambda loops: [(depth, INDEXED_REPEATS * n) for depth, n in loops]
-  cut, numbering = topk_trips(dims).values()
-  return {
-      'index_topk_cut': [*more(cut[:1]), *cut[1:]],
-      'index_topk_positions': more(numbering),
-      'sparse_attention_rows': more([(1, own_steps(K, dims))]),
-  }
+def select_and_attend(q, kv, index_q, index_k, *rest):
+  sizes = dict(topk=K, v_dim=V, vmem=this_chip.vmem_bytes(), blocks=indexed.BlockSizes())
+  plan = indexed.plan(q, kv, index_q, index_k, **sizes)
+  return indexed.forward(q, kv, index_q, index_k, *rest, plan=plan, sm_scale=SM_SCALE)
 
 
 def indexed_shapes(dims):
@@ -175,33 +118,13 @@ def indexed_shapes(dims):
 
 
 def decode_shapes(dims):
-  """One query of each of many sequences."""
+  """Returns the shapes for one query of each of many sequences."""
   of_each = lambda *dims, dtype=BF16: jax.ShapeDtypeStruct((SEQUENCES, *dims), dtype)
   return of_each(1, dims.heads, E), of_each(dims.n_keys, E), of_each(1, K, dtype=jnp.int32)
 
 
-def dense_kl_trips(kernel: str, block_t: int, phases: int) -> Callable:
-  """Loops of a kernel over all keys: steps of the grid, then tiles, for each tile of queries.
-
-  Steps without work count like others. Blocks of queries at the diagonal see half a block more.
-  """
-
-  def trips(dims: Dims) -> dict:
-    blocks = DENSE_KL['blocks']
-    columns, groups = block_t // blocks.tile_t, dims.heads // blocks.heads
-    steps = phases * groups * -(-dims.n_keys // blocks.block_s) / block_t
-    tiles = (dims.n_keys + min(block_t, dims.n_keys)) / 2 / blocks.tile_s / block_t
-    of_group, of_block = [[(2, n)] * columns for n in (groups * tiles, tiles)]
-    loops = [*of_group, *of_block]
-    if phases == 2:
-      loops = [(2, dims.index_heads / block_t), *loops, *of_group]
-    return {kernel: [(1, steps), *loops]}
-
-  return trips
-
-
 def layer(params, x, start, end):
-  """The gradients of the attention half of a layer, its KL included, T = S."""
+  """Returns the gradients of the attention half of a layer, its KL included, T = S."""
   heads, index_heads = params['wq_b'].shape[1], params['indexer']['wq_b'].shape[1]
   graph, _ = layer_parts(heads, index_heads)
   mode = Mode(attention='sparse', backend='tpu', index_loss=True)
@@ -226,12 +149,12 @@ def layer_shapes(dims):
 
 
 def layer_flops(dims):
-  """For one query: of our kernels; the projections are not counted."""
+  """Returns the FLOPs of our kernels for one query, the projections not counted."""
   return sum(op.flops(dims) for op in KERNELS if 'dense' not in op.name)
 
 
 def splash_attention(block: int) -> Callable:
-  """Causal attention in MHA form, 192 channels of keys and 128 of values, by jax's own kernel."""
+  """Returns causal attention in MHA form, 192 channels of keys, 128 of values, by jax's kernel."""
 
   def attend(q, k, v):
     mask = masks.MultiHeadMask([masks.CausalMask((q.shape[1],) * 2)] * q.shape[0])
@@ -255,69 +178,67 @@ def splash_shapes(dims):
   return of_heads(192), of_heads(192), of_heads(128)
 
 
-def splash_trips(kernel: str, block: int) -> Callable:
-  """Blocks that a causal mask leaves, for one query; those it hides are taken to cost nothing."""
+class SplashPlan(NamedTuple):
+  """Blocks of queries times blocks of keys; those that a causal mask hides cost nothing."""
 
-  def trips(dims: Dims) -> dict:
-    n = dims.n_keys // block
-    return {kernel: [(1, dims.heads * n * (n + 1) / 2 / dims.n_keys)]}
+  name: str
+  heads: int
+  n_keys: int
+  block: int
 
-  return trips
+  gathered_bytes = 0
+
+  def kernels(self) -> dict[str, KernelPlan]:
+    n = self.n_keys // self.block
+    loops = [(1, self.heads * n * (n + 1) / 2 / self.n_keys)]
+    return {self.name: KernelPlan((self.heads, n, n), loops)}
 
 
-ATTENTION = dict(v_dim=V, sm_scale=0.1, blocks=attention.BlockSizes())
-KL = dict(sm_scale=0.1, blocks=kl.BlockSizes())
-DENSE_KL = dict(sm_scale=0.1, blocks=tpu_dense.BlockSizes())
-KV, INDEX = Rows(E, BF16), Rows(J, BF16)
+ATTENTION = dict(v_dim=V, sm_scale=SM_SCALE, blocks=attention.BlockSizes())
+KL = dict(sm_scale=SM_SCALE, blocks=kl.BlockSizes())
+DENSE_KL = dict(sm_scale=SM_SCALE, blocks=tpu_dense.BlockSizes())
 KERNELS = [
     Op(
         'index_topk',
         lambda *x: select.forward(*x, topk=K, blocks=select.BlockSizes()),
         topk_shapes,
         lambda dims: 2 * dims.n_keys / 2 * dims.index_heads * J,
-        topk_trips,
+        plan_topk,
     ),
     Op(
         'sparse_attention_forward',
         lambda *x: attention.forward(*x, **ATTENTION),
         attention_shapes,
         lambda dims: 2 * K * dims.heads * (E + V),
-        attention_trips(backward=False),
+        plan_attention,
     ),
     Op(
         'sparse_attention_backward',
-        lambda *x: attention.backward(*x, **ATTENTION),
+        lambda *x: attention_op.backward(V, SM_SCALE, attention, ATTENTION['blocks'], *x)[:2],
         attention_backward_shapes,
         lambda dims: 2 * K * dims.heads * (3 * E + 2 * V),
-        attention_trips(backward=True),
-        lambda dims: K * KV.bytes * brings_together(dims, backward=True),
+        plan_attention_backward,
     ),
     Op(
         'index_kl_selected_forward',
         lambda constants, index: kl.forward(constants, *index, **KL),
         lambda dims: (kl_constants(dims), kl_index(dims)),
         lambda dims: 2 * K * (dims.heads * E + dims.index_heads * J),
-        tile_trips('index_kl_selected_forward', KL['blocks'], KV.bytes + INDEX.bytes, copies=2),
+        plan_kl(kl.plan_forward),
     ),
     Op(
         'index_kl_selected_backward',
         lambda *x: kl.backward(*x, **KL),
         lambda dims: (kl_constants(dims), (*kl_index(dims), *[float32(T)] * 2), float32(T)),
         lambda dims: 2 * K * (dims.heads * E + 3 * dims.index_heads * J),
-        tile_trips(
-            'index_kl_selected_backward',
-            KL['blocks'],
-            KV.bytes + INDEX.bytes + 4 * INDEX.channels,
-            copies=2,
-            adds=1,
-        ),
+        plan_kl(kl.plan_backward),
     ),
     Op(
         'index_kl_dense_forward',
         lambda constants, index: tpu_dense.forward((*constants, None), *index, **DENSE_KL),
         lambda dims: (dense_constants(dims), kl_index(dims)),
         lambda dims: 2 * dims.n_keys / 2 * (dims.heads * DENSE_E + dims.index_heads * J),
-        dense_kl_trips('index_kl_dense_forward', DENSE_KL['blocks'].block_t, 1),
+        plan_dense_kl(tpu_dense.plan_forward),
     ),
     Op(
         'index_kl_dense_backward',
@@ -326,7 +247,7 @@ KERNELS = [
         ),
         lambda dims: (dense_constants(dims), (*kl_index(dims), *[float32(T)] * 2), float32(T)),
         lambda dims: 2 * dims.n_keys / 2 * (dims.heads * DENSE_E + 3 * dims.index_heads * J),
-        dense_kl_trips('index_kl_dense_backward', DENSE_KL['blocks'].block_t_backward, 2),
+        plan_dense_kl(tpu_dense.plan_backward),
     ),
 ]
 DECODE = Op(
@@ -334,16 +255,14 @@ DECODE = Op(
     lambda *x: attention.forward(*x, **ATTENTION),
     decode_shapes,
     lambda dims: 2 * K * dims.heads * (E + V),
-    lambda dims: {'sparse_attention_rows': [(1, own_steps(K, dims))]},
+    plan_decode,
 )
 INDEXED = Op(
     'indexed_attention',
-    lambda *x: indexed.forward(*x, topk=K, v_dim=V, sm_scale=0.1, blocks=indexed.BlockSizes()),
+    lambda *x: select_and_attend(*x),
     indexed_shapes,
     lambda dims: sum(op.flops(dims) for op in KERNELS[:2]),
-    indexed_trips,
-    gathered=lambda dims: INDEXED_REPEATS * K * KV.bytes,
-    repeats=INDEXED_REPEATS,
+    plan_indexed,
 )
 LAYER = Op('layer', layer, layer_shapes, layer_flops, chips=('v5p',))
 SPLASH = [
@@ -352,7 +271,7 @@ SPLASH = [
         splash_attention(2048),
         splash_shapes,
         lambda dims: 2 * dims.n_keys / 2 * dims.heads * (192 + 128),
-        splash_trips('splash_mha_fwd_no_residuals', 2048),
+        lambda dims: SplashPlan('splash_mha_fwd_no_residuals', dims.heads, dims.n_keys, 2048),
         chips=('v6e', 'tpu7x'),
     ),
     Op(
@@ -360,7 +279,7 @@ SPLASH = [
         splash_gradients,
         splash_shapes,
         lambda dims: 2 * dims.n_keys / 2 * dims.heads * (3 * 192 + 2 * 128),
-        splash_trips('splash_mha_dkv_no_residuals', 1024),
+        lambda dims: SplashPlan('splash_mha_dkv_no_residuals', dims.heads, dims.n_keys, 1024),
         chips=('v6e', 'tpu7x'),
     ),
 ]
@@ -370,14 +289,20 @@ COMPILERS = versions.TPU_COMPILERS
 
 
 def vmem_of(chip: str) -> int:
-  """Bytes of VMEM of a chip, in a process with its `environment`."""
+  """Returns the bytes of VMEM of a chip, in a process with its `environment`."""
   with jax.set_mesh(make_mesh(chip)):
-    return resident.vmem_bytes()
+    return this_chip.vmem_bytes()
 
 
 def expects(op: Op, dims: Dims):
-  """Returns what `measure` is told of an op's loops and rows, which follows from block sizes."""
-  return op.trips and (op.trips(dims), streamed(op, dims), op.gathered(dims))
+  """Returns what `measure` is told of an op by its plan: loops, bytes of rows, gathered bytes."""
+  if op.plan is None:
+    return None
+  plan = op.plan(dims)
+  kernels = plan.kernels()
+  trips = {name: kernel.loops for name, kernel in kernels.items()}
+  streams = {name: kernel.hbm_bytes for name, kernel in kernels.items() if kernel.hbm_bytes}
+  return trips, streams, plan.gathered_bytes
 
 
 def measure(
@@ -388,13 +313,13 @@ def measure(
   row = {'mxu_cycles': op.flops(dims) / spec.flops * spec.hertz}
   if op in KERNELS:
     row['hbm_cycles'] = moved_bytes(op, chip, dims) / T / spec.bytes * spec.hertz
-  if op.trips is None:
+  if op.plan is None:
     return row | {'vmem_mib': None, 'kernels': {}, 'cycles': None, 'us': None}
-  streams, gathered = streamed(op, dims), op.gathered(dims)
+  all_trips, streams, gathered = expects(op, dims)
   through_hbm = lambda n_bytes: n_bytes / spec.bytes * spec.hertz
   kernels = {
       kernel: max(schedule.cycles_of(dump, kernel, trips), through_hbm(streams.get(kernel, 0)))
-      for kernel, trips in op.trips(dims).items()
+      for kernel, trips in all_trips.items()
   }
   vmem = max(schedule.vmem_bytes(schedule.dumped(dump, name, 'original')) for name in kernels)
   cycles = sum(kernels.values())
@@ -410,7 +335,7 @@ def measure(
 
 
 def moved_bytes(op: Op, chip: str, dims: Dims) -> int:
-  """What HBM must at least move: each argument read once, each result written once."""
+  """Returns what HBM must move at least: each argument read once, each result written once."""
   shapes = op.shapes(dims)
   with jax.set_mesh(make_mesh(chip)):
     results = jax.eval_shape(op.function, *shapes)
@@ -426,6 +351,6 @@ def print_table(rows: list[dict]):
   print('| --- | --- | --- |' + ' ---: |' * 9)
   for row in rows:
     known = [row.get(key) for key in columns]
-    cells = ['' if x is None else format(x, how) for x, how in zip(known, columns.values())]
+    cells = ['' if x is None else format(x, spec) for x, spec in zip(known, columns.values())]
     cells = [row['error']] if 'error' in row else cells
     print('|', ' | '.join([row['chip'], row['model'], row['op'], str(row['S']), *cells]), '|')

@@ -9,21 +9,21 @@ import jax
 
 BACKENDS = ('reference', 'xla', 'tpu', 'gpu')
 
-# Context / K at which a forward and backward pass of `sparse_attention` takes as long as one of
-# `dense_attention` with `indices`. Measured by experiments/kernel_speed: see its README.
-# Not yet measured on a TPU or a GPU.
+# The context / K at which a forward and backward pass of `sparse_attention` takes as long as one of
+# `dense_attention` with `indices`. experiments/kernel_speed measures it; see its README. It has not
+# been measured on a TPU or a GPU yet.
 CROSSOVER = {'reference': 1, 'xla': 4, 'tpu': 1, 'gpu': 1}
 
 
 class Blocks:
-  """Base of every backend's `BlockSizes`: they say into what a kernel cuts its work."""
+  """Base class of every backend's `BlockSizes`, which say into what a kernel cuts its work."""
 
 
 def default_backend() -> str:
   """Returns the backend for this platform and logs it; entry points call it once.
 
-  The portable `xla` backend serves every platform that has no kernels of its own, GPUs other than
-  Hopper's included: the kernels take more shared memory than those have.
+  Every platform that has no kernels of its own gets the portable `xla` backend. So do GPUs other
+  than Hopper's: the kernels take more shared memory than those have.
   """
   platform = jax.default_backend()
   is_hopper = platform == 'gpu' and _compute_capability().startswith('9.')
@@ -65,9 +65,10 @@ def packs_all_keys(backend: str, n_queries: int, topk: int, n_keys: int) -> bool
 
 
 def load_kernels(module: str) -> ModuleType:
-  """Imports a backend's module of an op when it is asked for, and with it its compiler.
+  """Imports a backend's module of an op, and with it that backend's compiler.
 
-  Nobody else imports those modules, so a jax that lacks one compiler serves all other backends.
+  Ops call it when they are asked for the backend. Nothing else imports those modules, so a jax that
+  lacks one compiler serves all other backends.
 
   Raises:
     ImportError: jax lacks what the module needs.

@@ -15,13 +15,13 @@ def index_scores(
 
   scores[b, t, s] = sum_i weights[b, t, i] * relu(dot(q[b, t, i], k[b, s]))
 
-  No visibility is applied, and all [B, T, S] scores are made: for definitions, plots and
-  blocks of rows.
+  No visibility is applied, and all [B, T, S] scores exist at once: this is for definitions, plots
+  and blocks of rows.
 
   Args:
     q: Index queries, rotated. Not scaled.
     k: Index keys, normalised and rotated; one head, shared by all I.
-    weights: Raw head weights of either sign, `(index_n_heads * index_head_dim)**-0.5` folded in.
+    weights: Raw head weights of either sign, times `(index_n_heads * index_head_dim)**-0.5`.
 
   Returns:
     float32 scores without unit: their order within a row selects, their softmax within a row
@@ -41,7 +41,7 @@ def weigh(
 ) -> Float[Array, 'B T S']:
   """Returns sum_i weights[b, t, i] * relu(dots) of dots whose heads are on `axis`, 2 or 3.
 
-  Term by term: XLA makes one pass of it, where a sum over the axis takes two or three on a CPU.
+  It adds term by term, which XLA does in one pass; a sum over the axis takes two or three on a CPU.
   """
   heads = jnp.moveaxis(dots, axis, 0), jnp.moveaxis(weights.astype(jnp.float32), 2, 0)
   return sum(weight[..., None] * jax.nn.relu(dot) for dot, weight in zip(*heads))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where attention looks: the mean over heads of its probabilities, which the indexer predicts."""
+"""The mean over heads of attention's probabilities, which the indexer predicts."""
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ def mean_attention(
 ) -> Float[Array, 'B T S']:
   """Returns mean over heads of exp(sm_scale * dot(q, k[s]) - lse), 0 where not seen.
 
-  All [B, T, S] values are made: for plots and blocks of rows.
+  All [B, T, S] values exist at once: this is for plots and blocks of rows.
 
   Args:
     q: Queries.
@@ -28,7 +28,7 @@ def mean_attention(
   n_groups = k.shape[-2]
   lse = jnp.where(lse > -jnp.inf, lse, 0)
   if k.ndim == 5 and n_groups == 1:
-    # An axis of one to pair would have XLA turn the keys. Turned logits run along memory.
+    # XLA would turn the keys to pair an axis of one. Turned logits run along memory.
     logits = jnp.einsum('BTSE,BTHE->BTSH', k[..., 0, :], q, preferred_element_type=jnp.float32)
     logits = jnp.swapaxes(jax.lax.optimization_barrier(logits), 2, 3)
     mask = jnp.where(seen, 0.0, -jnp.inf)[:, :, None]

@@ -14,7 +14,7 @@ def visible_keys(
 
 
 def selected_keys(indices: Int[Array, 'B T K'], n_keys: int) -> Bool[Array, 'B T S']:
-  """Says which of `n_keys` keys each query selected; indices that are no position select none."""
+  """Says which keys each query selected; indices that are no position select none."""
   batch, rows, _ = indices.shape
   b, t = jnp.ix_(jnp.arange(batch), jnp.arange(rows))
   where = jnp.where(indices >= 0, indices, n_keys)

@@ -16,8 +16,8 @@ from dsa_jax.nn.attention.types import Mode
 from dsa_jax.nn.moe import balance
 from dsa_jax.nn.transformer import STACKS, Output
 from dsa_jax.parallel import shard
-from dsa_jax.parallel.zigzag import zigzag
 from dsa_jax.parallel.mesh import TOKENS
+from dsa_jax.parallel.zigzag import zigzag
 from dsa_jax.training.losses import next_token_loss, shift_targets
 from dsa_jax.training.optim import OptimConfig, make_optimizer
 from dsa_jax.training.state import TrainState, join_parts, split_parts

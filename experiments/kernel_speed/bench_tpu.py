@@ -27,7 +27,7 @@ from dsa_jax.kernels import (
     sparse_attention,
 )
 from dsa_jax.kernels.indexed_attention import tpu as indexed
-from dsa_jax.kernels.tpu import resident, sparse_cores
+from dsa_jax.kernels.tpu import layout, sparse_cores
 from dsa_jax.kernels.tpu.shards import Shards
 
 DIMS = dict(
@@ -96,7 +96,9 @@ def expected_ms(x: dict, name: str, dims: dict) -> float | None:
   at = KINDS.get(jax.devices()[0].device_kind), 'v32', n_keys
   us = {row['op']: row.get('us') for row in rows if (row['chip'], row['model'], row['S']) == at}
   ops = OPS.get(name, [None])
-  if name == 'indexed_attention' and indexed.pays(x['q'], x['kv'], dims['K'], indexed.BlockSizes()):
+  inputs = [x[key] for key in ('q', 'kv', 'index_q', 'index_k')]
+  sizes = dict(topk=dims['K'], v_dim=dims['V'], blocks=indexed.BlockSizes())
+  if name == 'indexed_attention' and indexed.plan_if_it_pays(*inputs, **sizes) is not None:
     ops = ['indexed_attention']
   parts = [us.get(op) for op in ops]
   return None if None in parts else 1e-3 * n_queries * sum(parts)
@@ -114,8 +116,8 @@ def make_inputs(n_keys, n_queries, dims):
       'start': jnp.zeros_like(end), 'end': end,
   }
   select = jax.jit(lambda x: topk('xla', x, d))
-  packed = jax.jit(resident.pack, static_argnums=1)(x['kv'], Shards(1, n_keys, 0))
-  return x | {'indices': select(x), 'lines': packed.reshape(-1, resident.LANES)}
+  packed = jax.jit(layout.pack, static_argnums=1)(x['kv'], Shards(1, n_keys, 0))
+  return x | {'indices': select(x), 'lines': packed.reshape(-1, layout.LANES)}
 
 
 def topk(backend, x, d):
@@ -138,7 +140,7 @@ def programs(d):
 
   def gather_lines(backend, x):
     """Gathers a line of 512 bytes of each row that 128 queries select: the rate of SparseCores."""
-    lines = resident.Rows(d['E'], x['kv'].dtype).lines
+    lines = layout.Rows(d['E'], x['kv'].dtype).lines
     rows = lines * jnp.maximum(x['indices'][0, :128], 0).ravel()
     on_sparse_cores = backend == 'tpu' and sparse_cores.available()
     return sparse_cores.gather(x['lines'], rows) if on_sparse_cores else x['lines'][rows]

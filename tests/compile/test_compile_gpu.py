@@ -80,7 +80,7 @@ def test_notices_a_first_spill(what):
 def test_what_is_committed_spills_nothing_in_loops(series, sizes, monkeypatch):
   rows = json.loads(compile_report.committed_path('h200', series).read_text())
   monkeypatch.setattr(sys, 'argv', ['x', *sizes])
-  cases = compile_report.plan(compile_report.parse())
+  cases = compile_report.models_and_sizes(compile_report.parse())
   expected = {(*case, op) for case in cases for op in gpu_cases.OPS}
   assert {(row['model'], row['S'], row['op']) for row in rows} == expected
   for row in rows:

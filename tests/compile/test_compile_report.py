@@ -213,12 +213,12 @@ def test_every_row_is_committed_and_above_its_floor(series, sizes, monkeypatch):
   by_name = {compile_report.name(row): row for row in rows}
   monkeypatch.setattr(sys, 'argv', ['x', *sizes])
   for chip in targets.CHIPS:
-    for model, size in compile_report.plan(compile_report.parse()):
+    for model, size in compile_report.models_and_sizes(compile_report.parse()):
       for op in (op for op in tpu_cases.OPS.values() if chip in op.chips):
         row = by_name[chip, model, size, op.name]
         assert 'error' not in row
         floor = max(row['mxu_cycles'], row.get('hbm_cycles', 0))
-        assert op.trips is None or row['cycles'] > floor > 0
+        assert op.plan is None or row['cycles'] > floor > 0
 
 
 def test_says_that_nothing_was_committed_for_this_jax(monkeypatch):

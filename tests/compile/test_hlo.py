@@ -40,13 +40,13 @@ ENTRY %main (p: bf16[2,2]) -> bf16[8,2] {
     ],
 )
 def test_collectives_are_read_with_their_axes_and_loops(groups, axes):
-  found = collectives(PROGRAM.replace('GROUPS', groups), MESH)
+  exchanges = collectives(PROGRAM.replace('GROUPS', groups), MESH)
   summed = 48 * 2 ** len(axes)
-  assert found == [
+  assert exchanges == [
       Collective('reduce-scatter', axes, 'f32[3,4]', summed, 5),
       Collective('all-gather', tuple(MESH), 'bf16[8,2]', 32, 1),
   ]
-  assert total_bytes(found)[f'reduce-scatter over {", ".join(axes)}'] == 5 * summed
+  assert total_bytes(exchanges)[f'reduce-scatter over {", ".join(axes)}'] == 5 * summed
 
 
 def test_a_loop_must_say_how_often_it_runs():

@@ -41,8 +41,8 @@ def interpreted(backend: str, races: bool = False):
     with pltpu.force_tpu_interpret_mode(True):
       yield
     return
-  how = dict(uninitialized_memory='nan', out_of_bounds_reads='raise', detect_races=races)
-  with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(**how)):
+  strict = dict(uninitialized_memory='nan', out_of_bounds_reads='raise', detect_races=races)
+  with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(**strict)):
     yield
     if races:
       jax.effects_barrier()

@@ -24,8 +24,8 @@ SCALE = 0.6
 @functools.partial(cases.jit, static_argnames=('backend', 'blocks'))
 def values_and_grads(q, k, v, start, end, indices=None, *, backend, blocks=None):
   def op(q, k, v):
-    how = dict(sm_scale=SCALE, indices=indices, backend=backend, blocks=blocks)
-    return dense_attention(q, k, v, start, end, **how)
+    options = dict(sm_scale=SCALE, indices=indices, backend=backend, blocks=blocks)
+    return dense_attention(q, k, v, start, end, **options)
 
   (out, lse), vjp = jax.vjp(op, q, k, v)
   dq, dk, dv = vjp(cotangents(out, lse))
@@ -105,8 +105,8 @@ def test_blocks_change_nothing(backend, blocks, restricted):
 
 @functools.partial(cases.jit, static_argnames='backend')
 def sparse_values_and_grads(q, kv, indices, *, backend):
-  how = dict(v_dim=V, sm_scale=SCALE, backend=backend)
-  (out, lse), vjp = jax.vjp(lambda q, kv: sparse_attention(q, kv, indices, **how), q, kv)
+  options = dict(v_dim=V, sm_scale=SCALE, backend=backend)
+  (out, lse), vjp = jax.vjp(lambda q, kv: sparse_attention(q, kv, indices, **options), q, kv)
   dq, dkv = vjp(cotangents(out, lse))
   return {'out': out, 'lse': lse, 'dq': dq, 'dkv': dkv}
 
@@ -116,8 +116,8 @@ def shared_values_and_grads(q, kv, start, end, indices=None, *, backend):
   """Dense attention over the one vector per token that sparse attention takes."""
 
   def op(q, kv):
-    k, v, how = kv[:, :, None], kv[:, :, None, :V], dict(sm_scale=SCALE, backend=backend)
-    return dense_attention(q, k, v, start, end, indices=indices, **how)
+    k, v, options = kv[:, :, None], kv[:, :, None, :V], dict(sm_scale=SCALE, backend=backend)
+    return dense_attention(q, k, v, start, end, indices=indices, **options)
 
   (out, lse), vjp = jax.vjp(op, q, kv)
   dq, dkv = vjp(cotangents(out, lse))
@@ -207,8 +207,8 @@ def test_memory_is_linear_in_the_context(restricted):
 
   def largest(backend):
     def op(q, k, v, start, end, indices=None):
-      how = dict(indices=indices, sm_scale=1.0, backend=backend)
-      return dense_attention(q, k, v, start, end, **how)
+      options = dict(indices=indices, sm_scale=1.0, backend=backend)
+      return dense_attention(q, k, v, start, end, **options)
 
     return cases.largest_array(op, *shapes)
 

@@ -17,7 +17,6 @@ import test_index_topk as topk
 import test_sparse_attention as attention
 
 from dsa_jax.kernels import index_scores
-from dsa_jax.kernels.index_topk import tpu as topk_tpu
 from dsa_jax.kernels.sparse_attention import tpu as attention_tpu
 
 pytestmark = pytest.mark.hostile

@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 
 from dsa_jax.kernels import dense_attention, index_kl
-from dsa_jax.kernels.index_kl import gpu, gpu_dense, tpu, tpu_dense, xla
+from dsa_jax.kernels.index_kl import gpu, gpu_dense, tpu, tpu_dense, xla, xla_dense
 
 ALL = ['reference', *cases.BACKENDS]
 SMALL = tpu.BlockSizes(step_t=8, tile=8, line=8, copied=16)  # The interpreter takes its time.
 MANY = tpu.BlockSizes(block_t=16, step_t=4, tile=4, line=4, copied=8, vmem_share=1e-3)  # 2 shards.
-BLOCKS = [('xla', xla.BlockSizes(block_t=t), x) for t, x in [(1, True), (1000, False)]]
+BLOCKS = [('xla', xla.BlockSizes(block_t=1), True)]
+BLOCKS += [('xla', xla_dense.BlockSizes(block_t=1000), False)]
 BLOCKS += [('tpu', MANY, True), ('gpu', gpu.BlockSizes(block_t=5, heads=16, tile=16), True)]
 DENSE = tpu_dense.BlockSizes(
     block_t=24, block_t_backward=16, block_s=32, heads=2, tile_t=8, tile_s=16
@@ -44,8 +45,8 @@ def values_and_grads(*args, backend, blocks=None, races=False):
 @functools.partial(cases.jit, static_argnames=('backend', 'blocks'))
 def _run(inputs, start, end, indices=None, *, backend, blocks):
   def op(*inputs):
-    how = dict(sm_scale=SCALE, indices=indices, backend=backend, blocks=blocks)
-    return index_kl(*inputs, start, end, **how)
+    options = dict(sm_scale=SCALE, indices=indices, backend=backend, blocks=blocks)
+    return index_kl(*inputs, start, end, **options)
 
   kl, vjp = jax.vjp(op, *inputs)
   grads = vjp(jnp.cos(jnp.arange(kl.size) + 1.0).reshape(kl.shape))
@@ -54,8 +55,8 @@ def _run(inputs, start, end, indices=None, *, backend, blocks):
 
 @cases.jit
 def lse_of(q, k, start, end, indices=None):
-  how = dict(sm_scale=SCALE, indices=indices, backend='reference')
-  return dense_attention(*cases.f32(q, k, k), start, end, **how)[1]
+  options = dict(sm_scale=SCALE, indices=indices, backend='reference')
+  return dense_attention(*cases.f32(q, k, k), start, end, **options)[1]
 
 
 def make_inputs(visibility, selected, groups=2, dtype='float32'):
@@ -298,8 +299,8 @@ def test_memory_is_linear_in_the_context(selected):
 
   def largest(backend):
     def op(q, k, lse, index_q, index_k, index_weights, start, end, indices=None):
-      how = dict(indices=indices, sm_scale=1.0, backend=backend)
-      return index_kl(q, k, lse, index_q, index_k, index_weights, start, end, **how)
+      options = dict(indices=indices, sm_scale=1.0, backend=backend)
+      return index_kl(q, k, lse, index_q, index_k, index_weights, start, end, **options)
 
     return cases.largest_array(op, *shapes)
 
@@ -310,17 +311,17 @@ def test_memory_is_linear_in_the_context(selected):
 
 def test_says_what_is_wrong():
   (q, k, lse, *index_inputs), start, end, _ = make_inputs('causal', selected=False)
-  how = dict(sm_scale=1.0, backend='xla')
+  options = dict(sm_scale=1.0, backend='xla')
   with pytest.raises(ValueError, match="backend='pallas' must be one of"):
     index_kl(q, k, lse, *index_inputs, start, end, sm_scale=1.0, backend='pallas')
   with pytest.raises(ValueError, match='end must be int32 .*; got int8'):
-    index_kl(q, k, lse, *index_inputs, start, end.astype('int8'), **how)
+    index_kl(q, k, lse, *index_inputs, start, end.astype('int8'), **options)
   with pytest.raises(ValueError, match='share a dtype; got bfloat16 and float32'):
     index_q, *others = index_inputs
-    index_kl(q, k, lse, index_q.astype('bfloat16'), *others, start, end, **how)
+    index_kl(q, k, lse, index_q.astype('bfloat16'), *others, start, end, **options)
   with cases.unchecked(), pytest.raises(ValueError, match='with G dividing H; got'):
-    index_kl(q, k[..., 1:], lse, *index_inputs, start, end, **how)
+    index_kl(q, k[..., 1:], lse, *index_inputs, start, end, **options)
   with cases.unchecked(), pytest.raises(ValueError, match='indices must be .* per query; got'):
-    index_kl(q, k, lse, *index_inputs, start, end, indices=start[:, 1:, None], **how)
+    index_kl(q, k, lse, *index_inputs, start, end, indices=start[:, 1:, None], **options)
   with cases.unchecked(), pytest.raises(ValueError, match='lse must be .* per query and head; got'):
-    index_kl(q, k, lse[..., 1:], *index_inputs, start, end, **how)
+    index_kl(q, k, lse[..., 1:], *index_inputs, start, end, **options)

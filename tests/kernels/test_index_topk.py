@@ -13,6 +13,7 @@ import pytest
 from dsa_jax.kernels import index_scores, index_topk
 from dsa_jax.kernels.index_topk import gpu, tpu, xla
 from dsa_jax.kernels.select_topk import select_topk
+from dsa_jax.kernels.tpu import chip
 
 ALL = ['reference', *cases.BACKENDS]
 GROUPED = xla.BlockSizes(ungrouped_s=0, block_s=8)  # As among many keys: groups, block by block.
@@ -185,11 +186,13 @@ def test_fewer_rows_where_their_scores_would_fill_vmem(monkeypatch):
   """Of a million keys, 8 rows are all that the smaller chips hold."""
   inputs = *make_inputs('integers'), *cases.intervals('packed')
   bytes_of_row = 4 * tpu.TILE
-  monkeypatch.setattr(tpu.resident, 'vmem_bytes', lambda: 2 * 15 * bytes_of_row)
-  assert tpu.fit(tpu.BlockSizes(), 37, tpu.TILE).step_t == 8
+  few = 2 * 15 * bytes_of_row
+  monkeypatch.setattr(chip, 'vmem_bytes', lambda: few)
+  plan = tpu.plan(*inputs[:2], topk=6, vmem=few, blocks=tpu.BlockSizes())
+  assert plan.step_t == 8
   want = select(*inputs, topk=6, backend='reference')
   np.testing.assert_array_equal(select(*inputs, topk=6, backend='tpu'), want)
-  monkeypatch.setattr(tpu.resident, 'vmem_bytes', lambda: 2 * 7 * bytes_of_row)
+  monkeypatch.setattr(chip, 'vmem_bytes', lambda: 2 * 7 * bytes_of_row)
   with pytest.raises(ValueError, match='n_keys=4096 are too many for VMEM; at most 3584'):
     select(*inputs, topk=7, backend='tpu')
 

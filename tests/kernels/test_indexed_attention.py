@@ -16,7 +16,7 @@ from dsa_jax.kernels import indexed_attention
 from dsa_jax.kernels.index_topk import tpu as selection
 from dsa_jax.kernels.indexed_attention import tpu
 from dsa_jax.kernels.sparse_attention import tpu as attention
-from dsa_jax.kernels.tpu import sparse_cores
+from dsa_jax.kernels.tpu import chip, sparse_cores
 
 H, E, V = 3, 8, 5
 SMALL = tpu.BlockSizes(
@@ -37,17 +37,18 @@ def make_inputs(visibility, dtype='float32', scores='integers'):
   return q, kv, index_q.astype(dtype), index_k.astype(dtype), weights, *cases.intervals(visibility)
 
 
-HOW = dict(topk=cases.K, v_dim=V, sm_scale=0.6)
+SIZES = dict(topk=cases.K, v_dim=V, sm_scale=0.6)
 
 
 def run(*inputs, backend):
   with cases.interpreted(backend):
-    f = functools.partial(indexed_attention, **HOW, backend=backend)
+    f = functools.partial(indexed_attention, **SIZES, backend=backend)
     return jax.block_until_ready(cases.jit(f)(*inputs))
 
 
 def run_pipeline(*inputs, blocks=SMALL, races=False):
-  f = functools.partial(tpu.forward, **HOW, blocks=blocks)
+  sizes = dict(topk=SIZES['topk'], v_dim=V, vmem=chip.vmem_bytes(), blocks=blocks)
+  f = functools.partial(tpu.forward, plan=tpu.plan(*inputs[:4], **sizes), sm_scale=SIZES['sm_scale'])
   with cases.interpreted('tpu', races):
     return jax.block_until_ready(cases.jit(f)(*inputs))
 
@@ -106,7 +107,7 @@ def test_rows_are_gathered(n_rows, sparse_cores_here):
 
 
 def test_no_gradients():
-  op = lambda *x: jnp.sum(indexed_attention(*x, **HOW, backend='xla')[0])
+  op = lambda *x: jnp.sum(indexed_attention(*x, **SIZES, backend='xla')[0])
   for gradient in jax.grad(op, argnums=range(5))(*make_inputs('causal')):
     assert not gradient.any()
 
@@ -117,9 +118,10 @@ def test_no_gradients():
 def test_sparse_cores_are_asked_where_vmem_holds_too_few_keys(monkeypatch, n_queries, n_keys, asked):
   calls = []
 
-  def forward(q, *_, topk, v_dim, **how):
-    calls.append(how)
-    return jnp.zeros((*q.shape[:3], v_dim)), jnp.zeros((*q.shape[:2], topk), jnp.int32)
+  def forward(q, *_, plan, sm_scale):
+    calls.append(plan)
+    sizes = plan.sizes
+    return jnp.zeros((*q.shape[:3], sizes.v_dim)), jnp.zeros((*q.shape[:2], sizes.n_slots), jnp.int32)
 
   monkeypatch.setattr(sparse_cores, 'available', lambda: True)
   monkeypatch.setattr(tpu, 'forward', forward)
@@ -140,6 +142,6 @@ def test_sparse_cores_are_asked_where_vmem_holds_too_few_keys(monkeypatch, n_que
     ],
 )
 def test_wrong_values(change, message):
-  how = HOW | dict(backend='xla') | change
+  options = SIZES | dict(backend='xla') | change
   with cases.unchecked(), pytest.raises(ValueError, match=message):
-    indexed_attention(*make_inputs('causal'), **how)
+    indexed_attention(*make_inputs('causal'), **options)

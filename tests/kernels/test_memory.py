@@ -27,13 +27,13 @@ def sparse_attention(q, kv, indices, *, backend):
 
 
 def dense_attention(q, k, v, start, end, indices=None, *, backend):
-  how = dict(sm_scale=1.0, indices=indices, backend=backend)
-  return kernels.dense_attention(q, k[:, :, None], v, start, end, **how)
+  options = dict(sm_scale=1.0, indices=indices, backend=backend)
+  return kernels.dense_attention(q, k[:, :, None], v, start, end, **options)
 
 
 def index_kl(q, k, lse, index_q, index_k, weights, start, end, indices=None, *, backend):
-  how = dict(sm_scale=1.0, indices=indices, backend=backend)
-  return kernels.index_kl(q, k[:, :, None], lse, index_q, index_k, weights, start, end, **how)
+  options = dict(sm_scale=1.0, indices=indices, backend=backend)
+  return kernels.index_kl(q, k[:, :, None], lse, index_q, index_k, weights, start, end, **options)
 
 
 DENSE = (dense_attention, Q, KV, VALUES, POSITION, POSITION)

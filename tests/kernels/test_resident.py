@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from dsa_jax.kernels.sparse_attention.tpu import BlockSizes
-from dsa_jax.kernels.tpu import resident
+from dsa_jax.kernels.tpu import layout
 from dsa_jax.kernels.tpu.shards import Shards, fit_shards
+from dsa_jax.kernels.tpu.slots import locate, sort_slots, split
 
 SHARDS = [Shards(1, 64, 0), Shards(4, 16, 0), Shards(2, 32, 16), Shards(4, 16, 8), Shards(8, 8, 4)]
 N_KEYS, K, LINE, TILE = 61, 24, 4, 8
@@ -29,12 +30,12 @@ def selections(seed: int) -> np.ndarray:
 def test_each_selected_key_is_met_in_one_shard(shards):
   slots = selections(0)
   keys = np.arange(N_KEYS, dtype=np.float32)[None, :, None] + np.zeros((2, 1, 1), np.float32)
-  packed = np.asarray(resident.pack(jnp.asarray(keys), shards))
+  packed = np.asarray(layout.pack(jnp.asarray(keys), shards))
   met = [[[] for _ in range(9)] for _ in range(2)]
   for i in range(shards.n):
-    ascending = resident.sort_slots(jnp.asarray(slots), N_KEYS)
-    part = [resident.split(ascending, jnp.int32(i + n), shards, (LINE, TILE)) for n in (0, 1)]
-    located = resident.locate(ascending, jnp.int32(i), part, shards, LINE, TILE)
+    ascending = sort_slots(jnp.asarray(slots), N_KEYS)
+    part = [split(ascending, jnp.int32(i + n), shards, (LINE, TILE)) for n in (0, 1)]
+    located = locate(ascending, jnp.int32(i), part, shards, LINE, TILE)
     spans, rows = map(np.asarray, located)
     assert (spans[..., 0] % LINE == 0).all() and (spans[..., 1] >= 0).all()
     for b, t in np.ndindex(2, 9):
@@ -52,23 +53,23 @@ def test_tiles_are_whole_where_reach_allows():
   slots = jnp.stack([even, np.where(even < 32, even - 1, even), 2 * early, early + 10])[None]
   slots = jnp.maximum(slots, 0)
   shards = Shards(2, 32, 4)
-  n = np.asarray(resident.split(slots, jnp.int32(1), shards, (LINE, TILE)))[0]
+  n = np.asarray(split(slots, jnp.int32(1), shards, (LINE, TILE)))[0]
   within = [[int((row < border).sum()) for border in (28, 36)] for row in np.asarray(slots[0])]
-  for split, (least, most) in zip(n, within):
-    assert least <= split <= most
+  for n_before, (least, most) in zip(n, within):
+    assert least <= n_before <= most
     for unit in (TILE, LINE):
       if most // unit * unit >= least:
-        assert split % unit == 0
+        assert n_before % unit == 0
         break
     else:
-      assert split == least
+      assert n_before == least
   assert {int(x) % TILE for x in n} > {0}, 'rows of both kinds'
 
 
 @pytest.mark.parametrize('shards', SHARDS)
 def test_sums_of_keys_in_two_shards_are_added(shards):
   rows = jax.random.normal(jax.random.key(0), (2, shards.n, shards.stored, 128))
-  total = resident.unpack_sums(rows.reshape(2, shards.n, -1, 128), shards, n_keys=N_KEYS, width=100)
+  total = layout.unpack_sums(rows.reshape(2, shards.n, -1, 128), shards, n_keys=N_KEYS, width=100)
   expected = np.zeros((2, 200, 128))
   for i in range(shards.n):
     begin = shards.begin(i)

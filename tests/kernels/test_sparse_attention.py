@@ -12,7 +12,7 @@ import pytest
 
 from dsa_jax.kernels import sparse_attention
 from dsa_jax.kernels.sparse_attention import gpu, tpu, xla
-from dsa_jax.kernels.tpu import resident
+from dsa_jax.kernels.tpu import chip
 from dsa_jax.kernels.tpu.shards import Shards, fit_shards
 
 ALL = ['reference', *cases.BACKENDS]
@@ -40,8 +40,8 @@ def values_and_grads(q, kv, indices, *, v_dim=V, backend, blocks=None, races=Fal
 @functools.partial(cases.jit, static_argnames=('v_dim', 'backend', 'blocks'))
 def _run(q, kv, indices, *, v_dim, backend, blocks):
   def op(q, kv):
-    how = dict(v_dim=v_dim, sm_scale=SCALE, backend=backend, blocks=blocks)
-    return sparse_attention(q, kv, indices, **how)
+    options = dict(v_dim=v_dim, sm_scale=SCALE, backend=backend, blocks=blocks)
+    return sparse_attention(q, kv, indices, **options)
 
   (out, lse), vjp = jax.vjp(op, q, kv)
   dq, dkv = vjp(cotangents(out, lse))
@@ -189,9 +189,9 @@ def test_rows_brought_together_match_reference(visibility):
   """As wide that a shard of keys is two of their sums."""
   _, _, indices = make_inputs(visibility)
   q, kv = cases.normal(0, (2, cases.T, H, 200), (2, cases.S, 200), dtype='bfloat16')
-  q, how = q / 5, dict(v_dim=130)
-  actual = values_and_grads(q, kv, indices, backend='tpu', blocks=FEW_KEYS, **how)
-  exact = values_and_grads(*cases.f32(q, kv), indices, backend='reference', **how)
+  q, options = q / 5, dict(v_dim=130)
+  actual = values_and_grads(q, kv, indices, backend='tpu', blocks=FEW_KEYS, **options)
+  exact = values_and_grads(*cases.f32(q, kv), indices, backend='reference', **options)
   cases.assert_matches(actual, exact, cases.TOLERANCE['bfloat16'])
 
 
@@ -222,9 +222,9 @@ def test_keys_in_reach_of_two_shards(bytes_per_key):
   indices[2, 50:], indices[3] = -1, -1
   q, kv = cases.normal(0, (1, 6, H, E), (1, n_keys, E))
   inputs = kv.at[:, -1].set(jnp.nan), jnp.asarray(indices[None], jnp.int32)
-  share = 304 * bytes_per_key / resident.vmem_bytes()
+  share = 304 * bytes_per_key / chip.vmem_bytes()
   blocks = tpu.BlockSizes(block_t=4, step_t=2, tile=128, line=8, copied=64, vmem_share=share)
-  sizes = n_keys, topk, bytes_per_key, resident.vmem_bytes()
+  sizes = n_keys, topk, bytes_per_key, chip.vmem_bytes()
   assert fit_shards(*sizes, blocks) == (Shards(3, 200, 48), 128)
   actual = values_and_grads(q, *inputs, backend='tpu', blocks=blocks)
   exact = values_and_grads(q, kv, inputs[1], backend='reference')
@@ -332,7 +332,7 @@ def test_repeats_bit_by_bit(backend):
 
 def test_memory_is_linear_in_the_context():
   n, topk = 4096, 16
-  op = lambda q, kv, i, **how: sparse_attention(q, kv, i, v_dim=6, sm_scale=1.0, **how)
+  op = lambda q, kv, i, **options: sparse_attention(q, kv, i, v_dim=6, sm_scale=1.0, **options)
   shapes = [((1, n, 2, 8), 'float32'), ((1, n, 8), 'float32'), ((1, n, topk), 'int32')]
   for backend in ALL:
     assert cases.largest_array(functools.partial(op, backend=backend), *shapes) < n * n
@@ -340,14 +340,14 @@ def test_memory_is_linear_in_the_context():
 
 def test_says_what_is_wrong():
   q, kv, indices = make_inputs('causal')
-  how = dict(sm_scale=1.0, backend='xla')
+  options = dict(sm_scale=1.0, backend='xla')
   with pytest.raises(ValueError, match="backend='tpu3' must be one of"):
     sparse_attention(q, kv, indices, v_dim=V, sm_scale=1.0, backend='tpu3')
   for v_dim in (0, -1, E + 1):
     with pytest.raises(ValueError, match=f'{v_dim=} must be within 1 and the width of kv, 8'):
-      sparse_attention(q, kv, indices, v_dim=v_dim, **how)
+      sparse_attention(q, kv, indices, v_dim=v_dim, **options)
   with pytest.raises(ValueError, match=r'of one dtype; got float32 .*, bfloat16'):
-    sparse_attention(q, kv.astype('bfloat16'), indices, v_dim=V, **how)
+    sparse_attention(q, kv.astype('bfloat16'), indices, v_dim=V, **options)
   with pytest.raises(ValueError, match='on a TPU must be bfloat16 or float32; got float16'):
     half = q.astype('float16'), kv.astype('float16')
     sparse_attention(*half, indices, v_dim=V, sm_scale=1.0, backend='tpu')
@@ -355,6 +355,6 @@ def test_says_what_is_wrong():
     eighth = q.astype('float8_e4m3fn'), kv.astype('float8_e4m3fn')
     sparse_attention(*eighth, indices, v_dim=V, sm_scale=1.0, backend='gpu')
   with cases.unchecked(), pytest.raises(ValueError, match=r'must be q .* kv .*; got'):
-    sparse_attention(q, kv[..., 1:], indices, v_dim=V, **how)
+    sparse_attention(q, kv[..., 1:], indices, v_dim=V, **options)
   with cases.unchecked(), pytest.raises(ValueError, match=r'indices must be .* per query; got'):
-    sparse_attention(q, kv, indices[:, 1:], v_dim=V, **how)
+    sparse_attention(q, kv, indices[:, 1:], v_dim=V, **options)

@@ -10,6 +10,7 @@ from dsa_jax.kernels.backend import check_backend
 from dsa_jax.kernels.dense_attention import xla
 from dsa_jax.kernels.dense_attention.reference import dense_attention_reference
 from dsa_jax.kernels.visibility import check_indices, check_intervals
+from dsa_jax.kernels.xla.softmax import logits_delta
 
 
 @jax.named_scope('dense_attention')
@@ -34,11 +35,10 @@ def dense_attention(
     start: int32; the first key position that each query sees.
     end: int32; one past the last. start = end sees nothing.
     sm_scale: Softmax scale, YaRN's factor included.
-    indices: If given, attention is restricted to these positions within the interval (-1 or >= S:
-      an empty slot): the numbers of `sparse_attention` at the cost of dense attention, which
-      is the cheaper of the two where the context is short.
-    backend: Which implementation. `tpu` and `gpu` have none of their own: the portable
-      one is theirs.
+    indices: If given, attention is restricted to these positions within the interval; -1 or >= S is
+      an empty slot. The numbers are those of `sparse_attention`, at the cost of dense attention,
+      which is the cheaper of the two where the context is short.
+    backend: Which implementation. `tpu` and `gpu` run the portable one.
     blocks: Block sizes; the backend's own if None. They cannot change the result.
 
   Returns:
@@ -71,7 +71,10 @@ def _fwd(q, k, v, start, end, indices, sm_scale, blocks):
 
 
 def _bwd(sm_scale, blocks, residuals, cotangents):
-  dq, dk, dv = xla.backward(residuals, cotangents, sm_scale=sm_scale, blocks=blocks)
+  *inputs, out, lse = residuals
+  dout, dlse = cotangents
+  delta = logits_delta(out, lse, dout, dlse)
+  dq, dk, dv = xla.backward((*inputs, lse), dout, delta, sm_scale=sm_scale, blocks=blocks)
   return dq, dk, dv, None, None, None
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention to an interval by online softmax: blocks of rows meet blocks of keys they can see."""
+"""Attention to an interval by online softmax, blocks of rows times the blocks of keys they see."""
 
 import dataclasses
 
@@ -17,11 +17,12 @@ _f32 = {'preferred_element_type': jnp.float32}
 class BlockSizes(Blocks):
   """They change the speed, never the result."""
 
-  block_t: int = 128  # Query rows at one time.
+  block_t: int = 128  # Query rows per pass.
   block_s: int = 128  # Keys at one time.
 
 
 def forward(q, k, v, start, end, indices, *, sm_scale: float, blocks: BlockSizes):
+  """Returns the output and the log-sum-exp, as the op does."""
   n_groups, n_keys, block_s = k.shape[2], k.shape[1], min(blocks.block_s, k.shape[1])
   k, v = pad_axis(k, 1, block_s), pad_axis(v, 1, block_s)
   end = jnp.minimum(end, n_keys)  # Never the padding.
@@ -31,7 +32,7 @@ def forward(q, k, v, start, end, indices, *, sm_scale: float, blocks: BlockSizes
     q = _split_heads(q, n_groups)
     chosen = None if indices is None else pad_axis(selected_keys(indices, n_keys), 2, block_s)
 
-    def meet(j, state):
+    def attend_block(j, state):
       top, total, out = state
       logits = _logits(q, k, start, end, chosen, j, block_s, sm_scale)
       new_top = jnp.maximum(top, jnp.max(logits, axis=-1))
@@ -52,18 +53,17 @@ def forward(q, k, v, start, end, indices, *, sm_scale: float, blocks: BlockSizes
         jnp.zeros((*shape, v.shape[-1])),
     )
     first, last = key_range(start, end, n_keys, block_s)
-    top, total, out = jax.lax.fori_loop(first, last, meet, state)
+    top, total, out = jax.lax.fori_loop(first, last, attend_block, state)
     out = out / jnp.where(total > 0, total, 1)[..., None]
     return _join_heads(out).astype(q.dtype), _join_heads((top + jnp.log(total))[..., None])[..., 0]
 
   return map_rows(attend, (q, start, end, indices), blocks.block_t)
 
 
-def backward(residuals, cotangents, *, sm_scale: float, blocks: BlockSizes):
-  q, k, v, start, end, indices, out, lse = residuals
-  dout, dlse = cotangents
+def backward(residuals, dout, delta, *, sm_scale: float, blocks: BlockSizes):
+  """Returns the gradients of q, k and v; see `logits_delta` for delta."""
+  q, k, v, start, end, indices, lse = residuals
   n_groups, n_keys, block_s = k.shape[2], k.shape[1], min(blocks.block_s, k.shape[1])
-  delta = jnp.sum(out.astype(jnp.float32) * dout, axis=-1) - jnp.where(lse > -jnp.inf, dlse, 0)
   k, v = pad_axis(k, 1, block_s), pad_axis(v, 1, block_s)
   end = jnp.minimum(end, n_keys)  # Never the padding.
 
@@ -74,7 +74,7 @@ def backward(residuals, cotangents, *, sm_scale: float, blocks: BlockSizes):
     lse = jnp.where(lse > -jnp.inf, lse, 0)
     chosen = None if indices is None else pad_axis(selected_keys(indices, n_keys), 2, block_s)
 
-    def meet(j, state):
+    def differentiate_block(j, state):
       dk, dv, dq = state
       k_block, v_block = take_block(k, j, block_s), take_block(v, j, block_s)
       probs = jnp.exp(_logits(q, k, start, end, chosen, j, block_s, sm_scale) - lse)
@@ -86,7 +86,7 @@ def backward(residuals, cotangents, *, sm_scale: float, blocks: BlockSizes):
 
     first, last = key_range(start, end, n_keys, block_s)
     dq = jnp.zeros(q.shape, jnp.float32)
-    dk, dv, dq = jax.lax.fori_loop(first, last, meet, (*dkv, dq))
+    dk, dv, dq = jax.lax.fori_loop(first, last, differentiate_block, (*dkv, dq))
     return (dk, dv), _join_heads(dq).astype(q.dtype)
 
   dkv = jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
@@ -96,7 +96,7 @@ def backward(residuals, cotangents, *, sm_scale: float, blocks: BlockSizes):
 
 
 def _logits(q, k, start, end, chosen, j, block_s, sm_scale):
-  """Logits of a block of rows and key block `j`, [B, G, M, T, S]; -inf where not visible."""
+  """Returns the logits of rows and key block `j`, [B, G, M, T, S]; -inf where not visible."""
   visible = visible_keys(start, end, j * block_s + jnp.arange(block_s))
   if chosen is not None:
     visible &= jax.lax.dynamic_slice_in_dim(chosen, j * block_s, block_s, axis=2)
@@ -105,7 +105,7 @@ def _logits(q, k, start, end, chosen, j, block_s, sm_scale):
 
 
 def _split_heads(x, n_groups):
-  """[B, T, H, E] to [B, G, M, T, E]: M heads share each key head."""
+  """Turns [B, T, H, E] to [B, G, M, T, E]: M heads share each key head."""
   b, t, h, e = x.shape
   return jnp.moveaxis(x.reshape(b, t, n_groups, h // n_groups, e), 1, 3)
 

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """What kernels for Hopper's wgmma share: a ring of tiles of rows, gathered while others multiply.
 
-Mosaic GPU copies no single row into a tile that wgmma reads, so here are the copies themselves:
-16 bytes a thread, at the places of the swizzle. They wait for nothing, and complete a barrier.
+Mosaic GPU copies no single row into a tile that wgmma reads, so the copies are written here: 16
+bytes a thread, at the places of the swizzle. They wait for nothing, and complete a barrier.
 """
 
 from collections.abc import Callable, Sequence
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax.experimental import pallas as pl
@@ -20,13 +20,13 @@ import numpy as np
 
 from dsa_jax.versions import LOAD_WHOLE
 
-HEADS = 64  # Of a program, as wgmma takes them.
-TILE = 32  # Rows of one of the two groups that multiply;
-STEP = 2 * TILE  # of both.
-GROUP = 128  # Threads.
-LINES = 16  # Rows that a group copies at one time, 8 threads each,
-PART = 64  # and so many channels of them.
-CHANNELS = 32  # Of a block of shared memory: 8 rows of 64 bytes.
+HEADS = 64  # Heads of a program, as wgmma takes them.
+TILE = 32  # Rows of one of the two groups that multiply.
+STEP = 2 * TILE  # Rows of both groups.
+GROUP = 128  # Threads of a group.
+LINES = 16  # Rows that a group copies at one time, 8 threads each.
+PART = 64  # Channels that it copies of them at one time.
+CHANNELS = 32  # Channels of a block of shared memory: 8 rows of 64 bytes.
 SWIZZLED = plgpu.TilingTransform((8, CHANNELS)), plgpu.SwizzleTransform(2 * CHANNELS)
 BY_ROW, BY_COLUMN = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
 _CHOSEN = plgpu.Layout.WG_STRIDED((GROUP * STEP // LINES,), vec_size=1)
@@ -36,10 +36,13 @@ def call(
     kernel: Callable,
     programs: int,
     out: Sequence[jax.ShapeDtypeStruct],
-    args: Sequence[jax.Array],
-    scratch: Sequence[Any],
+    args: Sequence[Any],
+    scratch: Any,
 ) -> Sequence[jax.Array]:
-  """Runs `kernel(*args, *out, *scratch)` as so many programs of three groups of threads."""
+  """Runs `kernel(*args, *out, scratch)` as so many programs of three groups of threads.
+
+  Args and scratch may be trees of arrays, and `kernel` gets trees of refs.
+  """
   params = plgpu.CompilerParams(
       approx_math=True,
       lowering_semantics=plgpu.LoweringSemantics.Lane,
@@ -47,13 +50,13 @@ def call(
   )
   run = plgpu.kernel(
       kernel, out_type=list(out), grid=(programs,), grid_names=('program',), num_threads=3,
-      thread_name='group', scratch_types=list(scratch), compiler_params=params,
+      thread_name='group', scratch_types=[scratch], compiler_params=params,
   )  # fmt: skip
   return run(*args)
 
 
 def tile(*shape: int) -> Any:
-  """Shared memory that wgmma reads, bfloat16."""
+  """Returns shared memory that wgmma reads, bfloat16."""
   return plgpu.SMEM(shape, jnp.bfloat16, transforms=SWIZZLED)
 
 
@@ -62,51 +65,58 @@ def load(ref: Any, layout: Any) -> jax.Array:
   return plgpu.load(ref, *LOAD_WHOLE, layout=layout, optimized=False)
 
 
-@dataclasses.dataclass(frozen=True)
-class Ring:
-  """Tiles that one group fills and the other two multiply, two to a step.
-
-  Notes are float32 [1 + rounds, 64]: the first row are the barriers that copies complete, the
-  others the bias of each row of a step.
-  """
+class RingMemory(NamedTuple):
+  """The shared memory of a ring; memory to ask for, or refs to it."""
 
   tiles: Any
+  # float32 [1 + rounds, 64]. The first row has the barriers that copies complete, the others have
+  # the bias of each row of a step.
   notes: Any
   free: Any  # A barrier for each tile.
+
+
+@dataclasses.dataclass(frozen=True)
+class Ring:
+  """Tiles that one group fills and the other two multiply, two to a step."""
+
+  memory: RingMemory
   rounds: int  # Steps in flight or in use.
 
-  @classmethod
-  def scratch(cls, rounds: int, width: int, readers: int) -> list[Any]:
-    """What `tiles`, `notes` and `free` are made of; `readers` groups read each tile."""
-    return [
-        tile(2 * rounds, TILE, width),
-        plgpu.SMEM((1 + rounds, STEP), jnp.float32),
-        plgpu.Barrier(num_arrivals=readers, num_barriers=2 * rounds),
-    ]
+  @staticmethod
+  def scratch(rounds: int, width: int, readers: int) -> RingMemory:
+    """Returns the scratch of a ring whose tiles are read by `readers` groups each."""
+    return RingMemory(
+        tiles=tile(2 * rounds, TILE, width),
+        notes=plgpu.SMEM((1 + rounds, STEP), jnp.float32),
+        free=plgpu.Barrier(num_arrivals=readers, num_barriers=2 * rounds),
+    )
 
-  def place(self, i, side):
-    """Where the tile of a side of step i lies."""
-    return jax.lax.rem(i, self.rounds) * 2 + side
+  def tile(self, i, side):
+    """Views the tile of a side of step i."""
+    return self.memory.tiles.at[self._place(i, side)]
 
   def bias(self, i, side):
     return load(self._note(i, side), BY_COLUMN)
 
-  def _note(self, i, side):
-    return self.notes.at[1 + jax.lax.rem(i, self.rounds), pl.ds(side * TILE, TILE)]
+  def _place(self, i, side):
+    return jax.lax.rem(i, self.rounds) * 2 + side
 
-  def full(self, i, side):
-    return self.notes.at[0, pl.ds(2 * self.place(i, side), 2)]
+  def _note(self, i, side):
+    return self.memory.notes.at[1 + jax.lax.rem(i, self.rounds), pl.ds(side * TILE, TILE)]
+
+  def _full(self, i, side):
+    return self.memory.notes.at[0, pl.ds(2 * self._place(i, side), 2)]
 
   def wait(self, i, side):
-    """Until the copies into a tile are done."""
-    _wait(self.full(i, side), jax.lax.rem(i // self.rounds, 2))
+    """Waits until the copies into a tile are done."""
+    _wait(self._full(i, side), jax.lax.rem(i // self.rounds, 2))
 
   def release(self, i, side):
-    plgpu.barrier_arrive(self.free.at[self.place(i, side)])
+    plgpu.barrier_arrive(self.memory.free.at[self._place(i, side)])
 
   def create(self):
-    """Makes the barriers; before any other use, by one group."""
-    _create(self.notes.at[0], 2 * self.rounds)
+    """Makes the barriers. One group does it, before any other use."""
+    _create(self.memory.notes.at[0], 2 * self.rounds)
 
   def fill(self, kv, rows, bias, steps):
     """Gathers `kv[rows]`, and the bias of each, step after step."""
@@ -115,10 +125,10 @@ class Ring:
     def step(i, chosen):
       following = _load_rows(of_step(jnp.minimum(i + 1, steps - 1)))
       for side in range(2):
-        place = self.place(i, side)
-        pl.when(i >= self.rounds)(lambda: plgpu.barrier_wait(self.free.at[place]))
+        place = self._place(i, side)
+        pl.when(i >= self.rounds)(lambda: plgpu.barrier_wait(self.memory.free.at[place]))
         sources = kv, bias.at[pl.ds(i * STEP + side * TILE, TILE)]
-        there = self.tiles.at[place], self._note(i, side), self.full(i, side)
+        there = self.memory.tiles.at[place], self._note(i, side), self._full(i, side)
         _copy(chosen, side, *sources, *there)
       return following
 
@@ -126,7 +136,7 @@ class Ring:
 
 
 def _load_rows(rows):
-  """The rows of a step that a thread copies from, one of each `LINES`."""
+  """Returns the rows of a step that a thread copies from, one of each `LINES`."""
 
   @plgpu.inline_mgpu(
       arg_types=(plgpu.RefType(),),
@@ -196,7 +206,7 @@ def _create(full, n: int):
 
 
 def _wait(full, turn):
-  """Until a barrier is completed for the first, second, ... time, where turn is 0, 1, 0, ..."""
+  """Waits until a barrier is completed once more; its turns are 0, 1, 0, ..."""
 
   @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.Layout.WG_SPLAT))
   def wait(_, full, turn):

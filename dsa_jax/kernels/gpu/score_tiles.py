@@ -19,16 +19,16 @@ PROGRAMS = 1024  # Enough for every chip.
 
 @dataclasses.dataclass(frozen=True)
 class ScoreTiles:
-  """Keys are k [B, S, J]; rows are q [B, T, I, J], weights, start and end: see `pad_heads`.
+  """Kernels that go through tiles of keys k [B, S, J] for steps of a few queries q [B, T, I, J].
 
-  T is a multiple of `step_t`.
+  T is a multiple of `step_t`, and heads are those of `pad_heads`.
   """
 
   n_keys: int
-  width: int  # J
+  width: int  # J, the width of an index head.
   heads: int  # I, a power of two.
-  step_t: int  # Queries side by side.
-  tile: int  # Keys.
+  step_t: int  # Queries of a step, side by side.
+  tile: int  # Keys of a tile.
   stages: int  # Tiles in flight or in use.
 
   @classmethod
@@ -46,7 +46,7 @@ class ScoreTiles:
     return pl.cdiv(self.n_keys, self.tile) * self.tile
 
   def pad_heads(self, q, weights):
-    """Adds heads of weight 0, up to a power of two; weights in float32."""
+    """Adds heads of weight 0, up to a power of two, and turns weights to float32."""
     widths = [(0, 0), (0, 0), (0, self.heads - q.shape[2])]
     return jnp.pad(q, [*widths, (0, 0)]), jnp.pad(weights.astype(jnp.float32), widths)
 
@@ -56,10 +56,10 @@ class ScoreTiles:
   ):  # fmt: skip
     """Returns the encoded scores [B * T, S], S padded, in the tiles that some query of a step sees.
 
-    A program takes `span` keys, a power of two, or fewer where programs would be too few.
+    A program takes `span` keys, a power of two, at most.
     """
-    steps, batch = self.steps(start), k.shape[0]
-    span = min(span, max(pl.next_power_of_2(self.n_keys * steps // PROGRAMS), self.tile))
+    steps, batch = self.steps(start.size), k.shape[0]
+    span = self.span_of_program(start.size, span)
     spans = pl.cdiv(self.n_keys, span)
     args = k, *(self.by_step(x) for x in (q, weights, start, end))
 
@@ -69,23 +69,35 @@ class ScoreTiles:
       first, last = self.seen_keys(start, end, step)
       first, last = jnp.maximum(first, part * span), jnp.minimum(last, (part + 1) * span)
 
-      def meet(j, _):
+      def score_tile(j, _):
         dots = dot(self.keys(k, step * batch // steps, j), queries, 1, 1)
         new = jnp.sum(self.by_query(jnp.maximum(dots, 0) * weights[None]), axis=2)
         triton.store(scores.at[*self.places(step, j)], encode(new))
 
-      jax.lax.fori_loop(first // self.tile, pl.cdiv(last, self.tile), meet, None)
+      jax.lax.fori_loop(first // self.tile, pl.cdiv(last, self.tile), score_tile, None)
 
     out = jax.ShapeDtypeStruct((start.size, self.padded_keys), dtype)
-    how = dict(warps=max(self.tile // 16, 1), stages=self.stages)
-    (scores,) = triton.call(kernel, 'index_scores', steps * spans, [out], args, **how)
-    return scores
+    return self._call(kernel, 'index_scores', steps * spans, [out], args)[0]
 
-  def steps(self, start) -> int:
-    return start.size // self.step_t
+  def steps(self, n_rows: int) -> int:
+    """Returns the steps of so many query rows."""
+    return n_rows // self.step_t
+
+  def span_of_program(self, n_rows: int, span: int) -> int:
+    """Returns the keys of a program that scores: at most `span`, fewer if programs are too few."""
+    fewer = pl.next_power_of_2(self.n_keys * self.steps(n_rows) // PROGRAMS)
+    return min(span, max(fewer, self.tile))
+
+  def score_programs(self, n_rows: int, span: int) -> int:
+    """Returns the programs that score so many query rows."""
+    return self.steps(n_rows) * pl.cdiv(self.n_keys, self.span_of_program(n_rows, span))
+
+  def key_programs(self, batch: int) -> int:
+    """Returns the programs for gradients of keys."""
+    return batch * (self.padded_keys // self.tile)
 
   def by_step(self, x):
-    """[B, T, ...] to a row for each step; q to [steps, queries x heads, J]."""
+    """Turns [B, T, ...] to a row for each step, and q to [steps, queries x heads, J]."""
     return x.reshape(x.shape[0] * x.shape[1] // self.step_t, -1, *x.shape[3:])
 
   def by_query(self, x):
@@ -101,21 +113,21 @@ class ScoreTiles:
     return load_tile(k, sequence, (j * self.tile, 0), sides, (self.n_keys, self.width))
 
   def seen_keys(self, start, end, step):
-    """The first key that some query of a step sees, and one past the last."""
+    """Returns the first key that some query of a step sees, and one past the last."""
     starts, ends = (triton.load(x.at[step, jnp.arange(self.step_t)]) for x in (start, end))
     seen = ends > starts
     first = jnp.min(jnp.where(seen, starts, self.n_keys))
     return jnp.maximum(first, 0), jnp.minimum(jnp.max(jnp.where(seen, ends, 0)), self.n_keys)
 
   def places(self, step, j):
-    """Where [tile, step_t] lies in arrays [B * T, S]."""
+    """Returns the places of a tile, [tile, step_t], in arrays [B * T, S]."""
     shape = self.tile, self.step_t
     rows = step * self.step_t + jnp.arange(self.step_t)
     at = j * self.tile + jnp.arange(self.tile)
     return jnp.broadcast_to(rows[None], shape), jnp.broadcast_to(at[:, None], shape)
 
   def query_gradients(self, k, q, weights, start, end, dscores):
-    """The gradients of queries and weights.
+    """Returns the gradients of queries and weights.
 
     `dscores` is float32 [B * T, S], S padded, and zero where a query does not see a key.
     """
@@ -129,54 +141,60 @@ class ScoreTiles:
       first, last = self.seen_keys(start, end, step)
       first, last = first // self.tile, pl.cdiv(last, self.tile)
 
-      def meet(j, state):
+      def add_tile(j, state):
         dq, dweights = state
         keys = self.keys(k, step * batch // steps, first + j)
-        dots, dscore = self._meet(keys, queries, dscores, step, first + j)
+        dots, dscore = self._dots(keys, queries, dscores, step, first + j)
         ddots = jnp.where(dots > 0, dscore * weights[None], 0).astype(keys.dtype)
         dweights += jnp.sum(dscore * jnp.maximum(dots, 0), axis=0)
         return dq + dot(ddots, keys, 0, 0), dweights
 
       state = jnp.zeros(queries.shape), jnp.zeros(weights.shape)
-      new_q, new_weights = triton.some_tiles(last - first, meet, state)
+      new_q, new_weights = triton.some_tiles(last - first, add_tile, state)
       triton.store_tile(dq, step, (0, 0), (self.n_columns, self.width), new_q)
       triton.store_row(dweights, step, 0, self.n_columns, new_weights)
 
     out = [jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct(weights.shape, jnp.float32)]
     args = k, q, weights, start, end, dscores
-    how = dict(warps=max(self.tile // 16, 1), stages=self.stages)
-    found = triton.call(kernel, 'index_scores_dq', steps, out, args, **how)
-    return [x.reshape(shape) for x, shape in zip(found, shapes)]
+    gradients = self._call(kernel, 'index_scores_dq', steps, out, args)
+    return [x.reshape(shape) for x, shape in zip(gradients, shapes)]
 
   def key_gradients(self, k, q, weights, dscores, dk):
     """Returns `dk`, float32 [B, S, J], with the gradients of keys added; see `query_gradients`."""
     q, weights = self.by_step(q), self.by_step(weights)
     tiles = self.padded_keys // self.tile
-    steps = q.shape[0] // k.shape[0]  # Of a sequence.
+    steps = q.shape[0] // k.shape[0]  # Steps of a sequence.
 
     def kernel(k, q, weights, dscores, _, dk):
       sequence, j = pl.program_id(0) // tiles, pl.program_id(0) % tiles
       keys = self.keys(k, sequence, j)
 
-      def meet(i, total):
+      def add_step(i, total):
         step = sequence * steps + i
         queries, weight = self.queries(q, weights, step)
-        dots, dscore = self._meet(keys, queries, dscores, step, j)
+        dots, dscore = self._dots(keys, queries, dscores, step, j)
         ddots = jnp.where(dots > 0, dscore * weight[None], 0).astype(keys.dtype)
         return total + dot(ddots, queries, 1, 0)
 
       first, ends = (j * self.tile, 0), (self.n_keys, self.width)
       total = load_tile(dk, sequence, first, keys.shape, ends)
-      total = jax.lax.fori_loop(0, steps, meet, total)
+      total = jax.lax.fori_loop(0, steps, add_step, total)
       triton.store_tile(dk, sequence, first, ends, total)
 
     out = jax.ShapeDtypeStruct(dk.shape, dk.dtype)
-    how = dict(warps=max(self.tile // 16, 1), stages=self.stages, aliases={4: 0})
     args = k, q, weights, dscores, dk
-    return triton.call(kernel, 'index_scores_dk', k.shape[0] * tiles, [out], args, **how)[0]
+    aliases = {len(args) - 1: 0}  # dk, which is the result, too.
+    programs = self.key_programs(k.shape[0])
+    return self._call(kernel, 'index_scores_dk', programs, [out], args, aliases)[0]
 
-  def _meet(self, keys, queries, dscores, step, j):
-    """Dots [keys, columns], and the gradient of the score beside each."""
+  def _call(self, kernel, name, programs, out, args, aliases=None):
+    warps = max(self.tile // 16, 1)
+    return triton.call(
+        kernel, name, programs, out, args, warps=warps, stages=self.stages, aliases=aliases
+    )
+
+  def _dots(self, keys, queries, dscores, step, j):
+    """Returns the dots [keys, columns], and the gradient of the score beside each."""
     dscore = triton.load(dscores.at[*self.places(step, j)])
     dscore = jnp.broadcast_to(dscore[:, :, None], (*dscore.shape, self.heads))
     return dot(keys, queries, 1, 1), dscore.reshape(self.tile, self.n_columns)

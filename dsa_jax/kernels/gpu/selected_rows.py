@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Selected rows on a GPU: where a kernel finds them, and how their gradients are added."""
+"""Selected rows on a GPU: where they lie, and how their gradients are added."""
+
+from typing import Any, NamedTuple
 
 import jax
 from jax.experimental import pallas as pl
@@ -11,26 +13,30 @@ from dsa_jax.kernels.gpu.triton import column_parts, gather, load_row, store_row
 SUMMED = 8  # Rows for one sum that are read at one time.
 
 
+class Slots(NamedTuple):
+  """The selected rows of each query, [B * T, K] with K padded; arrays or refs to them.
+
+  An empty slot names a row that the query selected: no other is known to be finite.
+  """
+
+  rows: Any  # int32, rows of the flat keys.
+  bias: Any  # float32, 0, or -inf where a slot is empty.
+  ends: Any  # int32 [B * T], one past the last filled slot, up to a whole tile.
+
+
 def positions(indices: jax.Array, n_keys: int) -> jax.Array:
-  """Which of the indices are positions of keys."""
+  """Says which of the indices are positions of keys."""
   return (indices >= 0) & (indices < n_keys)
 
 
-def slots(
-    indices: jax.Array, filled: jax.Array, n_keys: int, tile: int
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """Of each query: rows of the flat keys, 0 or -inf for each, and the end of the last used tile.
-
-  An empty slot reads a key that the query selected: no other is known to be finite.
+def slots(indices: jax.Array, filled: jax.Array, n_keys: int, tile: int) -> Slots:
+  """Returns the slots of indices [B, T, K].
 
   Args:
-    indices: int32 [B, T, K].
-    filled: bool [B, T, K], which of them count; these are positions.
-    n_keys: Of a sequence.
-    tile: What the slots are padded to a multiple of.
-
-  Returns:
-    int32 [B * T, K], float32 [B * T, K] and int32 [B * T], with K padded.
+    indices: int32.
+    filled: Which of them count. These are positions.
+    n_keys: The keys of a sequence.
+    tile: Slots are padded to a multiple of this.
   """
   widths = (0, 0), (0, 0), (0, -indices.shape[2] % tile)
   indices, filled = jnp.pad(indices, widths), jnp.pad(filled, widths)
@@ -40,18 +46,18 @@ def slots(
   numbers = jnp.arange(1, indices.shape[2] + 1, dtype=jnp.int32)
   ends = jnp.max(jnp.where(filled, numbers, 0), axis=2)
   bias = jnp.where(filled, 0.0, -jnp.inf)
-  return tuple(flat(x) for x in (rows.astype(jnp.int32), bias, pl.cdiv(ends, tile) * tile))
+  return Slots(*map(flat, (rows.astype(jnp.int32), bias, pl.cdiv(ends, tile) * tile)))
 
 
 def flat(x: jax.Array) -> jax.Array:
-  """[B, T, ...] to [B * T, ...]."""
+  """Turns [B, T, ...] to [B * T, ...]."""
   return x.reshape(-1, *x.shape[2:])
 
 
 def add_rows(sums: jax.Array, values: jax.Array, rows: jax.Array) -> jax.Array:
-  """Adds `values[i]`, [N, E], to `sums[rows[i]]`, float32 [R, E]; nowhere if negative.
+  """Adds `values[i]`, [N, E], to `sums[rows[i]]`, float32 [R, E]; nowhere if the row is negative.
 
-  What goes to one row is added in the order of i, whatever the machine does.
+  The values of one row are added in the order of i, whatever the machine does.
   """
   n_sums, width = sums.shape
   rows = jnp.where(rows < 0, n_sums, rows).reshape(-1)
@@ -65,8 +71,8 @@ def add_rows(sums: jax.Array, values: jax.Array, rows: jax.Array) -> jax.Array:
 
     def step(j, state):
       at = first + j * SUMMED + jnp.arange(SUMMED)
-      found = triton.load(order.at[jnp.minimum(at, order.size - 1)])
-      new = [gather(values, found, *part, filled=at < end) for part in parts]
+      sources = triton.load(order.at[jnp.minimum(at, order.size - 1)])
+      new = [gather(values, sources, *part, filled=at < end) for part in parts]
       return [x + jnp.sum(y.astype(x.dtype), axis=0) for x, y in zip(state, new)]
 
     @pl.when(end > first)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-TILE = 128  # Rows that meet one matrix at a time on a CPU.
+TILE = 128  # Rows of one product on a CPU.
 
 
 @jax.custom_vjp
@@ -16,9 +16,9 @@ def grouped_matmul(
 ) -> Float[Array, 'N F']:
   """Returns the products of rows that are sorted by group, zeros behind the last group.
 
-  On a CPU the cost is that of N rows and of half a tile of rows for each group. XLA's own
-  `ragged_dot`, which other platforms run, keeps that promise on TPUs; on CPUs, and on GPUs as far as
-  has been compiled, it multiplies every row with every group's matrix.
+  On a CPU it costs as much as N rows and half a tile of rows for each group. Other platforms run
+  XLA's own `ragged_dot`, which keeps that promise on TPUs. On CPUs, and on those GPUs that it has
+  been compiled for, `ragged_dot` multiplies every row with every group's matrix.
 
   Args:
     rows: The rows of group 0, then those of group 1, and so on.
@@ -52,7 +52,7 @@ grouped_matmul.defvjp(_forward, _backward)
 
 
 def _by_tiles(rows, weights, sizes):
-  """Multiplies tiles of rows; where groups meet within a tile, each of them takes the tile."""
+  """Multiplies tiles of rows; a tile with rows of several groups is multiplied once for each."""
   n, n_groups = len(rows), len(weights)
   n_tiles = -(-n // TILE)
   end = jnp.cumsum(sizes)

@@ -17,7 +17,7 @@ SELECTED = {
     'gpu': 'dsa_jax.kernels.index_kl.gpu',
 }
 DENSE = {
-    'xla': 'dsa_jax.kernels.index_kl.xla',
+    'xla': 'dsa_jax.kernels.index_kl.xla_dense',
     'tpu': 'dsa_jax.kernels.index_kl.tpu_dense',
     'gpu': 'dsa_jax.kernels.index_kl.gpu_dense',
 }
@@ -58,8 +58,8 @@ def index_kl(
     end: int32; one past the last.
     sm_scale: Softmax scale of the main attention.
     indices: The selection (sparse training); None for all visible keys (warm-up).
-    backend: Which implementation. Never falls back to another; `tpu` and `gpu` have kernels for
-      selected keys and others for all visible ones.
+    backend: Which implementation. Never falls back to another. Each has one module for selected
+      keys and another for all visible ones, with block sizes of its own.
     blocks: The kernels' own BlockSizes; their defaults if None. They cannot change the result.
 
   Returns:
@@ -72,12 +72,7 @@ def index_kl(
   check_index_inputs(index_q, index_k, index_weights)
   check_intervals(q, start, end)
   check_indices(q, indices)
-  if q.shape[-1] != k.shape[-1] or q.shape[2] % k.shape[2]:
-    raise ValueError(
-        f'must be q [B, T, H, E], k [B, S, G, E] with G dividing H; got {q.shape}, {k.shape}.'
-    )
-  if lse.shape != q.shape[:3]:
-    raise ValueError(f'lse must be {q.shape[:3]}, one per query and head; got {lse.shape}.')
+  _check_constants(q, k, lse)
   q, k, lse = jax.lax.stop_gradient((q, k, lse))
   if backend == 'reference':
     return index_kl_reference(
@@ -87,6 +82,15 @@ def index_kl(
   kernels = load_kernels((DENSE if indices is None else SELECTED)[backend])
   blocks = blocks or kernels.BlockSizes()
   return _op(constants, index_q, index_k, index_weights, sm_scale, kernels, blocks)
+
+
+def _check_constants(q, k, lse):
+  if q.shape[-1] != k.shape[-1] or q.shape[2] % k.shape[2]:
+    raise ValueError(
+        f'must be q [B, T, H, E], k [B, S, G, E] with G dividing H; got {q.shape}, {k.shape}.'
+    )
+  if lse.shape != q.shape[:3]:
+    raise ValueError(f'lse must be {q.shape[:3]}, one per query and head; got {lse.shape}.')
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))

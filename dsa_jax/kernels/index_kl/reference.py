@@ -34,5 +34,6 @@ def index_kl_reference(
 
   scores = index_scores(index_q, index_k, index_weights)
   scores_lse = jax.nn.logsumexp(scores, axis=-1, where=visible, keepdims=True)
-  log_ratio = jnp.log(jnp.where(target > 0, target, 1)) - jnp.where(target > 0, scores - scores_lse, 0)
+  some = target > 0
+  log_ratio = jnp.log(jnp.where(some, target, 1)) - jnp.where(some, scores - scores_lse, 0)
   return jnp.sum(target * log_ratio, axis=-1)

@@ -26,7 +26,7 @@ def index_topk(
     blocks: Blocks | None = None,
     span: tuple[Int[Array, ''], int] | None = None,
 ) -> Int[Array, 'B T {topk}']:
-  """Selects, for each query, the `topk` visible keys with the highest index scores.
+  """Selects for each query the `topk` visible keys with the highest index scores.
 
   Args:
     q: Index queries; see `index_scores`.
@@ -37,8 +37,8 @@ def index_topk(
     topk: K, how many to keep.
     backend: Which implementation. Never falls back to another.
     blocks: The backend's own BlockSizes; its defaults if None. They cannot change the result.
-    span: Where `k` holds more than these keys, as a cache of several layers does: the first of them
-      and their number. Positions count from there. Few queries under `xla` copy none of them.
+    span: The first key and the number of keys, for a `k` that holds more than these, as a cache of
+      several layers does. Positions count from the first key. `xla` copies no keys for few queries.
 
   Returns:
     int32 positions, ascending, then -1 in the slots that nothing fills. All visible keys where

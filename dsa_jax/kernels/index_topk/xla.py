@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Scores and exact selection, a block of query rows at a time: the best groups, then the best keys.
 
-The K best keys lie in the K groups of neighbouring keys with the highest maxima (ties to the
-lowest group): a group left out has K groups before it, each with a key before any of its own.
+The K best keys lie in the K groups of neighbouring keys with the highest maxima, where ties go to
+the lowest group: a group left out has K groups before it, each with a key that comes before any of
+its own.
 """
 
 import dataclasses
@@ -22,14 +23,15 @@ from dsa_jax.kernels.xla.threshold import best_positions
 class BlockSizes(Blocks):
   """They change the speed, never the result."""
 
-  block_t: int = 64  # Query rows whose scores exist at one time.
+  block_t: int = 64  # Query rows per pass, whose scores exist at one time.
   block_s: int = 1024  # Keys scored at one time.
-  few_t: int = 8  # Up to so many rows, as in decoding, read the keys as they lie,
-  few_block_s: int = 16_384  # this many at a time.
+  few_t: int = 8  # Up to so many query rows, as in decoding, keys are read as they lie.
+  few_block_s: int = 16_384  # Keys scored at one time for few query rows.
   ungrouped_s: int = 1024  # Up to so many keys are not grouped: one search is faster than three.
 
 
 def forward(q, k, weights, start, end, *, topk: int, blocks: BlockSizes, span=None):
+  """Returns the positions [B, T, topk], as the op does."""
   batch, few = q.shape[0], q.shape[1] <= blocks.few_t
   if span is not None and not few:
     k, span = jax.lax.dynamic_slice_in_dim(k, *span, axis=1), None
@@ -69,9 +71,9 @@ def forward(q, k, weights, start, end, *, topk: int, blocks: BlockSizes, span=No
 
 
 def _group_size(n_keys: int, topk: int, *, dividing: bool) -> int:
-  """A power of two near (S / K) ** 0.5: as many group maxima as keys in the chosen groups.
+  """Returns a power of two near (S / K) ** 0.5: as many group maxima as keys in chosen groups.
 
-  `dividing`: and one that divides S, so that keys need no padding, which would copy them.
+  If `dividing`, it also divides S, so that keys need no padding, which would copy them.
   """
   size = 1
   while n_keys >= 2 * topk * size * size and not (dividing and n_keys % (2 * size)):
@@ -80,16 +82,16 @@ def _group_size(n_keys: int, topk: int, *, dividing: bool) -> int:
 
 
 def _interleave(k, step):
-  """Keys [B, groups, size, J] to [B, groups / step, J, size, step].
+  """Turns keys [B, groups, size, J] to [B, groups / step, J, size, step].
 
-  As the product reads them, and so that a group's maximum is over whole slices.
+  The product reads them so, and a group's maximum is then over whole slices.
   """
   batch, _, size, j = k.shape
   return jnp.moveaxis(k.reshape(batch, -1, step, size, j), (4, 3), (2, 3))
 
 
 def _score_interleaved(q, k, weights, first, step):
-  """Scores [B, T, size, step] of groups from the first on; interleaved keys make this order."""
+  """Returns scores [B, T, size, step] of groups from the first on, in the order of the keys."""
   keys = jax.lax.dynamic_index_in_dim(k, first // step, 1, keepdims=False)
   keys = keys.reshape(*keys.shape[:2], -1)
   dots = jnp.einsum('BTIJ,BJS->BTIS', q, keys, preferred_element_type=jnp.float32)
@@ -97,7 +99,7 @@ def _score_interleaved(q, k, weights, first, step):
 
 
 def _score_as_they_lie(q, k, weights, first, step, *, first_key, size):
-  """The same from keys [B, S, J] as they lie: for few rows, scores are less to turn than keys."""
+  """Returns the same of keys [B, S, J] as they lie: turning the scores of few rows takes less."""
   keys = jax.lax.dynamic_slice_in_dim(k, first_key + first * size, step * size, axis=1)
   keys = keys.reshape(k.shape[0], step, size, -1)
   dots = jnp.einsum('BGSJ,BTIJ->BGSTI', keys, q, preferred_element_type=jnp.float32)
@@ -105,18 +107,18 @@ def _score_as_they_lie(q, k, weights, first, step, *, first_key, size):
 
 
 def _best_keys(scores, tops, topk):
-  """Positions of the best keys, from scores [B, T, size, groups] and their maxima."""
+  """Returns the positions of the best keys, of scores [B, T, size, groups] and their maxima."""
   size = scores.shape[2]
   if size == 1:
     return best_positions(tops, topk)
   groups = best_positions(tops, topk, spare=topk // 8)
-  found = jnp.take_along_axis(scores, groups[:, :, None], axis=3, mode='clip')
-  found = jnp.where(groups[:, :, None] >= 0, found, -jnp.inf)
+  candidates = jnp.take_along_axis(scores, groups[:, :, None], axis=3, mode='clip')
+  candidates = jnp.where(groups[:, :, None] >= 0, candidates, -jnp.inf)
   reached = jnp.take_along_axis(tops, groups[..., :topk], axis=2, mode='clip')
   floor = jnp.where(groups[..., topk - 1] >= 0, jnp.min(reached, axis=-1), -jnp.inf)
-  found = jnp.swapaxes(found, 2, 3).reshape(*groups.shape[:2], -1)  # By position.
-  few = best_positions(found, topk, spare=topk // 8, floor=floor)  # The cut is exact among these.
-  values = jnp.take_along_axis(found, few, axis=2, mode='clip')
+  candidates = jnp.swapaxes(candidates, 2, 3).reshape(*groups.shape[:2], -1)  # By position.
+  few = best_positions(candidates, topk, spare=topk // 8, floor=floor)  # The cut is exact here.
+  values = jnp.take_along_axis(candidates, few, axis=2, mode='clip')
   best = best_positions(jnp.where(few >= 0, values, -jnp.inf), topk)
   slots = jnp.where(best >= 0, jnp.take_along_axis(few, best, axis=2, mode='clip'), -1)
   group = jnp.take_along_axis(groups, slots // size, axis=2, mode='clip')

@@ -24,10 +24,10 @@ def indexed_attention(
     sm_scale: float,
     backend: str,
 ) -> tuple[Float[Array, 'B T H {v_dim}'], Int[Array, 'B T {topk}']]:
-  """Attends to what `index_topk` selects: the two ops, one after the other or at one time.
+  """Attends to what `index_topk` selects, with the numbers of the two ops.
 
-  On a TPU whose VMEM holds too few of the keys, SparseCores bring selected rows together while the
-  TensorCore selects for the next queries; the numbers are those of the two ops.
+  They run one after the other. On a TPU whose VMEM holds too few of the keys, SparseCores bring
+  selected rows together while the TensorCore selects for the next queries.
 
   Args:
     q: Absorbed queries; see `sparse_attention`.
@@ -50,11 +50,13 @@ def indexed_attention(
   check_selection(*index_inputs, topk)
   check_attention(q, kv, v_dim)
   q, kv = jax.lax.stop_gradient((q, kv))
-  sizes = dict(v_dim=v_dim, sm_scale=sm_scale)
   if backend == 'tpu':
     kernels = load_kernels('dsa_jax.kernels.indexed_attention.tpu')
-    if kernels.pays(q, kv, topk, blocks := kernels.BlockSizes()):
+    inputs, blocks = (q, kv, index_q, index_k), kernels.BlockSizes()
+    plan = kernels.plan_if_it_pays(*inputs, topk=topk, v_dim=v_dim, blocks=blocks)
+    if plan is not None:
       index_inputs = jax.lax.stop_gradient(index_inputs)
-      return kernels.forward(q, kv, *index_inputs, topk=topk, **sizes, blocks=blocks)
+      return kernels.forward(q, kv, *index_inputs, plan=plan, sm_scale=sm_scale)
   indices = index_topk(*index_inputs, topk=topk, backend=backend)
-  return sparse_attention(q, kv, indices, **sizes, backend=backend)[0], indices
+  out, _ = sparse_attention(q, kv, indices, v_dim=v_dim, sm_scale=sm_scale, backend=backend)
+  return out, indices

@@ -7,27 +7,55 @@ values of both tiles, half of the channels each; the other's probabilities come 
 memory.
 """
 
+from typing import Any, NamedTuple
+
 import jax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 import jax.numpy as jnp
 
 from dsa_jax.kernels.gpu import hopper
-from dsa_jax.kernels.gpu.hopper import BY_ROW, HEADS, STEP, TILE, Ring
+from dsa_jax.kernels.gpu.hopper import BY_ROW, HEADS, STEP, TILE, Ring, RingMemory
+from dsa_jax.kernels.gpu.selected_rows import Slots
 
 LOG2_E = 1.4426950408889634
 ROUNDS = 2  # Steps in flight or in use; backward, there is room for one.
 
 
-def attend(q, kv, rows, bias, ends, *, v_dim: int, sm_scale: float):
+class AttendScratch(NamedTuple):
+  """Shared memory and barriers of the forward kernel."""
+
+  q_front: Any
+  q_rest: Any
+  probs: Any  # The probabilities of both groups' tiles.
+  notes: Any  # The highest logit of each head in both groups, and log-sum-exps.
+  q_ready: Any
+  met: Any  # Both groups arrive where they exchange notes.
+  created: Any
+  ring: RingMemory
+
+
+class WeighScratch(NamedTuple):
+  """Shared memory and barriers of the backward kernel."""
+
+  q_front: Any
+  q_rest: Any
+  dvalue: Any
+  staged: Any  # The results of a tile of both groups.
+  q_ready: Any
+  created: Any
+  ring: RingMemory
+
+
+def attend(q, kv, slots: Slots, *, v_dim: int, sm_scale: float):
   """Attends each query to its rows.
 
   Args:
     q: bfloat16 [R, H, E].
     kv: bfloat16 [N, E].
-    rows: int32 [R, K], K a multiple of `STEP`.
-    bias: float32 [R, K], 0, or -inf where a slot is empty.
-    ends: int32 [R], one past the last filled slot, up to a multiple of `STEP`.
+    slots: Selected rows, filled up to a multiple of `STEP`.
+    v_dim: The width of the value.
+    sm_scale: As the op has it.
 
   Returns:
     bfloat16 [R, H, V] and float32 [R, H], the log-sum-exp in nats.
@@ -36,14 +64,14 @@ def attend(q, kv, rows, bias, ends, *, v_dim: int, sm_scale: float):
   half = v_dim // 2
   front, rest = pl.ds(0, v_dim), pl.ds(v_dim, width - v_dim)
 
-  def sparse_attention_forward(q, kv, rows, bias, ends, out, lse, *scratch):
-    q_front, q_rest, probs, notes, q_ready, met, created, *ring = scratch
-    ring = Ring(*ring, rounds=ROUNDS)
+  def sparse_attention_forward(q, kv, slots: Slots, out, lse, scratch: AttendScratch):
+    q_front, q_rest, probs, notes, q_ready, met, created, ring = scratch
+    ring = Ring(ring, rounds=ROUNDS)
     row, where = _place(heads)
-    steps = ends[row] // STEP
+    steps = slots.ends[row] // STEP
     tops, sums = notes.at[:2], notes.at[2]
 
-    def meet():
+    def exchange():
       plgpu.barrier_arrive(met)
       plgpu.barrier_wait(met)
 
@@ -51,7 +79,7 @@ def attend(q, kv, rows, bias, ends, *, v_dim: int, sm_scale: float):
       plgpu.set_max_registers(40, action='decrease')
       plgpu.copy_gmem_to_smem(q.at[*where, front], q_front, q_ready)
       plgpu.copy_gmem_to_smem(q.at[*where, rest], q_rest, q_ready)
-      ring.fill(kv, rows.at[row], bias.at[row], steps)
+      ring.fill(kv, slots.rows.at[row], slots.bias.at[row], steps)
 
     def consume(own):
       plgpu.set_max_registers(232, action='increase')
@@ -60,7 +88,7 @@ def attend(q, kv, rows, bias, ends, *, v_dim: int, sm_scale: float):
 
       def step(i, state):
         value, top, total = state
-        mine, other = (ring.tiles.at[ring.place(i, side)] for side in (own, 1 - own))
+        mine, other = (ring.tile(i, side) for side in (own, 1 - own))
         ring.wait(i, own)
 
         def score(dots):
@@ -72,7 +100,7 @@ def attend(q, kv, rows, bias, ends, *, v_dim: int, sm_scale: float):
         logits = LOG2_E * sm_scale * logits + _down(ring.bias(i, own))
         highest = jnp.max(logits, axis=1)
         tops[own] = highest
-        meet()
+        exchange()
         others = hopper.load(tops.at[1 - own], BY_ROW)
         new_top = jnp.maximum(jnp.maximum(top, highest), others)
         safe = jnp.where(new_top > -jnp.inf, new_top, 0.0)
@@ -85,7 +113,7 @@ def attend(q, kv, rows, bias, ends, *, v_dim: int, sm_scale: float):
 
         def add(value):
           plgpu.wgmma(value, weights, mine.at[:, columns])
-          meet()
+          exchange()
           ring.wait(i, 1 - own)
           plgpu.wgmma(value, probs.at[1 - own], other.at[:, columns])
 
@@ -97,12 +125,12 @@ def attend(q, kv, rows, bias, ends, *, v_dim: int, sm_scale: float):
       state = _fill(0, HEADS, half), _fill(-jnp.inf, HEADS), _fill(0, HEADS)
       value, top, total = jax.lax.fori_loop(0, steps, step, state)
       tops[own] = total
-      meet()
+      exchange()
       total += hopper.load(tops.at[1 - own], BY_ROW)
       some = jnp.where(total > 0, total, 1.0)
       q_front[:, columns] = (value / _across(some, half)).astype(jnp.bfloat16)
       plgpu.commit_smem()
-      meet()
+      exchange()
 
       @pl.when(own == 0)
       def _():
@@ -118,27 +146,35 @@ def attend(q, kv, rows, bias, ends, *, v_dim: int, sm_scale: float):
       jax.ShapeDtypeStruct((n_rows, heads, v_dim), q.dtype),
       jax.ShapeDtypeStruct((n_rows, heads), jnp.float32),
   ]
-  scratch = [
-      hopper.tile(HEADS, v_dim),
-      hopper.tile(HEADS, width - v_dim),
-      hopper.tile(2, HEADS, TILE),
-      plgpu.SMEM((3, HEADS), jnp.float32),
-      plgpu.Barrier(num_arrivals=2),
-      plgpu.Barrier(num_arrivals=2),
-      plgpu.Barrier(num_arrivals=3),
-      *Ring.scratch(ROUNDS, width, readers=2),
-  ]
-  args = [q, kv, rows, bias, ends]
-  return hopper.call(sparse_attention_forward, n_rows * heads // HEADS, out, args, scratch)
+  scratch = AttendScratch(
+      q_front=hopper.tile(HEADS, v_dim),
+      q_rest=hopper.tile(HEADS, width - v_dim),
+      probs=hopper.tile(2, HEADS, TILE),
+      notes=plgpu.SMEM((3, HEADS), jnp.float32),
+      q_ready=plgpu.Barrier(num_arrivals=2),
+      met=plgpu.Barrier(num_arrivals=2),
+      created=plgpu.Barrier(num_arrivals=3),
+      ring=Ring.scratch(ROUNDS, width, readers=2),
+  )
+  programs = n_programs(n_rows, heads)
+  return hopper.call(sparse_attention_forward, programs, out, [q, kv, slots], scratch)
 
 
-def weigh(q, dout, lse, delta, kv, rows, bias, ends, *, sm_scale: float):
-  """What `backward` multiplies with: gradients of logits, and probabilities, of each slot.
+def n_programs(n_rows: int, heads: int) -> int:
+  return n_rows * heads // HEADS
+
+
+def weigh(q, dout, lse, delta, kv, slots: Slots, *, sm_scale: float):
+  """Returns what `backward` multiplies: gradients of logits, and probabilities, of each slot.
 
   Args:
-    q, kv, rows, bias, ends: As `attend` takes them.
-    dout: bfloat16 [R, H, V].
-    lse, delta: float32 [R, H], of `attend`; sum of out and dout.
+    q: As `attend` takes it.
+    dout: bfloat16 [R, H, V], the gradient of the output.
+    lse: float32 [R, H], as `attend` returns it.
+    delta: float32 [R, H]; see `logits_delta`.
+    kv: As `attend` takes it.
+    slots: As `attend` takes them.
+    sm_scale: As the op has it.
 
   Returns:
     bfloat16 [2 R, H, K], the two of each query side by side; what lies past `ends` is undefined.
@@ -147,24 +183,24 @@ def weigh(q, dout, lse, delta, kv, rows, bias, ends, *, sm_scale: float):
   v_dim = dout.shape[2]
   front, rest = pl.ds(0, v_dim), pl.ds(v_dim, width - v_dim)
 
-  def sparse_attention_weights(q, dout, lse, delta, kv, rows, bias, ends, out, *scratch):
-    q_front, q_rest, dvalue, staged, q_ready, created, *ring = scratch
-    ring = Ring(*ring, rounds=1)
+  def sparse_attention_weights(q, dout, lse, delta, kv, slots: Slots, out, scratch: WeighScratch):
+    q_front, q_rest, dvalue, staged, q_ready, created, ring = scratch
+    ring = Ring(ring, rounds=1)
     row, where = _place(heads)
-    steps = ends[row] // STEP
+    steps = slots.ends[row] // STEP
 
     def produce():
       plgpu.set_max_registers(40, action='decrease')
       plgpu.copy_gmem_to_smem(q.at[*where, front], q_front, q_ready)
       plgpu.copy_gmem_to_smem(q.at[*where, rest], q_rest, q_ready)
       plgpu.copy_gmem_to_smem(dout.at[*where], dvalue, q_ready)
-      ring.fill(kv, rows.at[row], bias.at[row], steps)
+      ring.fill(kv, slots.rows.at[row], slots.bias.at[row], steps)
 
     def consume(own):
       plgpu.set_max_registers(232, action='increase')
       highest, mean = (hopper.load(x.at[*where], BY_ROW) for x in (lse, delta))
       highest *= LOG2_E
-      tile = ring.tiles.at[own]
+      tile = ring.memory.tiles.at[own]
       plgpu.barrier_wait(q_ready)
 
       def step(i, _):
@@ -186,9 +222,9 @@ def weigh(q, dout, lse, delta, kv, rows, bias, ends, *, sm_scale: float):
         for j, x in enumerate((dlogits, probs)):
           staged[own, j] = x.astype(jnp.bfloat16)
         plgpu.commit_smem()
-        slots = pl.ds(i * STEP + own * TILE, TILE)
+        columns = pl.ds(i * STEP + own * TILE, TILE)
         for j in range(2):
-          plgpu.copy_smem_to_gmem(staged.at[own, j], out.at[2 * row + j, where[1], slots])
+          plgpu.copy_smem_to_gmem(staged.at[own, j], out.at[2 * row + j, where[1], columns])
         return ()
 
       jax.lax.fori_loop(0, steps, step, ())
@@ -196,29 +232,29 @@ def weigh(q, dout, lse, delta, kv, rows, bias, ends, *, sm_scale: float):
 
     _divide(ring, created, consume, produce)
 
-  out = [jax.ShapeDtypeStruct((2 * n_rows, heads, rows.shape[1]), kv.dtype)]
-  scratch = [
-      hopper.tile(HEADS, v_dim),
-      hopper.tile(HEADS, width - v_dim),
-      hopper.tile(HEADS, v_dim),
-      hopper.tile(2, 2, HEADS, TILE),
-      plgpu.Barrier(num_arrivals=3),
-      plgpu.Barrier(num_arrivals=3),
-      *Ring.scratch(1, width, readers=1),
-  ]
-  args = [q, dout, lse, delta, kv, rows, bias, ends]
-  return hopper.call(sparse_attention_weights, n_rows * heads // HEADS, out, args, scratch)[0]
+  out = [jax.ShapeDtypeStruct((2 * n_rows, heads, slots.rows.shape[1]), kv.dtype)]
+  scratch = WeighScratch(
+      q_front=hopper.tile(HEADS, v_dim),
+      q_rest=hopper.tile(HEADS, width - v_dim),
+      dvalue=hopper.tile(HEADS, v_dim),
+      staged=hopper.tile(2, 2, HEADS, TILE),
+      q_ready=plgpu.Barrier(num_arrivals=3),
+      created=plgpu.Barrier(num_arrivals=3),
+      ring=Ring.scratch(1, width, readers=1),
+  )
+  args = [q, dout, lse, delta, kv, slots]
+  return hopper.call(sparse_attention_weights, n_programs(n_rows, heads), out, args, scratch)[0]
 
 
 def _place(heads):
-  """The query of this program, and it with its heads."""
+  """Returns the query of this program, and the index of it and its heads."""
   program, blocks = jax.lax.axis_index('program'), heads // HEADS
   row = program // blocks
   return row, (row, pl.ds(program % blocks * HEADS, HEADS))
 
 
 def _divide(ring, created, consume, produce):
-  """Two groups consume, the third produces, once the ring is there."""
+  """Has two groups consume and the third produce, once the ring is there."""
   group = jax.lax.axis_index('group')
   pl.when(group == 2)(ring.create)
   plgpu.barrier_arrive(created)
@@ -233,10 +269,10 @@ def _fill(x, *shape):
 
 
 def _across(x, n):
-  """[rows] to [rows, n]."""
+  """Spreads [rows] to [rows, n]."""
   return jax.lax.broadcast_in_dim(x, (x.size, n), [0])
 
 
 def _down(x):
-  """[columns] to [heads, columns]."""
+  """Spreads [columns] to [heads, columns]."""
   return jax.lax.broadcast_in_dim(x, (HEADS, x.size), [1])

@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, Int
 from dsa_jax.kernels.backend import Blocks, check_backend, load_kernels
 from dsa_jax.kernels.sparse_attention.reference import sparse_attention_reference
 from dsa_jax.kernels.visibility import check_indices
+from dsa_jax.kernels.xla.softmax import logits_delta
 
 KERNELS = {
     'xla': 'dsa_jax.kernels.sparse_attention.xla',
@@ -35,7 +36,7 @@ def sparse_attention(
     kv: One vector per token, shared by all heads; its first `v_dim` channels are the value.
       A token that nothing selects may hold NaN.
     indices: Positions in `kv`, distinct within a row, in any order; -1 or >= S is an empty slot.
-      Causality is the selector's business.
+      Whoever selects sees to causality.
     v_dim: C, the width of the value and of the output.
     sm_scale: Softmax scale, YaRN's factor included; never derived from E.
     backend: Which implementation. Never falls back to another.
@@ -67,13 +68,18 @@ def _fwd(q, kv, indices, v_dim, sm_scale, kernels, blocks):
   return (out, lse), (q, kv, indices, out, lse)
 
 
-def _bwd(v_dim, sm_scale, kernels, blocks, residuals, cotangents):
-  sizes = dict(v_dim=v_dim, sm_scale=sm_scale, blocks=blocks)
-  dq, dkv = kernels.backward(residuals, cotangents, **sizes)
+def backward(v_dim, sm_scale, kernels, blocks, residuals, cotangents):
+  """Returns the gradients of q and kv, and None for the indices."""
+  q, kv, indices, out, lse = residuals
+  dout, dlse = cotangents
+  delta = logits_delta(out, lse, dout, dlse)
+  dq, dkv = kernels.backward(
+      (q, kv, indices, lse), dout, delta, v_dim=v_dim, sm_scale=sm_scale, blocks=blocks
+  )
   return dq, dkv, None
 
 
-_op.defvjp(_fwd, _bwd)
+_op.defvjp(_fwd, backward)
 
 
 def check_attention(q, kv, v_dim: int):

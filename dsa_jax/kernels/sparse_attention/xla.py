@@ -20,15 +20,17 @@ _f32 = {'preferred_element_type': jnp.float32}
 class BlockSizes(Blocks):
   """They change the speed, never the result."""
 
-  block_t: int = 8  # Query rows whose selection is gathered at one time.
+  block_t: int = 8  # Query rows per pass, whose selection is gathered at one time.
 
 
 def forward(q, kv, indices, *, v_dim: int, sm_scale: float, blocks: BlockSizes):
+  """Returns the output and the log-sum-exp, as the op does."""
+
   def attend(rows):
     q, indices = rows
     chosen = gather_rows(kv, indices)
     logits = jnp.einsum('BTKE,BTHE->BTKH', chosen, q, **_f32)
-    # Turned before the softmax, which then runs along memory; XLA would turn the products.
+    # Logits are turned before the softmax, which then runs along memory; XLA would turn products.
     logits = jnp.swapaxes(sm_scale * logits + _mask(indices, kv)[..., None], 2, 3)
     logits = jax.lax.optimization_barrier(logits)
     top = jnp.max(logits, axis=3, keepdims=True)
@@ -41,17 +43,16 @@ def forward(q, kv, indices, *, v_dim: int, sm_scale: float, blocks: BlockSizes):
   return map_rows(attend, (q, indices), blocks.block_t)
 
 
-def backward(residuals, cotangents, *, v_dim: int, sm_scale: float, blocks: BlockSizes):
-  q, kv, indices, out, lse = residuals
-  dout, dlse = cotangents
-  delta = jnp.sum(out.astype(jnp.float32) * dout, axis=-1) - jnp.where(lse > -jnp.inf, dlse, 0)
+def backward(residuals, dout, delta, *, v_dim: int, sm_scale: float, blocks: BlockSizes):
+  """Returns the gradients of q and kv; see `logits_delta` for delta."""
+  q, kv, indices, lse = residuals
   lse = jnp.where(lse > -jnp.inf, lse, 0)
 
   def step(dkv, rows):
     q, indices, lse, dout, delta = rows
     chosen = gather_rows(kv, indices)
     dout = jnp.pad(dout, [(0, 0)] * 3 + [(0, kv.shape[-1] - v_dim)])
-    both = jnp.concatenate([q, dout], axis=2)  # Two dots with the same keys, twice.
+    both = jnp.concatenate([q, dout], axis=2)  # Both have dots with the same keys.
     logits, dprobs = jnp.split(jnp.einsum('BTKE,BTHE->BTKH', chosen, both, **_f32), 2, axis=-1)
     logits = sm_scale * logits + _mask(indices, kv)[..., None]
     probs = jnp.exp(logits - lse[:, :, None])
@@ -67,5 +68,5 @@ def backward(residuals, cotangents, *, v_dim: int, sm_scale: float, blocks: Bloc
 
 
 def _mask(indices, kv):
-  """What to add to the logits of [B, T, K] slots: once for all heads, so that they vectorise."""
+  """Returns what is added to the logits of [B, T, K] slots, alike for all heads: they vectorise."""
   return jnp.where((indices >= 0) & (indices < kv.shape[1]), 0.0, -jnp.inf)

@@ -1,13 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Selected rows of a query side by side in HBM, for a chip whose VMEM holds too few keys.
 
-The TensorCore gathers them shard by shard: copied within VMEM (see `resident`), they leave by DMA, a
-tile at a time. A shard's rows begin where a DMA may, at multiples of eight, and rows of zeros lie
-between them. SparseCores fetch them all from HBM while the TensorCore does something else.
+The TensorCore gathers them shard by shard: it copies them within VMEM (see `resident`), and a DMA
+takes them away, a tile at a time. A shard's rows begin where a DMA may, at multiples of eight, and
+rows of zeros lie between them. SparseCores fetch all of them from HBM while the TensorCore does
+something else.
 """
 
 import dataclasses
 import functools
+import math
+from typing import Any, NamedTuple
 
 import jax
 from jax.experimental import pallas as pl
@@ -15,57 +18,131 @@ from jax.experimental.pallas import tpu as pltpu
 import jax.numpy as jnp
 
 from dsa_jax.kernels.tpu import resident, sparse_cores
-from dsa_jax.kernels.tpu.resident import LANES, Rows, ShardKernels
-from dsa_jax.kernels.tpu.shards import Shards, eights, even_tiles, fit_tile, most_keys
+from dsa_jax.kernels.tpu.layout import LANES, Rows
+from dsa_jax.kernels.tpu.plans import KernelPlan
+from dsa_jax.kernels.tpu.resident import ShardKernels, Sums
+from dsa_jax.kernels.tpu.shards import (
+    ADDED,
+    ADDS,
+    ShardPlan,
+    Shards,
+    eights,
+    even_tiles,
+    fit_tile,
+    most_keys,
+)
 from dsa_jax.kernels.xla.rows import whole_block
 
-ALIGNED = 8  # Rows.
+ALIGNED = 8  # DMAs begin at multiples of so many rows.
 
 
-def fit(rows: Rows, n_keys: int, n_slots: int, vmem: int, blocks) -> tuple['Gather', 'Scatter']:
-  """Kernels that bring rows together, and that take sums apart: as few shards as fit."""
+@dataclasses.dataclass(frozen=True)
+class OwnRows:
+  """How a kernel with grid (batch, query steps, tiles) reads rows that are each query's own."""
+
+  rows: Rows
+  step_t: int  # At most so many query rows in a step of the grid.
+  n_tiles: int
+  tile: int  # Rows of a query that are read at one time.
+  vmem: int  # Bytes of VMEM of the chip.
+
+  @property
+  def n_rows(self) -> int:
+    """Rows of a query: whole tiles."""
+    return self.n_tiles * self.tile
+
+  def grid(self, batch: int, n_queries: int) -> tuple[int, int, int]:
+    return batch, n_queries // math.gcd(self.step_t, n_queries), self.n_tiles
+
+  def kernel(self, batch: int, n_queries: int, hbm_bytes: int | float) -> KernelPlan:
+    """Returns the plan of such a kernel, for a block of queries."""
+    grid = self.grid(batch, n_queries)
+    return KernelPlan(grid, [(1, self.n_tiles * grid[1] / n_queries)], float(hbm_bytes))
+
+
+def plan_own(n: int, rows: Rows, vmem: int, blocks) -> OwnRows:
+  """Returns how n rows of each query are read."""
+  tiles, tile = even_tiles(n, blocks.own_tile * 2 // rows.dtype.itemsize, blocks.line)
+  return OwnRows(rows, blocks.step_t, tiles, tile, vmem)
+
+
+def plan_gather(
+    rows: Rows, n_keys: int, n_slots: int, vmem: int, blocks
+) -> tuple['Gather', 'Scatter']:
+  """Returns the gather and scatter kernels with the fewest shards that fit VMEM."""
   fewest = lambda size: pl.cdiv(n_keys, most_keys(size, vmem, blocks))
   n = fewest(rows.bytes)
-  parts = pl.cdiv(fewest(4 * rows.channels), n)
+  parts = pl.cdiv(fewest(rows.sum_bytes), n)
   share = eights(pl.cdiv(n_keys, n * parts))
-  of_keys, of_sums = Shards(n, share * parts, 0), Shards(n * parts, share, 0)
-  tiles, tile = own_tiles(n_slots + (n + 1) * ALIGNED, rows, blocks)
-  how = lambda shards: (
-      shards,
-      blocks.step_t_compact,
-      fit_tile(n_slots, shards, blocks)[1],
-      blocks.line,
-      blocks.copied,
-  )
-  gather = Gather(*how(of_keys), rows, tiles * tile)
-  return gather, Scatter(*how(of_sums), gather)
+
+  def read(shards: Shards) -> ShardPlan:
+    _, tile = fit_tile(n_slots, shards, blocks)
+    return ShardPlan(
+        shards=shards,
+        n_slots=n_slots,
+        step_t=blocks.step_t_compact,
+        tile=tile,
+        line=blocks.line,
+        copied=blocks.copied,
+        vmem=vmem,
+    )
+
+  own = plan_own(n_slots + (n + 1) * ALIGNED, rows, vmem, blocks)
+  gather = Gather(read(Shards(n, share * parts, 0)), own)
+  return gather, Scatter(read(Shards(n * parts, share, 0)), gather)
 
 
-def own_tiles(n: int, rows: Rows, blocks) -> tuple[int, int]:
-  """Tiles of n rows of its own that a query meets: how many, and their rows."""
-  return even_tiles(n, blocks.own_tile * 2 // rows.dtype.itemsize, blocks.line)
+class GatherScalars(NamedTuple):
+  """What the scalar unit reads of `Gather`; see `resident.Scalars`."""
+
+  spans: Any
+  places: Any  # For each query, the row where the shard's rows begin, and how many rows are filled.
+  table: Any
+
+
+class GatherScratch(NamedTuple):
+  """What `Gather` works in."""
+
+  buffers: Any  # Two, of which one is filled while the other leaves.
+  leaving: Any  # Whether a DMA takes a query's part of a buffer away.
+  turn: Any  # The buffer that is filled next.
+  sems: Any
 
 
 @dataclasses.dataclass(frozen=True)
 class Gather(ShardKernels):
   """Brings together the rows of queries, [B, T, lines, 128], each query's in ascending order."""
 
-  rows: Rows
-  n_rows: int  # Of a query, zeros among them.
+  own: OwnRows  # Rows of zeros are among them.
+
+  @property
+  def rows(self) -> Rows:
+    return self.own.rows
+
+  @property
+  def n_rows(self) -> int:
+    return self.own.n_rows
+
+  def kernel(self, batch: int, n_queries: int) -> KernelPlan:
+    """Returns the plan of the kernel, for a block of queries."""
+    plan = self.plan
+    loops = [*plan.step_loops(), *plan.copy_loops()]
+    shards = plan.shards.n * plan.shards.stored * self.rows.bytes / n_queries
+    return KernelPlan(plan.grid(batch, n_queries), loops, self.n_rows * self.rows.bytes + shards)
 
   def begin(self, first: jax.Array, shard: jax.Array) -> jax.Array:
-    """The row where a shard's rows begin, whose first slot is given."""
+    """Returns the row where a shard's rows begin, whose first slot is given."""
     return (pl.cdiv(first, ALIGNED) + shard) * ALIGNED
 
   def place(self, slots: jax.Array, shard: jax.Array, slot: jax.Array) -> jax.Array:
-    """The row of a slot of a shard."""
+    """Returns the row of a slot of a shard."""
     first, _ = self.part(slots, shard)
     return self.begin(first, shard) + slot - first
 
   def memory(self, q: jax.Array, block: int, multiple: int) -> jax.Array:
-    """Where rows go of a block of queries [B, T, ...]; a last tile may reach behind them."""
+    """Returns memory for the rows of a block of queries [B, T, ...], and for a last tile's rest."""
     n_queries = whole_block(q.shape[1], block, multiple)
-    lines = (self.n_rows + self.tile) * self.rows.lines
+    lines = (self.n_rows + self.plan.tile) * self.rows.lines
     return jax.lax.empty((q.shape[0], n_queries, lines, LANES), self.rows.words)
 
   def run(self, slots: jax.Array, packed: jax.Array, memory: jax.Array):
@@ -75,48 +152,51 @@ class Gather(ShardKernels):
       The memory, and which of its rows are keys, bool [B, T, n_rows]; others are zeros.
     """
     row = jnp.arange(self.n_rows)
-    buffers = 2, self.step_t * self.tile * self.rows.lines, LANES
+    scratch = GatherScratch(
+        buffers=pltpu.VMEM(
+            (2, self.plan.step_t * self.plan.tile * self.rows.lines, LANES), self.rows.words
+        ),
+        leaving=pltpu.SMEM((2, self.plan.step_t), jnp.int32),
+        turn=pltpu.SMEM((1,), jnp.int32),
+        sems=pltpu.SemaphoreType.DMA((2,)),
+    )
 
     def step(shard, state):
       memory, seen = state
       first, end = self.part(slots, shard)
       begin = self.begin(first, shard)
       seen |= (row >= begin[..., None]) & (row < (begin + end - first)[..., None])
-      last = shard == self.shards.n - 1
+      last = shard == self.plan.shards.n - 1
       fill = jnp.where(last, self.n_rows, self.begin(end, shard + 1)) - begin
       places = jnp.stack([begin, fill], axis=-1)
-      spans, table = self.scalars(shard, slots, self.rows.lines)
-      anywhere = pl.BlockSpec(memory_space=pl.ANY)
-      [memory] = self.call(
+      spans, (table,) = self.scalars(shard, slots, self.rows.lines)
+      memory = self.call(
           self._gather,
           'gather_selected_rows',
           shard,
-          [spans, places.reshape(spans.shape), table],
-          [packed, memory],
-          [self.shard(packed), anywhere],
-          [anywhere],
-          aliases={1: 0},
-          scratch=[
-              pltpu.VMEM(buffers, self.rows.words),
-              pltpu.SMEM((2, self.step_t), jnp.int32),
-              pltpu.SMEM((1,), jnp.int32),
-              pltpu.SemaphoreType.DMA((2,)),
-          ],
+          GatherScalars(spans, places.reshape(spans.shape), table),
+          packed,
+          self.shard(packed),
+          memory,
+          pl.BlockSpec(memory_space=pl.ANY),
+          scratch,
       )
       return memory, seen
 
     seen = jnp.zeros((*slots.shape[:2], self.n_rows), bool)
-    return jax.lax.fori_loop(0, self.shards.n, step, (memory, seen))
+    return jax.lax.fori_loop(0, self.plan.shards.n, step, (memory, seen))
 
-  def _gather(self, _, spans, places, table, kv, __, memory, buffers, leaving, turn, sems):
+  def _gather(self, _, scalars: GatherScalars, kv, __, memory, scratch: GatherScratch):
     """Fills one buffer while the other leaves."""
-    lines, queries = self.tile * self.rows.lines, range(self.step_t)
+    spans, places, table = scalars
+    buffers, leaving, turn, sems = scratch
+    lines, queries = self.plan.tile * self.rows.lines, range(self.plan.step_t)
     begins = [places[0, 0, 0, 2 * i] for i in queries]
-    tiles = [pl.cdiv(places[0, 0, 0, 2 * i + 1], self.tile) for i in queries]
+    tiles = [pl.cdiv(places[0, 0, 0, 2 * i + 1], self.plan.tile) for i in queries]
 
     def leave(buffer, i, row):
       to = pl.ds(pl.multiple_of(row * self.rows.lines, ALIGNED), lines)
-      query = pl.program_id(1) * self.step_t + i
+      query = pl.program_id(1) * self.plan.step_t + i
       return pltpu.make_async_copy(
           buffers.at[buffer, pl.ds(i * lines, lines)],
           memory.at[pl.program_id(0), query, to],
@@ -134,17 +214,18 @@ class Gather(ShardKernels):
         for i in queries:
           leaving[buffer, i] = 0
 
-    def meet(j, _):
+    def copy_tile(j, _):
       buffer = turn[0]
       wait(buffer)
       self.copy(self.rows.lines, kv, spans, table, j, buffers.at[buffer])
       for i in queries:
-        pl.when(j < tiles[i])(lambda: leave(buffer, i, begins[i] + j * self.tile).start())
+        first = lambda: begins[i] + j * self.plan.tile
+        pl.when(j < tiles[i])(lambda: leave(buffer, i, first()).start())
         leaving[buffer, i] = (j < tiles[i]).astype(jnp.int32)
       turn[0] = 1 - buffer
       return 0
 
-    jax.lax.fori_loop(0, functools.reduce(jnp.maximum, tiles), meet, 0)
+    jax.lax.fori_loop(0, functools.reduce(jnp.maximum, tiles), copy_tile, 0)
 
     @pl.when(
         (pl.program_id(0) == pl.num_programs(0) - 1) & (pl.program_id(1) == pl.num_programs(1) - 1)
@@ -158,26 +239,37 @@ class Gather(ShardKernels):
 class Fetch:
   """Brings rows together by SparseCores, [B, T, lines, N, 128], in the order of the slots."""
 
-  rows: Rows
+  own: OwnRows  # Rows of zeros are behind the last slot.
   n_keys: int
-  n_rows: int  # Of a query, zeros behind its last slot among them: whole tiles.
+  n_slots: int
 
-  @classmethod
-  def of(cls, rows: Rows, n_keys: int, n_slots: int, blocks) -> 'Fetch':
-    tiles, tile = own_tiles(n_slots, rows, blocks)
-    return cls(rows, n_keys, tiles * tile)
+  @property
+  def rows(self) -> Rows:
+    return self.own.rows
+
+  @property
+  def n_rows(self) -> int:
+    return self.own.n_rows
+
+  @property
+  def bytes(self) -> int:
+    """What SparseCores fetch for one query."""
+    return self.n_slots * self.rows.bytes
 
   @property
   def shards(self) -> Shards:
-    """Keys, and a row of zeros for each slot that is empty: they come from many places."""
+    """One shard: the keys, and a row of zeros for each slot that is empty.
+
+    Empty slots share no row of zeros, so that the reads go to many places.
+    """
     return Shards(1, self.n_keys + self.n_rows, 0)
 
   def place(self, slots: jax.Array, shard: jax.Array, slot: jax.Array) -> jax.Array:
-    """The row of a slot."""
+    """Returns the row of a slot."""
     return slot
 
   def nothing(self, *queries: int) -> tuple[jax.Array, jax.Array]:
-    """What `run` returns for queries [B, T] that select nothing."""
+    """Returns what `run` returns for queries [B, T] that select nothing."""
     own = jnp.zeros((*queries, self.rows.lines, self.n_rows, LANES), self.rows.words)
     return own, jnp.zeros((*queries, self.n_rows), bool)
 
@@ -197,6 +289,26 @@ class Fetch:
     return fetched.reshape(*lines.shape, LANES), seen
 
 
+def plan_fetch(rows: Rows, n_keys: int, n_slots: int, vmem: int, blocks) -> Fetch:
+  """Returns how SparseCores bring n_slots rows of each query together."""
+  return Fetch(plan_own(n_slots, rows, vmem, blocks), n_keys, n_slots)
+
+
+class ScatterIn(NamedTuple):
+  """What `Scatter` reads."""
+
+  places: Any  # The row where each query's rows for the shard begin.
+  rows: Any
+
+
+class ScatterScratch(NamedTuple):
+  """What `Scatter` works in."""
+
+  buffers: Any  # Two, of which one arrives while the other is added.
+  sems: Any
+  sums: Sums
+
+
 @dataclasses.dataclass(frozen=True)
 class Scatter(ShardKernels):
   """Adds float32 rows, in the order in which keys were brought together, to sums of these.
@@ -209,74 +321,91 @@ class Scatter(ShardKernels):
   @property
   def fetched(self) -> int:
     """Rows of a query that come to VMEM at one time."""
-    return min(self.tile + ALIGNED, self.gather.n_rows)
+    return min(self.plan.tile + ALIGNED, self.gather.n_rows)
+
+  @property
+  def parts(self) -> int:
+    """Shards of sums for each shard of keys."""
+    return self.plan.shards.n // self.gather_shards.n
+
+  @property
+  def gather_shards(self) -> Shards:
+    gather = self.gather
+    return gather.shards if isinstance(gather, Fetch) else gather.plan.shards
+
+  def kernel(self, batch: int, n_queries: int, n_rows: int) -> KernelPlan:
+    """Returns the plan of the kernel, for a block of queries that have so many rows each."""
+    plan, sum_bytes = self.plan, self.gather.rows.sum_bytes
+    loops = [*plan.step_loops(), *plan.add_loops()]
+    sums = 2 * (plan.shards.n * plan.shards.stored * sum_bytes / n_queries)  # In and out.
+    return KernelPlan(plan.grid(batch, n_queries), loops, n_rows * sum_bytes + sums)
 
   def run(self, slots: jax.Array, rows: jax.Array, sums: jax.Array) -> jax.Array:
-    """Adds rows [B, T, N x lines, 128] of sorted slots [B, T, K] to `resident` sums."""
-    lines = self.gather.rows.blocks
-    parts = self.shards.n // self.gather.shards.n
+    """Adds rows [B, T, N x lines, 128] of sorted slots [B, T, K] to sums of `layout.zero_sums`."""
+    lines, plan = self.gather.rows.blocks, self.plan
+    more = ADDED * ADDS  # Rows that may be added to a spare row.
+    anywhere = pl.BlockSpec(memory_space=pl.ANY)
+    scratch = ScatterScratch(
+        buffers=pltpu.VMEM((2, (plan.step_t * self.fetched + more) * lines, LANES), jnp.float32),
+        sems=pltpu.SemaphoreType.DMA((2,)),
+        sums=self.sums(lines),
+    )
 
     def step(shard, sums):
       first, _ = self.part(slots, shard)
-      place = self.gather.place(slots, shard // parts, first)
-      spans, table = self.scalars(shard, slots, lines)
-      anywhere = pl.BlockSpec(memory_space=pl.ANY)
-      more = resident.ADDED * resident.ADDS  # Rows that may be added to a spare row.
-      buffers = 2, (self.step_t * self.fetched + more) * lines, LANES
-      [sums] = self.call(
+      place = self.gather.place(slots, shard // self.parts, first)
+      return self.call(
           self._add,
           'scatter_selected_rows',
           shard,
-          [spans, table],
-          [place.reshape(-1, 1, self.step_t), rows, sums],
-          [pl.BlockSpec(memory_space=pltpu.SMEM), anywhere, anywhere],
-          [anywhere],
-          aliases={2: 0},
-          scratch=[
-              pltpu.VMEM(buffers, jnp.float32),
-              pltpu.SemaphoreType.DMA((2,)),
-              *self.sums(lines),
-          ],
+          self.scalars(shard, slots, lines),
+          ScatterIn(place.reshape(-1, 1, plan.step_t), rows),
+          ScatterIn(pl.BlockSpec(memory_space=pltpu.SMEM), anywhere),
+          sums,
+          anywhere,
+          scratch,
       )
-      return sums
 
-    return jax.lax.fori_loop(0, self.shards.n, step, sums)
+    return jax.lax.fori_loop(0, plan.shards.n, step, sums)
 
-  def _add(self, shard, spans, table, places, rows, _, new_sums, buffers, sems, *sums):
+  def _add(self, shard, scalars, inputs: ScatterIn, _, new_sums, scratch: ScatterScratch):
     """Adds the rows of a step's queries while those of the next step arrive."""
-    lines, queries = self.gather.rows.blocks, range(self.step_t)
+    spans, (table,) = scalars
+    places, rows = inputs
+    buffers, sems, sums = scratch
+    lines, queries = self.gather.rows.blocks, range(self.plan.step_t)
     size = self.fetched * lines
     b, t, n_steps = pl.program_id(0), pl.program_id(1), pl.num_programs(1)
     now = b * n_steps + t
 
     def begin(step, i, j):
-      """The first row that is fetched for the j-th tile of query i, and the tile's first."""
-      row = places[step, 0, i] + j * self.tile
+      """Returns the first row that is fetched for query i's j-th tile, and the tile's first."""
+      row = places[step, 0, i] + j * self.plan.tile
       return jnp.minimum(row & -ALIGNED, self.gather.n_rows - self.fetched), row
 
     def fetch(b, t, step, j):
       for i in queries:
         at = pl.multiple_of(begin(step, i, j)[0] * lines, ALIGNED)
-        source = rows.at[b, t * self.step_t + i, pl.ds(at, size)]
+        source = rows.at[b, t * self.plan.step_t + i, pl.ds(at, size)]
         target = buffers.at[step & 1, pl.ds(i * size, size)]
         pltpu.make_async_copy(source, target, sems.at[step & 1]).start()
 
-    def meet(j, _):
+    def add_tile(j, _):
       pl.when(j > 0)(lambda: fetch(b, t, now, j))
-      all_queries = buffers.at[now & 1, pl.ds(0, self.step_t * size)]
+      all_queries = buffers.at[now & 1, pl.ds(0, self.plan.step_t * size)]
       pltpu.make_async_copy(all_queries, all_queries, sems.at[now & 1]).wait()
       for i in queries:  # Two queries may add to the same row.
         fetched, row = begin(now, i, j)
         at = i * self.fetched + row - fetched
-        n = jnp.clip(self._left(spans, i, j), 0, self.tile)
+        n = jnp.clip(self._left(spans, i, j), 0, self.plan.tile)
         table_of = self._table(spans, table, i, j)
-        resident.add_rows(lines, buffers.at[now & 1], at, sums[0], table_of, n)
+        resident.add_rows(lines, buffers.at[now & 1], at, sums.rows, table_of, n)
       return 0
 
     pl.when(now == 0)(lambda: fetch(0, 0, 0, 0))
     ends = t + 1 == n_steps
     next_b, next_t = jnp.where(ends, b + 1, b), jnp.where(ends, 0, t + 1)
     pl.when(next_b < pl.num_programs(0))(lambda: fetch(next_b, next_t, now + 1, 0))
-    resident.fetch_sums(shard, new_sums, *sums)
-    jax.lax.fori_loop(0, jnp.maximum(self.tiles(spans), 1), meet, 0)
-    resident.store_sums(shard, new_sums, *sums)
+    resident.fetch_sums(shard, new_sums, sums)
+    jax.lax.fori_loop(0, jnp.maximum(self.tiles(spans), 1), add_tile, 0)
+    resident.store_sums(shard, new_sums, sums)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rows brought together by the SparseCores of a TPU, while its TensorCore does something else."""
+"""Gathers rows by the SparseCores of a TPU, while its TensorCore does something else."""
 
 from typing import Any
 
@@ -8,20 +8,20 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu, tpu_sc
 import jax.numpy as jnp
 
-from dsa_jax.kernels.tpu.resident import LANES
+from dsa_jax.kernels.tpu.layout import LANES
 from dsa_jax.kernels.xla.rows import pad_axis
 
 WINDOW = 64  # Rows that one indirect DMA fetches.
-LISTED = 8192  # Rows whose numbers a subcore has at one time.
+LISTED = 8192  # Rows whose numbers a subcore holds at one time.
 
 
 def available() -> bool:
-  """Whether this is a TPU that has SparseCores."""
+  """Says whether this is a TPU that has SparseCores."""
   return pltpu.is_tpu_device() and pltpu.get_tpu_info().sparse_core is not None
 
 
 def gather(table: jax.Array, rows: jax.Array) -> jax.Array:
-  """Returns `table[rows]`, of 32-bit [N, 128] and int32 [M]; XLA runs it beside other work."""
+  """Returns `table[rows]` of a 32-bit table [N, 128]; XLA runs it beside other work."""
   n_rows = rows.shape[0]
   mesh = tpu_sc.VectorSubcoreMesh(core_axis_name='core', subcore_axis_name='subcore')
   windows = _windows()
@@ -83,20 +83,28 @@ def gather(table: jax.Array, rows: jax.Array) -> jax.Array:
 
 
 def _windows() -> int:
-  """Windows that half of a subcore's memory holds: half of them arrive while the others leave."""
+  """Returns how many windows half of a subcore's memory holds; half arrive, the others leave."""
   return tpu_sc.get_sparse_core_info().vmem_capacity_bytes // 2 // (WINDOW * LANES * 4)
 
 
 def indirect_copy(table, rows, first, buffer, sem):
-  """The indirect DMA of a window's rows, which are listed from the first on."""
+  """Returns the indirect DMA of a window's rows, which are listed from the first on."""
   return pltpu.make_async_copy(table.at[rows.at[pl.ds(first, WINDOW)]], buffer, sem)
 
 
 def beside(arriving: Any, results: Any, rows: jax.Array) -> tuple[Any, Any]:
-  """Has a gather go on beside what gives the results, and reads rows that are not needed later.
+  """Keeps an asynchronous gather overlapped with `results`, by an optimization barrier.
 
-  These stay until all is there: XLA would start the gather only when they have made room. In a loop
-  that hands the arriving rows on, let `unroll` be 2: they then come where those of the step before
-  were, and are not copied.
+  XLA would otherwise start the gather only once the old rows have made room. In a loop that hands
+  the arriving rows on, let `unroll` be 2: they then take the memory of the step before's, and are
+  not copied.
+
+  Args:
+    arriving: What the gather returns.
+    results: What is computed meanwhile.
+    rows: The old rows, which stay until both are there.
+
+  Returns:
+    The first two arguments.
   """
   return jax.lax.optimization_barrier((arriving, results, rows))[:2]

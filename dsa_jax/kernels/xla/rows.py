@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Blocks of query rows: how the `xla` backends keep their memory linear in the context."""
+"""Blocks of query rows, by which the `xla` backends keep memory linear in the context."""
 
 from collections.abc import Callable
 from typing import Any
@@ -18,10 +18,10 @@ def scan_rows(
 
   Args:
     step: Gets and returns trees of `[B, block, ...]`; the carry is handed on.
-    carry: What the first step receives.
+    carry: What the first step gets.
     rows: A tree of arrays `[B, T, ...]`.
-    block: Rows at a time; all of them where there are fewer,
-    multiple: but always a multiple of this.
+    block: How many rows a block has; where there are fewer, a block has all of them.
+    multiple: The number of rows of a block is rounded up to a multiple of this.
     unroll: Blocks of a step of the loop.
 
   Returns:
@@ -46,7 +46,7 @@ def scan_rows(
 
 
 def whole_block(n_rows: int, block: int, multiple: int) -> int:
-  """Rows of a block: all where there are fewer, but a multiple."""
+  """Returns the rows of a block; see `scan_rows`."""
   return -(-min(block, n_rows) // multiple) * multiple
 
 
@@ -58,7 +58,7 @@ def map_rows(f: Callable, rows: Any, block: int, multiple: int = 1) -> Any:
 def gather_rows(x: jax.Array, indices: jax.Array) -> jax.Array:
   """Returns `x[b, indices[b, t, k]]` as `[B, T, K, ...]`, zeros where an index is no position.
 
-  A row that is not selected is never touched by arithmetic: it may hold NaN.
+  No arithmetic touches a row that is not selected: it may hold NaN.
   """
   filled = (indices >= 0) & (indices < x.shape[1])
   take = lambda x, i: x.at[i].get(mode='promise_in_bounds')

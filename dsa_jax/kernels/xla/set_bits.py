@@ -50,16 +50,16 @@ def positions(words: UInt[Array, '... N'], n: int) -> Int[Array, '... {n}']:
 
 
 def _word_of_slot(first_slot, n):
-  """The last word that begins at or before each slot of n; each word marks where it begins."""
+  """Returns the last word that begins at or before each of n slots; words mark where they begin."""
   mark = lambda slots: jnp.zeros(n, jnp.int32).at[slots].add(1, mode='drop')
   marks = jax.vmap(mark)(first_slot.reshape(-1, first_slot.shape[-1]))
   return (running_sum(marks) - 1).reshape(*first_slot.shape[:-1], n)
 
 
 def running_sum(x: Int[Array, '... W']) -> Int[Array, '... W']:
-  """`jnp.cumsum` of rows: products with a triangle, then the same of the blocks' own sums.
+  """Returns `jnp.cumsum` of rows: products with a triangle, then the same of the blocks' own sums.
 
-  These vectorise; XLA:CPU's own scan of a row does not.
+  Such products vectorise; XLA:CPU's own scan of a row does not.
   """
   width, block = x.shape[-1], 16
   n_blocks = -(-width // block)

@@ -21,9 +21,9 @@ def best_positions(
 ) -> Int[Array, '... {k}+{spare}']:
   """Returns the positions of the k highest values of each row, ascending, then -1.
 
-  Ties at the cut go to the lowest position. -inf is never chosen. +0 must not meet -0. Up to
-  `spare` of the next highest values may come along, which makes the cut easier to find; so does
-  a `floor` that k values of the row are known to reach, -inf where it is not known.
+  Ties at the cut go to the lowest position. -inf is never chosen. A row must not hold both +0 and
+  -0. Up to `spare` of the next highest values may come along, which makes the cut easier to find.
+  So does a `floor` that k values of the row are known to reach, or -inf.
   """
   widths = [(0, 0)] * (values.ndim - 1) + [(0, -values.shape[-1] % (_ROWS * _LANES))]
   values = jnp.pad(values, widths, constant_values=-jnp.inf)
@@ -37,7 +37,7 @@ def best_positions(
 def threshold(
     values: Float[Array, '... W'], least: int, most: int, floor: Float[Array, '...'] | None = None
 ) -> Float[Array, '...']:
-  """Returns what `least` to `most` values of each row reach; where ties forbid it, the tie.
+  """Returns a value that `least` to `most` values of each row reach; where ties forbid it, the tie.
 
   Bisects integers that are ordered like the values, 32 times at most; a row that is decided
   earlier waits for the others. W is a multiple of 128.
@@ -45,7 +45,7 @@ def threshold(
   lanes = lambda x: x.reshape(*x.shape[:-1], _ROWS, -1)
 
   def by_lane(reduce, x):
-    """As integers, which XLA:CPU reduces in the loop that makes them."""
+    """Reduces integers, as XLA:CPU does in the loop that makes them."""
     return _from_order(reduce(_to_order(lanes(x)), axis=-2))
 
   def count(chosen):
@@ -83,7 +83,7 @@ def threshold(
 
 
 def _to_order(x):
-  """float32 to int32 of the same order."""
+  """Turns float32 to int32 of the same order."""
   return _flip(jax.lax.bitcast_convert_type(x, jnp.int32))
 
 

@@ -22,8 +22,8 @@ from dsa_jax.nn.indexer import LightningIndexer
 from dsa_jax.nn.norms import RMSNorm
 from dsa_jax.nn.rope import apply_rope, rope_frequencies
 from dsa_jax.parallel import collectives, shard
-from dsa_jax.parallel.zigzag import unzigzag
 from dsa_jax.parallel.mesh import BATCH, TOKENS
+from dsa_jax.parallel.zigzag import unzigzag
 from dsa_jax.params import BackboneParam, param
 
 

@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which path attention to a selection takes on a TPU, and how each path cuts its work.
+
+Where there are few queries, XLA gathers the rows that they selected (`Decode`). Otherwise kernels
+copy rows within VMEM (`InVmem`). Where VMEM holds too few keys for whole tiles of each shard, rows
+are first brought together in HBM (`Together`, and `TogetherBackward` for the gradients).
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+from dsa_jax.kernels.backend import Blocks
+from dsa_jax.kernels.tpu import gather_scatter
+from dsa_jax.kernels.tpu.gather_scatter import Fetch, Gather, OwnRows, Scatter
+from dsa_jax.kernels.tpu.layout import LANES, Rows
+from dsa_jax.kernels.tpu.plans import KernelPlan
+from dsa_jax.kernels.tpu.shards import ShardPlan, fit_chip, plan_shards
+from dsa_jax.kernels.xla.rows import whole_block
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BlockSizes(Blocks):
+  """They change the speed, never the result beyond rounding."""
+
+  block_t: int = 1024  # Query rows per pass; bounds the accumulators' memory.
+  step_t: int = 4  # Query rows of a step of the grid; half of them where VMEM is 64 MiB.
+  tile: int = 1152  # At most so many selected rows of a query are read at one time.
+  line: int = LANES  # Slots of a line, where tiles begin; a chip has no other lines.
+  copied: int = 256  # Rows copied between two branches.
+  step_t_compact: int = 4  # Query rows of a step that brings their selected rows together.
+  block_t_compact: int = 512  # Query rows per pass whose rows are together; half of it backward.
+  own_tile: int = 2304  # At most so many of those rows are read at one time; half if float32.
+  vmem_share: float = 0.8  # Part of VMEM for a shard of keys and of their gradients.
+
+
+class Sizes(NamedTuple):
+  """The sizes that a plan is made for."""
+
+  batch: int
+  n_queries: int
+  n_heads: int
+  n_keys: int
+  n_slots: int
+  v_dim: int
+  rows: Rows  # The layout of keys.
+
+  @classmethod
+  def of(cls, q, kv, n_slots: int, v_dim: int) -> 'Sizes':
+    """Returns the sizes of q [B, T, H, E] and kv [B, S, E]."""
+    rows = Rows(kv.shape[-1], kv.dtype)
+    return cls(*q.shape[:3], kv.shape[1], n_slots, v_dim, rows)
+
+  @property
+  def attended_bytes(self) -> int:
+    """Bytes of a query and of its output, which `tpu_rows` streams through HBM with its rows."""
+    return self.n_heads * self.rows.channels * 2 + self.n_heads * self.v_dim * 4
+
+
+class InVmem(NamedTuple):
+  """Keys lie in VMEM, shard after shard, and the rows of each query are copied there."""
+
+  sizes: Sizes
+  name: str
+  block_t: int
+  keys: ShardPlan
+  adds: bool  # Whether the gradient of the keys is added to sums in VMEM.
+
+  gathered_bytes = 0
+
+  def kernels(self) -> dict[str, KernelPlan]:
+    block_t = whole_block(self.sizes.n_queries, self.block_t, self.keys.step_t)
+    loops = [*self.keys.step_loops(), *self.keys.copy_loops()]
+    loops += self.keys.add_loops() if self.adds else []
+    return {self.name: KernelPlan(self.keys.grid(self.sizes.batch, block_t), loops)}
+
+
+class Decode(NamedTuple):
+  """XLA brings the rows of few queries together. All queries count as those of one sequence."""
+
+  sizes: Sizes
+  own: OwnRows
+
+  gathered_bytes = 0
+
+  def kernels(self) -> dict[str, KernelPlan]:
+    n_queries = self.sizes.batch * self.sizes.n_queries
+    n_bytes = self.sizes.n_slots * self.sizes.rows.bytes + self.sizes.attended_bytes
+    return {'sparse_attention_rows': self.own.kernel(1, n_queries, n_bytes)}
+
+
+class Together(NamedTuple):
+  """Kernels bring the rows of a block of queries together, which then attend to them."""
+
+  sizes: Sizes
+  block_t: int
+  gather: Gather
+
+  gathered_bytes = 0
+
+  def kernels(self) -> dict[str, KernelPlan]:
+    batch, own = self.sizes.batch, self.gather.own
+    block_t = whole_block(self.sizes.n_queries, self.block_t, self.gather.plan.step_t)
+    n_bytes = own.n_rows * self.sizes.rows.bytes + self.sizes.attended_bytes
+    return {
+        'gather_selected_rows': self.gather.kernel(batch, block_t),
+        'sparse_attention_rows': own.kernel(batch, block_t, n_bytes),
+    }
+
+
+class TogetherBackward(NamedTuple):
+  """Each query's rows get their gradients, which are then added to those of the keys."""
+
+  sizes: Sizes
+  block_t: int
+  gather: Gather | Fetch  # SparseCores fetch where there are some.
+  scatter: Scatter
+
+  @property
+  def gathered_bytes(self) -> int:
+    """Bytes that SparseCores fetch for one query, beside the kernels."""
+    return self.gather.bytes if isinstance(self.gather, Fetch) else 0
+
+  def kernels(self) -> dict[str, KernelPlan]:
+    batch, rows, own = self.sizes.batch, self.sizes.rows, self.gather.own
+    block_t = whole_block(self.sizes.n_queries, self.block_t, self.scatter.plan.step_t)
+    fetches = isinstance(self.gather, Fetch)
+    n_rows = self.sizes.n_slots if fetches else own.n_rows
+    n_bytes = n_rows * (rows.bytes + rows.sum_bytes) + 8 * self.sizes.n_heads * rows.channels
+    gather = {} if fetches else {'gather_selected_rows': self.gather.kernel(batch, block_t)}
+    return gather | {
+        'sparse_attention_rows_backward': own.kernel(batch, block_t, n_bytes),
+        'scatter_selected_rows': self.scatter.kernel(batch, block_t, n_rows),
+    }
+
+
+def plan_forward(
+    q, kv, n_slots: int, *, v_dim: int, vmem: int, blocks: BlockSizes
+) -> InVmem | Decode | Together:
+  """Returns how `forward` of q [B, T, H, E] and kv [B, S, E] is done.
+
+  Args:
+    q: Queries; only their shape counts.
+    kv: Keys; only their shape and dtype count.
+    n_slots: K, the selected keys of a query.
+    v_dim: The width of the value.
+    vmem: Bytes of VMEM of the chip.
+    blocks: The op's block sizes.
+  """
+  sizes, blocks = Sizes.of(q, kv, n_slots, v_dim), fit_chip(blocks, vmem)
+  if sizes.n_queries * n_slots < sizes.n_keys:  # Fewer rows are selected than there are keys.
+    return Decode(sizes, gather_scatter.plan_own(n_slots, sizes.rows, vmem, blocks))
+  keys = plan_shards(sizes.n_keys, n_slots, sizes.rows.bytes, vmem, blocks)
+  if keys.shards.loose:
+    gather, _ = gather_scatter.plan_gather(sizes.rows, sizes.n_keys, n_slots, vmem, blocks)
+    return Together(sizes, blocks.block_t_compact, gather)
+  return InVmem(sizes, 'sparse_attention_forward', blocks.block_t, keys, adds=False)
+
+
+def plan_backward(
+    q, kv, n_slots: int, *, v_dim: int, vmem: int, sparse_cores: bool, blocks: BlockSizes
+) -> InVmem | TogetherBackward:
+  """Returns how `backward` is done, on a chip with SparseCores or without; see `plan_forward`."""
+  sizes, blocks = Sizes.of(q, kv, n_slots, v_dim), fit_chip(blocks, vmem)
+  bytes_per_key = sizes.rows.bytes + sizes.rows.sum_bytes
+  keys = plan_shards(sizes.n_keys, n_slots, bytes_per_key, vmem, blocks)
+  if not keys.shards.loose:
+    return InVmem(sizes, 'sparse_attention_backward', blocks.block_t, keys, adds=True)
+  of_keys = sizes.rows, sizes.n_keys, n_slots, vmem, blocks
+  gather, scatter = gather_scatter.plan_gather(*of_keys)
+  if sparse_cores:
+    gather = gather_scatter.plan_fetch(*of_keys)
+    scatter = dataclasses.replace(scatter, gather=gather)
+  return TogetherBackward(sizes, blocks.block_t_compact // 2, gather, scatter)

@@ -1,0 +1,249 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Each plan says of every kernel that its op calls, and of no other, with which grid."""
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from dsa_jax.compile import tpu_cases
+from dsa_jax.compile.cases import Dims
+from dsa_jax.kernels.gpu import hopper
+from dsa_jax.kernels.index_kl import gpu, gpu_dense, tpu, tpu_dense
+from dsa_jax.kernels.index_topk import gpu as topk_gpu, tpu as topk_tpu
+from dsa_jax.kernels.indexed_attention import tpu as indexed
+from dsa_jax.kernels.sparse_attention import gpu as attention_gpu, tpu as attention, tpu_plan
+from dsa_jax.kernels.tpu import chip, sparse_cores
+from dsa_jax.kernels.tpu.gather_scatter import Fetch
+
+E, V, J, H, I = 576, 512, 128, 64, 32
+VMEM = [64 * 2**20, 128 * 2**20]
+# Batch, queries, keys, selected keys: less than a block, a few blocks of a long context, decoding.
+SMALL, LONG, DECODE = (2, 37, 53, 5), (1, 1500, 131_072, 2048), (3, 2, 40_000, 2048)
+SIZES = [SMALL, LONG, DECODE]
+
+
+def array(*shape, dtype='bfloat16'):
+  return jax.ShapeDtypeStruct(shape, dtype)
+
+
+f32, i32 = (functools.partial(array, dtype=dtype) for dtype in ('float32', 'int32'))
+
+
+def shapes(batch, n_queries, n_keys, n_slots):
+  """Returns the arguments of attention, of selection, and of both forms of the divergence."""
+  rows = batch, n_queries
+  attend = array(*rows, H, E), array(batch, n_keys, E), i32(*rows, n_slots)
+  index = array(*rows, I, J), array(batch, n_keys, J), f32(*rows, I)
+  interval = i32(*rows), i32(*rows)
+  main = array(*rows, H, E), array(batch, n_keys, 1, E), f32(*rows, H), *interval
+  wide = array(*rows, 16, 192), array(batch, n_keys, 16, 192), f32(*rows, 16), *interval
+  return attend, (*index, *interval), (*main, i32(*rows, n_slots)), (*wide, None)
+
+
+def calls(f, *args) -> dict[str, set]:
+  """Traces f, and returns the grids of each kernel that it calls."""
+  grids = {}
+
+  def walk(jaxpr):
+    for eqn in getattr(jaxpr, 'jaxpr', jaxpr).eqns:
+      if eqn.primitive.name == 'pallas_call':
+        name, grid = eqn.params['name'], eqn.params['grid_mapping'].grid
+        grids.setdefault(name, set()).add(grid)
+        continue
+      for inner in jax.tree.leaves(list(eqn.params.values()), is_leaf=is_jaxpr):
+        if is_jaxpr(inner):
+          walk(inner)
+
+  walk(jax.make_jaxpr(f)(*args))
+  return grids
+
+
+@pytest.fixture
+def hopper_calls(monkeypatch) -> dict[str, set]:
+  """Has Mosaic GPU's kernels not traced but noted."""
+  grids = {}
+
+  def call(kernel, n_programs, out, args, scratch):
+    grids.setdefault(kernel.__name__, set()).add((n_programs,))
+    return [jnp.zeros(x.shape, x.dtype) for x in out]
+
+  monkeypatch.setattr(hopper, 'call', call)
+  return grids
+
+
+def is_jaxpr(x) -> bool:
+  return hasattr(getattr(x, 'jaxpr', x), 'eqns')
+
+
+def grids_of(plan) -> dict[str, set]:
+  return {name: {kernel.grid} for name, kernel in plan.kernels().items()}
+
+
+def programs(kernels: dict[str, int]) -> dict[str, set]:
+  return {name: {(n,)} for name, n in kernels.items()}
+
+
+@pytest.fixture(params=VMEM, ids=lambda n: f'{n >> 20}MiB')
+def vmem(request, monkeypatch):
+  monkeypatch.setattr(chip, 'vmem_bytes', lambda: request.param)
+  return request.param
+
+
+@pytest.mark.parametrize('size', SIZES, ids=str)
+def test_selection_on_a_tpu(size, vmem):
+  _, inputs, _, _ = shapes(*size)
+  options = dict(topk=size[3], blocks=topk_tpu.BlockSizes())
+  plan = topk_tpu.plan(*inputs[:2], vmem=vmem, **options)
+  assert calls(lambda *x: topk_tpu.forward(*x, **options), *inputs) == grids_of(plan)
+
+
+@pytest.mark.parametrize('size', SIZES, ids=str)
+def test_attention_on_a_tpu(size, vmem):
+  (q, kv, indices), *_ = shapes(*size)
+  options = dict(v_dim=V, blocks=attention.BlockSizes())
+  plan = attention.plan_forward(q, kv, size[3], vmem=vmem, **options)
+  forward = functools.partial(attention.forward, sm_scale=0.1, **options)
+  assert calls(forward, q, kv, indices) == grids_of(plan)
+
+
+@pytest.mark.parametrize('with_sparse_cores', [False, True])
+@pytest.mark.parametrize('size', SIZES, ids=str)
+def test_gradients_of_attention_on_a_tpu(size, with_sparse_cores, vmem, monkeypatch):
+  monkeypatch.setattr(sparse_cores, 'available', lambda: with_sparse_cores)
+  monkeypatch.setattr(sparse_cores, 'gather', lambda table, rows: table[rows])  # No kernel of ours.
+  (q, kv, indices), *_ = shapes(*size)
+  options = dict(v_dim=V, blocks=attention.BlockSizes())
+  plan = attention.plan_backward(
+      q, kv, size[3], vmem=vmem, sparse_cores=with_sparse_cores, **options
+  )
+  lse, dout = f32(*q.shape[:3]), array(*q.shape[:3], V)
+  backward = functools.partial(attention.backward, sm_scale=0.1, **options)
+  assert calls(backward, (q, kv, indices, lse), dout, lse) == grids_of(plan)
+  fetches = isinstance(plan, tpu_plan.TogetherBackward) and isinstance(plan.gather, Fetch)
+  assert bool(plan.gathered_bytes) == fetches
+
+
+@pytest.mark.parametrize('vmem', VMEM)
+def test_plans_ask_no_chip(vmem, monkeypatch):
+  def ask():
+    raise AssertionError('a plan follows from its arguments')
+
+  monkeypatch.setattr(chip, 'vmem_bytes', ask)
+  monkeypatch.setattr(sparse_cores, 'available', ask)
+  planned = [op for op in tpu_cases.OPS.values() if op.plan]
+  assert len(planned) == 9
+  for op in planned:
+    trips, streams, gathered = tpu_cases.expects(op, Dims(64, 32, 131_072, vmem))
+    assert trips and all(n >= 0 for loops in trips.values() for _, n in loops)
+    assert set(streams) <= set(trips) and gathered >= 0
+
+
+def test_every_path_is_taken():
+  options = dict(v_dim=V, blocks=attention.BlockSizes())
+  forward, backward = set(), set()
+  for size, vmem in itertools.product(SIZES, VMEM):
+    (q, kv, _), *_ = shapes(*size)
+    forward.add(type(attention.plan_forward(q, kv, size[3], vmem=vmem, **options)))
+    more = dict(vmem=vmem, sparse_cores=True)
+    backward.add(type(attention.plan_backward(q, kv, size[3], **more, **options)))
+  assert forward == {tpu_plan.InVmem, tpu_plan.Together, tpu_plan.Decode}
+  assert backward == {tpu_plan.InVmem, tpu_plan.TogetherBackward}
+
+
+@pytest.mark.parametrize('size', SIZES, ids=str)
+def test_selected_divergence_on_a_tpu(size, vmem):
+  _, (*index, _, _), constants, _ = shapes(*size)
+  blocks = tpu.BlockSizes()
+  keys = constants[1], index[1], constants[5]
+  options = dict(sm_scale=0.1, blocks=blocks)
+  forward = lambda constants, index: tpu.forward(constants, *index, **options)
+  plan = tpu.plan_forward(*keys, vmem=vmem, blocks=blocks)
+  assert calls(forward, constants, index) == grids_of(plan)
+  row = f32(*size[:2])
+  plan = tpu.plan_backward(*keys, vmem=vmem, blocks=blocks)
+  backward = functools.partial(tpu.backward, **options)
+  assert calls(backward, constants, (*index, row, row), row) == grids_of(plan)
+
+
+@pytest.mark.parametrize('size', SIZES, ids=str)
+def test_dense_divergence_on_a_tpu(size, vmem):
+  _, (*index, _, _), _, constants = shapes(*size)
+  blocks = tpu_dense.BlockSizes()
+  arrays = *constants[:2], index[0]
+  options = dict(sm_scale=0.1, blocks=blocks)
+  forward = lambda constants, index: tpu_dense.forward(constants, *index, **options)
+  plan = tpu_dense.plan_forward(*arrays, vmem=vmem, blocks=blocks)
+  assert calls(forward, constants, index) == grids_of(plan)
+  row = f32(*size[:2])
+  plan = tpu_dense.plan_backward(*arrays, vmem=vmem, blocks=blocks)
+  backward = functools.partial(tpu_dense.backward, **options)
+  assert calls(backward, constants, (*index, row, row), row) == grids_of(plan)
+
+
+@pytest.mark.parametrize('size', [SMALL, LONG], ids=str)
+def test_selection_with_attention_on_a_tpu(size, vmem, monkeypatch):
+  monkeypatch.setattr(sparse_cores, 'gather', lambda table, rows: table[rows])
+  (q, kv, _), inputs, *_ = shapes(*size)
+  sizes = dict(topk=size[3], v_dim=V, vmem=vmem, blocks=indexed.BlockSizes())
+  plan = indexed.plan(q, kv, *inputs[:2], **sizes)
+  forward = functools.partial(indexed.forward, plan=plan, sm_scale=0.1)
+  assert calls(forward, q, kv, *inputs) == grids_of(plan)
+
+
+@pytest.mark.parametrize('size', SIZES, ids=str)
+def test_selection_on_a_gpu(size):
+  _, inputs, _, _ = shapes(*size)
+  options = dict(topk=size[3], blocks=topk_gpu.BlockSizes())
+  plan = topk_gpu.plan(*inputs[:2], **options)
+  assert calls(lambda *x: topk_gpu.forward(*x, **options), *inputs) == programs(plan.kernels())
+
+
+def test_sizes_of_hopper():
+  assert attention_gpu.HOPPER_HEADS == hopper.HEADS and attention_gpu.HOPPER_STEP == hopper.STEP
+
+
+@pytest.mark.parametrize('dtype', ['bfloat16', 'float32'])
+@pytest.mark.parametrize('size', SIZES, ids=str)
+def test_attention_on_a_gpu(size, dtype, hopper_calls):
+  (q, kv, indices), *_ = shapes(*size)
+  q, kv = (array(*x.shape, dtype=dtype) for x in (q, kv))
+  options = dict(v_dim=V, blocks=attention_gpu.BlockSizes())
+  plan = attention_gpu.plan_forward(q, kv, size[3], **options)
+  forward = functools.partial(attention_gpu.forward, sm_scale=0.1, **options)
+  assert calls(forward, q, kv, indices) | hopper_calls == programs(plan.forward_kernels())
+  hopper_calls.clear()
+  lse, dout = f32(*q.shape[:3]), array(*q.shape[:3], V, dtype=dtype)
+  plan = attention_gpu.plan_backward(q, kv, size[3], **options)
+  backward = functools.partial(attention_gpu.backward, sm_scale=0.1, **options)
+  args = (q, kv, indices, lse), dout, lse
+  assert calls(backward, *args) | hopper_calls == programs(plan.backward_kernels())
+
+
+@pytest.mark.parametrize('size', SIZES, ids=str)
+def test_selected_divergence_on_a_gpu(size):
+  _, (*index, _, _), constants, _ = shapes(*size)
+  blocks = gpu.BlockSizes()
+  plan = gpu.plan(*constants[:2], index[0], size[3], blocks=blocks)
+  options = dict(sm_scale=0.1, blocks=blocks)
+  forward = lambda constants, index: gpu.forward(constants, *index, **options)
+  assert calls(forward, constants, index) == programs(plan.forward_kernels())
+  row, target = f32(*size[:2]), f32(*size[:2], size[3])
+  args = constants, (*index, row, row, target), row
+  assert calls(functools.partial(gpu.backward, **options), *args) == programs(plan.backward_kernels())
+
+
+@pytest.mark.parametrize('size', SIZES, ids=str)
+def test_dense_divergence_on_a_gpu(size):
+  _, (*index, _, _), _, constants = shapes(*size)
+  blocks = gpu_dense.BlockSizes()
+  plan = gpu_dense.plan(*constants[:2], *index[:2], blocks=blocks)
+  options = dict(sm_scale=0.1, blocks=blocks)
+  forward = lambda constants, index: gpu_dense.forward(constants, *index, **options)
+  assert calls(forward, constants, index) == programs(plan.forward_kernels())
+  row = f32(*size[:2])
+  args = constants, (*index, row, row), row
+  backward = functools.partial(gpu_dense.backward, **options)
+  assert calls(backward, *args) == programs(plan.backward_kernels())
