@@ -3,6 +3,8 @@
 
 import ast
 import pathlib
+import subprocess
+import sys
 
 import pytest
 
@@ -72,3 +74,24 @@ def test_kernels_of_a_platform_are_loaded_by_its_ops_alone(path):
       if name.startswith(f'dsa_jax.kernels.{platform}.'):
         inside = parts[0] == 'kernels' and any(platform in part or 'hopper' in part for part in parts[1:])
         assert inside or parts[0] == 'compile', f'{path} must not import {name}'
+
+
+def test_the_package_is_light_and_its_names_are_lazy():
+  script = """
+import sys
+import dsa_jax
+assert not {'jax', 'flax', 'numpy'} & sys.modules.keys()
+from dsa_jax import ConfigError, ModelConfig
+assert issubclass(ConfigError, ValueError) and 'jax' not in sys.modules
+from dsa_jax import Sampler, load_checkpoint, load_model, make_mesh
+import dsa_jax.load
+assert dsa_jax.load.load_model is load_model
+assert {'Sampler', 'ModelConfig', 'load_model', '__version__'} <= set(dir(dsa_jax))
+try:
+  dsa_jax.nonsense
+except AttributeError as error:
+  assert "'nonsense'" in str(error)
+else:
+  raise AssertionError
+"""
+  subprocess.run([sys.executable, '-c', script], check=True, cwd=ROOT.parent)
