@@ -72,3 +72,39 @@ def kl_index(dims):
 def dense_constants(dims):
   heads = dims.heads, DENSE_E
   return shape(T, *heads), shape(dims.n_keys, *heads), float32(T, dims.heads), int32(T), int32(T)
+
+
+def kl_shapes(dims):
+  return kl_constants(dims), kl_index(dims)
+
+
+def dense_kl_shapes(dims):
+  return dense_constants(dims), kl_index(dims)
+
+
+def dense_kl_backward_shapes(dims):
+  return dense_constants(dims), (*kl_index(dims), float32(T), float32(T)), float32(T)
+
+
+def topk_flops(dims):
+  return 2 * dims.n_keys / 2 * dims.index_heads * J
+
+
+def attention_flops(dims):
+  return 2 * K * dims.heads * (E + V)
+
+
+def attention_backward_flops(dims):
+  return 2 * K * dims.heads * (3 * E + 2 * V)
+
+
+def kl_flops(dims):
+  return 2 * K * (dims.heads * E + dims.index_heads * J)
+
+
+def dense_kl_flops(dims):
+  return 2 * dims.n_keys / 2 * (dims.heads * DENSE_E + dims.index_heads * J)
+
+
+def dense_kl_backward_flops(dims):
+  return 2 * dims.n_keys / 2 * (dims.heads * DENSE_E + 3 * dims.index_heads * J)

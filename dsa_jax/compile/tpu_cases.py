@@ -21,7 +21,6 @@ from dsa_jax import versions
 from dsa_jax.compile import llo as schedule
 from dsa_jax.compile.cases import (
     BF16,
-    DENSE_E,
     Dims,
     E,
     J,
@@ -29,14 +28,23 @@ from dsa_jax.compile.cases import (
     Op,
     T,
     V,
+    attention_backward_flops,
     attention_backward_shapes,
+    attention_flops,
     attention_shapes,
     dense_constants,
+    dense_kl_backward_flops,
+    dense_kl_backward_shapes,
+    dense_kl_flops,
+    dense_kl_shapes,
     float32,
     int32,
     kl_constants,
+    kl_flops,
     kl_index,
+    kl_shapes,
     shape,
+    topk_flops,
     topk_shapes,
 )
 from dsa_jax.compile.chips import CHIPS, make_mesh
@@ -81,7 +89,7 @@ def plan_attention_backward(dims: Dims):
 
 
 def plan_kl(make_plan: Callable) -> Callable:
-  """Returns what makes the plan of selected KL, of a plan function of `index_kl.tpu`."""
+  """Returns a function of `Dims` that calls a plan function of `index_kl.tpu`."""
 
   def plan(dims: Dims):
     (_, k, *_, indices), (_, index_k, _) = kl_constants(dims), kl_index(dims)
@@ -91,7 +99,7 @@ def plan_kl(make_plan: Callable) -> Callable:
 
 
 def plan_dense_kl(make_plan: Callable) -> Callable:
-  """Returns what makes the plan of dense KL, of a plan function of `index_kl.tpu_dense`."""
+  """Returns a function of `Dims` that calls a plan function of `index_kl.tpu_dense`."""
 
   def plan(dims: Dims):
     (q, k, *_), (index_q, *_) = dense_constants(dims), kl_index(dims)
@@ -202,28 +210,28 @@ KERNELS = [
         'index_topk',
         lambda *x: select.forward(*x, topk=K, blocks=select.BlockSizes()),
         topk_shapes,
-        lambda dims: 2 * dims.n_keys / 2 * dims.index_heads * J,
+        topk_flops,
         plan_topk,
     ),
     Op(
         'sparse_attention_forward',
         lambda *x: attention.forward(*x, **ATTENTION),
         attention_shapes,
-        lambda dims: 2 * K * dims.heads * (E + V),
+        attention_flops,
         plan_attention,
     ),
     Op(
         'sparse_attention_backward',
         lambda *x: attention_op.backward(V, SM_SCALE, attention, ATTENTION['blocks'], *x)[:2],
         attention_backward_shapes,
-        lambda dims: 2 * K * dims.heads * (3 * E + 2 * V),
+        attention_backward_flops,
         plan_attention_backward,
     ),
     Op(
         'index_kl_selected_forward',
         lambda constants, index: kl.forward(constants, *index, **KL),
-        lambda dims: (kl_constants(dims), kl_index(dims)),
-        lambda dims: 2 * K * (dims.heads * E + dims.index_heads * J),
+        kl_shapes,
+        kl_flops,
         plan_kl(kl.plan_forward),
     ),
     Op(
@@ -236,8 +244,8 @@ KERNELS = [
     Op(
         'index_kl_dense_forward',
         lambda constants, index: tpu_dense.forward((*constants, None), *index, **DENSE_KL),
-        lambda dims: (dense_constants(dims), kl_index(dims)),
-        lambda dims: 2 * dims.n_keys / 2 * (dims.heads * DENSE_E + dims.index_heads * J),
+        dense_kl_shapes,
+        dense_kl_flops,
         plan_dense_kl(tpu_dense.plan_forward),
     ),
     Op(
@@ -245,8 +253,8 @@ KERNELS = [
         lambda constants, residuals, dkl: tpu_dense.backward(
             (*constants, None), residuals, dkl, **DENSE_KL
         ),
-        lambda dims: (dense_constants(dims), (*kl_index(dims), *[float32(T)] * 2), float32(T)),
-        lambda dims: 2 * dims.n_keys / 2 * (dims.heads * DENSE_E + 3 * dims.index_heads * J),
+        dense_kl_backward_shapes,
+        dense_kl_backward_flops,
         plan_dense_kl(tpu_dense.plan_backward),
     ),
 ]
@@ -254,7 +262,7 @@ DECODE = Op(
     'sparse_attention_decode',
     lambda *x: attention.forward(*x, **ATTENTION),
     decode_shapes,
-    lambda dims: 2 * K * dims.heads * (E + V),
+    attention_flops,
     plan_decode,
 )
 INDEXED = Op(
