@@ -25,6 +25,8 @@ def get_config() -> ConfigDict:
   # Where compiled programs are kept for the next start: a folder; '': dsa_jax/compiled in the user's
   # cache folder, unless JAX_COMPILATION_CACHE_DIR names another; 'off': nowhere.
   c.compilation_cache = ''
+  c.resume = 'latest'  # 'last_good' skips checkpoints that are damaged.
+  c.on_changed_data = 'stop'  # 'go_on' resumes even if files of the corpus have changed.
   c.log_every = 10  # Steps between rows of metrics.csv and TensorBoard.
   c.measure_every = 100  # Steps between looks at what the selection captures.
   c.measure_rows = 4  # Validation rows of such a look.

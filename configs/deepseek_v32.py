@@ -7,7 +7,8 @@ python -m dsa_jax.train --config=configs/deepseek_v32.py --config.workdir=runs/d
 The first command reads the released dense model and gives it fresh indexers; the second warms them
 up and then trains sparsely. To start from the weights of V3.2 itself, let `recipe` be ('sparse',)
 and set its `init_from`. The report does not give the optimiser, the shape of the schedule or the
-clipping; a constant rate is assumed. The variant `:tiny` starts from a dense stage of its own.
+clipping; a constant rate is assumed. Tokens of one's own are still missing: the full variant is refused
+because the text data has bytes only. The variant `:tiny` starts from a dense stage of its own.
 """
 
 import dataclasses

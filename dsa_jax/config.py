@@ -4,6 +4,8 @@
 from collections.abc import Sequence
 import dataclasses
 import math
+import os
+import pathlib
 
 
 class ConfigError(ValueError):
@@ -11,6 +13,19 @@ class ConfigError(ValueError):
 
   The commands print it as one line. Every other error keeps its traceback.
   """
+
+
+def local_path(name: str | os.PathLike, what: str) -> pathlib.Path:
+  """Returns a path with `~` expanded.
+
+  Raises:
+    ConfigError: It is an address, such as gs://bucket/folder, which would become a local folder.
+  """
+  if '://' in (text := os.fspath(name)):
+    raise ConfigError(
+        f'{what}={text!r} must be a local path: mount the bucket (gcsfuse, mountpoint-s3), or copy it.'
+    )
+  return pathlib.Path(text).expanduser()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

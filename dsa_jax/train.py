@@ -32,12 +32,12 @@ from dsa_jax.reporting.progress import StepProgress
 from dsa_jax.reporting.report import write_report
 from dsa_jax.reporting.results import evaluate_recipe, report_programs
 from dsa_jax.training.ahead import Ahead
-from dsa_jax.training.checkpoint import Checkpoints, Progress
+from dsa_jax.training.checkpoint import Checkpoints, DamagedCheckpoint, Progress
 from dsa_jax.training.compilation_cache import compilation_cache
 from dsa_jax.training.recipe import Recipe, read_recipe
 from dsa_jax.training.run import Run, open_run
 from dsa_jax.training.state import TrainState, abstract_params
-from dsa_jax.training.workdir import check_workdir, write_config
+from dsa_jax.training.workdir import check_data, check_workdir, write_config
 
 
 class NotFiniteError(FloatingPointError):
@@ -60,11 +60,12 @@ def train(config: ConfigDict) -> dict[str, Any]:
 
 
 def run_recipe(config: ConfigDict, recipe: Recipe) -> dict[str, Any]:
-  run = open_run(recipe)
   check_workdir(config, recipe.workdir)
+  run, files = open_run(recipe), recipe.data.describe()
+  check_data(files, recipe.workdir, recipe.on_changed_data)
   wait_for_all('every process has checked the workdir')
   if is_first():
-    write_config(config, recipe.workdir)
+    write_config(config, recipe.workdir, files)
   ahead = Ahead(all_programs(run), run.mesh)
   with jax.set_mesh(run.mesh) if run.mesh else contextlib.nullcontext(), ahead:
     writer = MetricsWriter(recipe.workdir) if is_first() else SilentWriter()
@@ -84,17 +85,11 @@ def run_stage(run: Run, name: str, writer: MetricsWriter, bar: StepProgress, ahe
   began, batch_tokens = time.monotonic(), entry.batch_size * entry.seq_len
   rates, train_step, batches = entry.rates(), run.train_step(name), run.data.train[name]
   with Checkpoints(recipe.checkpoint_folder(name)) as checkpoints:
-    first_step = checkpoints.latest_step or 0
+    first_step, state, seconds_before = resume(run, name, checkpoints)
     writer.rewind(name, first_step)
     bar.start_stage(name, entry.steps, first_step)
     if first_step == entry.steps:
       return
-    state, seconds_before = run.initial_state(name), 0.0
-    if first_step:
-      state, progress = checkpoints.restore(state)
-      batches.set_state(progress.data)
-      seconds_before = progress.seconds
-
     ahead.wait(f'{name}/step')
     pending, text, loop_began = None, '', time.monotonic()
     for step in range(first_step + 1, entry.steps + 1):
@@ -118,6 +113,28 @@ def run_stage(run: Run, name: str, writer: MetricsWriter, bar: StepProgress, ahe
         checkpoints.save(step, state, Progress(batches.get_state(), seconds))
       speed = batch_tokens * (step - first_step) / (time.monotonic() - loop_began)
       bar.update(step, speed, text)
+
+
+def resume(run: Run, name: str, checkpoints: Checkpoints) -> tuple[int, TrainState | None, float]:
+  """Returns the step, the state and the seconds from which an entry goes on.
+
+  The state is None if the entry has ended. Damaged checkpoints are set aside if the config says so.
+  """
+  skips = run.recipe.resume == 'last_good'
+  while step := checkpoints.latest_step:
+    if step == run.recipe.stages[name].steps and not skips:
+      return step, None, 0.0
+    try:
+      state, progress = checkpoints.restore(run.initial_state(name))
+    except DamagedCheckpoint as error:
+      if not skips:
+        raise
+      logging.warning('%s It is set aside.', error)
+      checkpoints.set_aside(step)
+      continue
+    run.data.train[name].set_state(progress.data)
+    return step, state, progress.seconds
+  return 0, run.initial_state(name), 0.0
 
 
 def record(
@@ -187,7 +204,8 @@ def look_at_selection(run: Run, name: str, state: TrainState) -> dict[str, list[
 
 
 def main(_):
-  logging.getLogger('absl').setLevel(logging.ERROR)  # Silences the INFO lines of orbax and grain.
+  logging.getLogger('absl').setLevel(logging.CRITICAL)  # orbax also raises the errors that it logs.
+  sys.unraisablehook = _print_unraisable
   try:
     join_job()
     train(CONFIG.value)
@@ -201,6 +219,15 @@ def main(_):
       print(f'error: {LOST}', file=sys.stderr)
     sys.stderr.flush()
     os._exit(1)  # The way out of jax waits for processes that have gone, and then aborts.
+
+
+def _print_unraisable(unraisable: Any):
+  """Prints an error of a thread as Python does, except where TensorStore speaks to a closed loop.
+
+  If one array cannot be written, its threads report every other one to a loop that has ended.
+  """
+  if str(unraisable.exc_value) != 'Event loop is closed':
+    sys.__unraisablehook__(unraisable)
 
 
 if __name__ == '__main__':

@@ -5,6 +5,7 @@ import os
 import pathlib
 import resource
 import sys
+import tarfile
 
 import pytest
 
@@ -25,6 +26,7 @@ LONGEST = (
     'test_parity', 'test_hostile', 'test_index_topk', 'test_index_kl', 'test_convert',
 )  # fmt: skip
 KERNELS = pathlib.Path(__file__).parent / 'kernels'
+OLD_RUN = pathlib.Path(__file__).with_name('run_of_2026_11.tar.xz')
 
 
 def pytest_addoption(parser):
@@ -44,6 +46,14 @@ def pytest_collection_modifyitems(items):
     if is_simulated and not item.get_closest_marker('hostile'):
       item.add_marker(pytest.mark.nightly)
   items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
+
+
+@pytest.fixture
+def old_run(tmp_path):
+  """A run of this package as of November 2026, whose warm-up was stopped at step 2 of 4."""
+  with tarfile.open(OLD_RUN) as archive:
+    archive.extractall(tmp_path, filter='data')
+  return tmp_path
 
 
 @pytest.fixture(scope='module', autouse=True)

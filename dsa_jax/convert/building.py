@@ -4,11 +4,11 @@
 from collections.abc import Iterator
 import contextlib
 import pathlib
-import re
 import shutil
 from typing import Any, NamedTuple
 
 from dsa_jax.config import ConfigError
+from dsa_jax.training.checkpoint import is_from_the_system
 
 KEPT_FILES = (  # Copied as they are.
     'tokenizer.json',
@@ -62,22 +62,12 @@ def building(target: pathlib.Path, *, needs: int) -> Iterator[pathlib.Path]:
     partial.rename(target)
     done = True
   except Exception as error:
-    if not _is_from_the_system(error):
+    if not is_from_the_system(error):
       raise
     raise OSError(f'{target} could not be written: {error}. Nothing was left there.') from error
   finally:
     if not done:
       shutil.rmtree(partial, ignore_errors=True)
-
-
-def _is_from_the_system(error: Exception) -> bool:
-  """Returns whether the operating system refused something.
-
-  TensorStore reports that as a ValueError, and safetensors as an error of its own; both messages
-  contain the system's error code.
-  """
-  code = r"os_error_code='\d+'|\(os error \d+\)"
-  return isinstance(error, OSError) or re.search(code, str(error)) is not None
 
 
 def nested(flat: dict[tuple[str, ...], Any]) -> dict[str, Any]:

@@ -4,6 +4,7 @@
 import dataclasses
 
 from dsa_jax.config import ConfigError
+from dsa_jax.data.corpus import describe_files
 from dsa_jax.data.recall import Recall
 from dsa_jax.data.text import VOCAB_SIZE, PackedText, find_files, split_files
 
@@ -43,6 +44,10 @@ class DataConfig:
     train, validation = split_files(find_files(self.files), self.validation_share, self.seed)
     files = {'train': train, 'validation': validation}[split]
     return PackedText.from_files(files, seq_len, self.seed)
+
+  def describe(self) -> dict[str, str]:
+    """Returns a description of every file that is read; see `corpus.describe_files`."""
+    return {} if self.source == 'recall' else describe_files(find_files(self.files))
 
   def _recall(self, seq_len: int, split: str) -> Recall:
     return Recall(

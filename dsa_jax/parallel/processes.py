@@ -73,7 +73,8 @@ def join_job():
 
 
 def _has_tpu() -> bool:
-  if os.environ.get('JAX_PLATFORMS', 'tpu') != 'tpu' or not importlib.util.find_spec('libtpu'):
+  platforms = [name for name in os.environ.get('JAX_PLATFORMS', '').split(',') if name.strip()]
+  if platforms and 'tpu' not in platforms or not importlib.util.find_spec('libtpu'):
     return False
   return bool(glob.glob('/dev/accel*') or glob.glob('/dev/vfio/[0-9]*'))
 

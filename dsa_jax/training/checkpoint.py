@@ -1,7 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checkpoints, which appear whole or not at all and are written while training goes on."""
 
+import collections
+from collections.abc import Iterator
+import contextlib
+import json
+import os
 import pathlib
+import re
 from typing import Any, NamedTuple
 
 from flax import nnx
@@ -12,6 +18,7 @@ import tensorstore as ts
 from dsa_jax.config import ConfigError
 from dsa_jax.training.state import TrainState
 
+AT_ONCE = 4  # Arrays that are read at one time, beside the one that is finished.
 CACHE_BYTES = 64 * 2**20  # Tensorstore keeps this much of a file for the next piece out of it.
 
 
@@ -20,6 +27,47 @@ class Progress(NamedTuple):
 
   data: dict  # The state of the data iterator.
   seconds: float  # The time spent in this stage so far.
+
+
+class DamagedCheckpoint(ConfigError):
+  """A checkpoint is there and cannot be read."""
+
+
+@contextlib.contextmanager
+def reading(folder: pathlib.Path) -> Iterator[None]:
+  """Names a checkpoint that cannot be read in one line, whatever its reader raises."""
+  try:
+    yield
+  except (ConfigError, jax.errors.JaxRuntimeError):
+    raise
+  except Exception as error:
+    older = [step for step in saved_steps(folder.parent) if step < int(folder.name)]
+    hint = f' The one before it is of step {older[-1]}: --config.resume=last_good.' if older else ''
+    raise DamagedCheckpoint(f'checkpoint {folder} is damaged: {_reason(error)}.{hint}') from error
+
+
+def _system_code(error: Exception) -> int | None:
+  """Returns the number of the error with which the operating system refused something, if it did.
+
+  TensorStore reports that as a ValueError, and safetensors as an error of its own; both messages
+  contain the number.
+  """
+  if isinstance(error, OSError):
+    return error.errno or 0
+  code = re.search(r"os_error_code='(\d+)'|\(os error (\d+)\)", str(error))
+  return int(code[1] or code[2]) if code else None
+
+
+def is_from_the_system(error: Exception) -> bool:
+  """Returns whether the operating system refused something."""
+  return _system_code(error) is not None
+
+
+def _reason(error: Exception) -> str:
+  """Says in a few words what an error of orbax or of TensorStore is about."""
+  if code := _system_code(error):
+    return os.strerror(code)
+  return f'{type(error).__name__}: {error}'.splitlines()[0].split(' [tensorstore_spec')[0][:300]
 
 
 class Checkpoints:
@@ -39,34 +87,65 @@ class Checkpoints:
   def __exit__(self, error: type | None, *_):
     if jax.process_count() > 1 and error and issubclass(error, jax.errors.JaxRuntimeError):
       return  # If another process has gone, its part of a checkpoint will never be written.
-    self._manager.close()  # This waits until everything is written.
+    with self._writing(), contextlib.suppress(*([Exception] if error else [])):
+      self._manager.close()  # This waits until everything is written.
 
   @property
   def latest_step(self) -> int | None:
     return self._manager.latest_step()
 
   def save(self, step: int, state: TrainState, progress: Progress):
-    """Saves in the background. The folder of a step appears once it is complete."""
+    """Saves in the background. The folder of a step appears once it is complete.
+
+    Raises:
+      ConfigError: The system refuses to write this checkpoint or the one before.
+    """
     items = {
         'state': ocp.args.StandardSave(nnx.as_pure(state._asdict())),
         'progress': ocp.args.JsonSave(progress._asdict()),
     }
-    self._manager.save(step, args=ocp.args.Composite(**items))
+    with self._writing():
+      self._manager.save(step, args=ocp.args.Composite(**items))
+
+  @contextlib.contextmanager
+  def _writing(self):
+    try:
+      yield
+    except Exception as error:
+      if not is_from_the_system(error):
+        raise
+      steps = saved_steps(self.folder)
+      kept = f'the run resumes from step {steps[-1]}' if steps else 'the run starts anew'
+      raise ConfigError(
+          f'a checkpoint in {self.folder} could not be written: {_reason(error)}. Make room, and '
+          f'start the same command again: {kept}.'
+      ) from error
 
   def restore(self, like: TrainState) -> tuple[TrainState, Progress]:
-    """Returns the latest step, with the structure, dtypes and shardings of `like`."""
-    items = {
-        'state': ocp.args.StandardRestore(_shapes(like._asdict())),
-        'progress': ocp.args.JsonRestore(),
-    }
-    restored = self._manager.restore(self.latest_step, args=ocp.args.Composite(**items))
-    state = TrainState(**_with_structure(restored['state'], like._asdict()))
-    return state, Progress(**restored['progress'])
+    """Returns the latest step, with the structure, dtypes and shardings of `like`.
+
+    Raises:
+      DamagedCheckpoint: It cannot be read.
+    """
+    folder = self.folder.absolute() / str(self.latest_step)
+    with reading(folder):
+      progress = Progress(**json.loads((folder / 'progress' / 'metadata').read_text()))
+      targets, treedef = _by_path(_shapes(like._asdict()))
+      arrays = _read_all(open_tree(folder / 'state'), targets)
+    state = TrainState(**_with_structure(jax.tree.unflatten(treedef, arrays), like._asdict()))
+    return state, progress
+
+  def set_aside(self, step: int):
+    """Renames the folder of a step, so that the step before it becomes the latest."""
+    if jax.process_index() == 0:
+      (self.folder / str(step)).rename(self.folder / f'{step}.damaged')
+    self._manager.reload()
 
   def seconds(self) -> float:
     """Returns the seconds that the stage had taken up to its latest step."""
-    args = ocp.args.Composite(progress=ocp.args.JsonRestore())
-    return self._manager.restore(self.latest_step, args=args)['progress']['seconds']
+    folder = self.folder / str(self.latest_step)
+    with reading(folder):
+      return json.loads((folder / 'progress' / 'metadata').read_text())['seconds']
 
 
 def latest_checkpoint(folder: pathlib.Path) -> pathlib.Path:
@@ -90,22 +169,64 @@ def restore_params(folder: pathlib.Path, like: nnx.State) -> nnx.State:
   Raises:
     ConfigError: There is no checkpoint, or it is of a model with other shapes.
   """
-  stores = open_tree(latest_checkpoint(folder) / 'state')
-  stores = {path[1:]: store for path, store in stores.items() if path[0] == 'params'}
-  targets, treedef = jax.tree.flatten_with_path(nnx.as_pure(like))
-  targets = {tuple(key.key for key in path): target for path, target in targets}
-  _check_shapes(stores, targets, folder)
-  arrays = [_read(stores[path], target) for path, target in targets.items()]
+  stores = check_params(folder, like)
+  targets, treedef = _by_path(nnx.as_pure(like))
+  with reading(latest_checkpoint(folder)):
+    arrays = _read_all(stores, targets)
   return _with_structure(jax.tree.unflatten(treedef, arrays), like)
 
 
-def _read(store: ts.TensorStore, target: jax.ShapeDtypeStruct) -> jax.Array:
-  """Reads one array, one device's shard after another."""
-  shards, places = [], target.sharding.addressable_devices_indices_map(target.shape)
-  for device, index in places.items():
-    shard = store[index].read().result().astype(target.dtype, copy=False)
-    shards.append(jax.block_until_ready(jax.device_put(shard, device)))
-  return jax.make_array_from_single_device_arrays(target.shape, target.sharding, shards)
+def check_params(folder: pathlib.Path, like: nnx.State) -> dict[tuple[str, ...], ts.TensorStore]:
+  """Opens the parameters of the latest step in a stage's folder and compares their shapes.
+
+  Raises:
+    ConfigError: There is no checkpoint, or it is of a model with other shapes.
+  """
+  checkpoint = latest_checkpoint(folder)
+  with reading(checkpoint):
+    stores = open_tree(checkpoint / 'state')
+  stores = {path[1:]: store for path, store in stores.items() if path[0] == 'params'}
+  _check_shapes(stores, _by_path(nnx.as_pure(like))[0], folder)
+  return stores
+
+
+def saved_steps(folder: pathlib.Path) -> list[int]:
+  """Returns the steps that a stage's folder holds, in ascending order, without opening them."""
+  if not folder.is_dir():
+    return []
+  return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit())
+
+
+def _by_path(tree: Any) -> tuple[dict[tuple[str, ...], jax.ShapeDtypeStruct], Any]:
+  """Returns the leaves of a tree by their paths in a checkpoint, in order, and its structure."""
+  leaves, treedef = jax.tree.flatten_with_path(tree)
+  return {_names(path): leaf for path, leaf in leaves}, treedef
+
+
+def _names(path: tuple) -> tuple[str, ...]:
+  attributes = ('key', 'idx', 'name')
+  return tuple(str(next(getattr(k, a) for a in attributes if hasattr(k, a))) for k in path)
+
+
+def _read_all(stores: dict, targets: dict) -> list[jax.Array]:
+  """Reads arrays, the shards of each device only; a few arrays are under way at one time."""
+  arrays, under_way = [], collections.deque()
+  for path, target in targets.items():
+    under_way.append((target, _begin(stores[path], target)))
+    if len(under_way) > AT_ONCE:
+      arrays.append(_finish(*under_way.popleft()))
+  return arrays + [_finish(*one) for one in under_way]
+
+
+def _begin(store: ts.TensorStore, target: jax.ShapeDtypeStruct) -> list[tuple[jax.Device, ts.Future]]:
+  places = target.sharding.addressable_devices_indices_map(target.shape)
+  return [(device, store[index].read()) for device, index in places.items()]
+
+
+def _finish(target: jax.ShapeDtypeStruct, shards: list[tuple[jax.Device, ts.Future]]) -> jax.Array:
+  put = lambda x, device: jax.device_put(x.astype(target.dtype, copy=False), device)
+  arrays = [jax.block_until_ready(put(shard.result(), device)) for device, shard in shards]
+  return jax.make_array_from_single_device_arrays(target.shape, target.sharding, arrays)
 
 
 def open_tree(folder: pathlib.Path) -> dict[tuple[str, ...], ts.TensorStore]:
@@ -115,13 +236,15 @@ def open_tree(folder: pathlib.Path) -> dict[tuple[str, ...], ts.TensorStore]:
     A tensorstore for each path in the tree.
   """
   folder = folder.absolute()
-  with ocp.PyTreeCheckpointer() as checkpointer:
-    tree = checkpointer.metadata(folder).item_metadata.tree
-  packed = (folder / 'manifest.ocdbt').exists()  # Runs save in this format; conversions write plain files.
+  # orbax lists the arrays in this file. Its own reader prints pages where one of them is damaged.
+  listed = json.loads((folder / '_METADATA').read_text())['tree_metadata'].values()
+  packed = (folder / 'manifest.ocdbt').exists()  # Runs save in this format, conversions do not.
   context = ts.Context({'cache_pool': {'total_bytes_limit': CACHE_BYTES}})
   stores = {}
-  for keys, _ in jax.tree.leaves_with_path(tree):
-    path = tuple(str(getattr(key, 'key', getattr(key, 'idx', key))) for key in keys)
+  for entry in listed:
+    if entry['value_metadata'].get('value_type') == 'None':
+      continue  # An empty part of the tree.
+    path = tuple(key['key'] for key in entry['key_metadata'])
     kvstore = {'driver': 'file', 'path': f'{folder}/{".".join(path)}/'}
     if packed:
       kvstore = {'driver': 'ocdbt', 'base': f'file://{folder}/', 'path': f'{".".join(path)}/'}

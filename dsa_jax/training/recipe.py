@@ -10,7 +10,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from dsa_jax.config import ConfigError, ModelConfig
+from dsa_jax.config import ConfigError, ModelConfig, local_path
 from dsa_jax.data.sources import DataConfig
 from dsa_jax.kernels.backend import BACKENDS
 from dsa_jax.nn.remat import check_policy
@@ -21,7 +21,17 @@ from dsa_jax.training.stages import StageConfig
 
 # Fields that older configs lack, each with the value that means what was done before it existed.
 # Fields of the sections below have theirs as defaults of their classes.
-ADDED = {'mesh': {}, 'compilation_cache': ''}
+ADDED = {
+    'mesh': {},
+    'compilation_cache': '',
+    'resume': 'latest',
+    'on_changed_data': 'stop',
+}
+
+
+RESUME = ('latest', 'last_good')
+ON_CHANGED_DATA = ('stop', 'go_on')
+PADDING = 256  # A vocabulary may be this much larger than its alphabet, so that devices divide it.
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,6 +72,8 @@ class Recipe:
   selection: str
   remat: str
   compilation_cache: str
+  resume: str
+  on_changed_data: str
   log_every: int
   measure_every: int
   measure_rows: int
@@ -79,7 +91,7 @@ class Recipe:
   def init_folder(self, entry: StageConfig) -> pathlib.Path:
     if entry.init_from in self.stages:
       return self.checkpoint_folder(entry.init_from)
-    return pathlib.Path(entry.init_from).expanduser()
+    return local_path(entry.init_from, 'init_from')
 
   @property
   def roles(self) -> dict[str, str]:
@@ -137,7 +149,7 @@ def read_recipe(config: ConfigDict) -> Recipe:
   recipe = Recipe(
       **fields
       | {
-          'workdir': pathlib.Path(given['workdir']).expanduser(),
+          'workdir': local_path(given['workdir'], 'config.workdir'),
           'stages': {e: _build(f'stages.{e}', StageConfig, given['stages'][e]) for e in entries},
       }
   )
@@ -155,12 +167,22 @@ def _check(recipe: Recipe):
   check_policy(recipe.remat)
   if recipe.backend and recipe.backend not in BACKENDS:
     raise ConfigError(f"backend={recipe.backend!r} must be one of {BACKENDS}, or '' for the default.")
+  for name, values in ('resume', RESUME), ('on_changed_data', ON_CHANGED_DATA):
+    if getattr(recipe, name) not in values:
+      raise ConfigError(f'{name}={getattr(recipe, name)!r} must be one of {values}.')
   if recipe.selection not in RULES:
     raise ConfigError(f'selection={recipe.selection!r} must be one of {tuple(RULES)}.')
-  if recipe.model.vocab_size < recipe.data.vocab_size:
+  spare = recipe.model.vocab_size - recipe.data.vocab_size
+  if spare < 0:
     raise ConfigError(
         f'model.vocab_size={recipe.model.vocab_size} is too small for the {recipe.data.source} '
         f'data: it needs {recipe.data.vocab_size}.'
+    )
+  if spare >= PADDING:
+    raise ConfigError(
+        f'model.vocab_size={recipe.model.vocab_size} is of another alphabet than the '
+        f'{recipe.data.source} data, which has {recipe.data.vocab_size} ids: the model would learn '
+        f'noise. Only padding, fewer than {PADDING} ids, may be left over.'
     )
 
 

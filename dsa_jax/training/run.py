@@ -5,6 +5,7 @@ from collections.abc import Callable
 import dataclasses
 import functools
 import logging
+import shutil
 from typing import NamedTuple
 
 from flax import nnx
@@ -21,7 +22,8 @@ from dsa_jax.kernels.backend import default_backend, faster_attention, why_not_h
 from dsa_jax.nn.attention.types import Mode
 from dsa_jax.parallel.mesh import MeshConfig, make_mesh
 from dsa_jax.parallel.processes import own_share, place_batch
-from dsa_jax.training.checkpoint import restore_params
+from dsa_jax.training.checkpoint import restore_params, saved_steps
+from dsa_jax.training.origin import check_origins
 from dsa_jax.training.recipe import Recipe
 from dsa_jax.training.state import (
     TrainState,
@@ -110,10 +112,28 @@ def open_run(recipe: Recipe) -> Run:
   """
   mesh = make_mesh(**recipe.mesh.sizes) if recipe.mesh.n_devices > 1 else None
   _check_processes(recipe.mesh)
+  check_origins(recipe, abstract_params(recipe.model, mesh=mesh))
+  _check_disk(recipe)
   if recipe.backend and (reason := why_not_here(recipe.backend)):
     raise ConfigError(f'config.backend={recipe.backend!r}: {reason}')
   backend = recipe.backend or default_backend()
   return Run(recipe, model_graph(recipe.model), backend, mesh, _open_data(recipe, mesh))
+
+
+def _check_disk(recipe: Recipe):
+  """Checks that there is room for the checkpoints: one of each entry to come, and the next one."""
+  sizes = []
+  for name, entry in recipe.stages.items():
+    if not saved_steps(recipe.checkpoint_folder(name)):
+      state = abstract_state(recipe.model, entry.trains, recipe.optim)
+      sizes.append(sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state)))
+  folder = next(p for p in (recipe.workdir, *recipe.workdir.absolute().parents) if p.exists())
+  needed, free = sum(sizes) + max(sizes, default=0), shutil.disk_usage(folder).free
+  if needed > free:
+    raise ConfigError(
+        f'workdir {recipe.workdir}: its disk has {free / 2**30:.1f} GiB left; the checkpoints of '
+        f'{len(sizes)} entries need {needed / 2**30:.1f}.'
+    )
 
 
 def _check_processes(mesh: MeshConfig):

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The stages of a recipe, as data."""
 
+from collections.abc import Sequence
 import dataclasses
 import functools
 
@@ -8,7 +9,7 @@ from flax import nnx
 import jax
 import numpy as np
 
-from dsa_jax.config import ConfigError
+from dsa_jax.config import ConfigError, ModelConfig
 from dsa_jax.params import BackboneParam, IndexerParam
 from dsa_jax.training.optim import make_schedule
 
@@ -42,6 +43,8 @@ class StageConfig:
   stage: str  # A key of STAGES.
   # An earlier entry of the recipe, or the checkpoint folder of another run. '': fresh weights.
   init_from: str = ''
+  # Fields of the model that may be others than those of the checkpoint that `init_from` names.
+  init_may_differ: Sequence[str] = ()
   steps: int
   batch_size: int
   seq_len: int
@@ -54,6 +57,10 @@ class StageConfig:
   end_share: float = 0.1  # The cosine ends at this share of the peak.
 
   def __post_init__(self):
+    object.__setattr__(self, 'init_may_differ', tuple(self.init_may_differ))  # JSON has lists.
+    known = [field.name for field in dataclasses.fields(ModelConfig)]
+    if unknown := [name for name in self.init_may_differ if name not in known]:
+      raise ConfigError(f'init_may_differ names {unknown}; the fields of a model are {known}.')
     if self.stage not in STAGES:
       raise ConfigError(f'stage={self.stage!r} must be one of {tuple(STAGES)}.')
     for name in ('steps', 'batch_size', 'micro_batches'):

@@ -11,12 +11,14 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from dsa_jax.config import ConfigError
+from dsa_jax.data.corpus import changes
+from dsa_jax.training.checkpoint import saved_steps
 from dsa_jax.training.recipe import ADDED, SECTIONS
 from dsa_jax.training.stages import StageConfig
 
-# A run may go on in another place, on other devices and with another cache: its config.json does not
-# keep these fields.
-ELSEWHERE = ('workdir', 'mesh', 'compilation_cache')
+# A run may go on in another place, on other devices, with another cache and in another way: its
+# config.json does not keep these fields.
+ELSEWHERE = ('workdir', 'mesh', 'compilation_cache', 'resume', 'on_changed_data')
 # These change nothing that is trained. A run may go on with others, which its config.json then keeps.
 CHANGEABLE = ('report', 'log_every', 'measure_every', 'measure_rows', 'save_every')
 
@@ -24,34 +26,77 @@ CHANGEABLE = ('report', 'log_every', 'measure_every', 'measure_rows', 'save_ever
 def check_workdir(config: ConfigDict, workdir: pathlib.Path):
   """Checks that a workdir is empty or this config's own; writes nothing.
 
-  A config.json of an earlier version may lack fields; they count as what was done before they
-  existed (see `recipe.ADDED`).
+  A run may go on with fields that change nothing which is trained, with entries that have not begun
+  changed, added or left out, and with more steps of an entry from which none that has begun
+  descends. A config.json of an earlier version may lack fields; they count as what was done before
+  they existed (see `recipe.ADDED`).
 
   Raises:
-    ConfigError: The workdir belongs to another config.
+    ConfigError: The workdir belongs to another config, or cannot be written.
   """
+  parent = next(path for path in (workdir, *workdir.absolute().parents) if path.exists())
+  if not parent.is_dir() or not os.access(parent, os.W_OK):
+    raise ConfigError(f'workdir {workdir} cannot be written; choose another with --config.workdir=...')
   if not (workdir / 'config.json').exists():
     return
-  fixed = lambda tree: {k: v for k, v in complete(tree).items() if k not in CHANGEABLE}
-  if changed := _differences(fixed(read_config(workdir)), fixed(_kept(config))):
+  theirs, ours = complete(read_config(workdir)), complete(_kept(config))
+  begun = [name for name in theirs['recipe'] if saved_steps(workdir / 'checkpoints' / name)]
+  rows = _differences(_fixed(theirs), _fixed(ours)) + _changed_entries(theirs, ours, begun)
+  if rows:
     raise ConfigError(
         f'workdir {workdir} belongs to another config; it differs in\n  '
-        + '\n  '.join(changed)
+        + '\n  '.join(rows)
         + '\nChoose another with --config.workdir=..., or delete this one.'
     )
 
 
-def write_config(config: ConfigDict, workdir: pathlib.Path):
-  """Keeps the config in its workdir, as config.json.
+def _fixed(config: dict[str, Any]) -> dict[str, Any]:
+  free = (*CHANGEABLE, 'recipe', 'stages')
+  return {name: value for name, value in config.items() if name not in free}
+
+
+def _changed_entries(theirs: dict, ours: dict, begun: list[str]) -> list[str]:
+  """Returns what is different in the entries that have begun."""
+  if [name for name in ours['recipe'] if name in begun] != begun:
+    return [f'recipe: {theirs["recipe"]} there, {ours["recipe"]} here; {begun} have begun']
+  rows = []
+  for name in begun:
+    before, now = theirs['stages'][name], ours['stages'][name]
+    has_heirs = any(theirs['stages'][other]['init_from'] == name for other in begun)
+    if not has_heirs and now['steps'] > before['steps']:
+      before = before | {'steps': now['steps']}
+    rows += _differences(before, now, f'stages.{name}')
+  return rows
+
+
+def check_data(descriptions: dict[str, str], workdir: pathlib.Path, on_changed: str):
+  """Compares the files of a corpus with those that the run began with, which data.json describes.
+
+  Raises:
+    ConfigError: They have changed, and `on_changed` is 'stop'.
+  """
+  path = workdir / 'data.json'
+  if not path.exists() or on_changed == 'go_on':
+    return
+  if what := changes(json.loads(path.read_text()), descriptions):
+    raise ConfigError(
+        f'the data has changed since the run in {workdir} began: {what}. It would go on with other '
+        'rows. Restore the files, or go on all the same with --config.on_changed_data=go_on.'
+    )
+
+
+def write_config(config: ConfigDict, workdir: pathlib.Path, descriptions: dict[str, str] | None = None):
+  """Keeps the config in its workdir as config.json, and a description of its data as data.json.
 
   Raises:
     ConfigError: The workdir cannot be written.
   """
   try:
     workdir.mkdir(parents=True, exist_ok=True)
-    fresh = workdir / 'config.tmp'
-    fresh.write_text(json.dumps(_kept(config), indent=2, sort_keys=True))
-    os.replace(fresh, workdir / 'config.json')
+    for name, values in ('config', _kept(config)), ('data', descriptions or {}):
+      fresh = workdir / f'{name}.tmp'
+      fresh.write_text(json.dumps(values, indent=2, sort_keys=True))
+      os.replace(fresh, workdir / f'{name}.json')
   except OSError as error:
     raise ConfigError(
         f'workdir {workdir} cannot be written ({error.strerror}); choose another with '

@@ -127,3 +127,15 @@ def test_half_a_job_is_refused(monkeypatch):
   monkeypatch.setenv('JAX_NUM_PROCESSES', '2')
   with pytest.raises(ValueError, match=r"\['JAX_PROCESS_ID'\] must be set, too"):
     processes.join_job()
+
+
+@pytest.mark.parametrize(
+    'platforms, found', [(None, True), ('', True), ('tpu', True), ('tpu,cpu', True), ('cpu', False)]
+)
+def test_a_tpu_counts_unless_jax_may_not_use_it(platforms, found, monkeypatch):
+  monkeypatch.delenv('JAX_PLATFORMS', raising=False)
+  if platforms is not None:
+    monkeypatch.setenv('JAX_PLATFORMS', platforms)
+  monkeypatch.setattr(processes.importlib.util, 'find_spec', lambda name: name)
+  monkeypatch.setattr(processes.glob, 'glob', lambda pattern: [pattern])
+  assert processes._has_tpu() == found

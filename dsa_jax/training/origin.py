@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The checkpoints of other runs that a recipe starts from, looked at before anything is trained."""
+
+import dataclasses
+import difflib
+import json
+import pathlib
+from typing import Any
+
+from flax import nnx
+
+from dsa_jax.config import ConfigError, ModelConfig
+from dsa_jax.training.checkpoint import check_params, saved_steps
+from dsa_jax.training.recipe import Recipe
+
+# Fields that leave the function of given weights as it is: limits, budgets and initialisers.
+FREE = frozenset(('max_seq_len', 'rope_type', 'embed_init_std', 'dtype', 'index_topk'))
+OF_YARN = frozenset(('original_seq_len', 'rope_factor', 'beta_fast', 'beta_slow', 'mscale'))
+OF_EXPERTS = frozenset((
+    'n_routed_experts', 'n_shared_experts', 'n_activated_experts', 'n_expert_groups',
+    'n_limited_groups', 'moe_inter_dim', 'route_scale', 'score_func',
+))  # fmt: skip
+
+
+def check_origins(recipe: Recipe, like: nnx.State):
+  """Checks every checkpoint that an entry which has not begun will start from.
+
+  Args:
+    recipe: The recipe.
+    like: The shapes of its model's weights.
+
+  Raises:
+    ConfigError: A folder is missing or holds something else, or the model there is another function.
+  """
+  for name, entry in recipe.stages.items():
+    begun = saved_steps(recipe.checkpoint_folder(name))
+    if begun or not entry.init_from or entry.init_from in recipe.stages:
+      continue
+    folder, where = recipe.init_folder(entry), f'stages.{name}.init_from={entry.init_from!r}'
+    _check_kind(folder, where, list(recipe.stages))
+    check_params(folder, like)
+    if record := model_record(folder):
+      _check_function(ModelConfig(**record), recipe.model, entry.init_may_differ, where, name)
+
+
+def _check_kind(folder: pathlib.Path, where: str, entries: list[str]):
+  if not folder.is_dir():
+    close = difflib.get_close_matches(folder.name, entries, n=1)
+    hint = f'Did you mean the entry {close[0]!r}?' if close else f'The entries are {entries}.'
+    raise ConfigError(f'{where} is neither an earlier entry of the recipe nor a folder. {hint}')
+  if any(folder.glob('*.safetensors')):
+    raise ConfigError(
+        f'{where} is a released checkpoint. Convert it first: python -m dsa_jax.convert {folder} TARGET'
+    )
+  if (folder / 'checkpoints').is_dir():
+    inner = sorted(path.name for path in (folder / 'checkpoints').iterdir())
+    raise ConfigError(f'{where} is a run. Choose {folder}/checkpoints/ENTRY, ENTRY one of {inner}.')
+
+
+def model_record(folder: pathlib.Path) -> dict[str, Any] | None:
+  """Returns the fields of the model that a checkpoint was made with, if its folder says."""
+  folder = folder.resolve()
+  for path in (folder / 'config.json', folder.parent.parent / 'config.json'):
+    if path.exists():
+      return json.loads(path.read_text()).get('model')
+  return None
+
+
+def _check_function(theirs: ModelConfig, ours: ModelConfig, may_differ, where: str, name: str):
+  skipped = {*FREE, *may_differ}
+  if not (theirs.uses_yarn or ours.uses_yarn):
+    skipped |= OF_YARN
+  if theirs.n_dense_layers == theirs.n_layers == ours.n_dense_layers:
+    skipped |= OF_EXPERTS
+  fields = [field.name for field in dataclasses.fields(ModelConfig) if field.name not in skipped]
+  rows = [f'{f}: {getattr(theirs, f)} there, {getattr(ours, f)} here' for f in fields]
+  rows = [row for f, row in zip(fields, rows) if getattr(theirs, f) != getattr(ours, f)]
+  if theirs.uses_yarn != ours.uses_yarn and 'rope_type' not in may_differ:
+    kind = lambda cfg: 'yarn' if cfg.uses_yarn else 'default'
+    rows.append(f'rope_type: {kind(theirs)} there, {kind(ours)} here')
+  if rows:
+    raise ConfigError(
+        f'{where} is of a model that computes something else:\n  '
+        + '\n  '.join(rows)
+        + f'\nSet config.model as it is there, or name what may differ in stages.{name}.init_may_differ.'
+    )

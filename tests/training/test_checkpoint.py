@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoints that are damaged, or cannot be written, are named in one line and cost nothing else."""
+
+import errno
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from configs import quickstart
+from dsa_jax import train
+from dsa_jax.config import ConfigError, ModelConfig
+from dsa_jax.training.checkpoint import (
+    Checkpoints,
+    DamagedCheckpoint,
+    Progress,
+    restore_params,
+    saved_steps,
+)
+from dsa_jax.training.optim import OptimConfig
+from dsa_jax.training.recipe import read_recipe
+from dsa_jax.training.run import Run
+from dsa_jax.training.state import abstract_params, init_params, new_state
+
+CFG = ModelConfig(**quickstart.get_config('tiny').model)
+
+
+@pytest.fixture(scope='module')
+def state():
+  return new_state(init_params(CFG, seed=0), ('backbone', 'indexer'), OptimConfig(), seed=0)
+
+
+@pytest.fixture(scope='module')
+def saved(state, tmp_path_factory):
+  folder = tmp_path_factory.mktemp('run') / 'checkpoints' / 'dense'
+  with Checkpoints(folder) as checkpoints:
+    for step in 2, 4:
+      checkpoints.save(step, state, Progress({'next_index': step}, float(step)))
+  return folder
+
+
+def damage_array(step):
+  for path in (step / 'state').rglob('d/*'):
+    path.write_bytes(path.read_bytes()[:100])
+
+
+DAMAGES = {
+    'an array is cut short': damage_array,
+    'the manifest is empty': lambda step: (step / 'state' / 'manifest.ocdbt').write_bytes(b''),
+    'the list of arrays is cut': lambda step: (step / 'state' / '_METADATA').write_text('{'),
+    'the progress is gone': lambda step: shutil.rmtree(step / 'progress'),
+    'the folder is empty': lambda step: (shutil.rmtree(step), step.mkdir()),
+}
+
+
+@pytest.fixture(params=DAMAGES.values(), ids=DAMAGES)
+def damaged(request, saved, tmp_path):
+  folder = tmp_path / 'checkpoints' / 'dense'
+  shutil.copytree(saved, folder)
+  request.param(folder / '4')
+  return folder
+
+
+def test_everything_comes_back(saved, state):
+  with Checkpoints(saved) as checkpoints:
+    restored, progress = checkpoints.restore(state)
+    assert checkpoints.seconds() == 4.0
+  assert progress == Progress({'next_index': 4}, 4.0)
+  for ours, theirs in zip(jax.tree.leaves(state), jax.tree.leaves(restored), strict=True):
+    np.testing.assert_array_equal(ours, theirs)
+
+
+def test_damage_is_named_with_the_way_out(damaged, state):
+  with Checkpoints(damaged) as checkpoints, pytest.raises(DamagedCheckpoint) as raised:
+    checkpoints.restore(state)
+  message = str(raised.value)
+  assert f'{damaged}/4 is damaged' in message and '\n' not in message
+  assert 'The one before it is of step 2: --config.resume=last_good.' in message
+
+
+def test_the_last_good_one_can_go_on(damaged, state, monkeypatch):
+  config = quickstart.get_config('tiny')
+  config.workdir, config.resume = str(damaged.parents[1]), 'last_good'
+  recipe, states = read_recipe(config), []
+  run = Run(recipe, None, 'xla', None, None)
+  data = type('Data', (), {'train': {'dense': type('Batches', (), {'set_state': states.append})}})
+  run = run._replace(data=data)
+  monkeypatch.setattr(Run, 'initial_state', lambda self, name: state)
+  with Checkpoints(damaged) as checkpoints:
+    step, restored, seconds = train.resume(run, 'dense', checkpoints)
+  assert (step, seconds, states) == (2, 2.0, [{'next_index': 2}])
+  assert jax.tree.structure(restored) == jax.tree.structure(state)
+  assert saved_steps(damaged) == [2] and (damaged / '4.damaged').is_dir()
+
+
+def test_damaged_parameters_are_named(saved, tmp_path):
+  folder = tmp_path / 'checkpoints' / 'dense'
+  shutil.copytree(saved, folder)
+  damage_array(folder / '4')
+  with pytest.raises(ConfigError, match='4 is damaged'):
+    restore_params(folder, abstract_params(CFG))
+
+
+@pytest.mark.parametrize(
+    'error',
+    [
+        OSError(errno.ENOSPC, 'no space'),
+        ValueError('OUT_OF_RANGE: Error writing "x" [tensorstore_spec=...] [os_error_code=\'28\']'),
+    ],
+)
+def test_a_disk_that_fills_up_is_one_line(saved, state, error, monkeypatch):
+  def fail(*_, **__):
+    raise error
+
+  with Checkpoints(saved) as checkpoints:
+    monkeypatch.setattr(checkpoints._manager, 'save', fail)
+    with pytest.raises(ConfigError) as raised:
+      checkpoints.save(6, state, Progress({}, 0.0))
+  message = str(raised.value)
+  assert 'No space left on device. Make room' in message and 'resumes from step 4' in message
+  assert '\n' not in message and 'tensorstore' not in message
+
+
+def test_other_errors_of_saving_keep_their_type(saved, state, monkeypatch):
+  def fail(*_, **__):
+    raise ValueError('wrong structure')
+
+  with Checkpoints(saved) as checkpoints:
+    monkeypatch.setattr(checkpoints._manager, 'save', fail)
+    with pytest.raises(ValueError, match='wrong structure') as raised:
+      checkpoints.save(6, state, Progress({}, 0.0))
+  assert not isinstance(raised.value, ConfigError)

@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A recipe starts from another run's weights only if they mean there what they mean here."""
+
+import json
+import shutil
+
+from ml_collections import ConfigDict
+import pytest
+
+from configs import base
+from dsa_jax.config import ConfigError
+from dsa_jax.training.origin import check_origins
+from dsa_jax.training.recipe import read_recipe
+from dsa_jax.training.state import abstract_params
+
+
+def recipe_from(old_run, folder, init_from, **changes):
+  """Returns a recipe of one warm-up, with the model of the old run but for the changes."""
+  config, old = base.get_config(), json.loads((old_run / 'config.json').read_text())
+  for name in ('data', 'model'):
+    config[name].update(old[name])
+  config.workdir, config.recipe = str(folder), ('warmup',)
+  config.stages.warmup = ConfigDict(old['stages']['warmup'] | {'init_from': str(init_from)})
+  config.report.update(seq_len=64)
+  with config.unlocked():
+    config.update_from_flattened_dict(changes)
+  return read_recipe(config)
+
+
+def check(recipe):
+  check_origins(recipe, abstract_params(recipe.model))
+
+
+def test_the_same_model_is_accepted_with_other_limits(old_run, tmp_path):
+  source = old_run / 'checkpoints' / 'dense'
+  free = {'model.max_seq_len': 128, 'model.index_topk': 4, 'model.embed_init_std': 2.0}
+  for changes in {}, free, {'model.dtype': 'bfloat16'}:
+    check(recipe_from(old_run, tmp_path / 'new', source, **changes))
+
+
+@pytest.mark.parametrize(
+    'name, value',
+    [
+        ('rope_theta', 1e6),
+        ('norm_eps', 1e-2),
+        ('route_scale', 2.0),
+        ('n_activated_experts', 1),
+        ('n_limited_groups', 1),
+        ('indexer_rope_interleave', True),
+    ],
+)
+def test_another_function_is_refused_unless_it_is_named(old_run, tmp_path, name, value):
+  source, changes = old_run / 'checkpoints' / 'dense', {f'model.{name}': value}
+  with pytest.raises(ConfigError, match=rf'(?s)computes something else.*{name}: \S+ there, {value} here'):
+    check(recipe_from(old_run, tmp_path / 'new', source, **changes))
+  changes['stages.warmup.init_may_differ'] = (name,)
+  check(recipe_from(old_run, tmp_path / 'new', source, **changes))
+
+
+def test_yarn_counts_where_a_model_has_it(old_run, tmp_path):
+  source = old_run / 'checkpoints' / 'dense'
+  check(recipe_from(old_run, tmp_path / 'new', source, **{'model.rope_factor': 4.0}))
+  changes = {'model.original_seq_len': 32}  # From here on, 256 positions are YaRN's.
+  with pytest.raises(ConfigError, match='rope_type: default there, yarn here'):
+    check(recipe_from(old_run, tmp_path / 'new', source, **changes))
+
+
+def test_other_shapes_are_refused(old_run, tmp_path):
+  source = old_run / 'checkpoints' / 'dense'
+  with pytest.raises(ConfigError, match=r'(?s)holds another model.*wq_b'):
+    check(recipe_from(old_run, tmp_path / 'new', source, **{'model.index_n_heads': 3}))
+
+
+def test_a_folder_that_is_something_else_says_what_to_do(old_run, tmp_path):
+  with pytest.raises(ConfigError, match=r"is a run. Choose .*ENTRY one of \['dense', 'warmup'\]"):
+    check(recipe_from(old_run, tmp_path / 'new', old_run))
+  released = tmp_path / 'released'
+  released.mkdir()
+  (released / 'model.safetensors').write_bytes(b'')
+  with pytest.raises(ConfigError, match='Convert it first: python -m dsa_jax.convert'):
+    check(recipe_from(old_run, tmp_path / 'new', released))
+  with pytest.raises(ConfigError, match="neither .* nor a folder. Did you mean the entry 'warmup'"):
+    check(recipe_from(old_run, tmp_path / 'new', 'warmpu'))
+  (tmp_path / 'empty').mkdir()
+  with pytest.raises(ConfigError, match='holds no checkpoint'):
+    check(recipe_from(old_run, tmp_path / 'new', tmp_path / 'empty'))
+
+
+def test_an_entry_that_has_begun_needs_its_origin_no_more(old_run, tmp_path):
+  new = tmp_path / 'new'
+  shutil.copytree(old_run / 'checkpoints' / 'warmup', new / 'checkpoints' / 'warmup')
+  check(recipe_from(old_run, new, tmp_path / 'gone'))

@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What may change between two starts of a run, and what may not."""
+
+import json
+
+import pytest
+
+from configs import quickstart
+from dsa_jax.config import ConfigError
+from dsa_jax.data.corpus import changes, describe_files
+from dsa_jax.training.workdir import check_data, check_workdir, write_config
+
+
+def config_of(folder, **changed):
+  config = quickstart.get_config('tiny')
+  config.workdir = str(folder)
+  with config.unlocked():
+    config.update_from_flattened_dict(changed)
+  return config
+
+
+def begun(folder, *entries):
+  write_config(config_of(folder), folder)
+  for entry in entries:
+    (folder / 'checkpoints' / entry / '4').mkdir(parents=True)
+  return folder
+
+
+@pytest.mark.parametrize(
+    'changed',
+    [
+        {'log_every': 3, 'save_every': 1, 'measure_every': 2, 'measure_rows': 2},
+        {'report.batches': 1, 'report.seq_len': 32},
+        {'stages.sparse.steps': 99, 'stages.sparse.backbone_lr': 1.0, 'stages.sparse.init_from': 'dense'},
+        {'stages.baseline.steps': 20},  # It has begun, and nothing that has descends from it.
+        {'recipe': ('dense', 'baseline', 'warmup')},
+        {'mesh.fsdp': 2, 'compilation_cache': 'off', 'resume': 'last_good'},
+    ],
+)
+def test_these_may_change(tmp_path, changed):
+  check_workdir(config_of(tmp_path, **changed), begun(tmp_path, 'dense', 'baseline', 'warmup'))
+
+
+@pytest.mark.parametrize(
+    'changed, message',
+    [
+        ({'seed': 1}, 'seed: 0 there, 1 here'),
+        ({'model.dim': 64}, 'model.dim: 32 there, 64 here'),
+        ({'stages.warmup.indexer_lr': 1.0}, 'stages.warmup.indexer_lr: 0.01 there, 1.0 here'),
+        ({'stages.baseline.steps': 4}, 'stages.baseline.steps: 8 there, 4 here'),
+        ({'stages.dense.steps': 20}, 'stages.dense.steps: 8 there, 20 here'),  # Others go on from it.
+        ({'recipe': ('baseline', 'warmup')}, r"\['dense', 'baseline', 'warmup'\] have begun"),
+        ({'recipe': ('dense', 'warmup', 'baseline')}, 'have begun'),
+    ],
+)
+def test_these_may_not(tmp_path, changed, message):
+  with pytest.raises(ConfigError, match=f'(?s)belongs to another config.*{message}'):
+    check_workdir(config_of(tmp_path, **changed), begun(tmp_path, 'dense', 'baseline', 'warmup'))
+
+
+def test_a_run_of_which_nothing_is_saved_may_change_its_entries(tmp_path):
+  changed = {'stages.dense.steps': 1, 'stages.dense.backbone_lr': 1.0, 'recipe': ('dense',)}
+  check_workdir(config_of(tmp_path, **changed), begun(tmp_path))
+
+
+def test_a_changed_corpus_is_named(tmp_path):
+  folder, run = tmp_path / 'texts', tmp_path / 'run'
+  folder.mkdir()
+  for name in 'abcde':
+    (folder / f'{name}.txt').write_text(name)
+  describe = lambda: describe_files(sorted(folder.glob('*.txt')))
+  before = describe()
+  write_config(config_of(run), run, before)
+  check_data(describe(), run, 'stop')
+  (folder / 'a.txt').unlink()
+  (folder / 'b.txt').write_text('B')
+  (folder / 'f.txt').write_text('f')
+  assert changes(before, describe()) == (
+      '1 file is gone (a.txt); 1 file is new (f.txt); 1 file is different (b.txt)'
+  )
+  with pytest.raises(ConfigError, match=r'1 file is gone \(a.txt\).*on_changed_data=go_on'):
+    check_data(describe(), run, 'stop')
+  check_data(describe(), run, 'go_on')
+  write_config(config_of(run), run, describe())
+  check_data(describe(), run, 'stop')
+
+
+def test_a_corpus_that_moves_as_a_whole_is_the_same(tmp_path):
+  for root in 'here', 'there':
+    (tmp_path / root / 'inner').mkdir(parents=True)
+    (tmp_path / root / 'inner' / 'a.txt').write_text('a')
+    (tmp_path / root / 'b.txt').write_text('b')
+  describe = lambda root: describe_files(sorted((tmp_path / root).rglob('*.txt')))
+  assert describe('here') == describe('there') != {}
+
+
+def test_a_run_of_an_earlier_version_has_no_description(tmp_path):
+  write_config(config_of(tmp_path), tmp_path)
+  (tmp_path / 'data.json').unlink()
+  check_data({'a.txt': '1 bytes, 0'}, tmp_path, 'stop')
+  assert json.loads((tmp_path / 'config.json').read_text())['seed'] == 0
