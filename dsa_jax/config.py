@@ -33,8 +33,8 @@ class ModelConfig:
   """A model of DeepSeek-V3.2's kind. The defaults are the released 671B model.
 
   The fields are those of DeepSeek's inference/config_671B_v3.2.json without its `dtype` and
-  `scale_fmt`, and two of GLM-5's indexer. GLM-5 is such a model without YaRN (its original_seq_len
-  is its max_seq_len) and without expert groups.
+  `scale_fmt`, two of GLM-5's indexer, and the `rope_type` of config.json files. GLM-5 is such a
+  model without YaRN and without expert groups.
   """
 
   vocab_size: int = 129_280
@@ -73,7 +73,8 @@ class ModelConfig:
   # before it selected. () means that every layer has an indexer of its own.
   indexer_types: Sequence[str] = ()
 
-  # Rotary positions. They are YaRN's if max_seq_len exceeds original_seq_len.
+  # 'yarn' or 'default' rotary positions. '' means YaRN's if max_seq_len exceeds original_seq_len.
+  rope_type: str = ''
   max_seq_len: int = 163_840
   original_seq_len: int = 4096
   rope_theta: float = 10_000.0
@@ -103,6 +104,8 @@ class ModelConfig:
       raise ConfigError(f'{self.index_head_dim=} must hold {self.qk_rope_head_dim=} channels.')
     if self.score_func != 'sigmoid':
       raise ConfigError(f"{self.score_func=} must be 'sigmoid'.")
+    if self.rope_type not in ('', 'yarn', 'default'):
+      raise ConfigError(f"{self.rope_type=} must be 'yarn', 'default' or ''.")
     if self.dtype not in ('float32', 'bfloat16'):
       raise ConfigError(f"{self.dtype=} must be 'float32' or 'bfloat16'.")
     if self.n_dense_layers < self.n_layers:
@@ -141,6 +144,8 @@ class ModelConfig:
 
   @property
   def uses_yarn(self) -> bool:
+    if self.rope_type:
+      return self.rope_type == 'yarn'
     return self.max_seq_len > self.original_seq_len
 
   @property

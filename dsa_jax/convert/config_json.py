@@ -5,6 +5,9 @@ import dataclasses
 from typing import Any
 
 from dsa_jax.config import ConfigError, ModelConfig
+from dsa_jax.convert.config_keys import check_keys, check_quantization
+from dsa_jax.convert.problems import first_ten
+from dsa_jax.convert.rope_json import KEYS as ROPE_KEYS, read_rope, rotation, write_rope
 from dsa_jax.families import FAMILIES
 from dsa_jax.families.family import Family
 
@@ -12,87 +15,111 @@ from dsa_jax.families.family import Family
 _TYPES = {field.name: field.type for field in dataclasses.fields(ModelConfig)}
 _LARGEST = 2**31  # No size of a model comes near it.
 
+# The keys that are read beside those that a family lists.
+LAYER_KEYS = (
+    'model_type', 'dtype', 'torch_dtype', 'quantization_config', 'compression_config',
+    'num_nextn_predict_layers', 'first_k_dense_replace', 'mlp_layer_types',
+)  # fmt: skip
+INDEXER_KEYS = (
+    'indexer_rope_interleave', 'indexer_types', 'index_topk_pattern', 'index_topk_freq',
+    'index_skip_topk_offset',
+)  # fmt: skip
+
 
 def read_config(config: Any) -> tuple[str, ModelConfig]:
   """Returns the name of a released config.json's family, and the model's sizes.
 
+  Every key is read, is known to change nothing, or is refused by its name.
+
   Raises:
-    ConfigError: Keys are missing, or the file is of another model; the message names every reason.
+    ConfigError: Keys are missing or unknown, or the file is of another model; the message names
+      every reason.
   """
   name = config.get('model_type') if isinstance(config, dict) else None
   if name not in FAMILIES:
     raise ConfigError(f'config.json: model_type={name!r} must be one of {tuple(FAMILIES)}.')
+  check_quantization(config)
   family, problems = FAMILIES[name], list[str]()
   for key, value in family.fixed.items():
-    if config.get(key, value) != value:
+    if config.get(key) not in (None, value):
       problems.append(f'{key}={config[key]!r} must be {value!r}.')
+  number = lambda key, value, field: _number(key, value, _TYPES[field], problems)
   sizes = {}
   for key, field in _fields(family).items():
     if key not in config:
       problems.append(f'{key} is missing.')
     else:
-      sizes[field] = _number(key, config[key], _TYPES[field], problems)
-  rope = _read_rope(config, family, sizes, problems)
-  if problems:
-    raise ConfigError('config.json:\n  ' + '\n  '.join(problems))
-  depth, stored = sizes['n_layers'], config.get('dtype', config.get('torch_dtype'))
+      sizes[field] = number(key, config[key], field)
+  rope = read_rope(config, family, sizes, number, problems)
+  check_keys(
+      config, _known(family), sizes, has_indexer=family.has_indexer, problems=problems
+  )
+  _refuse(problems)
+  depth = sizes['n_layers']
   fields = {
       **sizes,
       **rope,
       'n_dense_layers': _leading_layers(config, depth, problems),
-      'n_mtp_layers': config.get('num_nextn_predict_layers') or 0,
-      'indexer_rope_interleave': config.get(
-          'indexer_rope_interleave', family.indexer_rope_interleave
-      ),
-      'indexer_types': _indexer_types(config, depth, problems) if family.has_indexer else (),
-      'dtype': 'float32' if stored == 'float32' else 'bfloat16',
+      'n_mtp_layers': _mtp_layers(config, problems),
+      'indexer_rope_interleave': family.indexer_rope_interleave,
+      'dtype': _dtype(config, problems),
   }
-  if problems:
-    raise ConfigError('config.json:\n  ' + '\n  '.join(problems))
+  if family.has_indexer:
+    fields['indexer_types'] = _indexer_types(config, depth, problems)
+    fields['indexer_rope_interleave'] = _interleave(config, family, problems)
+  _refuse(problems)
   try:
     return name, ModelConfig(**fields)
   except (TypeError, ValueError) as error:
     raise ConfigError(f'config.json: {error}') from error
 
 
+def _refuse(problems: list[str]):
+  if problems:
+    raise ConfigError('config.json:\n  ' + '\n  '.join(first_ten(problems)))
+
+
 def _fields(family: Family) -> dict[str, str]:
   return {**family.fields, **(family.indexer_fields if family.has_indexer else {})}
+
+
+def _known(family: Family) -> set[str]:
+  indexer = INDEXER_KEYS if family.has_indexer else ()
+  return {*_fields(family), *family.fixed, *ROPE_KEYS, *LAYER_KEYS, *indexer}
 
 
 def _number(key: str, value: Any, kind: type, problems: list[str]) -> Any:
   if isinstance(value, bool) or not isinstance(value, (int, float) if kind is float else int):
     problems.append(f'{key}={value!r} must be a number.')
   elif not 0 < value < _LARGEST:
-    problems.append(f'{key}={value!r} must be positive.')
+    problems.append(f'{key}={value!r} must be positive and below {_LARGEST}.')
   else:
     return kind(value)
 
 
-def _read_rope(
-    config: dict, family: Family, sizes: dict, problems: list[str]
-) -> dict[str, Any]:
-  """Returns the fields of rotary positions, from `rope_parameters` or the older `rope_scaling`."""
-  rope = config.get('rope_parameters') or config.get('rope_scaling') or {}
-  if not isinstance(rope, dict):
-    problems.append(f'rope_scaling={rope!r} must be an object.')
-    return {}
-  theta = rope.get('rope_theta', config.get('rope_theta'))
-  fields = {'rope_theta': _number('rope_theta', theta, float, problems)}
-  kind = rope.get('rope_type', rope.get('type', 'default'))
-  if kind == 'default':
-    return fields | {'original_seq_len': sizes.get('max_seq_len')}  # No YaRN.
-  if kind != 'yarn':
-    problems.append(f"rope_scaling: type={kind!r} must be 'yarn' or 'default'.")
-    return fields
-  for key, field in family.yarn_fields.items():
-    default = getattr(ModelConfig, field) if key.startswith('beta') else None
-    fields[field] = _number(f'rope_scaling: {key}', rope.get(key, default), _TYPES[field], problems)
-  if rope.get('mscale_all_dim') != fields['mscale']:
-    problems.append(
-        f"rope_scaling: mscale_all_dim={rope.get('mscale_all_dim')!r} must be mscale="
-        f"{fields['mscale']!r}: other ratios scale the rotary channels, which DeepSeek never does."
-    )
-  return fields
+def _dtype(config: dict, problems: list[str]) -> str:
+  """Returns the dtype of activations: bfloat16, unless the weights are of float32."""
+  stored = {config[key] for key in ('dtype', 'torch_dtype') if isinstance(config.get(key), str)}
+  if len(stored) > 1:
+    problems.append(f"dtype={config['dtype']!r} contradicts torch_dtype={config['torch_dtype']!r}.")
+  return 'float32' if 'float32' in stored else 'bfloat16'
+
+
+def _mtp_layers(config: dict, problems: list[str]) -> int:
+  layers = config.get('num_nextn_predict_layers') or 0
+  if isinstance(layers, bool) or not isinstance(layers, int):
+    problems.append(f'num_nextn_predict_layers={layers!r} must be 0 or 1.')
+    return 0
+  return layers
+
+
+def _interleave(config: dict, family: Family, problems: list[str]) -> bool:
+  value = config.get('indexer_rope_interleave')
+  if isinstance(value, bool):
+    return value
+  if value is not None:
+    problems.append(f'indexer_rope_interleave={value!r} must be true or false.')
+  return family.indexer_rope_interleave
 
 
 def _leading_layers(config: dict, depth: int, problems: list[str]) -> int:
@@ -109,21 +136,29 @@ def _leading_layers(config: dict, depth: int, problems: list[str]) -> int:
 
 def _indexer_types(config: dict, depth: int, problems: list[str]) -> tuple[str, ...]:
   """Returns the kind of each layer: as listed, by GLM-5.2's pattern, or by its frequency."""
+  schedules: dict[str, list[str]] = {}
   types = config.get('indexer_types')
-  if types is None and (pattern := config.get('index_topk_pattern')):
-    types = [{'F': 'full', 'S': 'shared'}.get(c, c) for c in pattern]
-  if types is None:
-    every = config.get('index_topk_freq') or 1
+  if types is not None:
+    if not isinstance(types, list) or not all(isinstance(kind, str) for kind in types):
+      problems.append(f"indexer_types={types!r} must be a list of 'full' and 'shared'.")
+      return ()
+    schedules['indexer_types'] = types
+  if pattern := config.get('index_topk_pattern'):
+    schedules['index_topk_pattern'] = [{'F': 'full', 'S': 'shared'}.get(c, c) for c in pattern]
+  if (every := config.get('index_topk_freq')) is not None:
     offset = config.get('index_skip_topk_offset', 2)
     if not isinstance(every, int) or not isinstance(offset, int) or every < 1:
       problems.append(
           f'index_topk_freq={every!r} and index_skip_topk_offset={offset!r} must be counts.'
       )
       return ()
-    types = ['shared' if max(i - offset + 1, 0) % every else 'full' for i in range(depth)]
-  if not isinstance(types, list) or not all(isinstance(kind, str) for kind in types):
-    problems.append(f"indexer_types={types!r} must be a list of 'full' and 'shared'.")
-    return ()
+    schedules['index_topk_freq'] = [
+        'shared' if max(i - offset + 1, 0) % every else 'full' for i in range(depth)
+    ]
+  (first, types), *others = schedules.items() or [('', ['full'] * depth)]
+  for other, theirs in others:
+    if theirs != types:
+      problems.append(f'{other}={config[other]!r} contradicts {first}={config[first]!r}.')
   return () if set(types) == {'full'} and len(types) == depth else tuple(types)
 
 
@@ -137,8 +172,7 @@ def write_config(name: str, cfg: ModelConfig, base: dict[str, Any]) -> dict[str,
       is none.
   """
   family = FAMILIES[name]
-  config = {**family.fixed, 'bos_token_id': 0, 'eos_token_id': 1} | base
-  config |= {'architectures': [family.architecture], 'model_type': name}
+  config = {**family.fixed, **base, 'architectures': [family.architecture], 'model_type': name}
   config |= {key: getattr(cfg, field) for key, field in _fields(family).items()}
   config['num_key_value_heads'] = cfg.n_heads
   if not {'dtype', 'torch_dtype'} & config.keys():
@@ -148,12 +182,20 @@ def write_config(name: str, cfg: ModelConfig, base: dict[str, Any]) -> dict[str,
   if family.lists_indexers:
     config['indexer_rope_interleave'] = cfg.indexer_rope_interleave
     config['indexer_types'] = list(cfg.indexer_types or ('full',) * cfg.n_layers)
-  if 'rope_parameters' in base or 'rope_scaling' in base or 'rope_theta' in base:
-    return config  # Rotation stays as it came: fine-tuning may change sizes, but never this.
-  if cfg.uses_yarn:
-    yarn = {key: getattr(cfg, field) for key, field in family.yarn_fields.items()}
-    config['rope_scaling'] = {'type': 'yarn', 'mscale_all_dim': cfg.mscale, **yarn}
-    config['rope_theta'] = cfg.rope_theta
-  else:
-    config['rope_parameters'] = {'rope_type': 'default', 'rope_theta': cfg.rope_theta}
-  return config
+  if not family.has_indexer:
+    indexer = {*INDEXER_KEYS, *family.indexer_fields, 'index_share_for_mtp_iteration'}
+    config = {key: value for key, value in config.items() if key not in indexer}
+  if _rotates_as(base, cfg):
+    return config  # What it says of rotation stays as it came.
+  config = {key: value for key, value in config.items() if key not in ROPE_KEYS}
+  return config | write_rope(cfg, family)
+
+
+def _rotates_as(base: dict[str, Any], cfg: ModelConfig) -> bool:
+  """Returns whether a config.json describes the model's rotary positions."""
+  if not set(ROPE_KEYS) & base.keys():
+    return False
+  try:
+    return rotation(read_config(base)[1]) == rotation(cfg)
+  except ConfigError:
+    return True  # An earlier version imported it; its model has never been another.

@@ -8,6 +8,7 @@ import numpy as np
 
 from dsa_jax.config import ConfigError
 from dsa_jax.data.batch import Batch
+from dsa_jax.data.seeds import check_seed
 
 
 def make_iterator(
@@ -67,8 +68,7 @@ def _check(source: grain.sources.RandomAccessDataSource, batch_size: int, seed: 
     raise ConfigError(f'{batch_size=} must be at least 1.')
   if batch_size > len(source):
     raise ConfigError(f'{batch_size=} must not exceed the {len(source)} rows of the source.')
-  if seed < 0:
-    raise ConfigError(f'{seed=} must not be negative.')
+  check_seed(seed)
 
 
 def _shuffled(source: grain.sources.RandomAccessDataSource, seed: int) -> grain.MapDataset:

@@ -45,6 +45,11 @@ class Recall:
       raise ConfigError(
           f'{self.n_pairs=} must not exceed {self.n_keys=}: the keys of a row are distinct.'
       )
+    if self.vocab_size > 2**31 - 1:
+      raise ConfigError(
+          f'{self.n_keys=} and {self.n_values=} make {self.vocab_size} tokens; there may be at most '
+          f'{2**31 - 1}.'
+      )
     needed = self.n_pairs + self.n_queries
     if needed > self.seq_len:
       raise ConfigError(

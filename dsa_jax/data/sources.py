@@ -6,6 +6,7 @@ import dataclasses
 from dsa_jax.config import ConfigError
 from dsa_jax.data.corpus import describe_files
 from dsa_jax.data.recall import Recall
+from dsa_jax.data.seeds import check_seed
 from dsa_jax.data.text import VOCAB_SIZE, PackedText, find_files, split_files
 
 SPLITS = ('train', 'validation')
@@ -30,6 +31,10 @@ class DataConfig:
   def __post_init__(self):
     if self.source not in ('text', 'recall'):
       raise ConfigError(f"data.source={self.source!r} must be 'text' or 'recall'.")
+    check_seed(self.seed)
+    for name in ('tokens_per_pair', 'tokens_per_query'):
+      if getattr(self, name) < 1:
+        raise ConfigError(f'{name}={getattr(self, name)} must be at least 1.')
 
   @property
   def vocab_size(self) -> int:

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Packs the bytes of local text files into rows."""
 
-from collections.abc import Sequence
+import collections
+from collections.abc import Collection, Sequence
 import glob
 import hashlib
+import logging
 import os
 import pathlib
 import sysconfig
@@ -12,6 +14,8 @@ import numpy as np
 
 from dsa_jax.config import ConfigError
 from dsa_jax.data.batch import Batch
+from dsa_jax.data.formats import recognise
+from dsa_jax.data.seeds import check_seed
 
 BOS = 256
 PAD = 257
@@ -38,7 +42,7 @@ def find_files(pattern: str | None) -> list[pathlib.Path]:
   """
   if pattern:
     names = glob.glob(os.path.expanduser(pattern), recursive=True)
-    wanted = 'give a glob of files, such as ~/texts/**/*.txt, or None for the standard library'
+    wanted = _better_pattern(os.path.expanduser(pattern))
   else:
     names = _standard_library(sysconfig.get_path('stdlib'))
     wanted = 'this interpreter has no standard library in source form: give a glob of files'
@@ -47,6 +51,16 @@ def find_files(pattern: str | None) -> list[pathlib.Path]:
   if not files:
     raise ConfigError(f'{pattern=} matches no file that holds anything; {wanted}.')
   return sorted(files, key=pathlib.Path.as_posix)
+
+
+def _better_pattern(pattern: str) -> str:
+  """Returns what to give in place of a pattern that matches nothing."""
+  escaped = pattern.replace('[', '[[]')
+  if os.path.isdir(pattern):
+    return f'give a glob of the files in this folder, such as {os.path.join(escaped, "**", "*")}'
+  if '[' in pattern and glob.glob(escaped, recursive=True):
+    return f'give a glob that escapes the brackets of a name: {escaped}'
+  return 'give a glob of files, such as ~/texts/**/*.txt, or None for the standard library'
 
 
 def _standard_library(root: str) -> list[str]:
@@ -79,13 +93,32 @@ def split_files(
     raise ConfigError(f'{validation_share=} must lie between 0 and 1, both excluded.')
   files = list(dict.fromkeys(files))
   if len(files) < 2:
-    raise ConfigError(f'a split by file needs at least 2 different files, got {len(files)}.')
-  ranks = {file: _unit_hash('/'.join(file.parts[-2:]), seed) for file in files}
+    raise ConfigError(
+        f'a split by file needs at least 2 different files, got {len(files)}: cut the text into '
+        'several, one for each document, or with `split --line-bytes=1M FILE part-`.'
+    )
+  names = {file: '/'.join(file.parts[-2:]) for file in files}
+  ranks = {file: _unit_hash(name, seed) for file, name in names.items()}
   n_validation = sum(rank < validation_share for rank in ranks.values())
   n_validation = min(max(n_validation, 1), len(files) - 1)
   ordered = sorted(files, key=lambda file: (ranks[file], file.as_posix()))
   validation = set(ordered[:n_validation])
+  _check_shares(names.values(), n_validation, validation_share)
   return [f for f in files if f not in validation], [f for f in files if f in validation]
+
+
+def _check_shares(names: Collection[str], n_validation: int, wanted: float):
+  """Warns of a split that is far from what was asked for, as where many files share a name."""
+  n, (name, n_namesakes) = len(names), collections.Counter(names).most_common(1)[0]
+  deviation = (n * wanted * (1 - wanted)) ** 0.5
+  if n_namesakes <= n / 2 and abs(n_validation - n * wanted) <= max(1, 3 * deviation):
+    return
+  logging.warning(
+      f'validation has {n_validation} of {n} files ({n_validation / n:.0%}) and training the other '
+      f'{n - n_validation}; validation_share={wanted} asks for {wanted:.0%}. A file goes by the last '
+      f'two parts of its path, and {n_namesakes} are named {name}: rename files, or choose another '
+      'data.seed.'
+  )
 
 
 def _unit_hash(name: str, seed: int) -> float:
@@ -116,8 +149,7 @@ class PackedText:
       raise ConfigError(f'{seq_len=} must be at least 2: one token and its target.')
     if not documents:
       raise ConfigError('no documents to pack: give at least one.')
-    if seed < 0:
-      raise ConfigError(f'{seed=} must not be negative.')
+    check_seed(seed)
     self.seq_len = seq_len
     n_tokens = sum(len(document) + 1 for document in documents)
     self._n_rows = -(-n_tokens // seq_len)
@@ -132,7 +164,23 @@ class PackedText:
 
   @classmethod
   def from_files(cls, files: Sequence[pathlib.Path], seq_len: int, seed: int = 0) -> 'PackedText':
-    return cls([file.read_bytes() for file in files], seq_len, seed)
+    """Packs text files, each as one document.
+
+    Raises:
+      ConfigError: A file holds no plain text, or an argument is out of range.
+    """
+    documents, others = [], []
+    for file in files:
+      documents.append(file.read_bytes())
+      if format := recognise(documents[-1]):
+        others.append(f'{file} ({format})')
+    if others:
+      rest = f' and {len(others) - 10} more' if len(others) > 10 else ''
+      raise ConfigError(
+          f'no plain text: {", ".join(others[:10])}{rest}. Unpack such files or save them as '
+          'UTF-8, or leave them out of the glob.'
+      )
+    return cls(documents, seq_len, seed)
 
   def __len__(self) -> int:
     return self._n_rows

@@ -6,6 +6,7 @@ from dsa_jax.families import deepseek, glm
 FAMILIES = {
     'deepseek_v32': deepseek.V32_FAMILY,
     'deepseek_v3': deepseek.V3_FAMILY,
+    'kimi_k2': deepseek.KIMI_FAMILY,
     'glm_moe_dsa': glm.FAMILY,
 }
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""DeepSeek-V3 and DeepSeek-V3.2, which is V3 with an indexer in every layer."""
+"""DeepSeek-V3, which Kimi K2 is too, and DeepSeek-V3.2, its like with an indexer in every layer."""
 
 import dataclasses
 
@@ -118,3 +118,4 @@ V3_FAMILY = dataclasses.replace(
     has_indexer=False,
     norms='BF16',
 )
+KIMI_FAMILY = dataclasses.replace(V3_FAMILY, sizes={})  # Kimi K2 is a DeepSeek-V3 of other sizes.

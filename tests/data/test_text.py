@@ -1,14 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
 """Finding, splitting and packing text, against rows written out by hand."""
 
+import bz2
+import gzip
+import io
 import json
+import lzma
 import pathlib
+import pickle
+import re
+import tarfile
+import zipfile
 
 import numpy as np
 import pytest
 
+from dsa_jax.config import ConfigError
 from dsa_jax.data import text
 from dsa_jax.data.batch import Batch
+from dsa_jax.data.pipeline import make_iterator
+from dsa_jax.data.sources import DataConfig
 
 BOS, PAD = text.BOS, text.PAD
 
@@ -256,3 +267,150 @@ def test_too_few_files_is_an_error():
   for files in ([], _paths(1), _paths(1) * 2):
     with pytest.raises(ValueError, match=f'at least 2 different files, got {len(set(files))}'):
       text.split_files(files, 0.5)
+
+
+@pytest.mark.parametrize('folder', ['sub', 'v[2]'])
+def test_a_folder_is_told_how_to_name_its_files(corpus, folder):
+  (corpus / 'v[2]').mkdir()
+  (corpus / 'v[2]' / 'c.txt').write_text('ccc')
+  with pytest.raises(ConfigError, match='give a glob of the files in this folder') as error:
+    text.find_files(str(corpus / folder))
+  better = str(error.value).split('such as ')[1].removesuffix('.')
+  assert corpus / folder / 'c.txt' in text.find_files(better)
+
+
+@pytest.mark.parametrize('name', ['v[2].txt', 'v[2]/*.txt', 'v[2]/**/c.txt', 'v[2]/c[d].txt'])
+def test_brackets_of_a_name_are_to_be_escaped(corpus, name):
+  (corpus / 'v[2]').mkdir()
+  for path in ('v[2].txt', 'v[2]/c.txt', 'v[2]/c[d].txt'):
+    (corpus / path).write_text('text')
+  with pytest.raises(ConfigError, match='give a glob that escapes the brackets') as error:
+    text.find_files(str(corpus / name))
+  better = str(error.value).split('of a name: ')[1].removesuffix('.')
+  assert text.find_files(better)
+
+
+def test_one_file_is_told_what_to_do(corpus):
+  with pytest.raises(ConfigError, match='got 1: cut the text into several, .*split --line-bytes'):
+    text.split_files([corpus / 'a.txt'], 0.5)
+
+
+@pytest.mark.parametrize('share', [0.05, 0.5, 0.9])
+def test_files_of_one_name_are_split_with_a_warning(share, caplog):
+  files = [pathlib.Path(f'/books/{i}/data/doc.txt') for i in range(20)]
+  train, validation = text.split_files(files, share)
+  assert {len(train), len(validation)} == {1, 19}
+  [record] = caplog.records
+  assert f'validation has {len(validation)} of 20 files' in record.getMessage()
+  assert f'asks for {share:.0%}' in record.getMessage()
+  assert '20 are named data/doc.txt' in record.getMessage()
+
+
+@pytest.mark.parametrize('n', [2, 20, 1000])
+def test_a_usual_split_warns_of_nothing(n, caplog):
+  text.split_files(_paths(n), 0.2)
+  assert not caplog.records
+
+
+def _parquet() -> bytes:
+  return b'PAR1' + b'\x15\x04abc' * 3 + b'PAR1'
+
+
+def _numpy(save) -> bytes:
+  buffer = io.BytesIO()
+  save(buffer, np.arange(300, dtype=np.uint8) + 1)
+  return buffer.getvalue()
+
+
+def _zip() -> bytes:
+  buffer = io.BytesIO()
+  with zipfile.ZipFile(buffer, 'w') as archive:
+    archive.writestr('a.txt', 'text')
+  return buffer.getvalue()
+
+
+def _tar() -> bytes:
+  buffer = io.BytesIO()
+  with tarfile.open(fileobj=buffer, mode='w') as archive:
+    archive.addfile(tarfile.TarInfo('a.txt'))
+  return buffer.getvalue()
+
+
+WORDS = 'All work and no play makes Jack a dull boy. ' * 20
+OTHERS = {
+    'gzip': gzip.compress(WORDS.encode()),
+    'bzip2': bz2.compress(WORDS.encode()),
+    'bzip2 ': bz2.compress(b''),
+    'xz': lzma.compress(WORDS.encode()),
+    'lzma': lzma.compress(WORDS.encode(), lzma.FORMAT_ALONE),
+    'Zstandard': b'\x28\xb5\x2f\xfd' + b'\x24\x05)' + b'words',
+    'lz4': b'\x04\x22\x4d\x18' + b'words',
+    'zip': _zip(),
+    'tar': _tar(),
+    'Parquet': _parquet(),
+    'numpy': _numpy(np.save),
+    'zip ': _numpy(np.savez),
+    'UTF-16': WORDS.encode('utf-16'),
+    'UTF-16 ': b'\xfe\xff' + WORDS.encode('utf-16-be'),
+    'UTF-32': WORDS.encode('utf-32'),
+    'UTF-32 ': b'\x00\x00\xfe\xff' + WORDS.encode('utf-32-be'),
+    'NUL': WORDS.encode('utf-16-le'),
+    'NUL ': WORDS.encode() * 100 + b'\x00',
+    'git-lfs pointer': b'version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n',
+    **{'pickle' + ' ' * i: pickle.dumps({'text': [WORDS, 1]}, protocol=i) for i in range(6)},
+}
+
+
+@pytest.mark.parametrize('format', OTHERS)
+def test_what_is_no_text_is_refused_by_its_content(corpus, format):
+  """Whatever its name says, and among whatever other files."""
+  for name in ('z.txt', 'z.gz'):
+    (corpus / name).write_bytes(OTHERS[format])
+  data = DataConfig(files=f'{corpus}/**/*', validation_share=0.5)
+  with pytest.raises(ConfigError) as error:
+    for split in ('train', 'validation'):
+      data.rows(8, split)
+  assert re.search(rf'z\.(txt|gz) \([^)]*{format.strip()}', str(error.value))
+  with pytest.raises(ConfigError, match=r'no plain text: .*z.txt \(.*, .*z.gz \('):
+    text.PackedText.from_files([corpus / 'z.txt', corpus / 'a.txt', corpus / 'z.gz'], seq_len=8)
+
+
+def test_a_long_list_of_other_files_is_cut(corpus):
+  files = [corpus / f'{i}.gz' for i in range(13)]
+  for file in files:
+    file.write_bytes(OTHERS['gzip'])
+  with pytest.raises(ConfigError, match=r'9.gz \(gzip\) and 3 more\. Unpack'):
+    text.PackedText.from_files(files, seq_len=8)
+
+
+@pytest.mark.parametrize(
+    'content',
+    [
+        b'\xef\xbb\xbf' + WORDS.encode(), 'größer, 大'.encode(), 'größer'.encode('latin-1'), b'.',
+        b'N.', b'PAR1 is how Parquet begins', b'BZh9 too', b'PK', b'\x80', b'I am.', b'abc.',
+        b'ORC', b'(lp0\n', b'7z', b'%PDF',
+    ],
+    ids=repr,
+)  # fmt: skip
+def test_texts_of_all_kinds_are_read(corpus, content):
+  (corpus / 'a.txt').write_bytes(content)
+  source = text.PackedText.from_files([corpus / 'a.txt'], seq_len=1 + len(content) or 2)
+  assert bytes(source[0].tokens[1:].tolist()) == content
+
+
+@pytest.mark.parametrize('seed', [2**32, 2**63, 2**64])
+def test_seeds_out_of_range(seed):
+  for make in (
+      lambda: DataConfig(seed=seed),
+      lambda: text.PackedText([b'abc'], 8, seed),
+      lambda: make_iterator(text.PackedText([b'abc'], 2), 1, seed),
+  ):
+    with pytest.raises(ConfigError, match=f'seed={seed} must be at most 4294967295'):
+      make()
+
+
+def test_other_integers_out_of_range():
+  with pytest.raises(ConfigError, match='tokens_per_pair=0 must be at least 1'):
+    DataConfig(source='recall', tokens_per_pair=0)
+  with pytest.raises(ConfigError, match='n_keys=.* and .*n_values=.* make .* tokens'):
+    DataConfig(source='recall', n_keys=2**20, n_values=2**20).vocab_size

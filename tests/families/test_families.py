@@ -30,7 +30,8 @@ def test_sizes_are_those_of_the_released_config(name):
   family, model = read_config(released.CONFIGS[name])
   assert name in FAMILIES[family].sizes
   assert model.n_mtp_layers == 1
-  assert dataclasses.replace(model, n_mtp_layers=0) == SIZES[name]
+  assert dataclasses.replace(model, n_mtp_layers=0, rope_type='') == SIZES[name]
+  assert model.uses_yarn == SIZES[name].uses_yarn
 
 
 @pytest.mark.parametrize('name', SIZES)
@@ -75,7 +76,7 @@ def test_a_new_family_is_one_more_entry(monkeypatch):
 
 def few_layers(model: ModelConfig) -> ModelConfig:
   return dataclasses.replace(
-      model, n_layers=2, n_dense_layers=1, n_mtp_layers=1, n_routed_experts=16
+      model, n_layers=2, n_dense_layers=1, n_mtp_layers=1, n_routed_experts=16, rope_type='yarn'
   )
 
 

@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every key of a config.json is read, is known to change nothing, or is refused by its name."""
+
+import json
+import pathlib
+
+import numpy as np
+import pytest
+import released
+
+from dsa_jax.config import ConfigError
+from dsa_jax.convert.config_json import read_config, write_config
+from dsa_jax.nn.rope import rope_frequencies
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+# What stands in released files beside the keys of `released.CONFIGS`.
+BESIDE = {
+    'architectures': ['X'], 'auto_map': {'AutoConfig': 'configuration_deepseek.DeepseekV3Config'},
+    'attention_bias': False, 'attention_dropout': 0.0, 'aux_loss_alpha': 0.001, 'bos_token_id': 0,
+    'eos_token_id': [1, 2], 'pad_token_id': None, 'ep_size': 1, 'hidden_act': 'silu',
+    'initializer_range': 0.02, 'moe_layer_freq': 1, 'norm_topk_prob': True, 'pretraining_tp': 1,
+    'scoring_func': 'sigmoid', 'seq_aux': True, 'tie_word_embeddings': False,
+    'topk_method': 'noaux_tc', 'torch_dtype': 'bfloat16', 'transformers_version': '4.44.2',
+    'use_cache': True, 'rope_interleave': True, '_name_or_path': 'x', 'mlp_bias': False,
+    'quantization_config': {
+        'activation_scheme': 'dynamic', 'fmt': 'e4m3', 'quant_method': 'fp8', 'scale_fmt': 'ue8m0',
+        'weight_block_size': [128, 128],
+    },
+}  # fmt: skip
+YARN = released.V32['rope_scaling']
+SIZES = {'head_dim': 8, 'qk_head_dim': 24, 'num_key_value_heads': 4}
+
+
+def read(**changes):
+  return read_config(released.V32 | changes)[1]
+
+
+@pytest.mark.parametrize('name', released.CONFIGS)
+def test_released_files_are_read(name):
+  config = released.CONFIGS[name]
+  heads = {
+      'num_key_value_heads': config['num_attention_heads'],
+      'head_dim': config['qk_rope_head_dim'],
+      'qk_head_dim': config['qk_nope_head_dim'] + config['qk_rope_head_dim'],
+  }
+  more = {'index_share_for_mtp_iteration': True, 'index_topk_pattern': None} if 'glm' in name else {}
+  assert read_config(config | BESIDE | heads | more) == read_config(config)
+
+
+@pytest.mark.parametrize('path', sorted(ROOT.glob('parity/*/config.json')), ids=lambda p: p.parent.name)
+def test_what_transformers_writes_is_read(path):
+  read_config(json.loads(path.read_text()))
+
+
+def test_kimi_k2_is_a_deepseek_v3():
+  config = released.CONFIGS['v3'] | BESIDE | {
+      'model_type': 'kimi_k2', 'num_hidden_layers': 61, 'n_routed_experts': 384, 'n_group': 1,
+      'topk_group': 1, 'first_k_dense_replace': 1, 'num_nextn_predict_layers': 0,
+      'rope_theta': 50000.0, 'routed_scaling_factor': 2.827, 'num_attention_heads': 64,
+      'rope_scaling': YARN | {'factor': 32.0, 'beta_fast': 1.0, 'original_max_position_embeddings': 4096},
+  }  # fmt: skip
+  family, model = read_config(config)
+  assert (family, model.n_routed_experts, model.rope_factor) == ('kimi_k2', 384, 32.0)
+  written = write_config(family, model, config)
+  assert written['architectures'] == ['DeepseekV3ForCausalLM']
+  assert read_config(written) == (family, model)
+
+
+@pytest.mark.parametrize(
+    'changes',
+    [
+        {'rope_scaling': YARN | {'attention_factor': 1.0, 'truncate': True, 'rope_theta': 10000}},
+        {'rope_scaling': YARN | {'rope_type': 'yarn', 'extrapolation_factor': 1, 'attn_factor': 1}},
+        {'rope_scaling': YARN | {'partial_rotary_factor': 1.0, 'attention_factor': None}},
+        {'rope_parameters': YARN | {'rope_theta': 10000}, 'rope_scaling': None},
+        {'rope_parameters': YARN | {'rope_theta': 10000}},  # Both say the same.
+        {'original_max_position_embeddings': 64},
+        {'partial_rotary_factor': 8 / 24, 'head_dim': 24},
+        {'layer_types': ['full_attention'] * 3},
+        {'layer_types': ['deepseek_sparse_attention'] * 3},
+        {'sliding_window': None, 'use_sliding_window': False, 'qkv_bias': False},
+        {'num_local_experts': 4, 'dtype': 'bfloat16', **SIZES},
+        {'index_topk_freq': 1, 'indexer_types': ['full'] * 3},
+    ],
+    ids=repr,
+)
+def test_neutral_values_change_nothing(changes):
+  assert read(**changes) == read()
+
+
+@pytest.mark.parametrize(
+    'changes, message',
+    [
+        ({'rope_scaling': YARN | {'attention_factor': 1.5}}, 'attention_factor=1.5 must be 1'),
+        ({'rope_scaling': YARN | {'truncate': False}}, 'truncate=False must be True'),
+        ({'rope_scaling': YARN | {'mrope_section': [1, 2]}}, 'mrope_section=.* is unknown'),
+        ({'rope_scaling': YARN | {'factor': 0.5}}, 'factor=0.5 must be at least 1'),
+        ({'rope_scaling': YARN | {'rope_type': 'default'}}, "contradicts rope_type='yarn'"),
+        ({'rope_scaling': YARN | {'rope_theta': 1e6}}, 'rope_theta=10000 contradicts'),
+        ({'rope_scaling': {'type': 'default', 'factor': 40}}, 'factor=40 must be 1'),
+        ({'rope_scaling': {'type': 'default', 'beta_fast': 32}}, 'beta_fast=32 is unknown'),
+        ({'rope_scaling': {'type': 'longrope'}}, "type='longrope' must be 'yarn' or 'default'"),
+        ({'rope_parameters': {'rope_theta': 10000}}, 'contradict each other'),
+        ({'rope_parameters': YARN | {'factor': 4}}, 'factor=40 contradicts factor=4'),
+        ({'rope_parameters': YARN | {'truncate': False}}, 'contradict each other'),
+        ({'rope_parameters': {'full_attention': YARN}, 'rope_scaling': None}, 'full_attention='),
+        ({'original_max_position_embeddings': 128}, 'original_max_position_embeddings=128'),
+        ({'partial_rotary_factor': 0.5}, 'partial_rotary_factor=0.5 must be 1'),
+        ({'rope_scaling': YARN | {'partial_rotary_factor': 0.5}}, 'partial_rotary_factor=0.5'),
+        ({'rope_interleave': False}, 'rope_interleave=False must be True'),
+        ({'rotary_pct': 0.25}, 'rotary_pct=0.25 is unknown'),
+        ({'attn_logit_softcapping': 30.0}, 'attn_logit_softcapping=30.0 is unknown'),
+        ({'sliding_window': 128}, 'sliding_window=128 is unknown'),
+        ({'use_qk_norm': True}, 'use_qk_norm=True must be False'),
+        ({'o_proj_bias': True}, 'o_proj_bias=True is unknown'),
+        ({'embedding_multiplier': 12.0}, 'embedding_multiplier=12.0 is unknown'),
+        ({'hc_mult': 4}, 'hc_mult=4 is unknown'),
+        ({'head_dim': 7}, 'head_dim=7 must be 8 or 24 or 12'),
+        ({'num_key_value_heads': 2}, 'num_key_value_heads=2 must be 4'),
+        ({'layer_types': ['full_attention', 'sliding_attention', 'full_attention']}, 'layer_types='),
+        ({'indexer_types': ['full'] * 3, 'index_topk_freq': 2}, 'index_topk_freq=2 contradicts'),
+        ({'indexer_rope_interleave': 'yes'}, "indexer_rope_interleave='yes' must be true or false"),
+        ({'num_nextn_predict_layers': '1'}, "num_nextn_predict_layers='1' must be 0 or 1"),
+        ({'dtype': 'float32'}, "dtype='float32' contradicts torch_dtype='bfloat16'"),
+        ({'quantization_config': {'quant_method': 'awq', 'bits': 4}}, "quant_method='awq' must be 'fp8'"),
+        ({'quantization_config': {'quant_method': 'compressed-tensors'}}, 'compressed-tensors'),
+        ({'quantization_config': {'quant_method': 'fp8', 'weight_block_size': [1, 32]}}, r'\[1, 32\]'),
+    ],
+    ids=repr,
+)
+def test_other_values_are_refused_by_name(changes, message):
+  with pytest.raises(ConfigError, match=message):
+    read(**changes)
+
+
+def test_a_dense_family_has_no_keys_of_an_indexer():
+  with pytest.raises(ConfigError, match='index_topk=8 is unknown'):
+    read_config(released.V3 | {'index_topk': 8})
+  family, model = read_config(released.V32)
+  assert read_config(write_config('deepseek_v3', model, released.V32))[0] == 'deepseek_v3'
+
+
+@pytest.mark.parametrize('length', [16, 64, 65, 512])
+def test_yarn_goes_by_its_type_whatever_the_length(length):
+  """`max_position_embeddings` is the longest context, and no switch."""
+  model, usual = read(max_position_embeddings=length), read()
+  assert model.uses_yarn and model.rope_type == 'yarn'
+  np.testing.assert_array_equal(rope_frequencies(model), rope_frequencies(usual))
+  assert model.sm_scale == usual.sm_scale
+  for base in ({}, released.V32 | {'max_position_embeddings': length}):
+    written = write_config('deepseek_v32', model, base)
+    assert written['rope_scaling']['type'] == 'yarn'
+    assert read_config(written)[1] == model
+
+
+@pytest.mark.parametrize('length', [16, 512])
+def test_no_yarn_goes_by_its_type_too(length):
+  model = read(rope_scaling=None, max_position_embeddings=length)
+  assert not model.uses_yarn and model.rope_type == 'default'
+  assert read_config(write_config('deepseek_v32', model, {}))[1] == model
+
+
+def test_a_model_that_rotates_otherwise_than_its_source_says_so():
+  model = read(rope_theta=5000.0)
+  assert read_config(write_config('deepseek_v32', model, released.V32))[1] == model

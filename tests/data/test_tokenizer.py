@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a tokenizer.json and the files beside it say of a text's beginning and end."""
+
+import json
+
+import pytest
+import tokenizers
+
+from dsa_jax.config import ConfigError
+from dsa_jax.data.tokenizer import Bytes, find_tokenizer
+
+BOS, EOS, UNK, A, B = range(5)
+WORDS = {'<s>': BOS, '</s>': EOS, '[UNK]': UNK, 'a': A, 'b': B}
+NAMED = {'as a string': '<s>', 'as an object': {'__type': 'AddedToken', 'content': '<s>'}}
+
+
+def write(folder, *, template: str = '', change=lambda tokenizer: None, **files):
+  """Writes tokenizer.json and, from keyword arguments, the JSON files beside it."""
+  tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(WORDS, '[UNK]'))
+  tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+  tokenizer.add_special_tokens(['<s>', '</s>'])
+  if template:
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        single=template, special_tokens=[('<s>', BOS), ('</s>', EOS)]
+    )
+  change(tokenizer)
+  tokenizer.save(str(folder / 'tokenizer.json'))
+  for name, values in files.items():
+    (folder / f'{name}.json').write_text(json.dumps(values))
+
+
+def load(folder, **config):
+  return find_tokenizer(folder, {'source': {'config': config}})
+
+
+def test_bytes_where_there_is_no_tokenizer(tmp_path):
+  assert isinstance(load(tmp_path), Bytes)
+
+
+@pytest.mark.parametrize('bos', NAMED.values(), ids=NAMED)
+@pytest.mark.parametrize('template', ['', '<s> $A'], ids=['', 'template'])
+@pytest.mark.parametrize('prompt', ['a b', '<s>a b', '<s> <s>a b'])
+def test_a_text_begins_once_where_the_config_asks_for_it(tmp_path, bos, template, prompt):
+  write(tmp_path, template=template, tokenizer_config={'add_bos_token': True, 'bos_token': bos})
+  assert load(tmp_path).encode(prompt) == [BOS, A, B]
+
+
+@pytest.mark.parametrize('config', [{}, {'add_bos_token': None, 'bos_token': '<s>'}], ids=repr)
+def test_where_the_config_does_not_ask_the_template_decides(tmp_path, config):
+  write(tmp_path, tokenizer_config=config)
+  assert load(tmp_path).encode('a b') == [A, B]
+  assert load(tmp_path).encode('<s>a b') == [BOS, A, B]
+  write(tmp_path, template='<s> $A', tokenizer_config=config)
+  assert load(tmp_path).encode('a b') == load(tmp_path).encode('<s>a b') == [BOS, A, B]
+  (tmp_path / 'tokenizer_config.json').unlink()
+  assert load(tmp_path).encode('<s>a b') == [BOS, A, B]
+
+
+def test_what_the_config_declines_is_not_added(tmp_path):
+  declined = {'add_bos_token': False, 'bos_token': '<s>'}
+  write(tmp_path, template='<s> $A </s>', tokenizer_config=declined)
+  assert load(tmp_path).encode('a b') == [A, B, EOS]
+  assert load(tmp_path).encode('<s>a b') == [BOS, A, B, EOS]
+
+
+def test_a_beginning_of_two_marks_is_kept_whole(tmp_path):
+  write(tmp_path, template='</s> <s> $A')
+  assert load(tmp_path).encode('a') == load(tmp_path).encode('</s><s>a') == [EOS, BOS, A]
+  write(tmp_path, template='</s> $A', tokenizer_config={'add_bos_token': True, 'bos_token': '<s>'})
+  assert load(tmp_path).encode('a') == [BOS, EOS, A]
+
+
+def test_the_name_of_the_beginning_may_stand_elsewhere(tmp_path):
+  write(tmp_path, tokenizer_config={'add_bos_token': True}, special_tokens_map={'bos_token': '<s>'})
+  assert load(tmp_path).encode('a') == [BOS, A]
+  (tmp_path / 'special_tokens_map.json').unlink()
+  assert load(tmp_path, bos_token_id=BOS).encode('a') == [BOS, A]
+  with pytest.raises(ConfigError, match='bos_token=None is no token of tokenizer.json'):
+    load(tmp_path, bos_token_id=A)
+
+
+def test_an_ordinary_id_is_never_taken_for_the_beginning(tmp_path):
+  """Many config.json files have a bos_token_id that no tokenizer gave them."""
+  write(tmp_path)
+  assert load(tmp_path, bos_token_id=A).encode('a a b') == [A, A, B]
+
+
+def test_a_beginning_that_is_no_token(tmp_path):
+  write(tmp_path, tokenizer_config={'add_bos_token': True, 'bos_token': '<bos>'})
+  with pytest.raises(ConfigError, match="add_bos_token is true, but bos_token='<bos>' is no token"):
+    load(tmp_path)
+  write(tmp_path, tokenizer_config={'add_bos_token': 'yes', 'bos_token': '<s>'})
+  with pytest.raises(ConfigError, match="add_bos_token='yes' must be true or false"):
+    load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    'change',
+    [
+        lambda tokenizer: tokenizer.enable_truncation(2),
+        lambda tokenizer: tokenizer.enable_truncation(2, direction='left'),
+        lambda tokenizer: tokenizer.enable_padding(length=40),
+        lambda tokenizer: tokenizer.enable_padding(direction='left', pad_to_multiple_of=32),
+    ],
+    ids=['truncation', 'from the left', 'padding', 'padding on the left'],
+)
+def test_what_the_file_was_used_for_does_not_change_what_is_read(tmp_path, change):
+  write(tmp_path, change=change, template='<s> $A')
+  assert load(tmp_path).encode('a b ' * 9) == [BOS] + [A, B] * 9
+
+
+def test_random_merges_are_off(tmp_path):
+  vocab, merges = {'a': 0, 'b': 1, 'ab': 2}, [('a', 'b')]
+  model = tokenizers.models.BPE(vocab, merges, dropout=1.0)
+  tokenizers.Tokenizer(model).save(str(tmp_path / 'tokenizer.json'))
+  assert load(tmp_path).encode('abab') == [2, 2]
+
+
+@pytest.mark.parametrize(
+    'here, there, stop',
+    [
+        (None, 1, (1,)),
+        (1, None, (1,)),
+        (1, [1, 3], (1, 3)),
+        ([2, 1], 3, (2, 1, 3)),
+        ([1], [], (1,)),
+        (None, None, ()),
+    ],
+)
+def test_stop_ids_are_united(tmp_path, here, there, stop):
+  write(tmp_path, generation_config={'eos_token_id': there, 'temperature': 0.6})
+  assert load(tmp_path, eos_token_id=here).stop == stop
+
+
+def test_stop_ids_by_name_where_no_file_has_them(tmp_path):
+  write(tmp_path, tokenizer_config={'eos_token': '</s>'})
+  assert load(tmp_path).stop == (EOS,)
+  assert load(tmp_path, eos_token_id=4).stop == (4,)
+
+
+@pytest.mark.parametrize(
+    'name, content, message',
+    [
+        ('generation_config.json', '{', 'generation_config.json is no JSON'),
+        ('generation_config.json', '{"eos_token_id": "</s>"}', 'must be an id or a list'),
+        ('tokenizer_config.json', '[]', 'must hold a JSON object; it holds a list'),
+        ('tokenizer.json', 'version https://git-lfs.github.com/spec/v1\noid', 'git lfs pull'),
+    ],
+)
+def test_damaged_files_are_named(tmp_path, name, content, message):
+  write(tmp_path)
+  (tmp_path / name).write_text(content)
+  with pytest.raises(ConfigError, match=message):
+    load(tmp_path)
