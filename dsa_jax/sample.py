@@ -14,12 +14,13 @@ from absl import app, flags
 from dsa_jax.config import ConfigError
 from dsa_jax.inference.cache import FORMATS
 from dsa_jax.inference.sampler import Sampler
+from dsa_jax.selection import RULES
 from dsa_jax.training.compilation_cache import compilation_cache
 
 
 def main(_):
   logging.getLogger('absl').setLevel(logging.ERROR)  # Silences orbax's INFO logs.
-  sampler_flags = {name: flag.value for name, flag in SAMPLER.items() if flag.value}
+  sampler_flags = {name: flag.value for name, flag in SAMPLER.items() if flag.value is not None}
   drawing = {name: flag.value for name, flag in DRAWING.items() if flag.value is not None}
   try:
     with compilation_cache(COMPILATION_CACHE.value):
@@ -55,11 +56,17 @@ if __name__ == '__main__':
   )
   SAMPLER = {
       'attention': flags.DEFINE_enum(
-          'attention', '', ['', 'sparse', 'masked', 'dense'],
+          'attention', None, ['sparse', 'masked', 'dense'],
           'How to attend; default: sparse, or dense if the indexer was never trained.',
       ),
+      'index_topk': flags.DEFINE_integer(
+          'index_topk', None, "How many tokens each token selects; default: the model's budget."
+      ),
+      'rule': flags.DEFINE_enum(
+          'rule', None, list(RULES), "What selects them; default: the rule of the run, or 'indexer'."
+      ),
       'cache': flags.DEFINE_enum(
-          'cache', '', ['', *FORMATS], "Format of the cache; default: the model's dtype."
+          'cache', None, FORMATS, "Format of the cache; default: the model's dtype."
       ),
       'capacity': flags.DEFINE_integer(
           'capacity', 0, 'Tokens of the cache; 0: all that the model can read.'

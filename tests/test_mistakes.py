@@ -122,7 +122,8 @@ def own_position_is_forced(patch):
 
 @mistake(law('selection_reaches_output', 'xla', 'sparse'), sparse)
 def selection_is_dead(patch):
-  patch.setitem(selection.RULES, 'indexer', selection.RULES['window_sinks'])
+  rules = {**selection.RULES, 'indexer': selection.RULES['window_sinks']}
+  patch.setattr(selection, 'RULES', rules)  # Setting an item would forget all that is compiled.
 
 
 @mistake(law('selection_reaches_output', 'xla', 'masked'), masked)

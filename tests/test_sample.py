@@ -15,16 +15,20 @@ import numpy as np
 import pytest
 import tokenizers
 
+from configs import quickstart
 from dsa_jax import sample
+from dsa_jax.config import ConfigError
 from dsa_jax.data.text import BOS, VOCAB_SIZE
 from dsa_jax.data.tokenizer import Bytes, Pretrained
 from dsa_jax.inference.extend import extend
-from dsa_jax.inference.load import has_trained_indexer
+from dsa_jax.inference.load import StoredModel, find_checkpoint, load_checkpoint, load_model
 from dsa_jax.inference.sampler import SampleConfig, Sampler, draw, draw_and_read, read_chunk
 from dsa_jax.nn.attention.types import Mode
+from dsa_jax.selection import RULES
 from dsa_jax.training.checkpoint import Checkpoints, Progress
 from dsa_jax.training.optim import OptimConfig
 from dsa_jax.training.state import new_state
+from dsa_jax.training.workdir import write_config
 
 CFG = dataclasses.replace(laws.CFG, vocab_size=VOCAB_SIZE, max_seq_len=48)
 PROMPTS = [[3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5], [2, 7], [1, 8, 2, 8, 1, 8]]
@@ -239,7 +243,7 @@ def test_an_untrained_indexer_selects_nothing(tmp_path, stage, want):
 def test_a_converted_model_without_indexers_is_dense():
   names = {'embed': 'BF16', 'blocks/attn/wkv_a': 'BF16'}
   trained = [
-      has_trained_indexer(pathlib.Path('v3'), {'source': {'dtypes': dtypes}})
+      StoredModel(pathlib.Path('v3'), None, {'source': {'dtypes': dtypes}}).has_trained_indexer
       for dtypes in (names, names | {'blocks/attn/indexer/wk': 'BF16'})
   ]
   assert trained == [False, True]
@@ -255,17 +259,18 @@ def test_command(tmp_path):
   """It prints what the sampler returns, up to a stop token; and a mistake in one line."""
   folder = save_run(tmp_path)
   (tmp_path / 'prompt.txt').write_text('hello')
-  sampler, drawing = Sampler.load(folder, capacity=40), {'max_new_tokens': 20, 'temperature': 1.0}
+  sampler = Sampler.load(folder, capacity=40, rule='random', index_topk=2)
+  drawing = {'max_new_tokens': 20, 'temperature': 1.0}
   [ids] = sampler.generate([Bytes().encode('hello')], SampleConfig(**drawing))
   stop = next(i for i in ids[5:] if i not in ids[:5])
   flags = f'--checkpoint={folder}', '--capacity=40', '--max_new_tokens=20', '--temperature=1'
-  flags += ('--compilation_cache=off',)
+  flags += '--rule=random', '--index_topk=2'
   done = command(*flags, f'--prompt=@{tmp_path}/prompt.txt', f'--stop={stop}')
   assert done.returncode == 0, done.stderr
   assert done.stdout == sampler('hello', **drawing, stop=(stop,))
   assert done.stdout != sampler('hello', **drawing, stop=())
   assert 'sparse attention]' in done.stderr
-  done = command(*flags, '--prompt=' + 'x' * 30)
+  done = command(*flags, '--compilation_cache=off', '--prompt=' + 'x' * 30)
   assert done.returncode == 1 and 'Traceback' not in done.stderr
   assert 'error: prompt 0 has 31 tokens and 20 are to follow' in done.stderr
 
@@ -346,8 +351,47 @@ def test_checkpoint_of_another_config(tmp_path):
     Sampler.load(save_run(tmp_path, kv_lora_rank=16))
   with pytest.raises(ValueError, match='is a run: choose .*/checkpoints/ENTRY, ENTRY one of sparse'):
     Sampler.load(tmp_path)
-  with pytest.raises(ValueError, match='neither a converted checkpoint nor'):
+  with pytest.raises(ConfigError, match='is a run: choose .*/checkpoints/ENTRY, ENTRY one of sparse'):
+    Sampler.load(tmp_path / 'checkpoints')
+  with pytest.raises(ConfigError, match='there is no checkpoint folder .*/nothing'):
     Sampler.load(tmp_path / 'nothing')
+  (tmp_path / 'empty').mkdir()
+  with pytest.raises(ConfigError, match='empty is neither a converted checkpoint nor'):
+    Sampler.load(tmp_path / 'empty')
+  (tmp_path / 'empty' / 'config.json').write_text('{"model_type": "deepseek_v32"}')
+  with pytest.raises(ConfigError, match='in its released form. Convert it first: python -m'):
+    Sampler.load(tmp_path / 'empty')
+  for folder in 'gs://bucket/run/checkpoints/sparse', pathlib.Path('s3://bucket/run'):
+    with pytest.raises(ConfigError, match='is not on a disk of this machine'):
+      Sampler.load(folder)
+
+
+def test_a_checkpoint_is_the_same_however_it_is_spelled(tmp_path, monkeypatch):
+  folder = save_run(tmp_path / 'run')
+  (tmp_path / 'link').symlink_to(folder)
+  moved = tmp_path / 'run' / 'checkpoints' / 'moved'
+  folder.rename(tmp_path / 'elsewhere')
+  folder.symlink_to(tmp_path / 'elsewhere')
+  moved.symlink_to(tmp_path / 'elsewhere')
+  spellings = {
+      '.': ('run/checkpoints/sparse', 'run/checkpoints/sparse/', './run/../run/checkpoints/sparse', 'link',
+            str(folder), folder, 'run/checkpoints/sparse/1', 'run/checkpoints/moved'),
+      'run/checkpoints': ('sparse', './sparse', 'sparse/1', '../checkpoints/sparse'),
+  }  # fmt: skip
+  for place, paths in spellings.items():
+    monkeypatch.chdir(tmp_path / place)
+    for path in paths:
+      assert load_checkpoint(path).cfg == CFG, path
+      assert find_checkpoint(path).folder.name in ('sparse', 'moved'), path
+
+
+def test_an_earlier_step_is_loaded_by_its_folder(tmp_path):
+  folder = save_run(tmp_path)
+  params = jax.tree.map(lambda x: x + 1, laws.weights(CFG))
+  with Checkpoints(folder) as checkpoints:
+    checkpoints.save(2, new_state(params, ('backbone',), OptimConfig(), seed=0), Progress({}, 0.0))
+  first, latest = (load_checkpoint(path).norm.scale[...] for path in (folder / '1', folder))
+  np.testing.assert_array_equal(first + 1, latest)
 
 
 def test_damaged_tokenizer(tmp_path):
@@ -367,3 +411,77 @@ def test_several_tokens_of_decoding_at_once(model, sampler):
   logits = model.logits(step(prefix.cache))[:, -1]
   whole = sampler.read([p + d for p, d in zip(PROMPTS, drafts.tolist())], 1)
   np.testing.assert_allclose(logits, whole.logits, atol=1e-5)
+
+
+# What selects, and how much.
+
+
+@pytest.mark.parametrize('rule', RULES)
+def test_rule_and_budget_are_those_of_a_whole_pass(tmp_path, rule):
+  folder, tokens = save_run(tmp_path), jnp.asarray([PROMPTS[0] * 3], jnp.int32)
+  sampler = Sampler.load(folder, index_topk=3, rule=rule, capacity=40, chunk=4)
+  assert sampler.cfg.index_topk == 3 and sampler.rule == rule
+  end = jnp.arange(1, tokens.shape[1] + 1, dtype=jnp.int32)[None]
+  mode = Mode(attention='sparse', backend='xla', rule=rule)
+  model = laws.model_of(laws.weights(CFG), dataclasses.replace(CFG, index_topk=3))
+  want = model(tokens, jnp.zeros_like(end), end, mode).logits[0, -1]
+  np.testing.assert_allclose(sampler.read(tokens.tolist()).logits[0], want, atol=1e-5)
+  assert np.abs(Sampler.load(folder, capacity=40).read(tokens.tolist()).logits[0] - want).max() > 1e-3
+
+
+def test_a_run_is_sampled_by_its_own_rule(tmp_path):
+  folder = save_run(tmp_path)
+  record = json.loads((tmp_path / 'config.json').read_text())
+  stages = {'sparse': {'stage': 'sparse'}}
+  (tmp_path / 'config.json').write_text(json.dumps(record | {'selection': 'random', 'stages': stages}))
+  assert Sampler.load(folder).rule == 'random'
+  assert Sampler.load(folder, rule='oracle').rule == 'oracle'
+  stages = {'sparse': {'stage': 'dense'}}  # An indexer that was never trained; others need no training.
+  (tmp_path / 'config.json').write_text(json.dumps(record | {'stages': stages}))
+  assert Sampler.load(folder).attention == 'dense'
+  assert Sampler.load(folder, rule='window_sinks').attention == 'sparse'
+  for ignored in {'index_topk': 3}, {'rule': 'indexer'}, {'rule': 'random', 'attention': 'dense'}:
+    with pytest.raises(ConfigError, match='would change nothing, because attention is dense'):
+      Sampler.load(folder, **ignored)
+
+
+def test_a_run_is_loaded_with_another_rule_and_budget(tmp_path):
+  config = quickstart.get_config('tiny')
+  config.workdir = str(tmp_path)
+  config.model.update(dataclasses.asdict(dataclasses.replace(CFG, max_seq_len=64)))
+  write_config(config, tmp_path)
+  state = new_state(laws.weights(CFG), ('backbone',), OptimConfig(), seed=0)
+  with Checkpoints(tmp_path / 'checkpoints' / 'sparse') as checkpoints:
+    checkpoints.save(1, state, Progress({}, 0.0))
+  model, recipe = load_model(tmp_path, 'sparse', index_topk=3, rule='oracle')
+  assert recipe.selection == 'oracle' and recipe.model == model.cfg
+  assert model.cfg.index_topk == model.block(1).attn.cfg.index_topk == 3
+  assert load_model(tmp_path, 'sparse')[1].selection == 'indexer'
+  with pytest.raises(ConfigError, match="rule 'best' must be one of"):
+    load_model(tmp_path, 'sparse', rule='best')
+
+
+def test_what_would_be_ignored_is_refused(model, tmp_path):
+  folder = save_run(tmp_path)
+  for module in model, model.block(1).attn, model.block(1).attn.indexer, model.block(1).ffn:
+    with pytest.raises(ConfigError, match=r'load_model\(..., index_topk=8\)'):
+      module.cfg = dataclasses.replace(CFG, index_topk=8)
+    assert module.cfg == CFG
+  for topk in 0, -1, CFG.max_seq_len + 1:
+    with pytest.raises(ConfigError, match=f'index_topk={topk} must be within 1 and cfg.max_seq_len=48'):
+      load_checkpoint(folder, index_topk=topk)
+  with pytest.raises(ConfigError, match="rule 'best' must be one of"):
+    Sampler.load(folder, rule='best')
+  with pytest.raises(ConfigError, match="rule='random' selects nothing under attention='dense'"):
+    Sampler(model, rule='random', attention='dense')
+  done = command(f'--checkpoint={folder}', '--prompt=a', '--index_topk=0', '--compilation_cache=off')
+  assert done.returncode == 1 and 'error: index_topk=0 must be within 1' in done.stderr
+
+
+def test_a_rule_under_a_known_name_takes_its_place(model, monkeypatch):
+  """Programs of the earlier rule are forgotten, as a notebook expects that defines it again."""
+  read = lambda: Sampler(model, rule='mine', capacity=40).read(PROMPTS[:1]).logits
+  monkeypatch.setitem(RULES, 'mine', RULES['window_sinks'])
+  before = read()
+  monkeypatch.setitem(RULES, 'mine', RULES['random'])
+  assert np.abs(read() - before).max() > 1e-3

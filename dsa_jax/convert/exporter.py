@@ -19,7 +19,7 @@ from dsa_jax.convert.files import CODES, DTYPES, SINGLE, write_file, write_index
 from dsa_jax.convert.importer import SCALE, Advance
 from dsa_jax.convert.tensors import Array, Path, Tensor, arrays_of, mtp_copies
 from dsa_jax.families import FAMILIES
-from dsa_jax.inference.load import read_record
+from dsa_jax.inference.load import find_checkpoint
 from dsa_jax.training.checkpoint import latest_checkpoint, open_tree
 
 QUANTIZATION = {  # What DeepSeek's config.json says of FP8.
@@ -72,9 +72,9 @@ def open_checkpoint(folder: pathlib.Path, family: str = '') -> Checkpoint:
   Raises:
     ConfigError: The folder is no checkpoint, or the family cannot hold it.
   """
-  record = read_record(folder)
-  model = ModelConfig(**record['model'])
-  origin = record.get('source', {})
+  stored = find_checkpoint(folder)
+  model = ModelConfig(**stored.record['model'])
+  origin = stored.record.get('source', {})
   usual = _usual_family(model)
   family = family or origin.get('family', usual)
   if family not in FAMILIES:
@@ -82,7 +82,7 @@ def open_checkpoint(folder: pathlib.Path, family: str = '') -> Checkpoint:
   traits = FAMILIES[family]
   if traits.has_indexer and traits.indexer_rope_interleave != model.indexer_rope_interleave:
     raise ConfigError(f'{family=} rotates index channels in another way: export as {usual!r}.')
-  step = latest_checkpoint(folder)
+  step = latest_checkpoint(stored.step or stored.folder)
   flat = open_tree(step / 'state')
   stores = {path[1:]: store for path, store in flat.items() if path[0] == 'params'}
   scales = open_tree(step / 'scales') if (step / 'scales').is_dir() else {}
@@ -94,7 +94,7 @@ def open_checkpoint(folder: pathlib.Path, family: str = '') -> Checkpoint:
   ]
   if wrong:
     raise ConfigError(f'{folder} lacks, or has in another shape: {wrong}.')
-  return Checkpoint(folder, family, model, origin, arrays, stores, scales)
+  return Checkpoint(stored.folder, family, model, origin, arrays, stores, scales)
 
 
 def _usual_family(model: ModelConfig) -> str:

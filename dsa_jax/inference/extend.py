@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, DTypeLike, Float, Int
+from jaxtyping import Array, DTypeLike, Float, Int, Key
 import numpy as np
 
 from dsa_jax.config import ConfigError, ModelConfig
@@ -20,6 +20,7 @@ from dsa_jax.nn.attention.types import Attention, Views
 from dsa_jax.nn.block import Block, add
 from dsa_jax.nn.indexer import IndexInputs
 from dsa_jax.nn.transformer import Transformer, are_full, layers_of_stacks, with_every_indexer
+from dsa_jax.selection import Candidates, check_rule, find_rule
 
 
 class Reading(NamedTuple):
@@ -38,11 +39,11 @@ def extend(
     *,
     attention: Attention,
     backend: str,
+    rule: str = 'indexer',
 ) -> Reading:
   """Reads up to T new tokens of each sequence, and keeps them in the cache.
 
-  The numbers are those of one pass over the whole text. T, the capacity and the other sequences of
-  the batch change only the cost.
+  Pieces of any size, in any batch, give the numbers of one pass over the whole text.
 
   Args:
     model: The model.
@@ -51,19 +52,19 @@ def extend(
     n_new: New tokens of each sequence. Those that the cache has no room for are lost.
     attention: 'sparse'; 'masked', the same numbers at the cost of 'dense'; or 'dense'.
     backend: Which kernels run.
+    rule: What selects, a key of `dsa_jax.selection.RULES`.
   """
-  if attention not in typing.get_args(Attention):
-    raise ConfigError(f'{attention=} must be one of {typing.get_args(Attention)}.')
+  _check(attention, rule)
   cfg, capacity, n_tokens = model.cfg, cache.capacity(model.cfg), tokens.shape[1]
   position = cache.length[:, None] + jnp.arange(n_tokens, dtype=jnp.int32)
   counted = (jnp.arange(n_tokens) < n_new[:, None]) & (position < capacity)
   at, end = jnp.where(counted, position, -1), jnp.where(counted, position + 1, 0)
   packs = packs_all_keys(backend, n_tokens, cfg.index_topk, capacity)
-  in_one_op = attention == 'sparse' and packs and not cfg.shares_indexers
+  in_one_op = attention == 'sparse' and rule == 'indexer' and packs and not cfg.shares_indexers
 
   def layer(carry, inputs):
     x, kv, index_key, selected = carry
-    block, i, slot, is_full = inputs
+    block, i, slot, is_full, key = inputs
     span, index_span = (i * capacity, capacity), (slot * capacity, capacity)
     views = block.attn.views(block.attn_norm(x), jnp.zeros_like(end), end)
     kv = storage.write(kv, views.kv, at, span)
@@ -73,7 +74,8 @@ def extend(
       out, selected = select_and_attend(views, kv, span, index_key, index_span, end, cfg, backend)
     else:
       if attention != 'dense' and block.attn.indexer is not None:
-        own = lambda: select(views.index, index_key, index_span, end, cfg.index_topk, backend)
+        args = views, kv, span, index_key, index_span, end, cfg, backend, rule, key
+        own = lambda: select(*args)
         selected = jax.lax.cond(is_full, own, lambda: selected)
       out = attend(views.absorbed_q, kv, span, selected, end, cfg, attention, backend)
     x, _ = block.feed_forward(add(x, block.attn.from_latents(out)), counted)
@@ -91,20 +93,71 @@ def extend(
   return Reading(model.norm(x), Cache(kv, index_key, length), jnp.concatenate(selections))
 
 
-def layers_of(model: Transformer) -> Iterator[tuple[Block, np.ndarray, np.ndarray, np.ndarray]]:
-  """Yields, for each stack, its blocks, their numbers, their index keys' slots, and which are full.
+def _check(attention: str, rule: str):
+  check_rule(rule)
+  if attention not in typing.get_args(Attention):
+    raise ConfigError(f'{attention=} must be one of {typing.get_args(Attention)}.')
 
-  A layer that shares another's selection has the slot of the layer that owns it.
-  """
+
+class Layers(NamedTuple):
+  """The layers of a stack, as `extend` scans them."""
+
+  blocks: Block
+  number: np.ndarray  # Of each layer, counted from the first one of the model.
+  # Which index keys of the cache are a layer's own, or those of the layer whose selection it shares.
+  slot: np.ndarray
+  is_full: np.ndarray  # Whether a layer selects for itself.
+  keys: Key[Array, 'L']  # For rules that draw lots. They are those of a pass without a cache.
+
+
+def layers_of(model: Transformer) -> Iterator[Layers]:
+  """Yields the layers of each stack that the model has."""
   full = are_full(model.cfg, range(model.cfg.n_layers))
   slot = np.maximum(np.cumsum(full) - 1, 0)
+  keys = model.layer_keys()
   for name, layers in layers_of_stacks(model.cfg).items():
     if blocks := getattr(model, name):
       i = np.arange(layers.start, layers.stop)
-      yield with_every_indexer(blocks, full[i]), i, slot[i], full[i]
+      yield Layers(with_every_indexer(blocks, full[i]), i, slot[i], full[i], keys[i])
 
 
 def select(
+    views: Views,
+    kv: Store,
+    span: Span,
+    index_key: Store,
+    index_span: Span,
+    end: Int[Array, 'B T'],
+    cfg: ModelConfig,
+    backend: str,
+    rule: str,
+    key: Key[Array, ''],
+) -> Int[Array, 'B T K']:
+  """Returns the positions that a rule selects from what the cache holds of a layer.
+
+  The main attention is shown to the rule in MQA form, the only one that the cache has.
+  """
+  index = views.index
+  if rule == 'indexer':
+    return select_by_scores(index, index_key, index_span, end, cfg.index_topk, backend)
+  candidates = Candidates(
+      index_q=index_key.match(index.q),
+      index_k=storage.read_layer(index_key, index_span).decode(index.q.dtype),
+      index_weights=index.weights,
+      q=kv.match(views.absorbed_q),
+      k=storage.read_layer(kv, span).decode(views.kv.dtype)[:, :, None],
+      start=jnp.zeros_like(end),
+      end=end,
+      key=key,
+      choice=None,
+      sm_scale=cfg.sm_scale,
+      topk=cfg.index_topk,
+      backend=backend,
+  )
+  return find_rule(rule)(candidates)
+
+
+def select_by_scores(
     index: IndexInputs,
     store: Store,
     span: Span,
@@ -112,7 +165,7 @@ def select(
     topk: int,
     backend: str,
 ) -> Int[Array, 'B T {topk}']:
-  """Returns the positions with the highest index scores."""
+  """Returns the positions with the highest index scores; copies no index key where it can."""
   q, keys = index.q, store.as_array(index.q.dtype)
   if keys is None:
     q, keys = store.match(q), storage.read_layer(store, span).decode(q.dtype)

@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Loads a model in one call, from a converted checkpoint or from a run."""
 
-import json
+from collections.abc import Iterator
+import dataclasses
+import os
 import pathlib
-from typing import Any
+import re
+from typing import Any, NamedTuple, NoReturn
 
 from flax import nnx
 from jax.sharding import Mesh
@@ -11,69 +14,157 @@ from ml_collections import ConfigDict
 
 from dsa_jax.config import ConfigError, ModelConfig
 from dsa_jax.nn.transformer import Transformer
+from dsa_jax.selection import check_rule
 from dsa_jax.training.checkpoint import restore_params
 from dsa_jax.training.recipe import Recipe, read_recipe
 from dsa_jax.training.state import abstract_params, model_graph
+from dsa_jax.training.workdir import read_config
+
+Folder = str | pathlib.Path
+
+
+class StoredModel(NamedTuple):
+  """A checkpoint on disk."""
+
+  folder: pathlib.Path  # The folder of a converted checkpoint, or RUN/checkpoints/ENTRY.
+  step: pathlib.Path | None  # The step below it that was asked for. None: the latest one.
+  record: dict[str, Any]  # Its own config.json, or that of the run.
+
+  @property
+  def rule(self) -> str:
+    """What selected while it was trained."""
+    return self.record.get('selection', 'indexer')
+
+  @property
+  def has_trained_indexer(self) -> bool:
+    """Whether a converted checkpoint had an indexer, or a run's stage is not `dense`."""
+    if 'source' in self.record:
+      return any('indexer' in path for path in self.record['source']['dtypes'])
+    return self.record.get('stages', {}).get(self.folder.name, {}).get('stage') != 'dense'
 
 
 def load_checkpoint(
-    folder: str | pathlib.Path, *, mesh: Mesh | None = None, dtype: str = 'float32'
+    folder: Folder,
+    *,
+    index_topk: int | None = None,
+    mesh: Mesh | None = None,
+    dtype: str = 'float32',
 ) -> Transformer:
   """Returns the model of a converted checkpoint, or of a run's `checkpoints/<entry>`.
 
   Args:
-    folder: The checkpoint.
+    folder: The checkpoint, or one step of it.
+    index_topk: How many tokens each token selects. None stands for what the model was trained with.
     mesh: Devices to split the weights over. Each reads its own share only. None stands for the
       first device.
     dtype: The dtype of matrices, whatever they are stored in. Norms and the router's bias are
       float32.
 
   Raises:
-    ConfigError: The folder holds no checkpoint, or the mesh does not divide its weights.
+    ConfigError: The folder holds no checkpoint, the mesh does not divide its weights, or an argument
+      is out of range.
   """
-  folder = pathlib.Path(folder).expanduser()
-  cfg = ModelConfig(**read_record(folder)['model'])
-  params = restore_params(folder, abstract_params(cfg, mesh=mesh, dtype=dtype))
+  stored = find_checkpoint(folder)
+  cfg = _with_budget(ModelConfig(**stored.record['model']), index_topk)
+  params = restore_params(stored.step or stored.folder, abstract_params(cfg, mesh=mesh, dtype=dtype))
   return nnx.merge(model_graph(cfg), params)
 
 
-def read_record(folder: pathlib.Path) -> dict[str, Any]:
-  """Returns the config.json of a converted checkpoint, or of the run that a checkpoint is from."""
-  for path in (folder / 'config.json', folder.parent.parent / 'config.json'):
-    if path.exists():
-      break
-  else:
-    raise ConfigError(f'{folder} is neither a converted checkpoint nor RUN/checkpoints/ENTRY.')
-  if (folder / 'checkpoints').is_dir():
-    entries = ', '.join(sorted(p.name for p in (folder / 'checkpoints').iterdir()))
-    raise ConfigError(
-        f'{folder} is a run: choose {folder}/checkpoints/ENTRY, ENTRY one of {entries}.'
-    )
-  return json.loads(path.read_text())
-
-
-def has_trained_indexer(folder: pathlib.Path, record: dict[str, Any]) -> bool:
-  """Returns whether a converted checkpoint had an indexer, or a run's stage is not `dense`."""
-  if 'source' in record:
-    return any('indexer' in path for path in record['source']['dtypes'])
-  return record.get('stages', {}).get(folder.name, {}).get('stage') != 'dense'
-
-
-def load_model(workdir: str | pathlib.Path, entry: str) -> tuple[Transformer, Recipe]:
+def load_model(
+    workdir: Folder, entry: str, *, index_topk: int | None = None, rule: str | None = None
+) -> tuple[Transformer, Recipe]:
   """Returns the model as one entry of a finished recipe left it, and the recipe.
 
   Args:
     workdir: The folder of a run.
     entry: A name in its recipe, such as 'dense', 'warmup' or 'sparse'.
+    index_topk: How many tokens each token selects. None stands for what the model was trained with.
+    rule: What selects them, a key of `dsa_jax.selection.RULES`. None stands for the run's own. It is
+      the `selection` of the recipe that is returned.
 
   Raises:
-    ConfigError: The folder is no workdir, or the entry has no checkpoint.
+    ConfigError: The folder is no workdir, the entry has no checkpoint, or an argument is out of range.
   """
-  path = pathlib.Path(workdir).expanduser() / 'config.json'
-  if not path.exists():
-    raise ConfigError(f'{workdir} is not the workdir of a run: it has no config.json.')
-  config = json.loads(path.read_text()) | {'workdir': str(workdir)}
-  recipe = read_recipe(ConfigDict(config))
+  _check_local(workdir)
+  workdir = pathlib.Path(workdir).expanduser()
+  recipe = read_recipe(ConfigDict(read_config(workdir) | {'workdir': str(workdir)}))
   if entry not in recipe.stages:
     raise ConfigError(f'{entry=} must be one of the recipe, {tuple(recipe.stages)}.')
-  return load_checkpoint(recipe.checkpoint_folder(entry)), recipe
+  if rule is not None:
+    check_rule(rule)
+  model = load_checkpoint(recipe.checkpoint_folder(entry), index_topk=index_topk)
+  return model, dataclasses.replace(recipe, model=model.cfg, selection=rule or recipe.selection)
+
+
+def find_checkpoint(folder: Folder) -> StoredModel:
+  """Returns what a path names: a converted checkpoint, RUN/checkpoints/ENTRY, or a step of either.
+
+  The path may be relative, hold `..`, or lead over links.
+
+  Raises:
+    ConfigError: It names none of them.
+  """
+  _check_local(folder)
+  typed = pathlib.Path(folder).expanduser()
+  for path in _spellings(typed):
+    step = path if path.name.isdigit() and (path / 'state').is_dir() else None
+    entry = path if step is None else path.parent
+    for home in (entry, entry.parent.parent) if entry.parent.name == 'checkpoints' else (entry,):
+      if path.is_dir() and (home / 'config.json').is_file():
+        return _checked(StoredModel(entry, step, read_config(home)))
+  if path.name == 'checkpoints' and (path.parent / 'config.json').is_file():
+    _refuse_run(path.parent)
+  if not typed.is_dir():
+    raise ConfigError(f'there is no checkpoint folder {typed}.')
+  raise ConfigError(f'{typed} is neither a converted checkpoint nor RUN/checkpoints/ENTRY.')
+
+
+def _spellings(path: pathlib.Path) -> Iterator[pathlib.Path]:
+  """Yields the absolute path, where each link leads in turn, and where all links lead.
+
+  An entry may be a link to another disk, and a link may lead to an entry.
+  """
+  path, links = pathlib.Path(os.path.abspath(path)), set()
+  while path.is_symlink() and path not in links:
+    yield path
+    links.add(path)
+    path = pathlib.Path(os.path.abspath(path.parent / path.readlink()))
+  yield path
+  yield pathlib.Path(os.path.realpath(path))
+
+
+def _checked(stored: StoredModel) -> StoredModel:
+  folder, record = stored.folder, stored.record
+  if (folder / 'checkpoints').is_dir():
+    _refuse_run(folder)
+  if 'model_type' in record:
+    raise ConfigError(
+        f'{folder} is a checkpoint in its released form. Convert it first: python -m dsa_jax.convert '
+        f'{folder} TARGET'
+    )
+  if 'model' not in record:
+    raise ConfigError(f'the config.json of {folder} describes no model of this package.')
+  return stored
+
+
+def _refuse_run(folder: pathlib.Path) -> NoReturn:
+  entries = ', '.join(sorted(p.name for p in (folder / 'checkpoints').iterdir()))
+  raise ConfigError(
+      f'{folder} is a run: choose {folder}/checkpoints/ENTRY, ENTRY one of {entries}.'
+  )
+
+
+def _check_local(folder: Folder):
+  if scheme := re.match(r'(\w{2,}):/', str(folder)):
+    raise ConfigError(
+        f'{folder} is not on a disk of this machine. Copy it to one: checkpoints of {scheme[1]}:// are '
+        'not read from there.'
+    )
+
+
+def _with_budget(cfg: ModelConfig, index_topk: int | None) -> ModelConfig:
+  if index_topk is None:
+    return cfg
+  if not 1 <= index_topk <= cfg.max_seq_len:
+    raise ConfigError(f'{index_topk=} must be within 1 and {cfg.max_seq_len=}.')
+  return dataclasses.replace(cfg, index_topk=index_topk)

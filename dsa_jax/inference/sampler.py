@@ -18,10 +18,11 @@ from dsa_jax.config import ConfigError
 from dsa_jax.data.tokenizer import Bytes, Tokenizer, find_tokenizer
 from dsa_jax.inference.cache import FORMATS, Cache, init_cache
 from dsa_jax.inference.extend import extend
-from dsa_jax.inference.load import has_trained_indexer, load_checkpoint, read_record
+from dsa_jax.inference.load import find_checkpoint, load_checkpoint
 from dsa_jax.kernels.backend import check_backend, default_backend
 from dsa_jax.nn.attention.types import Attention
 from dsa_jax.nn.transformer import Transformer
+from dsa_jax.selection import check_rule
 
 CHUNK = 512  # Tokens of a prompt that are read at a time.
 TPU_CHUNK = 4096  # The same on a TPU, whose kernels pack all keys anew for each chunk.
@@ -76,6 +77,7 @@ class Sampler:
       *,
       capacity: int = 0,
       attention: Attention = 'sparse',
+      rule: str = 'indexer',
       cache: str = '',
       chunk: int | None = None,
       backend: str = '',
@@ -88,6 +90,7 @@ class Sampler:
       capacity: Tokens that a sequence may have, its prompt included. 0 stands for the model's
         `max_seq_len`.
       attention: 'sparse', 'masked' or 'dense'; see `extend`.
+      rule: What selects, a key of `dsa_jax.selection.RULES`. Dense attention has none but the default.
       cache: The format of the cache, see `init_cache`. '' stands for the dtype of the activations.
       chunk: Tokens of a prompt that are read at a time. None stands for 512, and for 4096 on a TPU.
       backend: Which kernels run. '' stands for the platform's default.
@@ -95,9 +98,13 @@ class Sampler:
     Raises:
       ValueError: An argument is out of range.
     """
-    self.cfg, self.tokenizer, self.attention = model.cfg, tokenizer or Bytes(), attention
+    self.cfg, self.tokenizer = model.cfg, tokenizer or Bytes()
+    self.attention, self.rule = attention, rule
     if attention not in typing.get_args(Attention):
       raise ConfigError(f'{attention=} must be one of {typing.get_args(Attention)}.')
+    check_rule(rule)
+    if attention == 'dense' and rule != 'indexer':
+      raise ConfigError(f"{rule=} selects nothing under {attention=}: use 'sparse' or 'masked'.")
     if not 0 <= capacity <= model.cfg.max_seq_len:
       raise ConfigError(f'{capacity=} must be within 0 and the {model.cfg.max_seq_len=}.')
     self.capacity = capacity or model.cfg.max_seq_len
@@ -111,18 +118,47 @@ class Sampler:
     if self._chunk < 1:
       raise ConfigError(f'{chunk=} must be at least 1.')
     graph, self._params = nnx.split(model)
-    self._static = {'graph': graph, 'attention': attention, 'backend': backend}
+    self._static = {'graph': graph, 'attention': attention, 'backend': backend, 'rule': rule}
 
   @classmethod
-  def load(cls, folder: str | pathlib.Path, **kwargs) -> 'Sampler':
+  def load(
+      cls,
+      folder: str | pathlib.Path,
+      *,
+      index_topk: int | None = None,
+      rule: str | None = None,
+      attention: Attention | None = None,
+      **kwargs,
+  ) -> 'Sampler':
     """Returns a sampler for a converted checkpoint, or for RUN/checkpoints/ENTRY.
 
-    Unless `kwargs` say otherwise, attention is sparse, but dense if the indexer was never trained.
+    Args:
+      folder: The checkpoint.
+      index_topk: How many tokens each token selects. None stands for the model's own budget.
+      rule: What selects them. None stands for the rule of the run, or else the indexer.
+      attention: None stands for 'sparse', but for 'dense' if what selects is an indexer that was
+        never trained.
+      **kwargs: The other arguments of the class.
+
+    Raises:
+      ConfigError: There is no such checkpoint, or an argument is out of range or without effect.
     """
-    folder = pathlib.Path(folder).expanduser()
-    record = read_record(folder)
-    kwargs = {'attention': 'sparse' if has_trained_indexer(folder, record) else 'dense'} | kwargs
-    return cls(load_checkpoint(folder), find_tokenizer(folder, record), **kwargs)
+    stored = find_checkpoint(folder)
+    learned = (rule or stored.rule) == 'indexer'
+    if attention is None:
+      attention = 'dense' if learned and not stored.has_trained_indexer else 'sparse'
+    if attention == 'dense':
+      given = {'index_topk': index_topk, 'rule': rule}
+      if ignored := [f'{name}={value!r}' for name, value in given.items() if value is not None]:
+        raise ConfigError(
+            f'{", ".join(ignored)} would change nothing, because attention is dense: it was asked for, '
+            f"or the indexer of {folder} was never trained. Give attention='sparse', too, or a rule "
+            'that needs no training.'
+        )
+    selects = 'indexer' if attention == 'dense' else rule or stored.rule
+    model = load_checkpoint(folder, index_topk=index_topk)
+    tokenizer = find_tokenizer(stored.folder, stored.record)
+    return cls(model, tokenizer, rule=selects, attention=attention, **kwargs)
 
   def __call__(self, prompt: str, **kwargs) -> str:
     """Returns the continuation of one text; see SampleConfig for the arguments."""
@@ -287,10 +323,13 @@ def _read(
     graph: nnx.GraphDef,
     attention: Attention,
     backend: str,
+    rule: str,
 ) -> tuple[Float[Array, 'B W'], Cache]:
   """Reads one chunk of every text; a text without new tokens keeps the logits that it had."""
   model = nnx.merge(graph, params)
-  reading = extend(model, cache, tokens, n_new, attention=attention, backend=backend)
+  reading = extend(
+      model, cache, tokens, n_new, attention=attention, backend=backend, rule=rule
+  )
   last = jnp.maximum(n_new - 1, 0)[:, None, None]
   hidden = jnp.take_along_axis(reading.hidden, last, axis=1)
   new = model.logits(hidden)[:, 0]
@@ -298,7 +337,7 @@ def _read(
 
 
 # Both programs belong to the module, so that all samplers share what is compiled.
-STATIC = 'graph', 'attention', 'backend'
+STATIC = 'graph', 'attention', 'backend', 'rule'
 read_chunk = jax.jit(_read, static_argnames=STATIC, donate_argnames='cache')
 
 
@@ -316,14 +355,14 @@ def draw_and_read(
     graph: nnx.GraphDef,
     attention: Attention,
     backend: str,
+    rule: str,
 ) -> tuple[Int[Array, 'B'], Float[Array, 'B W'], Cache]:
   """Draws a token for every text, and reads it where the text is running."""
   position_keys = jax.vmap(jax.random.fold_in)(keys, cache.length)
   ids = draw(logits, position_keys, temperature, top_k, top_p)
   n_new = running.astype(jnp.int32)
-  logits, cache = _read(
-      params, cache, ids[:, None], n_new, logits, graph=graph, attention=attention, backend=backend
-  )
+  static = {'graph': graph, 'attention': attention, 'backend': backend, 'rule': rule}
+  logits, cache = _read(params, cache, ids[:, None], n_new, logits, **static)
   return ids, logits, cache
 
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from dsa_jax.config import ModelConfig
+from dsa_jax.nn.fixed import Configured
 from dsa_jax.nn.norms import LayerNorm
 from dsa_jax.nn.rope import apply_rope, rope_frequencies
 from dsa_jax.params import IndexerParam, param
@@ -23,7 +24,7 @@ class IndexInputs(NamedTuple):
   weights: Float[Array, 'B T I']
 
 
-class LightningIndexer(nnx.Module):
+class LightningIndexer(Configured):
   """Scores which earlier tokens matter to each query. It learns by distillation only.
 
   Its inputs are detached, so that its loss never reaches the main model.
@@ -36,7 +37,7 @@ class LightningIndexer(nnx.Module):
     self.wk = weight((d, j), ('embed', None), std=d**-0.5)
     self.k_norm = LayerNorm(j, kind=IndexerParam, eps=1e-6)
     self.weights_proj = weight((d, i), ('embed', 'index_heads'), std=d**-0.5)
-    self.cfg = cfg
+    self._cfg = cfg
 
   def __call__(
       self,

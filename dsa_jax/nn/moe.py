@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int
 from dsa_jax.config import ModelConfig
 from dsa_jax.kernels.grouped_matmul.op import grouped_matmul
 from dsa_jax.kernels.xla.rows import map_rows
+from dsa_jax.nn.fixed import Configured
 from dsa_jax.nn.mlp import MLP, swiglu
 from dsa_jax.parallel import collectives, ragged, shard
 from dsa_jax.parallel.mesh import BATCH, MESH_AXES, OWNERS
@@ -18,7 +19,7 @@ from dsa_jax.params import BackboneParam, RouterBias, param
 TOKENS_AT_ONCE = 2**14  # Over all devices that share the experts; one may receive them all.
 
 
-class MoE(nnx.Module):
+class MoE(Configured):
   """Sends every token to a few experts and to the shared expert, and drops none."""
 
   def __init__(self, cfg: ModelConfig, *, out_scale: float, rngs: nnx.Rngs):
@@ -31,7 +32,7 @@ class MoE(nnx.Module):
     self.w2 = param(BackboneParam, (x, f, d), outward, std=out_scale * f**-0.5, rngs=rngs)
     shared = cfg.n_shared_experts * f
     self.shared = MLP(d, shared, out_std=out_scale * shared**-0.5, rngs=rngs)
-    self.cfg = cfg
+    self._cfg = cfg
 
   def __call__(
       self, x: Float[Array, 'B T D'], counted: Float[Array, 'B T']

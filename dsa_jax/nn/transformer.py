@@ -14,6 +14,7 @@ import numpy as np
 from dsa_jax.config import ConfigError, ModelConfig
 from dsa_jax.nn.attention.types import Measures, Mode, Shared
 from dsa_jax.nn.block import MTP, Block, LayerReport
+from dsa_jax.nn.fixed import Configured
 from dsa_jax.nn.norms import RMSNorm
 from dsa_jax.nn.remat import rematerialized
 from dsa_jax.parallel import collectives, shard
@@ -44,7 +45,7 @@ class Output(NamedTuple):
     return jax.tree.map(lambda *x: jnp.concatenate(x), *stacks)
 
 
-class Transformer(nnx.Module):
+class Transformer(Configured):
   """A DeepSeek-V3.2 decoder."""
 
   def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs):
@@ -56,7 +57,7 @@ class Transformer(nnx.Module):
     self.norm = RMSNorm(d, eps=cfg.norm_eps)
     self.head = param(BackboneParam, (d, w), ('embed', 'vocab'), std=0.02, rngs=rngs)
     self.mtp = MTP(cfg, rngs=rngs) if cfg.n_mtp_layers else None
-    self.cfg = cfg
+    self._cfg = cfg
 
   def __call__(
       self,
@@ -80,7 +81,7 @@ class Transformer(nnx.Module):
       key: The random state of rules that draw. None stands for a fixed one.
       choice: The number of the rule that selects, if `mode.rule` names several.
     """
-    keys = jax.random.split(jax.random.key(0) if key is None else key, self.cfg.n_layers + 1)
+    keys = self.layer_keys(key)
     x, reports, selections = self.embedded(tokens), {}, None
     if self.cfg.shares_indexers:  # Nothing is selected before the first layer, which is full.
       nothing = jnp.full((*tokens.shape, self.cfg.index_topk), -1, jnp.int32)
@@ -98,6 +99,10 @@ class Transformer(nnx.Module):
       following, reports['mtp'] = self.mtp(hidden, following, start, end, keys[-1], mode, choice)
       mtp_logits = self.logits(following)
     return Output(self.logits(hidden), mtp_logits, reports)
+
+  def layer_keys(self, key: Key[Array, ''] | None = None) -> Key[Array, 'L']:
+    """Returns the random state of each layer and, as the last, that of the MTP layer."""
+    return jax.random.split(jax.random.key(0) if key is None else key, self.cfg.n_layers + 1)
 
   def logits(self, hidden: Float[Array, 'B T D']) -> Float[Array, 'B T W']:
     """The float32 logits of normed hidden states."""

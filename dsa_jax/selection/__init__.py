@@ -8,15 +8,32 @@ import functools
 
 import jax
 
+from dsa_jax.config import ConfigError
 from dsa_jax.selection import lightning, oracle, streaming, uniform
 from dsa_jax.selection.candidates import Candidates, Rule
 
-RULES: dict[str, Rule] = {
+
+class Rules(dict[str, Rule]):
+  """The rules by name. A name may be given to another rule at any time, as a notebook does."""
+
+  def __setitem__(self, name: str, rule: Rule):
+    if self.get(name, rule) is not rule:
+      jax.clear_caches()  # Programs that were compiled with the earlier rule go by its name.
+    super().__setitem__(name, rule)
+
+
+RULES = Rules({
     'indexer': lightning.indexer,
     'window_sinks': streaming.window_sinks,
     'random': uniform.random,
     'oracle': oracle.largest_mass,
-}
+})
+
+
+def check_rule(name: str):
+  """Raises ConfigError if there is no rule of that name."""
+  if name not in RULES:
+    raise ConfigError(f'selection rule {name!r} must be one of {tuple(RULES)}.')
 
 
 def find_rule(name: str | tuple[str, ...]) -> Rule:

@@ -12,13 +12,15 @@ class Candidates(NamedTuple):
   """One layer's queries and keys, as the indexer sees them and as the main attention does.
 
   What a rule does not use is compiled away. The indexer's arrays are None in a layer without one.
+  The main attention's have one key for each head, or in front of a cache one latent for all heads
+  (G = 1, MQA form); their products are the same. A query's own position is `end - 1`.
   """
 
   index_q: Float[Array, 'B T I J'] | None
   index_k: Float[Array, 'B S J'] | None
   index_weights: Float[Array, 'B T I'] | None
   q: Float[Array, 'B T H E']
-  k: Float[Array, 'B S H E']
+  k: Float[Array, 'B S G E']
   start: Int[Array, 'B T']
   end: Int[Array, 'B T']
   key: Key[Array, '']  # It differs from layer to layer and from step to step.

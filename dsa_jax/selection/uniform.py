@@ -11,20 +11,23 @@ from dsa_jax.selection.candidates import Candidates
 
 
 def random(c: Candidates) -> Int[Array, 'B T K']:
-  """Selects visible keys uniformly; `c.key` determines which."""
-  batch, n_rows = c.start.shape
-  positions = jnp.broadcast_to(jnp.arange(n_rows, dtype=jnp.int32), (batch, n_rows))
+  """Selects visible keys uniformly.
+
+  `c.key`, the row of the batch and the positions of query and key determine which, so a text may be
+  read whole or in pieces.
+  """
+  batch = len(c.start)
   keys = jnp.arange(c.k.shape[1], dtype=jnp.uint32)
   row = jnp.arange(batch, dtype=jnp.uint32)[:, None, None]
   salt = jax.random.bits(c.key, dtype=jnp.uint32)
 
   def select(rows):
-    positions, start, end = rows
-    seed = _mix(_mix(salt + row) + positions[..., None].astype(jnp.uint32))
+    start, end = rows
+    seed = _mix(_mix(salt + row) + (end[..., None] - 1).astype(jnp.uint32))
     lots = _mix(seed + keys) >> 8  # 24 bits are exact in float32.
     return select_topk(lots.astype(jnp.float32), start, end, topk=c.topk)
 
-  return map_rows(select, (positions, c.start, c.end), block=64)
+  return map_rows(select, (c.start, c.end), block=64)
 
 
 def _mix(x):

@@ -149,22 +149,25 @@ class Checkpoints:
 
 
 def latest_checkpoint(folder: pathlib.Path) -> pathlib.Path:
-  """Returns the latest step in a stage's folder.
+  """Returns the latest step in a stage's folder, or the folder itself if it is a step.
 
   Raises:
     ConfigError: There is none.
   """
+  folder = folder.resolve()  # Orbax and tensorstore refuse paths with `..`.
+  if folder.name.isdigit() and (folder / 'state').is_dir():
+    return folder
   if not folder.is_dir():
     raise ConfigError(f'there is no checkpoint folder {folder}.')
   with Checkpoints(folder) as checkpoints:
     step = checkpoints.latest_step
   if step is None:
     raise ConfigError(f'{folder} holds no checkpoint.')
-  return folder.absolute() / str(step)
+  return folder / str(step)
 
 
 def restore_params(folder: pathlib.Path, like: nnx.State) -> nnx.State:
-  """Returns the parameters of the latest step in a stage's folder, without optimiser and step.
+  """Returns the parameters of a step, or of the latest one in a stage's folder.
 
   Raises:
     ConfigError: There is no checkpoint, or it is of a model with other shapes.

@@ -17,6 +17,7 @@ from dsa_jax.inference.cache import bytes_per_token, init_cache
 from dsa_jax.inference.extend import extend
 from dsa_jax.inference.storage import QuantizedKeys, QuantizedLatents, rotate
 from dsa_jax.nn.attention.types import Mode
+from dsa_jax.selection import RULES
 
 CONFIGS = {
     'deepseek': laws.CFG,
@@ -33,25 +34,28 @@ def tokens_of(cfg: ModelConfig) -> np.ndarray:
 
 
 @functools.cache
-def whole_pass(name: str, attention: str):
+def whole_pass(name: str, attention: str, rule: str = 'indexer'):
   """Logits and selections of a pass without a cache."""
   cfg = CONFIGS[name]
   tokens = jnp.asarray(tokens_of(cfg))
   end = jnp.broadcast_to(jnp.arange(1, 28, dtype=jnp.int32), tokens.shape)
-  mode = Mode(attention=attention, backend='xla', measure=('indexer',))
+  mode = Mode(attention=attention, backend='xla', rule=rule, measure=(rule,))
   forward = jax.jit(lambda params: laws.model_of(params, cfg)(tokens, jnp.zeros_like(tokens), end, mode))
   out = forward(laws.weights(cfg))
-  return np.asarray(out.logits), laws.selected(out)
+  return np.asarray(out.logits), np.asarray(out.measures(rule).indices)
 
 
-@functools.partial(jax.jit, static_argnames=('cfg', 'attention', 'backend'), donate_argnums=1)
-def step(params, cache, tokens, n_new, cfg, attention, backend='xla'):
+@functools.partial(jax.jit, static_argnames=('cfg', 'attention', 'backend', 'rule'), donate_argnums=1)
+def step(params, cache, tokens, n_new, cfg, attention, backend='xla', rule='indexer'):
   model = laws.model_of(params, cfg)
-  reading = extend(model, cache, tokens, n_new, attention=attention, backend=backend)
+  reading = extend(model, cache, tokens, n_new, attention=attention, backend=backend, rule=rule)
   return model.logits(reading.hidden), reading.selected, reading.cache
 
 
-def read(name, attention, cuts, *, lengths=LENGTHS, capacity=27, rows=(0, 1, 2), fmt='float32', whole_lines=False):
+def read(
+    name, attention, cuts, *, lengths=LENGTHS, capacity=27, rows=(0, 1, 2), fmt='float32',
+    whole_lines=False, rule='indexer',
+):  # fmt: skip
   """Reads the rows in pieces; returns logits and selections where a row has a token."""
   cfg = CONFIGS[name]
   tokens, lengths = tokens_of(cfg)[list(rows)], np.array(lengths)[list(rows)]
@@ -65,7 +69,9 @@ def read(name, attention, cuts, *, lengths=LENGTHS, capacity=27, rows=(0, 1, 2),
     for row, n in enumerate(n_new):
       piece[row, :n] = tokens[row, first : first + n]
     n_new = jnp.asarray(n_new, jnp.int32)
-    new_logits, new_selected, cache = step(params, cache, jnp.asarray(piece), n_new, cfg, attention)
+    new_logits, new_selected, cache = step(
+        params, cache, jnp.asarray(piece), n_new, cfg, attention, rule=rule
+    )
     logits.append(new_logits[:, : last - first])
     selected.append(new_selected[:, :, : last - first])
   np.testing.assert_array_equal(cache.length, lengths)
@@ -95,6 +101,26 @@ def test_any_chunking(name, cuts, attention):
     np.testing.assert_allclose(logits[row, :n], want[row, :n], atol=1e-4, rtol=0)
     if attention != 'dense':
       np.testing.assert_array_equal(selected[:, row, :n], want_selected[:, row, :n])
+
+
+@pytest.mark.parametrize('name', ['deepseek', pytest.param('glm', marks=NIGHTLY)])
+@pytest.mark.parametrize('rule', [rule for rule in RULES if rule != 'indexer'])
+def test_any_rule(name, rule):
+  """Those that draw lots do so by position, and the oracle sees the attention as the cache has it."""
+  want, want_selected = whole_pass(name, 'sparse', rule)
+  logits, selected = read(name, 'sparse', CUTS['chunks_then_tokens'], capacity=31, rule=rule)
+  for row, n in enumerate(LENGTHS):
+    np.testing.assert_array_equal(selected[:, row, :n], want_selected[:, row, :n])
+    np.testing.assert_allclose(logits[row, :n], want[row, :n], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize('rule', [rule for rule in RULES if rule != 'indexer'])
+def test_any_rule_in_a_quantised_cache(rule):
+  """Zeros behind the rows, as a TPU keeps them, change nothing; where all is selected, nor do rules."""
+  lines = {'fmt': 'fp8', 'lengths': WHOLE, 'whole_lines': True}
+  want, _ = read('fp8_all_selected', 'sparse', (8, 9), fmt='fp8', lengths=WHOLE)
+  logits, _ = read('fp8_all_selected', 'sparse', (8, 9), rule=rule, **lines)
+  np.testing.assert_allclose(logits, want, atol=1e-4, rtol=0)
 
 
 @NIGHTLY
@@ -235,8 +261,10 @@ def test_bad_cache(batch, capacity, fmt, message):
     init_cache(laws.CFG, batch, capacity, fmt=fmt)
 
 
-def test_unknown_attention():
+def test_unknown_attention_and_rule():
   cfg = CONFIGS['deepseek']
   cache, tokens = init_cache(cfg, 1, 4), jnp.zeros((1, 1), jnp.int32)
   with pytest.raises((ValueError, TypeError), match="'sprase'"):
     step(laws.weights(cfg), cache, tokens, jnp.ones(1, jnp.int32), cfg, 'sprase')
+  with pytest.raises(ValueError, match="rule 'best' must be one of"):
+    step(laws.weights(cfg), cache, tokens, jnp.ones(1, jnp.int32), cfg, 'sparse', rule='best')

@@ -140,6 +140,14 @@ def test_window_sinks_by_hand():
   np.testing.assert_array_equal(indices[0, 16], [14, 15, 16])
 
 
+def test_random_goes_by_position():
+  """A query draws the same, whichever other queries and later keys there are."""
+  c = make_candidates()
+  piece = c._replace(**{name: getattr(c, name)[:, 9:14] for name in ('q', 'start', 'end')})
+  piece = piece._replace(k=c.k[:, :17])
+  np.testing.assert_array_equal(RULES['random'](piece), choose('random')[:, 9:14])
+
+
 def test_random_goes_by_its_key():
   a, b = choose('random', key=0), choose('random', key=1)
   assert (a != b).any()

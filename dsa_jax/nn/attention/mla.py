@@ -18,6 +18,7 @@ from dsa_jax.nn.attention.types import (
     Views,
     positions_of,
 )  # fmt: skip
+from dsa_jax.nn.fixed import Configured
 from dsa_jax.nn.indexer import LightningIndexer
 from dsa_jax.nn.norms import RMSNorm
 from dsa_jax.nn.rope import apply_rope, rope_frequencies
@@ -27,7 +28,7 @@ from dsa_jax.parallel.zigzag import unzigzag
 from dsa_jax.params import BackboneParam, param
 
 
-class MLA(nnx.Module):
+class MLA(Configured):
   """Attention through a low-rank latent that all heads share.
 
   Dense and masked attention expand the latent into keys and values for each head (MHA form). Sparse
@@ -47,7 +48,7 @@ class MLA(nnx.Module):
     self.wkv_b = weight((c, h, n + v), (None, 'heads', None), std=c**-0.5)
     self.wo = weight((h, v, d), ('heads', None, 'embed'), std=out_scale * (h * v) ** -0.5)
     self.indexer = LightningIndexer(cfg, rngs=rngs)
-    self.cfg = cfg
+    self._cfg = cfg
 
   def __call__(
       self,

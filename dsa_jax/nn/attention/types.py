@@ -50,8 +50,7 @@ class Mode:
     if several and self.measure:
       raise ConfigError(f'measure={self.measure} must be empty where rule={self.rule} is several.')
     for rule in (*(self.rule if several else (self.rule,)), *self.measure):
-      if rule not in selection.RULES:
-        raise ConfigError(f'selection rule {rule!r} must be one of {tuple(selection.RULES)}.')
+      selection.check_rule(rule)
 
 
 class Measures(NamedTuple):
