@@ -7,6 +7,7 @@ import pathlib
 import pytest
 
 from dsa_jax.config import ConfigError, ModelConfig
+from dsa_jax.families.deepseek import DEEPSEEK_V32
 from dsa_jax.train import train
 from dsa_jax.training.recipe import read_recipe
 
@@ -38,6 +39,6 @@ def test_unknown_variant_is_refused(name):
 
 def test_deepseek_v32_is_the_released_model_and_does_not_learn_bytes():
   config = importlib.import_module('configs.deepseek_v32').get_config()
-  assert ModelConfig(**config.model) == ModelConfig()
+  assert ModelConfig(**config.model) == DEEPSEEK_V32
   with pytest.raises(ConfigError, match='vocab_size=129280 is of another alphabet than the text'):
     read_recipe(config)

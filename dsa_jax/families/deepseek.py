@@ -6,7 +6,7 @@ import dataclasses
 from dsa_jax.config import ModelConfig
 from dsa_jax.families.family import Family, TensorNames
 
-DEEPSEEK_V32 = ModelConfig()  # Its defaults are this model's sizes.
+DEEPSEEK_V32 = ModelConfig(rope_type='yarn')  # The defaults are this model's sizes.
 DEEPSEEK_V3 = DEEPSEEK_V32  # With the indexers that V3.2 added to it.
 
 TENSORS = TensorNames(

@@ -30,6 +30,7 @@ GLM_5 = ModelConfig(
     index_head_dim=128,
     index_topk=2048,
     indexer_rope_interleave=True,
+    rope_type='default',
     max_seq_len=202_752,
     original_seq_len=202_752,
     rope_theta=1e6,
