@@ -198,6 +198,8 @@ def test_misspelt_field_names_the_right_one(tmp_path):
         ({'model.vocab_size': 1024}, r'vocab_size=1024 is of another alphabet than the text data, which has 258'),
         ({'workdir': 'gs://bucket/run'}, r"workdir='gs://bucket/run' must be a local path"),
         ({'stages.warmup.init_from': 's3://bucket/run'}, r"init_from='s3://bucket/run' must be a local path"),
+        ({'stages.dense.schedule': 'linear'}, r"schedule='linear' must be one of .*'wsd'.*MODULE:FUNCTION"),
+        ({'optim.decays': 'none'}, r"optim: decays='none' must be one of"),
         ({'resume': 'oldest'}, r"resume='oldest' must be one of \('latest', 'last_good'\)"),
         ({'backend': 'cuda'}, r"backend='cuda' must be one of .*'reference', 'xla', 'tpu', 'gpu'"),
         ({'backend': 'tpu'}, r"backend='tpu': its kernels run on a TPU, and jax finds a cpu here"),

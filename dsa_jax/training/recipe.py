@@ -16,7 +16,7 @@ from dsa_jax.kernels.backend import BACKENDS
 from dsa_jax.nn.remat import check_policy
 from dsa_jax.parallel.mesh import MeshConfig
 from dsa_jax.selection import RULES
-from dsa_jax.training.optim import OptimConfig
+from dsa_jax.training.optim import SCHEDULES, OptimConfig
 from dsa_jax.training.stages import StageConfig
 
 # Fields that older configs lack, each with the value that means what was done before it existed.
@@ -205,6 +205,8 @@ def _check_stages(recipe: Recipe):
       raise ConfigError(f'stages.{name}: init_from must say which model to start from.')
     if entry.init_from in recipe.stages and entry.init_from not in done:
       raise ConfigError(f'stages.{name}: init_from={entry.init_from!r} must come before it.')
+    if entry.schedule not in SCHEDULES:
+      entry.rates()  # A function of one's own must be there, and give rates.
     done.append(name)
 
 

@@ -3,15 +3,13 @@
 
 from collections.abc import Sequence
 import dataclasses
-import functools
 
 from flax import nnx
-import jax
 import numpy as np
 
 from dsa_jax.config import ConfigError, ModelConfig
 from dsa_jax.params import BackboneParam, IndexerParam
-from dsa_jax.training.optim import make_schedule
+from dsa_jax.training.optim import ScheduleConfig, learning_rates
 
 PARTS: dict[str, type[nnx.Variable]] = {'backbone': BackboneParam, 'indexer': IndexerParam}
 
@@ -54,7 +52,11 @@ class StageConfig:
   backbone_lr: float = 0.0
   indexer_lr: float = 0.0
   warmup_steps: int = 0  # The learning rates rise to their peaks in this many steps.
-  end_share: float = 0.1  # The cosine ends at this share of the peak.
+  # The shape of the learning rates: 'cosine', 'constant', 'wsd' (warm-up, stable, decay), or
+  # 'MODULE:FUNCTION', a function of the step, the number of steps and the peak.
+  schedule: str = 'cosine'
+  end_share: float = 0.1  # Schedules that fall end at this share of the peak.
+  decay_share: float = 0.1  # The share of the steps in which 'wsd' falls.
 
   def __post_init__(self):
     object.__setattr__(self, 'init_may_differ', tuple(self.init_may_differ))  # JSON has lists.
@@ -70,8 +72,9 @@ class StageConfig:
       raise ConfigError(f'{self.seq_len=} must be at least 2: one token and its target.')
     if self.batch_size % self.micro_batches:
       raise ConfigError(f'{self.batch_size=} must be a multiple of {self.micro_batches=}.')
-    if not 0 <= self.end_share <= 1:
-      raise ConfigError(f'{self.end_share=} must be within 0 and 1.')
+    for name in ('end_share', 'decay_share'):
+      if not 0 <= getattr(self, name) <= 1:
+        raise ConfigError(f'{name}={getattr(self, name)} must be within 0 and 1.')
     if not 0 <= self.warmup_steps < self.steps:
       raise ConfigError(f'{self.warmup_steps=} must be within 0 and {self.steps=}.')
     if self.attention and self.attention not in STAGES[self.stage].attention:
@@ -86,10 +89,14 @@ class StageConfig:
 
   def rates(self) -> dict[str, np.ndarray]:
     """Returns the learning rate of each trained part at every step."""
-    shape = {'warmup_steps': self.warmup_steps, 'steps': self.steps, 'end_share': self.end_share}
-    steps, schedule = np.arange(self.steps), functools.partial(make_schedule, **shape)
-    rates = lambda part: jax.jit(schedule(peak=self.learning_rate(part)))(steps)
-    return {part: np.asarray(rates(part), np.float32) for part in self.trains}
+    schedule = ScheduleConfig(
+        kind=self.schedule,
+        warmup_steps=self.warmup_steps,
+        steps=self.steps,
+        end_share=self.end_share,
+        decay_share=self.decay_share,
+    )
+    return {part: learning_rates(schedule, self.learning_rate(part)) for part in self.trains}
 
   @property
   def trains(self) -> tuple[str, ...]:
