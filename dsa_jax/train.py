@@ -34,6 +34,7 @@ from dsa_jax.reporting.results import evaluate_recipe, report_programs
 from dsa_jax.training.ahead import Ahead
 from dsa_jax.training.checkpoint import Checkpoints, DamagedCheckpoint, Progress
 from dsa_jax.training.compilation_cache import compilation_cache
+from dsa_jax.training.origin import keep_origin
 from dsa_jax.training.recipe import Recipe, read_recipe
 from dsa_jax.training.run import Run, open_run
 from dsa_jax.training.state import TrainState, abstract_params
@@ -66,6 +67,7 @@ def run_recipe(config: ConfigDict, recipe: Recipe) -> dict[str, Any]:
   wait_for_all('every process has checked the workdir')
   if is_first():
     write_config(config, recipe.workdir, files)
+    keep_origin(recipe.workdir, recipe.origins)
   ahead = Ahead(all_programs(run), run.mesh)
   with jax.set_mesh(run.mesh) if run.mesh else contextlib.nullcontext(), ahead:
     writer = MetricsWriter(recipe.workdir) if is_first() else SilentWriter()

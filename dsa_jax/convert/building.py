@@ -3,6 +3,7 @@
 
 from collections.abc import Iterator
 import contextlib
+import os
 import pathlib
 import shutil
 from typing import Any, NamedTuple
@@ -14,6 +15,13 @@ KEPT_FILES = (  # Copied as they are.
     'tokenizer.json',
     'tokenizer_config.json',
     'special_tokens_map.json',
+    'added_tokens.json',
+    'vocab.json',
+    'merges.txt',
+    'tokenizer.model',
+    'tiktoken.model',
+    'chat_template.jinja',
+    'chat_template.json',
     'generation_config.json',
 )
 
@@ -41,16 +49,19 @@ def building(target: pathlib.Path, *, needs: int) -> Iterator[pathlib.Path]:
   it. An error of the program itself passes through as it is.
 
   Args:
-    target: A path that must not exist.
+    target: A path that must not exist. Where it is a link to nothing, the link's end is built.
     needs: The bytes that the disk must have free.
 
   Raises:
-    ConfigError: `target` exists.
+    ConfigError: `target` exists, or is a link that leads nowhere.
     OSError: The disk is full, or the system refuses to read or write for another reason.
   """
   if target.exists():
     raise ConfigError(f'{target} exists; choose another target, or delete it.')
-  partial = target.with_name(target.name + '.partial')
+  place = pathlib.Path(os.path.realpath(target))
+  if place.is_symlink():
+    raise ConfigError(f'{target} is a link that leads back to itself; delete it.')
+  partial = place.with_name(place.name + '.partial')
   done = False
   try:
     shutil.rmtree(partial, ignore_errors=True)
@@ -59,7 +70,7 @@ def building(target: pathlib.Path, *, needs: int) -> Iterator[pathlib.Path]:
     if free < needs:
       raise OSError(f'it needs about {needs:,} bytes and its disk has {free:,} left')
     yield partial
-    partial.rename(target)
+    partial.rename(place)
     done = True
   except Exception as error:
     if not is_from_the_system(error):
@@ -68,6 +79,13 @@ def building(target: pathlib.Path, *, needs: int) -> Iterator[pathlib.Path]:
   finally:
     if not done:
       shutil.rmtree(partial, ignore_errors=True)
+
+
+def copy_kept(source: pathlib.Path, target: pathlib.Path):
+  """Copies the files that are kept as they are, as far as they are there."""
+  for name in KEPT_FILES:
+    if (source / name).is_file():
+      shutil.copyfile(source / name, target / name)
 
 
 def nested(flat: dict[tuple[str, ...], Any]) -> dict[str, Any]:

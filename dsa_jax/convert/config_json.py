@@ -13,7 +13,7 @@ from dsa_jax.families.family import Family
 
 # The type of each field of ModelConfig.
 _TYPES = {field.name: field.type for field in dataclasses.fields(ModelConfig)}
-_LARGEST = 2**31  # No size of a model comes near it.
+LARGEST_SIZE = 2**31  # No size of a model comes near it.
 
 # The keys that are read beside those that a family lists.
 LAYER_KEYS = (
@@ -91,8 +91,8 @@ def _known(family: Family) -> set[str]:
 def _number(key: str, value: Any, kind: type, problems: list[str]) -> Any:
   if isinstance(value, bool) or not isinstance(value, (int, float) if kind is float else int):
     problems.append(f'{key}={value!r} must be a number.')
-  elif not 0 < value < _LARGEST:
-    problems.append(f'{key}={value!r} must be positive and below {_LARGEST}.')
+  elif not 0 < value < LARGEST_SIZE:
+    problems.append(f'{key}={value!r} must be positive and below {LARGEST_SIZE}.')
   else:
     return kind(value)
 

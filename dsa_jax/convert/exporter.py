@@ -1,34 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
 """Exports one of our checkpoints as a folder that the loaders of its family read."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 import json
 import math
 import pathlib
-import shutil
 from typing import Any, NamedTuple
 
 import numpy as np
 import tensorstore as ts
 
 from dsa_jax.config import ConfigError, ModelConfig
-from dsa_jax.convert import fp8
-from dsa_jax.convert.building import KEPT_FILES, Summary, building
+from dsa_jax.convert import fp8, quantization
+from dsa_jax.convert.building import Summary, building, copy_kept
 from dsa_jax.convert.config_json import write_config
 from dsa_jax.convert.files import CODES, DTYPES, SINGLE, write_file, write_index
 from dsa_jax.convert.importer import SCALE, Advance
+from dsa_jax.convert.problems import first_ten
 from dsa_jax.convert.tensors import Array, Path, Tensor, arrays_of, mtp_copies
+from dsa_jax.data.text import BOS, VOCAB_SIZE
+from dsa_jax.data.tokenizer import Bytes
 from dsa_jax.families import FAMILIES
-from dsa_jax.inference.load import find_checkpoint
+from dsa_jax.inference.load import StoredModel, find_checkpoint
 from dsa_jax.training.checkpoint import latest_checkpoint, open_tree
-
-QUANTIZATION = {  # What DeepSeek's config.json says of FP8.
-    'quant_method': 'fp8',
-    'fmt': 'e4m3',
-    'activation_scheme': 'dynamic',
-    'weight_block_size': [fp8.BLOCK, fp8.BLOCK],
-    'scale_fmt': 'ue8m0',
-}
 
 
 class Checkpoint(NamedTuple):
@@ -37,10 +31,17 @@ class Checkpoint(NamedTuple):
   folder: pathlib.Path
   family: str
   model: ModelConfig
-  origin: dict[str, Any]  # What the import recorded of the source; {} for a training run.
+  # What the import recorded of the source, for a training run too that began there; otherwise {}.
+  origin: dict[str, Any]
   arrays: dict[Path, Array]
   stores: dict[Path, ts.TensorStore]
   scales: dict[Path, ts.TensorStore]  # The scales of weights that were imported from FP8.
+  kept: pathlib.Path = pathlib.Path()  # The folder that holds the source's tokenizer.
+  ids: Mapping[str, int] = {}  # The ids that begin and end a text, where there is no source.
+
+  @property
+  def was_fp8(self) -> bool:
+    return 'F8_E4M3' in self.origin.get('dtypes', {}).values()
 
 
 class Out(NamedTuple):
@@ -66,17 +67,17 @@ def open_checkpoint(folder: pathlib.Path, family: str = '') -> Checkpoint:
 
   Args:
     folder: The checkpoint.
-    family: The family to export as. '' stands for the one it was imported as, or for a training
-      run, for the first family that can hold it.
+    family: The family to export as. '' stands for the one it was imported as. A training run that
+      did not begin with an import, or has trained indexers that the import's family lacks, becomes
+      one of the first family that can hold it.
 
   Raises:
     ConfigError: The folder is no checkpoint, or the family cannot hold it.
   """
   stored = find_checkpoint(folder)
-  model = ModelConfig(**stored.record['model'])
-  origin = stored.record.get('source', {})
+  model, origin = ModelConfig(**stored.record['model']), stored.source
   usual = _usual_family(model)
-  family = family or origin.get('family', usual)
+  family = family or _imported_family(stored) or usual
   if family not in FAMILIES:
     raise ConfigError(f'{family=} must be one of {tuple(FAMILIES)}.')
   traits = FAMILIES[family]
@@ -93,8 +94,28 @@ def open_checkpoint(folder: pathlib.Path, family: str = '') -> Checkpoint:
       if path not in stores or stores[path].shape != array.shape
   ]
   if wrong:
-    raise ConfigError(f'{folder} lacks, or has in another shape: {wrong}.')
-  return Checkpoint(stored.folder, family, model, origin, arrays, stores, scales)
+    lines = '\n  '.join(first_ten(wrong))
+    raise ConfigError(f'{folder} lacks, or has in another shape:\n  {lines}')
+  ids = {} if origin else _byte_ids(stored.record, model)
+  return Checkpoint(
+      stored.folder, family, model, origin, arrays, stores, scales, stored.origin, ids
+  )
+
+
+def _imported_family(stored: StoredModel) -> str:
+  """Returns the family of the import, or '' if it cannot hold what has been trained since."""
+  family = stored.source.get('family', '')
+  lacks_indexer = family in FAMILIES and not FAMILIES[family].has_indexer
+  return '' if lacks_indexer and stored.has_trained_indexer else family
+
+
+def _byte_ids(record: dict[str, Any], model: ModelConfig) -> dict[str, int]:
+  """Returns the ids that begin and end a text, for a run on the bytes of text files."""
+  is_text = record.get('data', {}).get('source', 'text') == 'text'
+  if not is_text or model.vocab_size < VOCAB_SIZE:
+    return {}
+  [end] = Bytes.stop
+  return {'bos_token_id': BOS, 'eos_token_id': end}
 
 
 def _usual_family(model: ModelConfig) -> str:
@@ -116,13 +137,14 @@ def export_checkpoint(
 ) -> Summary:
   """Writes config.json, safetensors files and their index; `target` appears when it is whole.
 
-  Tensors have the dtypes they were imported in. Those of a training run are bfloat16, except norms
-  and biases, which have the dtypes that the family gives them. Memory holds one file at a time.
+  Tensors have the dtypes they were imported in, those of a training run that began with an import
+  too. All others are bfloat16, except norms and biases, which have the dtypes that the family gives
+  them. Memory holds one file at a time.
 
   Args:
     source: The checkpoint, from `open_checkpoint`.
     target: A folder that does not exist yet.
-    quantized: Whether to write the large matrices in FP8; None means as they were imported. The
+    quantized: Whether to write the large matrices in FP8; None means each as it was imported. The
       scales of an import are used again, so that its bytes come back; other scales are powers of
       two.
     shard_bytes: The largest size of a file that holds several tensors.
@@ -132,8 +154,6 @@ def export_checkpoint(
     ConfigError: `target` exists.
     OSError: `target` cannot be written, or the disk is full. Nothing is left there.
   """
-  if quantized is None:
-    quantized = bool(source.scales)
   outs = list(_outs(source, quantized))
   files = _into_files(outs, shard_bytes)
   nbytes = sum(out.nbytes for out in outs)
@@ -144,15 +164,8 @@ def export_checkpoint(
     if len(files) > 1:
       names = {out.name: file for file, members in files.items() for out in members}
       write_index(partial, names, nbytes)
-    for name in KEPT_FILES:
-      if (source.folder / name).is_file():
-        shutil.copyfile(source.folder / name, partial / name)
-    config = write_config(source.family, source.model, source.origin.get('config', {}))
-    config.pop('quantization_config', None)
-    if quantized:
-      config['quantization_config'] = (
-          source.origin.get('config', {}).get('quantization_config') or QUANTIZATION
-      )
+    copy_kept(source.kept, partial)
+    config = _config(source, outs)
     (partial / 'config.json').write_text(json.dumps(config, indent=2, sort_keys=True))
   weights = [out for out in outs if not out.name.endswith(SCALE)]
   return Summary(
@@ -163,14 +176,26 @@ def export_checkpoint(
   )
 
 
+def _config(source: Checkpoint, outs: list[Out]) -> dict[str, Any]:
+  """Returns the config.json that fits the tensors."""
+  base = source.origin.get('config') or dict(source.ids)
+  config = write_config(source.family, source.model, base)
+  before = config.pop('quantization_config', None)
+  modules: dict[bool, list[str]] = {True: [], False: []}
+  for out in outs:
+    if source.arrays[out.path].quantizable and not out.name.endswith(SCALE):
+      modules[out.is_quantized].append(out.name.removesuffix('.weight'))
+  if modules[True]:
+    config['quantization_config'] = quantization.describe(before, modules[True], modules[False])
+  return config
+
+
 def export_bytes(source: Checkpoint, quantized: bool | None = None) -> int:
   """Returns the number of bytes that `export_checkpoint` will write."""
-  if quantized is None:
-    quantized = bool(source.scales)
   return sum(out.nbytes for out in _outs(source, quantized))
 
 
-def _outs(source: Checkpoint, quantized: bool) -> Iterator[Out]:
+def _outs(source: Checkpoint, quantized: bool | None) -> Iterator[Out]:
   """Yields every tensor to write, layer after layer."""
   usual = FAMILIES[source.family].repeats_embedding
   copies = {}
@@ -191,9 +216,11 @@ def _outs(source: Checkpoint, quantized: bool) -> Iterator[Out]:
   return iter(sorted(outs, key=layer))
 
 
-def _code(source: Checkpoint, path: Path, array: Array, quantized: bool) -> str:
+def _code(source: Checkpoint, path: Path, array: Array, quantized: bool | None) -> str:
   """Returns the dtype of an array's tensors, by its name in safetensors files."""
   recorded = source.origin.get('dtypes', {}).get('/'.join(path))
+  if quantized is None:
+    quantized = recorded == 'F8_E4M3' or (recorded is None and source.was_fp8)
   if array.quantizable and quantized:
     return 'F8_E4M3'
   if recorded not in (None, 'F8_E4M3'):

@@ -3,6 +3,7 @@
 
 from collections.abc import Iterator
 import json
+import logging
 import pathlib
 from typing import Any, NamedTuple
 
@@ -10,8 +11,12 @@ import ml_dtypes
 import numpy as np
 import safetensors
 
+from dsa_jax.convert.problems import Problems
+from dsa_jax.data.formats import POINTER, recognise
+
 INDEX = 'model.safetensors.index.json'
 SINGLE = 'model.safetensors'
+IS_POINTER = 'is a git-lfs pointer, not the file itself: run `git lfs pull` where it was cloned.'
 DTYPES = {
     'F32': np.dtype(np.float32),
     'F16': np.dtype(np.float16),
@@ -38,39 +43,56 @@ class Place(NamedTuple):
     return flat.reshape(self.shape)
 
 
-def open_folder(folder: pathlib.Path) -> tuple[dict[str, Place], list[str]]:
+def open_folder(folder: pathlib.Path) -> tuple[dict[str, Place], Problems]:
   """Locates every tensor of a checkpoint, by its index or in its only file.
 
+  Where both are there, the file has been saved again and the index is stale; the `transformers`
+  package prefers the file too.
+
   Returns:
-    The tensors' places by name, and a list of all that is wrong with the files.
+    The tensors' places by name, and all that is wrong with the files.
   """
-  index, problems = None, []
+  index, problems = None, Problems()
   if (folder / INDEX).exists():
     index = _read_index(folder / INDEX, problems)
     files = sorted(set(index.values()))
-  elif (folder / SINGLE).exists():
-    files = [SINGLE]
-  else:
-    return {}, [f'there is neither {INDEX} nor {SINGLE}.']
+  if (folder / SINGLE).exists() and SINGLE not in (index or {}).values():
+    if (folder / INDEX).exists():
+      logging.warning(f'{folder}: {SINGLE} is read; {INDEX} and what it names are not.')
+    index, files, problems = None, [SINGLE], Problems()
+  elif not (folder / INDEX).exists():
+    problems.add(f'there is neither {INDEX} nor {SINGLE}.')
+    return {}, problems
   places: dict[str, Place] = {}
   for file in files:
     if not (folder / file).is_file():
-      problems.append(f'{file} is missing; {INDEX} names it.')
+      problems.add(f'{file} is missing; {INDEX} names it.', 'file')
       continue
     for name, place in _open_file(folder / file, problems):
       if name in places:
-        problems.append(f'{name} is in both {places[name].path.name} and {file}.')
+        problems.add(f'{name} is in both {places[name].path.name} and {file}.', 'twice')
       if index is not None and index.get(name) != file:
-        problems.append(f'{name} is in {file}, where {INDEX} does not list it.')
+        problems.add(f'{name} is in {file}, where {INDEX} does not list it.', 'unlisted')
       places[name] = place
   opened = {place.path.name for place in places.values()}
   for name, file in (index or {}).items():
     if name not in places and file in opened:
-      problems.append(f'{name} is not in {file}, where {INDEX} lists it.')
+      problems.add(f'{name} is not in {file}, where {INDEX} lists it.', 'listed')
+  if problems and index is None and (folder / INDEX).exists():
+    problems.add(f'{INDEX} is there as well: delete it, or delete {SINGLE}.')
   return places, problems
 
 
-def _read_index(path: pathlib.Path, problems: list[str]) -> dict[str, str]:
+def is_pointer(path: pathlib.Path) -> bool:
+  """Returns whether a file is a git-lfs pointer."""
+  with open(path, 'rb') as f:
+    return recognise(f.read(100)) == POINTER
+
+
+def _read_index(path: pathlib.Path, problems: Problems) -> dict[str, str]:
+  if is_pointer(path):
+    problems.add(f'{path.name} {IS_POINTER}', 'pointer')
+    return {}
   try:
     index = json.loads(path.read_bytes())['weight_map']
     names = [*index, *index.values()]
@@ -78,20 +100,23 @@ def _read_index(path: pathlib.Path, problems: list[str]) -> dict[str, str]:
   except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
     plain = False
   if not plain:
-    problems.append(f'{path.name} must be JSON with a weight_map from tensor to file name.')
+    problems.add(f'{path.name} must be JSON with a weight_map from tensor to file name.')
     return {}
   return index
 
 
-def _open_file(path: pathlib.Path, problems: list[str]) -> Iterator[tuple[str, Place]]:
+def _open_file(path: pathlib.Path, problems: Problems) -> Iterator[tuple[str, Place]]:
   try:
+    if is_pointer(path):
+      problems.add(f'{path.name} {IS_POINTER}', 'pointer')
+      return
     with safetensors.safe_open(path, framework='numpy'):
       pass  # Opening checks the header, and the length of the file against it.
     with open(path, 'rb') as f:
       length = int.from_bytes(f.read(8), 'little')
       header = json.loads(f.read(length))
   except (safetensors.SafetensorError, OSError, ValueError) as error:
-    problems.append(f'{path.name} is damaged or cut short: {error}')
+    problems.add(f'{path.name} is damaged or cut short: {error}', 'damaged')
     return
   header.pop('__metadata__', None)
   for name, entry in header.items():

@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterator
 import dataclasses
 import json
 import pathlib
-import shutil
 from typing import Any
 
 from flax import nnx
@@ -15,11 +14,13 @@ import numpy as np
 
 from dsa_jax.config import ConfigError, ModelConfig
 from dsa_jax.convert import fp8
-from dsa_jax.convert.building import KEPT_FILES, Summary, building, nested
-from dsa_jax.convert.config_json import read_config
-from dsa_jax.convert.files import DTYPES, Place, open_folder
+from dsa_jax.convert.building import KEPT_FILES, Summary, building, copy_kept, nested
+from dsa_jax.convert.config_json import LARGEST_SIZE, read_config
+from dsa_jax.convert.files import DTYPES, IS_POINTER, Place, is_pointer, open_folder
+from dsa_jax.convert.problems import Problems
 from dsa_jax.convert.stream import Streamed, write_tree
 from dsa_jax.convert.tensors import Array, Path, Tensor, arrays_of, mtp_copies, weight_shapes
+from dsa_jax.data.seeds import check_seed
 from dsa_jax.families import FAMILIES
 from dsa_jax.nn.indexer import LightningIndexer
 from dsa_jax.nn.transformer import STACKS
@@ -62,69 +63,130 @@ def open_source(
   Raises:
     ValueError: This is no whole checkpoint of a known family; the message lists every problem.
   """
-  try:
-    config = json.loads((folder / 'config.json').read_bytes())
-  except (OSError, ValueError, RecursionError) as error:
-    raise ConfigError(f'{folder} is no released checkpoint: config.json: {error}') from error
+  config = _read_config(folder)
   family, model = read_config(config)
+  for name, size in (indexer or {}).items():
+    if not 0 < size < LARGEST_SIZE:
+      raise ConfigError(f'{name}={size} must be positive and below {LARGEST_SIZE}.')
   if not FAMILIES[family].has_indexer:
     model = dataclasses.replace(model, **(indexer or {}))
   elif indexer:
     raise ConfigError(f'{family} checkpoints have indexers: {indexer} cannot be chosen.')
   places, problems = open_folder(folder)
-  extra_layer = [name for name in places if name.startswith(f'model.layers.{model.n_layers}.')]
-  if not mtp or not extra_layer:  # The `transformers` package saves no MTP layer.
-    model = dataclasses.replace(model, n_mtp_layers=0)
+  for name in KEPT_FILES:
+    if (folder / name).is_file() and is_pointer(folder / name):
+      problems.add(f'{name} {IS_POINTER}', 'pointer')
+  unused = _unused(model, family)
+  places = {name: place for name, place in places.items() if not _is_unused(name, unused)}
+  extra_layer = [name for name in places if name.startswith(_mtp_prefix(model))]
+  if mtp and extra_layer and not model.n_mtp_layers:
+    problems.add(
+        f'{extra_layer[0]} and {len(extra_layer) - 1} more are of an MTP layer, and config.json '
+        'has no num_nextn_predict_layers: set it to 1, or leave the layer out with --nomtp.'
+    )
+  if not (mtp and extra_layer and model.n_mtp_layers):
+    model = dataclasses.replace(model, n_mtp_layers=0)  # `transformers` saves no MTP layer.
     places = {name: place for name, place in places.items() if name not in set(extra_layer)}
   arrays = arrays_of(model, family)
   copies = {name: of for name, of in mtp_copies(model, family).items() if name in places}
   if not problems:  # Otherwise a missing file would be reported once for each of its tensors.
-    problems = _check_tensors(arrays, copies, places)
+    _check_tensors(model, arrays, copies, places, problems)
   if problems:
-    raise ConfigError(f'{folder} cannot be converted:\n  ' + '\n  '.join(problems))
+    raise ConfigError(f'{folder} cannot be converted:\n  ' + '\n  '.join(problems.lines()))
   return Source(folder, family, config, model, arrays, places, copies)
 
 
+def _read_config(folder: pathlib.Path) -> Any:
+  try:
+    if is_pointer(folder / 'config.json'):
+      raise ConfigError(f'config.json {IS_POINTER}')
+    return json.loads((folder / 'config.json').read_bytes())
+  except (OSError, ValueError, RecursionError) as error:
+    raise ConfigError(f'{folder} is no released checkpoint: config.json: {error}') from error
+
+
+def _mtp_prefix(model: ModelConfig) -> str:
+  return f'model.layers.{model.n_layers}.'
+
+
+def _unused(model: ModelConfig, family: str) -> set[str]:
+  """Returns the names of indexers in layers that share another's; some checkpoints have them."""
+  if not model.shares_indexers:
+    return set()
+  names = lambda cfg: {t.name for array in arrays_of(cfg, family).values() for t in array.tensors}
+  return names(dataclasses.replace(model, indexer_types=())) - names(model)
+
+
+def _is_unused(name: str, unused: set[str]) -> bool:
+  """Returns whether a tensor is one that no loader reads."""
+  return name.removesuffix(SCALE) in unused or name.endswith('rotary_emb.inv_freq')
+
+
 def _check_tensors(
-    arrays: dict[Path, Array], copies: dict[str, str], places: dict[str, Place]
-) -> list[str]:
-  problems, known = [], set()
+    model: ModelConfig,
+    arrays: dict[Path, Array],
+    copies: dict[str, str],
+    places: dict[str, Place],
+    problems: Problems,
+):
+  known, scales = set[str](), dict[str, list[str]]()
   for array in arrays.values():
     for tensor in array.tensors:
       known.add(tensor.name)
-      problems += _check_tensor(tensor, array, places, known)
+      _check_tensor(tensor, array, places, known, scales, problems)
     dtypes = {places[t.name].dtype: t.name for t in array.tensors if t.name in places}
     if len(dtypes) > 1:
       names = ' and '.join(f'{name} ({dtype})' for dtype, name in dtypes.items())
-      problems.append(f'{names} are stacked and must share a dtype.')
+      problems.add(f'{names} are stacked and must share a dtype.', 'stack')
+  for dtype, names in scales.items():
+    problems.add(
+        f'{len(names)} scales, such as {names[0]}, are {dtype}; they must be F32: write them anew.'
+    )
   for name, original in copies.items():
     known.add(name)
     if original in places and places[name][1:3] != places[original][1:3]:
-      problems.append(f'{name} must be a copy of {original}: their dtypes or shapes differ.')
+      problems.add(f'{name} must be a copy of {original}: their dtypes or shapes differ.')
     elif original in places and not _same(places[name], places[original]):
-      problems.append(f'{name} must be a copy of {original}: our MTP layer shares it.')
-  strangers = [name for name in places if name not in known]
-  return problems + [f'{name} is in no place of this model.' for name in strangers]
+      problems.add(f'{name} must be a copy of {original}: our MTP layer shares it.')
+  for name in places:
+    if name not in known:
+      problems.add(f'{name} is in no place of this model.', 'stranger')
+  missing = [name for name in known if name not in places and name.startswith(_mtp_prefix(model))]
+  if missing:
+    problems.add(f'{len(missing)} of what is missing is of the MTP layer: --nomtp leaves that out.')
 
 
-def _check_tensor(tensor: Tensor, array: Array, places: dict[str, Place], known: set[str]):
+def _check_tensor(
+    tensor: Tensor,
+    array: Array,
+    places: dict[str, Place],
+    known: set[str],
+    scales: dict[str, list[str]],
+    problems: Problems,
+):
+  """Checks a tensor and its scales; `scales` takes those of other dtypes than float32."""
   place = places.get(tensor.name)
   if place is None:
-    return [f'{tensor.name} is missing.']
+    return problems.add(f'{tensor.name} is missing.', 'missing')
   if place.shape != tensor.shape:
-    return [f'{tensor.name} has shape {place.shape}; config.json asks for {tensor.shape}.']
+    line = f'{tensor.name} has shape {place.shape}; config.json asks for {tensor.shape}.'
+    return problems.add(line, 'shape')
   if place.dtype not in DTYPES or (place.dtype == 'F8_E4M3' and not array.quantizable):
-    return [f'{tensor.name} has dtype {place.dtype}, which does not belong there.']
+    line = f'{tensor.name} has dtype {place.dtype}, which does not belong there.'
+    return problems.add(line, 'dtype')
   if place.dtype != 'F8_E4M3':
-    return []
+    return
   name, shape = tensor.name + SCALE, fp8.scale_shape(tensor.shape)
   known.add(name)
   if name not in places:
-    return [f'{name} is missing: {tensor.name} is FP8.']
-  if places[name].shape != shape or places[name].dtype != 'F32':
+    problems.add(f'{name} is missing: {tensor.name} is FP8.', 'scale')
+  elif places[name].shape != shape:
     actual = f'{places[name].dtype} {places[name].shape}'
-    return [f'{name} is {actual}; it must be F32 {shape}, a scale for each 128 x 128 block.']
-  return []
+    problems.add(
+        f'{name} is {actual}; it must be F32 {shape}, a scale for each 128 x 128 block.', 'scale'
+    )
+  elif places[name].dtype != 'F32':
+    scales.setdefault(places[name].dtype, []).append(name)
 
 
 def _same(a: Place, b: Place) -> bool:
@@ -155,9 +217,10 @@ def import_checkpoint(
     advance: A function that is called with the number of bytes that have just been read.
 
   Raises:
-    ValueError: `target` exists.
+    ConfigError: `target` exists, or the seed is out of range.
     OSError: `target` cannot be written, or the disk is full. Nothing is left there.
   """
+  check_seed(seed)
   params = {
       path: _streamed(source, path, DTYPES_OF[dtype], advance) for path in source.arrays
   }
@@ -170,14 +233,13 @@ def import_checkpoint(
     if quantized:
       scales = {path: _streamed_scales(source, path, advance) for path in quantized}
       write_tree(partial / '0' / 'scales', nested(scales))
-    for name in KEPT_FILES:
-      if (source.folder / name).is_file():
-        shutil.copyfile(source.folder / name, partial / name)
+    copy_kept(source.folder, partial)
     origin = {
         'family': source.family,
         'config': source.config,
         'repeats_embedding': bool(source.copies),
         'dtypes': {'/'.join(path): source.dtype(path) for path in source.arrays},
+        'files': [name for name in KEPT_FILES if (partial / name).is_file()],
     }
     record = {'model': dataclasses.asdict(source.model), 'source': origin}
     (partial / 'config.json').write_text(json.dumps(record, indent=2))

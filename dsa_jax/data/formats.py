@@ -3,6 +3,8 @@
 
 import pickletools
 
+POINTER = 'git-lfs pointer'  # The stand-in that git leaves where git-lfs is not installed.
+
 # The first bytes of formats; those that may begin a text as well have more to say below.
 BEGINNINGS = (
     (b'\x1f\x8b', 'gzip'),
@@ -31,7 +33,7 @@ BEGINNINGS = (
     (b'\x00\x00\xfe\xff', 'UTF-32'),
     (b'\xff\xfe', 'UTF-16'),
     (b'\xfe\xff', 'UTF-16'),
-    (b'version https://git-lfs.github.com/spec/', 'git-lfs pointer'),
+    (b'version https://git-lfs.github.com/spec/', POINTER),
 )
 BZIP2 = b'1AY&SY', b'\x17rE8P\x90'  # What follows `BZh` and a digit: a block, or the end.
 
@@ -52,11 +54,6 @@ def recognise(content: bytes) -> str:
   if _is_pickle(content):
     return 'pickle'
   return 'binary data: it has NUL bytes' if b'\x00' in content else ''
-
-
-def is_pointer(content: bytes) -> bool:
-  """Returns whether these first bytes of a file are those of a git-lfs pointer."""
-  return recognise(content) == 'git-lfs pointer'
 
 
 def _is_pickle(content: bytes) -> bool:

@@ -47,8 +47,8 @@ class Recall:
       )
     if self.vocab_size > 2**31 - 1:
       raise ConfigError(
-          f'{self.n_keys=} and {self.n_values=} make {self.vocab_size} tokens; there may be at most '
-          f'{2**31 - 1}.'
+          f'{self.n_keys=} and {self.n_values=} make {self.vocab_size} tokens; there may be at '
+          f'most {2**31 - 1}.'
       )
     needed = self.n_pairs + self.n_queries
     if needed > self.seq_len:

@@ -115,9 +115,9 @@ def _check_shares(names: Collection[str], n_validation: int, wanted: float):
     return
   logging.warning(
       f'validation has {n_validation} of {n} files ({n_validation / n:.0%}) and training the other '
-      f'{n - n_validation}; validation_share={wanted} asks for {wanted:.0%}. A file goes by the last '
-      f'two parts of its path, and {n_namesakes} are named {name}: rename files, or choose another '
-      'data.seed.'
+      f'{n - n_validation}; validation_share={wanted} asks for {wanted:.0%}. A file goes by the '
+      f'last two parts of its path, and {n_namesakes} are named {name}: rename files, or choose '
+      'another data.seed.'
   )
 
 

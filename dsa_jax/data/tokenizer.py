@@ -10,7 +10,7 @@ from typing import Any
 import tokenizers
 
 from dsa_jax.config import ConfigError
-from dsa_jax.data.formats import is_pointer
+from dsa_jax.data.formats import POINTER, recognise
 from dsa_jax.data.text import BOS
 
 
@@ -40,7 +40,7 @@ class Pretrained:
   def __init__(self, path: pathlib.Path, stop: tuple[int, ...] = ()):
     try:
       content = path.read_bytes()
-      if is_pointer(content):
+      if recognise(content) == POINTER:
         raise ConfigError('it is a git-lfs pointer: `git lfs pull` fetches the file itself')
       self._tokenizer = tokenizers.Tokenizer.from_buffer(content)
     except Exception as error:  # The library raises no narrower one.

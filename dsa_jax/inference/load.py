@@ -16,6 +16,7 @@ from dsa_jax.config import ConfigError, ModelConfig
 from dsa_jax.nn.transformer import Transformer
 from dsa_jax.selection import check_rule
 from dsa_jax.training.checkpoint import restore_params
+from dsa_jax.training.origin import ORIGIN
 from dsa_jax.training.recipe import Recipe, read_recipe
 from dsa_jax.training.state import abstract_params, model_graph
 from dsa_jax.training.workdir import read_config
@@ -29,6 +30,18 @@ class StoredModel(NamedTuple):
   folder: pathlib.Path  # The folder of a converted checkpoint, or RUN/checkpoints/ENTRY.
   step: pathlib.Path | None  # The step below it that was asked for. None: the latest one.
   record: dict[str, Any]  # Its own config.json, or that of the run.
+
+  @property
+  def origin(self) -> pathlib.Path:
+    """The folder that holds what an import has kept: its own, or RUN/origin."""
+    has_files = any((self.folder / name).is_file() for name in ('config.json', 'tokenizer.json'))
+    return self.folder if has_files else self.folder.parent.parent / ORIGIN
+
+  @property
+  def source(self) -> dict[str, Any]:
+    """What an import has recorded of the released checkpoint; {} if the model began elsewhere."""
+    is_there = (self.origin / 'config.json').is_file()
+    return read_config(self.origin).get('source', {}) if is_there else {}
 
   @property
   def rule(self) -> str:

@@ -157,7 +157,7 @@ class Sampler:
         )
     selects = 'indexer' if attention == 'dense' else rule or stored.rule
     model = load_checkpoint(folder, index_topk=index_topk)
-    tokenizer = find_tokenizer(stored.folder, stored.record)
+    tokenizer = find_tokenizer(stored.origin, {'source': stored.source})
     return cls(model, tokenizer, rule=selects, attention=attention, **kwargs)
 
   def __call__(self, prompt: str, **kwargs) -> str:

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The checkpoints of other runs that a recipe starts from, looked at before anything is trained."""
 
+from collections.abc import Sequence
 import dataclasses
 import difflib
 import json
 import pathlib
+import shutil
 from typing import Any
 
 from flax import nnx
@@ -13,6 +15,7 @@ from dsa_jax.config import ConfigError, ModelConfig
 from dsa_jax.training.checkpoint import check_params, saved_steps
 from dsa_jax.training.recipe import Recipe
 
+ORIGIN = 'origin'  # The folder of a run that holds what an import has kept of its release.
 # Fields that leave the function of given weights as it is: limits, budgets and initialisers.
 FREE = frozenset(('max_seq_len', 'rope_type', 'embed_init_std', 'dtype', 'index_topk'))
 OF_YARN = frozenset(('original_seq_len', 'rope_factor', 'beta_fast', 'beta_slow', 'mscale'))
@@ -41,6 +44,36 @@ def check_origins(recipe: Recipe, like: nnx.State):
     check_params(folder, like)
     if record := model_record(folder):
       _check_function(ModelConfig(**record), recipe.model, entry.init_may_differ, where, name)
+
+
+def keep_origin(workdir: pathlib.Path, folders: Sequence[pathlib.Path]):
+  """Copies what an import has kept of its release into a workdir, for tokenizers and exports.
+
+  That is the record of the import and small files such as tokenizer.json. A run that starts from
+  another run takes over what that one has.
+
+  Args:
+    workdir: The run's. What it has already stays.
+    folders: The checkpoints that its entries start from. The first that has an origin counts.
+  """
+  target = workdir / ORIGIN
+  for folder in map(pathlib.Path.resolve, folders):
+    for source in (folder, folder.parent.parent / ORIGIN):
+      record = source / 'config.json'
+      kept = json.loads(record.read_text()).get('source') if record.is_file() else None
+      if kept and not target.exists():
+        _copy_whole(source, target, ['config.json', *kept.get('files', ())])
+
+
+def _copy_whole(source: pathlib.Path, target: pathlib.Path, names: list[str]):
+  """Copies files into a new folder, which appears with all of them or not at all."""
+  partial = target.with_name(target.name + '.partial')
+  shutil.rmtree(partial, ignore_errors=True)
+  partial.mkdir()
+  for name in names:
+    if (source / name).is_file():
+      shutil.copyfile(source / name, partial / name)
+  partial.rename(target)
 
 
 def _check_kind(folder: pathlib.Path, where: str, entries: list[str]):

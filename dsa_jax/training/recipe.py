@@ -94,6 +94,12 @@ class Recipe:
     return local_path(entry.init_from, 'init_from')
 
   @property
+  def origins(self) -> list[pathlib.Path]:
+    """The checkpoints of other runs, or of conversions, that entries start from."""
+    entries = [entry for entry in self.stages.values() if entry.init_from]
+    return [self.init_folder(entry) for entry in entries if entry.init_from not in self.stages]
+
+  @property
   def roles(self) -> dict[str, str]:
     """The entries that the report compares, by the names of its fields, as far as they run."""
     report, stages = self.report, self.stages

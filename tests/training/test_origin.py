@@ -9,7 +9,7 @@ import pytest
 
 from configs import base
 from dsa_jax.config import ConfigError
-from dsa_jax.training.origin import check_origins
+from dsa_jax.training.origin import check_origins, keep_origin
 from dsa_jax.training.recipe import read_recipe
 from dsa_jax.training.state import abstract_params
 
@@ -90,3 +90,23 @@ def test_an_entry_that_has_begun_needs_its_origin_no_more(old_run, tmp_path):
   new = tmp_path / 'new'
   shutil.copytree(old_run / 'checkpoints' / 'warmup', new / 'checkpoints' / 'warmup')
   check(recipe_from(old_run, new, tmp_path / 'gone'))
+
+
+def test_what_an_import_has_kept_goes_along(tmp_path):
+  """From a converted checkpoint to a run, and from there to the next run; whole, and once."""
+  ours = tmp_path / 'ours'
+  ours.mkdir()
+  record = {'model': {}, 'source': {'family': 'deepseek_v32', 'files': ['tokenizer.json', 'gone.json']}}
+  (ours / 'config.json').write_text(json.dumps(record))
+  (ours / 'tokenizer.json').write_text('{}')
+  runs = [tmp_path / name for name in ('first', 'second')]
+  for run in runs:
+    (run / 'checkpoints' / 'warmup').mkdir(parents=True)
+  keep_origin(runs[0], [ours])
+  keep_origin(runs[1], [runs[0] / 'checkpoints' / 'warmup'])
+  for run in runs:
+    assert {p.name for p in (run / 'origin').iterdir()} == {'config.json', 'tokenizer.json'}
+    assert json.loads((run / 'origin' / 'config.json').read_text()) == record
+  (ours / 'tokenizer.json').write_text('changed')
+  keep_origin(runs[0], [ours])
+  assert (runs[0] / 'origin' / 'tokenizer.json').read_text() == '{}'
