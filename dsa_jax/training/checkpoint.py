@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checkpoints, which appear whole or not at all and are written while training goes on."""
 
+import contextlib
 import pathlib
 from typing import Any, NamedTuple
 
@@ -118,8 +119,9 @@ def open_tree(folder: pathlib.Path) -> dict[tuple[str, ...], ts.TensorStore]:
     A tensorstore for each path in the tree.
   """
   folder = folder.absolute()
-  with ocp.PyTreeCheckpointer() as checkpointer:
-    tree = checkpointer.metadata(folder).item_metadata.tree
+  # A PyTreeCheckpointer would look for metadata of a whole step here, and warn that there is none.
+  with contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler:
+    tree = handler.metadata(folder).tree
   packed = (folder / 'manifest.ocdbt').exists()  # Runs save in this format; conversions write plain files.
   context = ts.Context({'cache_pool': {'total_bytes_limit': CACHE_BYTES}})
   stores = {}
