@@ -38,6 +38,8 @@ def get_config(variant: str = 'full'):
   )
   c.stages.sparse = base.stage(stage='sparse', init_from='warmup', indexer_lr=2e-3, **tune)
   c.report.update(seq_len=512, batch_size=8, batches=16)
+  if variant == 'full':
+    c.report.checks = dict(accuracy_share=0.98, window_accuracy_share=0.5, mass_above_window=0.0)
   if variant == 'tiny':
     c.workdir = 'runs/recall_tiny'
     c.model.update(dim=32, q_lora_rank=16, kv_lora_rank=16, index_topk=8, max_seq_len=512)

@@ -28,7 +28,7 @@ def test_tiny_variant_runs(name, tmp_path):
   config.workdir = str(tmp_path)
   results = train(config)
   assert (tmp_path / 'report.json').exists()
-  assert results['validation_bits_per_byte']['sparse'] > 0
+  assert results['validation_bits']['sparse'] > 0
 
 
 @pytest.mark.parametrize('name', NAMES)

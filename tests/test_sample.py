@@ -385,6 +385,11 @@ def test_a_checkpoint_is_the_same_however_it_is_spelled(tmp_path, monkeypatch):
       assert find_checkpoint(path).folder.name in ('sparse', 'moved'), path
 
 
+def test_loading_says_nothing(tmp_path, caplog):
+  load_checkpoint(save_run(tmp_path))
+  assert not [record for record in caplog.records if record.levelname != 'INFO']
+
+
 def test_an_earlier_step_is_loaded_by_its_folder(tmp_path):
   folder = save_run(tmp_path)
   params = jax.tree.map(lambda x: x + 1, laws.weights(CFG))

@@ -84,7 +84,7 @@ def same_numbers(a: pathlib.Path, b: pathlib.Path):
     for name in ours:
       np.testing.assert_array_equal(ours[name], theirs[name], err_msg=f'{entry} {name}')
   reports = [json.loads((x / 'report.json').read_text()) for x in (a, b)]
-  for name in ('validation_bits_per_byte', 'captured_mass_by_rule', 'bits_by_position'):
+  for name in ('validation_bits', 'captured_mass_by_rule', 'bits_by_position'):
     assert reports[0][name] == reports[1][name]
 
 
@@ -92,8 +92,8 @@ def test_leaves_a_whole_report(undisturbed):
   workdir, output = undisturbed
   report = json.loads((workdir / 'report.json').read_text())
   names = {'dense_before', 'dense_baseline', 'sparse', 'window_sinks', 'random', 'oracle'}
-  assert report['validation_bits_per_byte'].keys() == names
-  assert all(0 < bits < 9 for bits in report['validation_bits_per_byte'].values())
+  assert report['validation_bits'].keys() == names
+  assert all(0 < bits < 9 for bits in report['validation_bits'].values())
   assert len(report['captured_mass']) == report['n_layers']
   assert report['index_topk'] == 8 and report['context'] == 64 and report['seconds'] > 0
   for name in ('report.md', 'overview.png', 'training.png', 'selection.png'):
@@ -338,7 +338,7 @@ def test_entries_have_any_names(tmp_path):
   results = train.train(config)
   roles = {'dense_before': 'base-1', 'dense_baseline': 'more_dense', 'sparse': 'sparse_k8'}
   assert results['roles'] == roles
-  scored = results['validation_bits_per_byte']
+  scored = results['validation_bits']
   assert {'dense_before', 'dense_baseline', 'sparse', 'sparse (entry)', 'oracle'} <= scored.keys()
   assert scored['sparse (entry)'] == scored['sparse']  # The same stage, twice.
   text = (tmp_path / 'report.md').read_text()

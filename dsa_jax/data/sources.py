@@ -42,6 +42,11 @@ class DataConfig:
       return VOCAB_SIZE
     return self._recall(seq_len=2 * self.tokens_per_query, split='train').vocab_size
 
+  @property
+  def unit(self) -> str:
+    """What one target is, for a count of bits in each."""
+    return {'text': 'byte', 'recall': 'answer'}[self.source]
+
   def rows(self, seq_len: int, split: str) -> Source:
     """Returns a random-access source of rows of `seq_len` tokens."""
     if self.source == 'recall':

@@ -165,7 +165,7 @@ def _draw_positions(part: Any, cell: Any, results: Mapping[str, Any], by_positio
   bits = {name: np.array(by_position[name], float) for name in ordered([by_position], MODELS)}
   if 'dense_baseline' in bits:
     bits.pop('dense_before', None)
-  panels = {f'Bits per {"answer" if results.get("accuracy") else "byte"}, by position': bits}
+  panels = {f'Bits per {unit(results)}, by position': bits}
   if 'dense_baseline' in bits and not results.get('accuracy'):
     excess = {name: 100 * (values / bits['dense_baseline'] - 1) for name, values in bits.items()}
     panels['Difference to the fair baseline (%)'] = excess
@@ -292,6 +292,11 @@ def stage_colours(lineage: Lineage, names: Sequence[str]) -> dict[str, str]:
 
 def look(model: str) -> Look:
   return MODELS.get(model, Look(model, '#56B4E9', '.'))
+
+
+def unit(results: Mapping[str, Any]) -> str:
+  """Returns what one target is: the data says so, and without its word it is a token."""
+  return results.get('unit') or 'token'
 
 
 def label(model: str, results: Mapping[str, Any]) -> str:

@@ -77,9 +77,9 @@ def write_report(
 
 def main_table(results: Mapping[str, Any]) -> Table:
   """Returns one row per model, with its quality beside that of the fair baseline."""
-  bits, beyond = (results.get(k, {}) for k in ('validation_bits_per_byte', 'bits_beyond_budget'))
+  bits, beyond = (results.get(k, {}) for k in ('validation_bits', 'bits_beyond_budget'))
   accuracy = results.get('accuracy') or {}
-  unit = 'bits per answer' if accuracy else 'bits per byte'
+  unit = f'bits per {plots.unit(results)}'
   columns = []
   if accuracy:
     columns += [('accuracy', accuracy, '{:.2%}'), ('of baseline', _share(accuracy), '{:.1%}')]
@@ -177,7 +177,7 @@ def _what_was_run(results: Mapping[str, Any]) -> list[str]:
 
 
 def _how_to_read(results: Mapping[str, Any]) -> str:
-  names = results.get('validation_bits_per_byte', {})
+  names = results.get('validation_bits', {})
   sentences = ['Bits say how well the model predicts text it has not seen: lower is better.']
   if results.get('accuracy'):
     sentences = [

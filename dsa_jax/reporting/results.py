@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every number that the report of a finished recipe holds, and whether it met its bars."""
+"""Every number that the report of a finished recipe holds."""
 
 from collections.abc import Callable
+import dataclasses
 import datetime
 import functools
 import importlib.metadata
@@ -20,6 +21,7 @@ import numpy as np
 
 from dsa_jax.cost import attention_flops
 from dsa_jax.nn.attention.types import Mode
+from dsa_jax.reporting.checks import verdicts
 from dsa_jax.reporting.evaluate import Scores, evaluate, measure, measure_batch, score_batch
 from dsa_jax.selection import RULES
 from dsa_jax.training.checkpoint import Checkpoints, restore_params
@@ -100,10 +102,12 @@ def evaluate_recipe(run: Run) -> dict[str, Any]:
           for name, entry in recipe.stages.items()
       },
       'roles': recipe.roles,
+      'report': dataclasses.asdict(report),
+      'unit': recipe.data.unit,
       'context': report.seq_len,
       'index_topk': recipe.model.index_topk,
       'n_layers': recipe.model.n_layers,
-      'validation_bits_per_byte': {n: s.bits() for n, s in scores.items()},
+      'validation_bits': {n: s.bits() for n, s in scores.items()},
       'bits_beyond_budget': {
           n: s.bits(n_visible_above=recipe.model.index_topk) for n, s in scores.items()
       },
@@ -116,7 +120,7 @@ def evaluate_recipe(run: Run) -> dict[str, Any]:
   }
   if recipe.data.source == 'recall':
     results['accuracy'] = {n: float(s.right.mean()) for n, s in scores.items()}
-  results['checks'] = checks(results)
+  results['checks'] = verdicts(results, report.checks)
   return results
 
 
@@ -162,43 +166,6 @@ def _attention_flops(recipe: Recipe) -> dict[str, dict[str, float]]:
       for context in contexts
   }
   return {kind: flops(kind) for kind in ('dense', 'sparse')}
-
-
-def checks(results: dict[str, Any]) -> list[dict[str, Any]]:
-  """Returns the verdicts that apply to these results, each with the numbers behind it."""
-  verdicts = []
-
-  def check(name: str, passed: bool, detail: str):
-    verdicts.append({'name': name, 'passed': passed, 'detail': detail})
-
-  bits, beyond = results['validation_bits_per_byte'], results['bits_beyond_budget']
-  if 'accuracy' in results and {'dense_baseline', 'sparse'} <= results['accuracy'].keys():
-    accuracy = results['accuracy']
-    share = accuracy['sparse'] / accuracy['dense_baseline']
-    check('sparse reaches 98 % of the dense accuracy', share >= 0.98, f'{share:.4f}')
-    if 'window_sinks' in accuracy:
-      share = accuracy['window_sinks'] / accuracy['dense_baseline']
-      check('window and sinks fail (below half)', share < 0.5, f'{share:.4f}')
-  elif {'dense_baseline', 'sparse'} <= bits.keys():
-    excess = bits['sparse'] / bits['dense_baseline'] - 1
-    check('sparse loss within 0.5 % of the dense baseline', excess <= 0.005, f'{excess:+.2%}')
-  by_rule = results['captured_mass_by_rule']
-  if results['captured_mass'] and 'accuracy' not in results:
-    mean = float(np.mean(results['captured_mass']))
-    check('captured attention mass at least 0.9 on average', mean >= 0.9, f'{mean:.3f}')
-  if results['captured_mass'] and 'window_sinks' in by_rule:
-    margin = np.array(results['captured_mass']) - np.array(by_rule['window_sinks'])
-    check(
-        'captured mass above window and sinks in every layer',
-        bool((margin > 0).all()),
-        f'smallest margin {margin.min():+.3f}',
-    )
-  order = ('oracle', 'sparse', 'window_sinks', 'random')
-  if set(order) <= beyond.keys() and 'accuracy' not in results:
-    a, b, c, d = (beyond[name] for name in order)
-    text = ', '.join(f'{name} {beyond[name]:.4f}' for name in order)
-    check('beyond the budget: oracle <= sparse < window and sinks < random', a <= b < c < d, text)
-  return verdicts
 
 
 def _seconds(recipe: Recipe, entry: str) -> float:

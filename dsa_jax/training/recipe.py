@@ -34,6 +34,17 @@ ON_CHANGED_DATA = ('stop', 'go_on')
 PADDING = 256  # A vocabulary may be this much larger than its alphabet, so that devices divide it.
 
 
+# What a report may check, and what the bar of each check is compared with.
+CHECKS = {
+    'loss_excess': 'The loss of sparse above that of the dense baseline, as a share: at most the bar.',
+    'accuracy_share': "The share of the dense baseline's accuracy that sparse has: at least the bar.",
+    'window_accuracy_share': 'The same share of window and sinks, which should fail: below the bar.',
+    'captured_mass': 'The attention mass that the selection captures, on average: at least the bar.',
+    'mass_above_window': 'How much more it captures than window and sinks in any layer: above the bar.',
+    'order_of_rules': 'The smallest step in bits from sparse to window to random: above the bar.',
+}
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ReportConfig:
   """What the report compares, and on how much validation data."""
@@ -48,6 +59,7 @@ class ReportConfig:
   batch_size: int = 8
   batches: int = 16
   rules: Sequence[str] = tuple(RULES)
+  checks: Mapping[str, float] = dataclasses.field(default_factory=dict)  # Bars, by keys of CHECKS.
 
   def __post_init__(self):
     object.__setattr__(self, 'rules', tuple(self.rules))  # JSON has lists.
@@ -56,6 +68,10 @@ class ReportConfig:
         raise ConfigError(f'{name}={getattr(self, name)} must be at least 1.')
     if self.seq_len < 2:
       raise ConfigError(f'{self.seq_len=} must be at least 2: one token and its target.')
+    if unknown := [name for name in self.checks if name not in CHECKS]:
+      raise ConfigError(f'checks={self.checks} names {unknown}; the checks are {tuple(CHECKS)}.')
+    if wrong := {name: bar for name, bar in self.checks.items() if not isinstance(bar, (int, float))}:
+      raise ConfigError(f'checks: {wrong} must be numbers.')
     if unknown := [rule for rule in self.rules if rule not in RULES]:
       raise ConfigError(f'rules={self.rules} names {unknown}; the rules are {tuple(RULES)}.')
     if not self.rules or len(set(self.rules)) < len(self.rules):

@@ -8,12 +8,16 @@ import laws
 import numpy as np
 import pytest
 
+from configs import base, quickstart, recall
+from dsa_jax.config import ConfigError
 from dsa_jax.nn.attention.types import Mode
 from dsa_jax.reporting import evaluate
+from dsa_jax.reporting.checks import JUDGES, verdicts
 from dsa_jax.reporting.evaluate import Scores
-from dsa_jax.reporting.results import checks
 from dsa_jax.selection import RULES
+from dsa_jax.training.recipe import CHECKS, ReportConfig
 
+CONFIGS = {'quickstart': quickstart, 'recall': recall}
 SEVERAL = Mode(attention='sparse', backend='xla', rule=tuple(RULES))
 
 
@@ -30,20 +34,24 @@ def test_bits_by_position():
   assert math.isnan(by_position[2]) and by_position[3] == 5.0
 
 
+BARS = {'loss_excess': 0.005, 'captured_mass': 0.9, 'mass_above_window': 0.0, 'order_of_rules': 0.0}
+RECALL = {'accuracy_share': 0.98, 'window_accuracy_share': 0.5}
+
+
 def results(**changes):
-  found = {
-      'validation_bits_per_byte': {'dense_baseline': 2.0, 'sparse': 2.005},
+  values = {
+      'validation_bits': {'dense_baseline': 2.0, 'sparse': 2.005},
       'bits_beyond_budget': {
           'oracle': 2.0, 'sparse': 2.01, 'window_sinks': 2.1, 'random': 3.0, 'dense_baseline': 2.0
       },
       'captured_mass': [0.91, 0.93],
       'captured_mass_by_rule': {'indexer': [0.91, 0.93], 'window_sinks': [0.5, 0.9]},
   }
-  return found | changes
+  return values | changes
 
 
-def passed(found):
-  return [check['passed'] for check in checks(found)]
+def passed(values, bars=BARS):
+  return [verdict['passed'] for verdict in verdicts(values, bars)]
 
 
 def test_good_results_pass_every_bar():
@@ -54,20 +62,34 @@ def test_each_bar_can_fail():
   beyond = results()['bits_beyond_budget']
   mass = results()['captured_mass_by_rule']
   worse = [
-      {'validation_bits_per_byte': {'dense_baseline': 2.0, 'sparse': 2.011}},
+      {'validation_bits': {'dense_baseline': 2.0, 'sparse': 2.011}},
       {'captured_mass': [0.85, 0.94]},
       {'captured_mass_by_rule': mass | {'window_sinks': [0.92, 0.1]}},
       {'bits_beyond_budget': beyond | {'oracle': 2.02}},
   ]
   for i, change in enumerate(worse):
     assert passed(results(**change)) == [j != i for j in range(4)]
+  assert passed(results(), {'captured_mass': 0.93, 'order_of_rules': 0.1}) == [False, False]
 
 
 def test_recall_is_judged_by_accuracy():
   accuracy = {'dense_baseline': 1.0, 'sparse': 0.99, 'window_sinks': 0.1}
-  assert passed(results(accuracy=accuracy))[:2] == [True, True]
-  assert passed(results(accuracy=accuracy | {'sparse': 0.97}))[:2] == [False, True]
-  assert passed(results(accuracy=accuracy | {'window_sinks': 0.6}))[:2] == [True, False]
+  judged = lambda **changes: passed(results(accuracy=accuracy | changes), RECALL)
+  assert judged() == [True, True]
+  assert judged(sparse=0.97) == [False, True]
+  assert judged(window_sinks=0.6) == [True, False]
+
+
+def test_only_a_config_sets_bars():
+  assert verdicts(results(), {}) == []
+  assert verdicts(results(validation_bits={}), {'loss_excess': 0.1}) == []
+  assert JUDGES.keys() == CHECKS.keys()
+  assert not base.get_config().report.checks
+  own = {name: dict(module.get_config().report.checks) for name, module in CONFIGS.items()}
+  assert own == {'quickstart': BARS, 'recall': RECALL | {'mass_above_window': 0.0}}
+  for wrong in {'captured': 0.9}, {'captured_mass': '0.9'}:
+    with pytest.raises((ConfigError, TypeError), match='captured'):  # Type checks of tests come first.
+      ReportConfig(checks=wrong)
 
 
 CFG = dataclasses.replace(laws.CFG, n_layers=1, n_dense_layers=1)

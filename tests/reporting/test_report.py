@@ -65,7 +65,7 @@ def full_results():
       'context': 512,
       'index_topk': 64,
       'n_layers': LAYERS,
-      'validation_bits_per_byte': BITS,
+      'validation_bits': BITS,
       'bits_beyond_budget': {name: 0.9 * bits for name, bits in BITS.items()},
       'position_edges': EDGES,
       'bits_by_position': bits,
@@ -95,7 +95,7 @@ def dense_results():
       'context': 512,
       'index_topk': 64,
       'n_layers': LAYERS,
-      'validation_bits_per_byte': {'dense_before': 2.5},
+      'validation_bits': {'dense_before': 2.5},
       'checks': [],
   }
 
@@ -171,7 +171,7 @@ def test_json_is_valid_and_has_null_for_nan(full):
   read = json.loads((full[0] / 'report.json').read_text(), parse_constant=pytest.fail)
   assert read['bits_by_position']['random'][0] is None
   assert read['bits_by_position']['sparse'][0] is None
-  assert read['validation_bits_per_byte'] == BITS
+  assert read['validation_bits'] == BITS
   assert read['captured_mass'] == full_results()['captured_mass']
 
 
@@ -206,7 +206,7 @@ def test_dense_only_report_leaves_the_rest_out(tmp_path):
 
 def test_without_metrics_or_baseline(tmp_path):
   results = full_results()
-  for key in ('validation_bits_per_byte', 'bits_beyond_budget', 'bits_by_position'):
+  for key in ('validation_bits', 'bits_beyond_budget', 'bits_by_position'):
     results[key] = {n: v for n, v in results[key].items() if n != 'dense_baseline'}
   report.write_report(tmp_path, results, rich.console.Console(file=io.StringIO()))
   text = (tmp_path / 'report.md').read_text()
@@ -219,7 +219,8 @@ def test_accuracy_is_the_main_number(tmp_path):
   results = full_results()
   results['accuracy'] = {'dense_baseline': 0.98, 'sparse': 0.9702, 'window_sinks': 0.049}
   header, rows = report.main_table(results)
-  assert header[1:4] == ['accuracy', 'of baseline', 'bits per answer']
+  assert header[1:4] == ['accuracy', 'of baseline', 'bits per token']
+  assert report.main_table(results | {'unit': 'answer'})[0][3] == 'bits per answer'
   by_model = {row[0]: row[1:] for row in rows}
   assert by_model['sparse, indexer'][:3] == ['97.02%', '99.0%', '2.0060']
   assert by_model['sparse, random'][:2] == ['n/a', 'n/a']
@@ -238,7 +239,7 @@ def test_entries_are_reported_and_drawn_under_their_own_names(tmp_path):
   results['stages']['sparse_k9'] = {'stage': 'sparse', 'init_from': 'random'}
   for key in ('seconds_by_stage', 'tokens_by_stage'):
     results[key] = {new[name]: value for name, value in results[key].items()} | {'sparse_k9': 7}
-  results['validation_bits_per_byte'] = BITS | {'sparse_k9': 2.01}
+  results['validation_bits'] = BITS | {'sparse_k9': 2.01}
   write_metrics(tmp_path, {'base-1': 4, 'more': 2, 'random': 4, 'sparse_k8': 4, 'sparse_k9': 4})
   curves = plots.Curves(metrics.read_metrics(tmp_path / 'metrics.csv'))
   training, selection = Figure(), Figure()
