@@ -6,6 +6,7 @@ import dataclasses
 import math
 import os
 import pathlib
+import re
 
 
 class ConfigError(ValueError):
@@ -21,7 +22,8 @@ def local_path(name: str | os.PathLike, what: str) -> pathlib.Path:
   Raises:
     ConfigError: It is an address, such as gs://bucket/folder, which would become a local folder.
   """
-  if '://' in (text := os.fspath(name)):
+  text = os.fspath(name)
+  if re.match(r'\w{2,}:/', text):  # pathlib makes gs:/ of gs://.
     raise ConfigError(
         f'{what}={text!r} must be a local path: mount the bucket (gcsfuse, mountpoint-s3), or copy it.'
     )

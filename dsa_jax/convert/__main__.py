@@ -11,7 +11,7 @@ import sys
 
 from absl import app, flags
 
-from dsa_jax.config import ConfigError
+from dsa_jax.config import ConfigError, local_path
 from dsa_jax.convert.exporter import export_bytes, export_checkpoint, open_checkpoint
 from dsa_jax.convert.importer import DTYPES_OF, import_checkpoint, open_source
 from dsa_jax.families import FAMILIES
@@ -49,8 +49,8 @@ def main(argv: list[str]):
   logging.getLogger('absl').setLevel(logging.CRITICAL)  # Silences orbax: errors are raised anyway.
   if len(argv) != 3:
     sys.exit(f'usage: python -m dsa_jax.convert [--export] SOURCE TARGET; got {argv[1:]}.')
-  source, target = (pathlib.Path(name).expanduser() for name in argv[1:])
   try:
+    source, target = local_path(argv[1], 'SOURCE'), local_path(argv[2], 'TARGET')
     run = run_export if EXPORT.value else run_import
     summary = run(source, target)
   except (ConfigError, OSError) as error:

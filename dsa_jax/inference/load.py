@@ -5,14 +5,13 @@ from collections.abc import Iterator
 import dataclasses
 import os
 import pathlib
-import re
 from typing import Any, NamedTuple, NoReturn
 
 from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from dsa_jax.config import ConfigError, ModelConfig
+from dsa_jax.config import ConfigError, ModelConfig, local_path
 from dsa_jax.nn.transformer import Transformer
 from dsa_jax.selection import check_rule
 from dsa_jax.training.checkpoint import restore_params
@@ -98,8 +97,7 @@ def load_model(
   Raises:
     ConfigError: The folder is no workdir, the entry has no checkpoint, or an argument is out of range.
   """
-  _check_local(workdir)
-  workdir = pathlib.Path(workdir).expanduser()
+  workdir = local_path(workdir, 'workdir')
   recipe = read_recipe(ConfigDict(read_config(workdir) | {'workdir': str(workdir)}))
   if entry not in recipe.stages:
     raise ConfigError(f'{entry=} must be one of the recipe, {tuple(recipe.stages)}.')
@@ -117,8 +115,7 @@ def find_checkpoint(folder: Folder) -> StoredModel:
   Raises:
     ConfigError: It names none of them.
   """
-  _check_local(folder)
-  typed = pathlib.Path(folder).expanduser()
+  typed = local_path(folder, 'checkpoint')
   for path in _spellings(typed):
     step = path if path.name.isdigit() and (path / 'state').is_dir() else None
     entry = path if step is None else path.parent
@@ -165,14 +162,6 @@ def _refuse_run(folder: pathlib.Path) -> NoReturn:
   raise ConfigError(
       f'{folder} is a run: choose {folder}/checkpoints/ENTRY, ENTRY one of {entries}.'
   )
-
-
-def _check_local(folder: Folder):
-  if scheme := re.match(r'(\w{2,}):/', str(folder)):
-    raise ConfigError(
-        f'{folder} is not on a disk of this machine. Copy it to one: checkpoints of {scheme[1]}:// are '
-        'not read from there.'
-    )
 
 
 def _with_budget(cfg: ModelConfig, index_topk: int | None) -> ModelConfig:

@@ -1,0 +1,35 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The sizes of a model, and paths that are no addresses."""
+
+import dataclasses
+import pathlib
+
+import pytest
+
+from dsa_jax.config import ConfigError, ModelConfig, local_path
+
+
+@pytest.mark.parametrize('name', ['gs://bucket/run', 's3://b/x', 'hf://org/model', 'gs:/bucket/run'])
+def test_an_address_is_no_local_folder(name):
+  with pytest.raises(ConfigError, match=f"workdir='{name}' must be a local path"):
+    local_path(name, 'workdir')
+
+
+@pytest.mark.parametrize('name', ['runs/a', '/runs/a', '../a', 'C:/a', 'a:b/c', pathlib.Path('x')])
+def test_other_names_are_paths(name):
+  assert local_path(name, 'workdir') == pathlib.Path(name)
+
+
+def test_home_is_expanded(monkeypatch):
+  monkeypatch.setenv('HOME', '/home/someone')
+  assert local_path('~/runs', 'workdir') == pathlib.Path('/home/someone/runs')
+
+
+def test_rotation_does_not_hang_on_the_context_in_use():
+  yarn = ModelConfig(rope_type='yarn')
+  short = dataclasses.replace(yarn, max_seq_len=yarn.original_seq_len)
+  assert short.uses_yarn and short.sm_scale == yarn.sm_scale == ModelConfig().sm_scale
+  plain = ModelConfig(rope_type='default')
+  assert not plain.uses_yarn and plain.sm_scale == (128 + 64) ** -0.5
+  with pytest.raises(ConfigError, match='rope_type'):
+    ModelConfig(rope_type='linear')
