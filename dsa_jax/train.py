@@ -127,7 +127,7 @@ def resume(run: Run, name: str, checkpoints: Checkpoints) -> tuple[int, TrainSta
     if step == run.recipe.stages[name].steps and not skips:
       return step, None, 0.0
     try:
-      state, progress = checkpoints.restore(run.initial_state(name))
+      state, progress = checkpoints.restore(run.abstract_state(name))
     except DamagedCheckpoint as error:
       if not skips:
         raise

@@ -16,6 +16,7 @@ import orbax.checkpoint as ocp
 import tensorstore as ts
 
 from dsa_jax.config import ConfigError
+from dsa_jax.parallel.processes import is_first, wait_for_all
 from dsa_jax.training.state import TrainState
 
 AT_ONCE = 4  # Arrays that are read at one time, beside the one that is finished.
@@ -137,8 +138,9 @@ class Checkpoints:
 
   def set_aside(self, step: int):
     """Renames the folder of a step, so that the step before it becomes the latest."""
-    if jax.process_index() == 0:
+    if is_first():
       (self.folder / str(step)).rename(self.folder / f'{step}.damaged')
+    wait_for_all(f'step {step} is set aside')
     self._manager.reload()
 
   def seconds(self) -> float:

@@ -86,12 +86,17 @@ class Run(NamedTuple):
 
   def lower_step(self, name: str) -> Lowered:
     """Lowers the step of an entry, before its state is there."""
-    recipe, entry = self.recipe, self.recipe.stages[name]
-    state = abstract_state(recipe.model, entry.trains, recipe.optim, mesh=self.mesh)
+    entry = self.recipe.stages[name]
     shape = entry.batch_size, entry.seq_len
     batch = jax.tree.map(lambda x: np.zeros(shape, x.dtype), self.data.look[name])
     batch = place_batch(batch, entry.batch_size, self.mesh)
-    return self.train_step(name).lower(state, batch, dict.fromkeys(entry.trains, np.float32(0)))
+    rates = dict.fromkeys(entry.trains, np.float32(0))
+    return self.train_step(name).lower(self.abstract_state(name), batch, rates)
+
+  def abstract_state(self, name: str) -> TrainState:
+    """Returns the shapes, dtypes and shardings of an entry's state."""
+    recipe, entry = self.recipe, self.recipe.stages[name]
+    return abstract_state(recipe.model, entry.trains, recipe.optim, mesh=self.mesh)
 
   def initial_state(self, name: str) -> TrainState:
     """Returns the state at step 0: fresh, or around the weights that `init_from` names."""

@@ -86,7 +86,8 @@ def test_the_last_good_one_can_go_on(damaged, state, monkeypatch):
   run = Run(recipe, None, 'xla', None, None)
   data = type('Data', (), {'train': {'dense': type('Batches', (), {'set_state': states.append})}})
   run = run._replace(data=data)
-  monkeypatch.setattr(Run, 'initial_state', lambda self, name: state)
+  monkeypatch.setattr(Run, 'abstract_state', lambda self, name: state)
+  monkeypatch.setattr(Run, 'initial_state', None)  # Where it began may be gone.
   with Checkpoints(damaged) as checkpoints:
     step, restored, seconds = train.resume(run, 'dense', checkpoints)
   assert (step, seconds, states) == (2, 2.0, [{'next_index': 2}])
