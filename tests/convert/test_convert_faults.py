@@ -269,7 +269,7 @@ def snapshot(folder: pathlib.Path) -> dict[str, bytes]:
   }
 
 
-@pytest.mark.parametrize('trials', [60, pytest.param(300, marks=pytest.mark.nightly)])
+@pytest.mark.parametrize('trials', [75, pytest.param(300, marks=pytest.mark.nightly)])
 def test_fuzz(source, trials):
   """Damaged files: a ValueError, or, where the damage is in the weights, nothing to see."""
   rng = np.random.default_rng(0)
