@@ -39,7 +39,7 @@ INDEXER = {  # The sizes of fresh indexers; the defaults are those of DeepSeek-V
 FAMILY = flags.DEFINE_enum(
     'family', '', ['', *FAMILIES], 'The family to export as; by default the one it was imported as.'
 )
-FP8 = flags.DEFINE_bool('fp8', None, 'Export in FP8; by default as it was imported.')
+FP8 = flags.DEFINE_bool('fp8', None, 'Export in FP8; by default each matrix as it was imported.')
 SHARD_GB = flags.DEFINE_float(
     'shard_gb', 4, 'The largest size of an exported file, in GiB.', lower_bound=0
 )
@@ -69,6 +69,8 @@ def run_import(folder: pathlib.Path, target: pathlib.Path):
 
 
 def run_export(folder: pathlib.Path, target: pathlib.Path):
+  if not SHARD_GB.value < 2**20:
+    raise ConfigError(f'--shard_gb={SHARD_GB.value} must be below {2**20}.')
   source = open_checkpoint(folder, FAMILY.value)
   with ByteProgress('export', export_bytes(source, FP8.value)) as bar:
     return export_checkpoint(

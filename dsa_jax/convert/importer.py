@@ -151,9 +151,9 @@ def _check_tensors(
   for name in places:
     if name not in known:
       problems.add(f'{name} is in no place of this model.', 'stranger')
-  missing = [name for name in known if name not in places and name.startswith(_mtp_prefix(model))]
-  if missing:
-    problems.add(f'{len(missing)} of what is missing is of the MTP layer: --nomtp leaves that out.')
+  missing = [name for name in known if name not in places]
+  if missing and all(name.startswith(_mtp_prefix(model)) for name in missing):
+    problems.add('Nothing is missing outside the MTP layer, which --nomtp leaves out.')
 
 
 def _check_tensor(

@@ -32,11 +32,14 @@ def describe(
     wide: The names of those that might be and are not.
   """
   section = dict(base or FP8)
-  unnamed = list(wide)
+  unnamed, all_quantized = list(wide), '\n'.join(f'.{module}.' for module in quantized)
+  is_false = lambda entry: f'.{entry}.' in all_quantized or (  # Quick for a thousand plain entries.
+      not _is_plain(entry) and any(_speaks_of(entry, module) for module in quantized)
+  )
   for key in LISTS:
     if isinstance(section.get(key), list):
       before = [entry for entry in section[key] if isinstance(entry, str)]
-      kept = [entry for entry in before if not any(_speaks_of(entry, m) for m in quantized)]
+      kept = [entry for entry in before if not is_false(entry)]
       unnamed = [m for m in unnamed if not any(_speaks_of(entry, m) for entry in kept)]
       section[key] = kept
       if before and not kept:
@@ -45,6 +48,10 @@ def describe(
     key = next((key for key in LISTS if isinstance(section.get(key), list)), LISTS[0])
     section[key] = section.get(key, []) + _short(unnamed, quantized)
   return section
+
+
+def _is_plain(entry: str) -> bool:
+  return not entry.startswith('re:') and '*' not in entry
 
 
 def _speaks_of(entry: str, module: str) -> bool:

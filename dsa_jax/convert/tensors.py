@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where every tensor of a released checkpoint belongs, by the table of its family."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 import dataclasses
+import functools
 import math
 
 import einops
@@ -122,7 +123,8 @@ def mtp_copies(cfg: ModelConfig, family: str) -> dict[str, str]:
   return {f'model.layers.{cfg.n_layers}.{name}': original for name, original in copies.items()}
 
 
-def weight_shapes(cfg: ModelConfig) -> dict[Path, tuple[int, ...]]:
+@functools.lru_cache(maxsize=8)
+def weight_shapes(cfg: ModelConfig) -> Mapping[Path, tuple[int, ...]]:
   """Returns the shape of every weight of our model."""
   params = nnx.as_pure(nnx.state(nnx.eval_shape(lambda: Transformer(cfg, rngs=nnx.Rngs(0)))))
   return {

@@ -4,6 +4,7 @@
 import codecs
 from collections.abc import Iterable, Iterator
 import json
+import logging
 import pathlib
 from typing import Any
 
@@ -105,6 +106,8 @@ def find_tokenizer(folder: pathlib.Path, record: dict[str, Any]) -> Tokenizer:
   """
   path = folder / 'tokenizer.json'
   if not path.exists():
+    if 'source' in record:
+      logging.warning(f'{folder} has no tokenizer.json: texts are read and written as bytes.')
     return Bytes()
   tokenizer = Pretrained(path)
   released = record.get('source', {}).get('config', {})

@@ -13,9 +13,9 @@ from dsa_jax.config import ModelConfig
 def rope_frequencies(cfg: ModelConfig) -> np.ndarray:
   """Returns the radians per position of each of the R/2 channel pairs, in float64.
 
-  Where the configured length exceeds the original one, YaRN keeps the fast frequencies, divides
-  the slow ones by `rope_factor`, and blends those in between. The result depends on the
-  configuration only, never on the length of the sequence at hand.
+  YaRN keeps the fast frequencies, divides the slow ones by `rope_factor`, and blends those in
+  between. The result depends on the configuration only, never on the length of the sequence at
+  hand.
   """
   width = cfg.qk_rope_head_dim
   frequencies = cfg.rope_theta ** (-np.arange(0, width, 2) / width)

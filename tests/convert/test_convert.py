@@ -290,7 +290,6 @@ def test_a_dense_release_becomes_a_sparse_model(tmp_path):
 
   config.recipe = ('warmup', 'sparse')
   config.stages.warmup.init_from = str(tmp_path / 'ours')
-  config.report.update(dense_before='warmup', dense_baseline='warmup')
   config.workdir = str(tmp_path / 'run')
   train(config)
   before = load_checkpoint(tmp_path / 'ours')

@@ -33,8 +33,9 @@ def load(folder, **config):
   return find_tokenizer(folder, {'source': {'config': config}})
 
 
-def test_bytes_where_there_is_no_tokenizer(tmp_path):
+def test_bytes_where_there_is_no_tokenizer(tmp_path, caplog):
   assert isinstance(load(tmp_path), Bytes)
+  assert 'has no tokenizer.json: texts are read and written as bytes' in caplog.text
 
 
 @pytest.mark.parametrize('bos', NAMED.values(), ids=NAMED)
