@@ -45,7 +45,7 @@ def frequencies(cfg: ModelConfig) -> np.ndarray:
   result = []
   for i in range(width // 2):
     f = cfg.rope_theta ** (-2 * i / width)
-    if cfg.max_seq_len > length:
+    if cfg.uses_yarn:
       ramp = min(max((i - low) / (high - low), 0), 1)
       f = f * (1 - ramp) + f / cfg.rope_factor * ramp
     result.append(f)
@@ -54,7 +54,7 @@ def frequencies(cfg: ModelConfig) -> np.ndarray:
 
 def softmax_scale(cfg: ModelConfig) -> float:
   scale = 1 / math.sqrt(cfg.qk_nope_head_dim + cfg.qk_rope_head_dim)
-  if cfg.max_seq_len > cfg.original_seq_len:
+  if cfg.uses_yarn:
     scale *= (0.1 * cfg.mscale * math.log(cfg.rope_factor) + 1) ** 2
   return scale
 

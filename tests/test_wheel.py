@@ -2,6 +2,7 @@
 """A wheel has all of the package and nothing else, and is imported far from the repository."""
 
 import importlib.metadata
+import os
 import pathlib
 import shutil
 import subprocess
@@ -52,7 +53,8 @@ def isolation() -> tuple[str, ...]:
 
 def run_pip(*arguments):
   command = [sys.executable, '-m', 'pip', '--disable-pip-version-check', *arguments]
-  done = subprocess.run(command, capture_output=True, text=True)
+  env = {name: value for name, value in os.environ.items() if name != 'PYTHONPATH'}
+  done = subprocess.run(command, env=env, capture_output=True, text=True)
   assert done.returncode == 0, done.stdout + done.stderr
 
 
