@@ -38,6 +38,8 @@ RULES = {
 USUAL = {'dense_before': 'dense', 'dense_baseline': 'baseline', 'sparse': 'sparse'}
 STAGE_COLOURS = {'dense': '#404040', 'warmup': '#009E73', 'sparse': '#0072B2'}
 OTHER_COLOURS = ('#E69F00', '#CC79A7', '#56B4E9', '#D55E00', '#F0E442')  # Of further entries.
+# The baseline lies on top, dashed, so that both show where another curve coincides with it.
+BASELINE = {'linestyle': (0, (4, 3)), 'zorder': 4}
 SELECTION_PANELS = {
     'index_kl': 'Divergence of the indexer (KL, nats)',
     'captured_mass': 'Share of the true attention captured',
@@ -174,7 +176,10 @@ def _draw_positions(part: Any, cell: Any, results: Mapping[str, Any], by_positio
     axes = part.add_subplot(grid[row])
     for name, values in lines.items():
       _, colour, marker = look(name)
-      axes.plot(centres, values, color=colour, marker=marker, ms=4, label=label(name, results))
+      style = BASELINE if name == 'dense_baseline' else {}
+      axes.plot(
+          centres, values, color=colour, marker=marker, ms=4, label=label(name, results), **style
+      )
     axes.axvline(results['index_topk'], color='#888888', lw=1, ls='--')
     axes.set_xscale('log', base=2)
     axes.xaxis.set_major_formatter('{x:.0f}' if row == len(panels) - 1 else '')
@@ -260,9 +265,15 @@ def _training(figure: Any, results: Mapping[str, Any], curves: Curves) -> None:
     for stage in shown:
       colour = colours[stage]
       steps, loss = curves.of(stage, 'lm_loss')
-      at = starts[stage] + steps * (length[stage] / curves.last_step[stage])
+      scale = length[stage] / curves.last_step[stage]
+      at = starts[stage] + steps * scale
       axes.plot(at, loss, color=colour, alpha=0.2, lw=0.7)
-      axes.plot(at, _smooth(loss, 20 if shown is stages else 8), color=colour, label=stage)
+      style = BASELINE if stage == lineage.roles.get('dense_baseline') else {}
+      smooth = _smooth(loss, 20 if shown is stages else 8)
+      axes.plot(at, smooth, color=colour, label=stage, **style)
+      steps, held_out = curves.of(stage, 'validation_loss')
+      if steps.size:
+        axes.plot(starts[stage] + steps * scale, held_out, '.', color=colour, label='_validation')
     axes.set(title=title, xlabel='tokens' if known else 'steps')
     axes.xaxis.set_major_formatter(lambda x, _: si(x))
   _legend_below(figure, 4)
