@@ -112,7 +112,7 @@ class Lineage(NamedTuple):
     return names
 
 
-def _smooth(values: np.ndarray, windows: int = 20) -> np.ndarray:
+def smooth(values: np.ndarray, windows: int = 20) -> np.ndarray:
   window = np.ones(max(1, values.size // windows))
   return np.convolve(values, window, 'same') / np.convolve(values * 0 + 1, window, 'same')
 
@@ -153,12 +153,12 @@ def _overview(figure: Any, results: Mapping[str, Any], curves: Curves) -> None:
       _draw_positions(parts[0], next(columns), results, by_position)
     if mass:
       _draw_mass(parts[0].add_subplot(next(columns)), mass)
-    _legend_below(parts[0], 3)
+    legend_below(parts[0], 3)
   if curves.layers('index_kl'):
     axes = parts[-1].add_subplot()
     _draw_layers(axes, results, curves, 'index_kl')
     axes.set_xlabel('training step')
-    _legend_below(parts[-1], 3)
+    legend_below(parts[-1], 3)
 
 
 def _draw_positions(part: Any, cell: Any, results: Mapping[str, Any], by_position: Any) -> None:
@@ -214,7 +214,7 @@ def _draw_layers(axes: Any, results: Mapping[str, Any], curves: Curves, name: st
   starts, sparse = lineage.starts(steps), lineage.roles.get('sparse', next(reversed(steps), ''))
   main = [s for s in lineage.chain(sparse) if s in starts]
   for layer in curves.layers(name):
-    drawn = lambda s: (starts[s] + (xy := curves.of(s, f'{name}/layer_{layer}'))[0], _smooth(xy[1]))
+    drawn = lambda s: (starts[s] + (xy := curves.of(s, f'{name}/layer_{layer}'))[0], smooth(xy[1]))
     parts = [drawn(s) for s in main]
     # A NaN between two entries breaks the line there.
     x, y = (np.concatenate([np.append(part[i], np.nan) for part in parts] or [[]]) for i in (0, 1))
@@ -232,7 +232,7 @@ def _draw_layers(axes: Any, results: Mapping[str, Any], curves: Curves, name: st
     axes.yaxis.set_minor_formatter('')
 
 
-def _legend_below(figure: Any, columns: int) -> None:
+def legend_below(figure: Any, columns: int) -> None:
   """Draws one legend for all axes, with some of the labels if there are many."""
   by_label = {}
   for axes in figure.axes:
@@ -269,14 +269,14 @@ def _training(figure: Any, results: Mapping[str, Any], curves: Curves) -> None:
       at = starts[stage] + steps * scale
       axes.plot(at, loss, color=colour, alpha=0.2, lw=0.7)
       style = BASELINE if stage == lineage.roles.get('dense_baseline') else {}
-      smooth = _smooth(loss, 20 if shown is stages else 8)
-      axes.plot(at, smooth, color=colour, label=stage, **style)
+      smoothed = smooth(loss, 20 if shown is stages else 8)
+      axes.plot(at, smoothed, color=colour, label=stage, **style)
       steps, held_out = curves.of(stage, 'validation_loss')
       if steps.size:
         axes.plot(starts[stage] + steps * scale, held_out, '.', color=colour, label='_validation')
     axes.set(title=title, xlabel='tokens' if known else 'steps')
     axes.xaxis.set_major_formatter(lambda x, _: si(x))
-  _legend_below(figure, 4)
+  legend_below(figure, 4)
 
 
 def _selection(figure: Any, results: Mapping[str, Any], curves: Curves) -> None:
@@ -289,7 +289,7 @@ def _selection(figure: Any, results: Mapping[str, Any], curves: Curves) -> None:
     if i >= len(names) - columns:
       axes.set_xlabel('training step')
   if names:
-    _legend_below(figure, 9)
+    legend_below(figure, 9)
 
 
 def stage_colours(lineage: Lineage, names: Sequence[str]) -> dict[str, str]:
