@@ -18,6 +18,7 @@ from dsa_jax.training.workdir import CHANGEABLE, complete, read_config
 
 SCORES = {'dense_before': 'dense', 'dense_baseline': 'dense baseline', 'sparse': 'sparse'}
 CURVES = {'lm_loss': 'language-model loss', 'index_kl': 'divergence of the indexer'}
+STYLES = ('-', '--', ':', '-.')  # So that each of several curves is seen where they coincide.
 COLOURS = ('#0072B2', '#E69F00', '#009E73', '#CC79A7', '#404040', '#56B4E9', '#D55E00')
 
 
@@ -106,7 +107,8 @@ def print_table(groups: Sequence[Group], console: rich.console.Console | None = 
   header, rows = compare_table(groups)
   table = rich.table.Table(box=rich.box.SIMPLE_HEAD, pad_edge=False)
   for i, column in enumerate(header):
-    table.add_column(column, justify='left' if i == 0 or column == 'differs in' else 'right')
+    left = i == 0 or column == 'differs in'
+    table.add_column(column, justify='left' if left else 'right', overflow='fold')
   for row in rows:
     table.add_row(*row)
   console = console or rich.console.Console()
@@ -138,7 +140,7 @@ def draw_curves(groups: Sequence[Group], path: pathlib.Path):
       axes = figure.add_subplot(n_rows, columns, i + 1, title=f'{entry}: {CURVES[name]}', xlabel='step')
       for k, group in enumerate(groups):
         for run in group.runs:
-          style = {'ls': ('-', '--', ':')[k // len(COLOURS) % 3], 'alpha': 0.7 if len(group.runs) > 1 else 1}
+          style = {'ls': STYLES[k % len(STYLES)], 'alpha': 0.7 if len(group.runs) > 1 else 1}
           x, y = curve(curves[run.workdir], entry, name)
           axes.plot(x, y, color=COLOURS[k % len(COLOURS)], label=group.differs or group.name, **style)
     plots.legend_below(figure, 1)
