@@ -14,6 +14,7 @@ _HOMES = {
     'ModelConfig': 'config',
     'SampleConfig': 'inference.sampler',
     'Sampler': 'inference.sampler',
+    'inspect': 'reporting.inspect',
     'load_checkpoint': 'inference.load',
     'load_model': 'inference.load',
     'make_mesh': 'parallel.mesh',

@@ -12,6 +12,7 @@ import time
 from absl import app, flags
 
 from dsa_jax.config import ConfigError
+from dsa_jax.data.tokenizer import Bytes
 from dsa_jax.inference.cache import FORMATS
 from dsa_jax.inference.sampler import Sampler
 from dsa_jax.selection import RULES
@@ -26,15 +27,28 @@ def main(_):
     with compilation_cache(COMPILATION_CACHE.value):
       prompt = read_prompt(PROMPT.value)
       sampler = Sampler.load(CHECKPOINT.value, **sampler_flags)
-      began, n_chars = time.monotonic(), 0
+      times = [time.monotonic()]
       for text in sampler.stream(prompt, **drawing):
         print(text, end='', flush=True)
-        n_chars += len(text)
+        times.append(time.monotonic())
   except (ConfigError, OSError) as error:
     sys.exit(f'error: {error}')
-  seconds = time.monotonic() - began
-  summary = f'[{n_chars} characters in {seconds:.1f} s, {sampler.attention} attention]'
-  print(f'\n{summary}', file=sys.stderr)
+  if isinstance(sampler.tokenizer, Bytes):
+    times.pop()  # Its last piece ends an unfinished character, and is no token.
+  print(f'\n[{describe(times)}, {sampler.attention} attention]', file=sys.stderr)
+
+
+def describe(times: list[float]) -> str:
+  """Says how long it took, from when it began and when each token was there.
+
+  The first token waits for the prompt to be read, and for compilation.
+  """
+  n_tokens = len(times) - 1
+  text = f'{n_tokens} tokens in {times[-1] - times[0]:.1f} s'
+  if n_tokens < 2:
+    return text
+  speed = (n_tokens - 1) / max(times[-1] - times[1], 1e-9)
+  return f'{text}: {times[1] - times[0]:.1f} s to the first, then {speed:.1f} tokens/s'
 
 
 def read_prompt(prompt: str) -> str:

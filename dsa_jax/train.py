@@ -26,11 +26,12 @@ from dsa_jax.parallel.processes import (
     place_batch,
     wait_for_all,
 )
-from dsa_jax.reporting.evaluate import measure, measure_batch
+from dsa_jax.reporting.evaluate import look, look_batch
+from dsa_jax.reporting.meter import Meter
 from dsa_jax.reporting.metrics import MetricsWriter, SilentWriter
 from dsa_jax.reporting.progress import StepProgress
-from dsa_jax.reporting.report import write_report
-from dsa_jax.reporting.results import evaluate_recipe, report_programs
+from dsa_jax.reporting.report import print_report, write_report
+from dsa_jax.reporting.results import evaluate_recipe, kept_results, report_programs
 from dsa_jax.training.ahead import Ahead
 from dsa_jax.training.checkpoint import Checkpoints, DamagedCheckpoint, Progress
 from dsa_jax.training.compilation_cache import compilation_cache
@@ -61,6 +62,10 @@ def train(config: ConfigDict) -> dict[str, Any]:
 
 
 def run_recipe(config: ConfigDict, recipe: Recipe) -> dict[str, Any]:
+  if jax.process_count() == 1 and (results := kept_results(recipe)):
+    check_workdir(config, recipe.workdir)
+    print_report(recipe.workdir, results)
+    return results
   check_workdir(config, recipe.workdir)
   run, files = open_run(recipe), recipe.data.describe()
   check_data(files, recipe.workdir, recipe.on_changed_data)
@@ -93,23 +98,26 @@ def run_stage(run: Run, name: str, writer: MetricsWriter, bar: StepProgress, ahe
     if first_step == entry.steps:
       return
     ahead.wait(f'{name}/step')
+    meter = Meter(batch_tokens, first_step)
     pending, text, loop_began = None, '', time.monotonic()
     for step in range(first_step + 1, entry.steps + 1):
       batch = place_batch(next(batches), entry.batch_size, run.mesh)
       now = {part: of_step[step - 1] for part, of_step in rates.items()}
       state, metrics = train_step(state, batch, now)
+      metrics |= {f'{part}_lr': rate for part, rate in now.items()}
       ahead.begin(f'{name}/step')  # From now on the device is busy, and the host is not.
       if pending is not None:  # The step before this one; the device is already at work.
-        text = record(*pending, name, checkpoints, writer, recipe.log_every)
+        text = record(*pending, name, checkpoints, writer, recipe.log_every, meter)
       pending = step, metrics
       save = step % recipe.save_every == 0 or step == entry.steps
-      look = step % recipe.measure_every == 0 or step == entry.steps
-      if save or look:
-        text = record(*pending, name, checkpoints, writer, recipe.log_every)
+      looks = step % recipe.measure_every == 0 or step == entry.steps
+      if save or looks:
+        text = record(*pending, name, checkpoints, writer, recipe.log_every, meter)
         pending = None
-      if look and 'indexer' in entry.trains:
+      if looks:
         ahead.wait(f'{name}/look')
-        writer.write(name, step, look_at_selection(run, name, state))
+        seen = look(run.graph, state.params, run.data.look[name], run.look_mode(name))
+        writer.write(name, step, seen)
       if save:
         seconds = seconds_before + time.monotonic() - began
         checkpoints.save(step, state, Progress(batches.get_state(), seconds))
@@ -146,6 +154,7 @@ def record(
     checkpoints: Checkpoints,
     writer: MetricsWriter,
     log_every: int,
+    meter: Meter,
 ) -> str:
   """Stops a run that is no longer finite; writes the metrics of every `log_every`-th step.
 
@@ -156,7 +165,7 @@ def record(
   if not all(np.isfinite(v).all() for v in values.values()):
     raise NotFiniteError(nonfinite_message(name, step, values, checkpoints))
   if step % log_every == 0:
-    writer.write(name, step, {k: v.tolist() for k, v in values.items()})
+    writer.write(name, step, {k: v.tolist() for k, v in values.items()} | meter.read(step))
   kl = f'  KL {values["index_kl"].mean():.3f}' if 'index_kl' in values else ''
   return f'loss {values["lm_loss"]:.3f}{kl}'
 
@@ -186,23 +195,16 @@ def nonfinite_message(
 def all_programs(run: Run) -> dict[str, Callable[[], Lowered]]:
   """Returns what lowers each program of the stages and of the report, in the order of their use."""
   programs = {}
-  for name, entry in run.recipe.stages.items():
+  for name in run.recipe.stages:
     programs[f'{name}/step'] = functools.partial(run.lower_step, name)
-    if 'indexer' in entry.trains:
-      programs[f'{name}/look'] = functools.partial(lower_look, run, name)
+    programs[f'{name}/look'] = functools.partial(lower_look, run, name)
   return programs | report_programs(run)
 
 
 def lower_look(run: Run, name: str) -> Lowered:
-  """Lowers what `look_at_selection` runs."""
+  """Lowers the program of `look`."""
   params = abstract_params(run.recipe.model, mesh=run.mesh)
-  return measure_batch.lower(run.graph, params, run.data.look[name], run.look_mode(name), (0,))
-
-
-def look_at_selection(run: Run, name: str, state: TrainState) -> dict[str, list[float]]:
-  """Measures the selection on a few validation rows: per layer, what no loss shows."""
-  [measured] = measure(run.graph, state.params, [run.data.look[name]], run.look_mode(name))
-  return {name: values.tolist() for name, values in measured[run.recipe.selection].items()}
+  return look_batch.lower(run.graph, params, run.data.look[name], run.look_mode(name))
 
 
 def main(_):

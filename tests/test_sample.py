@@ -222,6 +222,24 @@ def test_load_with_a_tokenizer(model, tmp_path):
   assert loaded.generate([prompt], SampleConfig(max_new_tokens=5)) == [want]
 
 
+def test_bytes_of_a_model_of_other_ids_are_told(tmp_path, caplog):
+  state = new_state(laws.weights(laws.CFG), ('backbone',), OptimConfig(), seed=0)
+  with Checkpoints(tmp_path / 'checkpoints' / 'sparse') as checkpoints:
+    checkpoints.save(1, state, Progress({}, 0.0))
+  (tmp_path / 'config.json').write_text(json.dumps({'model': dataclasses.asdict(laws.CFG)}))
+  Sampler.load(tmp_path / 'checkpoints' / 'sparse')
+  assert 'has no tokenizer.json' in caplog.text and 'the model has 37 ids' in caplog.text
+  caplog.clear()
+  Sampler.load(save_run(tmp_path / 'bytes'))
+  assert 'tokenizer.json' not in caplog.text
+
+
+def test_the_command_says_how_fast_it_was():
+  assert sample.describe([0.0, 2.0, 2.5, 3.0]) == '3 tokens in 3.0 s: 2.0 s to the first, then 2.0 tokens/s'
+  assert sample.describe([0.0, 2.0]) == '1 tokens in 2.0 s'
+  assert sample.describe([0.0]) == '0 tokens in 0.0 s'
+
+
 def test_prompt_from_a_file(tmp_path):
   (tmp_path / 'prompt.txt').write_text('text\n')
   assert sample.read_prompt(f'@{tmp_path}/prompt.txt') == 'text\n'

@@ -106,7 +106,7 @@ def find_tokenizer(folder: pathlib.Path, record: dict[str, Any]) -> Tokenizer:
   """
   path = folder / 'tokenizer.json'
   if not path.exists():
-    if 'source' in record:
+    if record.get('source'):
       logging.warning(f'{folder} has no tokenizer.json: texts are read and written as bytes.')
     return Bytes()
   tokenizer = Pretrained(path)

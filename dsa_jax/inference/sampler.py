@@ -4,6 +4,7 @@
 from collections.abc import Iterator, Sequence
 import dataclasses
 import functools
+import logging
 import pathlib
 import typing
 from typing import NamedTuple
@@ -15,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 import numpy as np
 
 from dsa_jax.config import ConfigError
+from dsa_jax.data.text import VOCAB_SIZE
 from dsa_jax.data.tokenizer import Bytes, Tokenizer, find_tokenizer
 from dsa_jax.inference.cache import FORMATS, Cache, init_cache
 from dsa_jax.inference.extend import extend
@@ -98,6 +100,10 @@ class Sampler:
     Raises:
       ValueError: An argument is out of range.
     """
+    if not isinstance(model, Transformer):
+      raise ConfigError(
+          f'a Sampler takes a model, not {type(model).__name__}: Sampler.load(FOLDER) makes one.'
+      )
     self.cfg, self.tokenizer = model.cfg, tokenizer or Bytes()
     self.attention, self.rule = attention, rule
     if attention not in typing.get_args(Attention):
@@ -158,6 +164,13 @@ class Sampler:
     selects = 'indexer' if attention == 'dense' else rule or stored.rule
     model = load_checkpoint(folder, index_topk=index_topk)
     tokenizer = find_tokenizer(stored.origin, {'source': stored.source})
+    is_foreign = model.cfg.vocab_size != VOCAB_SIZE and not stored.source
+    if isinstance(tokenizer, Bytes) and is_foreign:
+      logging.warning(
+          '%s has no tokenizer.json: text is read and written as bytes, although the model has %d ids. '
+          'Put the tokenizer of the model there, or use ids: `read`, `steps` and `generate`.',
+          stored.folder, model.cfg.vocab_size,
+      )  # fmt: skip
     return cls(model, tokenizer, rule=selects, attention=attention, **kwargs)
 
   def __call__(self, prompt: str, **kwargs) -> str:

@@ -12,6 +12,7 @@ import numpy as np
 
 from dsa_jax.data.batch import Batch
 from dsa_jax.nn.attention.types import Mode
+from dsa_jax.nn.transformer import Output
 from dsa_jax.parallel import shard
 from dsa_jax.selection import measures
 from dsa_jax.training.losses import next_token_loss
@@ -101,6 +102,33 @@ def measure(
 @functools.partial(jax.jit, static_argnums=(0, 3, 4))
 def measure_batch(graph, params, batch, mode, beyond):
   out = nnx.merge(graph, params)(batch.tokens, batch.start, batch.end, mode)
+  return shard.replicate(_totals(out, batch, mode, beyond))
+
+
+def look(
+    graph: nnx.GraphDef, params: nnx.State, batch: Batch, mode: Mode
+) -> dict[str, float | list[float]]:
+  """Looks at a few rows while a model trains.
+
+  Returns:
+    `validation_loss`, in nats, and for each layer what `measure` returns of the first rule of
+    `mode.measure`, if there is one.
+  """
+  return jax.tree.map(lambda x: np.asarray(x).tolist(), look_batch(graph, params, batch, mode))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 3))
+def look_batch(graph, params, batch, mode):
+  out = nnx.merge(graph, params)(batch.tokens, batch.start, batch.end, mode)
+  nats = next_token_loss(out.logits, batch.targets)
+  loss = jnp.sum(nats * batch.weights) / jnp.sum(batch.weights)
+  [by_rule], [count] = _totals(out, batch, mode, (0,))
+  means = jax.tree.map(lambda x: x / count, by_rule[mode.measure[0]]) if mode.measure else {}
+  return shard.replicate({'validation_loss': loss} | means)
+
+
+def _totals(out: Output, batch: Batch, mode: Mode, beyond: tuple[int, ...]):
+  """Returns sums over the queries that count, and their number, for each entry of `beyond`."""
   by_rule = {}
   for rule in mode.measure:
     fields = out.measures(rule)._asdict()
@@ -112,4 +140,4 @@ def measure_batch(graph, params, batch, mode, beyond):
     counted = (batch.end - batch.start > n).astype(jnp.float32)
     sums.append(jax.tree.map(lambda x: jnp.sum(x * counted, axis=(1, 2)), by_rule))
     counts.append(jnp.sum(counted))
-  return shard.replicate((sums, counts))
+  return sums, counts

@@ -38,6 +38,8 @@ RULES = {
 USUAL = {'dense_before': 'dense', 'dense_baseline': 'baseline', 'sparse': 'sparse'}
 STAGE_COLOURS = {'dense': '#404040', 'warmup': '#009E73', 'sparse': '#0072B2'}
 OTHER_COLOURS = ('#E69F00', '#CC79A7', '#56B4E9', '#D55E00', '#F0E442')  # Of further entries.
+# The baseline lies on top, dashed, so that both show where another curve coincides with it.
+BASELINE = {'linestyle': (0, (4, 3)), 'zorder': 4}
 SELECTION_PANELS = {
     'index_kl': 'Divergence of the indexer (KL, nats)',
     'captured_mass': 'Share of the true attention captured',
@@ -110,7 +112,7 @@ class Lineage(NamedTuple):
     return names
 
 
-def _smooth(values: np.ndarray, windows: int = 20) -> np.ndarray:
+def smooth(values: np.ndarray, windows: int = 20) -> np.ndarray:
   window = np.ones(max(1, values.size // windows))
   return np.convolve(values, window, 'same') / np.convolve(values * 0 + 1, window, 'same')
 
@@ -151,12 +153,12 @@ def _overview(figure: Any, results: Mapping[str, Any], curves: Curves) -> None:
       _draw_positions(parts[0], next(columns), results, by_position)
     if mass:
       _draw_mass(parts[0].add_subplot(next(columns)), mass)
-    _legend_below(parts[0], 3)
+    legend_below(parts[0], 3)
   if curves.layers('index_kl'):
     axes = parts[-1].add_subplot()
     _draw_layers(axes, results, curves, 'index_kl')
     axes.set_xlabel('training step')
-    _legend_below(parts[-1], 3)
+    legend_below(parts[-1], 3)
 
 
 def _draw_positions(part: Any, cell: Any, results: Mapping[str, Any], by_position: Any) -> None:
@@ -174,7 +176,10 @@ def _draw_positions(part: Any, cell: Any, results: Mapping[str, Any], by_positio
     axes = part.add_subplot(grid[row])
     for name, values in lines.items():
       _, colour, marker = look(name)
-      axes.plot(centres, values, color=colour, marker=marker, ms=4, label=label(name, results))
+      style = BASELINE if name == 'dense_baseline' else {}
+      axes.plot(
+          centres, values, color=colour, marker=marker, ms=4, label=label(name, results), **style
+      )
     axes.axvline(results['index_topk'], color='#888888', lw=1, ls='--')
     axes.set_xscale('log', base=2)
     axes.xaxis.set_major_formatter('{x:.0f}' if row == len(panels) - 1 else '')
@@ -209,7 +214,7 @@ def _draw_layers(axes: Any, results: Mapping[str, Any], curves: Curves, name: st
   starts, sparse = lineage.starts(steps), lineage.roles.get('sparse', next(reversed(steps), ''))
   main = [s for s in lineage.chain(sparse) if s in starts]
   for layer in curves.layers(name):
-    drawn = lambda s: (starts[s] + (xy := curves.of(s, f'{name}/layer_{layer}'))[0], _smooth(xy[1]))
+    drawn = lambda s: (starts[s] + (xy := curves.of(s, f'{name}/layer_{layer}'))[0], smooth(xy[1]))
     parts = [drawn(s) for s in main]
     # A NaN between two entries breaks the line there.
     x, y = (np.concatenate([np.append(part[i], np.nan) for part in parts] or [[]]) for i in (0, 1))
@@ -227,7 +232,7 @@ def _draw_layers(axes: Any, results: Mapping[str, Any], curves: Curves, name: st
     axes.yaxis.set_minor_formatter('')
 
 
-def _legend_below(figure: Any, columns: int) -> None:
+def legend_below(figure: Any, columns: int) -> None:
   """Draws one legend for all axes, with some of the labels if there are many."""
   by_label = {}
   for axes in figure.axes:
@@ -260,12 +265,18 @@ def _training(figure: Any, results: Mapping[str, Any], curves: Curves) -> None:
     for stage in shown:
       colour = colours[stage]
       steps, loss = curves.of(stage, 'lm_loss')
-      at = starts[stage] + steps * (length[stage] / curves.last_step[stage])
+      scale = length[stage] / curves.last_step[stage]
+      at = starts[stage] + steps * scale
       axes.plot(at, loss, color=colour, alpha=0.2, lw=0.7)
-      axes.plot(at, _smooth(loss, 20 if shown is stages else 8), color=colour, label=stage)
+      style = BASELINE if stage == lineage.roles.get('dense_baseline') else {}
+      smoothed = smooth(loss, 20 if shown is stages else 8)
+      axes.plot(at, smoothed, color=colour, label=stage, **style)
+      steps, held_out = curves.of(stage, 'validation_loss')
+      if steps.size:
+        axes.plot(starts[stage] + steps * scale, held_out, '.', color=colour, label='_validation')
     axes.set(title=title, xlabel='tokens' if known else 'steps')
     axes.xaxis.set_major_formatter(lambda x, _: si(x))
-  _legend_below(figure, 4)
+  legend_below(figure, 4)
 
 
 def _selection(figure: Any, results: Mapping[str, Any], curves: Curves) -> None:
@@ -278,7 +289,7 @@ def _selection(figure: Any, results: Mapping[str, Any], curves: Curves) -> None:
     if i >= len(names) - columns:
       axes.set_xlabel('training step')
   if names:
-    _legend_below(figure, 9)
+    legend_below(figure, 9)
 
 
 def stage_colours(lineage: Lineage, names: Sequence[str]) -> dict[str, str]:

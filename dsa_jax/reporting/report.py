@@ -28,7 +28,7 @@ CAPTIONS = {
         ' indexer is from the true attention: lower is better (the sparse stage measures it over'
         ' the selected tokens only, so it may jump there).'
     ),
-    'training.png': 'Lower is better; faint lines are the raw values.',
+    'training.png': 'Lower is better. Faint lines are the raw values; dots are validation rows.',
     'selection.png': (
         'One line per layer. The divergence should fall; captured attention and recall should'
         ' rise towards 1; an overlap of 1 means that both select the same tokens; the distance is'
@@ -69,7 +69,7 @@ def write_report(
   plots.replace_bytes(workdir / 'report.md', _markdown(results, drawn).encode())
   text = json.dumps(_finite(results), indent=2, allow_nan=False) + '\n'
   plots.replace_bytes(workdir / 'report.json', text.encode())
-  _print(results, workdir, console or rich.console.Console())
+  print_report(workdir, results, console)
 
 
 # Tables
@@ -236,9 +236,13 @@ def _markdown_table(table: Table, align: str = '---:') -> str:
   return '\n'.join(f'| {" | ".join(row)} |' for row in escaped)
 
 
-def _print(
-    results: Mapping[str, Any], workdir: pathlib.Path, console: rich.console.Console
+def print_report(
+    workdir: pathlib.Path,
+    results: Mapping[str, Any],
+    console: rich.console.Console | None = None,
 ) -> None:
+  """Prints the main table, the checks, and where the report is."""
+  console = console or rich.console.Console()
   header, rows = main_table(results)
   table = rich.table.Table(
       title=results['title'], title_justify='left', box=rich.box.SIMPLE_HEAD, pad_edge=False

@@ -6,6 +6,7 @@ import dataclasses
 import datetime
 import functools
 import importlib.metadata
+import json
 import os
 import pathlib
 import platform
@@ -121,6 +122,22 @@ def evaluate_recipe(run: Run) -> dict[str, Any]:
   if recipe.data.source == 'recall':
     results['accuracy'] = {n: float(s.right.mean()) for n, s in scores.items()}
   results['checks'] = verdicts(results, report.checks)
+  return results
+
+
+def kept_results(recipe: Recipe) -> dict[str, Any] | None:
+  """Returns what report.json holds, if it is of these last checkpoints and this report config."""
+  path = recipe.workdir / 'report.json'
+  try:
+    written, results = path.stat().st_mtime_ns, json.loads(path.read_text())
+  except (OSError, ValueError):
+    return None
+  if results.get('report') != json.loads(json.dumps(dataclasses.asdict(recipe.report))):
+    return None
+  for name, entry in recipe.stages.items():
+    last = recipe.checkpoint_folder(name) / str(entry.steps)
+    if not last.is_dir() or last.stat().st_mtime_ns > written:
+      return None
   return results
 
 

@@ -69,8 +69,8 @@ class Run(NamedTuple):
     )
 
   def look_mode(self, name: str) -> Mode:
-    """Returns how an entry attends while its selection is measured."""
-    rules = (self.recipe.selection,)
+    """Returns how an entry is looked at; its selection is measured if its indexer learns."""
+    rules = (self.recipe.selection,) if 'indexer' in self.recipe.stages[name].trains else ()
     return dataclasses.replace(self.mode(name), index_loss=False, remat='none', measure=rules)
 
   def train_step(self, name: str) -> Callable:

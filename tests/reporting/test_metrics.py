@@ -3,13 +3,14 @@
 
 import io
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import rich.console
 from tensorboardX.proto import event_pb2
 
-from dsa_jax.reporting import metrics
+from dsa_jax.reporting import meter, metrics
 from dsa_jax.reporting.progress import StepProgress
 
 
@@ -165,3 +166,14 @@ def test_progress_on_a_terminal_is_a_bar():
   shown = out.getvalue()
   assert 'warmup' in shown and '10/10' in shown and '2,000 tokens/s' in shown
   assert 'KL [0.5]' in shown
+
+
+def test_a_meter_reads_speed_since_its_last_reading_and_the_largest_peak(monkeypatch):
+  clock = iter([0.0, 2.0, 3.0])
+  monkeypatch.setattr(meter.time, 'monotonic', lambda: next(clock))
+  devices = [SimpleNamespace(memory_stats=lambda n=n: n and {'peak_bytes_in_use': n}) for n in (2**30, 2**31)]
+  monkeypatch.setattr(meter.jax, 'local_devices', lambda: devices)
+  read = meter.Meter(batch_tokens=100, step=10)
+  assert read.read(14) == {'tokens_per_second': 200.0, 'device_memory_gib': 2.0}
+  devices[:] = [SimpleNamespace(memory_stats=lambda: None)]
+  assert read.read(15) == {'tokens_per_second': 100.0}

@@ -259,6 +259,28 @@ def test_entries_are_reported_and_drawn_under_their_own_names(tmp_path):
   assert 'more is drawn where sparse_k8 starts' in text
 
 
+def test_the_baseline_is_seen_where_curves_coincide(tmp_path):
+  """It is dashed and lies on top, in the overview and while training; validation rows are dots."""
+  results = full_results()
+  results['bits_by_position']['sparse'] = results['bits_by_position']['dense_baseline']
+  write_metrics(tmp_path, {'dense': 8, 'baseline': 8, 'warmup': 8, 'sparse': 8})
+  with metrics.MetricsWriter(tmp_path) as writer:
+    for stage in ('baseline', 'sparse'):
+      writer.write(stage, 8, {'validation_loss': 2.0})
+  curves, overview, training = plots.Curves(metrics.read_metrics(tmp_path / 'metrics.csv')), Figure(), Figure()
+  plots._overview(overview, results, curves)
+  plots._training(training, results, curves)
+  for axes, baseline, sparse in (
+      (overview.axes[0], 'dense, fair baseline', 'sparse, indexer'),
+      (training.axes[0], 'baseline', 'sparse'),
+  ):
+    lines = {line.get_label(): line for line in axes.lines}
+    assert lines[baseline].is_dashed() and not lines[sparse].is_dashed()
+    assert lines[baseline].get_zorder() > lines[sparse].get_zorder()
+  dots = [line for line in training.axes[0].lines if line.get_label() == '_validation']
+  assert [line.get_ydata().tolist() for line in dots] == [[2.0], [2.0]]
+
+
 @pytest.mark.parametrize('key', ['bits_by_position', 'captured_mass_by_rule'])
 def test_refuses_lists_of_the_wrong_length_before_writing(tmp_path, key):
   results = full_results()

@@ -106,5 +106,6 @@ def test_no_program_of_a_run_is_compiled_twice(tmp_path, monkeypatch):
   results = train.train(config)
   jax.monitoring.unregister_event_duration_listener(listen)
   assert compiled['jit(train_step)', True] == 1 and compiled['jit(score_batch)', False] == 1
+  assert compiled['jit(look_batch)', False] == 1 and not compiled['jit(look_batch)', True]
   assert not compiled['jit(train_step)', False] and not compiled['jit(score_batch)', True]
   assert 0 < results['validation_bits']['dense_before'] < 10

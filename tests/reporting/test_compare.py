@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs side by side: what differs, means over seeds, and their curves."""
+
+import io
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import rich.console
+
+from configs import quickstart
+from dsa_jax.compare import compare
+from dsa_jax.config import ConfigError
+from dsa_jax.reporting import compare as comparison
+from dsa_jax.reporting.metrics import MetricsWriter
+from dsa_jax.reporting.plots import Curves
+from dsa_jax.training.workdir import write_config
+
+
+def save_run(folder, bits=None, mass=0.9, **changes):
+  config = quickstart.get_config('tiny')
+  config.update_from_flattened_dict(changes)
+  write_config(config, folder)
+  with MetricsWriter(folder) as writer:
+    for step in range(1, 5):
+      for stage in ('dense', 'sparse'):
+        kl = {'index_kl': [1.0 / step, 3.0 / step]} if stage == 'sparse' else {}
+        writer.write(stage, step, {'lm_loss': 5.0 - step} | kl)
+  if bits is not None:
+    results = {
+        'unit': 'byte', 'validation_bits': {'dense_baseline': 2.0, 'sparse': bits}, 'seconds': 60.0,
+        'captured_mass': [mass, mass], 'tokens_by_stage': {'dense': 1000, 'sparse': 500},
+    }  # fmt: skip
+    (folder / 'report.json').write_text(json.dumps(results))
+  return folder
+
+
+@pytest.fixture
+def runs(tmp_path):
+  return [
+      save_run(tmp_path / 'a', 2.1),
+      save_run(tmp_path / 'k4', 2.4, **{'model.index_topk': 4}),
+      save_run(tmp_path / 'b', 2.3, seed=1, log_every=7),
+      save_run(tmp_path / 'unfinished', **{'model.index_topk': 2}),
+  ]
+
+
+def test_seeds_are_one_row_and_the_rest_says_what_differs(runs):
+  groups = comparison.group_runs([comparison.read_run(run) for run in runs])
+  header, rows = comparison.compare_table(groups)
+  assert header == [
+      'run', 'differs in', 'dense baseline, bits/byte', 'sparse, bits/byte', 'captured mass', 'tokens', 'seconds'
+  ]  # fmt: skip
+  spread = np.std([2.1, 2.3], ddof=1)
+  assert rows == [
+      ['a, b', 'model.index_topk=8', '2.0000 ± 0.0000', f'2.2000 ± {spread:.4f}', '0.9000 ± 0.0000', '1,500', '60 ± 0'],
+      ['k4', 'model.index_topk=4', '2.0000', '2.4000', '0.9000', '1,500', '60'],
+      ['unfinished', 'model.index_topk=2', 'n/a', 'n/a', 'n/a', 'n/a', 'n/a'],
+  ]  # fmt: skip
+  out = io.StringIO()
+  comparison.print_table(groups, rich.console.Console(file=out, width=200))
+  assert f'2.2000 ± {spread:.4f}' in out.getvalue() and 'differ in their seed alone' in out.getvalue()
+
+
+def test_one_run_is_a_table_too(runs):
+  header, [row] = comparison.compare_table(comparison.group_runs([comparison.read_run(runs[0])]))
+  assert 'differs in' not in header and row[0] == 'a'
+
+
+def test_curves(runs, tmp_path, capsys):
+  compare(runs, tmp_path / 'curves.png')
+  assert (tmp_path / 'curves.png').read_bytes().startswith(b'\x89PNG')
+  assert 'k4' in capsys.readouterr().out
+  curves = Curves(comparison.read_run(runs[0]).rows)
+  x, y = comparison.curve(curves, 'sparse', 'index_kl')
+  np.testing.assert_array_equal(x, [1, 2, 3, 4])
+  np.testing.assert_allclose(y, [2.0, 1.0, 2 / 3, 0.5])
+  assert not comparison.curve(curves, 'dense', 'index_kl')[0].size
+
+
+def test_what_will_not_do_is_named(runs, tmp_path):
+  with pytest.raises(ConfigError, match='nothing is not the workdir of a run'):
+    compare([runs[0], tmp_path / 'nothing'])
+  with pytest.raises(ConfigError, match='names a run twice'):
+    compare([runs[0], tmp_path / 'a' / '..' / 'a'])
+  with pytest.raises(ConfigError, match='name the workdirs'):
+    compare([])
+  (runs[0] / 'report.json').write_text('{')
+  with pytest.raises(ConfigError, match='report.json is no JSON'):
+    compare(runs)
+  (runs[0] / 'report.json').write_text('{"validation_bits_per_byte": {}}')
+  with pytest.raises(ConfigError, match='of an earlier version: delete it, and train again'):
+    compare(runs)
+  (runs[3] / 'metrics.csv').unlink()
+  with pytest.raises(ConfigError, match='no curve to draw'):
+    compare(runs[3:], tmp_path / 'curves.png')
+
+
+def test_command(runs):
+  command = [sys.executable, '-m', 'dsa_jax.compare', *map(str, runs[:2]), f'--png={runs[0]}/c.png']
+  done = subprocess.run(command, capture_output=True, text=True)
+  assert done.returncode == 0 and 'curves:' in done.stdout, done.stderr
+  done = subprocess.run([*command[:3], str(runs[0] / 'no')], capture_output=True, text=True)
+  assert done.returncode == 1 and done.stderr.startswith('error: ') and 'Traceback' not in done.stderr
