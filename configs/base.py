@@ -27,6 +27,9 @@ def get_config() -> ConfigDict:
   c.compilation_cache = ''
   c.resume = 'latest'  # 'last_good' skips checkpoints that are damaged.
   c.on_changed_data = 'stop'  # 'go_on' resumes even if files of the corpus have changed.
+  # Several runs by one command, each a dictionary of the fields in which it differs, such as
+  # ({'seed': 0}, {'seed': 1, 'model.index_topk': 16}). Their folders lie in `workdir`.
+  c.sweep = ()
   c.log_every = 10  # Steps between rows of metrics.csv and TensorBoard.
   c.measure_every = 100  # Steps between looks at what the selection captures.
   c.measure_rows = 4  # Validation rows of such a look.

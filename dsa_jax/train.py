@@ -6,6 +6,7 @@ import contextlib
 import functools
 import logging
 import os
+import pathlib
 import sys
 import time
 import traceback
@@ -26,6 +27,7 @@ from dsa_jax.parallel.processes import (
     place_batch,
     wait_for_all,
 )
+from dsa_jax.reporting.compare import group_runs, print_table, read_run
 from dsa_jax.reporting.evaluate import look, look_batch
 from dsa_jax.reporting.meter import Meter
 from dsa_jax.reporting.metrics import MetricsWriter, SilentWriter
@@ -39,6 +41,7 @@ from dsa_jax.training.origin import keep_origin
 from dsa_jax.training.recipe import Recipe, read_recipe
 from dsa_jax.training.run import Run, open_run
 from dsa_jax.training.state import TrainState, abstract_params
+from dsa_jax.training.sweep import sweep_configs
 from dsa_jax.training.workdir import check_data, check_workdir, write_config
 
 
@@ -59,6 +62,17 @@ def train(config: ConfigDict) -> dict[str, Any]:
   recipe = read_recipe(config)
   with compilation_cache(recipe.compilation_cache):
     return run_recipe(config, recipe)
+
+
+def train_all(config: ConfigDict):
+  """Trains a config, or every run of its sweep, which it then compares."""
+  configs = sweep_configs(config)
+  for one in configs:
+    read_recipe(one)  # All of them are checked before the first one trains.
+  for one in configs:
+    train(one)
+  if len(configs) > 1 and is_first():
+    print_table(group_runs([read_run(pathlib.Path(one.workdir).expanduser()) for one in configs]))
 
 
 def run_recipe(config: ConfigDict, recipe: Recipe) -> dict[str, Any]:
@@ -212,7 +226,7 @@ def main(_):
   sys.unraisablehook = _print_unraisable
   try:
     join_job()
-    train(CONFIG.value)
+    train_all(CONFIG.value)
   except (ConfigError, NotFiniteError) as error:
     sys.exit(f'error: {error}')
   except jax.errors.JaxRuntimeError as error:

@@ -2,6 +2,7 @@
 r"""Converts checkpoints between the released layouts and ours.
 
 python -m dsa_jax.convert SOURCE TARGET            released -> ours
+python -m dsa_jax.convert OWNER/MODEL TARGET       the same, from the Hugging Face hub
 python -m dsa_jax.convert --export SOURCE TARGET   ours -> released
 """
 
@@ -13,6 +14,7 @@ from absl import app, flags
 
 from dsa_jax.config import ConfigError, local_path
 from dsa_jax.convert.exporter import export_bytes, export_checkpoint, open_checkpoint
+from dsa_jax.convert.hub import find_source
 from dsa_jax.convert.importer import DTYPES_OF, import_checkpoint, open_source
 from dsa_jax.families import FAMILIES
 from dsa_jax.reporting.progress import ByteProgress
@@ -50,9 +52,11 @@ def main(argv: list[str]):
   if len(argv) != 3:
     sys.exit(f'usage: python -m dsa_jax.convert [--export] SOURCE TARGET; got {argv[1:]}.')
   try:
-    source, target = local_path(argv[1], 'SOURCE'), local_path(argv[2], 'TARGET')
-    run = run_export if EXPORT.value else run_import
-    summary = run(source, target)
+    target = local_path(argv[2], 'TARGET')
+    if EXPORT.value:
+      summary = run_export(local_path(argv[1], 'SOURCE'), target)
+    else:
+      summary = run_import(find_source(argv[1]), target)
   except (ConfigError, OSError) as error:
     sys.exit(f'error: {error}')
   print(summary)

@@ -155,6 +155,8 @@ def read_recipe(config: ConfigDict) -> Recipe:
     ConfigError: A field is missing, misspelt or out of range. Nothing has been written.
   """
   given = ADDED | config.to_dict()
+  if given.pop('sweep', ()):
+    raise ConfigError('config.sweep lists several runs: see sweep.sweep_configs.')
   names = [f.name for f in dataclasses.fields(Recipe)] + ['recipe']
   _check_names('config', given, names)
   if missing := [name for name in names if name not in given]:

@@ -18,7 +18,7 @@ from dsa_jax.training.stages import StageConfig
 
 # A run may go on in another place, on other devices, with another cache and in another way: its
 # config.json does not keep these fields.
-ELSEWHERE = ('workdir', 'mesh', 'compilation_cache', 'resume', 'on_changed_data')
+ELSEWHERE = ('workdir', 'mesh', 'compilation_cache', 'resume', 'on_changed_data', 'sweep')
 # These change nothing that is trained. A run may go on with others, which its config.json then keeps.
 CHANGEABLE = ('report', 'log_every', 'measure_every', 'measure_rows', 'save_every')
 

@@ -1,0 +1,32 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Several runs by one config: `config.sweep` lists what differs, and one process trains them all."""
+
+from ml_collections import ConfigDict
+
+from dsa_jax.config import ConfigError
+
+
+def sweep_configs(config: ConfigDict) -> list[ConfigDict]:
+  """Returns the config of each run, in a folder of the workdir that is named for what differs.
+
+  A config without a sweep is its only run. Runs that differ in their seeds, rates or data share
+  their compiled programs.
+
+  Raises:
+    ConfigError: A field that is to differ does not exist, or two runs are the same.
+  """
+  if not config.get('sweep'):
+    return [config]
+  configs = {}
+  for changes in config.sweep:
+    name = ','.join(f'{field.rpartition(".")[2]}={value}' for field, value in changes.items())
+    one = config.copy_and_resolve_references().lock()  # Fields that do not exist raise.
+    try:
+      one.update_from_flattened_dict(dict(changes))
+    except (KeyError, TypeError, ValueError) as error:
+      raise ConfigError(f'sweep: {dict(changes)} cannot be set: {error}') from error
+    one.sweep, one.workdir = (), f'{config.workdir}/{name.replace("/", "_")}'
+    if not name or one.workdir in configs:
+      raise ConfigError(f'sweep: {dict(changes)} must name what is different from the other runs.')
+    configs[one.workdir] = one
+  return list(configs.values())

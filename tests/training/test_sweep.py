@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One command, several runs: each in its folder, checked before the first one trains."""
+
+import pytest
+
+from configs import quickstart
+from dsa_jax import train
+from dsa_jax.config import ConfigError, ModelConfig
+from dsa_jax.nn.attention.types import Mode
+from dsa_jax.training.optim import OptimConfig
+from dsa_jax.training.recipe import read_recipe
+from dsa_jax.training.state import model_graph
+from dsa_jax.training.step import make_train_step
+from dsa_jax.training.sweep import sweep_configs
+
+
+def config_of(folder, *sweep):
+  config = quickstart.get_config('tiny')
+  config.workdir, config.sweep = str(folder), sweep
+  return config
+
+
+def test_each_run_has_a_folder_and_its_fields(tmp_path):
+  config = config_of(tmp_path, {'seed': 1}, {'seed': 2, 'model.index_topk': 4})
+  one, two = sweep_configs(config)
+  assert (one.seed, one.model.index_topk, one.workdir) == (1, 8, f'{tmp_path}/seed=1')
+  assert (two.seed, two.model.index_topk, two.workdir) == (2, 4, f'{tmp_path}/seed=2,index_topk=4')
+  assert config.seed == 0 and config.model.index_topk == 8
+  assert read_recipe(two).seed == 2
+
+
+def test_without_a_sweep_there_is_one_run(tmp_path):
+  config = config_of(tmp_path)
+  assert sweep_configs(config) == [config]
+
+
+@pytest.mark.parametrize(
+    'sweep', [({'sed': 1},), ({'model.index_tpk': 1},), ({'seed': 'one'},), ({},), ({'seed': 1}, {'seed': 1})]
+)
+def test_a_sweep_that_cannot_be(tmp_path, sweep):
+  with pytest.raises(ConfigError, match='^sweep: '):
+    sweep_configs(config_of(tmp_path, *sweep))
+
+
+def test_all_are_checked_before_one_trains(tmp_path, monkeypatch):
+  trained = []
+  monkeypatch.setattr(train, 'train', trained.append)
+  with pytest.raises(ConfigError, match='index_topk'):
+    train.train_all(config_of(tmp_path, {'seed': 1}, {'model.index_topk': 64}))
+  assert not trained and not list(tmp_path.iterdir())
+
+
+def test_they_are_trained_and_compared(tmp_path, monkeypatch):
+  trained, compared = [], []
+  monkeypatch.setattr(train, 'train', lambda config: trained.append(config.seed))
+  monkeypatch.setattr(train, 'read_run', lambda folder: folder.name)
+  monkeypatch.setattr(train, 'group_runs', list)
+  monkeypatch.setattr(train, 'print_table', compared.append)
+  train.train_all(config_of(tmp_path, {'seed': 3}, {'seed': 4}))
+  assert trained == [3, 4] and compared == [['seed=3', 'seed=4']]
+
+
+def test_runs_share_their_programs():
+  cfg = ModelConfig(**quickstart.get_config('tiny').model)
+  mode = Mode(attention='dense', backend='xla')
+  steps = [make_train_step(model_graph(cfg), ('backbone',), mode, OptimConfig()) for _ in range(2)]
+  assert steps[0] is steps[1]
+
+
+def test_the_example_is_a_sweep():
+  assert [one.seed for one in sweep_configs(quickstart.get_config('sweep'))] == [0, 1, 2]
