@@ -22,7 +22,12 @@ pytestmark = pytest.mark.usefixtures('eager')
 
 @backends
 def test_masked_is_sparse(backend):
-  laws.law_masked_is_sparse(backend, grads=backend != 'reference')
+  laws.law_masked_is_sparse(backend)
+
+
+@pytest.mark.parametrize('which', [0, 1], ids=['language model', 'indexer'])
+def test_masked_has_the_gradients_of_sparse(which):
+  laws.law_masked_has_the_gradients_of_sparse('xla', which)
 
 
 def test_all_selected_is_dense():
@@ -145,12 +150,15 @@ def test_remat_by_a_name_that_is_none():
     Mode(attention='dense', backend='xla', remat='all')
 
 
-@pytest.mark.parametrize('types', [(), ('full', 'shared')])
-def test_blocks_of_queries_are_invisible(types, monkeypatch):
+@pytest.mark.parametrize(
+    'types', [pytest.param((), marks=pytest.mark.nightly), ('full', 'shared')], ids=str
+)
+@pytest.mark.parametrize('which', [0, 1], ids=['language model', 'indexer'])
+def test_blocks_of_queries_are_invisible(types, which, monkeypatch):
   cfg = dataclasses.replace(laws.CFG, indexer_types=types)
   batch, params = laws.make_batch(laws.LENGTHS), laws.weights(cfg)
   mode = Mode(attention='sparse', backend='xla', index_loss=True)
-  run = lambda: [laws.gradients(loss, params, batch, mode, cfg) for loss in (0, 1)]
+  run = lambda: laws.gradients(which, params, batch, mode, cfg)
   whole = run()
   blocks, map_rows = [], attend.map_rows
   monkeypatch.setattr(attend, 'map_rows', lambda *x: blocks.append(x[2]) or map_rows(*x))
