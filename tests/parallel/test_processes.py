@@ -112,7 +112,7 @@ def test_a_process_is_called_gone_only_where_it_is(message, gone, monkeypatch, c
   codes = []
   monkeypatch.setattr(train, 'CONFIG', SimpleNamespace(value=None), raising=False)
   monkeypatch.setattr(train, 'join_job', lambda: None)
-  monkeypatch.setattr(train, 'train', fail)
+  monkeypatch.setattr(train, 'train_all', fail)
   monkeypatch.setattr(jax, 'process_count', lambda: 2)
   monkeypatch.setattr(train.os, '_exit', codes.append)
   train.main(None)
