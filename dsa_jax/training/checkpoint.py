@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checkpoints, which appear whole or not at all and are written while training goes on."""
 
-import collections
 from collections.abc import Iterator
 import contextlib
 import json
@@ -19,7 +18,6 @@ from dsa_jax.config import ConfigError
 from dsa_jax.parallel.processes import is_first, wait_for_all
 from dsa_jax.training.state import TrainState
 
-AT_ONCE = 4  # Arrays that are read at one time, beside the one that is finished.
 CACHE_BYTES = 64 * 2**20  # Tensorstore keeps this much of a file for the next piece out of it.
 
 
@@ -214,24 +212,16 @@ def _names(path: tuple) -> tuple[str, ...]:
 
 
 def _read_all(stores: dict, targets: dict) -> list[jax.Array]:
-  """Reads arrays, the shards of each device only; a few arrays are under way at one time."""
-  arrays, under_way = [], collections.deque()
-  for path, target in targets.items():
-    under_way.append((target, _begin(stores[path], target)))
-    if len(under_way) > AT_ONCE:
-      arrays.append(_finish(*under_way.popleft()))
-  return arrays + [_finish(*one) for one in under_way]
+  """Reads arrays, the shards of each device only, one shard of one array after another."""
+  return [_read(stores[path], target) for path, target in targets.items()]
 
 
-def _begin(store: ts.TensorStore, target: jax.ShapeDtypeStruct) -> list[tuple[jax.Device, ts.Future]]:
-  places = target.sharding.addressable_devices_indices_map(target.shape)
-  return [(device, store[index].read()) for device, index in places.items()]
-
-
-def _finish(target: jax.ShapeDtypeStruct, shards: list[tuple[jax.Device, ts.Future]]) -> jax.Array:
-  put = lambda x, device: jax.device_put(x.astype(target.dtype, copy=False), device)
-  arrays = [jax.block_until_ready(put(shard.result(), device)) for device, shard in shards]
-  return jax.make_array_from_single_device_arrays(target.shape, target.sharding, arrays)
+def _read(store: ts.TensorStore, target: jax.ShapeDtypeStruct) -> jax.Array:
+  shards, places = [], target.sharding.addressable_devices_indices_map(target.shape)
+  for device, index in places.items():
+    shard = store[index].read().result().astype(target.dtype, copy=False)
+    shards.append(jax.block_until_ready(jax.device_put(shard, device)))
+  return jax.make_array_from_single_device_arrays(target.shape, target.sharding, shards)
 
 
 def open_tree(folder: pathlib.Path) -> dict[tuple[str, ...], ts.TensorStore]:
