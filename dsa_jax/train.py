@@ -35,7 +35,12 @@ from dsa_jax.reporting.progress import StepProgress
 from dsa_jax.reporting.report import print_report, write_report
 from dsa_jax.reporting.results import evaluate_recipe, kept_results, report_programs
 from dsa_jax.training.ahead import Ahead
-from dsa_jax.training.checkpoint import Checkpoints, DamagedCheckpoint, Progress
+from dsa_jax.training.checkpoint import (
+    Checkpoints,
+    DamagedCheckpoint,
+    Progress,
+    saved_steps,
+)
 from dsa_jax.training.compilation_cache import compilation_cache
 from dsa_jax.training.origin import keep_origin
 from dsa_jax.training.recipe import Recipe, read_recipe
@@ -142,7 +147,8 @@ def run_stage(run: Run, name: str, writer: MetricsWriter, bar: StepProgress, ahe
 def resume(run: Run, name: str, checkpoints: Checkpoints) -> tuple[int, TrainState | None, float]:
   """Returns the step, the state and the seconds from which an entry goes on.
 
-  The state is None if the entry has ended. Damaged checkpoints are set aside if the config says so.
+  The state is None if the entry has ended. Damaged checkpoints are set aside if the config says so
+  and there is an older one.
   """
   skips = run.recipe.resume == 'last_good'
   while step := checkpoints.latest_step:
@@ -151,7 +157,7 @@ def resume(run: Run, name: str, checkpoints: Checkpoints) -> tuple[int, TrainSta
     try:
       state, progress = checkpoints.restore(run.abstract_state(name))
     except DamagedCheckpoint as error:
-      if not skips:
+      if not skips or step == saved_steps(checkpoints.folder)[0]:
         raise
       logging.warning('%s It is set aside.', error)
       checkpoints.set_aside(step)

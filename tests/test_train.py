@@ -232,6 +232,8 @@ def test_misspelt_field_names_the_right_one(tmp_path):
         ({'stages.warmup.init_from': 's3://bucket/run'}, r"init_from='s3://bucket/run' must be a local path"),
         ({'stages.dense.schedule': 'linear'}, r"schedule='linear' must be one of .*'wsd'.*MODULE:FUNCTION"),
         ({'optim.decays': 'none'}, r"optim: decays='none' must be one of"),
+        ({'seed': -1}, r'seed=-1 must be within 0 and 4294967295'),
+        ({'seed': 2**32}, r'seed=4294967296 must be within'),
         ({'resume': 'oldest'}, r"resume='oldest' must be one of \('latest', 'last_good'\)"),
         ({'backend': 'cuda'}, r"backend='cuda' must be one of .*'reference', 'xla', 'tpu', 'gpu'"),
         ({'backend': 'tpu'}, r"backend='tpu': its kernels run on a TPU, and jax finds a cpu here"),

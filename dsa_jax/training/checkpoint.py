@@ -34,12 +34,15 @@ class DamagedCheckpoint(ConfigError):
 
 @contextlib.contextmanager
 def reading(folder: pathlib.Path) -> Iterator[None]:
-  """Names a checkpoint that cannot be read in one line, whatever its reader raises."""
+  """Names a checkpoint that cannot be read in one line.
+
+  TensorStore and JSON report what is damaged as a ValueError. Errors of other kinds are ours.
+  """
   try:
     yield
-  except (ConfigError, jax.errors.JaxRuntimeError):
+  except ConfigError:
     raise
-  except Exception as error:
+  except (OSError, ValueError) as error:
     older = [step for step in saved_steps(folder.parent) if step < int(folder.name)]
     hint = f' The one before it is of step {older[-1]}: --config.resume=last_good.' if older else ''
     raise DamagedCheckpoint(f'checkpoint {folder} is damaged: {_reason(error)}.{hint}') from error
@@ -125,12 +128,15 @@ class Checkpoints:
 
     Raises:
       DamagedCheckpoint: It cannot be read.
+      ConfigError: It is of another model, or of another optimiser.
     """
     folder = self.folder.absolute() / str(self.latest_step)
+    targets, treedef = _by_path(_shapes(like._asdict()))
     with reading(folder):
       progress = Progress(**json.loads((folder / 'progress' / 'metadata').read_text()))
-      targets, treedef = _by_path(_shapes(like._asdict()))
-      arrays = _read_all(open_tree(folder / 'state'), targets)
+      stores = open_tree(folder / 'state')
+      _check_shapes(stores, targets, folder)
+      arrays = _read_all(stores, targets)
     state = TrainState(**_with_structure(jax.tree.unflatten(treedef, arrays), like._asdict()))
     return state, progress
 

@@ -188,6 +188,8 @@ def _check(recipe: Recipe):
   for name in ('log_every', 'measure_every', 'measure_rows', 'save_every'):
     if getattr(recipe, name) < 1:
       raise ConfigError(f'{name}={getattr(recipe, name)} must be at least 1.')
+  if not 0 <= recipe.seed < 2**32:  # jax takes others, and turns them into one of these.
+    raise ConfigError(f'seed={recipe.seed} must be within 0 and {2**32 - 1}.')
   check_policy(recipe.remat)
   if recipe.backend and recipe.backend not in BACKENDS:
     raise ConfigError(f"backend={recipe.backend!r} must be one of {BACKENDS}, or '' for the default.")

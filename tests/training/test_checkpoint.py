@@ -79,13 +79,16 @@ def test_damage_is_named_with_the_way_out(damaged, state):
   assert 'The one before it is of step 2: --config.resume=last_good.' in message
 
 
-def test_the_last_good_one_can_go_on(damaged, state, monkeypatch):
+def run_of(folder, states):
+  """Returns a run that may skip damaged checkpoints, and keeps what its data is set to."""
   config = quickstart.get_config('tiny')
-  config.workdir, config.resume = str(damaged.parents[1]), 'last_good'
-  recipe, states = read_recipe(config), []
-  run = Run(recipe, None, 'xla', None, None)
+  config.workdir, config.resume = str(folder.parents[1]), 'last_good'
   data = type('Data', (), {'train': {'dense': type('Batches', (), {'set_state': states.append})}})
-  run = run._replace(data=data)
+  return Run(read_recipe(config), None, 'xla', None, data)
+
+
+def test_the_last_good_one_can_go_on(damaged, state, monkeypatch):
+  run = run_of(damaged, states := [])
   monkeypatch.setattr(Run, 'abstract_state', lambda self, name: state)
   monkeypatch.setattr(Run, 'initial_state', None)  # Where it began may be gone.
   with Checkpoints(damaged) as checkpoints:
@@ -93,6 +96,27 @@ def test_the_last_good_one_can_go_on(damaged, state, monkeypatch):
   assert (step, seconds, states) == (2, 2.0, [{'next_index': 2}])
   assert jax.tree.structure(restored) == jax.tree.structure(state)
   assert saved_steps(damaged) == [2] and (damaged / '4.damaged').is_dir()
+
+
+def test_nothing_begins_anew_if_none_is_good(damaged, state, monkeypatch):
+  damage_array(damaged / '2')
+  monkeypatch.setattr(Run, 'abstract_state', lambda self, name: state)
+  monkeypatch.setattr(Run, 'initial_state', None)
+  with Checkpoints(damaged) as checkpoints, pytest.raises(DamagedCheckpoint, match='2 is damaged'):
+    train.resume(run_of(damaged, []), 'dense', checkpoints)
+  assert saved_steps(damaged) == [2]
+
+
+def test_another_state_is_not_called_damaged(saved, state, tmp_path, monkeypatch):
+  """Else `last_good` would set aside checkpoints that are whole."""
+  folder = tmp_path / 'checkpoints' / 'dense'
+  shutil.copytree(saved, folder)
+  other = new_state(init_params(CFG, seed=0), ('backbone',), OptimConfig(), seed=0)
+  monkeypatch.setattr(Run, 'abstract_state', lambda self, name: other)
+  with Checkpoints(folder) as checkpoints, pytest.raises(ConfigError) as raised:
+    train.resume(run_of(folder, []), 'dense', checkpoints)
+  assert not isinstance(raised.value, DamagedCheckpoint)
+  assert 'holds another model' in str(raised.value) and saved_steps(folder) == [2, 4]
 
 
 def test_damaged_parameters_are_named(saved, tmp_path):
