@@ -61,7 +61,7 @@ def open_source(
       indexer. Those of DeepSeek-V3.2 take the place of any that are not given.
 
   Raises:
-    ValueError: This is no whole checkpoint of a known family; the message lists every problem.
+    ConfigError: This is no whole checkpoint of a known family; the message lists every problem.
   """
   config = _read_config(folder)
   family, model = read_config(config)

@@ -143,7 +143,7 @@ class PackedText:
       seed: Determines the order of the documents; rows are shuffled elsewhere.
 
     Raises:
-      ValueError: An argument is out of range.
+      ConfigError: An argument is out of range.
     """
     if seq_len < 2:
       raise ConfigError(f'{seq_len=} must be at least 2: one token and its target.')

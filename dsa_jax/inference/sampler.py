@@ -98,7 +98,7 @@ class Sampler:
       backend: Which kernels run. '' stands for the platform's default.
 
     Raises:
-      ValueError: An argument is out of range.
+      ConfigError: An argument is out of range.
     """
     if not isinstance(model, Transformer):
       raise ConfigError(
@@ -207,7 +207,7 @@ class Sampler:
       after: Reads on from here, with one prompt for each of its texts. It stays as it was.
 
     Raises:
-      ValueError: A prompt is empty, too long, or holds an id that is no token.
+      ConfigError: A prompt is empty, too long, or holds an id that is no token.
     """
     self._check_prompts(prompts, room, after)
     if after is None:
@@ -236,7 +236,7 @@ class Sampler:
     depends on the seed and on i, but not on its neighbours.
 
     Raises:
-      ValueError: The new tokens do not fit into the cache, or `config` does not suit the model.
+      ConfigError: The new tokens do not fit into the cache, or `config` does not suit the model.
     """
     self._check_config(config)
     self._check_prefix(prefix)
