@@ -78,7 +78,7 @@ def extend(
         own = lambda: select(*args)
         selected = jax.lax.cond(is_full, own, lambda: selected)
       out = attend(views.absorbed_q, kv, span, selected, end, cfg, attention, backend)
-    x, _ = block.feed_forward(add(x, block.attn.from_latents(out)), counted)
+    x, _ = block.feed_forward(add(x, block.attn.from_latents(out)), counted, backend)
     return (x, kv, index_key, selected), selected
 
   x = model.embed[...].astype(cfg.dtype)[tokens]

@@ -53,12 +53,12 @@ class Block(nnx.Module):
       h = self.attn_norm(x)
       out, selections, attention = self.attn(h, start, end, key, mode, shared, choice)
       x = add(x, out)
-    x, load = self.feed_forward(x, end > start)
+    x, load = self.feed_forward(x, end > start, mode.backend)
     rms = jnp.sqrt(jnp.mean(jnp.square(x.astype(jnp.float32))))
     return x, selections, LayerReport(rms, attention.index_kl, load, attention.measures)
 
   def feed_forward(
-      self, x: Float[Array, 'B T D'], counted: Bool[Array, 'B T']
+      self, x: Float[Array, 'B T D'], counted: Bool[Array, 'B T'], backend: str
   ) -> tuple[Float[Array, 'B T D'], Float[Array, 'X'] | None]:
     """Applies the second half of the layer.
 
@@ -68,7 +68,7 @@ class Block(nnx.Module):
     with jax.named_scope('feed_forward'):
       load, h = None, self.ffn_norm(x)
       if isinstance(self.ffn, MoE):
-        h, load = self.ffn(h, counted.astype(jnp.float32))
+        h, load = self.ffn(h, counted.astype(jnp.float32), backend)
       else:
         h = self.ffn(h)
       return add(x, h), load

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Mixture of experts: sigmoid routing within groups, dropless experts, one shared expert."""
 
+import functools
+
 from flax import nnx
 import jax
 import jax.numpy as jnp
@@ -35,14 +37,15 @@ class MoE(Configured):
     self._cfg = cfg
 
   def __call__(
-      self, x: Float[Array, 'B T D'], counted: Float[Array, 'B T']
+      self, x: Float[Array, 'B T D'], counted: Float[Array, 'B T'], backend: str
   ) -> tuple[Float[Array, 'B T D'], Float[Array, 'X']]:
     """Returns the output, and the number of `counted` tokens that each expert received."""
     shares = shard.weight_specs(self), BATCH, BATCH
-    routed, load = shard.shard_mapped(MoE._experts, shares, (BATCH, P()))(self, x, counted)
+    experts = functools.partial(MoE._experts, backend=backend)
+    routed, load = shard.shard_mapped(experts, shares, (BATCH, P()))(self, x, counted)
     return routed + self.shared(x), load
 
-  def _experts(self, x, counted):
+  def _experts(self, x, counted, backend):
     """Sends this device's tokens to the owners of their experts, and sums what they return."""
     here = shard.gather_weights(self, x.dtype)
     weights = [w[...].astype(jnp.float32) for w in (here.w1, here.w3, here.w2)]
@@ -53,7 +56,7 @@ class MoE(Configured):
 
     def apply(rows):  # The weights' gradients add up in float32 over blocks of rows.
       narrow = (w.astype(x.dtype) for w in weights)
-      return _apply(*(a[0] for a in rows), *narrow, self.cfg)[None]
+      return _apply(*(a[0] for a in rows), *narrow, self.cfg, backend)[None]
 
     rows = jax.tree.map(lambda a: a[None], (tokens, experts, gates))
     most = TOKENS_AT_ONCE // collectives.axis_size(*OWNERS)
@@ -61,7 +64,7 @@ class MoE(Configured):
     return routed.astype(x.dtype).reshape(x.shape), collectives.psum(load, *MESH_AXES)
 
 
-def _apply(tokens, experts, gates, w1, w3, w2, cfg: ModelConfig):
+def _apply(tokens, experts, gates, w1, w3, w2, cfg: ModelConfig, backend: str):
   """Returns the gated sum of each token's experts, float32 [A, D], wherever these lie."""
   n_tokens, n_chosen = experts.shape
   order = jnp.argsort(experts.reshape(-1))  # A stable sort puts each expert's tokens side by side.
@@ -70,7 +73,7 @@ def _apply(tokens, experts, gates, w1, w3, w2, cfg: ModelConfig):
   most = collectives.axis_size(*OWNERS) * n_tokens * min(n_chosen, len(w1))
   rows = _permuted(jnp.repeat(tokens, n_chosen, axis=0), order)
   rows = ragged.send(rows, journey.there, most, *OWNERS)
-  dot = lambda rows, w: grouped_matmul(rows, w, journey.sizes)
+  dot = lambda rows, w: grouped_matmul(rows, w, journey.sizes, backend=backend)
   rows = dot(swiglu(dot(rows, w1), dot(rows, w3)).astype(tokens.dtype), w2)
   rows = ragged.send(rows, journey.back, n_tokens * n_chosen, *OWNERS)
   rows = _permuted(rows, jnp.argsort(order)).reshape(n_tokens, n_chosen, -1)

@@ -86,9 +86,17 @@ def store_row(ref, row, first, end: int, values: jax.Array):
 
 
 def gather(
-    ref, rows: jax.Array, first: int, side: int, end: int, filled: jax.Array | None = None
+    ref,
+    rows: jax.Array,
+    first: int | jax.Array,
+    side: int,
+    end: int,
+    filled: jax.Array | None = None,
 ) -> jax.Array:
-  """Reads `ref[rows, first:]`, zero from column `end` on, and where a row is not filled."""
+  """Reads `ref[rows, first:]`, zero from column `end` on, and where a row is not filled.
+
+  A `first` that is an array is a multiple of `side`.
+  """
   (inside,) = _inside([first], [side], [end])
   where, mask = _cross(rows, first + jnp.arange(side), filled, inside)
   return load(ref.at[*where], mask)

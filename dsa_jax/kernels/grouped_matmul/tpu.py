@@ -1,0 +1,28 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Products by group on a TPU, where jax's own product by group is one."""
+
+import jax
+import jax.numpy as jnp
+
+ROWS_IN_GROUPS = jax.lax.RaggedDotDimensionNumbers(
+    dot_dimension_numbers=(((0,), (0,)), ((), ())),
+    lhs_ragged_dimensions=[0],
+    rhs_group_dimensions=[],
+)
+
+
+def product(rows, weights, sizes, *, transposed: bool):
+  """Returns each row times its group's matrix, or times the transposed matrix."""
+  numbers = jax.lax.RaggedDotDimensionNumbers(
+      dot_dimension_numbers=(((1,), (2 if transposed else 1,)), ((), ())),
+      lhs_ragged_dimensions=[0],
+      rhs_group_dimensions=[0],
+  )
+  return jax.lax.ragged_dot_general(rows, weights, sizes, numbers)
+
+
+def weight_gradients(rows, dout, sizes):
+  """Returns the float32 gradients of the matrices, [X, D, F]."""
+  return jax.lax.ragged_dot_general(
+      rows, dout, sizes, ROWS_IN_GROUPS, preferred_element_type=jnp.float32
+  )
