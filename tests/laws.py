@@ -22,7 +22,7 @@ from dsa_jax.nn.attention.types import Mode
 from dsa_jax.nn.moe import balance, route
 from dsa_jax.nn.transformer import Transformer
 from dsa_jax.params import BackboneParam, IndexerParam
-from dsa_jax.training.losses import next_token_loss
+from dsa_jax.training.losses import next_token_loss, score_targets
 from dsa_jax.training.optim import OptimConfig
 from dsa_jax.training.stages import STAGES
 from dsa_jax.training.state import model_graph, new_state, split_parts
@@ -138,7 +138,7 @@ def forward(params, batch: Batch, mode: Mode, cfg: ModelConfig = CFG, **kwargs):
 def losses(params, batch: Batch, mode: Mode, cfg: ModelConfig = CFG):
   """Sums over what counts: the language model's loss and the indexer's."""
   out = forward(params, batch, mode, cfg)
-  lm = jnp.sum(next_token_loss(out.logits, batch.targets) * batch.weights)
+  lm = next_token_loss(out.hidden, params['head'][...], batch.targets, batch.weights)
   return lm, jnp.sum(out.index_kl)
 
 
@@ -254,8 +254,9 @@ def law_no_future(backend: str, attention: str):
 
   def early_losses(params, batch):
     out = forward(params, batch, mode)
-    loss = next_token_loss(out.logits, batch.targets)[:, :cut]
-    return jnp.sum(loss) + jnp.sum(out.index_kl[:, :, :cut]), out
+    counts = jnp.broadcast_to(jnp.arange(T) < cut, batch.targets.shape).astype(jnp.float32)
+    loss = next_token_loss(out.hidden, params['head'][...], batch.targets, counts)
+    return loss + jnp.sum(out.index_kl[:, :, :cut]), out
 
   found = [
       jax.value_and_grad(early_losses, has_aux=True)(params, b) for b in (batch, other)
@@ -437,7 +438,7 @@ def law_loss_is_a_mean(stage: str):
   batch, params = make_batch(LENGTHS), weights()
   _, metrics = step(params, batch)
   out = forward(params, batch, mode)
-  nats = np.asarray(next_token_loss(out.logits, batch.targets))
+  nats = np.asarray(score_targets(out.hidden, params['head'][...], batch.targets)[0])
   lm = [nats[0, :16], nats[0, 17:28], nats[1, :20], nats[1, 21:25]]
   assert_close(metrics['lm_loss'], np.concatenate(lm).mean())
   kl = np.asarray(out.index_kl)

@@ -451,8 +451,8 @@ def gradients_clipped_together(patch):
 @mistake(law('loss_scale', 'unpacked', 'warmup'))
 def mean_of_each_micro_batch(patch):
   def make(losses):
-    def wrong(out, rows, totals, optim, mode):
-      return losses(out, rows, train_step._count(rows), optim, mode)
+    def wrong(out, head, rows, totals, optim, mode):
+      return losses(out, head, rows, train_step._count(rows), optim, mode)
 
     return wrong
 

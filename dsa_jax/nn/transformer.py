@@ -18,7 +18,7 @@ from dsa_jax.nn.fixed import Configured
 from dsa_jax.nn.norms import RMSNorm
 from dsa_jax.nn.remat import rematerialized
 from dsa_jax.parallel import collectives, shard
-from dsa_jax.parallel.mesh import BATCH, LOGITS
+from dsa_jax.parallel.mesh import BATCH, HEAD, LOGITS
 from dsa_jax.params import BackboneParam, param
 
 STACKS = ('dense_blocks', 'moe_blocks', 'mtp')  # Leading layers with an MLP, with experts, MTP.
@@ -27,7 +27,9 @@ STACKS = ('dense_blocks', 'moe_blocks', 'mtp')  # Leading layers with an MLP, wi
 class Output(NamedTuple):
   """The result of a forward pass."""
 
-  logits: Float[Array, 'B T W']  # float32.
+  hidden: Float[Array, 'B T D']  # After the final norm.
+  mtp_hidden: Float[Array, 'B T D'] | None  # That for the token after the next one.
+  logits: Float[Array, 'B T W']  # float32. A compiled program that does not read them makes none.
   mtp_logits: Float[Array, 'B T W'] | None  # Those of the token after the next one.
   layers: dict[str, LayerReport]  # The keys are those of STACKS, in order.
 
@@ -93,12 +95,12 @@ class Transformer(Configured):
         x, selections, reports[name] = _run(
             blocks, full, x, selections, start, end, keys_of, mode, choice
         )
-    hidden, mtp_logits = self.norm(x), None
+    hidden, following, mtp_logits = self.norm(x), None, None
     if self.mtp is not None and next_tokens is not None:
       following = self.embedded(next_tokens)
       following, reports['mtp'] = self.mtp(hidden, following, start, end, keys[-1], mode, choice)
       mtp_logits = self.logits(following)
-    return Output(self.logits(hidden), mtp_logits, reports)
+    return Output(hidden, following, self.logits(hidden), mtp_logits, reports)
 
   def layer_keys(self, key: Key[Array, ''] | None = None) -> Key[Array, 'L']:
     """Returns the random state of each layer and, as the last, that of the MTP layer."""
@@ -106,8 +108,7 @@ class Transformer(Configured):
 
   def logits(self, hidden: Float[Array, 'B T D']) -> Float[Array, 'B T W']:
     """The float32 logits of normed hidden states."""
-    shares = P('fsdp', 'tensor'), BATCH
-    return shard.shard_mapped(_logits, shares, LOGITS)(self.head[...], hidden)
+    return shard.shard_mapped(_logits, (BATCH, HEAD), LOGITS)(hidden, self.head[...])
 
   def embedded(self, tokens: Int[Array, 'B T']) -> Float[Array, 'B T D']:
     embed = self.embed[...].astype(self.cfg.dtype)
@@ -134,9 +135,16 @@ def _embed(embed, tokens):
   return collectives.psum_scatter(jnp.where(here[..., None], embed[word], 0), 'tensor', dim=1)
 
 
-def _logits(head, hidden):
+def gather_head(
+    hidden: Float[Array, 'B T D'], head: Float[Array, 'D W']
+) -> tuple[Float[Array, 'B T D'], Float[Array, 'D W']]:
+  """Returns all tokens of this device's sequences, and its words' weights in the same dtype."""
   hidden = collectives.all_gather(hidden, 'tensor', dim=1)
-  head = collectives.all_gather(head.astype(hidden.dtype), 'fsdp', dim=0)
+  return hidden, collectives.all_gather(head.astype(hidden.dtype), 'fsdp', dim=0)
+
+
+def _logits(hidden, head):
+  hidden, head = gather_head(hidden, head)
   return jnp.einsum('BTD,DW->BTW', hidden, head, preferred_element_type=jnp.float32)
 
 

@@ -18,6 +18,7 @@ TOKENS = ('context', 'tensor')  # Devices along these axes share the tokens of a
 BATCH = P(SEQUENCES, TOKENS)  # The sharding of [B, T, ...] between layers.
 ALL_TOKENS = P(SEQUENCES, 'context')  # The same where `tensor` splits widths instead of tokens.
 OWNERS = ('expert', 'tensor')  # Devices along these axes own different experts.
+HEAD = P('fsdp', 'tensor')  # The sharding of the head's weight, [D, W].
 LOGITS = P(SEQUENCES, 'context', 'tensor')  # The sharding of [B, T, W].
 
 # The axes of the mesh that split each axis of a weight. None keeps it whole.

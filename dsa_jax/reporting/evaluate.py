@@ -15,7 +15,7 @@ from dsa_jax.nn.attention.types import Mode
 from dsa_jax.nn.transformer import Output
 from dsa_jax.parallel import shard
 from dsa_jax.selection import measures
-from dsa_jax.training.losses import next_token_loss
+from dsa_jax.training.losses import next_token_loss, score_targets
 
 
 class Scores(NamedTuple):
@@ -61,9 +61,8 @@ def evaluate(
 @functools.partial(jax.jit, static_argnums=(0, 3))
 def score_batch(graph, params, batch, mode, choice):
   model = nnx.merge(graph, params)
-  logits = model(batch.tokens, batch.start, batch.end, mode, choice=choice).logits
-  scores = next_token_loss(logits, batch.targets), logits.argmax(-1) == batch.targets
-  return shard.replicate(scores)
+  hidden = model(batch.tokens, batch.start, batch.end, mode, choice=choice).hidden
+  return shard.replicate(score_targets(hidden, model.head[...], batch.targets))
 
 
 def measure(
@@ -119,9 +118,10 @@ def look(
 
 @functools.partial(jax.jit, static_argnums=(0, 3))
 def look_batch(graph, params, batch, mode):
-  out = nnx.merge(graph, params)(batch.tokens, batch.start, batch.end, mode)
-  nats = next_token_loss(out.logits, batch.targets)
-  loss = jnp.sum(nats * batch.weights) / jnp.sum(batch.weights)
+  model = nnx.merge(graph, params)
+  out = model(batch.tokens, batch.start, batch.end, mode)
+  loss = next_token_loss(out.hidden, model.head[...], batch.targets, batch.weights)
+  loss /= jnp.sum(batch.weights)
   [by_rule], [count] = _totals(out, batch, mode, (0,))
   means = jax.tree.map(lambda x: x / count, by_rule[mode.measure[0]]) if mode.measure else {}
   return shard.replicate({'validation_loss': loss} | means)

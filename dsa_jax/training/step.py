@@ -76,7 +76,7 @@ def make_train_step(
           batch.tokens, batch.start, batch.end, dataclasses.replace(mode, zigzag=in_zigzag),
           next_tokens=batch.targets, key=key,
       )
-      return _losses(out, rows, totals, optim, mode)
+      return _losses(out, model.head[...], rows, totals, optim, mode)
 
     split = lambda x: shard.split_micro_batches(x, micro_batches)
     inputs = jax.tree.map(split, rows), jax.random.split(step_key, micro_batches)
@@ -123,17 +123,15 @@ def _sum_over_micro_batches(grad: Callable, parts: dict[str, nnx.State], inputs:
   return jax.lax.scan(accumulate, zeros, inputs)[0]
 
 
-def _losses(out: Output, rows: Rows, totals, optim: OptimConfig, mode: Mode):
+def _losses(out: Output, head, rows: Rows, totals, optim: OptimConfig, mode: Mode):
   """Returns the sum of all losses, and metrics that add up over micro-batches."""
   batch = rows.batch
   metrics = {'residual_rms': out.residual_rms}
-  metrics['lm_loss'] = (
-      jnp.sum(next_token_loss(out.logits, batch.targets) * batch.weights) / totals['lm']
-  )
-  loss = metrics['lm_loss']
-  if out.mtp_logits is not None:
-    nats = next_token_loss(out.mtp_logits, rows.mtp_targets)
-    mtp = jnp.sum(nats * rows.mtp_weights) / totals['mtp']
+  weights = batch.weights / totals['lm']
+  loss = metrics['lm_loss'] = next_token_loss(out.hidden, head, batch.targets, weights)
+  if out.mtp_hidden is not None:
+    weights = rows.mtp_weights / totals['mtp']
+    mtp = next_token_loss(out.mtp_hidden, head, rows.mtp_targets, weights)
     metrics['mtp_loss'] = mtp
     loss += optim.mtp_weight * mtp
   if mode.index_loss:

@@ -19,6 +19,7 @@ from dsa_jax.compile.hlo import collectives, total_bytes
 from dsa_jax.nn.attention.types import Mode
 from dsa_jax.parallel.mesh import BATCH as BATCH_SPEC, SEQUENCES, make_mesh, shardings_of
 from dsa_jax.parallel.zigzag import zigzag
+from dsa_jax.training import losses
 from dsa_jax.training.stages import STAGES
 from dsa_jax.training.state import model_graph, new_state
 from dsa_jax.training.step import make_train_step
@@ -26,6 +27,7 @@ from dsa_jax.training.step import make_train_step
 CFG = dataclasses.replace(laws.CFG, n_heads=4, vocab_size=40, n_mtp_layers=1)
 SHARING = dataclasses.replace(CFG, indexer_types=('full', 'shared'))
 BATCH = laws.make_batch(((17, 15), (21, 5), (32,), (3, 9, 14)), 32)  # Packed, uneven, padded.
+losses.LOGITS_AT_ONCE = 256  # So every device goes over its rows in several chunks.
 MIXED = {'fsdp': 2, 'context': 2, 'tensor': 2}
 STEPS = [  # Stage, mesh, micro-batches, model, what is computed again (on one device: nothing).
     ('sparse', {'fsdp': 4}, 1, CFG, 'products'),
