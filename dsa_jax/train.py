@@ -19,6 +19,7 @@ from ml_collections import ConfigDict, config_flags
 import numpy as np
 
 from dsa_jax.config import ConfigError
+from dsa_jax.cost import training_flops
 from dsa_jax.parallel.processes import (
     LOST,
     has_lost_a_process,
@@ -117,10 +118,13 @@ def run_stage(run: Run, name: str, writer: MetricsWriter, bar: StepProgress, ahe
     if first_step == entry.steps:
       return
     ahead.wait(f'{name}/step')
-    meter = Meter(batch_tokens, first_step)
+    flops = lambda batch: training_flops(recipe.model, entry.trains, batch.end - batch.start)
+    meter = Meter(batch_tokens, first_step, flops, recipe.mesh.n_devices)
     pending, text, loop_began = None, '', time.monotonic()
     for step in range(first_step + 1, entry.steps + 1):
-      batch = place_batch(next(batches), entry.batch_size, run.mesh)
+      rows = next(batches)
+      meter.count(step, rows)
+      batch = place_batch(rows, entry.batch_size, run.mesh)
       now = {part: of_step[step - 1] for part, of_step in rates.items()}
       state, metrics = train_step(state, batch, now)
       metrics |= {f'{part}_lr': rate for part, rate in now.items()}

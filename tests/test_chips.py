@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from dsa_jax import cost
-from dsa_jax.chips import DEVICES
+from dsa_jax.chips import DEVICES, device_of_kind
 from dsa_jax.compile import chips as compiled
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -29,6 +29,12 @@ def test_a_chip_of_tpu7x_is_two_devices():
   assert (chip.bf16, chip.fp8, chip.bandwidth) == (2307e12, 4614e12, 7380e9)
   assert chip.memory == 192 * 2**30
   assert [name for name, device in DEVICES.items() if device.per_chip > 1] == ['tpu7x']
+
+
+def test_devices_go_by_what_jax_calls_them():
+  assert device_of_kind('NVIDIA H200') is DEVICES['h200']
+  assert device_of_kind('TPU v6 lite') is DEVICES['v6e']
+  assert device_of_kind('cpu') is device_of_kind('NVIDIA H200 NVL') is None  # That one is slower.
 
 
 def test_compile_reports_are_of_single_devices():

@@ -11,4 +11,4 @@ from dsa_jax.cost.calls import (
 )
 from dsa_jax.cost.chips import CHIPS, FITTED, Chip, Efficiency
 from dsa_jax.cost.serving import Serving, dollars_per_million, token_parts, token_seconds
-from dsa_jax.cost.work import attention_flops, cache_bytes, token_work
+from dsa_jax.cost.work import attention_flops, cache_bytes, token_work, training_flops

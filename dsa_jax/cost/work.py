@@ -1,8 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Counts the FLOPs and bytes of one token, part by part; a multiply-add is two FLOPs."""
 
+from collections.abc import Collection
+import dataclasses
 import math
 from typing import Literal, NamedTuple
+
+import numpy as np
 
 from dsa_jax.config import ModelConfig
 
@@ -31,6 +35,39 @@ def attention_flops(cfg: ModelConfig, context: int, *, sparse: bool) -> float:
   selected = k - k * (k - 1) / (2 * context)  # The first k tokens see fewer.
   indexer = index_flops(cfg) * visible
   return len(cfg.full_layers) * indexer + cfg.n_layers * mqa_flops(cfg) * selected
+
+
+def training_flops(cfg: ModelConfig, trains: Collection[str], n_visible: np.ndarray) -> float:
+  """Returns the FLOPs of a training step on these queries, as model FLOPs are counted.
+
+  A product whose two factors have gradients costs three times its forward pass, and one whose weights
+  alone have one costs twice. Nothing that is computed again counts: neither a layer in the backward
+  pass, nor the attention that the divergence compares with. As in `token_work`, norms, the embedding
+  and communication are left out.
+
+  Args:
+    cfg: The model.
+    trains: The parts that learn, keys of `training.stages.PARTS`. If both do, attention is sparse.
+    n_visible: The number of keys that each query sees, of any shape.
+  """
+  backbone, indexer = 'backbone' in trains, 'indexer' in trains
+  seen, chosen = (np.sum(n, dtype=float) for n in (n_visible, np.minimum(n_visible, cfg.index_topk)))
+  weights = sum(work.flops for work in _weight_works(cfg, 1, 1, True))
+  if cfg.n_mtp_layers:  # One layer more, its projection, and the head once more.
+    n_dense = cfg.n_dense_layers + (cfg.n_dense_layers == cfg.n_layers)
+    longer = dataclasses.replace(
+        cfg, n_layers=cfg.n_layers + 1, n_dense_layers=n_dense, indexer_types=()
+    )
+    last = sum(work.flops for work in _weight_works(longer, 1, 1, True)) - weights
+    weights += last + 2 * cfg.dim * (2 * cfg.dim + cfg.vocab_size)
+  n_layers, n_indexers = (n + cfg.n_mtp_layers for n in (cfg.n_layers, len(cfg.full_layers)))
+  pairs = mqa_flops(cfg) * chosen if backbone and indexer else mha_flops(cfg) * seen
+  flops = (3 if backbone else 1) * (np.size(n_visible) * weights + n_layers * pairs)
+  if indexer:  # A warm-up differentiates all scores, the sparse stage those of selected keys.
+    scores = seen + 3 * chosen if backbone else 3 * seen
+    products = 2 * 2 * np.size(n_visible) * _index_weights(cfg)
+    flops += n_indexers * (products + index_flops(cfg) * scores)
+  return float(flops)
 
 
 def mha_flops(cfg: ModelConfig) -> int:
@@ -145,16 +182,19 @@ def _index_works(
 ) -> list[Work]:
   """Returns the indexer's products with weights, its scores, and the selection."""
   full = len(cfg.full_layers)
-  weights = cfg.q_lora_rank * cfg.index_n_heads * cfg.index_head_dim + cfg.dim * (
-      cfg.index_head_dim + cfg.index_n_heads
-  )
   keys = full * context * index_key_bytes(cfg, cache) / readers
   return [
-      _product('index projections', full * weights, pass_tokens),
+      _product('index projections', full * _index_weights(cfg), pass_tokens),
       Work('index scores', full * context * index_flops(cfg), keys, cache, scores),
       # Each score is written and read once, in float32.
       Work('selection', 0, full * context * 8, 'bf16', 'context'),
   ]
+
+
+def _index_weights(cfg: ModelConfig) -> int:
+  """Returns the number of weights of one indexer."""
+  queries = cfg.q_lora_rank * cfg.index_n_heads * cfg.index_head_dim
+  return queries + cfg.dim * (cfg.index_head_dim + cfg.index_n_heads)
 
 
 def _product(part: str, size: int, pass_tokens: int, unit: str = 'fp8') -> Work:

@@ -47,7 +47,14 @@ FLOPS_CAPTION = (
     'Floating-point operations that attention needs for one token, the indexer included, by the'
     ' number of tokens in the context. The last column says how many times cheaper sparse is.'
 )
-COST_CAPTION = 'Seconds include compilation; the whole run includes evaluation, too.'
+COST_CAPTION = (
+    'Seconds include compilation; the whole run includes evaluation, too. Tokens per second are the'
+    ' median of what was logged.'
+)
+MFU_CAPTION = (
+    ' MFU is the share of the peak in bfloat16 that the arithmetic of the model makes up, nothing that'
+    ' is computed again counted.'
+)
 Table = tuple[list[str], list[list[str]]]
 
 
@@ -66,7 +73,7 @@ def write_report(
   csv = workdir / 'metrics.csv'
   curves = plots.Curves(metrics.read_metrics(csv) if csv.exists() else [])
   drawn = plots.draw(workdir, results, curves)
-  plots.replace_bytes(workdir / 'report.md', _markdown(results, drawn).encode())
+  plots.replace_bytes(workdir / 'report.md', _markdown(results, drawn, curves).encode())
   text = json.dumps(_finite(results), indent=2, allow_nan=False) + '\n'
   plots.replace_bytes(workdir / 'report.json', text.encode())
   print_report(workdir, results, console)
@@ -128,16 +135,21 @@ def _flops_table(flops: Mapping[str, Mapping[str, float]]) -> Table:
   return ['context', 'dense', 'sparse', 'dense / sparse'], rows
 
 
-def _cost_table(results: Mapping[str, Any]) -> Table:
+def _cost_table(results: Mapping[str, Any], curves: plots.Curves) -> Table:
+  """Returns one row per stage; speed and utilisation are medians, where they were measured."""
   tokens, seconds = (results.get(k, {}) for k in ('tokens_by_stage', 'seconds_by_stage'))
-  rows = [
-      [stage, _number(tokens.get(stage), '{:,}'), _number(seconds.get(stage), '{:.1f}')]
-      for stage in plots.ordered([seconds, tokens], {})
-  ]
+  stages = plots.ordered([seconds, tokens], {})
+  columns = [('tokens', tokens, '{:,}'), ('seconds', seconds, '{:.1f}')]
+  for title, name, form in ('tokens/s', 'tokens_per_second', '{:,.0f}'), ('MFU', 'mfu', '{:.1%}'):
+    values = {stage: curves.of(stage, name)[1] for stage in stages}
+    measured = {stage: float(np.median(of_stage)) for stage, of_stage in values.items() if len(of_stage)}
+    columns += [(title, measured, form)] if measured else []
+  rows = [[s, *(_number(values.get(s), form) for _, values, form in columns)] for s in stages]
   if 'seconds' in results:
     total = sum(tokens.values()) if tokens else None
-    rows.append(['whole run', _number(total, '{:,}'), _number(results['seconds'], '{:.1f}')])
-  return ['stage', 'tokens', 'seconds'], rows
+    cells = [_number(total, '{:,}'), _number(results['seconds'], '{:.1f}')]
+    rows.append(['whole run', *cells, *[''] * (len(columns) - 2)])
+  return ['stage', *(title for title, _, _ in columns)], rows
 
 
 def _number(value: float | int | None, form: str) -> str:
@@ -147,7 +159,7 @@ def _number(value: float | int | None, form: str) -> str:
 # Words
 
 
-def _markdown(results: Mapping[str, Any], drawn: Sequence[str]) -> str:
+def _markdown(results: Mapping[str, Any], drawn: Sequence[str], curves: plots.Curves) -> str:
   parts = [f'# {results["title"]}', *_what_was_run(results)]
   parts += ['## Result', _markdown_table(main_table(results)), _how_to_read(results)]
   parts += _picture('overview.png', drawn, CAPTIONS['overview.png'])
@@ -157,7 +169,9 @@ def _markdown(results: Mapping[str, Any], drawn: Sequence[str]) -> str:
   if flops:
     parts += ['## Attention FLOPs per token', _markdown_table(_flops_table(flops))]
     parts += [FLOPS_CAPTION]
-  parts += ['## Tokens and time', _markdown_table(_cost_table(results)), COST_CAPTION]
+  costs = _cost_table(results, curves)
+  parts += ['## Tokens and time', _markdown_table(costs)]
+  parts += [COST_CAPTION + MFU_CAPTION * ('MFU' in costs[0])]
   roles = results.get('roles') or {}
   compared = {'baseline': roles.get('dense_baseline'), 'sparse': roles.get('sparse')}
   stages = STAGES_CAPTION.format(**compared) if all(compared.values()) else ''

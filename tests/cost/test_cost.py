@@ -85,6 +85,32 @@ def test_activated_parameters():
   assert of('head', V32, sparse=True).flops == 2 * 129_280 * 7168
 
 
+def test_training_is_three_forward_passes_of_what_learns():
+  """Of one document: its products and pairs are those of `token_work` and `attention_flops`."""
+  n, visible = 5000, np.arange(1, 5001)
+  flops = {w.part: w.flops for w in work.token_work(V32, 1, sparse=True, form='mqa') if w.kind == 'weights'}
+  index_products = flops.pop('index projections')
+  weights, layers = sum(flops.values()), V32.n_layers
+  index = layers * work.index_flops(V32) * (n + 1) / 2
+  dense, sparse = (attention_flops(V32, n, sparse=sparse) for sparse in (False, True))
+  chosen = (sparse - index) / work.mqa_flops(V32)  # Pairs of all layers for one query.
+  of = lambda *trains: cost.training_flops(V32, trains, visible) / n
+  assert of('backbone') == pytest.approx(3 * (weights + dense))
+  assert of('indexer') == pytest.approx(weights + dense + 2 * index_products + 3 * index)
+  learns = 3 * (weights + sparse - index)
+  scores = index + 3 * chosen * work.index_flops(V32)
+  assert of('backbone', 'indexer') == pytest.approx(learns + 2 * index_products + scores)
+
+
+def test_an_mtp_layer_costs_a_layer_a_projection_and_a_head():
+  of = lambda cfg: cost.training_flops(cfg, ('backbone',), np.arange(1, 101))
+  mtp, longer = (dataclasses.replace(V32, **{k: v}) for k, v in (('n_mtp_layers', 1), ('n_layers', 62)))
+  extra = 3 * 100 * 2 * V32.dim * (V32.vocab_size + 2 * V32.dim)
+  assert of(mtp) == pytest.approx(of(longer) + extra)
+  dense = dataclasses.replace(ONE, n_mtp_layers=1)  # Without experts, and so is its MTP layer.
+  assert of(dense) == pytest.approx(2 * of(ONE) + 3 * 100 * 2 * V32.dim * 2 * V32.dim)
+
+
 def test_a_prompt_token_needs_no_logits():
   assert 'head' not in cost.token_parts(V32, 100, 'prefill', sparse=True)
   assert 'head' in cost.token_parts(V32, 100, 'decode', sparse=True)
@@ -352,7 +378,7 @@ def test_command_says_small_numbers():
 @pytest.mark.parametrize(
     'flags, message',
     [
-        (['--chip=a100'], 'should be one of <h800|h200|v5p|v6e|tpu7x>'),
+        (['--chip=a100'], 'should be one of <h100|h800|h200|v5p|v6e|tpu7x>'),
         (['--context=0'], 'context=0 must be within 1 and max_seq_len=163840'),
         ([f'--model={TINY}', '--context=65'], 'context=65 must be within 1 and max_seq_len=64'),
         (['--output_share=2'], 'output_share=2.0 must be within 0 and 1'),

@@ -10,6 +10,8 @@ import pytest
 import rich.console
 from tensorboardX.proto import event_pb2
 
+from dsa_jax.chips import DEVICES
+from dsa_jax.data.batch import Batch
 from dsa_jax.reporting import meter, metrics
 from dsa_jax.reporting.progress import StepProgress
 
@@ -171,9 +173,25 @@ def test_progress_on_a_terminal_is_a_bar():
 def test_a_meter_reads_speed_since_its_last_reading_and_the_largest_peak(monkeypatch):
   clock = iter([0.0, 2.0, 3.0])
   monkeypatch.setattr(meter.time, 'monotonic', lambda: next(clock))
-  devices = [SimpleNamespace(memory_stats=lambda n=n: n and {'peak_bytes_in_use': n}) for n in (2**30, 2**31)]
+  stats = lambda n: lambda: n and {'peak_bytes_in_use': n}
+  devices = [SimpleNamespace(memory_stats=stats(n), device_kind='cpu') for n in (2**30, 2**31)]
   monkeypatch.setattr(meter.jax, 'local_devices', lambda: devices)
-  read = meter.Meter(batch_tokens=100, step=10)
+  read = meter.Meter(100, step=10, flops=lambda batch: 1.0, n_devices=1)
+  read.count(11, Batch(*[np.zeros((1, 100))] * 5))
   assert read.read(14) == {'tokens_per_second': 200.0, 'device_memory_gib': 2.0}
   devices[:] = [SimpleNamespace(memory_stats=lambda: None)]
   assert read.read(15) == {'tokens_per_second': 100.0}
+
+
+def test_a_meter_knows_the_utilisation_where_it_knows_the_peak(monkeypatch):
+  """A process with half the rows counts twice their FLOPs; a step that is not recorded waits."""
+  clock = iter([0.0, 2.0, 3.0])
+  monkeypatch.setattr(meter.time, 'monotonic', lambda: next(clock))
+  device = SimpleNamespace(memory_stats=lambda: None, device_kind='NVIDIA H200')
+  monkeypatch.setattr(meter.jax, 'local_devices', lambda: [device])
+  peak, half = DEVICES['h200'].bf16, Batch(*[np.zeros((1, 50))] * 5)
+  read = meter.Meter(100, step=10, flops=lambda batch: peak, n_devices=4)
+  for step in (11, 12, 13):
+    read.count(step, half)
+  assert read.read(12) == {'tokens_per_second': 100.0, 'mfu': 2 * 2 * peak / (2.0 * 4 * peak)}
+  assert read.read(13) == {'tokens_per_second': 100.0, 'mfu': 2 * peak / (1.0 * 4 * peak)}

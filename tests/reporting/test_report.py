@@ -228,6 +228,16 @@ def test_accuracy_is_the_main_number(tmp_path):
   assert 'share of right answers' in (tmp_path / 'report.md').read_text()
 
 
+def test_a_stage_has_its_median_speed_and_its_utilisation_where_that_is_known(tmp_path):
+  with metrics.MetricsWriter(tmp_path) as writer:
+    for step, speed in enumerate((1000.0, 3000.0, 2000.0)):
+      writer.write('dense', step, {'lm_loss': 1.0, 'tokens_per_second': speed, 'mfu': speed / 1e4})
+  report.write_report(tmp_path, dense_results(), rich.console.Console(file=io.StringIO()))
+  text = (tmp_path / 'report.md').read_text()
+  assert '| stage | tokens | seconds | tokens/s | MFU |' in text and '| 2,000 | 20.0% |' in text
+  assert 'MFU is the share of the peak' in text
+
+
 def test_entries_are_reported_and_drawn_under_their_own_names(tmp_path):
   new = {'dense': 'base-1', 'baseline': 'more', 'warmup': 'random', 'sparse': 'sparse_k8', '': ''}
   results = full_results()

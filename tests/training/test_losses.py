@@ -80,7 +80,7 @@ def test_no_array_of_tokens_by_words():
 def test_no_program_of_a_model_has_all_logits(program, monkeypatch):
   """Neither a step with an MTP layer, nor scores, nor a look at the validation rows."""
   monkeypatch.setattr(losses, 'LOGITS_AT_ONCE', 2**16)
-  cfg = dataclasses.replace(laws.CFG, vocab_size=4096, n_mtp_layers=1)
+  cfg = dataclasses.replace(laws.CFG, vocab_size=4096, n_layers=1, n_mtp_layers=1)
   batch, params, trains = laws.make_batch(((64,),) * 2, 64), laws.weights(cfg), ('backbone',)
   mode = Mode(attention='dense', backend='xla')
   if program == 'step':
