@@ -59,41 +59,74 @@ class MoE(Configured):
       return _apply(*(a[0] for a in rows), *narrow, self.cfg, backend)[None]
 
     rows = jax.tree.map(lambda a: a[None], (tokens, experts, gates))
-    most = TOKENS_AT_ONCE // collectives.axis_size(*OWNERS)
+    most = _tokens_at_once(here.w1.shape, self.cfg)
     routed = apply(rows) if len(tokens) <= most else map_rows(jax.checkpoint(apply), rows, most)
     return routed.astype(x.dtype).reshape(x.shape), collectives.psum(load, *MESH_AXES)
+
+
+def _tokens_at_once(shape: tuple[int, int, int], cfg: ModelConfig) -> int:
+  """Returns the tokens of a block, given the shape of this device's share of a weight.
+
+  Several blocks need float32 sums of the weights' gradients. Where a device has many experts, these
+  take more memory than rows do, so there a block may have about as many rows as the weights have.
+  """
+  n_experts, _, width = shape
+  n_owners = collectives.axis_size(*OWNERS)
+  rows_of_a_token = n_owners * min(cfg.n_activated_experts, n_experts)
+  many = 3 * n_experts * width // rows_of_a_token
+  return max(TOKENS_AT_ONCE // n_owners, 1 << many.bit_length() >> 1)  # A power of two.
 
 
 def _apply(tokens, experts, gates, w1, w3, w2, cfg: ModelConfig, backend: str):
   """Returns the gated sum of each token's experts, float32 [A, D], wherever these lie."""
   n_tokens, n_chosen = experts.shape
-  order = jnp.argsort(experts.reshape(-1))  # A stable sort puts each expert's tokens side by side.
+  # A stable sort puts each expert's tokens side by side, and last what only fills up a block.
+  order = jnp.argsort(jnp.where(experts < 0, cfg.n_routed_experts, experts).reshape(-1))
+  places = jnp.argsort(order).reshape(experts.shape)
   journey = ragged.plan_journey(jnp.sum(_is_of(experts, cfg), axis=(0, 1)), *OWNERS)
   # So many rows arrive if all tokens choose this device's experts.
   most = collectives.axis_size(*OWNERS) * n_tokens * min(n_chosen, len(w1))
-  rows = _permuted(jnp.repeat(tokens, n_chosen, axis=0), order)
-  rows = ragged.send(rows, journey.there, most, *OWNERS)
+  rows = ragged.send(_spread(tokens, order, places), journey.there, most, *OWNERS)
   dot = lambda rows, w: grouped_matmul(rows, w, journey.sizes, backend=backend)
   rows = dot(swiglu(dot(rows, w1), dot(rows, w3)).astype(tokens.dtype), w2)
   rows = ragged.send(rows, journey.back, n_tokens * n_chosen, *OWNERS)
-  rows = _permuted(rows, jnp.argsort(order)).reshape(n_tokens, n_chosen, -1)
-  return jnp.einsum('AKD,AK->AD', rows.astype(jnp.float32), gates)
+  return _gated_sum(rows, gates, order, places)
+
+
+@jax.custom_vjp
+def _spread(tokens, order, places):
+  """Returns a row [A*K, D] for each choice of each token, in order; `places` [A, K] says where."""
+  return tokens[order // places.shape[1]]
+
+
+@jax.custom_vjp
+def _gated_sum(rows, gates, order, places):
+  """Returns the sum of each token's rows times their gates, float32 [A, D].
+
+  Neither it nor any gradient holds the rows in another order: each reads them where they lie.
+  """
+  return jnp.einsum('AKD,AK->AD', rows[places].astype(jnp.float32), gates)
+
+
+def _sum_of_rows(places, drows):
+  dtokens = jnp.sum(drows[places].astype(jnp.float32), axis=1)
+  return dtokens.astype(drows.dtype), None, None
+
+
+def _gated_sum_gradients(residuals, dout):
+  rows, gates, order, places = residuals
+  drows = dout[order // places.shape[1]] * gates.reshape(-1)[order][:, None]
+  dgates = jnp.einsum('AKD,AD->AK', rows[places].astype(jnp.float32), dout)
+  return drows.astype(rows.dtype), dgates, None, None
+
+
+_spread.defvjp(lambda *x: (_spread(*x), x[2]), _sum_of_rows)
+_gated_sum.defvjp(lambda *x: (_gated_sum(*x), x), _gated_sum_gradients)
 
 
 def _is_of(experts, cfg: ModelConfig):
   """Returns which expert each choice [A, K] is, one-hot [A, K, X]; its sums need no scatter."""
   return experts[..., None] == jnp.arange(cfg.n_routed_experts)
-
-
-@jax.custom_vjp
-def _permuted(x, order):
-  """Returns `x[order]`; its gradient is the inverse permutation instead of a scatter."""
-  return x[order]
-
-
-_permuted.defvjp(
-    lambda x, order: (x[order], order), lambda order, dx: (dx[jnp.argsort(order)], None)
-)
 
 
 def route(
