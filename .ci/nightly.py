@@ -56,7 +56,10 @@ PARTS = {
         ),
         ('dsa_jax/kernels', 'dsa_jax/nn', 'dsa_jax/parallel', 'configs'),
     ),
-    'lost work': Part(('tests/test_train.py', 'tests/parallel/test_processes.py'), TRAINING),
+    'lost work': Part(
+        ('tests/test_train.py', 'tests/parallel/test_processes.py', 'tests/data/test_tokenizing.py'),
+        (*TRAINING, 'dsa_jax/data'),
+    ),
     'checkpoints': Part(
         (
             'tests/convert/test_convert.py', 'tests/convert/test_convert_faults.py',

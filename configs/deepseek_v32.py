@@ -7,8 +7,9 @@ python -m dsa_jax.train --config=configs/deepseek_v32.py --config.workdir=runs/d
 The first command reads the released dense model and gives it fresh indexers; the second warms them
 up and then trains sparsely. To start from the weights of V3.2 itself, let `recipe` be ('sparse',)
 and set its `init_from`. The report does not give the optimiser, the shape of the schedule or the
-clipping; a constant rate is assumed. Tokens of one's own are still missing: the full variant is refused
-because the text data has bytes only. The variant `:tiny` starts from a dense stage of its own.
+clipping; a constant rate is assumed. The text is yours: put `--config.data.sources.text.files=...` behind
+the second command. The checkpoint's own tokenizer reads it, once, before the first step; for a corpus of
+a real size run `python -m dsa_jax.tokenize` before. Variant `:tiny` starts from a dense stage of its own.
 """
 
 import dataclasses
@@ -32,8 +33,11 @@ def get_config(variant: str = 'full'):
       backbone_lr=7.3e-6, indexer_lr=7.3e-6, data_seed=2, **size
   )
   c.report.update(seq_len=131_072, batch_size=1)
+  c.data.source, c.data.packing = 'mixture', 'best_fit'
+  c.data.sources.text = dict(format='jsonl', files='corpus/*.jsonl*', field='text', weight=1.0)
   if variant == 'tiny':
     c.workdir = 'runs/deepseek_v32_tiny'
+    c.data = base.get_config().data
     c.model.update(
         vocab_size=258, dim=32, n_layers=2, n_dense_layers=1, n_mtp_layers=1, inter_dim=32,
         moe_inter_dim=16, n_routed_experts=4, n_activated_experts=2, n_expert_groups=2,

@@ -43,7 +43,7 @@ from dsa_jax.training.checkpoint import (
     saved_steps,
 )
 from dsa_jax.training.compilation_cache import compilation_cache
-from dsa_jax.training.origin import keep_origin
+from dsa_jax.training.origin import keep_origin, keep_tokenizer
 from dsa_jax.training.recipe import Recipe, read_recipe
 from dsa_jax.training.run import Run, open_run
 from dsa_jax.training.state import TrainState, abstract_params
@@ -93,6 +93,7 @@ def run_recipe(config: ConfigDict, recipe: Recipe) -> dict[str, Any]:
   if is_first():
     write_config(config, recipe.workdir, files)
     keep_origin(recipe.workdir, recipe.origins)
+    keep_tokenizer(recipe.workdir, recipe.data.tokenizer)
   ahead = Ahead(all_programs(run), run.mesh)
   with jax.set_mesh(run.mesh) if run.mesh else contextlib.nullcontext(), ahead:
     writer = MetricsWriter(recipe.workdir) if is_first() else SilentWriter()

@@ -15,7 +15,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 NAMES = sorted(p.stem for p in (ROOT / 'configs').glob('*.py') if p.stem != 'base')
 
 
-@pytest.mark.parametrize('name', [n for n in NAMES if n != 'deepseek_v32'])
+@pytest.mark.parametrize('name', [n for n in NAMES if n not in ('deepseek_v32', 'own_tokens')])
 def test_full_variant_builds(name):
   recipe = read_recipe(importlib.import_module(f'configs.{name}').get_config())
   assert recipe.stages
@@ -40,5 +40,13 @@ def test_unknown_variant_is_refused(name):
 def test_deepseek_v32_is_the_released_model_and_does_not_learn_bytes():
   config = importlib.import_module('configs.deepseek_v32').get_config()
   assert ModelConfig(**config.model) == DEEPSEEK_V32
-  with pytest.raises(ConfigError, match='vocab_size=129280 is of another alphabet than the text'):
+  with pytest.raises(ConfigError, match='vocab_size=129280 is of another alphabet than the mixture'):
+    read_recipe(config)
+
+
+def test_own_tokens_says_what_is_missing(tmp_path, monkeypatch):
+  config = importlib.import_module('configs.own_tokens').get_config()
+  assert set(config.data.sources) == {'web', 'code', 'books'}
+  monkeypatch.chdir(tmp_path)
+  with pytest.raises(ConfigError, match="tokenizer='tokenizer.json' must be 'bytes', a tokenizer.json"):
     read_recipe(config)

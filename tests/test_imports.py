@@ -17,7 +17,7 @@ RANKS = [
     {'training'},
     {'inference', 'reporting'},
     {'convert', 'compile'},
-    {'train', 'sample', 'load', 'compare'},
+    {'train', 'sample', 'load', 'compare', 'tokenize'},
 ]
 # The first rank that may use each library.
 OUTSIDE = {'flax': 0, 'optax': 4, 'orbax': 4, 'ml_collections': 4, 'grain': 0}

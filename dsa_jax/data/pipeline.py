@@ -2,6 +2,7 @@
 """Shuffles the rows of a random-access source and batches them."""
 
 from collections.abc import Sequence
+import dataclasses
 
 import grain
 import numpy as np
@@ -11,8 +12,20 @@ from dsa_jax.data.batch import Batch
 from dsa_jax.data.seeds import check_seed
 
 
+@dataclasses.dataclass(frozen=True)
+class Mixture:
+  """Sources whose rows are mixed: in any stretch, the share of each is that of its weight."""
+
+  sources: Sequence[grain.sources.RandomAccessDataSource]
+  weights: Sequence[float]
+
+  def __len__(self) -> int:
+    """The rows of all sources, which an epoch need not take in equal measure."""
+    return sum(len(source) for source in self.sources)
+
+
 def make_iterator(
-    source: grain.sources.RandomAccessDataSource,
+    source: grain.sources.RandomAccessDataSource | Mixture,
     batch_size: int,
     seed: int,
     share: tuple[int, int] = (0, 1),
@@ -27,7 +40,7 @@ def make_iterator(
   (which it cannot check).
 
   Args:
-    source: `PackedText` or `Recall`; each row is a `Batch` of `[T]` arrays.
+    source: Each row is a `Batch` of `[T]` arrays. Of a mixture, each source has epochs of its own.
     batch_size: Rows of a batch, over all its shares.
     seed: Determines the order.
     share: (i, n) reads the i-th of n equal shares of every batch, and no row of the others.
@@ -40,7 +53,7 @@ def make_iterator(
   if batch_size % n or not 0 <= i < n:
     raise ConfigError(f'{share=} must be (i, n) with i below n, and n must divide {batch_size=}.')
   # Without drop_remainder, grain's length of this endless dataset overflows at batch_size 1.
-  rows = _shuffled(source, seed).repeat()
+  rows = _endless(source, seed)
   batches = rows.batch(batch_size // n, drop_remainder=True, batch_fn=_stack)[i::n]
   # grain's default, 500 batches ahead, takes 650 MB at 8 rows of 8192 tokens.
   ahead = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
@@ -48,7 +61,10 @@ def make_iterator(
 
 
 def first_batches(
-    source: grain.sources.RandomAccessDataSource, batch_size: int, n_batches: int, seed: int
+    source: grain.sources.RandomAccessDataSource | Mixture,
+    batch_size: int,
+    n_batches: int,
+    seed: int,
 ) -> list[Batch]:
   """Returns `n_batches` fixed batches of rows drawn without repetition, for validation."""
   _check(source, batch_size, seed)
@@ -59,16 +75,41 @@ def first_batches(
         f'{n_batches=} of {batch_size=} need {n_batches * batch_size} different rows, but the '
         f'source has {len(source)}.'
     )
-  batches = _shuffled(source, seed).batch(batch_size, batch_fn=_stack)
+  batches = _once(source, seed, n_batches * batch_size).batch(batch_size, batch_fn=_stack)
   return [batches[i] for i in range(n_batches)]
 
 
-def _check(source: grain.sources.RandomAccessDataSource, batch_size: int, seed: int) -> None:
+def _check(source: grain.sources.RandomAccessDataSource | Mixture, batch_size: int, seed: int) -> None:
   if batch_size < 1:
     raise ConfigError(f'{batch_size=} must be at least 1.')
   if batch_size > len(source):
     raise ConfigError(f'{batch_size=} must not exceed the {len(source)} rows of the source.')
   check_seed(seed)
+
+
+def _endless(source: grain.sources.RandomAccessDataSource | Mixture, seed: int) -> grain.MapDataset:
+  if not isinstance(source, Mixture):
+    return _shuffled(source, seed).repeat()
+  members = [_shuffled(x, seed + i).repeat() for i, x in enumerate(source.sources)]
+  return members[0] if len(members) == 1 else grain.MapDataset.mix(members, source.weights)
+
+
+def _once(
+    source: grain.sources.RandomAccessDataSource | Mixture, seed: int, n_rows: int
+) -> grain.MapDataset:
+  """Returns at least so many different rows; see `first_batches`."""
+  if not isinstance(source, Mixture):
+    return _shuffled(source, seed)
+  if len(source.sources) == 1:
+    return _shuffled(source.sources[0], seed)
+  members = [_shuffled(x, seed + i) for i, x in enumerate(source.sources)]
+  rows = grain.MapDataset.mix(members, source.weights)
+  if len(rows) < n_rows:
+    raise ConfigError(
+        f'{n_rows} rows of the mixture are needed, and its sources have {len(rows)} in these shares '
+        f'before one is used up: they have {[len(x) for x in source.sources]} rows.'
+    )
+  return rows
 
 
 def _shuffled(source: grain.sources.RandomAccessDataSource, seed: int) -> grain.MapDataset:

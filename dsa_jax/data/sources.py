@@ -1,27 +1,52 @@
 # SPDX-License-Identifier: Apache-2.0
 """The sources of rows, by name."""
 
+from collections.abc import Mapping
 import dataclasses
+import functools
+import pathlib
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from dsa_jax.config import ConfigError
+from dsa_jax.data.corpora.raw import RawFormat
+from dsa_jax.data.corpora.sources import FORMATS, RAW, Format, default_cache, open_format
+from dsa_jax.data.corpora.tokenizing import DAMAGED
+from dsa_jax.data.corpora.tokens import TokenStream
 from dsa_jax.data.corpus import describe_files
+from dsa_jax.data.packing import PackingConfig, Rows, about, choose
+from dsa_jax.data.pipeline import Mixture
 from dsa_jax.data.recall import Recall
 from dsa_jax.data.seeds import check_seed
 from dsa_jax.data.text import VOCAB_SIZE, PackedText, find_files, split_files
+from dsa_jax.data.tokenizer import Bytes, open_tokenizer
 
+SOURCES = ('text', 'recall', 'mixture')
 SPLITS = ('train', 'validation')
-Source = PackedText | Recall
+Source = PackedText | Recall | Rows | Mixture
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DataConfig:
-  """Where tokens come from. Some fields belong to one source only."""
+class DataConfig(PackingConfig):
+  """Where tokens come from. Some fields belong to one source only; packing is a mixture's."""
 
-  source: str = 'text'  # 'text' reads bytes of local files, 'recall' is synthetic retrieval.
+  # 'text' reads bytes of local files, 'recall' is synthetic retrieval, 'mixture' reads `sources`.
+  source: str = 'text'
   seed: int = 0  # Determines the split and the packing; each stage shuffles by its own seed.
 
   files: str = ''  # text: A glob. '' stands for the sources of Python's standard library.
-  validation_share: float = 0.05  # text: The share of the files that validation reads.
+  validation_share: float = 0.05  # The share of text files, or of a mixture's documents.
+
+  # mixture: Each source by a name of one's own. Its fields are `format`, a key of
+  # `corpora.sources.FORMATS`, the fields of that format, `weight` (1 by default), and maybe
+  # `validation_files`, all of whose documents are then for validation, and no others.
+  sources: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+  # mixture: 'bytes', a tokenizer.json, or a folder that has one. '' stands for that of the checkpoint
+  # from which the recipe starts, and for bytes where it starts from none.
+  tokenizer: str = ''
+  damaged: str = 'stop'  # mixture: What to do about damaged documents: 'stop', or 'drop' and count.
+  cache: str = ''  # mixture: The folder for tokens of raw files. '' is one of the user's.
 
   n_keys: int = 128  # recall: Size of the key vocabulary.
   n_values: int = 16  # recall: Size of the value vocabulary.
@@ -29,35 +54,128 @@ class DataConfig:
   tokens_per_query: int = 8  # recall: Tokens of a row for each query.
 
   def __post_init__(self):
-    if self.source not in ('text', 'recall'):
-      raise ConfigError(f"data.source={self.source!r} must be 'text' or 'recall'.")
+    super().__post_init__()
+    if self.source not in SOURCES:
+      raise ConfigError(f'data.source={self.source!r} must be one of {SOURCES}.')
+    if (self.source == 'mixture') != bool(self.sources):
+      raise ConfigError(
+          f"data.source={self.source!r} with {len(self.sources)} data.sources: a 'mixture' needs at "
+          'least one, and the others have none.'
+      )
+    if self.damaged not in DAMAGED:
+      raise ConfigError(f'data.damaged={self.damaged!r} must be one of {DAMAGED}.')
     check_seed(self.seed)
     for name in ('tokens_per_pair', 'tokens_per_query'):
       if getattr(self, name) < 1:
         raise ConfigError(f'{name}={getattr(self, name)} must be at least 1.')
+    if self.source == 'mixture' and not 0 <= self.validation_share < 1:
+      raise ConfigError(f'{self.validation_share=} must be at least 0 and below 1.')
+    for name, fields in self.sources.items():
+      read_member(name, fields)
 
   @property
   def vocab_size(self) -> int:
     if self.source == 'text':
       return VOCAB_SIZE
-    return self._recall(seq_len=2 * self.tokens_per_query, split='train').vocab_size
+    if self.source == 'recall':
+      return self._recall(seq_len=2 * self.tokens_per_query, split='train').vocab_size
+    members = {name: read_member(name, fields) for name, fields in self.sources.items()}
+    kinds = [open_tokenizer(self.tokenizer).vocab_size] if self.reads_text else []
+    return max(
+        kinds
+        + [self._open(n).vocab_size for n, x in members.items() if not isinstance(x.source, RawFormat)]
+    )
 
   @property
+  def reads_text(self) -> bool:
+    """Whether a source is text that a tokenizer reads."""
+    return any(fields['format'] in RAW for fields in self.sources.values())
+
+  @property
+  def fills_vocabulary(self) -> bool:
+    """Whether a model's vocabulary must be no larger than padding demands."""
+    return self.source != 'mixture' or self.unit == 'byte'
+
+  @functools.cached_property
   def unit(self) -> str:
     """What one target is, for a count of bits in each."""
+    if self.source == 'mixture':
+      return 'byte' if self.reads_text and isinstance(open_tokenizer(self.tokenizer), Bytes) else 'token'
     return {'text': 'byte', 'recall': 'answer'}[self.source]
 
   def rows(self, seq_len: int, split: str) -> Source:
     """Returns a random-access source of rows of `seq_len` tokens."""
     if self.source == 'recall':
       return self._recall(seq_len, split)
+    if self.source == 'mixture':
+      members = {name: read_member(name, fields) for name, fields in self.sources.items()}
+      rows = [self._rows_of(name, member, seq_len, split) for name, member in members.items()]
+      return Mixture(rows, [member.weight for member in members.values()])
     train, validation = split_files(find_files(self.files), self.validation_share, self.seed)
     files = {'train': train, 'validation': validation}[split]
     return PackedText.from_files(files, seq_len, self.seed)
 
   def describe(self) -> dict[str, str]:
-    """Returns a description of every file that is read; see `corpus.describe_files`."""
+    """Returns a description of every file, or of every source, that is read."""
+    if self.source == 'mixture':
+      return {key: self._open(key).digest() for key in self._keys}
     return {} if self.source == 'recall' else describe_files(find_files(self.files))
+
+  def about_documents(self, seq_len: int) -> dict[str, dict[str, Any]]:
+    """Returns what is known of the documents of each source of a mixture; see `packing.about`."""
+    members = {name: read_member(name, fields) for name, fields in self.sources.items()}
+    return {
+        name: about(self._rows_of(name, member, seq_len, 'train')) for name, member in members.items()
+    }
+
+  def bytes_per_target(self) -> float | None:
+    """Returns the bytes of text for each target of validation; None where that is not known."""
+    if self.source != 'mixture':
+      return 1.0 if self.unit == 'byte' else None
+    n_bytes = n_targets = 0
+    for name, fields in self.sources.items():
+      member = read_member(name, fields)
+      stream, documents = self._documents(name, member, 'validation')
+      known = stream.about[documents]
+      if not known['bytes'].all():
+        return None
+      share = member.weight / (known['tokens'] - 1).sum()  # Weights are shares of tokens.
+      n_bytes += share * known['bytes'].sum()
+      n_targets += member.weight
+    return float(n_bytes / n_targets)
+
+  @functools.cached_property
+  def _keys(self) -> dict[str, Format]:
+    """Every source, and its validation files, by the name that messages and descriptions give it."""
+    keys = {}
+    for name, fields in self.sources.items():
+      member = read_member(name, fields)
+      keys[name] = member.source
+      if member.validation is not None:
+        keys[f'{name} (validation)'] = member.validation
+    return keys
+
+  @functools.cached_property
+  def _opened(self) -> dict[str, TokenStream]:
+    return {}
+
+  def _open(self, key: str) -> TokenStream:
+    """Returns the tokens of a source, which is opened once."""
+    if key not in self._opened:
+      cache = pathlib.Path(self.cache).expanduser() if self.cache else default_cache()
+      stream = open_format(self._keys[key], self.tokenizer, cache, self.damaged)
+      _check_tokenizer(key, stream, self.tokenizer)
+      self._opened[key] = stream
+    return self._opened[key]
+
+  def _documents(self, name: str, member: 'Member', split: str) -> tuple[TokenStream, np.ndarray]:
+    if member.validation is not None:
+      stream = self._open(f'{name} (validation)' if split == 'validation' else name)
+      return stream, choose(stream, 'all', 0.0, self.seed, self)
+    return self._open(name), choose(self._open(name), split, self.validation_share, self.seed, self)
+
+  def _rows_of(self, name: str, member: 'Member', seq_len: int, split: str) -> Rows:
+    return Rows(*self._documents(name, member, split), seq_len, self.packing)
 
   def _recall(self, seq_len: int, split: str) -> Recall:
     return Recall(
@@ -68,4 +186,47 @@ class DataConfig:
         n_queries=seq_len // self.tokens_per_query,
         n_rows=1 << 30,
         seed=2 * self.seed + SPLITS.index(split),
+    )
+
+
+class Member(NamedTuple):
+  """A source of a mixture."""
+
+  source: Format
+  validation: Format | None  # The files that are for validation alone.
+  weight: float
+
+
+def read_member(name: str, fields: Mapping[str, Any]) -> Member:
+  """Reads a source of a mixture.
+
+  Raises:
+    ConfigError: A field is missing, misspelt or out of range.
+  """
+  fields, where = dict(fields), f'data.sources.{name}'
+  kind, weight = fields.pop('format', None), fields.pop('weight', 1.0)
+  held_out = fields.pop('validation_files', None)
+  if kind not in FORMATS:
+    raise ConfigError(f'{where}: format={kind!r} must be one of {tuple(FORMATS)}.')
+  if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 < weight < float('inf'):
+    raise ConfigError(f'{where}: {weight=} must be a number above 0.')
+  known = [field.name for field in dataclasses.fields(FORMATS[kind])]
+  if unknown := [field for field in fields if field not in known]:
+    others = [*known, 'weight', 'validation_files']
+    raise ConfigError(f'{where} has no field {unknown[0]!r}; those of {kind} are {others}.')
+  try:
+    source = FORMATS[kind](**fields)
+    validation = FORMATS[kind](**fields | {'files': held_out}) if held_out else None
+  except (TypeError, ConfigError) as error:
+    raise ConfigError(f'{where}: {error}') from error
+  return Member(source, validation, float(weight))
+
+
+def _check_tokenizer(name: str, stream: TokenStream, tokenizer: str):
+  if not (tokenizer and stream.tokenizer):
+    return
+  if (wanted := open_tokenizer(tokenizer).digest) != stream.tokenizer:
+    raise ConfigError(
+        f'data.sources.{name}: {stream.place} was made with another tokenizer than {tokenizer!r} '
+        f'({stream.tokenizer[:12]}, not {wanted[:12]}). Tokenize it again, or leave data.tokenizer out.'
     )

@@ -2,23 +2,37 @@
 """Turns text into token ids and back, by a checkpoint's tokenizer.json or as plain bytes."""
 
 import codecs
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+import hashlib
 import json
 import logging
 import pathlib
 from typing import Any
 
+import numpy as np
 import tokenizers
 
 from dsa_jax.config import ConfigError
 from dsa_jax.data.formats import POINTER, recognise
-from dsa_jax.data.text import BOS
+from dsa_jax.data.text import BOS, VOCAB_SIZE
+
+# What decides the ids of a text, beside config.json.
+TOKENIZER_FILES = (
+    'tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.json', 'generation_config.json',
+)  # fmt: skip
 
 
 class Bytes:
   """A tokenizer whose ids are bytes, as in the package's own text data, after BOS."""
 
   stop = (BOS,)  # Ids that end a text, because the next document begins.
+  vocab_size = VOCAB_SIZE
+  digest = 'bytes'
+
+  def encode_documents(self, texts: Sequence[bytes]) -> list[np.ndarray]:
+    """Returns BOS and the bytes of each text, uint32."""
+    values = (np.frombuffer(text, np.uint8) for text in texts)
+    return [np.append(np.uint32(BOS), text.astype(np.uint32)) for text in values]
 
   def encode(self, text: str) -> list[int]:
     """Returns BOS and the bytes of a text."""
@@ -46,6 +60,7 @@ class Pretrained:
       self._tokenizer = tokenizers.Tokenizer.from_buffer(content)
     except Exception as error:  # The library raises no narrower one.
       raise ConfigError(f'{path} is no tokenizer: {error}') from error
+    self._content = content
     self._tokenizer.no_truncation()
     self._tokenizer.no_padding()
     model = self._tokenizer.model
@@ -83,6 +98,42 @@ class Pretrained:
     before = [i for i in before if i != self.bos]
     return ([self.bos] if wants else []) + before + rest
 
+  @property
+  def vocab_size(self) -> int:
+    """One more than the highest id."""
+    return max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+
+  @property
+  def digest(self) -> str:
+    """A hash of all that decides the ids of a document."""
+    settings = repr((self.bos, self.adds_bos, self.stop)).encode()
+    return hashlib.sha256(self._content + settings).hexdigest()
+
+  @property
+  def end(self) -> int | None:
+    """The id that ends a document, if one is known: the first of those that end a text."""
+    return self.stop[0] if self.stop else None
+
+  def encode_documents(self, texts: Sequence[bytes]) -> list[np.ndarray]:
+    """Returns the ids of documents, uint32, between what begins a text and the id that ends one.
+
+    The name of a special token in a text is text.
+
+    Args:
+      texts: UTF-8.
+    """
+    before = self.encode('')
+    if before[-1:] == [self.end] and before != [self.bos]:  # The file itself ends texts so.
+      before = before[:-1]
+    after = [] if self.end is None else [self.end]
+    self._tokenizer.encode_special_tokens = True
+    try:
+      strings = [text.decode() for text in texts]
+      encodings = self._tokenizer.encode_batch_fast(strings, add_special_tokens=False)
+    finally:
+      self._tokenizer.encode_special_tokens = False
+    return [np.asarray([*before, *encoding.ids, *after], np.uint32) for encoding in encodings]
+
   def stream(self, ids: Iterable[int]) -> Iterator[str]:
     steps = tokenizers.decoders.DecodeStream(skip_special_tokens=True)
     for i in ids:
@@ -90,6 +141,40 @@ class Pretrained:
 
 
 Tokenizer = Bytes | Pretrained
+
+
+def open_tokenizer(where: str) -> Tokenizer:
+  """Returns the tokenizer of that name.
+
+  Args:
+    where: '' or 'bytes'; a tokenizer.json; or a folder that has one, such as a converted checkpoint,
+      a release, or a run that started from one.
+
+  Raises:
+    ConfigError: There is no such tokenizer, or it is damaged.
+  """
+  folder = tokenizer_folder(where)
+  if folder is None:
+    return Bytes()
+  record = _read(folder / 'config.json')
+  return find_tokenizer(folder, record if 'source' in record else {'source': {'config': record}})
+
+
+def tokenizer_folder(where: str) -> pathlib.Path | None:
+  """Returns the folder of a tokenizer's files, None for bytes; see `open_tokenizer`."""
+  if where in ('', 'bytes'):
+    return None
+  path = pathlib.Path(where).expanduser()
+  folders = [path.parent] if path.name == 'tokenizer.json' else [path, path / 'origin']
+  if path.parent.name == 'checkpoints':  # Of a run.
+    folders.append(path.parent.parent / 'origin')
+  for folder in folders:
+    if (folder / 'tokenizer.json').is_file():
+      return folder
+  raise ConfigError(
+      f"tokenizer={where!r} must be 'bytes', a tokenizer.json, or a folder that has one; there is "
+      'none.'
+  )
 
 
 def find_tokenizer(folder: pathlib.Path, record: dict[str, Any]) -> Tokenizer:

@@ -55,6 +55,11 @@ MFU_CAPTION = (
     ' MFU is the share of the peak in bfloat16 that the arithmetic of the model makes up, nothing that'
     ' is computed again counted.'
 )
+DOCUMENTS_CAPTION = (
+    'What training reads, by source. A document is cut where it does not end in the row in which it'
+    ' begins; its next part sees nothing of the part before. Filled is the share of all positions that'
+    ' hold a token. Below, documents by their tokens, and the share of queries by what they see.'
+)
 Table = tuple[list[str], list[list[str]]]
 
 
@@ -91,6 +96,10 @@ def main_table(results: Mapping[str, Any]) -> Table:
   if accuracy:
     columns += [('accuracy', accuracy, '{:.2%}'), ('of baseline', _share(accuracy), '{:.1%}')]
   columns.append((unit, bits, '{:.4f}'))
+  if unit == 'bits per token':
+    columns.append(('nats per token', _scaled(bits, math.log(2)), '{:.4f}'))
+    if plots.is_number(length := results.get('bytes_per_target')):
+      columns.append(('bits per byte', _scaled(bits, 1 / length), '{:.4f}'))
   if not accuracy:
     columns.append(('vs baseline', _excess(bits), '{:+.2%}'))
   columns.append(('beyond budget', beyond, '{:.4f}'))
@@ -102,6 +111,10 @@ def main_table(results: Mapping[str, Any]) -> Table:
       for name in plots.ordered([bits, accuracy, beyond], plots.MODELS)
   ]
   return ['model', *(title for title, _, _ in columns)], rows
+
+
+def _scaled(values: Mapping[str, float], factor: float) -> dict[str, float]:
+  return {name: value * factor for name, value in values.items() if plots.is_number(value)}
 
 
 def _share(values: Mapping[str, float]) -> dict[str, float]:
@@ -133,6 +146,30 @@ def _flops_table(flops: Mapping[str, Mapping[str, float]]) -> Table:
     ratio = d / s if plots.is_number(d) and plots.is_number(s) and s else None
     rows.append([f'{int(context):,}', plots.si(d), plots.si(s), _number(ratio, '{:.1f} x')])
   return ['context', 'dense', 'sparse', 'dense / sparse'], rows
+
+
+def _documents_table(documents: Mapping[str, Mapping[str, Any]]) -> Table:
+  numbers = 'documents', 'tokens', 'rows', 'cut'
+  rows = [
+      [name, *(_number(about[x], '{:,}') for x in numbers), _number(about['filled'], '{:.1%}')]
+      for name, about in documents.items()
+  ]
+  return ['source', *numbers, 'filled'], rows
+
+
+def _lengths_table(documents: Mapping[str, Mapping[str, Any]]) -> Table:
+  """Returns a row for each power of two: documents so long, and queries that see so much."""
+  n = max(len(about[x]) for about in documents.values() for x in ('lengths', 'context'))
+  rows = []
+  for i in range(n):
+    cells = []
+    for about in documents.values():
+      lengths, context = about['lengths'], about['context']
+      cells.append(f'{lengths[i]:,}' if i < len(lengths) else '')
+      cells.append(f'{context[i]:.1%}' if i < len(context) else '')
+    rows.append([f'{2**i:,} to {2 ** (i + 1) - 1:,}', *cells])
+  titles = [f'{name}, {x}' for name in documents for x in ('documents', 'queries')]
+  return ['tokens', *titles], rows
 
 
 def _cost_table(results: Mapping[str, Any], curves: plots.Curves) -> Table:
@@ -172,6 +209,9 @@ def _markdown(results: Mapping[str, Any], drawn: Sequence[str], curves: plots.Cu
   costs = _cost_table(results, curves)
   parts += ['## Tokens and time', _markdown_table(costs)]
   parts += [COST_CAPTION + MFU_CAPTION * ('MFU' in costs[0])]
+  if documents := results.get('documents'):
+    parts += ['## Documents', _markdown_table(_documents_table(documents)), DOCUMENTS_CAPTION]
+    parts += [_markdown_table(_lengths_table(documents))]
   roles = results.get('roles') or {}
   compared = {'baseline': roles.get('dense_baseline'), 'sparse': roles.get('sparse')}
   stages = STAGES_CAPTION.format(**compared) if all(compared.values()) else ''

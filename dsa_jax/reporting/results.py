@@ -105,6 +105,8 @@ def evaluate_recipe(run: Run) -> dict[str, Any]:
       'roles': recipe.roles,
       'report': dataclasses.asdict(report),
       'unit': recipe.data.unit,
+      'bytes_per_target': recipe.data.bytes_per_target(),
+      'documents': recipe.data.about_documents(report.seq_len),
       'context': report.seq_len,
       'index_topk': recipe.model.index_topk,
       'n_layers': recipe.model.n_layers,

@@ -12,6 +12,7 @@ from typing import Any
 from flax import nnx
 
 from dsa_jax.config import ConfigError, ModelConfig
+from dsa_jax.data.tokenizer import TOKENIZER_FILES, tokenizer_folder
 from dsa_jax.training.checkpoint import check_params, saved_steps
 from dsa_jax.training.recipe import Recipe
 
@@ -63,6 +64,13 @@ def keep_origin(workdir: pathlib.Path, folders: Sequence[pathlib.Path]):
       kept = json.loads(record.read_text()).get('source') if record.is_file() else None
       if kept and not target.exists():
         _copy_whole(source, target, ['config.json', *kept.get('files', ())])
+
+
+def keep_tokenizer(workdir: pathlib.Path, tokenizer: str):
+  """Copies the tokenizer of a run's data into its workdir, unless it has kept an origin already."""
+  folder = tokenizer_folder(tokenizer)
+  if folder is not None and not (workdir / ORIGIN).exists():
+    _copy_whole(folder, workdir / ORIGIN, list(TOKENIZER_FILES))
 
 
 def _copy_whole(source: pathlib.Path, target: pathlib.Path, names: list[str]):

@@ -177,11 +177,23 @@ def read_recipe(config: ConfigDict) -> Recipe:
           'stages': {e: _build(f'stages.{e}', StageConfig, given['stages'][e]) for e in entries},
       }
   )
+  recipe = _with_own_tokenizer(recipe)
   _check(recipe)
   _check_stages(recipe)
   _check_report(recipe, list(given['stages']))
   _check_mesh(recipe)
   return recipe
+
+
+def _with_own_tokenizer(recipe: Recipe) -> Recipe:
+  """Lets text be read by the tokenizer of the checkpoint that a recipe starts from."""
+  data = recipe.data
+  if not (data.source == 'mixture' and data.reads_text) or data.tokenizer:
+    return recipe
+  places = [recipe.workdir / 'origin', *recipe.origins]
+  places += [folder.resolve().parent.parent / 'origin' for folder in recipe.origins]
+  own = [str(folder) for folder in places if (folder / 'tokenizer.json').is_file()]
+  return dataclasses.replace(recipe, data=dataclasses.replace(data, tokenizer=own[0])) if own else recipe
 
 
 def _check(recipe: Recipe):
@@ -204,7 +216,7 @@ def _check(recipe: Recipe):
         f'model.vocab_size={recipe.model.vocab_size} is too small for the {recipe.data.source} '
         f'data: it needs {recipe.data.vocab_size}.'
     )
-  if spare >= PADDING:
+  if spare >= PADDING and recipe.data.fills_vocabulary:
     raise ConfigError(
         f'model.vocab_size={recipe.model.vocab_size} is of another alphabet than the '
         f'{recipe.data.source} data, which has {recipe.data.vocab_size} ids: the model would learn '

@@ -1,0 +1,291 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Formats that hold documents as text. Each cuts its files into pieces, which processes share."""
+
+from collections.abc import Iterator, Sequence
+import dataclasses
+import json
+import pathlib
+from typing import Any, NamedTuple
+
+from dsa_jax.config import ConfigError
+from dsa_jax.data.corpora import files as places
+from dsa_jax.data.formats import recognise
+from dsa_jax.data.text import find_files
+
+PIECE = 2**25  # Bytes of the files of a piece, about.
+READ = 2**20  # Bytes that are read at one time.
+
+
+class Piece(NamedTuple):
+  """A part of a corpus, which one process reads."""
+
+  names: tuple[str, ...]  # Files.
+  first: int = 0  # Where it begins in a single file, in the format's own unit.
+  end: int = -1  # One past its end; -1 is the end of the file.
+  nbytes: int = 0  # What it takes in files, for a progress bar.
+
+
+class Damaged(NamedTuple):
+  """In place of a document: what is wrong with it."""
+
+  where: str
+  reason: str
+
+
+Document = bytes | Damaged  # UTF-8.
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Text:
+  """Files of plain text, each of them a document."""
+
+  # Globs, files or folders; see `files.expand`. '' stands for the sources of Python's library.
+  files: str | Sequence[str]
+
+  def pieces(self) -> list[Piece]:
+    """Returns groups of files, in their order."""
+    pieces, names, total = [], [], 0
+    for name in places.expand(self.files) if self.files else map(str, find_files('')):
+      size = places.size_of(name)
+      if names and total + size > PIECE:
+        pieces.append(Piece(tuple(names), nbytes=total))
+        names, total = [], 0
+      names.append(name)
+      total += size
+    return [*pieces, Piece(tuple(names), nbytes=total)]
+
+  def documents(self, piece: Piece) -> Iterator[Document]:
+    """Yields the text of each file.
+
+    Raises:
+      ConfigError: A file holds no plain text, or is cut short.
+    """
+    for name in piece.names:
+      text = _read_all(name)
+      if format := recognise(text):
+        raise ConfigError(
+            f'{name} is no plain text ({format}). Unpack such files or save them as UTF-8, or leave '
+            'them out.'
+        )
+      yield _checked(name, text)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class JsonLines:
+  """Files with a JSON object in each line, one of whose fields is a document."""
+
+  files: str | Sequence[str]  # Globs, files or folders; see `files.expand`.
+  field: str = 'text'
+
+  def pieces(self) -> list[Piece]:
+    """Returns ranges of bytes, which hold the lines that begin in them; compressed files whole."""
+    pieces = []
+    for name in places.expand(self.files, ('.jsonl', '.ndjson', '.json')):
+      size = places.size_of(name)
+      if places.is_compressed(name):
+        pieces.append(Piece((name,), nbytes=size))
+      else:
+        firsts = range(0, size, PIECE)
+        pieces += [Piece((name,), i, min(i + PIECE, size), min(PIECE, size - i)) for i in firsts]
+    return pieces
+
+  def documents(self, piece: Piece) -> Iterator[Document]:
+    """Yields the text of each line; empty lines are none."""
+    (name,) = piece.names
+    for at, line in _lines(name, piece.first, piece.end):
+      if line.strip():
+        yield self._document(f'{name}, the line at byte {at}', line)
+
+  def _document(self, where: str, line: bytes) -> Document:
+    try:
+      record = json.loads(line)
+    except (ValueError, RecursionError) as error:
+      return Damaged(where, f'it is no JSON: {error}')
+    if not isinstance(record, dict):
+      return Damaged(where, f'it holds a {type(record).__name__}, not an object')
+    return _encode(where, record, self.field)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Parquet:
+  """Parquet files, one of whose columns holds documents."""
+
+  files: str | Sequence[str]  # Globs, files or folders; see `files.expand`.
+  field: str = 'text'
+
+  def pieces(self) -> list[Piece]:
+    """Returns groups of rows as the files have them, small ones together."""
+    pieces = []
+    for name in places.expand(self.files, ('.parquet',)):
+      with _parquet(name) as table:
+        _check_column(name, self.field, table.schema_arrow)
+        about = table.metadata
+        first = total = 0
+        for i in range(about.num_row_groups):
+          total += about.row_group(i).total_byte_size
+          if total >= PIECE or i + 1 == about.num_row_groups:
+            pieces.append(Piece((name,), first, i + 1, total))
+            first, total = i + 1, 0
+    return pieces
+
+  def documents(self, piece: Piece) -> Iterator[Document]:
+    """Yields the text of each row."""
+    (name,) = piece.names
+    groups = range(piece.first, piece.end)
+    with _parquet(name) as table:
+      row = sum(table.metadata.row_group(i).num_rows for i in range(piece.first))
+      try:
+        for batch in table.iter_batches(batch_size=1024, row_groups=groups, columns=[self.field]):
+          for value in _plain(batch.column(0)):
+            yield _string(f'{name}, row {row}', value, self.field)
+            row += 1
+      except OSError as error:
+        raise ConfigError(f'{name} is damaged near row {row}: {error}') from error
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Arrow:
+  """A folder that `datasets.Dataset.save_to_disk` wrote, one of whose columns holds documents."""
+
+  files: str | Sequence[str]  # The folder, or a list of folders.
+  field: str = 'text'
+
+  def pieces(self) -> list[Piece]:
+    """Returns the files of the folders, as their state.json lists them."""
+    pieces = []
+    for folder in [self.files] if isinstance(self.files, str) else self.files:
+      root = pathlib.Path(folder).expanduser()
+      names = _saved_files(root)
+      pieces += [Piece((name,), nbytes=places.size_of(name)) for name in names]
+    return pieces
+
+  def documents(self, piece: Piece) -> Iterator[Document]:
+    """Yields the text of each row."""
+    import pyarrow
+
+    (name,) = piece.names
+    row = 0
+    try:
+      with pyarrow.memory_map(name) as source, pyarrow.ipc.open_stream(source) as table:
+        _check_column(name, self.field, table.schema)
+        for batch in table:
+          for value in _plain(batch.column(self.field)):
+            yield _string(f'{name}, row {row}', value, self.field)
+            row += 1
+    except (OSError, pyarrow.ArrowInvalid) as error:
+      raise ConfigError(f'{name} is damaged near row {row}: {error}') from error
+
+
+RawFormat = Text | JsonLines | Parquet | Arrow
+
+
+def _read_all(name: str) -> bytes:
+  try:
+    with places.open_plain(name) as file:
+      return file.read()
+  except (OSError, EOFError) as error:
+    raise ConfigError(f'{name} could not be read: {error}') from error
+
+
+def _lines(name: str, first: int, end: int) -> Iterator[tuple[int, bytes]]:
+  """Yields the lines that begin in a range of a file, each with its first byte."""
+  try:
+    with places.open_plain(name) as file:
+      if first:  # Whatever line holds the byte before begins earlier.
+        file.seek(first - 1)
+      at, lines = max(first - 1, 0), _split(file)
+      if first:
+        at += len(next(lines, b''))
+      for line in lines:
+        if 0 <= end <= at:
+          return
+        yield at, line
+        at += len(line)
+  except (OSError, EOFError) as error:
+    raise ConfigError(f'{name} could not be read to its end: {error}') from error
+
+
+def _split(file: Any) -> Iterator[bytes]:
+  """Yields lines with their line feeds. A carriage return may stand within a line."""
+  begun = []  # Parts of a line that has not ended.
+  while chunk := file.read(READ):
+    *lines, rest = chunk.split(b'\n')
+    for line in lines:
+      yield b''.join([*begun, line, b'\n'])
+      begun = []
+    begun.append(rest)
+  if last := b''.join(begun):
+    yield last
+
+
+def _encode(where: str, record: dict[str, Any], field: str) -> Document:
+  value = record.get(field)
+  if not isinstance(value, str):
+    kind = f'is a {type(value).__name__}' if field in record else 'is missing'
+    return Damaged(where, f'the field {field!r} {kind}; it must be a string')
+  try:
+    return value.encode()
+  except UnicodeEncodeError as error:  # JSON may escape half a character.
+    return Damaged(where, f'the field {field!r} is no Unicode text: {error}')
+
+
+def _plain(column: Any) -> Any:
+  """Returns a column whose values are the strings themselves."""
+  return column.dictionary_decode() if hasattr(column, 'dictionary_decode') else column
+
+
+def _string(where: str, value: Any, field: str) -> Document:
+  """Returns the text of a value of a column, which need not be what the file's schema promises."""
+  if not value.is_valid:
+    return Damaged(where, f'the field {field!r} is null; it must be a string')
+  return _checked(where, value.as_buffer().to_pybytes())
+
+
+def _checked(where: str, text: bytes) -> Document:
+  try:
+    text.decode()
+  except UnicodeDecodeError as error:
+    return Damaged(where, f'it is no UTF-8 at byte {error.start}')
+  return text
+
+
+def _parquet(name: str):
+  import pyarrow
+  from pyarrow import parquet
+
+  try:
+    return parquet.ParquetFile(places.open_file(name))
+  except (OSError, pyarrow.ArrowInvalid) as error:
+    raise ConfigError(f'{name} is no whole Parquet file: {error}') from error
+
+
+def _check_column(name: str, field: str, schema: Any):
+  import pyarrow
+
+  if field not in schema.names:
+    raise ConfigError(f'{name} has no column {field!r}; its columns are {schema.names}.')
+  kind = schema.field(field).type
+  is_text = (pyarrow.types.is_string, pyarrow.types.is_large_string, pyarrow.types.is_string_view)
+  if pyarrow.types.is_dictionary(kind):
+    kind = kind.value_type
+  if not any(check(kind) for check in is_text):
+    raise ConfigError(f'{name}: the column {field!r} holds {kind}, and must hold strings.')
+
+
+def _saved_files(root: pathlib.Path) -> list[str]:
+  """Returns the Arrow files of a saved dataset, in their order."""
+  if (root / 'dataset_dict.json').exists():
+    splits = json.loads((root / 'dataset_dict.json').read_text()).get('splits')
+    raise ConfigError(f'files={str(root)!r} holds several datasets: give one of its folders {splits}.')
+  try:
+    state = json.loads((root / 'state.json').read_text())
+    names = [entry['filename'] for entry in state['_data_files']]
+  except (OSError, ValueError, KeyError, TypeError) as error:
+    raise ConfigError(
+        f'files={str(root)!r} is no dataset that `save_to_disk` wrote: {type(error).__name__} {error}.'
+    ) from error
+  if state.get('_indices_files'):
+    raise ConfigError(
+        f'files={str(root)!r} is a view of rows in another order: save it after `flatten_indices()`.'
+    )
+  return [str(root / name) for name in names]

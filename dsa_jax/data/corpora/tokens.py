@@ -1,0 +1,282 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Documents as one stream of token ids, read from memory-mapped or random-access files."""
+
+import abc
+from collections.abc import Sequence
+import hashlib
+import json
+import os
+import pathlib
+import struct
+from typing import Any
+
+import numpy as np
+
+from dsa_jax.config import ConfigError
+
+MANIFEST = 'manifest.json'
+DOCUMENTS = 'documents.npy'
+VERSION = 1
+RECORD = 8192  # Tokens of a record.
+SCANNED = 2**24  # Tokens that are looked at at one time.
+# What is known of a document: its tokens, the bytes of its text, and a hash of its content.
+ABOUT = np.dtype([('tokens', '<u8'), ('bytes', '<u8'), ('hash', '<u8')])
+
+
+class TokenStream(abc.ABC):
+  """Documents end to end, and what is known of each."""
+
+  about: np.ndarray  # Of type ABOUT, a record for each document, in their order. Memory-mapped.
+  vocab_size: int  # One more than the highest id.
+  tokenizer: str  # The digest of the tokenizer, '' if it is not known.
+  place: str
+
+  @abc.abstractmethod
+  def read(self, first: int, n: int) -> np.ndarray:
+    """Returns n tokens from a place of the stream."""
+
+  def digest(self) -> str:
+    """Returns a description that tells other content, without reading the tokens."""
+    sums = [int(np.sum(self.about[name], dtype=np.uint64)) for name in ABOUT.names]
+    return f'{len(self.about)} documents, {sums[0]} tokens, {sums[2]:016x}'
+
+
+class TokenFolder(TokenStream):
+  """A folder that `write_manifest` has completed: ArrayRecord files, and an index of documents."""
+
+  def __init__(self, folder: str | pathlib.Path):
+    """Opens the folder.
+
+    Raises:
+      ConfigError: It is none, or a file of it is not what its manifest says.
+    """
+    self.place = str(folder)
+    folder = pathlib.Path(folder).expanduser()
+    manifest = read_manifest(folder)
+    self._dtype = np.dtype(manifest['dtype'])
+    self.vocab_size, self.tokenizer = manifest['vocab_size'], manifest['tokenizer']
+    self._paths = [folder / part['file'] for part in manifest['parts']]
+    for path, part in zip(self._paths, manifest['parts'], strict=True):
+      size = path.stat().st_size if path.is_file() else None
+      if size != part['size']:
+        raise ConfigError(
+            f'{path} has {size} bytes and must have {part["size"]}: the copy is not whole.'
+        )
+    self._starts = np.cumsum([0] + [part['tokens'] for part in manifest['parts']])
+    self.about = _mapped(folder / DOCUMENTS)
+    if len(self.about) != manifest['documents']:
+      raise ConfigError(
+          f'{folder / DOCUMENTS} knows {len(self.about)} documents, the manifest '
+          f'{manifest["documents"]}: they do not belong together.'
+      )
+    self._readers = dict[int, Any]()
+
+  def read(self, first: int, n: int) -> np.ndarray:
+    parts = []
+    while n:
+      i = int(np.searchsorted(self._starts, first, side='right')) - 1
+      inside = first - int(self._starts[i])
+      taken = min(n, int(self._starts[i + 1]) - first)
+      parts.append(self._read_part(i, inside, taken))
+      first, n = first + taken, n - taken
+    return parts[0] if len(parts) == 1 else np.concatenate([np.empty(0, self._dtype), *parts])
+
+  def _read_part(self, i: int, first: int, n: int) -> np.ndarray:
+    records = self._reader(i).read(first // RECORD, -(-(first + n) // RECORD))
+    tokens = np.frombuffer(b''.join(records), self._dtype)
+    return tokens[first % RECORD : first % RECORD + n]
+
+  def _reader(self, i: int):
+    from array_record.python import array_record_module
+
+    if i not in self._readers:
+      options = 'readahead_buffer_size:0'  # Rows are read in no order.
+      self._readers[i] = array_record_module.ArrayRecordReader(str(self._paths[i]), options)
+    return self._readers[i]
+
+  def __getstate__(self):
+    return self.__dict__ | {'_readers': {}}  # A process opens its own.
+
+
+class FlatTokens(TokenStream):
+  """A flat file of token ids, in which one id separates documents."""
+
+  def __init__(self, name: str, dtype: str, separator: int, index: pathlib.Path):
+    """Opens the file, and finds its documents if nobody has.
+
+    Args:
+      name: A `.npy` of one dimension, or any other file of nothing but ids.
+      dtype: Of the ids of a file that is no `.npy`: uint16 or uint32.
+      separator: The id that ends every document, and belongs to it.
+      index: Where to keep what is known of the documents.
+    """
+    self.place, self.tokenizer = name, ''
+    self._tokens = _flat(name, dtype)
+    if not index.exists():
+      save(index, _scan(self._tokens, separator))
+    self.about = _mapped(index)
+    self.vocab_size = highest(self._tokens, index.with_suffix('.json')) + 1
+
+  def read(self, first: int, n: int) -> np.ndarray:
+    return self._tokens[first : first + n]
+
+
+class MegatronTokens(TokenStream):
+  """A pair of files of Megatron's indexed datasets, `NAME.bin` and `NAME.idx`.
+
+  Source:
+    megatron/core/datasets/indexed_dataset.py in NVIDIA/Megatron-LM.
+  """
+
+  MAGIC = b'MMIDIDX\x00\x00'
+  DTYPES = {1: 'u1', 2: 'i1', 3: '<i2', 4: '<i4', 5: '<i8', 8: '<u2'}
+
+  def __init__(self, prefix: str, index: pathlib.Path):
+    """Opens the files.
+
+    Args:
+      prefix: Their path without the ending.
+      index: Where to keep what is known of the documents.
+    """
+    self.place, self.tokenizer = prefix, ''
+    lengths, documents, dtype = self._read_index(pathlib.Path(prefix + '.idx'))
+    self._tokens = _flat(prefix + '.bin', dtype)
+    if len(self._tokens) != int(lengths.sum()):
+      raise ConfigError(
+          f'{prefix}.bin has {len(self._tokens)} tokens, {prefix}.idx says {int(lengths.sum())}: '
+          'they do not belong together, or one is not whole.'
+      )
+    if not index.exists():
+      ends = np.cumsum(np.append(0, lengths))[documents]
+      save(index, _describe(self._tokens, np.diff(ends)))
+    self.about = _mapped(index)
+    self.vocab_size = highest(self._tokens, index.with_suffix('.json')) + 1
+
+  def _read_index(self, path: pathlib.Path):
+    content = path.read_bytes() if path.is_file() else b''
+    if content[:9] != self.MAGIC:
+      raise ConfigError(f"{path} is no index of Megatron's: it does not begin with {self.MAGIC!r}.")
+    version, code, n, n_documents = struct.unpack('<QBQQ', content[9:34])
+    size = 34 + 12 * n + 8 * n_documents  # Lengths, pointers, documents; maybe modes behind them.
+    if version != 1 or code not in self.DTYPES or len(content) < size:
+      raise ConfigError(
+          f'{path} is not whole, or of a version that is not known: {version=}, {code=}, '
+          f'{len(content)} bytes for {n} sequences of {n_documents} documents.'
+      )
+    lengths = np.frombuffer(content, '<i4', n, 34).astype(np.int64)
+    documents = np.frombuffer(content, '<i8', n_documents, 34 + 12 * n)
+    return lengths, documents, self.DTYPES[code]
+
+  def read(self, first: int, n: int) -> np.ndarray:
+    return self._tokens[first : first + n]
+
+
+def write_part(path: pathlib.Path, documents: Sequence[np.ndarray], dtype: str) -> int:
+  """Writes the tokens of documents as one ArrayRecord file, and returns its size."""
+  from array_record.python import array_record_module
+
+  fresh = _fresh(path)  # A process of a job that was killed may still be writing.
+  writer = array_record_module.ArrayRecordWriter(str(fresh), 'group_size:1,uncompressed')
+  stream = np.concatenate([np.empty(0, dtype), *documents]).astype(dtype)
+  for first in range(0, len(stream), RECORD):
+    writer.write(stream[first : first + RECORD].tobytes())
+  writer.close()
+  os.replace(fresh, path)
+  return path.stat().st_size
+
+
+def describe(tokens: Sequence[np.ndarray], texts: Sequence[bytes]) -> np.ndarray:
+  """Returns what is known of documents, whose hash is that of their text."""
+  rows = [(len(t), len(x), hash_of(x)) for t, x in zip(tokens, texts, strict=True)]
+  return np.array(rows, ABOUT)
+
+
+def hash_of(content: bytes) -> int:
+  return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), 'little')
+
+
+def read_manifest(folder: pathlib.Path) -> dict[str, Any]:
+  """Returns the manifest of a folder of tokens.
+
+  Raises:
+    ConfigError: The folder has none, or one of another version.
+  """
+  try:
+    manifest = json.loads((folder / MANIFEST).read_text())
+    version = manifest['version']
+  except (OSError, ValueError, KeyError, TypeError) as error:
+    raise ConfigError(
+        f'{folder} is no folder of tokens: {type(error).__name__} {error}. Make one: '
+        'python -m dsa_jax.tokenize --files=... --tokenizer=... FOLDER'
+    ) from error
+  if version != VERSION:
+    raise ConfigError(f'{folder / MANIFEST} is of version {version}; this is {VERSION}.')
+  return manifest
+
+
+def highest(tokens: np.ndarray, kept: pathlib.Path) -> int:
+  """Returns the highest id of a file, which is looked for once."""
+  if not kept.exists():
+    tops = [int(tokens[i : i + SCANNED].max()) for i in range(0, len(tokens), SCANNED)]
+    kept.write_text(json.dumps(max(tops)))
+  return json.loads(kept.read_text())
+
+
+def _flat(name: str, dtype: str) -> np.ndarray:
+  """Maps the ids of a file."""
+  try:
+    if name.endswith('.npy'):
+      tokens = np.load(name, mmap_mode='r')
+    else:
+      tokens = np.memmap(name, dtype, 'r')
+  except (OSError, ValueError) as error:
+    raise ConfigError(f'{name} could not be read as token ids: {error}') from error
+  if tokens.ndim != 1 or tokens.dtype.kind not in 'ui' or not len(tokens):
+    raise ConfigError(f'{name} must hold ids in one dimension; it holds {tokens.dtype} {tokens.shape}.')
+  return tokens
+
+
+def _scan(tokens: np.ndarray, separator: int) -> np.ndarray:
+  """Finds documents that end with a separator."""
+  ends = []
+  for first in range(0, len(tokens), SCANNED):
+    ends.append(first + 1 + np.flatnonzero(tokens[first : first + SCANNED] == separator))
+  ends = np.concatenate(ends)
+  if not len(ends):
+    raise ConfigError(f'{separator=} stands nowhere in {len(tokens)} tokens: give the id of the file.')
+  if ends[-1] < len(tokens):
+    ends = np.append(ends, len(tokens))
+  return _describe(tokens, np.diff(ends, prepend=0))
+
+
+def _describe(tokens: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+  about = np.zeros(len(lengths), ABOUT)
+  about['tokens'] = lengths
+  ends = np.cumsum(lengths)
+  for i, (first, end) in enumerate(zip(ends - lengths, ends)):
+    about['hash'][i] = hash_of(np.asarray(tokens[first:end], np.uint32).tobytes())
+  return about
+
+
+def save(path: pathlib.Path, array: np.ndarray):
+  """Writes an array that is there as a whole or not at all."""
+  path.parent.mkdir(parents=True, exist_ok=True)
+  fresh = _fresh(path)
+  with open(fresh, 'wb') as file:
+    np.save(file, array)
+  os.replace(fresh, path)
+
+
+def _fresh(path: pathlib.Path) -> pathlib.Path:
+  """Returns a name beside a path that no other process uses."""
+  return path.with_name(f'{path.name}.{os.getpid()}')
+
+
+def _mapped(path: pathlib.Path) -> np.ndarray:
+  try:
+    about = np.load(path, mmap_mode='r')
+  except (OSError, ValueError) as error:
+    raise ConfigError(f'{path} is damaged: {error}') from error
+  if about.dtype != ABOUT:
+    raise ConfigError(f'{path} must hold {ABOUT}; it holds {about.dtype}.')
+  return about

@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+r"""Writes documents as a folder of tokens, which training reads without the text.
+
+python -m dsa_jax.tokenize --files='web/*.jsonl.zst' --tokenizer=checkpoints/v32 tokens/web
+python -m dsa_jax.tokenize --config=configs/mine.py tokens/mine
+
+The first form reads one source, whose format its files' endings tell, or --format. The second writes
+a folder for each source of a config's mixture. A job that was killed goes on where it was. A config
+reads the result by `dict(format='tokens', files='tokens/web')`.
+"""
+
+import pathlib
+import sys
+
+from absl import app, flags
+from ml_collections import config_flags
+
+from dsa_jax.config import ConfigError
+from dsa_jax.data.corpora import files as places, tokenizing
+from dsa_jax.data.corpora.sources import RAW
+from dsa_jax.data.corpora.tokens import read_manifest
+from dsa_jax.data.sources import read_member
+from dsa_jax.training.recipe import read_recipe
+
+ENDINGS = {'.jsonl': 'jsonl', '.ndjson': 'jsonl', '.parquet': 'parquet', '.arrow': 'arrow'}
+
+CONFIG = config_flags.DEFINE_config_file('config', None, 'A config whose data is a mixture.')
+FILES = flags.DEFINE_multi_string('files', [], 'Globs, files, folders or addresses; may be repeated.')
+FORMAT = flags.DEFINE_enum('format', None, list(RAW), 'Of the files; by their endings if not given.')
+FIELD = flags.DEFINE_string('field', 'text', 'The field or the column that holds the text.')
+TOKENIZER = flags.DEFINE_string(
+    'tokenizer', None, "'bytes', a tokenizer.json, or a folder that has one, as a checkpoint."
+)
+DAMAGED = flags.DEFINE_enum(
+    'damaged', 'stop', tokenizing.DAMAGED, 'What to do about documents that are no text.'
+)
+WORKERS = flags.DEFINE_integer('workers', None, 'Processes; the cores of this machine by default.')
+
+
+def main(argv: list[str]):
+  try:
+    if len(argv) != 2:
+      raise ConfigError(f'one folder to write must be given; got {argv[1:]}.')
+    out = pathlib.Path(argv[1]).expanduser()
+    if CONFIG.value is None:
+      write(guess_format(FILES.value, FORMAT.value, FIELD.value), TOKENIZER.value, DAMAGED.value, out)
+    else:
+      data = read_recipe(CONFIG.value).data
+      for name, fields in data.sources.items():
+        if fields['format'] in RAW:
+          source = read_member(name, fields).source
+          write(source, TOKENIZER.value or data.tokenizer or 'bytes', data.damaged, out / name)
+  except (ConfigError, OSError) as error:
+    sys.exit(f'error: {error}')
+
+
+def write(source, tokenizer: str | None, damaged: str, out: pathlib.Path):
+  """Tokenizes a source and says what came of it."""
+  if not tokenizer:
+    raise ConfigError("--tokenizer must be 'bytes', a tokenizer.json, or a folder that has one.")
+  tokenizing.tokenize([source], tokenizer, out, damaged=damaged, workers=WORKERS.value)
+  about = read_manifest(out)
+  print(
+      f'{out}: {about["documents"]:,} documents, {about["tokens"]:,} tokens of {about["bytes"]:,} '
+      f'bytes; left out: {about["empty"]:,} empty, {about["damaged"]:,} damaged.'
+  )
+
+
+def guess_format(files: list[str], kind: str | None, field: str):
+  """Returns the source of files, whose format their endings tell if none is given."""
+  if not files:
+    raise ConfigError('--files or --config must say what to read.')
+  if kind is None:
+    endings = {places.plain_suffix(name) for name in places.expand(files)}
+    kinds = {ENDINGS.get(ending, 'text') for ending in endings}
+    if len(kinds) > 1:
+      raise ConfigError(f'the files end in {sorted(endings)}: give one kind, or --format.')
+    (kind,) = kinds
+  return RAW[kind](files=files) if kind == 'text' else RAW[kind](files=files, field=field)
+
+
+if __name__ == '__main__':
+  app.run(main)

@@ -1,0 +1,205 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every format gives the same rows, and names what is wrong with a file."""
+
+import json
+import os
+
+import corpora_cases as cases
+import numpy as np
+import pyarrow
+from pyarrow import parquet
+import pytest
+
+from dsa_jax.config import ConfigError
+from dsa_jax.data.corpora import files, raw
+
+TEXTS = cases.documents()
+
+
+@pytest.fixture(scope='module')
+def corpora(tmp_path_factory):
+  folder = tmp_path_factory.mktemp('corpora')
+  return cases.write(folder, TEXTS)
+
+
+def rows_of(tmp_path, fields, **others):
+  mixture = cases.config(tmp_path, fields, **others).rows(64, 'train')
+  (rows,) = mixture.sources
+  return [rows[i] for i in range(len(rows))]
+
+
+def assert_same(left, right):
+  assert len(left) == len(right) > 20
+  for a, b in zip(left, right, strict=True):
+    for x, y in zip(a, b, strict=True):
+      np.testing.assert_array_equal(x, y)
+      assert x.dtype == y.dtype
+
+
+@pytest.mark.parametrize('packing', ['concat', 'best_fit'])
+def test_every_format_gives_the_same_rows(corpora, tmp_path, packing):
+  by_format = {
+      name: rows_of(tmp_path, fields, packing=packing, validation_share=0.0)
+      for name, fields in corpora.items()
+  }
+  for name in set(by_format) - {'text', 'flat', 'npy'}:
+    assert_same(by_format['text'], by_format[name])
+  assert_same(by_format['flat'], by_format['npy'])  # Their documents end with an id more.
+
+
+@pytest.mark.parametrize('name', ['jsonl', 'parquet', 'arrow', 'tokens', 'gzip', 'zstd'])
+def test_splits_go_by_the_text(corpora, tmp_path, name):
+  want = rows_of(tmp_path, corpora['text'], validation_share=0.3)
+  assert_same(want, rows_of(tmp_path, corpora[name], validation_share=0.3))
+
+
+def test_rows_do_not_depend_on_how_files_are_cut(corpora, tmp_path, monkeypatch):
+  whole = {name: rows_of(tmp_path, corpora[name]) for name in ('text', 'jsonl', 'parquet')}
+  monkeypatch.setattr(raw, 'PIECE', 500)
+  monkeypatch.setattr(raw, 'READ', 64)
+  for name, rows in whole.items():
+    assert_same(rows, rows_of(tmp_path / 'other', corpora[name]))
+
+
+def test_lines_of_any_length_belong_to_one_piece(tmp_path, monkeypatch):
+  lines = [json.dumps({'text': 'x' * n}) + '\n' for n in (1, 40, 3, 300, 0, 17, 64, 1)]
+  (tmp_path / 'a.jsonl').write_text(''.join(lines))
+  source = raw.JsonLines(files=str(tmp_path / 'a.jsonl'))
+  for size in range(1, 80):
+    monkeypatch.setattr(raw, 'PIECE', size)
+    texts = [text for piece in source.pieces() for text in source.documents(piece)]
+    assert [len(text) for text in texts] == [1, 40, 3, 300, 0, 17, 64, 1], size
+
+
+def test_a_line_without_an_end_and_empty_lines(tmp_path):
+  (tmp_path / 'a.jsonl').write_bytes(b'\n{"text": "a"}\r\n\n  \n{"text": "b"}')
+  source = raw.JsonLines(files=str(tmp_path / 'a.jsonl'))
+  assert [x for piece in source.pieces() for x in source.documents(piece)] == [b'a', b'b']
+
+
+@pytest.mark.parametrize(
+    'line, reason',
+    [
+        ('[1]', 'it holds a list, not an object'),
+        ('{"text": 1}', "the field 'text' is a int"),
+        ('{"texts": "a"}', "the field 'text' is missing"),
+        ('{"text": null}', "the field 'text' is a NoneType"),
+        ('{"text": "a', 'it is no JSON'),
+        (r'{"text": "\ud800"}', 'is no Unicode text'),
+    ],
+)
+def test_lines_that_are_no_documents(tmp_path, line, reason):
+  (tmp_path / 'a.jsonl').write_text('{"text": "a"}\n' + line + '\n{"text": "b"}\n')
+  fields = dict(format='jsonl', files=str(tmp_path / 'a.jsonl'))
+  with pytest.raises(ConfigError, match=rf'a.jsonl, the line at byte 14: .*{reason}'):
+    cases.config(tmp_path, fields).rows(8, 'train')
+  config = cases.config(tmp_path, fields, damaged='drop', validation_share=0.0)
+  assert config.about_documents(8)['one']['documents'] == 2
+
+
+def test_text_that_is_no_utf8_is_named_with_its_place(tmp_path):
+  (tmp_path / 'a.txt').write_bytes(b'caf\xe9 au lait')
+  fields = dict(format='text', files=str(tmp_path / 'a.txt'))
+  with pytest.raises(ConfigError, match='a.txt: it is no UTF-8 at byte 3'):
+    cases.config(tmp_path, fields).rows(8, 'train')
+
+
+@pytest.mark.parametrize('name', ['packed.jsonl.gz', 'packed.jsonl.zst', 'rows.parquet'])
+@pytest.mark.parametrize('share', [0.5, 0.95])
+def test_a_file_that_is_cut_short_is_named(corpora, tmp_path, name, share):
+  folder = os.path.dirname(corpora['jsonl']['files'])
+  content = open(os.path.join(folder, name), 'rb').read()
+  (tmp_path / name).write_bytes(content[: int(share * len(content))])
+  kind = 'parquet' if name.endswith('parquet') else 'jsonl'
+  fields = dict(format=kind, files=str(tmp_path / name))
+  with pytest.raises(ConfigError, match=f'{name} .*(could not be read|is no whole Parquet)'):
+    cases.config(tmp_path, fields, damaged='drop').rows(8, 'train')
+
+
+def test_an_arrow_file_that_is_cut_short_is_named(corpora, tmp_path):
+  cases.save_dataset(tmp_path / 'a', pyarrow.table({'text': TEXTS}))
+  path = tmp_path / 'a' / 'data-00001-of-00002.arrow'
+  path.write_bytes(path.read_bytes()[:-700])
+  with pytest.raises(ConfigError, match='data-00001-of-00002.arrow is damaged near row'):
+    cases.config(tmp_path, dict(format='arrow', files=str(tmp_path / 'a'))).rows(8, 'train')
+
+
+def test_columns_must_be_there_and_hold_strings(tmp_path):
+  parquet.write_table(pyarrow.table({'a': [1], 'b': ['x']}), tmp_path / 'a.parquet')
+  fields = dict(format='parquet', files=str(tmp_path / 'a.parquet'))
+  with pytest.raises(ConfigError, match=r"no column 'text'; its columns are \['a', 'b'\]"):
+    cases.config(tmp_path, fields).rows(8, 'train')
+  with pytest.raises(ConfigError, match="column 'a' holds int64, and must hold strings"):
+    cases.config(tmp_path, fields | {'field': 'a'}).rows(8, 'train')
+
+
+def test_nulls_and_dictionaries_in_columns(tmp_path):
+  column = pyarrow.array(['aa', None, 'bb', 'aa']).dictionary_encode()
+  parquet.write_table(pyarrow.table({'text': column}), tmp_path / 'a.parquet')
+  source = raw.Parquet(files=str(tmp_path / 'a.parquet'))
+  documents = [x for piece in source.pieces() for x in source.documents(piece)]
+  assert [x for x in documents if isinstance(x, bytes)] == [b'aa', b'bb', b'aa']
+  assert documents[1].where.endswith('a.parquet, row 1') and 'is null' in documents[1].reason
+
+
+def test_saved_datasets_that_are_not_one(tmp_path):
+  source = lambda: raw.Arrow(files=str(tmp_path)).pieces()
+  with pytest.raises(ConfigError, match='no dataset that `save_to_disk` wrote'):
+    source()
+  (tmp_path / 'state.json').write_text('{"_data_files": [], "_indices_files": [{"filename": "i"}]}')
+  with pytest.raises(ConfigError, match='flatten_indices'):
+    source()
+  (tmp_path / 'dataset_dict.json').write_text('{"splits": ["train", "test"]}')
+  with pytest.raises(ConfigError, match=r"one of its folders \['train', 'test'\]"):
+    source()
+
+
+def test_files_are_globs_folders_lists_and_addresses(tmp_path):
+  import fsspec
+
+  for name in ('b.jsonl', 'a.jsonl.gz', 'c.txt', 'in/d[1].jsonl'):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text('x')
+  (tmp_path / 'empty.jsonl').touch()
+  names = lambda *args: [os.path.relpath(x, tmp_path) for x in files.expand(*args)]
+  root = str(tmp_path)
+  assert names(root, ('.jsonl',)) == ['a.jsonl.gz', 'b.jsonl', 'in/d[1].jsonl']
+  assert names(f'{root}/**/*.jsonl') == ['b.jsonl', 'in/d[1].jsonl']
+  assert names([f'{root}/c.txt', f'{root}/*.jsonl', f'{root}/c.txt']) == ['c.txt', 'b.jsonl']
+  assert names(f'{root}/in/d[1].jsonl') == ['in/d[1].jsonl']  # A name before a glob.
+  memory = fsspec.filesystem('memory')
+  memory.pipe('/corpus/a.jsonl', b'{"text": "far"}\n')
+  memory.pipe('/corpus/b.jsonl.gz', __import__('gzip').compress(b'{"text": "away"}\n'))
+  source = raw.JsonLines(files='memory://corpus/*.jsonl*')
+  assert [x for piece in source.pieces() for x in source.documents(piece)] == [b'far', b'away']
+  for pattern in (f'{root}/*.parquet', f'{root}/empty.jsonl', 'memory://corpus/*.txt'):
+    with pytest.raises(ConfigError, match='matches no file that holds anything'):
+      files.expand(pattern)
+  with pytest.raises(ConfigError, match='nowhere://'):
+    files.expand('nowhere://bucket/*.jsonl')
+
+
+def test_flat_and_megatron_files_that_will_not_do(corpora, tmp_path):
+  flat = corpora['flat']
+  with pytest.raises(ConfigError, match=r'separator=999 stands nowhere'):
+    cases.config(tmp_path, flat | {'separator': 999}).rows(8, 'train')
+  with pytest.raises(ConfigError, match="dtype='int8' must be"):
+    cases.config(tmp_path, flat | {'dtype': 'int8'})
+  np.save(tmp_path / 'two.npy', np.zeros((2, 2), np.uint16))
+  with pytest.raises(ConfigError, match=r'ids in one dimension; it holds uint16 \(2, 2\)'):
+    cases.config(tmp_path, flat | {'files': str(tmp_path / 'two.npy')}).rows(8, 'train')
+  cases.write_megatron(tmp_path / 'm', TEXTS)
+  fields = dict(format='megatron', files=str(tmp_path / 'm'))
+  whole = (tmp_path / 'm.bin').read_bytes()
+  (tmp_path / 'm.bin').write_bytes(whole[:-10])
+  with pytest.raises(ConfigError, match='they do not belong together, or one is not whole'):
+    cases.config(tmp_path, fields).rows(8, 'train')
+  (tmp_path / 'm.idx').write_bytes((tmp_path / 'm.idx').read_bytes()[:-10])
+  with pytest.raises(ConfigError, match='m.idx is not whole'):
+    cases.config(tmp_path, fields).rows(8, 'train')
+  (tmp_path / 'm.idx').write_bytes(b'no index')
+  with pytest.raises(ConfigError, match="no index of Megatron's"):
+    cases.config(tmp_path, fields).rows(8, 'train')
+  (tmp_path / 'm.bin').unlink()
+  with pytest.raises(ConfigError, match='there is no file .*m.bin'):
+    cases.config(tmp_path, fields).rows(8, 'train')

@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A mixture of sources: its shares, its fields, and the same batches however it is read."""
+
+import json
+
+import corpora_cases as cases
+import numpy as np
+import pytest
+from tokenizer_families import FAMILIES
+
+from dsa_jax.config import ConfigError
+from dsa_jax.data.pipeline import first_batches, make_iterator
+from dsa_jax.data.sources import DataConfig
+
+
+@pytest.fixture
+def sources(tmp_path):
+  """Three sources, each of a letter."""
+  fields = {}
+  for letter, weight in (('a', 6), ('b', 3), ('c', 1)):
+    sizes = np.random.default_rng(ord(letter)).integers(1, 50, size=400)
+    texts = [letter * n + str(i) for i, n in enumerate(sizes)]
+    lines = ''.join(json.dumps({'text': text}) + '\n' for text in texts)
+    (tmp_path / f'{letter}.jsonl').write_text(lines)
+    fields[letter] = dict(format='jsonl', files=str(tmp_path / f'{letter}.jsonl'), weight=weight)
+  return fields
+
+
+def letters(batches):
+  tokens = np.concatenate([batch.tokens.ravel() for batch in batches])
+  counts = np.array([np.sum(tokens == ord(letter)) for letter in 'abc'])
+  return counts / counts.sum()
+
+
+def take(iterator, n):
+  return [next(iterator) for _ in range(n)]
+
+
+def test_tokens_come_in_the_shares_of_weights(sources, tmp_path):
+  data = cases.mixture(tmp_path, sources)
+  batches = take(make_iterator(data.rows(32, 'train'), 10, seed=0), 60)
+  np.testing.assert_allclose(letters(batches), [0.6, 0.3, 0.1], atol=0.02)
+  np.testing.assert_allclose(letters(batches[:5]), [0.6, 0.3, 0.1], atol=0.07)
+  held_out = first_batches(data.rows(32, 'validation'), 4, 4, seed=0)
+  assert np.all(letters(held_out) > 0)
+
+
+def test_shares_of_hosts_make_up_the_batch_and_resume_anywhere(sources, tmp_path):
+  rows = cases.mixture(tmp_path, sources).rows(32, 'train')
+  whole = make_iterator(rows, 12, seed=3)
+  shares = [make_iterator(rows, 12, seed=3, share=(i, 4)) for i in range(4)]
+  for _ in range(30):
+    parts = [next(share).tokens for share in shares]
+    np.testing.assert_array_equal(np.concatenate(parts), next(whole).tokens)
+  state = json.loads(json.dumps(whole.get_state()))
+  want = next(whole)
+  for n in 1, 2, 3:  # Other numbers of hosts go on with the same batch.
+    again = [make_iterator(rows, 12, seed=3, share=(i, n)) for i in range(n)]
+    for iterator in again:
+      iterator.set_state(state)
+    np.testing.assert_array_equal(np.concatenate([next(x).tokens for x in again]), want.tokens)
+
+
+def test_files_of_their_own_for_validation(sources, tmp_path):
+  one = sources['a'] | {'validation_files': sources['b']['files']}
+  data = cases.mixture(tmp_path, {'x': one})
+  assert letters(first_batches(data.rows(32, 'validation'), 4, 4, seed=0))[1] == 1
+  assert letters(take(make_iterator(data.rows(32, 'train'), 4, seed=0), 40))[0] == 1
+
+
+def test_a_source_that_is_used_up_is_named(sources, tmp_path):
+  rows = cases.mixture(tmp_path, sources).rows(32, 'validation')
+  with pytest.raises(ConfigError, match=r'rows of the mixture are needed, and its sources have \d+'):
+    first_batches(rows, len(rows) // 2, 2, seed=0)
+
+
+def test_bytes_of_text_for_each_target(sources, tmp_path):
+  data = cases.mixture(tmp_path, sources)
+  assert data.unit == 'byte' and data.bytes_per_target() == pytest.approx(1)
+  tokens = dict(format='flat', files='x.bin', separator=0)
+  assert cases.mixture(tmp_path, {'x': tokens}).unit == 'token'
+
+
+def test_a_folder_of_another_tokenizer_is_refused(tmp_path):
+  texts = cases.documents(20)
+  fields = cases.write(tmp_path, texts)['tokens']
+  other = cases.mixture(tmp_path, {'x': fields}, tokenizer='bytes')
+  assert other.vocab_size == 258
+  FAMILIES['qwen'][0]().save(str(tmp_path / 'tokenizer.json'))
+  wrong = cases.mixture(tmp_path, {'x': fields}, tokenizer=str(tmp_path))
+  with pytest.raises(ConfigError, match=r'data.sources.x: .* was made with another tokenizer than'):
+    wrong.rows(32, 'train')
+
+
+def test_data_that_changes_is_described_otherwise(sources, tmp_path):
+  describe = lambda: cases.mixture(tmp_path, sources).describe()
+  before = describe()
+  assert before == describe() and set(before) == {'a', 'b', 'c'}
+  with open(tmp_path / 'b.jsonl', 'a') as file:
+    file.write('{"text": "more"}\n')
+  after = describe()
+  assert [name for name in before if before[name] != after[name]] == ['b']
+
+
+@pytest.mark.parametrize(
+    'fields, message',
+    [
+        ({'format': 'csv'}, r"data.sources.one: format='csv' must be one of"),
+        ({'format': 'jsonl', 'files': 'x', 'column': 'a'}, r"has no field 'column'; those of jsonl are"),
+        ({'format': 'jsonl', 'files': 'x', 'weight': 0}, 'weight=0 must be a number above 0'),
+        ({'format': 'jsonl', 'files': 'x', 'weight': True}, 'weight=True must be a number above 0'),
+        ({'format': 'flat', 'files': 'x'}, "data.sources.one: .*'separator'"),
+        ({'files': 'x'}, 'format=None must be one of'),
+    ],
+)
+def test_fields_of_a_source(tmp_path, fields, message):
+  with pytest.raises(ConfigError, match=message):
+    cases.config(tmp_path, fields)
+
+
+@pytest.mark.parametrize(
+    'fields, message',
+    [
+        ({'source': 'mixture'}, "a 'mixture' needs at least one"),
+        ({'sources': {'x': {'format': 'text', 'files': ''}}}, 'the others have none'),
+        ({'damaged': 'ignore'}, "data.damaged='ignore' must be one of"),
+        ({'source': 'web'}, "data.source='web' must be one of"),
+    ],
+)
+def test_fields_of_data(fields, message):
+  with pytest.raises(ConfigError, match=message):
+    DataConfig(**fields)

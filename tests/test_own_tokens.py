@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A recipe on tokens of one's own, from the text to the report and to sampling."""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import pytest
+from tokenizer_families import byte_level
+
+from configs import quickstart
+from dsa_jax.config import ConfigError
+from dsa_jax.data.tokenizer import Pretrained, open_tokenizer
+from dsa_jax.inference.sampler import Sampler
+from dsa_jax.train import train
+from dsa_jax.training.recipe import read_recipe
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+def write_corpus(folder):
+  texts = [path.read_text() for path in sorted((ROOT / 'configs').glob('*.py'))]
+  pieces = [text[i : i + 400] for text in texts for i in range(0, len(text), 400)]
+  lines = ''.join(json.dumps({'text': piece}) + '\n' for piece in pieces)
+  (folder / 'a.jsonl').write_text(lines)
+  tokenizer = byte_level(['<s>', '<|end|>'])
+  (folder / 'mine').mkdir()
+  tokenizer.save(str(folder / 'mine/tokenizer.json'))
+  settings = {'add_bos_token': True, 'bos_token': '<s>', 'eos_token': '<|end|>'}
+  (folder / 'mine/tokenizer_config.json').write_text(json.dumps(settings))
+
+
+def config_of(folder):
+  c = quickstart.get_config('tiny')
+  c.workdir, c.recipe = str(folder / 'run'), ('dense', 'warmup')
+  c.model.vocab_size = 384
+  c.data.source, c.data.tokenizer, c.data.cache = 'mixture', str(folder / 'mine'), str(folder / 'cache')
+  c.data.validation_share = 0.2
+  c.data.sources.own = dict(format='jsonl', files=str(folder / 'a.jsonl'))
+  c.report.update(batches=1)
+  for entry in c.stages.values():
+    entry.update(steps=2)
+  return c
+
+
+@pytest.fixture(scope='module')
+def trained(tmp_path_factory):
+  folder = tmp_path_factory.mktemp('own')
+  write_corpus(folder)
+  return folder, train(config_of(folder))
+
+
+def test_the_report_has_bits_per_byte_and_documents(trained):
+  folder, results = trained
+  assert results['unit'] == 'token' and 1 < results['bytes_per_target'] < 4
+  about = results['documents']['own']
+  assert about['documents'] > 20 and sum(about['lengths']) == about['documents'] and about['cut'] > 0
+  assert sum(about['context']) == pytest.approx(1)
+  text = (folder / 'run/report.md').read_text()
+  for words in ('nats per token', 'bits per byte', '## Documents', 'own, queries'):
+    assert words in text
+
+
+def test_the_run_keeps_its_tokenizer(trained):
+  folder, _ = trained
+  sampler = Sampler.load(folder / 'run/checkpoints/dense')
+  assert isinstance(sampler.tokenizer, Pretrained)
+  assert sampler.tokenizer.encode('def') == open_tokenizer(str(folder / 'mine')).encode('def')
+  assert isinstance(open_tokenizer(str(folder / 'run/checkpoints/dense')), Pretrained)
+
+
+def test_a_recipe_reads_text_by_the_tokenizer_of_its_origin(trained, tmp_path):
+  folder, _ = trained
+  c = config_of(folder)
+  c.workdir, c.recipe, c.data.tokenizer = str(tmp_path / 'next'), ('warmup',), ''
+  c.stages.warmup.init_from = str(folder / 'run/checkpoints/dense')
+  recipe = read_recipe(c)
+  assert recipe.data.tokenizer == str(folder / 'run/origin')
+  c.model.vocab_size = 256
+  with pytest.raises(ConfigError, match='vocab_size=256 is too small for the mixture data: it needs 320'):
+    read_recipe(c)
+
+
+def test_a_resume_on_another_corpus_is_refused(trained):
+  folder, _ = trained
+  c = config_of(folder)
+  c.stages.warmup.steps = 3
+  text = (folder / 'a.jsonl').read_text()
+  (folder / 'a.jsonl').write_text(text + '{"text": "more"}\n')
+  try:
+    with pytest.raises(ConfigError, match='the data has changed .*different .own'):
+      train(c)
+  finally:
+    (folder / 'a.jsonl').write_text(text)
+
+
+def test_the_command_writes_a_folder_that_trains(trained, tmp_path):
+  folder, _ = trained
+  command = [sys.executable, '-m', 'dsa_jax.tokenize', f'--files={folder}/a.jsonl', f'--tokenizer={folder}/mine']
+  run = lambda *args: subprocess.run([*command, *args], cwd=ROOT, capture_output=True, text=True)
+  done = run(str(tmp_path / 'out'))
+  assert done.returncode == 0 and 'left out: 0 empty, 0 damaged.' in done.stdout, done.stderr
+  raw, tokens = config_of(folder), config_of(folder)
+  tokens.data.sources.own = dict(format='tokens', files=str(tmp_path / 'out'))
+  assert read_recipe(raw).data.describe() == read_recipe(tokens).data.describe()
+  again = run(str(tmp_path / 'out'))
+  assert again.returncode == 1 and 'out exists; choose another folder' in again.stderr
+  assert 'Traceback' not in again.stderr and again.stderr.count('\n') == 1
