@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 r"""The whole recipe at 16K and 32K tokens of context, on one Hopper: where to start with one GPU.
 
-python -m dsa_jax.train --config=configs/one_gpu.py --config.data.files='~/texts/**/*.txt'
+python -m dsa_jax.train --config=configs/one_gpu.py --config.data.sources.text.files='~/texts/**/*.txt'
 
 A model of 309 million parameters, 127 million of which a token uses, reads 157 million bytes. Compiled
 for an H200 (2026-11-29, jax 0.10.2), a step takes 15.4 GiB dense, 8.6 in the warm-up and 18.4 sparse,
 weights and moments included; the report takes up to 22.5. An H100 has 74. It has not run on a GPU yet:
 see experiments/model_speed. Without `files` it reads the standard library of Python some fourteen times
-over, which such a model learns by heart: give it text of your own. Variant `:tiny` is for tests.
+over, which such a model learns by heart: give it text of your own, in any format and with any tokenizer
+(see configs/own_tokens.py). Variant `:tiny` is for tests.
 """
 
 from configs import base
@@ -26,6 +27,8 @@ def get_config(variant: str = 'full'):
       moe_inter_dim=448, route_scale=2.5,
       max_seq_len=32_768, original_seq_len=32_768, rope_theta=500_000.0,
   )
+  c.data.source, c.data.packing = 'mixture', 'best_fit'
+  c.data.sources.text = dict(format='text', files='')
   c.recipe = ('short', 'dense', 'baseline', 'warmup', 'sparse')
   c.stages.short = base.stage(  # Most of what there is to learn needs no long rows.
       stage='dense', steps=1600, batch_size=4, seq_len=16_384, backbone_lr=6e-4, warmup_steps=100

@@ -96,7 +96,7 @@ def main_table(results: Mapping[str, Any]) -> Table:
   if accuracy:
     columns += [('accuracy', accuracy, '{:.2%}'), ('of baseline', _share(accuracy), '{:.1%}')]
   columns.append((unit, bits, '{:.4f}'))
-  if unit == 'bits per token':
+  if results.get('unit') == 'token':
     columns.append(('nats per token', _scaled(bits, math.log(2)), '{:.4f}'))
     if plots.is_number(length := results.get('bytes_per_target')):
       columns.append(('bits per byte', _scaled(bits, 1 / length), '{:.4f}'))
