@@ -36,6 +36,7 @@ class Op(NamedTuple):
   flops: Callable  # FLOPs of the matrix unit for one query, of `Dims`.
   plan: Callable | None = None  # The plan that it executes, of `Dims`, which the report reads.
   chips: tuple[str, ...] = tuple(CHIPS)  # The chips that have such a row.
+  models: tuple[str, ...] = tuple(HEADS)  # The models that have one.
 
 
 def shape(*dims: int, dtype=jnp.bfloat16) -> jax.ShapeDtypeStruct:

@@ -6,7 +6,8 @@ import pathlib
 import jax
 
 from dsa_jax import versions
-from dsa_jax.compile import ptxas
+from dsa_jax.chips import DEVICES
+from dsa_jax.compile import layer, ptxas
 from dsa_jax.compile.cases import (
     Dims,
     J,
@@ -111,7 +112,9 @@ KERNELS = [
 for op in KERNELS[:2]:  # Selection and attention.
   KERNELS.append(op._replace(name=f'{op.name}_decode', shapes=decoding(op.shapes, 1)))
 OPS = {op.name: op for op in KERNELS}
-BASELINES = {}
+BASELINES = {}  # Compiled where they are asked for by name.
+for stage in 'warmup', 'sparse':
+  BASELINES[f'layer_{stage}'] = layer.layer_op(stage, 'gpu', CHIPS)
 COMPILERS = versions.GPU_COMPILERS
 OURS = ('sparse_attention_', 'index_', 'add_rows')  # Other kernels are XLA's own.
 
@@ -132,6 +135,8 @@ def measure(
 ) -> dict:
   """Reads what the compiler left of an op in the folder of its dumps."""
   del compiled
+  if op.name in BASELINES:
+    return {'parts': layer.roofline(layer.stage_of(op), dims.n_keys, DEVICES[chip])}
   kernels = ptxas.read_kernels(dump, GPUS[chip].architecture, OURS)
   if not kernels:
     raise ValueError(f'{op.name}: the compiler wrote no kernel of ours.')
@@ -144,7 +149,13 @@ def measure(
 
 
 def print_table(rows: list[dict]):
-  """Prints a line for each kernel."""
+  """Prints a line for each kernel, and a table for each layer."""
+  for row in rows:
+    if 'parts' in row:
+      layer.print_parts(row)
+  rows = [row for row in rows if 'parts' not in row]
+  if not rows:
+    return
   print('| chip | model | op | S | temporaries MiB | compiled s | tensor floor, us a query '
         '| kernel | registers | loop spills | shared KiB | loop instructions | of them products '
         '| serialized |')  # fmt: skip

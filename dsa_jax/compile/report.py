@@ -21,6 +21,12 @@ python -m dsa_jax.compile --chips h200 --check
 
 For a GPU the report has registers, spills and shared memory of each kernel, and the tensor cores'
 floor.
+
+python -m dsa_jax.compile --chips h200 --models v32 --ops layer_warmup layer_sparse
+
+These are whole layers of V3.2 with their experts, forward and backward, in bfloat16. The report has
+their temporaries, and for each part its FLOPs, bytes, and the time at the chip's peaks. Temporaries
+do not count what lies, for a while, where the results will.
 """
 
 import argparse
@@ -105,7 +111,8 @@ def rows_of(args, job: tuple[str, str, int]) -> list[dict]:
   """Returns rows of a chip, model and size, by processes of their own: libtpu reads flags once."""
   chip, model, n_keys = job
   cases = all_ops(chip)
-  ops = [op for op in args.ops or cases_for(chip).OPS if op in cases and chip in cases[op].chips]
+  ops = [op for op in args.ops or cases_for(chip).OPS if op in cases]
+  ops = [op for op in ops if chip in cases[op].chips and model in cases[op].models]
   scheduled = [op for op in ops if chip in GPUS or cases[op].plan]
   others = [op for op in ops if op not in scheduled]
   rows = []

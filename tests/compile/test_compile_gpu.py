@@ -8,7 +8,8 @@ import sys
 
 import pytest
 
-from dsa_jax.compile import chips as targets, gpu_cases, ptxas, report as compile_report
+from dsa_jax.chips import DEVICES
+from dsa_jax.compile import chips as targets, gpu_cases, layer, ptxas, report as compile_report
 
 SAID = """\
 ptxas info    : (C7515) Potential Performance Loss: wgmma.mma_async instructions are serialized
@@ -81,16 +82,53 @@ def test_what_is_committed_spills_nothing_in_loops(series, sizes, monkeypatch):
   rows = json.loads(compile_report.committed_path('h200', series).read_text())
   monkeypatch.setattr(sys, 'argv', ['x', *sizes])
   cases = compile_report.models_and_sizes(compile_report.parse())
+  rows = [row for row in rows if row['op'] not in gpu_cases.BASELINES]
   expected = {(*case, op) for case in cases for op in gpu_cases.OPS}
   assert {(row['model'], row['S'], row['op']) for row in rows} == expected
   for row in rows:
     assert 'error' not in row and row['loop_spills'] == row['serialized'] == 0, row
 
 
+def test_a_committed_layer_takes_at_most_24_gib_and_its_parts_are_those_of_arithmetic():
+  rows = json.loads(compile_report.committed_path('h200', '0.10').read_text())
+  layers = {row['op']: row for row in rows if row['op'] in gpu_cases.BASELINES}
+  assert layers.keys() == {'layer_warmup', 'layer_sparse'}
+  for name, row in layers.items():
+    assert row['S'] == 32_768 and row['temporaries_mib'] <= 24 * 1024
+    stage = layer.stage_of(gpu_cases.BASELINES[name])
+    assert row['parts'] == layer.roofline(stage, row['S'], DEVICES['h200'])
+
+
+def test_parts_of_a_layer_are_bound_by_arithmetic_or_by_memory(capsys):
+  slow = DEVICES['h200']._replace(bf16=1e12, bandwidth=1e30), DEVICES['h200']._replace(bf16=1e30)
+  parts = [layer.roofline('sparse', 4096, device) for device in slow]
+  for name, part in parts[0].items():
+    assert part['ms'] == pytest.approx(1e3 * part['tflop'])
+    assert parts[1][name]['ms'] == pytest.approx(1e3 * part['gib'] * 2**30 / DEVICES['h200'].bandwidth)
+  gpu_cases.print_table([ROW | {'op': 'layer_sparse', 'temporaries_mib': 2048.0, 'parts': parts[0]}])
+  out = capsys.readouterr().out
+  assert 'layer_sparse, v32, 4096 tokens, h200: temporaries 2.0 GiB.' in out
+  assert out.count('\n|') == len(parts[0]) + 3
+
+
 def test_says_what_is_missing(tmp_path, monkeypatch):
   monkeypatch.setattr(ptxas.importlib.util, 'find_spec', lambda name: None)
   with pytest.raises(ValueError, match='ptxas and nvdisasm are not installed: pip install'):
     targets.environment('h200', tmp_path)
+
+
+@pytest.mark.nightly
+@pytest.mark.skipif(not has_cuda(), reason="needs pip install 'dsa_jax[compile-gpu]'")
+def test_a_whole_layer_fits_an_h200_in_both_stages(tmp_path):
+  path = tmp_path / 'rows.json'
+  what = '--chips h200 --models v32 --sizes 32768 --ops layer_warmup layer_sparse'
+  command = [sys.executable, '-m', 'dsa_jax.compile', *what.split(), f'--json={path}']
+  done = subprocess.run(command, capture_output=True, text=True)
+  assert done.returncode == 0, done.stderr
+  rows = json.loads(path.read_text())
+  assert {row['op'] for row in rows} == {'layer_warmup', 'layer_sparse'}
+  for row in rows:
+    assert row['temporaries_mib'] <= 24 * 1024, row
 
 
 @pytest.mark.nightly

@@ -13,6 +13,7 @@ import pytest
 from dsa_jax import cost
 from dsa_jax.config import ModelConfig
 from dsa_jax.cost import attention_flops, published, work
+from dsa_jax.cost.layer import layer_parts
 from dsa_jax.families.deepseek import DEEPSEEK_V32
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -109,6 +110,44 @@ def test_an_mtp_layer_costs_a_layer_a_projection_and_a_head():
   assert of(mtp) == pytest.approx(of(longer) + extra)
   dense = dataclasses.replace(ONE, n_mtp_layers=1)  # Without experts, and so is its MTP layer.
   assert of(dense) == pytest.approx(2 * of(ONE) + 3 * 100 * 2 * V32.dim * 2 * V32.dim)
+
+
+LAYER = dataclasses.replace(V32, n_layers=1, n_dense_layers=0)
+PRODUCTS = {'projections': 'projections', 'router': 'router', 'shared experts': 'shared expert',
+            'routed experts': 'routed experts', 'index projections': 'index projections'}  # fmt: skip
+
+
+def layer(*trains, n=4096):
+  return {part.part: part for part in layer_parts(V32, trains, n)}
+
+
+def test_a_layer_has_the_products_of_token_work_three_times_if_it_learns():
+  n, works = 4096, {w.part: w.flops for w in work.token_work(LAYER, 1, sparse=True, form='mqa')}
+  for name, part in PRODUCTS.items():
+    forward, both = (layer(*trains)[part].flops / n for trains in (('indexer',), ('backbone', 'indexer')))
+    times = (2, 2) if name == 'index projections' else (1, 3)  # Their inputs have no gradient.
+    assert (forward, both) == pytest.approx([t * works[name] for t in times]), name
+
+
+def test_a_layer_has_the_pairs_of_queries_and_keys():
+  n = 4096
+  dense, sparse = (n * attention_flops(LAYER, n, sparse=sparse) for sparse in (False, True))
+  warmup, both = layer('indexer'), layer('backbone', 'indexer')
+  assert warmup['attention'].flops == pytest.approx(dense)
+  forward = both['attention'].flops * (576 + 512) / (4 * 576 + 3 * 512)
+  assert both['selection'].flops + forward == pytest.approx(sparse)
+  pairs = n * (n + 1) / 2
+  assert warmup['divergence'].flops == pytest.approx(pairs * (2 * 2 * 128 * 192 + 4 * 2 * 64 * 128))
+
+
+def test_experts_read_and_write_each_array_once():
+  """Of one token: forward each matrix and row, and backward also their gradients."""
+  d, f, experts, rows = 7168, 2048, 256, 8
+  weights, ends = 3 * experts * d * f, 2 * rows * (d + f) + rows * (f + d)
+  assert layer('indexer', n=1)['routed experts'].bytes == 2 * (weights + ends)
+  inputs = rows * (2 * d + f)
+  both = layer('backbone', 'indexer', n=1)['routed experts'].bytes
+  assert both == 2 * (3 * weights + 2 * ends + inputs)
 
 
 def test_a_prompt_token_needs_no_logits():
