@@ -12,7 +12,7 @@ from dsa_jax.compile.chips import CHIPS
 from dsa_jax.families import SIZES
 
 T, E, V, J, K = 4096, 576, 512, 128, 2048
-DENSE_E = 192  # Of attention whose heads have keys of their own.
+DENSE_E, DENSE_V = 192, 128  # Of attention whose heads have keys and values of their own.
 # Heads of attention and of the indexer, by model.
 HEADS = {name: (SIZES[name].n_heads, SIZES[name].index_n_heads) for name in ('v32', 'glm5')}
 BF16 = jnp.dtype(jnp.bfloat16)
@@ -75,6 +75,16 @@ def dense_constants(dims):
   return shape(T, *heads), shape(dims.n_keys, *heads), float32(T, dims.heads), int32(T), int32(T)
 
 
+def dense_attention_shapes(dims):
+  q, k, _, start, end = dense_constants(dims)
+  return q, k, shape(dims.n_keys, dims.heads, DENSE_V), start, end
+
+
+def dense_attention_backward_shapes(dims):
+  out, lse = shape(T, dims.heads, DENSE_V), float32(T, dims.heads)
+  return (*dense_attention_shapes(dims), out, lse), (out, lse)
+
+
 def kl_shapes(dims):
   return kl_constants(dims), kl_index(dims)
 
@@ -97,6 +107,14 @@ def attention_flops(dims):
 
 def attention_backward_flops(dims):
   return 2 * K * dims.heads * (3 * E + 2 * V)
+
+
+def dense_attention_flops(dims):
+  return 2 * dims.n_keys / 2 * dims.heads * (DENSE_E + DENSE_V)
+
+
+def dense_attention_backward_flops(dims):
+  return 2 * dims.n_keys / 2 * dims.heads * (3 * DENSE_E + 2 * DENSE_V)
 
 
 def kl_flops(dims):

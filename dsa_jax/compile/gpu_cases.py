@@ -19,6 +19,10 @@ from dsa_jax.compile.cases import (
     attention_backward_shapes,
     attention_flops,
     attention_shapes,
+    dense_attention_backward_flops,
+    dense_attention_backward_shapes,
+    dense_attention_flops,
+    dense_attention_shapes,
     dense_kl_backward_flops,
     dense_kl_backward_shapes,
     dense_kl_flops,
@@ -32,6 +36,7 @@ from dsa_jax.compile.cases import (
     topk_shapes,
 )
 from dsa_jax.compile.chips import GPUS
+from dsa_jax.kernels.dense_attention import gpu as dense, op as dense_op
 from dsa_jax.kernels.index_kl import gpu as kl, gpu_dense
 from dsa_jax.kernels.index_topk import gpu as select
 from dsa_jax.kernels.sparse_attention import gpu as attention, op as attention_op
@@ -39,6 +44,7 @@ from dsa_jax.kernels.sparse_attention import gpu as attention, op as attention_o
 CHIPS = tuple(GPUS)
 SM_SCALE = 0.1
 ATTENTION = dict(v_dim=V, sm_scale=SM_SCALE, blocks=attention.BlockSizes())
+DENSE = dict(sm_scale=SM_SCALE, blocks=dense.BlockSizes())
 KL = dict(sm_scale=SM_SCALE, blocks=kl.BlockSizes())
 DENSE_KL = dict(sm_scale=SM_SCALE, blocks=gpu_dense.BlockSizes())
 DECODED = 64  # Sequences, each with one query.
@@ -74,6 +80,22 @@ KERNELS = [
         lambda *x: attention_op.backward(V, SM_SCALE, attention, ATTENTION['blocks'], *x)[:2],
         attention_backward_shapes,
         attention_backward_flops,
+        chips=CHIPS,
+    ),
+    Op(
+        'dense_attention_forward',
+        lambda *x: dense.forward(*x, None, **DENSE),
+        dense_attention_shapes,
+        dense_attention_flops,
+        chips=CHIPS,
+    ),
+    Op(
+        'dense_attention_backward',
+        lambda saved, cotangents: dense_op.backward(
+            SM_SCALE, dense, DENSE['blocks'], (*saved[:5], None, *saved[5:]), cotangents
+        ),
+        dense_attention_backward_shapes,
+        dense_attention_backward_flops,
         chips=CHIPS,
     ),
     Op(
@@ -116,7 +138,7 @@ BASELINES = {}  # Compiled where they are asked for by name.
 for stage in 'warmup', 'sparse':
   BASELINES[f'layer_{stage}'] = layer.layer_op(stage, 'gpu', CHIPS)
 COMPILERS = versions.GPU_COMPILERS
-OURS = ('sparse_attention_', 'index_', 'add_rows')  # Other kernels are XLA's own.
+OURS = ('sparse_attention_', 'dense_attention_', 'index_', 'add_rows')  # Other kernels are XLA's own.
 
 
 def vmem_of(chip: str) -> int:

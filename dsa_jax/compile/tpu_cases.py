@@ -32,6 +32,10 @@ from dsa_jax.compile.cases import (
     attention_backward_shapes,
     attention_flops,
     attention_shapes,
+    dense_attention_backward_flops,
+    dense_attention_backward_shapes,
+    dense_attention_flops,
+    dense_attention_shapes,
     dense_constants,
     dense_kl_backward_flops,
     dense_kl_backward_shapes,
@@ -49,6 +53,7 @@ from dsa_jax.compile.cases import (
 )
 from dsa_jax.compile.chips import CHIPS, make_mesh
 from dsa_jax.config import ModelConfig
+from dsa_jax.kernels.dense_attention import op as dense_op, tpu as dense
 from dsa_jax.kernels.index_kl import tpu as kl, tpu_dense
 from dsa_jax.kernels.index_topk import tpu as select
 from dsa_jax.kernels.indexed_attention import tpu as indexed
@@ -86,6 +91,16 @@ def plan_attention_backward(dims: Dims):
   q, kv, indices = attention_shapes(dims)
   sizes = dict(v_dim=V, vmem=dims.vmem, sparse_cores=True, blocks=attention.BlockSizes())
   return attention.plan_backward(q, kv, indices.shape[2], **sizes)  # All CHIPS have SparseCores.
+
+
+def plan_dense(make_plan: Callable) -> Callable:
+  """Returns a function of `Dims` that calls a plan function of `dense_attention.tpu`."""
+
+  def plan(dims: Dims):
+    q, k, v, *_ = dense_attention_shapes(dims)
+    return make_plan(q, k, v, masked=False, vmem=dims.vmem, blocks=DENSE['blocks'])
+
+  return plan
 
 
 def plan_kl(make_plan: Callable) -> Callable:
@@ -203,6 +218,7 @@ class SplashPlan(NamedTuple):
 
 
 ATTENTION = dict(v_dim=V, sm_scale=SM_SCALE, blocks=attention.BlockSizes())
+DENSE = dict(sm_scale=SM_SCALE, blocks=dense.BlockSizes())
 KL = dict(sm_scale=SM_SCALE, blocks=kl.BlockSizes())
 DENSE_KL = dict(sm_scale=SM_SCALE, blocks=tpu_dense.BlockSizes())
 KERNELS = [
@@ -226,6 +242,22 @@ KERNELS = [
         attention_backward_shapes,
         attention_backward_flops,
         plan_attention_backward,
+    ),
+    Op(
+        'dense_attention_forward',
+        lambda *x: dense.forward(*x, None, **DENSE),
+        dense_attention_shapes,
+        dense_attention_flops,
+        plan_dense(dense.plan_forward),
+    ),
+    Op(
+        'dense_attention_backward',
+        lambda saved, cotangents: dense_op.backward(
+            SM_SCALE, dense, DENSE['blocks'], (*saved[:5], None, *saved[5:]), cotangents
+        ),
+        dense_attention_backward_shapes,
+        dense_attention_backward_flops,
+        plan_dense(dense.plan_backward),
     ),
     Op(
         'index_kl_selected_forward',

@@ -6,11 +6,16 @@ import functools
 import jax
 from jaxtyping import Array, Float, Int
 
-from dsa_jax.kernels.backend import check_backend
-from dsa_jax.kernels.dense_attention import xla
+from dsa_jax.kernels.backend import Blocks, check_backend, load_kernels
 from dsa_jax.kernels.dense_attention.reference import dense_attention_reference
 from dsa_jax.kernels.visibility import check_indices, check_intervals
 from dsa_jax.kernels.xla.softmax import logits_delta
+
+KERNELS = {
+    'xla': 'dsa_jax.kernels.dense_attention.xla',
+    'tpu': 'dsa_jax.kernels.dense_attention.tpu',
+    'gpu': 'dsa_jax.kernels.dense_attention.gpu',
+}
 
 
 @jax.named_scope('dense_attention')
@@ -24,7 +29,7 @@ def dense_attention(
     sm_scale: float,
     indices: Int[Array, 'B T K'] | None = None,
     backend: str,
-    blocks: xla.BlockSizes | None = None,
+    blocks: Blocks | None = None,
 ) -> tuple[Float[Array, 'B T H V'], Float[Array, 'B T H']]:
   """Attends each query to the keys start <= s < end, in linear memory.
 
@@ -38,8 +43,8 @@ def dense_attention(
     indices: If given, attention is restricted to these positions within the interval; -1 or >= S is
       an empty slot. The numbers are those of `sparse_attention`, at the cost of dense attention,
       which is the cheaper of the two where the context is short.
-    backend: Which implementation. `tpu` and `gpu` run the portable one.
-    blocks: Block sizes; the backend's own if None. They cannot change the result.
+    backend: Which implementation. Never falls back to another.
+    blocks: The kernels' own BlockSizes; their defaults if None. They cannot change the result.
 
   Returns:
     The attention output in `q`'s dtype, and the float32 log-sum-exp of the logits in nats. A row
@@ -57,25 +62,32 @@ def dense_attention(
     raise ValueError(f'q, k and v must share a dtype; got {q.dtype}, {k.dtype} and {v.dtype}.')
   if backend == 'reference':
     return dense_attention_reference(q, k, v, start, end, sm_scale=sm_scale, indices=indices)
-  return _op(q, k, v, start, end, indices, sm_scale, blocks or xla.BlockSizes())
+  kernels = load_kernels(KERNELS[backend])
+  blocks = blocks or kernels.BlockSizes()
+  return _op(q, k, v, start, end, indices, sm_scale, kernels, blocks)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
-def _op(q, k, v, start, end, indices, sm_scale, blocks):
-  return xla.forward(q, k, v, start, end, indices, sm_scale=sm_scale, blocks=blocks)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8))
+def _op(q, k, v, start, end, indices, sm_scale, kernels, blocks):
+  return kernels.forward(q, k, v, start, end, indices, sm_scale=sm_scale, blocks=blocks)
 
 
-def _fwd(q, k, v, start, end, indices, sm_scale, blocks):
-  out, lse = _op(q, k, v, start, end, indices, sm_scale, blocks)
+def _fwd(q, k, v, start, end, indices, sm_scale, kernels, blocks):
+  out, lse = _op(q, k, v, start, end, indices, sm_scale, kernels, blocks)
   return (out, lse), (q, k, v, start, end, indices, out, lse)
 
 
-def _bwd(sm_scale, blocks, residuals, cotangents):
-  *inputs, out, lse = residuals
+def _bwd(sm_scale, kernels, blocks, saved, cotangents):
+  dq, dk, dv = backward(sm_scale, kernels, blocks, saved, cotangents)
+  return dq, dk, dv, None, None, None
+
+
+def backward(sm_scale, kernels, blocks, saved, cotangents):
+  """Returns the gradients of q, k and v. The compile report compiles it."""
+  *inputs, out, lse = saved
   dout, dlse = cotangents
   delta = logits_delta(out, lse, dout, dlse)
-  dq, dk, dv = xla.backward((*inputs, lse), dout, delta, sm_scale=sm_scale, blocks=blocks)
-  return dq, dk, dv, None, None, None
+  return kernels.backward((*inputs, lse), dout, delta, sm_scale=sm_scale, blocks=blocks)
 
 
 _op.defvjp(_fwd, _bwd)
