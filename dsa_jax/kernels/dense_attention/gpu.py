@@ -27,17 +27,18 @@ from dsa_jax.kernels.xla import set_bits
 from dsa_jax.kernels.xla.rows import map_rows, pad_axis, scan_rows
 
 UNSEEN = -1e30  # The logit of a hidden key: finite, so that differences of maxima are.
-WIDE = 256  # Channels. Wider heads take smaller tiles.
+ROW_BYTES = 640  # Of a key and its value, for which the block sizes are. Wider ones take smaller.
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BlockSizes(Blocks):
   """They change the speed, never the result beyond rounding."""
 
-  block_r: int = 128  # Rows of a program; a quarter of them if heads are wide.
-  tile_s: int = 64  # Keys of one product; half of them if heads are wide.
-  tile_r: int = 64  # Rows of one product, for gradients of keys; half of them if heads are wide.
-  block_s: int = 64  # Keys of a program, for their gradients; half of them if heads are wide.
+  block_r: int = 128  # Rows of a program.
+  tile_s: int = 128  # Keys of one product, forward; half of them under a mask.
+  tile_s_backward: int = 64  # Keys of one product, for gradients of queries.
+  tile_r: int = 32  # Rows of one product, for gradients of keys.
+  block_s: int = 128  # Keys of a program, for their gradients.
   block_t: int = 1024  # Query rows per pass if a selection is given, whose bits exist at one time.
 
 
@@ -50,7 +51,8 @@ class Plan(NamedTuple):
   n_groups: int  # Key heads.
   per_group: int  # Heads that share a key head.
   block_r: int
-  tile_s: int
+  tile_s: int  # Keys of one product, forward.
+  tile_s_backward: int
   tile_r: int
   block_s: int
   keys: tuple[tuple[int, int, int], ...]  # Parts of the channels of a key.
@@ -91,24 +93,37 @@ def plan(q, k, v, *, masked: bool, blocks: BlockSizes) -> Plan:
     v: Values.
     masked: Whether a selection is given.
     blocks: The op's block sizes.
+
+  Raises:
+    ValueError: Heads are too wide.
   """
   batch, n_queries, n_heads = q.shape[:3]
   n_keys, n_groups = k.shape[1:3]
   n_queries = min(n_queries, blocks.block_t) if masked else n_queries
-  wide = max(k.shape[-1], v.shape[-1]) > WIDE or q.dtype == jnp.float32
-  side = lambda n: max(n // (2 if wide else 1), triton.LEAST)
+  parts = column_parts(k.shape[-1]), column_parts(v.shape[-1])
+  row_bytes = sum(side for part in parts for _, side, _ in part) * k.dtype.itemsize
+  part = pl.next_power_of_2(pl.cdiv(row_bytes, ROW_BYTES))
+  if part > 8:
+    raise ValueError(
+        f'a key of {k.shape[-1]} channels and a value of {v.shape[-1]}, {k.dtype}, take {row_bytes} '
+        f'bytes; the shared memory of a GPU has room for {8 * ROW_BYTES}.'
+    )
+  if k.dtype == jnp.float32:  # Such products take three parts of either operand in registers.
+    part = 8
+  side = lambda n, part: max(n // part, triton.LEAST)
   return Plan(
       batch=batch,
       n_queries=n_queries,
       n_keys=n_keys,
       n_groups=n_groups,
       per_group=n_heads // n_groups,
-      block_r=max(blocks.block_r // (4 if wide else 1), triton.LEAST),
-      tile_s=side(blocks.tile_s),
-      tile_r=side(blocks.tile_r),
-      block_s=side(blocks.block_s),
-      keys=column_parts(k.shape[-1]),
-      values=column_parts(v.shape[-1]),
+      block_r=side(blocks.block_r, part if part > 4 else min(part, 2)),  # wgmma takes 64.
+      tile_s=side(blocks.tile_s, 2 * part if masked else part),
+      tile_s_backward=side(blocks.tile_s_backward, part),
+      tile_r=side(blocks.tile_r, part),
+      block_s=side(blocks.block_s, part),
+      keys=parts[0],
+      values=parts[1],
   )
 
 
@@ -194,18 +209,17 @@ class _Kernels:
     plan, (q, dout, lse, delta, *visibility) = self.plan, rows
     queries = Queries(_flat(q), _flat(dout), lse.reshape(-1), delta.reshape(-1))
     keys = _flat(k), _flat(v)
-    of_rows = self.seen(*visibility, plan.block_r, plan.tile_s)
+    of_rows = self.seen(*visibility, plan.block_r, plan.tile_s_backward)
     of_keys = self.seen(*visibility, plan.tile_r, plan.block_s)
     programs = plan.backward_kernels()
-    call = lambda kernel, name, out, seen, warps: triton.call(
-        kernel, name, programs[name], out, [queries, *keys, seen], warps=warps, stages=2
+    call = lambda kernel, name, out, seen: triton.call(
+        kernel, name, programs[name], out, [queries, *keys, seen], warps=8, stages=2
     )
     like = lambda x, dtype: jax.ShapeDtypeStruct(x.shape, dtype)
-    (dq,) = call(
-        self.differentiate_rows, 'dense_attention_dq', [like(queries.q, q.dtype)], of_rows, 8
-    )
+    out = [like(queries.q, q.dtype)]
+    (dq,) = call(self.differentiate_rows, 'dense_attention_dq', out, of_rows)
     out = [like(x, dtype) for x in keys]
-    dk, dv = call(self.differentiate_keys, 'dense_attention_dkv', out, of_keys, 4)
+    dk, dv = call(self.differentiate_keys, 'dense_attention_dkv', out, of_keys)
     return dq.reshape(q.shape), dk.reshape(k.shape), dv.reshape(v.shape)
 
   def place(self, blocks: int):
@@ -217,16 +231,14 @@ class _Kernels:
   def row_places(self, b, g, row):
     """Returns where rows lie in [B * T * H, ...], and which of them there are; None if all."""
     plan = self.plan
-    even = plan.n_rows % plan.block_r == plan.n_rows % plan.tile_r == 0
-    filled = None if even else row < plan.n_rows
+    filled = None if plan.n_rows % row.size == 0 else row < plan.n_rows  # Tiles begin at multiples.
     query, head = row // plan.per_group, row % plan.per_group
     return ((b * plan.n_queries + query) * plan.n_groups + g) * plan.per_group + head, filled
 
   def key_places(self, b, g, key):
     """Returns where keys lie in [B * S * G, ...], and which of them there are; None if all."""
     plan = self.plan
-    even = plan.n_keys % plan.tile_s == plan.n_keys % plan.block_s == 0
-    filled = None if even else key < plan.n_keys
+    filled = None if plan.n_keys % key.size == 0 else key < plan.n_keys  # Tiles begin at multiples.
     return (b * plan.n_keys + key) * plan.n_groups + g, filled
 
   def sees(self, seen: Seen, b, row, key):
@@ -271,7 +283,7 @@ class _Kernels:
 
     zero = jnp.zeros(plan.block_r)
     value = [jnp.zeros((plan.block_r, side)) for _, side, _ in plan.values]
-    state = self.each_tile(seen.spans, b, i, attend_tile, (zero + UNSEEN, zero, value))
+    state = self.each_tile(seen.spans, b, i, plan.tile_s, attend_tile, (zero + UNSEEN, zero, value))
     top, total, value = state
     some = top > UNSEEN
     total = jnp.where(some, total, 1)
@@ -280,9 +292,8 @@ class _Kernels:
     nats = jnp.where(some, (top + jnp.log2(total)) / triton.LOG2_E, -jnp.inf)
     triton.store(lse.at[places], nats, filled)
 
-  def each_tile(self, spans: Spans, b, i, step, state):
+  def each_tile(self, spans: Spans, b, i, tile: int, step, state):
     """Runs `state = step(first key, masked, state)` for each tile that a block of rows sees."""
-    tile = self.plan.tile_s
     first, last, all_first, all_last = (spans.keys[x, b, i] for x in range(4))
     first, last = first // tile, pl.cdiv(last, tile)
     all_first = jnp.clip(pl.cdiv(all_first, tile), first, last)
@@ -308,7 +319,7 @@ class _Kernels:
     lse, delta = (triton.load(x.at[places], filled)[:, None] for x in (queries.lse, queries.delta))
 
     def differentiate_tile(first, masked, state):
-      key = first + jnp.arange(plan.tile_s)
+      key = first + jnp.arange(plan.tile_s_backward)
       key_places, key_filled = self.key_places(b, g, key)
       keys = [gather(k, key_places, *part, key_filled) for part in plan.keys]
       values = [gather(v, key_places, *part, key_filled) for part in plan.values]
@@ -319,7 +330,7 @@ class _Kernels:
       return [x + dot(dlogits, y, 1, 0) for x, y in zip(state, keys)]
 
     state = [jnp.zeros((plan.block_r, side)) for _, side, _ in plan.keys]
-    state = self.each_tile(seen.spans, b, i, differentiate_tile, state)
+    state = self.each_tile(seen.spans, b, i, plan.tile_s_backward, differentiate_tile, state)
     _store_rows(dq, places, filled, plan.keys, [self.sm_scale * x for x in state])
 
   def differentiate_keys(self, queries: Queries, k, v, seen: Seen, dk, dv):
