@@ -46,7 +46,11 @@ TRAINING = ('dsa_jax/train.py', 'dsa_jax/training', 'dsa_jax/parallel', 'configs
 PARTS = {
     'selection': Part(('tests/kernels/test_index_topk.py', 'tests/kernels/test_index_kl.py'), KERNELS),
     'attention': Part(
-        ('tests/kernels/test_sparse_attention.py', 'tests/kernels/test_indexed_attention.py'), KERNELS
+        (
+            'tests/kernels/test_sparse_attention.py', 'tests/kernels/test_dense_attention.py',
+            'tests/kernels/test_indexed_attention.py',
+        ),
+        KERNELS,
     ),
     'models': Part(
         (

@@ -176,12 +176,12 @@ def layer_flops(dims):
   return sum(op.flops(dims) for op in KERNELS if 'dense' not in op.name)
 
 
-def splash_attention(block: int) -> Callable:
+def splash_attention(block_q: int, block_s: int) -> Callable:
   """Returns causal attention in MHA form, 192 channels of keys, 128 of values, by jax's kernel."""
 
   def attend(q, k, v):
     mask = masks.MultiHeadMask([masks.CausalMask((q.shape[1],) * 2)] * q.shape[0])
-    sizes = dict(block_q=block, block_kv=block, block_kv_compute=1024)
+    sizes = dict(block_q=block_q, block_kv=block_s, block_kv_compute=1024)
     of_keys = {f'{name}_dkv': size for name, size in sizes.items() if name != 'block_kv_compute'}
     sizes = splash.BlockSizes(
         **sizes, **of_keys, block_kv_dkv_compute=512, use_fused_bwd_kernel=True
@@ -192,7 +192,7 @@ def splash_attention(block: int) -> Callable:
 
 
 def splash_gradients(*inputs):
-  total = lambda *x: jnp.sum(splash_attention(1024)(*x).astype(jnp.float32))
+  total = lambda *x: jnp.sum(splash_attention(1024, 1024)(*x).astype(jnp.float32))
   return jax.grad(total, argnums=(0, 1, 2))(*inputs)
 
 
@@ -207,14 +207,30 @@ class SplashPlan(NamedTuple):
   name: str
   heads: int
   n_keys: int
-  block: int
+  block_q: int
+  block_s: int
 
   gathered_bytes = 0
 
   def kernels(self) -> dict[str, KernelPlan]:
-    n = self.n_keys // self.block
-    loops = [(1, self.heads * n * (n + 1) / 2 / self.n_keys)]
-    return {self.name: KernelPlan((self.heads, n, n), loops)}
+    rows, columns = self.n_keys // self.block_q, self.n_keys // self.block_s
+    seen = sum(math.ceil((i + 1) * self.block_q / self.block_s) for i in range(rows))
+    return {
+        self.name: KernelPlan((self.heads, rows, columns), [(1, self.heads * seen / self.n_keys)])
+    }
+
+
+def splash_forward(name: str, block_q: int, block_s: int, chips: tuple[str, ...]) -> Op:
+  return Op(
+      name,
+      splash_attention(block_q, block_s),
+      splash_shapes,
+      dense_attention_flops,
+      lambda dims: SplashPlan(
+          'splash_mha_fwd_no_residuals', dims.heads, dims.n_keys, block_q, block_s
+      ),
+      chips=chips,
+  )
 
 
 ATTENTION = dict(v_dim=V, sm_scale=SM_SCALE, blocks=attention.BlockSizes())
@@ -306,21 +322,17 @@ INDEXED = Op(
 )
 LAYER = Op('layer', layer, layer_shapes, layer_flops, chips=('v5p',))
 SPLASH = [
-    Op(
-        'splash_attention_forward',
-        splash_attention(2048),
-        splash_shapes,
-        lambda dims: 2 * dims.n_keys / 2 * dims.heads * (192 + 128),
-        lambda dims: SplashPlan('splash_mha_fwd_no_residuals', dims.heads, dims.n_keys, 2048),
-        chips=('v6e', 'tpu7x'),
-    ),
+    splash_forward('splash_attention_forward', 2048, 2048, ('v6e', 'tpu7x')),
+    # More does not fit into the VMEM that splash is given on a v5p.
+    splash_forward('splash_attention_forward_1024', 1024, 2048, ('v5p',)),
     Op(
         'splash_attention_backward',
         splash_gradients,
         splash_shapes,
-        lambda dims: 2 * dims.n_keys / 2 * dims.heads * (3 * 192 + 2 * 128),
-        lambda dims: SplashPlan('splash_mha_dkv_no_residuals', dims.heads, dims.n_keys, 1024),
-        chips=('v6e', 'tpu7x'),
+        dense_attention_backward_flops,
+        lambda dims: SplashPlan(
+            'splash_mha_dkv_no_residuals', dims.heads, dims.n_keys, 1024, 1024
+        ),
     ),
 ]
 OPS = {op.name: op for op in [*KERNELS, INDEXED, DECODE, LAYER]}

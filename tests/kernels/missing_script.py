@@ -81,9 +81,6 @@ for run in ops('tpu').values():
 assert loaded('tpu') and not loaded(*OF_GPUS), loaded(*OF_GPUS)
 
 for name, run in ops('gpu').items():
-  if name == 'dense_attention':  # The portable one is every platform's.
-    jax.eval_shape(run)
-    continue
   try:
     jax.eval_shape(run)
   except ImportError as error:

@@ -11,6 +11,7 @@ import pytest
 
 from dsa_jax.kernels import dense_attention, sparse_attention
 from dsa_jax.kernels.dense_attention import gpu, tpu, xla
+from dsa_jax.kernels.dense_attention.spans import rows_of, spans_of
 
 ALL = ['reference', *cases.BACKENDS]
 SMALL = tpu.BlockSizes(block_r=16, block_s=32, tile_s=16, tile_s_backward=8, line=8, block_t=16)
@@ -112,6 +113,29 @@ def test_blocks_change_nothing(backend, blocks, restricted):
     indices = cases.selection(*inputs[3:]) if restricted else None
     actual = values_and_grads(*inputs, indices, backend=backend, blocks=blocks)
     cases.assert_matches(actual, values_and_grads(*inputs, indices, backend='reference'))
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize('restricted', [False, True])
+def test_the_kernels_do_not_race(restricted):
+  inputs = make_inputs('chunk', groups=1)
+  indices = cases.selection(*inputs[3:]) if restricted else None
+  actual = values_and_grads(*inputs, indices, backend='tpu', races=True)
+  cases.assert_matches(actual, values_and_grads(*inputs, indices, backend='reference'))
+
+
+@pytest.mark.parametrize('width, v_dim', [(192, 128), (64, 64)])
+@pytest.mark.parametrize('backend', ['tpu', 'gpu'])
+def test_widths_of_released_models(backend, width, v_dim):
+  """With the blocks that a chip gets, but for the keys of one, which are few."""
+  shapes = (1, 200, 2, width), (1, 300, 1, width), (1, 300, 1, v_dim)
+  q, k, v = (x / 4 for x in cases.normal(0, *shapes, dtype='bfloat16'))
+  end = jnp.arange(101, 301)[None]
+  start = jnp.where(end > 220, 130, 0)
+  blocks = {'tpu': tpu.BlockSizes(block_r=128, block_s=256), 'gpu': gpu.BlockSizes()}[backend]
+  actual = values_and_grads(q, k, v, start, end, backend=backend, blocks=blocks)
+  exact = values_and_grads(*cases.f32(q, k, v), start, end, backend='reference')
+  cases.assert_matches(actual, exact, cases.TOLERANCE['bfloat16'])
 
 
 @functools.partial(cases.jit, static_argnames='backend')
@@ -221,6 +245,36 @@ def test_memory_is_linear_in_the_context(restricted):
   assert largest('reference') >= n * n  # The count sees what it must.
   for backend in cases.PORTABLE:
     assert largest(backend) < n * n
+
+
+def test_spans_are_those_of_the_rows():
+  """Each block of rows, and each block of keys, is told of all that see one another."""
+  block_r, block_s = 8, 16
+  for visibility in cases.VISIBILITY:
+    rows = rows_of(*cases.intervals(visibility), cases.S, 2, block_r)
+    spans = jax.tree.map(np.asarray, spans_of(rows, cases.S, block_r, block_s, masked=False))
+    seen = cases.seen(*rows).reshape(2, -1, block_r, cases.S)
+    first, last, all_first, all_last = spans.keys[..., None]
+    at = np.arange(cases.S)
+    assert (((at >= first) & (at < last)) >= seen.any(axis=2)).all()
+    np.testing.assert_array_equal((at >= all_first) & (at < all_last), seen.all(axis=2))
+    padded = np.pad(seen.any(axis=2), [(0, 0), (0, 0), (0, -cases.S % block_s)])
+    sees = padded.reshape(*padded.shape[:2], -1, block_s).any(axis=-1)  # [B, row blocks, key blocks]
+    number = np.arange(sees.shape[1])[:, None]
+    inside = (number >= spans.rows[0, :, None]) & (number < spans.rows[1, :, None])
+    assert (inside >= sees).all()
+    if visibility in ('causal', 'packed', 'chunk'):
+      np.testing.assert_array_equal(inside, sees)
+
+
+def test_plans_refuse_what_does_not_fit():
+  q, k = (jax.ShapeDtypeStruct((8, 2**18, n, 64), 'bfloat16') for n in (128, 1))
+  with pytest.raises(ValueError, match='words of scalar memory, .* give fewer queries'):
+    tpu.plan_forward(q, k, k, masked=False, vmem=2**26, blocks=tpu.BlockSizes())
+  tpu.plan_forward(q, k, k, masked=True, vmem=2**26, blocks=tpu.BlockSizes())
+  q, k = (jax.ShapeDtypeStruct((1, 16, n, 2048), 'bfloat16') for n in (2, 1))
+  with pytest.raises(ValueError, match='a key of 2048 channels .* has room for 5120'):
+    gpu.plan(q, k, k, masked=False, blocks=gpu.BlockSizes())
 
 
 def test_says_what_is_wrong():

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import test_dense_attention as dense
 import test_index_kl as kl
 import test_index_topk as topk
 import test_sparse_attention as attention
@@ -62,6 +63,20 @@ def test_sparse_attention_in_bfloat16_with_large_logits(backend):
   actual = attention.values_and_grads(q, poisoned, x.slots, backend=backend, blocks=blocks)
   assert actual['out'].dtype == actual['dq'].dtype == actual['dkv'].dtype == 'bfloat16'
   hostile.assert_survived(actual, exact, cases.TOLERANCE['bfloat16'])
+
+
+@pytest.mark.parametrize('groups, masked', [(1, True), (2, False), (4, False)])
+@pytest.mark.parametrize('backend', cases.BACKENDS)
+def test_dense_attention(backend, groups, masked):
+  """The slots of a selection may lie outside a query's interval, where they count for nothing."""
+  x = hostile.selection()
+  shapes = (2, T, dense.H, dense.E), (2, S, groups, dense.E), (2, S, groups, dense.V)
+  where = [*cases.normal(0, *shapes), x.start, x.end]
+  exact = dense.values_and_grads(*where, x.indices if masked else None, backend='reference')
+  actual = dense.values_and_grads(*where, outside(x) if masked else None, backend=backend)
+  hostile.assert_survived(actual, exact)
+  empty = np.isneginf(np.asarray(exact['lse'])).all(axis=-1)
+  assert empty.any() and not any(np.any(np.asarray(actual[x])[empty]) for x in ('out', 'dq'))
 
 
 SCORES = topk.KINDS  # One sequence of each kind.
