@@ -250,8 +250,12 @@ def test_memory_is_linear_in_the_context(restricted):
 def test_spans_are_those_of_the_rows():
   """Each block of rows, and each block of keys, is told of all that see one another."""
   block_r, block_s = 8, 16
-  for visibility in cases.VISIBILITY:
-    rows = rows_of(*cases.intervals(visibility), cases.S, 2, block_r)
+  start, end = cases.intervals('causal')
+  intervals = {name: cases.intervals(name) for name in cases.VISIBILITY}
+  intervals['few'] = start, jnp.minimum(end, 9)  # Keys that nobody sees, after those that all do.
+  intervals['late'] = jnp.maximum(start, 40), jnp.full_like(end, cases.S)
+  for visibility, interval in intervals.items():
+    rows = rows_of(*interval, cases.S, 2, block_r)
     spans = jax.tree.map(np.asarray, spans_of(rows, cases.S, block_r, block_s, masked=False))
     seen = cases.seen(*rows).reshape(2, -1, block_r, cases.S)
     first, last, all_first, all_last = spans.keys[..., None]
@@ -262,7 +266,7 @@ def test_spans_are_those_of_the_rows():
     sees = padded.reshape(*padded.shape[:2], -1, block_s).any(axis=-1)  # [B, row blocks, key blocks]
     number = np.arange(sees.shape[1])[:, None]
     inside = (number >= spans.rows[0, :, None]) & (number < spans.rows[1, :, None])
-    assert (inside >= sees).all()
+    assert (inside >= sees).all() and (spans.rows[0] < sees.shape[1]).all()
     if visibility in ('causal', 'packed', 'chunk'):
       np.testing.assert_array_equal(inside, sees)
 

@@ -55,5 +55,5 @@ def spans_of(rows: Rows, n_keys: int, block_r: int, block_s: int, *, masked: boo
   begins = scatter(-1, blocks[0], lambda x, n: x.max(n, mode='drop'))
   row_first = jax.lax.cummin(reaches, axis=1, reverse=True)
   row_last = jax.lax.cummax(begins, axis=1) + 1
-  of_keys = jnp.stack([jnp.minimum(row_first, row_last), row_last]).astype(jnp.int32)
-  return Spans(jnp.stack([first, last, all_first, all_last]), of_keys)
+  of_keys = jnp.where(row_first < row_last, jnp.stack([row_first, row_last]), 0)
+  return Spans(jnp.stack([first, last, all_first, all_last]), of_keys.astype(jnp.int32))
