@@ -273,7 +273,7 @@ def test_spans_are_those_of_the_rows():
 
 def test_plans_refuse_what_does_not_fit():
   q, k = (jax.ShapeDtypeStruct((8, 2**18, n, 64), 'bfloat16') for n in (128, 1))
-  with pytest.raises(ValueError, match='words of scalar memory, .* give fewer queries'):
+  with pytest.raises(ValueError, match='words of scalar memory, .* give fewer sequences'):
     tpu.plan_forward(q, k, k, masked=False, vmem=2**26, blocks=tpu.BlockSizes())
   tpu.plan_forward(q, k, k, masked=True, vmem=2**26, blocks=tpu.BlockSizes())
   q, k = (jax.ShapeDtypeStruct((1, 16, n, 2048), 'bfloat16') for n in (2, 1))

@@ -3,14 +3,15 @@
 
 A row is one head of a query, and the heads that share a key head are rows of the same array. Of
 each block of rows the scalar unit knows which keys some row sees, which cost time, and which keys
-all rows see, which need no mask. The structure is that of jax's splash attention. That kernel
-itself cannot run under this op: it takes who sees whom as a static mask or as segments and one
-position per query, from which a second bound of a query's interval cannot be told, and it decides
-when it is traced which blocks to skip.
+all rows see, which need no mask. The structure is that of jax's splash attention, which cannot
+serve this op: it knows a query by one position and one segment, which cannot say any two bounds,
+and its fused backward pass keeps the gradients of all queries from each block of keys, so that its
+memory grows with the square of the context.
 
-Forward, queries lie along sublanes. Backward, keys do: the sums of a query are rows then, and only
-one of five products wants a transposed operand. Gradients of a block of keys stay in VMEM while
-rows go by. Those of a block of rows are added up in HBM, whose reads and writes run beside products.
+Forward, queries lie along sublanes. Backward, keys do: a query's numbers are in a row then, and
+only one of five products takes a transposed operand. Gradients of a block of keys stay in VMEM
+while rows go by. Those of a block of rows are added up in HBM, whose reads and writes run beside
+the products.
 """
 
 import dataclasses

@@ -10,7 +10,7 @@ from dsa_jax.kernels.backend import Blocks
 from dsa_jax.kernels.tpu.layout import LANES, Rows
 from dsa_jax.kernels.tpu.plans import KernelPlan
 
-MOST_SCALARS = 2**17  # Half of the SMEM of a chip, in words.
+MOST_SCALARS = 3 * 2**16  # Three quarters of the SMEM of a chip, in words.
 WORD = 32  # Bits of a word, one for each line of a block of keys.
 
 
@@ -134,11 +134,11 @@ def _plan(name, q, k, masked, vmem, blocks: BlockSizes, tile_s, bytes_per_key) -
       by_row=name.endswith('forward'),
       vmem=vmem,
   )
-  n_scalars = 4 * batch * plan.row_blocks + 2 * batch * plan.key_blocks
+  n_scalars = batch * (4 * whole(plan.row_blocks, LANES) + 2 * whole(plan.key_blocks, LANES))
   if n_scalars > MOST_SCALARS:
     raise ValueError(
         f'the intervals of {batch} sequences of {n_queries} queries with {per_group} heads of each '
         f'key head take {n_scalars} words of scalar memory, of which there are {MOST_SCALARS}: '
-        'give fewer queries at one time, or a larger block_r.'
+        'give fewer sequences or queries at one time.'
     )
   return plan
