@@ -9,6 +9,7 @@ from dsa_jax import versions
 from dsa_jax.chips import DEVICES
 from dsa_jax.compile import layer, ptxas
 from dsa_jax.compile.cases import (
+    BF16,
     Dims,
     J,
     K,
@@ -36,6 +37,8 @@ from dsa_jax.compile.cases import (
     topk_shapes,
 )
 from dsa_jax.compile.chips import GPUS
+from dsa_jax.families import SIZES
+from dsa_jax.kernels import grouped_matmul
 from dsa_jax.kernels.dense_attention import gpu as dense, op as dense_op
 from dsa_jax.kernels.index_kl import gpu as kl, gpu_dense
 from dsa_jax.kernels.index_topk import gpu as select
@@ -47,6 +50,7 @@ ATTENTION = dict(v_dim=V, sm_scale=SM_SCALE, blocks=attention.BlockSizes())
 DENSE = dict(sm_scale=SM_SCALE, blocks=dense.BlockSizes())
 KL = dict(sm_scale=SM_SCALE, blocks=kl.BlockSizes())
 DENSE_KL = dict(sm_scale=SM_SCALE, blocks=gpu_dense.BlockSizes())
+EXPERTS = SIZES['v32']
 DECODED = 64  # Sequences, each with one query.
 
 
@@ -131,6 +135,34 @@ KERNELS = [
         chips=CHIPS,
     ),
 ]
+
+
+def grouped_products(rows, weights, sizes, dout):
+  """Returns a product of experts and both its gradients."""
+  product = lambda rows, weights: grouped_matmul(rows, weights, sizes, backend='gpu')
+  out, vjp = jax.vjp(product, rows, weights)
+  return out, vjp(dout)
+
+
+def grouped_shapes(dims: Dims):
+  """Returns the shapes of one of an expert's three products for T tokens of V3.2."""
+  del dims
+  n_rows, n_experts = T * EXPERTS.n_activated_experts, EXPERTS.n_routed_experts
+  sides = EXPERTS.dim, EXPERTS.moe_inter_dim
+  of = lambda *dims, dtype=BF16: jax.ShapeDtypeStruct(dims, dtype)
+  return of(n_rows, sides[0]), of(n_experts, *sides), of(n_experts, dtype='int32'), of(n_rows, sides[1])
+
+
+KERNELS.append(
+    Op(
+        'grouped_matmul',
+        grouped_products,
+        grouped_shapes,
+        lambda dims: 3 * 2 * EXPERTS.n_activated_experts * EXPERTS.dim * EXPERTS.moe_inter_dim,
+        chips=CHIPS,
+        models=('v32',),
+    )
+)
 for op in KERNELS[:2]:  # Selection and attention.
   KERNELS.append(op._replace(name=f'{op.name}_decode', shapes=decoding(op.shapes, 1)))
 OPS = {op.name: op for op in KERNELS}
@@ -138,7 +170,7 @@ BASELINES = {}  # Compiled where they are asked for by name.
 for stage in 'warmup', 'sparse':
   BASELINES[f'layer_{stage}'] = layer.layer_op(stage, 'gpu', CHIPS)
 COMPILERS = versions.GPU_COMPILERS
-OURS = ('sparse_attention_', 'dense_attention_', 'index_', 'add_rows')  # Other kernels are XLA's own.
+OURS = ('sparse_attention_', 'dense_attention_', 'index_', 'add_rows', 'grouped_')  # Other kernels are XLA's own.
 
 
 def vmem_of(chip: str) -> int:
