@@ -37,6 +37,14 @@ class Op(NamedTuple):
   plan: Callable | None = None  # The plan that it executes, of `Dims`, which the report reads.
   chips: tuple[str, ...] = tuple(CHIPS)  # The chips that have such a row.
   models: tuple[str, ...] = tuple(HEADS)  # The models that have one.
+  # The most heads times keys that fit into the memory of a chip, where the report has more.
+  most: tuple[tuple[str, int], ...] = ()
+
+  def fits(self, chip: str, model: str, n_keys: int) -> bool:
+    """Says whether there is such a row for a chip, a model and a number of keys."""
+    size = HEADS[model][0] * n_keys
+    fits = size <= dict(self.most).get(chip, size)
+    return chip in self.chips and model in self.models and fits
 
 
 def shape(*dims: int, dtype=jnp.bfloat16) -> jax.ShapeDtypeStruct:

@@ -111,8 +111,8 @@ def rows_of(args, job: tuple[str, str, int]) -> list[dict]:
   """Returns rows of a chip, model and size, by processes of their own: libtpu reads flags once."""
   chip, model, n_keys = job
   cases = all_ops(chip)
-  ops = [op for op in args.ops or cases_for(chip).OPS if op in cases]
-  ops = [op for op in ops if chip in cases[op].chips and model in cases[op].models]
+  names = [op for op in args.ops or cases_for(chip).OPS if op in cases]
+  ops = [op for op in names if cases[op].fits(chip, model, n_keys)]
   scheduled = [op for op in ops if chip in GPUS or cases[op].plan]
   others = [op for op in ops if op not in scheduled]
   rows = []

@@ -274,6 +274,7 @@ KERNELS = [
         dense_attention_backward_shapes,
         dense_attention_backward_flops,
         plan_dense(dense.plan_backward),
+        most=(('v6e', 2**23),),  # Keys, values and their gradients of twice as many take 26 GB.
     ),
     Op(
         'index_kl_selected_forward',

@@ -214,7 +214,7 @@ def test_every_row_is_committed_and_above_its_floor(series, sizes, monkeypatch):
   monkeypatch.setattr(sys, 'argv', ['x', *sizes])
   for chip in targets.CHIPS:
     for model, size in compile_report.models_and_sizes(compile_report.parse()):
-      for op in (op for op in tpu_cases.OPS.values() if chip in op.chips):
+      for op in (op for op in tpu_cases.OPS.values() if op.fits(chip, model, size)):
         row = by_name[chip, model, size, op.name]
         assert 'error' not in row
         floor = max(row['mxu_cycles'], row.get('hbm_cycles', 0))
