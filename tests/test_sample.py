@@ -5,6 +5,7 @@ import dataclasses
 import itertools
 import json
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -20,9 +21,10 @@ from dsa_jax import sample
 from dsa_jax.config import ConfigError
 from dsa_jax.data.text import BOS, VOCAB_SIZE
 from dsa_jax.data.tokenizer import Bytes, Pretrained
+from dsa_jax.inference.draw import draw
 from dsa_jax.inference.extend import extend
 from dsa_jax.inference.load import StoredModel, find_checkpoint, load_checkpoint, load_model
-from dsa_jax.inference.sampler import SampleConfig, Sampler, draw, draw_and_read, read_chunk
+from dsa_jax.inference.sampler import SampleConfig, Sampler, draw_and_read, read_chunk
 from dsa_jax.nn.attention.types import Mode
 from dsa_jax.selection import RULES
 from dsa_jax.training.checkpoint import Checkpoints, Progress
@@ -176,14 +178,24 @@ def test_likeliest_tie_goes_to_the_lowest_id():
   assert draw(logits, keys, 1.0, 0, 1e-6)[0] == 1
 
 
-def test_temperature_0_sorts_nothing():
-  """A draw sorts in one branch of a condition, and the other takes the largest logit."""
+@pytest.mark.parametrize('top_k', [0, 2])
+def test_no_draw_sorts_the_vocabulary(top_k):
   keys = jax.random.split(jax.random.key(0), 1)
-  jaxpr = jax.make_jaxpr(lambda t: draw(LOGITS, keys, t, 0, 1.0))(0.0)
-  assert 'sort' not in {str(equation.primitive) for equation in jaxpr.eqns}
-  [condition] = [equation for equation in jaxpr.eqns if str(equation.primitive) == 'cond']
-  at_0, above_0 = map(str, condition.params['branches'])
-  assert 'sort' in above_0 and 'sort' not in at_0 and 'argmax' in at_0
+  jaxpr = jax.make_jaxpr(lambda t, p: draw(LOGITS, keys, t, top_k, p))(0.0, 0.9)
+  assert not re.search(r'\bsort\b', str(jaxpr)) and 'argmax' in str(jaxpr)
+
+
+def test_a_draw_from_a_large_vocabulary():
+  """Ids of several blocks, of weights that are equal, tiny or zero; none of no weight is drawn."""
+  logits = jnp.full((1, 1000), -jnp.inf).at[0, jnp.array([3, 300, 301, 999])].set(jnp.log(
+      jnp.array([0.4, 0.3, 0.3, 1e-9])
+  ))  # fmt: skip
+  keys = jax.random.split(jax.random.key(0), 2000)
+  for top_p, want in {1.0: {3: 0.4, 300: 0.3, 301: 0.3}, 0.6: {3: 4 / 7, 300: 3 / 7}}.items():
+    ids = draw(jnp.tile(logits, (2000, 1)), keys, 1.0, 0, top_p)
+    values, counts = np.unique(ids, return_counts=True)
+    assert values.tolist() == list(want)
+    np.testing.assert_allclose(counts / 2000, list(want.values()), atol=0.04)
 
 
 # Text.

@@ -81,7 +81,7 @@ def extend(
     x, _ = block.feed_forward(add(x, block.attn.from_latents(out)), counted, backend)
     return (x, kv, index_key, selected), selected
 
-  x = model.embed[...].astype(cfg.dtype)[tokens]
+  x = model.embed[...][tokens].astype(cfg.dtype)  # Casts what is read, not the whole table.
   k = 0 if attention == 'dense' else cfg.index_topk
   carry = x, cache.kv, cache.index_key, jnp.full((*tokens.shape, k), -1, jnp.int32)
   selections = []

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Continues texts with a model: reads prompts into a cache, then draws token after token."""
 
+import collections
 from collections.abc import Iterator, Sequence
 import dataclasses
 import functools
@@ -19,6 +20,7 @@ from dsa_jax.config import ConfigError
 from dsa_jax.data.text import VOCAB_SIZE
 from dsa_jax.data.tokenizer import Bytes, Tokenizer, find_tokenizer
 from dsa_jax.inference.cache import FORMATS, Cache, init_cache
+from dsa_jax.inference.draw import draw
 from dsa_jax.inference.extend import extend
 from dsa_jax.inference.load import find_checkpoint, load_checkpoint
 from dsa_jax.kernels.backend import check_backend, default_backend
@@ -123,8 +125,10 @@ class Sampler:
     self._chunk = (TPU_CHUNK if self._on_tpu else CHUNK) if chunk is None else chunk
     if self._chunk < 1:
       raise ConfigError(f'{chunk=} must be at least 1.')
-    graph, self._params = nnx.split(model)
-    self._static = {'graph': graph, 'attention': attention, 'backend': backend, 'rule': rule}
+    graph, params = nnx.split(model)
+    wide = model.cfg.dtype != 'float32' and jax.default_backend() == 'cpu'
+    self._params = _with_wide_head(params, model.cfg.dtype) if wide else params
+    self._reader = make_reader(graph, attention, backend, rule, wide)
 
   @classmethod
   def load(
@@ -226,7 +230,9 @@ class Sampler:
     for first in range(0, longest, width):
       n_new = np.clip(lengths - first, 0, width).astype(np.int32)
       chunk = tokens[:, first : first + width]
-      logits, cache = read_chunk(self._params, cache, chunk, n_new, logits, **self._static)
+      logits, cache = read_chunk(
+          self._params, cache, chunk, n_new, logits, reader=self._reader
+      )
     return Prefix(cache, logits)
 
   def steps(self, prefix: Prefix, config: SampleConfig) -> Iterator[list[int | None]]:
@@ -255,30 +261,29 @@ class Sampler:
     return self._continue(self.read(prompts, config.max_new_tokens), config, keep=False)
 
   def _continue(self, prefix: Prefix, config: SampleConfig, *, keep: bool):
-    """Yields what `steps` does; without `keep` it writes into the prefix's own cache."""
+    """Yields what `steps` does; without `keep` it writes into the prefix's own cache.
+
+    Each step begins before the ids of the one before it are read, so that the device never waits.
+    """
     n = len(prefix.lengths)
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(config.seed), jnp.arange(n))
+    keys, running = begin_texts(config.seed, n)
     cache, logits = prefix
     if keep:
       cache = jax.tree.map(jnp.copy, cache)
-    running = np.ones(n, bool)
-    for _ in range(config.max_new_tokens):
-      ids, logits, cache = draw_and_read(
-          self._params,
-          cache,
-          logits,
-          keys,
-          jnp.asarray(running),
-          config.temperature,
-          config.top_p,
-          top_k=config.top_k,
-          **self._static,
-      )
-      ids = np.asarray(ids)
-      running &= ~np.isin(ids, config.stop)
-      if not running.any():
-        return
-      yield [int(i) if alive else None for i, alive in zip(ids, running)]
+    numbers = np.float32(config.temperature), np.float32(config.top_p), _padded(config.stop)
+    begun = collections.deque()
+    for step in range(config.max_new_tokens):
+      ids, running, logits, cache = draw_and_read(
+          self._params, cache, logits, keys, running, *numbers,
+          top_k=config.top_k, reader=self._reader,
+      )  # fmt: skip
+      begun.append((ids, running))
+      if step:
+        if (now := _read_step(*begun.popleft())) is None:
+          return
+        yield now
+    if (now := _read_step(*begun.popleft())) is not None:
+      yield now
 
   def _check_prompts(self, prompts: Sequence[Sequence[int]], room: int, after: Prefix | None):
     if room < 0:
@@ -326,6 +331,55 @@ class Sampler:
       raise ConfigError(f'{config.top_k=} must be at most the vocabulary of {self.cfg.vocab_size}.')
 
 
+def _padded(stop: tuple[int, ...]) -> np.ndarray:
+  """Returns the ids and as many -1 as make a multiple of eight: one program serves most numbers."""
+  ids = np.full(max(-(-len(stop) // 8), 1) * 8, -1, np.int32)
+  ids[: len(stop)] = stop
+  return ids
+
+
+def _read_step(ids: jax.Array, running: jax.Array) -> list[int | None] | None:
+  """Returns the id of every text that is running, and None if none is."""
+  running = np.asarray(running)
+  if not running.any():
+    return None
+  return [int(i) if alive else None for i, alive in zip(np.asarray(ids), running)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Reader:
+  """How a program reads tokens. It knows its hash, because that of a graph takes a millisecond."""
+
+  graph: nnx.GraphDef  # The model without its weights.
+  attention: Attention
+  backend: str
+  rule: str
+  wide_head: bool  # Whether the head is as `_with_wide_head` returns it.
+  known_hash: int
+
+  def __hash__(self) -> int:
+    return self.known_hash
+
+
+@functools.cache  # Samplers of models with one structure have one reader, which equals itself at once.
+def make_reader(
+    graph: nnx.GraphDef, attention: Attention, backend: str, rule: str, wide_head: bool
+) -> Reader:
+  fields = graph, attention, backend, rule, wide_head
+  return Reader(*fields, hash(fields))
+
+
+def _with_wide_head(params: nnx.State, dtype: str) -> nnx.State:
+  """Returns the weights with a head that is rounded to `dtype`, and kept in float32.
+
+  XLA:CPU rounds and widens the head before every product, which takes ten times the product.
+  """
+  params = jax.tree.map(lambda x: x, params)  # Another tree of the same arrays.
+  head = params['head']
+  params['head'] = head.replace(head[...].astype(dtype).astype(jnp.float32))
+  return params
+
+
 def _read(
     params: nnx.State,
     cache: Cache,
@@ -333,28 +387,34 @@ def _read(
     n_new: Int[Array, 'B'],
     logits: Float[Array, 'B W'],
     *,
-    graph: nnx.GraphDef,
-    attention: Attention,
-    backend: str,
-    rule: str,
+    reader: Reader,
 ) -> tuple[Float[Array, 'B W'], Cache]:
   """Reads one chunk of every text; a text without new tokens keeps the logits that it had."""
-  model = nnx.merge(graph, params)
+  model = nnx.merge(reader.graph, params)
   reading = extend(
-      model, cache, tokens, n_new, attention=attention, backend=backend, rule=rule
-  )
+      model, cache, tokens, n_new,
+      attention=reader.attention, backend=reader.backend, rule=reader.rule,
+  )  # fmt: skip
   last = jnp.maximum(n_new - 1, 0)[:, None, None]
   hidden = jnp.take_along_axis(reading.hidden, last, axis=1)
-  new = model.logits(hidden)[:, 0]
+  new = model.logits(hidden.astype(jnp.float32) if reader.wide_head else hidden)[:, 0]
   return jnp.where(n_new[:, None] > 0, new, logits), reading.cache
 
 
-# Both programs belong to the module, so that all samplers share what is compiled.
-STATIC = 'graph', 'attention', 'backend', 'rule'
-read_chunk = jax.jit(_read, static_argnames=STATIC, donate_argnames='cache')
+# All programs belong to the module, so that all samplers share what is compiled.
+read_chunk = jax.jit(_read, static_argnames='reader', donate_argnames='cache')
 
 
-@functools.partial(jax.jit, static_argnames=('top_k', *STATIC), donate_argnames='cache')
+@functools.partial(jax.jit, static_argnames='n')
+def begin_texts(
+    seed: Int[Array, ''] | int, n: int
+) -> tuple[Key[Array, '{n}'], Bool[Array, '{n}']]:
+  """Returns the random state of each of n texts, and that all are running."""
+  keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.arange(n))
+  return keys, jnp.ones(n, bool)
+
+
+@functools.partial(jax.jit, static_argnames=('top_k', 'reader'), donate_argnames='cache')
 def draw_and_read(
     params: nnx.State,
     cache: Cache,
@@ -363,46 +423,19 @@ def draw_and_read(
     running: Bool[Array, 'B'],
     temperature: Float[Array, ''] | float,
     top_p: Float[Array, ''] | float,
+    stop: Int[Array, 'N'],
     *,
     top_k: int,
-    graph: nnx.GraphDef,
-    attention: Attention,
-    backend: str,
-    rule: str,
-) -> tuple[Int[Array, 'B'], Float[Array, 'B W'], Cache]:
-  """Draws a token for every text, and reads it where the text is running."""
+    reader: Reader,
+) -> tuple[Int[Array, 'B'], Bool[Array, 'B'], Float[Array, 'B W'], Cache]:
+  """Draws a token for every text, and reads it where the text is running and does not stop with it.
+
+  Returns:
+    The ids, which texts go on with theirs, and the next logits and cache.
+  """
   position_keys = jax.vmap(jax.random.fold_in)(keys, cache.length)
   ids = draw(logits, position_keys, temperature, top_k, top_p)
+  running &= jnp.all(ids[:, None] != stop, axis=1)
   n_new = running.astype(jnp.int32)
-  static = {'graph': graph, 'attention': attention, 'backend': backend, 'rule': rule}
-  logits, cache = _read(params, cache, ids[:, None], n_new, logits, **static)
-  return ids, logits, cache
-
-
-def draw(
-    logits: Float[Array, 'B W'],
-    keys: Key[Array, 'B'],
-    temperature: Float[Array, ''] | float,
-    top_k: int,
-    top_p: Float[Array, ''] | float,
-) -> Int[Array, 'B']:
-  """Draws an id from each row; at temperature 0 it returns the likeliest, of several the lowest.
-
-  The row is first cut to the `top_k` likeliest ids, then to the fewest that hold `top_p` of the
-  probability that is left.
-  """
-  likeliest = lambda: jnp.argmax(logits, axis=-1).astype(jnp.int32)
-  drawn = lambda: _draw_from_likeliest(logits, keys, temperature, top_k, top_p)
-  return jax.lax.cond(jnp.asarray(temperature) > 0, drawn, likeliest)
-
-
-def _draw_from_likeliest(logits, keys, temperature, top_k: int, top_p):
-  if top_k:
-    _, order = jax.lax.top_k(logits, top_k)
-  else:
-    order = jnp.argsort(-logits, axis=-1, stable=True)
-  scaled = jnp.take_along_axis(logits, order, axis=-1) / temperature
-  probs = jax.nn.softmax(scaled, axis=-1)
-  kept = jnp.cumsum(probs, axis=-1) - probs < top_p  # All that is likelier holds less than that.
-  rank = jax.vmap(jax.random.categorical)(keys, jnp.where(kept, scaled, -jnp.inf))
-  return jnp.take_along_axis(order, rank[:, None], axis=-1)[:, 0].astype(jnp.int32)
+  logits, cache = _read(params, cache, ids[:, None], n_new, logits, reader=reader)
+  return ids, running, logits, cache

@@ -106,9 +106,17 @@ def write(
 
   def put(old, new):
     where = jnp.where(rows >= 0, rows, old.shape[1])
-    return jax.vmap(lambda o, w, n: o.at[w].set(n, mode='drop'))(old, where, new)
+    old_bits, new_bits = _bits(old), _bits(new)
+    bits = jax.vmap(lambda o, w, n: o.at[w].set(n, mode='drop'))(old_bits, where, new_bits)
+    return jax.lax.bitcast_convert_type(bits, old.dtype)
 
   return jax.tree.map(put, store, store.encode(new))
+
+
+def _bits(x):
+  """Returns integers in place of narrow floats: XLA:CPU would widen the store to scatter into it."""
+  narrow = {2: jnp.uint16, 1: jnp.uint8}.get(x.dtype.itemsize)
+  return x if narrow is None else jax.lax.bitcast_convert_type(x, narrow)
 
 
 def read_layer(store: Store, span: Span) -> Store:
