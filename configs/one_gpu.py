@@ -4,7 +4,7 @@ r"""The whole recipe at 16K and 32K tokens of context, on one Hopper: where to s
 python -m dsa_jax.train --config=configs/one_gpu.py --config.data.sources.text.files='~/texts/**/*.txt'
 
 A model of 309 million parameters, 127 million of which a token uses, reads 157 million bytes. Compiled
-for an H200 (2026-11-29, jax 0.10.2), a step takes 9.1 GiB dense, 7.0 in the warm-up and 12.6 sparse,
+for an H200 (2026-11-29, jax 0.10.2), a step takes 8.9 GiB dense, 7.0 in the warm-up and 12.6 sparse,
 weights and moments included; the report takes up to 22.0. An H100 has 74. It has not run on a GPU yet:
 see experiments/model_speed. Without `files` it reads the standard library of Python some fourteen times
 over, which such a model learns by heart: give it text of your own, in any format and with any tokenizer
