@@ -5,8 +5,8 @@ python -m dsa_jax.tokenize --files='web/*.jsonl.zst' --tokenizer=checkpoints/v32
 python -m dsa_jax.tokenize --config=configs/mine.py tokens/mine
 
 The first form reads one source, whose format its files' endings tell, or --format. The second writes
-a folder for each source of a config's mixture. A job that was killed goes on where it was. A config
-reads the result by `dict(format='tokens', files='tokens/web')`.
+a folder for each source of a config's mixture, and for its validation files. A job that was killed
+goes on where it was. A config reads the result by `dict(format='tokens', files='tokens/web')`.
 """
 
 import pathlib
@@ -17,12 +17,13 @@ from ml_collections import config_flags
 
 from dsa_jax.config import ConfigError
 from dsa_jax.data.corpora import files as places, tokenizing
+from dsa_jax.data.corpora.raw import RawFormat
 from dsa_jax.data.corpora.sources import RAW
 from dsa_jax.data.corpora.tokens import read_manifest
-from dsa_jax.data.sources import read_member
+from dsa_jax.data.sources import DataConfig, read_member
 from dsa_jax.training.recipe import read_recipe
 
-ENDINGS = {'.jsonl': 'jsonl', '.ndjson': 'jsonl', '.parquet': 'parquet', '.arrow': 'arrow'}
+ENDINGS = {'.jsonl': 'jsonl', '.ndjson': 'jsonl', '.json': 'jsonl', '.parquet': 'parquet', '.arrow': 'arrow'}
 
 CONFIG = config_flags.DEFINE_config_file('config', None, 'A config whose data is a mixture.')
 FILES = flags.DEFINE_multi_string('files', [], 'Globs, files, folders or addresses; may be repeated.')
@@ -45,13 +46,30 @@ def main(argv: list[str]):
     if CONFIG.value is None:
       write(guess_format(FILES.value, FORMAT.value, FIELD.value), TOKENIZER.value, DAMAGED.value, out)
     else:
-      data = read_recipe(CONFIG.value).data
-      for name, fields in data.sources.items():
-        if fields['format'] in RAW:
-          source = read_member(name, fields).source
-          write(source, TOKENIZER.value or data.tokenizer or 'bytes', data.damaged, out / name)
+      write_mixture(read_recipe(CONFIG.value).data, out)
   except (ConfigError, OSError) as error:
     sys.exit(f'error: {error}')
+  except KeyboardInterrupt:
+    sys.exit('stopped; the same command goes on')
+
+
+def write_mixture(data: DataConfig, out: pathlib.Path):
+  """Writes each source of text of a mixture, but those that are there from the same files."""
+  if given := [flag.name for flag in (FILES, FORMAT, FIELD, DAMAGED) if flag.present]:
+    raise ConfigError(f'--config says what to read: leave out --{", --".join(given)}.')
+  members = {name: read_member(name, fields) for name, fields in data.sources.items()}
+  sources = {name: member.source for name, member in members.items()}
+  sources |= {f'{name}.validation': member.validation for name, member in members.items()}
+  texts = {name: source for name, source in sources.items() if isinstance(source, RawFormat)}
+  if not texts:
+    raise ConfigError('the config has no source of text: data.sources must have one of a raw format.')
+  for name, source in texts.items():
+    tokenizer = TOKENIZER.value or data.tokenizer or 'bytes'
+    plan = tokenizing.digest_of(tokenizing.describe([source], tokenizer, data.damaged))
+    if (out / name).exists() and read_manifest(out / name)['plan'] == plan:
+      print(f'{out / name} is there already, of the same files.')
+    else:
+      write(source, tokenizer, data.damaged, out / name)
 
 
 def write(source, tokenizer: str | None, damaged: str, out: pathlib.Path):
@@ -70,6 +88,8 @@ def guess_format(files: list[str], kind: str | None, field: str):
   """Returns the source of files, whose format their endings tell if none is given."""
   if not files:
     raise ConfigError('--files or --config must say what to read.')
+  if kind is None and all((pathlib.Path(name) / 'state.json').exists() for name in files):
+    kind = 'arrow'
   if kind is None:
     endings = {places.plain_suffix(name) for name in places.expand(files)}
     kinds = {ENDINGS.get(ending, 'text') for ending in endings}

@@ -134,17 +134,17 @@ class BestFit:
 
   def __init__(self, first: np.ndarray, lengths: np.ndarray, seq_len: int):
     self.n_cut = int(np.sum(lengths > seq_len))
-    at, n, rows, goes_on = [], [], [0], []
+    at, n, sizes, goes_on = [], [], [], []  # An array of each window; lists would take far more.
     for i in range(0, len(first), WINDOW):
-      window = [first[i : i + WINDOW], lengths[i : i + WINDOW]]
-      for row in _pack(*window, seq_len):
-        at += [x for x, _, _ in row]
-        n += [x for _, x, _ in row]
-        goes_on.append(row[-1][2])
-        rows.append(len(at))
-    self._at, self._n, self._rows = np.array(at), np.array(n), np.array(rows)
-    self._goes_on = np.array(goes_on)
-    self.n_rows = len(goes_on)
+      rows = _pack(first[i : i + WINDOW], lengths[i : i + WINDOW], seq_len)
+      pieces = np.array([(x, k) for row in rows for x, k, _ in row], np.int64)
+      at.append(pieces[:, 0])
+      n.append(pieces[:, 1])
+      sizes.append(np.array([len(row) for row in rows]))
+      goes_on.append(np.array([row[-1][2] for row in rows]))
+    self._at, self._n, self._goes_on = map(np.concatenate, (at, n, goes_on))
+    self._rows = np.append(0, np.cumsum(np.concatenate(sizes)))
+    self.n_rows = len(self._goes_on)
 
   def pieces(self, i: int) -> Pieces:
     own = slice(self._rows[i], self._rows[i + 1])
@@ -174,7 +174,7 @@ def _pack(first: np.ndarray, lengths: np.ndarray, seq_len: int) -> list[list[tup
 
 
 def choose(
-    stream: TokenStream, split: str, validation_share: float, seed: int, packing: PackingConfig
+    stream: TokenStream, split: str, validation_share: float | None, seed: int, packing: PackingConfig
 ) -> np.ndarray:
   """Returns the numbers of the documents of a split, in their order.
 
@@ -183,22 +183,24 @@ def choose(
 
   Args:
     stream: What holds the documents.
-    split: 'train', 'validation', or 'all'.
-    validation_share: The share of the documents to expect in validation.
+    split: 'train' or 'validation'.
+    validation_share: The share of the documents to expect in validation; None if all the documents
+      are of the split.
     seed: Determines the split.
     packing: Which documents are left out, or are read more than once in training.
+
+  Raises:
+    ConfigError: No document is left, or none has a token to predict.
   """
   check_seed(seed)
   lengths = stream.about['tokens']
-  keep = lengths >= max(packing.min_tokens, 1)
-  if packing.max_tokens:
-    keep &= lengths <= packing.max_tokens
-  if split != 'all':
-    keep &= (_ranks(stream.about['hash'], seed) < validation_share) == (split == 'validation')
-  documents = np.flatnonzero(keep)
-  if not len(documents):
+  documents = np.flatnonzero(
+      _fits(lengths, packing) & _on_side(stream, split, validation_share, seed)
+  )
+  if not len(documents) or lengths[documents].max() < 2:
+    which = 'document of two tokens or more' if len(documents) else 'document'
     raise ConfigError(
-        f'{stream.place} has no document for {split}, of {len(lengths)}: {validation_share=}, '
+        f'{stream.place} has no {which} for {split}, of {len(lengths)}: {validation_share=}, '
         f'min_tokens={packing.min_tokens}, max_tokens={packing.max_tokens}. Give more documents, '
         'another share, or validation files of their own.'
     )
@@ -206,6 +208,28 @@ def choose(
     long = documents[lengths[documents] >= packing.long_tokens]
     documents = np.concatenate([documents] + [long] * (packing.long_times - 1))
   return documents
+
+
+def count_left_out(
+    stream: TokenStream, split: str, validation_share: float | None, seed: int, packing: PackingConfig
+) -> int:
+  """Returns how many documents `choose` leaves out for their length."""
+  lengths = stream.about['tokens']
+  unfit = (lengths > 0) & ~_fits(lengths, packing)
+  return int(np.sum(unfit & _on_side(stream, split, validation_share, seed)))
+
+
+def _fits(lengths: np.ndarray, packing: PackingConfig) -> np.ndarray:
+  fits = lengths >= max(packing.min_tokens, 1)
+  return fits & (lengths <= packing.max_tokens) if packing.max_tokens else fits
+
+
+def _on_side(
+    stream: TokenStream, split: str, validation_share: float | None, seed: int
+) -> np.ndarray | bool:
+  if validation_share is None:
+    return True
+  return (_ranks(stream.about['hash'], seed) < validation_share) == (split == 'validation')
 
 
 def about(rows: Rows) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import dataclasses
 import functools
 import pathlib
+import re
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,12 +16,12 @@ from dsa_jax.data.corpora.sources import FORMATS, RAW, Format, default_cache, op
 from dsa_jax.data.corpora.tokenizing import DAMAGED
 from dsa_jax.data.corpora.tokens import TokenStream
 from dsa_jax.data.corpus import describe_files
-from dsa_jax.data.packing import PackingConfig, Rows, about, choose
+from dsa_jax.data.packing import PackingConfig, Rows, about, choose, count_left_out
 from dsa_jax.data.pipeline import Mixture
 from dsa_jax.data.recall import Recall
 from dsa_jax.data.seeds import check_seed
 from dsa_jax.data.text import VOCAB_SIZE, PackedText, find_files, split_files
-from dsa_jax.data.tokenizer import Bytes, open_tokenizer
+from dsa_jax.data.tokenizer import Bytes, Tokenizer, open_tokenizer
 
 SOURCES = ('text', 'recall', 'mixture')
 SPLITS = ('train', 'validation')
@@ -80,7 +81,7 @@ class DataConfig(PackingConfig):
     if self.source == 'recall':
       return self._recall(seq_len=2 * self.tokens_per_query, split='train').vocab_size
     members = {name: read_member(name, fields) for name, fields in self.sources.items()}
-    kinds = [open_tokenizer(self.tokenizer).vocab_size] if self.reads_text else []
+    kinds = [self._tokenizer.vocab_size] if self.reads_text else []
     return max(
         kinds
         + [self._open(n).vocab_size for n, x in members.items() if not isinstance(x.source, RawFormat)]
@@ -100,7 +101,7 @@ class DataConfig(PackingConfig):
   def unit(self) -> str:
     """What one target is, for a count of bits in each."""
     if self.source == 'mixture':
-      return 'byte' if self.reads_text and isinstance(open_tokenizer(self.tokenizer), Bytes) else 'token'
+      return 'byte' if self.reads_text and isinstance(self._tokenizer, Bytes) else 'token'
     return {'text': 'byte', 'recall': 'answer'}[self.source]
 
   def rows(self, seq_len: int, split: str) -> Source:
@@ -122,11 +123,18 @@ class DataConfig(PackingConfig):
     return {} if self.source == 'recall' else describe_files(find_files(self.files))
 
   def about_documents(self, seq_len: int) -> dict[str, dict[str, Any]]:
-    """Returns what is known of the documents of each source of a mixture; see `packing.about`."""
-    members = {name: read_member(name, fields) for name, fields in self.sources.items()}
-    return {
-        name: about(self._rows_of(name, member, seq_len, 'train')) for name, member in members.items()
-    }
+    """Returns what is known of the documents of each source of a mixture.
+
+    It is what `packing.about` says, and how many of what training might read were left out, and why.
+    """
+    known = {}
+    for name, fields in self.sources.items():
+      member = read_member(name, fields)
+      known[name] = about(self._rows_of(name, member, seq_len, 'train'))
+      stream, share = self._side(name, member, 'train')
+      by_length = count_left_out(stream, 'train', share, self.seed, self)
+      known[name]['left_out'] = dict(stream.left_out) | {'length': by_length}
+    return known
 
   def bytes_per_target(self) -> float | None:
     """Returns the bytes of text for each target of validation; None where that is not known."""
@@ -159,20 +167,42 @@ class DataConfig(PackingConfig):
   def _opened(self) -> dict[str, TokenStream]:
     return {}
 
+  @functools.cached_property
+  def _tokenizer(self) -> Tokenizer:
+    return open_tokenizer(self.tokenizer)
+
   def _open(self, key: str) -> TokenStream:
     """Returns the tokens of a source, which is opened once."""
     if key not in self._opened:
       cache = pathlib.Path(self.cache).expanduser() if self.cache else default_cache()
       stream = open_format(self._keys[key], self.tokenizer, cache, self.damaged)
-      _check_tokenizer(key, stream, self.tokenizer)
+      self._check_tokenizer(key, stream)
       self._opened[key] = stream
     return self._opened[key]
 
+  def _check_tokenizer(self, key: str, stream: TokenStream):
+    """Checks that one tokenizer made all ids, as far as that is known."""
+    if self.tokenizer or self.reads_text:
+      wanted, other = self._tokenizer.digest, f'tokenizer={self.tokenizer or "bytes"!r}'
+    else:
+      others = {name: x for name, x in self._opened.items() if x.tokenizer}
+      name, first = next(iter(others.items()), (key, stream))
+      wanted, other = first.tokenizer, f'data.sources.{name}, {first.place}'
+    if stream.tokenizer and stream.tokenizer != wanted:
+      raise ConfigError(
+          f'data.sources.{key}: {stream.place} was made with another tokenizer than {other} '
+          f'({stream.tokenizer[:12]}, not {wanted[:12]}). Tokenize it again, or name its tokenizer.'
+      )
+
+  def _side(self, name: str, member: 'Member', split: str) -> tuple[TokenStream, float | None]:
+    """Returns what holds a source's documents of a split, and the share that is for validation."""
+    if member.validation is None:
+      return self._open(name), self.validation_share
+    return self._open(f'{name} (validation)' if split == 'validation' else name), None
+
   def _documents(self, name: str, member: 'Member', split: str) -> tuple[TokenStream, np.ndarray]:
-    if member.validation is not None:
-      stream = self._open(f'{name} (validation)' if split == 'validation' else name)
-      return stream, choose(stream, 'all', 0.0, self.seed, self)
-    return self._open(name), choose(self._open(name), split, self.validation_share, self.seed, self)
+    stream, share = self._side(name, member, split)
+    return stream, choose(stream, split, share, self.seed, self)
 
   def _rows_of(self, name: str, member: 'Member', seq_len: int, split: str) -> Rows:
     return Rows(*self._documents(name, member, split), seq_len, self.packing)
@@ -203,7 +233,15 @@ def read_member(name: str, fields: Mapping[str, Any]) -> Member:
   Raises:
     ConfigError: A field is missing, misspelt or out of range.
   """
-  fields, where = dict(fields), f'data.sources.{name}'
+  where = f'data.sources.{name}'
+  if not re.fullmatch(r'\w[\w -]*', name):
+    raise ConfigError(
+        f'data.sources: the name {name!r} must be of letters, digits, underscores, spaces and '
+        'hyphens: it names a folder of tokens and a row of the report.'
+    )
+  if not isinstance(fields, Mapping):
+    raise ConfigError(f"{where}={fields!r} must be fields, such as dict(format='text', files='x/*.txt').")
+  fields = dict(fields)
   kind, weight = fields.pop('format', None), fields.pop('weight', 1.0)
   held_out = fields.pop('validation_files', None)
   if kind not in FORMATS:
@@ -220,13 +258,3 @@ def read_member(name: str, fields: Mapping[str, Any]) -> Member:
   except (TypeError, ConfigError) as error:
     raise ConfigError(f'{where}: {error}') from error
   return Member(source, validation, float(weight))
-
-
-def _check_tokenizer(name: str, stream: TokenStream, tokenizer: str):
-  if not (tokenizer and stream.tokenizer):
-    return
-  if (wanted := open_tokenizer(tokenizer).digest) != stream.tokenizer:
-    raise ConfigError(
-        f'data.sources.{name}: {stream.place} was made with another tokenizer than {tokenizer!r} '
-        f'({stream.tokenizer[:12]}, not {wanted[:12]}). Tokenize it again, or leave data.tokenizer out.'
-    )

@@ -20,6 +20,7 @@ from dsa_jax.data.text import BOS, VOCAB_SIZE
 TOKENIZER_FILES = (
     'tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.json', 'generation_config.json',
 )  # fmt: skip
+PROBE = 'a'  # A text, to see what a tokenizer puts around one.
 
 
 class Bytes:
@@ -122,10 +123,7 @@ class Pretrained:
     Args:
       texts: UTF-8.
     """
-    before = self.encode('')
-    if before[-1:] == [self.end] and before != [self.bos]:  # The file itself ends texts so.
-      before = before[:-1]
-    after = [] if self.end is None else [self.end]
+    before, after = self._around()
     self._tokenizer.encode_special_tokens = True
     try:
       strings = [text.decode() for text in texts]
@@ -133,6 +131,18 @@ class Pretrained:
     finally:
       self._tokenizer.encode_special_tokens = False
     return [np.asarray([*before, *encoding.ids, *after], np.uint32) for encoding in encodings]
+
+  def _around(self) -> tuple[list[int], list[int]]:
+    """Returns the ids before and behind those of a document's text."""
+    encoding = self._tokenizer.encode(PROBE)
+    text = [i for i, is_added in enumerate(encoding.special_tokens_mask) if not is_added]
+    first, end = (text[0], text[-1] + 1) if text else (len(encoding.ids), len(encoding.ids))
+    after = encoding.ids[end:]
+    whole = self.encode(PROBE)
+    before = whole[: len(whole) - (len(encoding.ids) - first)]
+    if self.end is not None and not {*after[-1:]} & {*self.stop}:
+      after.append(self.end)
+    return before, after
 
   def stream(self, ids: Iterable[int]) -> Iterator[str]:
     steps = tokenizers.decoders.DecodeStream(skip_special_tokens=True)
@@ -172,8 +182,8 @@ def tokenizer_folder(where: str) -> pathlib.Path | None:
     if (folder / 'tokenizer.json').is_file():
       return folder
   raise ConfigError(
-      f"tokenizer={where!r} must be 'bytes', a tokenizer.json, or a folder that has one; there is "
-      'none.'
+      f"tokenizer={where!r} must be 'bytes', a file of the name tokenizer.json, or a folder of this "
+      'machine that has one; there is none.'
   )
 
 

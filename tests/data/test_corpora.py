@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every format gives the same rows, and names what is wrong with a file."""
 
+import gzip
 import json
 import os
+import pathlib
+import struct
 
 import corpora_cases as cases
 import numpy as np
@@ -157,15 +160,15 @@ def test_saved_datasets_that_are_not_one(tmp_path):
 def test_files_are_globs_folders_lists_and_addresses(tmp_path):
   import fsspec
 
-  for name in ('b.jsonl', 'a.jsonl.gz', 'c.txt', 'in/d[1].jsonl'):
+  for name in ('b.jsonl', 'a.jsonl.gz', 'c.txt', 'in/d[1].jsonl', '.hidden/e.jsonl'):
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).write_text('x')
   (tmp_path / 'empty.jsonl').touch()
   names = lambda *args: [os.path.relpath(x, tmp_path) for x in files.expand(*args)]
   root = str(tmp_path)
-  assert names(root, ('.jsonl',)) == ['a.jsonl.gz', 'b.jsonl', 'in/d[1].jsonl']
-  assert names(f'{root}/**/*.jsonl') == ['b.jsonl', 'in/d[1].jsonl']
-  assert names([f'{root}/c.txt', f'{root}/*.jsonl', f'{root}/c.txt']) == ['c.txt', 'b.jsonl']
+  assert names(root, ('.jsonl',)) == ['a.jsonl.gz', 'b.jsonl', 'empty.jsonl', 'in/d[1].jsonl']
+  assert names(f'{root}/**/*.jsonl') == ['b.jsonl', 'empty.jsonl', 'in/d[1].jsonl']
+  assert names([f'{root}/c.txt', f'{root}/b*.jsonl', f'{root}/c.txt']) == ['c.txt', 'b.jsonl']
   assert names(f'{root}/in/d[1].jsonl') == ['in/d[1].jsonl']  # A name before a glob.
   memory = fsspec.filesystem('memory')
   memory.pipe('/corpus/a.jsonl', b'{"text": "far"}\n')
@@ -177,6 +180,88 @@ def test_files_are_globs_folders_lists_and_addresses(tmp_path):
       files.expand(pattern)
   with pytest.raises(ConfigError, match='nowhere://'):
     files.expand('nowhere://bucket/*.jsonl')
+
+
+def test_files_of_no_bytes(tmp_path):
+  (tmp_path / 'a.txt').write_text('text')
+  for name in ('b.txt', 'c.parquet', 'd.jsonl.gz', 'e.jsonl'):
+    (tmp_path / name).touch()
+  (tmp_path / 'f.jsonl').write_text('{"text": "x"}')
+  path = lambda name: str(tmp_path / name)
+  texts = dict(format='text', files=path('*.txt'))
+  about = cases.config(tmp_path, texts, validation_share=0.0).about_documents(8)['one']
+  assert about['documents'] == 1 and about['left_out'] == {'empty': 1, 'damaged': 0, 'length': 0}
+  lines = dict(format='jsonl', files=path('*.jsonl'))
+  assert cases.config(tmp_path, lines, validation_share=0.0).about_documents(8)['one']['documents'] == 1
+  parquet.write_table(pyarrow.table({'text': ['x']}), tmp_path / 'g.parquet')
+  (tmp_path / 'h.jsonl.gz').write_bytes(gzip.compress(b'{"text": "x"}'))
+  for kind, names in ('parquet', '*.parquet'), ('jsonl', '*.jsonl.gz'):  # One was cut to nothing.
+    with pytest.raises(ConfigError, match='no whole Parquet|which no compressed file has'):
+      cases.config(tmp_path, dict(format=kind, files=path(names))).rows(8, 'train')
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path):
+  mark = b'\xef\xbb\xbf'
+  (tmp_path / 'a.jsonl').write_bytes(mark + b'{"text": "x"}\r\n{"text": "y"}\r\n')
+  (tmp_path / 'a.txt').write_bytes(mark + b'x')
+  read = lambda source: [x for piece in source.pieces() for x in source.documents(piece)]
+  assert read(raw.JsonLines(files=str(tmp_path / 'a.jsonl'))) == [b'x', b'y']
+  assert read(raw.Text(files=str(tmp_path / 'a.txt'))) == [b'x']
+
+
+def test_a_compressed_file_with_bad_bytes_is_named(corpora, tmp_path):
+  content = bytearray(pathlib.Path(corpora['gzip']['files']).read_bytes())
+  content[300:340] = bytes(40)
+  (tmp_path / 'a.jsonl.gz').write_bytes(content)
+  fields = dict(format='jsonl', files=str(tmp_path / 'a.jsonl.gz'))
+  with pytest.raises(ConfigError, match='a.jsonl.gz could not be read to its end'):
+    cases.config(tmp_path, fields, damaged='drop').rows(8, 'train')
+
+
+def test_arrow_files_of_both_kinds(tmp_path):
+  table = pyarrow.table({'text': ['a', 'bb', 'ccc']})
+  for kind in ('stream', 'file'):
+    with getattr(pyarrow.ipc, f'new_{kind}')(str(tmp_path / f'{kind}.arrow'), table.schema) as writer:
+      writer.write_table(table, max_chunksize=2)
+  source = raw.Arrow(files=str(tmp_path / '*.arrow'))
+  documents = [x for piece in source.pieces() for x in source.documents(piece)]
+  assert documents == [b'a', b'bb', b'ccc'] * 2
+
+
+def test_columns_that_are_hard_to_name(tmp_path):
+  columns = {'a.b': ['x'], 's': [{'b': 'y'}], 'large': pyarrow.array(['z'], pyarrow.large_string())}
+  parquet.write_table(pyarrow.table(columns), tmp_path / 'a.parquet')
+  source = lambda field: raw.Parquet(files=str(tmp_path / 'a.parquet'), field=field)
+  read = lambda field: [x for p in source(field).pieces() for x in source(field).documents(p)]
+  assert read('a.b') == [b'x'] and read('large') == [b'z']
+  with pytest.raises(ConfigError, match=r"no column 's.b'; its columns are \['a.b', 's', 'large'\]"):
+    read('s.b')
+  with pytest.raises(ConfigError, match="the column 's' holds struct<b: string>"):
+    read('s')
+  twice = pyarrow.table([pyarrow.array(['x'])] * 2, names=['text', 'text'])
+  parquet.write_table(twice, tmp_path / 'a.parquet')
+  with pytest.raises(ConfigError, match="several columns 'text'"):
+    read('text')
+
+
+def test_token_files_are_globs_too(corpora, tmp_path):
+  for name in ('tokens', 'megatron'):
+    whole, part = corpora[name]['files'], corpora[name]['files'][:-2]
+    want = rows_of(tmp_path, corpora[name])
+    assert_same(want, rows_of(tmp_path, corpora[name] | {'files': f'{part}*'}))
+    with pytest.raises(ConfigError, match='matches nothing on this machine: no .*/none'):
+      rows_of(tmp_path, corpora[name] | {'files': whole[: -len(name)] + 'none*'})
+    with pytest.raises(ConfigError, match='must be a local path'):
+      rows_of(tmp_path, corpora[name] | {'files': 'gs://bucket/x'})
+  assert_same(want, rows_of(tmp_path, corpora['megatron'] | {'files': f'{whole}.bin'}))
+
+
+def test_ids_that_are_no_ids(tmp_path):
+  for ids in ([1, -3, 0], [1, 2**40, 0]):
+    np.save(tmp_path / 'a.npy', np.array(ids))
+    fields = dict(format='flat', files=str(tmp_path / 'a.npy'), separator=0)
+    with pytest.raises(ConfigError, match=f'has ids from {min(ids)} to {max(ids)}; ids are 0 or more'):
+      cases.config(tmp_path, fields).rows(8, 'train')
 
 
 def test_flat_and_megatron_files_that_will_not_do(corpora, tmp_path):
@@ -194,7 +279,12 @@ def test_flat_and_megatron_files_that_will_not_do(corpora, tmp_path):
   (tmp_path / 'm.bin').write_bytes(whole[:-10])
   with pytest.raises(ConfigError, match='they do not belong together, or one is not whole'):
     cases.config(tmp_path, fields).rows(8, 'train')
-  (tmp_path / 'm.idx').write_bytes((tmp_path / 'm.idx').read_bytes()[:-10])
+  (tmp_path / 'm.bin').write_bytes(whole)
+  index = (tmp_path / 'm.idx').read_bytes()
+  (tmp_path / 'm.idx').write_bytes(index[:-8] + struct.pack('<q', 99))
+  with pytest.raises(ConfigError, match='its documents do not divide its 60 sequences'):
+    cases.config(tmp_path, fields).rows(8, 'train')
+  (tmp_path / 'm.idx').write_bytes(index[:-10])
   with pytest.raises(ConfigError, match='m.idx is not whole'):
     cases.config(tmp_path, fields).rows(8, 'train')
   (tmp_path / 'm.idx').write_bytes(b'no index')

@@ -2,6 +2,9 @@
 """A mixture of sources: its shares, its fields, and the same batches however it is read."""
 
 import json
+import pathlib
+import subprocess
+import sys
 
 import corpora_cases as cases
 import numpy as np
@@ -9,8 +12,12 @@ import pytest
 from tokenizer_families import FAMILIES
 
 from dsa_jax.config import ConfigError
+from dsa_jax.data.corpora import tokenizing
+from dsa_jax.data.corpora.raw import Text
 from dsa_jax.data.pipeline import first_batches, make_iterator
 from dsa_jax.data.sources import DataConfig
+
+ROOT = pathlib.Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -90,6 +97,16 @@ def test_a_folder_of_another_tokenizer_is_refused(tmp_path):
   wrong = cases.mixture(tmp_path, {'x': fields}, tokenizer=str(tmp_path))
   with pytest.raises(ConfigError, match=r'data.sources.x: .* was made with another tokenizer than'):
     wrong.rows(32, 'train')
+  (tmp_path / 'a.txt').write_text('text')
+  of_text = dict(format='text', files=str(tmp_path / 'a.txt'))
+  tokenizing.tokenize([Text(files=of_text['files'])], str(tmp_path), tmp_path / 'other', quiet=True)
+  of_tokens = dict(format='tokens', files=str(tmp_path / 'other'))
+  for sources in {'a': fields, 'b': of_tokens}, {'a': of_text, 'b': of_tokens}:
+    with pytest.raises(ConfigError, match='data.sources.b: .* was made with another tokenizer than'):
+      cases.mixture(tmp_path, sources).rows(8, 'train')
+  both = fields | {'files': [fields['files'], of_tokens['files']]}
+  with pytest.raises(ConfigError, match='were made with different tokenizers'):
+    cases.mixture(tmp_path, {'a': both}).rows(8, 'train')
 
 
 def test_data_that_changes_is_described_otherwise(sources, tmp_path):
@@ -111,6 +128,7 @@ def test_data_that_changes_is_described_otherwise(sources, tmp_path):
         ({'format': 'jsonl', 'files': 'x', 'weight': True}, 'weight=True must be a number above 0'),
         ({'format': 'flat', 'files': 'x'}, "data.sources.one: .*'separator'"),
         ({'files': 'x'}, 'format=None must be one of'),
+        ({'format': 'text', 'files': []}, r'files=\[\] must be a string, or a list'),
     ],
 )
 def test_fields_of_a_source(tmp_path, fields, message):
@@ -123,6 +141,7 @@ def test_fields_of_a_source(tmp_path, fields, message):
     [
         ({'source': 'mixture'}, "a 'mixture' needs at least one"),
         ({'sources': {'x': {'format': 'text', 'files': ''}}}, 'the others have none'),
+        ({'source': 'mixture', 'sources': {'a/b': {}}}, "the name 'a/b' must be of letters"),
         ({'damaged': 'ignore'}, "data.damaged='ignore' must be one of"),
         ({'source': 'web'}, "data.source='web' must be one of"),
     ],
@@ -130,3 +149,22 @@ def test_fields_of_a_source(tmp_path, fields, message):
 def test_fields_of_data(fields, message):
   with pytest.raises(ConfigError, match=message):
     DataConfig(**fields)
+
+
+def test_values_of_other_types():
+  """They reach a config from a command line. Tests check annotations, users' processes do not."""
+  cases = {
+      "{'format': 'jsonl', 'files': 3}": 'one: files=3 must be a string, or a list',
+      "{'format': 'jsonl', 'files': [3]}": 'files=[3] must be a string, or a list',
+      "{'format': 'jsonl', 'files': 'x', 'field': 3}": 'field=3 must be the name of a field',
+      "{'format': 'flat', 'files': 'x', 'separator': '0'}": "separator='0' must be an id",
+      "'x'": "data.sources.one='x' must be fields, such as",
+  }
+  script = 'from dsa_jax.data.sources import read_member\n' + ''.join(
+      f'try: read_member("one", {fields})\nexcept ValueError as error: print(error)\n' for fields in cases
+  )
+  run = subprocess.run([sys.executable, '-c', script], cwd=ROOT, capture_output=True, text=True)
+  lines = run.stdout.splitlines()
+  assert len(lines) == len(cases), run.stderr
+  for line, message in zip(lines, cases.values(), strict=True):
+    assert message in line

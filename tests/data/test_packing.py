@@ -93,7 +93,7 @@ def test_about_counts_lengths_and_what_queries_see():
 def test_which_documents_are_chosen():
   stream = Memory([1, 5, 10, 20, 40, 0])
   config = lambda **fields: packing.PackingConfig(**fields)
-  choose = lambda split='all', share=0.0, seed=0, **fields: packing.choose(
+  choose = lambda split='train', share=None, seed=0, **fields: packing.choose(
       stream, split, share, seed, config(**fields)
   ).tolist()
   assert choose() == [0, 1, 2, 3, 4]
@@ -101,13 +101,28 @@ def test_which_documents_are_chosen():
   assert choose(long_tokens=20, long_times=3) == [0, 1, 2, 3, 4, 3, 4, 3, 4]
   halves = [set(choose(split, 0.5, seed=7)) for split in ('train', 'validation')]
   assert halves[0] | halves[1] == {0, 1, 2, 3, 4} and not halves[0] & halves[1]
-  with pytest.raises(ConfigError, match='memory has no document for all, of 6'):
+  with pytest.raises(ConfigError, match='memory has no document for train, of 6'):
     choose(min_tokens=50)
+  with pytest.raises(ConfigError, match='has no document of two tokens or more for train, of 6'):
+    choose(max_tokens=1)
+
+
+def test_validation_reads_long_documents_once():
+  stream, twice = Memory([1, 5, 10]), packing.PackingConfig(long_tokens=5, long_times=2)
+  assert packing.choose(stream, 'train', None, 0, twice).tolist() == [0, 1, 2, 1, 2]
+  assert packing.choose(stream, 'validation', None, 0, twice).tolist() == [0, 1, 2]
+
+
+def test_documents_of_other_lengths_are_counted_on_their_side():
+  stream, bounds = Memory([1, 5, 10, 20, 40, 0]), packing.PackingConfig(min_tokens=5, max_tokens=20)
+  assert packing.count_left_out(stream, 'train', None, 0, bounds) == 2
+  sides = [packing.count_left_out(stream, x, 0.5, 7, bounds) for x in ('train', 'validation')]
+  assert sum(sides) == 2
 
 
 def test_the_split_is_stable_and_has_its_share():
-  grown = Memory([1] * 4000)
-  small = Memory([1] * 1000)
+  grown = Memory([2] * 4000)
+  small = Memory([2] * 1000)
   of = lambda stream, seed: packing.choose(stream, 'validation', 0.1, seed, packing.PackingConfig())
   first = of(grown, 0)
   np.testing.assert_array_equal(first[first < 1000], of(small, 0))

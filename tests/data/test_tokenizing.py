@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Folders of tokens: whole or absent, the same after a kill, and refused where they are not whole."""
 
+import functools
 import json
+import os
 import pathlib
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import corpora_cases as cases
@@ -15,6 +18,7 @@ import pytest
 
 from dsa_jax.config import ConfigError
 from dsa_jax.data.corpora import raw, tokenizing, tokens
+from dsa_jax.data.sources import DataConfig
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -70,16 +74,132 @@ def test_goes_on_where_it_was_stopped(source, tmp_path, monkeypatch):
   monkeypatch.setattr(tokenizing, '_tokenize_piece', real)
   tokenize(source, tmp_path / 'out')
   assert content(tmp_path / 'out') == content(tmp_path / 'whole')
-  assert not (tmp_path / 'out.partial').exists()
+  assert not list(tmp_path.glob('out.*'))
 
 
 def test_another_job_does_not_go_on_there(source, tmp_path):
   tokenize(source, tmp_path / 'out')
   (tmp_path / 'out.partial').mkdir()
-  (tmp_path / 'out.partial/plan.json').write_text('{"other": 1}')
+  (tmp_path / 'out.partial/plan.json').write_text('{"damaged": "stop"}')
   shutil.rmtree(tmp_path / 'out')
-  with pytest.raises(ConfigError, match='was begun with other files, or with another tokenizer'):
+  record = tmp_path / 'out.partial/part-00000.json'
+  record.touch()
+  with pytest.raises(ConfigError, match='or with another tokenizer: what differs is version, sources'):
     tokenize(source, tmp_path / 'out')
+  record.unlink()  # Nothing is lost where nothing was done.
+  tokenize(source, tmp_path / 'out')
+
+
+def test_damaged_documents_may_be_dropped_after_they_stopped_a_job(source, tmp_path):
+  with open(source.files, 'a') as file:
+    file.write('3\n')
+  with pytest.raises(ConfigError, match='it holds a int, not an object. Mend it, or leave'):
+    tokenize(source, tmp_path / 'out')
+  assert any((tmp_path / 'out.partial').glob('part-*.json'))
+  tokenize(source, tmp_path / 'out', damaged='drop')
+  tokenize(source, tmp_path / 'anew', damaged='drop')
+  assert content(tmp_path / 'out') == content(tmp_path / 'anew')
+
+
+def test_files_that_change_while_they_are_read_are_named(source, tmp_path, monkeypatch):
+  real = tokenizing._tokenize_piece
+
+  def write_meanwhile(*args):
+    with open(source.files, 'a') as file:
+      file.write('{"text": "more"}\n')
+    return real(*args)
+
+  monkeypatch.setattr(tokenizing, '_tokenize_piece', write_meanwhile)
+  with pytest.raises(ConfigError, match=f'{source.files} changed while it was tokenized'):
+    tokenize(source, tmp_path / 'out')
+  assert not (tmp_path / 'out').exists()
+
+
+def test_a_corpus_of_more_parts_than_open_files(source, tmp_path, monkeypatch):
+  monkeypatch.setattr(raw, 'PIECE', 300)
+  tokenize(source, tmp_path / 'out')
+  folder = tokens.TokenFolder(tmp_path / 'out')
+  few = functools.lru_cache(4)(tokens._reader.__wrapped__)
+  monkeypatch.setattr(tokens, '_reader', few)
+  want = np.concatenate([cases.ids_of(text) for text in cases.documents(100)])
+  np.testing.assert_array_equal(folder.read(0, len(want)), want)
+  assert few.cache_info().currsize == 4 and few.cache_info().misses > 30
+
+
+def test_a_part_that_cannot_be_written_whole_is_not_there(tmp_path):
+  """A limit on the size of files stands for a full disk."""
+  script = (
+      'import pathlib, resource, sys\n'
+      'import numpy as np\n'
+      'from dsa_jax.data.corpora import tokens\n'
+      'resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))\n'
+      'documents = [np.arange(10_000, dtype=np.uint32)] * 100\n'
+      'try:\n'
+      "  tokens.write_part(pathlib.Path(sys.argv[1]) / 'part', documents, 'uint16')\n"
+      'except OSError as error:\n'
+      '  print(error)\n'
+  )
+  command = [sys.executable, '-c', script, str(tmp_path)]
+  done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+  assert 'part could not be written: write() failed: File too large' in done.stdout, done.stderr
+  assert not list(tmp_path.iterdir())
+
+
+def test_two_jobs_into_one_folder(source, tmp_path, monkeypatch):
+  """The one that waited finds the folder there."""
+  real = tokenizing._claim
+
+  def claim_late(partial, plan):
+    monkeypatch.setattr(tokenizing, '_claim', real)
+    thread.start()
+    time.sleep(0.3)
+    real(partial, plan)
+
+  def other():
+    with pytest.raises(ConfigError, match='out exists; choose another folder'):
+      tokenize(source, tmp_path / 'out')
+    ended.append(True)
+
+  ended, thread = [], threading.Thread(target=other)
+  monkeypatch.setattr(tokenizing, '_claim', claim_late)
+  tokenize(source, tmp_path / 'out')
+  thread.join()
+  assert ended and tokens.TokenFolder(tmp_path / 'out').vocab_size == 258
+  assert not list(tmp_path.glob('out.*'))
+
+
+def test_a_script_without_a_guard_may_start_processes(source, tmp_path):
+  script = tmp_path / 'script.py'
+  script.write_text(
+      'import pathlib\n'
+      'from dsa_jax.data.corpora import raw, tokenizing\n'
+      'raw.PIECE = 2000\n'
+      f'source = raw.JsonLines(files={source.files!r})\n'
+      f"tokenizing.cached(source, 'bytes', pathlib.Path({str(tmp_path / 'cache')!r}), 'stop')\n"
+      "print('once')\n"
+  )
+  env = os.environ | {'PYTHONPATH': str(ROOT)}
+  done = subprocess.run(
+      [sys.executable, str(script)], env=env, capture_output=True, text=True, timeout=60
+  )
+  assert done.stdout.count('once') == 1 and done.stdout.count('100 documents') == 1, done.stderr
+
+
+def test_a_cache_that_cannot_be_written_is_named(source, tmp_path):
+  (tmp_path / 'file').touch()
+  flat = dict(format='flat', files=str(tmp_path / 'x.npy'), separator=0)
+  np.save(tmp_path / 'x.npy', np.array([1, 2, 0]))
+  for fields in dict(format='jsonl', files=source.files), flat:
+    config = DataConfig(source='mixture', sources={'x': fields}, cache=str(tmp_path / 'file/cache'))
+    with pytest.raises(ConfigError, match='could not be kept in .*/file/cache.* by data.cache'):
+      config.rows(8, 'train')
+
+
+def test_a_cache_that_is_whole_need_not_be_written(source, tmp_path, monkeypatch):
+  config = lambda: cases.config(tmp_path, dict(format='jsonl', files=source.files)).rows(16, 'train')
+  config()
+  monkeypatch.setattr(tokenizing, 'locked', lambda path: pytest.fail('a lock is a file'))
+  config()
 
 
 def test_what_is_there_is_not_written_over(source, tmp_path):

@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Formats that hold documents as text. Each cuts its files into pieces, which processes share."""
 
-from collections.abc import Iterator, Sequence
+import codecs
+from collections.abc import Iterator
 import dataclasses
+import itertools
 import json
 import pathlib
 from typing import Any, NamedTuple
+import zlib
 
 from dsa_jax.config import ConfigError
 from dsa_jax.data.corpora import files as places
@@ -14,6 +17,7 @@ from dsa_jax.data.text import find_files
 
 PIECE = 2**25  # Bytes of the files of a piece, about.
 READ = 2**20  # Bytes that are read at one time.
+ARROW = b'ARROW1'  # What begins a file in the format that may be read in any order.
 
 
 class Piece(NamedTuple):
@@ -36,11 +40,8 @@ Document = bytes | Damaged  # UTF-8.
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Text:
-  """Files of plain text, each of them a document."""
-
-  # Globs, files or folders; see `files.expand`. '' stands for the sources of Python's library.
-  files: str | Sequence[str]
+class Text(places.Files):
+  """Files of plain text, each of them a document. '' stands for the sources of Python's library."""
 
   def pieces(self) -> list[Piece]:
     """Returns groups of files, in their order."""
@@ -67,15 +68,24 @@ class Text:
             f'{name} is no plain text ({format}). Unpack such files or save them as UTF-8, or leave '
             'them out.'
         )
-      yield _checked(name, text)
+      yield _checked(name, text.removeprefix(codecs.BOM_UTF8))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class JsonLines:
-  """Files with a JSON object in each line, one of whose fields is a document."""
+class Records(places.Files):
+  """Files of records, one of whose fields holds documents."""
 
-  files: str | Sequence[str]  # Globs, files or folders; see `files.expand`.
   field: str = 'text'
+
+  def __post_init__(self):
+    super().__post_init__()
+    if not isinstance(self.field, str) or not self.field:
+      raise ConfigError(f'field={self.field!r} must be the name of a field.')
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class JsonLines(Records):
+  """Files with a JSON object in each line, one of whose fields is a document."""
 
   def pieces(self) -> list[Piece]:
     """Returns ranges of bytes, which hold the lines that begin in them; compressed files whole."""
@@ -85,8 +95,9 @@ class JsonLines:
       if places.is_compressed(name):
         pieces.append(Piece((name,), nbytes=size))
       else:
-        firsts = range(0, size, PIECE)
-        pieces += [Piece((name,), i, min(i + PIECE, size), min(PIECE, size - i)) for i in firsts]
+        n = -(-size // PIECE)  # They are of one size, so processes end together.
+        cuts = [i * size // n for i in range(n + 1)] if n else []
+        pieces += [Piece((name,), a, b, b - a) for a, b in itertools.pairwise(cuts)]
     return pieces
 
   def documents(self, piece: Piece) -> Iterator[Document]:
@@ -107,11 +118,8 @@ class JsonLines:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Parquet:
+class Parquet(Records):
   """Parquet files, one of whose columns holds documents."""
-
-  files: str | Sequence[str]  # Globs, files or folders; see `files.expand`.
-  field: str = 'text'
 
   def pieces(self) -> list[Piece]:
     """Returns groups of rows as the files have them, small ones together."""
@@ -144,18 +152,14 @@ class Parquet:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Arrow:
-  """A folder that `datasets.Dataset.save_to_disk` wrote, one of whose columns holds documents."""
-
-  files: str | Sequence[str]  # The folder, or a list of folders.
-  field: str = 'text'
+class Arrow(Records):
+  """Folders that `datasets.Dataset.save_to_disk` wrote, or Arrow files, with a column of documents."""
 
   def pieces(self) -> list[Piece]:
-    """Returns the files of the folders, as their state.json lists them."""
+    """Returns the files, those of a folder as its state.json lists them."""
     pieces = []
-    for folder in [self.files] if isinstance(self.files, str) else self.files:
-      root = pathlib.Path(folder).expanduser()
-      names = _saved_files(root)
+    for path in map(pathlib.Path, places.expand_local(self.files)):
+      names = [str(path)] if path.is_file() else _saved_files(path)
       pieces += [Piece((name,), nbytes=places.size_of(name)) for name in names]
     return pieces
 
@@ -166,9 +170,9 @@ class Arrow:
     (name,) = piece.names
     row = 0
     try:
-      with pyarrow.memory_map(name) as source, pyarrow.ipc.open_stream(source) as table:
+      with pyarrow.memory_map(name) as source, _arrow(source) as table:
         _check_column(name, self.field, table.schema)
-        for batch in table:
+        for batch in _batches(table):
           for value in _plain(batch.column(self.field)):
             yield _string(f'{name}, row {row}', value, self.field)
             row += 1
@@ -183,7 +187,7 @@ def _read_all(name: str) -> bytes:
   try:
     with places.open_plain(name) as file:
       return file.read()
-  except (OSError, EOFError) as error:
+  except (OSError, EOFError, zlib.error) as error:
     raise ConfigError(f'{name} could not be read: {error}') from error
 
 
@@ -201,7 +205,7 @@ def _lines(name: str, first: int, end: int) -> Iterator[tuple[int, bytes]]:
           return
         yield at, line
         at += len(line)
-  except (OSError, EOFError) as error:
+  except (OSError, EOFError, zlib.error) as error:
     raise ConfigError(f'{name} could not be read to its end: {error}') from error
 
 
@@ -259,11 +263,27 @@ def _parquet(name: str):
     raise ConfigError(f'{name} is no whole Parquet file: {error}') from error
 
 
+def _arrow(source: Any):
+  """Opens what `datasets` writes, a stream, or a file in Arrow's other format."""
+  import pyarrow
+
+  is_file = source.read(len(ARROW)) == ARROW
+  source.seek(0)
+  return pyarrow.ipc.open_file(source) if is_file else pyarrow.ipc.open_stream(source)
+
+
+def _batches(table: Any) -> Iterator[Any]:
+  if hasattr(table, 'get_batch'):
+    return map(table.get_batch, range(table.num_record_batches))
+  return iter(table)
+
+
 def _check_column(name: str, field: str, schema: Any):
   import pyarrow
 
-  if field not in schema.names:
-    raise ConfigError(f'{name} has no column {field!r}; its columns are {schema.names}.')
+  if schema.names.count(field) != 1:
+    number = 'several columns' if field in schema.names else 'no column'
+    raise ConfigError(f'{name} has {number} {field!r}; its columns are {schema.names}.')
   kind = schema.field(field).type
   is_text = (pyarrow.types.is_string, pyarrow.types.is_large_string, pyarrow.types.is_string_view)
   if pyarrow.types.is_dictionary(kind):

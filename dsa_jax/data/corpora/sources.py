@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where documents come from: every format by its name, and how each is opened as tokens."""
 
+import collections
 from collections.abc import Sequence
 import dataclasses
 import hashlib
@@ -18,30 +19,28 @@ from dsa_jax.data.corpora.tokens import FlatTokens, MegatronTokens, TokenFolder,
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Tokens:
+class Tokens(places.Files):
   """Folders that `python -m dsa_jax.tokenize` wrote."""
-
-  files: str | Sequence[str]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Flat:
+class Flat(places.Files):
   """Flat files of token ids, `.npy` or bare."""
 
-  files: str | Sequence[str]
   separator: int  # The id that ends each document.
   dtype: str = 'uint16'  # Of bare files.
 
   def __post_init__(self):
+    super().__post_init__()
+    if isinstance(self.separator, bool) or not isinstance(self.separator, int) or self.separator < 0:
+      raise ConfigError(f'separator={self.separator!r} must be an id, 0 or more.')
     if self.dtype not in ('uint16', 'uint32'):
       raise ConfigError(f"dtype={self.dtype!r} must be 'uint16' or 'uint32'.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Megatron:
+class Megatron(places.Files):
   """Pairs of files `NAME.bin` and `NAME.idx`, each given as NAME."""
-
-  files: str | Sequence[str]
 
 
 RAW = {'text': Text, 'jsonl': JsonLines, 'parquet': Parquet, 'arrow': Arrow}
@@ -53,10 +52,17 @@ class Joined(TokenStream):
   """Several streams as one."""
 
   def __init__(self, streams: Sequence[TokenStream]):
-    self._streams = streams
+    self._streams, first = streams, streams[0]
+    for other in streams[1:]:
+      if other.tokenizer != first.tokenizer:
+        raise ConfigError(
+            f'{first.place} and {other.place} were made with different tokenizers '
+            f'({first.tokenizer[:12]} and {other.tokenizer[:12]}): tokenize one of them again.'
+        )
     self.about = np.concatenate([stream.about for stream in streams])
     self.vocab_size = max(stream.vocab_size for stream in streams)
-    self.tokenizer, self.place = streams[0].tokenizer, f'{streams[0].place} and others'
+    self.tokenizer, self.place = first.tokenizer, f'{first.place} and others'
+    self.left_out = sum((stream.left_out for stream in streams), collections.Counter())
     totals = [int(stream.about['tokens'].sum()) for stream in streams]
     self._starts = np.cumsum([0, *totals])
 
@@ -86,21 +92,30 @@ def open_format(source: Format, tokenizer: str, cache: pathlib.Path, damaged: st
     stream = TokenFolder(tokenizing.cached(source, tokenizer, cache, damaged))
     stream.place = str(source.files)  # What its user knows it by.
     return stream
-  names = [source.files] if isinstance(source.files, str) else list(source.files)
   if isinstance(source, Tokens):
-    streams = [TokenFolder(name) for name in names]
+    streams = [TokenFolder(name) for name in places.expand_local(source.files)]
   elif isinstance(source, Flat):
     make = lambda name: FlatTokens(name, source.dtype, source.separator, _index(cache, source, name))
-    streams = [make(name) for name in places.expand(source.files)]
+    names = places.expand(source.files, ('.bin', '.npy'))
+    with tokenizing.kept_in(cache):
+      streams = [make(name) for name in names]
   else:
-    streams = [MegatronTokens(name, _index(cache, source, f'{name}.bin')) for name in names]
+    names = places.expand_local(_prefixes(source.files), '.idx')
+    with tokenizing.kept_in(cache):
+      streams = [MegatronTokens(name, _index(cache, source, f'{name}.bin')) for name in names]
   return streams[0] if len(streams) == 1 else Joined(streams)
+
+
+def _prefixes(files: str | Sequence[str]) -> list[str]:
+  """Returns the paths of pairs of files, either of which may have been given."""
+  names = [files] if isinstance(files, str) else files
+  return [name.removesuffix('.bin').removesuffix('.idx') for name in names]
 
 
 def _index(cache: pathlib.Path, source: Any, name: str) -> pathlib.Path:
   """Returns where what is known of a token file's documents is kept."""
   if not os.path.isfile(name):
-    raise ConfigError(f'there is no file {name}.')
+    raise ConfigError(f'there is no file {name} on this machine.')
   state = [os.path.abspath(name), places.state_of(name), dataclasses.asdict(source)]
   digest = hashlib.sha256(json.dumps(state, default=list).encode()).hexdigest()[:24]
   return cache / f'{digest}.npy'

@@ -5,12 +5,19 @@ from collections.abc import Callable, Iterator, Sequence
 import concurrent.futures
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
+import logging
 import multiprocessing
 import os
 import pathlib
+import shutil
+import signal
+import sys
+import threading
 import time
+import types
 from typing import NamedTuple
 
 import filelock
@@ -33,6 +40,7 @@ class Job(NamedTuple):
 
   source: RawFormat
   tokenizer: str
+  digest: str  # The tokenizer's.
   damaged: str  # 'stop' ends the job at a damaged document, 'drop' counts it and goes on.
   folder: pathlib.Path
   dtype: str
@@ -44,6 +52,8 @@ class Done(NamedTuple):
   documents: int
   tokens: int
   nbytes: int  # Of their files.
+  empty: int
+  damaged: int
 
 
 def tokenize(
@@ -74,107 +84,207 @@ def tokenize(
     raise ConfigError(f'{damaged=} must be one of {DAMAGED}.')
   if out.exists():
     raise ConfigError(f'{out} exists; choose another folder, or delete it.')
-  opened = open_tokenizer(tokenizer)
+  opened, plan = open_tokenizer(tokenizer), describe(sources, tokenizer, damaged)
   dtype = 'uint16' if opened.vocab_size <= 2**16 else 'uint32'
   pieces = [(source, piece) for source in sources for piece in source.pieces()]
-  plan = describe(sources, tokenizer) | {'damaged': damaged}
   partial = out.with_name(out.name + '.partial')
-  partial.mkdir(parents=True, exist_ok=True)
-  with filelock.FileLock(partial / 'lock'):
+  lock = out.with_name(partial.name + '.lock')  # Beside it, because the folder will be gone.
+  out.parent.mkdir(parents=True, exist_ok=True)
+  with locked(lock):
+    if out.exists():  # Another process, for which this one has waited, wrote it.
+      lock.unlink(missing_ok=True)
+      raise ConfigError(f'{out} exists; choose another folder, or delete it.')
+    partial.mkdir(exist_ok=True)
     _claim(partial, plan)
     if not (partial / tokens.MANIFEST).exists():
-      jobs = [Job(source, tokenizer, damaged, partial, dtype) for source, _ in pieces]
+      jobs = [Job(x, tokenizer, opened.digest, damaged, partial, dtype) for x, _ in pieces]
       _run(jobs, [piece for _, piece in pieces], workers or os.cpu_count() or 1, quiet)
-      _finish(partial, len(pieces), opened, dtype)
+      _check_unchanged(plan, describe(sources, tokenizer, damaged), partial)
+      _finish(partial, len(pieces), opened, dtype, digest_of(plan))
     kept = {tokens.MANIFEST, tokens.DOCUMENTS, *(_part(partial, i).name for i in range(len(pieces)))}
     for path in partial.iterdir():
       if path.name not in kept:
         path.unlink(missing_ok=True)
     os.replace(partial, out)
+    lock.unlink(missing_ok=True)
 
 
-def describe(sources: Sequence[RawFormat], tokenizer: str) -> dict:
+def describe(sources: Sequence[RawFormat], tokenizer: str, damaged: str) -> dict:
   """Returns what decides the tokens: sources, the state of their files, and the tokenizer."""
   described = []
   for source in sources:
     names = [name for piece in source.pieces() for name in piece.names]
     states = {name: places.state_of(name) for name in dict.fromkeys(names)}
     described.append([type(source).__name__, dataclasses.asdict(source), states])
-  plan = {'version': tokens.VERSION, 'sources': described, 'tokenizer': open_tokenizer(tokenizer).digest}
+  plan = {
+      'version': tokens.VERSION, 'sources': described, 'tokenizer': open_tokenizer(tokenizer).digest,
+      'damaged': damaged,
+  }  # fmt: skip
   return json.loads(json.dumps(plan))
 
 
+def digest_of(plan: dict) -> str:
+  """Returns a short name for what `describe` says, which a manifest keeps."""
+  return hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()[:24]
+
+
 def cached(source: RawFormat, tokenizer: str, cache: pathlib.Path, damaged: str) -> pathlib.Path:
-  """Returns the folder of a source's tokens, which is made if the cache lacks it."""
-  plan = json.dumps(describe([source], tokenizer) | {'damaged': damaged}, sort_keys=True)
-  folder = cache / hashlib.sha256(plan.encode()).hexdigest()[:24]
-  cache.mkdir(parents=True, exist_ok=True)
-  with filelock.FileLock(folder.with_suffix('.lock')):
-    if not folder.exists():
-      tokenize([source], tokenizer, folder, damaged=damaged)
+  """Returns the folder of a source's tokens, which is made if the cache lacks it.
+
+  Raises:
+    ConfigError: The source will not do, or the cache cannot be written.
+  """
+  folder = cache / digest_of(describe([source], tokenizer, damaged))
+  if folder.exists():  # Whole, and maybe where nobody may write.
+    return folder
+  with kept_in(cache):
+    cache.mkdir(parents=True, exist_ok=True)
+    with locked(folder.with_suffix('.lock')):
+      if not folder.exists():
+        tokenize([source], tokenizer, folder, damaged=damaged)
   return folder
 
 
-def _claim(partial: pathlib.Path, plan: dict):
-  """Checks that what a killed job has left is of the same job."""
-  path = partial / 'plan.json'
-  if path.exists() and json.loads(path.read_text()) != plan:
+@contextlib.contextmanager
+def kept_in(cache: pathlib.Path) -> Iterator[None]:
+  """Names the cache where something cannot be kept in it."""
+  try:
+    yield
+  except OSError as error:
     raise ConfigError(
-        f'{partial} was begun with other files, or with another tokenizer. Delete it, or choose '
-        'another folder.'
+        f'what is known of the data could not be kept in {cache}: {error}. Make room there, or choose '
+        'another folder by data.cache.'
+    ) from error
+
+
+@contextlib.contextmanager
+def locked(path: pathlib.Path) -> Iterator[None]:
+  """Keeps other processes out, and says so where it is this one that has to wait."""
+  lock = filelock.FileLock(path)
+  try:
+    lock.acquire(timeout=1)
+  except filelock.Timeout:
+    logging.warning(f'{path.with_suffix("")}: another process tokenizes there; this one waits for it.')
+    lock.acquire()
+  try:
+    yield
+  finally:
+    lock.release()
+
+
+def _claim(partial: pathlib.Path, plan: dict):
+  """Checks that what a killed job has left is of the same job, or begins anew if it is nothing."""
+  path = partial / 'plan.json'
+  before = json.loads(path.read_text()) if path.exists() else plan
+  # Parts in which nothing was damaged are the same whatever is done about damaged documents.
+  if before | {'damaged': plan['damaged']} == plan and before['damaged'] in ('stop', plan['damaged']):
+    pass
+  elif any(partial.glob('part-*.json')):
+    others = [name for name in plan if before.get(name) != plan[name]]
+    raise ConfigError(
+        f'{partial} was begun with other files, or with another tokenizer: what differs is '
+        f'{", ".join(others)}. Delete it, or choose another folder.'
     )
-  _write(path, json.dumps(plan))
+  tokens.write_whole(path, json.dumps(plan))
+
+
+def _check_unchanged(plan: dict, now: dict, partial: pathlib.Path):
+  if plan == now:
+    return
+  states = [{k: v for *_, files in x['sources'] for k, v in files.items()} for x in (plan, now)]
+  names = sorted(name for name in states[0] | states[1] if states[0].get(name) != states[1].get(name))
+  raise ConfigError(
+      f'{", ".join(names[:3])}{", ..." if len(names) > 3 else ""} changed while it was tokenized. '
+      f'Delete {partial}, and begin again when nothing writes there.'
+  )
 
 
 def _run(jobs: Sequence[Job], pieces: Sequence[Piece], workers: int, quiet: bool):
   """Tokenizes the pieces that are not there yet."""
   todo = [i for i in range(len(pieces)) if not _record(jobs[i].folder, i).exists()]
   with _progress(pieces, todo, quiet) as advance:
-    if workers == 1 or len(todo) == 1:
-      for i in todo:
+    if workers == 1 or len(todo) <= 1:
+      for i in todo:  # The tokenizer itself takes all cores.
         advance(_tokenize_piece(jobs[i], i, pieces[i]))
       return
     spawn = multiprocessing.get_context('spawn')
-    with concurrent.futures.ProcessPoolExecutor(min(workers, len(todo) or 1), spawn) as pool:
-      running = [pool.submit(_tokenize_piece, jobs[i], i, pieces[i]) for i in todo]
+    pool = concurrent.futures.ProcessPoolExecutor(min(workers, len(todo)), spawn, _begin_process)
+    with pool:
       try:
+        with _no_main():
+          running = [pool.submit(_tokenize_piece, jobs[i], i, pieces[i]) for i in todo]
         for future in concurrent.futures.as_completed(running):
           advance(future.result())
+      except concurrent.futures.process.BrokenProcessPool as error:
+        raise ConfigError(
+            'a process that tokenizes has died, maybe for lack of memory: take fewer --workers, and '
+            'begin again; what is done stays done.'
+        ) from error
       except BaseException:
         pool.shutdown(wait=True, cancel_futures=True)
         raise
 
 
-_OPENED = dict[str, Tokenizer]()  # Of this process.
+@contextlib.contextmanager
+def _no_main() -> Iterator[None]:
+  """Keeps processes that begin from running the script again that starts them."""
+  main = sys.modules['__main__']
+  sys.modules['__main__'] = types.ModuleType('__main__')
+  try:
+    yield
+  finally:
+    sys.modules['__main__'] = main
+
+
+def _begin_process():
+  """Prepares a process of the pool, which ends with the one that started it."""
+  os.environ['TOKENIZERS_PARALLELISM'] = 'false'  # Processes run beside each other.
+  signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it without a word.
+
+  def watch():
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+  threading.Thread(target=watch, daemon=True).start()
+
+
+@functools.lru_cache(1)
+def _opened(tokenizer: str, digest: str) -> Tokenizer:
+  """Opens the tokenizer of pieces."""
+  opened = open_tokenizer(tokenizer)
+  if opened.digest != digest:
+    raise ConfigError(f'tokenizer={tokenizer!r} changed while it was used: begin again.')
+  return opened
 
 
 def _tokenize_piece(job: Job, i: int, piece: Piece) -> Done:
   """Writes part i of the folder: its tokens, its documents, and at the end its record."""
-  os.environ['TOKENIZERS_PARALLELISM'] = 'false'  # Processes run beside each other.
-  if job.tokenizer not in _OPENED:
-    _OPENED[job.tokenizer] = open_tokenizer(job.tokenizer)
-  parts, about, problems, empty = [], [], [], 0
-  for texts, wrong, n_empty in _batches(job.source.documents(piece)):
-    if wrong and job.damaged == 'stop':
-      raise ConfigError(
-          f'{wrong[0].where}: {wrong[0].reason}. Mend it, or leave such documents out with '
-          "damaged='drop'."
-      )
-    ids = _OPENED[job.tokenizer].encode_documents(texts)
-    parts += [x.astype(job.dtype) for x in ids]
-    about.append(tokens.describe(ids, texts))
-    problems += wrong
-    empty += n_empty
-  size = tokens.write_part(_part(job.folder, i), parts, job.dtype)
-  about = np.concatenate([np.empty(0, tokens.ABOUT), *about])
+  about, problems, empty = [np.empty(0, tokens.ABOUT)], [], 0
+
+  def documents() -> Iterator[np.ndarray]:
+    nonlocal empty
+    for texts, wrong, n_empty in _batches(job.source.documents(piece)):
+      if wrong and job.damaged == 'stop':
+        raise ConfigError(
+            f'{wrong[0].where}: {wrong[0].reason}. Mend it, or leave such documents out with '
+            "damaged='drop'."
+        )
+      ids = _opened(job.tokenizer, job.digest).encode_documents(texts)
+      about.append(tokens.describe(ids, texts))
+      problems.extend(wrong)
+      empty += n_empty
+      yield from ids
+
+  size = tokens.write_part(_part(job.folder, i), documents(), job.dtype)
+  about = np.concatenate(about)
   tokens.save(job.folder / f'part-{i:05}.npy', about)
   record = {
       'file': _part(job.folder, i).name, 'size': size, 'documents': len(about),
       'tokens': int(about['tokens'].sum()), 'bytes': int(about['bytes'].sum()), 'empty': empty,
       'damaged': len(problems), 'examples': [f'{x.where}: {x.reason}' for x in problems[:SHOWN]],
   }  # fmt: skip
-  _write(_record(job.folder, i), json.dumps(record))
-  return Done(record['documents'], record['tokens'], piece.nbytes)
+  tokens.write_whole(_record(job.folder, i), json.dumps(record))
+  return Done(record['documents'], record['tokens'], piece.nbytes, empty, len(problems))
 
 
 def _batches(documents: Iterator[Document]) -> Iterator[tuple[list[bytes], list[Damaged], int]]:
@@ -194,12 +304,14 @@ def _batches(documents: Iterator[Document]) -> Iterator[tuple[list[bytes], list[
   yield texts, wrong, empty
 
 
-def _finish(partial: pathlib.Path, n_parts: int, tokenizer: Tokenizer, dtype: str):
+def _finish(partial: pathlib.Path, n_parts: int, tokenizer: Tokenizer, dtype: str, plan: str):
   """Joins the records of all parts into the manifest and the index."""
   records = [json.loads(_record(partial, i).read_text()) for i in range(n_parts)]
   n = sum(record['documents'] for record in records)
   if not n:
-    raise ConfigError(f'there is no document: {sum(r["empty"] for r in records)} are empty.')
+    empty, damaged = (sum(record[name] for record in records) for name in ('empty', 'damaged'))
+    shutil.rmtree(partial)
+    raise ConfigError(f'there is no document: {empty} are empty, and {damaged} damaged.')
   index = np.lib.format.open_memmap(partial / tokens.DOCUMENTS, 'w+', tokens.ABOUT, (n,))
   first = 0
   for i, record in enumerate(records):
@@ -209,6 +321,7 @@ def _finish(partial: pathlib.Path, n_parts: int, tokenizer: Tokenizer, dtype: st
   totals = {name: sum(record[name] for record in records) for name in ('tokens', 'bytes', 'empty', 'damaged')}
   manifest = {
       'version': tokens.VERSION,
+      'plan': plan,
       'tokenizer': tokenizer.digest,
       'vocab_size': tokenizer.vocab_size,
       'dtype': dtype,
@@ -218,7 +331,7 @@ def _finish(partial: pathlib.Path, n_parts: int, tokenizer: Tokenizer, dtype: st
       'examples_of_damaged': [x for record in records for x in record['examples']][:SHOWN],
       'parts': [{name: record[name] for name in ('file', 'size', 'documents', 'tokens')} for record in records],
   }
-  _write(partial / tokens.MANIFEST, json.dumps(manifest, indent=1))
+  tokens.write_whole(partial / tokens.MANIFEST, json.dumps(manifest, indent=1))
 
 
 def _part(folder: pathlib.Path, i: int) -> pathlib.Path:
@@ -227,13 +340,6 @@ def _part(folder: pathlib.Path, i: int) -> pathlib.Path:
 
 def _record(folder: pathlib.Path, i: int) -> pathlib.Path:
   return folder / f'part-{i:05}.json'
-
-
-def _write(path: pathlib.Path, text: str):
-  """Writes a file that is there as a whole or not at all."""
-  fresh = path.with_name(f'{path.name}.{os.getpid()}')
-  fresh.write_text(text)
-  os.replace(fresh, path)
 
 
 @contextlib.contextmanager
@@ -247,7 +353,7 @@ def _progress(
       'tokenize', rich.progress.BarColumn(), rich.progress.TaskProgressColumn(), '{task.fields[text]}',
       rich.progress.TimeRemainingColumn(),
   )  # fmt: skip
-  began, sums = time.monotonic(), np.zeros(3, np.int64)
+  began, sums = time.monotonic(), np.zeros(5, np.int64)
 
   def text() -> str:
     seconds = max(time.monotonic() - began, 1e-3)
@@ -263,3 +369,5 @@ def _progress(
     yield advance
   if not quiet and not console.is_terminal:
     console.print(f'tokenize: {text()}', highlight=False)
+  if not quiet and np.any(sums[3:]):
+    console.print(f'tokenize: left out {sums[3]:,} empty, {sums[4]:,} damaged', highlight=False)

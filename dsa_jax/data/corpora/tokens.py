@@ -2,11 +2,14 @@
 """Documents as one stream of token ids, read from memory-mapped or random-access files."""
 
 import abc
-from collections.abc import Sequence
+import collections
+from collections.abc import Iterable, Iterator, Sequence
+import functools
 import hashlib
 import json
 import os
 import pathlib
+import resource
 import struct
 from typing import Any
 
@@ -30,6 +33,7 @@ class TokenStream(abc.ABC):
   vocab_size: int  # One more than the highest id.
   tokenizer: str  # The digest of the tokenizer, '' if it is not known.
   place: str
+  left_out: collections.Counter[str]  # Documents that were not written, by reason.
 
   @abc.abstractmethod
   def read(self, first: int, n: int) -> np.ndarray:
@@ -42,7 +46,7 @@ class TokenStream(abc.ABC):
 
 
 class TokenFolder(TokenStream):
-  """A folder that `write_manifest` has completed: ArrayRecord files, and an index of documents."""
+  """A folder that `tokenizing.tokenize` wrote: ArrayRecord files, and an index of documents."""
 
   def __init__(self, folder: str | pathlib.Path):
     """Opens the folder.
@@ -55,13 +59,8 @@ class TokenFolder(TokenStream):
     manifest = read_manifest(folder)
     self._dtype = np.dtype(manifest['dtype'])
     self.vocab_size, self.tokenizer = manifest['vocab_size'], manifest['tokenizer']
-    self._paths = [folder / part['file'] for part in manifest['parts']]
-    for path, part in zip(self._paths, manifest['parts'], strict=True):
-      size = path.stat().st_size if path.is_file() else None
-      if size != part['size']:
-        raise ConfigError(
-            f'{path} has {size} bytes and must have {part["size"]}: the copy is not whole.'
-        )
+    self.left_out = collections.Counter({name: manifest[name] for name in ('empty', 'damaged')})
+    self._parts = [_whole(folder / part['file'], part['size']) for part in manifest['parts']]
     self._starts = np.cumsum([0] + [part['tokens'] for part in manifest['parts']])
     self.about = _mapped(folder / DOCUMENTS)
     if len(self.about) != manifest['documents']:
@@ -69,7 +68,6 @@ class TokenFolder(TokenStream):
           f'{folder / DOCUMENTS} knows {len(self.about)} documents, the manifest '
           f'{manifest["documents"]}: they do not belong together.'
       )
-    self._readers = dict[int, Any]()
 
   def read(self, first: int, n: int) -> np.ndarray:
     parts = []
@@ -82,20 +80,28 @@ class TokenFolder(TokenStream):
     return parts[0] if len(parts) == 1 else np.concatenate([np.empty(0, self._dtype), *parts])
 
   def _read_part(self, i: int, first: int, n: int) -> np.ndarray:
-    records = self._reader(i).read(first // RECORD, -(-(first + n) // RECORD))
+    records = _reader(*self._parts[i]).read(first // RECORD, -(-(first + n) // RECORD))
     tokens = np.frombuffer(b''.join(records), self._dtype)
     return tokens[first % RECORD : first % RECORD + n]
 
-  def _reader(self, i: int):
-    from array_record.python import array_record_module
 
-    if i not in self._readers:
-      options = 'readahead_buffer_size:0'  # Rows are read in no order.
-      self._readers[i] = array_record_module.ArrayRecordReader(str(self._paths[i]), options)
-    return self._readers[i]
+def _whole(path: pathlib.Path, size: int) -> tuple[str, int]:
+  """Returns a part's path, and a number that a part in its place later would not have."""
+  about = path.stat() if path.is_file() else None
+  if about is None or about.st_size != size:
+    has = about.st_size if about else None
+    raise ConfigError(f'{path} has {has} bytes and must have {size}: the copy is not whole.')
+  return str(path), about.st_mtime_ns
 
-  def __getstate__(self):
-    return self.__dict__ | {'_readers': {}}  # A process opens its own.
+
+# A corpus of terabytes has more parts than a process may have open files.
+@functools.lru_cache(max(resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4, 16))
+def _reader(path: str, changed: int) -> Any:
+  """Opens a part. When it was last changed tells it from another one of that name."""
+  from array_record.python import array_record_module
+
+  options = 'readahead_buffer_size:0'  # Rows are read in no order.
+  return array_record_module.ArrayRecordReader(path, options)
 
 
 class FlatTokens(TokenStream):
@@ -110,12 +116,12 @@ class FlatTokens(TokenStream):
       separator: The id that ends every document, and belongs to it.
       index: Where to keep what is known of the documents.
     """
-    self.place, self.tokenizer = name, ''
+    self.place, self.tokenizer, self.left_out = name, '', collections.Counter()
     self._tokens = _flat(name, dtype)
     if not index.exists():
       save(index, _scan(self._tokens, separator))
     self.about = _mapped(index)
-    self.vocab_size = highest(self._tokens, index.with_suffix('.json')) + 1
+    self.vocab_size = _check_ids(name, self._tokens, index.with_suffix('.ids.json')) + 1
 
   def read(self, first: int, n: int) -> np.ndarray:
     return self._tokens[first : first + n]
@@ -150,7 +156,8 @@ class MegatronTokens(TokenStream):
       ends = np.cumsum(np.append(0, lengths))[documents]
       save(index, _describe(self._tokens, np.diff(ends)))
     self.about = _mapped(index)
-    self.vocab_size = highest(self._tokens, index.with_suffix('.json')) + 1
+    self.left_out = collections.Counter(empty=int(np.sum(self.about['tokens'] == 0)))
+    self.vocab_size = _check_ids(prefix, self._tokens, index.with_suffix('.ids.json')) + 1
 
   def _read_index(self, path: pathlib.Path):
     content = path.read_bytes() if path.is_file() else b''
@@ -165,24 +172,48 @@ class MegatronTokens(TokenStream):
       )
     lengths = np.frombuffer(content, '<i4', n, 34).astype(np.int64)
     documents = np.frombuffer(content, '<i8', n_documents, 34 + 12 * n)
+    if not n_documents or documents[0] or documents[-1] != n or np.any(np.diff(documents) < 0):
+      raise ConfigError(f'{path} is damaged: its documents do not divide its {n} sequences.')
     return lengths, documents, self.DTYPES[code]
 
   def read(self, first: int, n: int) -> np.ndarray:
     return self._tokens[first : first + n]
 
 
-def write_part(path: pathlib.Path, documents: Sequence[np.ndarray], dtype: str) -> int:
-  """Writes the tokens of documents as one ArrayRecord file, and returns its size."""
+def write_part(path: pathlib.Path, documents: Iterable[np.ndarray], dtype: str) -> int:
+  """Writes the tokens of documents, as they come, as one ArrayRecord file, and returns its size.
+
+  Raises:
+    OSError: The file could not be written to its end.
+  """
   from array_record.python import array_record_module
 
   fresh = _fresh(path)  # A process of a job that was killed may still be writing.
-  writer = array_record_module.ArrayRecordWriter(str(fresh), 'group_size:1,uncompressed')
-  stream = np.concatenate([np.empty(0, dtype), *documents]).astype(dtype)
-  for first in range(0, len(stream), RECORD):
-    writer.write(stream[first : first + RECORD].tobytes())
-  writer.close()
-  os.replace(fresh, path)
+  try:
+    writer = array_record_module.ArrayRecordWriter(str(fresh), 'group_size:1,uncompressed')
+    for record in _records(documents, dtype):
+      writer.write(record.tobytes())
+    writer.close()
+    os.replace(fresh, path)
+  except RuntimeError as error:  # The library's, as where the disk is full.
+    raise OSError(f'{path} could not be written: {error}') from error
+  finally:
+    fresh.unlink(missing_ok=True)
   return path.stat().st_size
+
+
+def _records(documents: Iterable[np.ndarray], dtype: str) -> Iterator[np.ndarray]:
+  """Yields the tokens of documents, `RECORD` at a time."""
+  waiting, n = [], 0
+  for document in documents:
+    waiting.append(document.astype(dtype))
+    n += len(document)
+    if n >= RECORD:
+      stream, whole = np.concatenate(waiting), n // RECORD * RECORD
+      yield from np.split(stream[:whole], n // RECORD)
+      waiting, n = [stream[whole:]], n - whole
+  if n:
+    yield np.concatenate(waiting)
 
 
 def describe(tokens: Sequence[np.ndarray], texts: Sequence[bytes]) -> np.ndarray:
@@ -214,12 +245,20 @@ def read_manifest(folder: pathlib.Path) -> dict[str, Any]:
   return manifest
 
 
-def highest(tokens: np.ndarray, kept: pathlib.Path) -> int:
-  """Returns the highest id of a file, which is looked for once."""
+def _check_ids(place: str, tokens: np.ndarray, kept: pathlib.Path) -> int:
+  """Returns the highest id of a file, all of whose ids are looked at once.
+
+  Raises:
+    ConfigError: An id is negative, or no model's.
+  """
   if not kept.exists():
-    tops = [int(tokens[i : i + SCANNED].max()) for i in range(0, len(tokens), SCANNED)]
-    kept.write_text(json.dumps(max(tops)))
-  return json.loads(kept.read_text())
+    parts = [tokens[i : i + SCANNED] for i in range(0, len(tokens), SCANNED)]
+    limits = [int(min(part.min() for part in parts)), int(max(part.max() for part in parts))]
+    write_whole(kept, json.dumps(limits))
+  low, high = json.loads(kept.read_text())
+  if low < 0 or high >= 2**31:
+    raise ConfigError(f'{place} has ids from {low} to {high}; ids are 0 or more, and below {2**31}.')
+  return high
 
 
 def _flat(name: str, dtype: str) -> np.ndarray:
@@ -256,6 +295,13 @@ def _describe(tokens: np.ndarray, lengths: np.ndarray) -> np.ndarray:
   for i, (first, end) in enumerate(zip(ends - lengths, ends)):
     about['hash'][i] = hash_of(np.asarray(tokens[first:end], np.uint32).tobytes())
   return about
+
+
+def write_whole(path: pathlib.Path, text: str):
+  """Writes a file that is there as a whole or not at all."""
+  fresh = _fresh(path)
+  fresh.write_text(text)
+  os.replace(fresh, path)
 
 
 def save(path: pathlib.Path, array: np.ndarray):
