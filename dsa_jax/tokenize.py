@@ -15,7 +15,7 @@ import sys
 from absl import app, flags
 from ml_collections import config_flags
 
-from dsa_jax.config import ConfigError
+from dsa_jax.config import ConfigError, local_path
 from dsa_jax.data.corpora import files as places, tokenizing
 from dsa_jax.data.corpora.raw import RawFormat
 from dsa_jax.data.corpora.sources import RAW
@@ -35,14 +35,16 @@ TOKENIZER = flags.DEFINE_string(
 DAMAGED = flags.DEFINE_enum(
     'damaged', 'stop', tokenizing.DAMAGED, 'What to do about documents that are no text.'
 )
-WORKERS = flags.DEFINE_integer('workers', None, 'Processes; the cores of this machine by default.')
+WORKERS = flags.DEFINE_integer(
+    'workers', None, 'Processes; the cores of this machine by default.', lower_bound=1
+)
 
 
 def main(argv: list[str]):
   try:
     if len(argv) != 2:
       raise ConfigError(f'one folder to write must be given; got {argv[1:]}.')
-    out = pathlib.Path(argv[1]).expanduser()
+    out = local_path(argv[1], 'the folder to write')
     if CONFIG.value is None:
       write(guess_format(FILES.value, FORMAT.value, FIELD.value), TOKENIZER.value, DAMAGED.value, out)
     else:

@@ -22,7 +22,8 @@ ROOT = pathlib.Path(__file__).parents[1]
 def write_corpus(folder):
   texts = [path.read_text() for path in sorted((ROOT / 'configs').glob('*.py'))]
   pieces = [text[i : i + 400] for text in texts for i in range(0, len(text), 400)]
-  lines = ''.join(json.dumps({'text': piece}) + '\n' for piece in pieces)
+  lines = ''.join(json.dumps({'text': piece}) + '\n' for piece in [*pieces, '', 'x', 'y', 'z'])
+  lines += '3\n'
   (folder / 'a.jsonl').write_text(lines)
   tokenizer = byte_level(['<s>', '<|end|>'])
   (folder / 'mine').mkdir()
@@ -36,7 +37,7 @@ def config_of(folder):
   c.workdir, c.recipe = str(folder / 'run'), ('dense', 'warmup')
   c.model.vocab_size = 384
   c.data.source, c.data.tokenizer, c.data.cache = 'mixture', str(folder / 'mine'), str(folder / 'cache')
-  c.data.validation_share = 0.2
+  c.data.validation_share, c.data.damaged, c.data.min_tokens = 0.2, 'drop', 4
   c.data.sources.own = dict(format='jsonl', files=str(folder / 'a.jsonl'))
   c.report.update(batches=1)
   for entry in c.stages.values():
@@ -58,6 +59,9 @@ def test_the_report_has_bits_per_byte_and_documents(trained):
   assert about['documents'] > 20 and sum(about['lengths']) == about['documents'] and about['cut'] > 0
   assert sum(about['context']) == pytest.approx(1)
   text = (folder / 'run/report.md').read_text()
+  assert about['left_out'] == {'empty': 1, 'damaged': 1, 'length': 3}
+  row = ['own', *(f'{about[x]:,}' for x in ('documents', 'tokens', 'rows', 'cut')), f'{about["filled"]:.1%}']
+  assert f'| {" | ".join([*row, "1", "1", "3"])} |' in text
   for words in ('nats per token', 'bits per byte', '## Documents', 'own, queries'):
     assert words in text
 
@@ -99,8 +103,8 @@ def test_the_command_writes_a_folder_that_trains(trained, tmp_path):
   folder, _ = trained
   command = [sys.executable, '-m', 'dsa_jax.tokenize', f'--files={folder}/a.jsonl', f'--tokenizer={folder}/mine']
   run = lambda *args: subprocess.run([*command, *args], cwd=ROOT, capture_output=True, text=True)
-  done = run(str(tmp_path / 'out'))
-  assert done.returncode == 0 and 'left out: 0 empty, 0 damaged.' in done.stdout, done.stderr
+  done = run('--damaged=drop', str(tmp_path / 'out'))
+  assert done.returncode == 0 and 'left out: 1 empty, 1 damaged.' in done.stdout, done.stderr
   raw, tokens = config_of(folder), config_of(folder)
   tokens.data.sources.own = dict(format='tokens', files=str(tmp_path / 'out'))
   assert read_recipe(raw).data.describe() == read_recipe(tokens).data.describe()

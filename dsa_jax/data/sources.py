@@ -4,13 +4,12 @@
 from collections.abc import Mapping
 import dataclasses
 import functools
-import pathlib
 import re
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from dsa_jax.config import ConfigError
+from dsa_jax.config import ConfigError, local_path
 from dsa_jax.data.corpora.raw import RawFormat
 from dsa_jax.data.corpora.sources import FORMATS, RAW, Format, default_cache, open_format
 from dsa_jax.data.corpora.tokenizing import DAMAGED
@@ -174,7 +173,7 @@ class DataConfig(PackingConfig):
   def _open(self, key: str) -> TokenStream:
     """Returns the tokens of a source, which is opened once."""
     if key not in self._opened:
-      cache = pathlib.Path(self.cache).expanduser() if self.cache else default_cache()
+      cache = local_path(self.cache, 'data.cache') if self.cache else default_cache()
       stream = open_format(self._keys[key], self.tokenizer, cache, self.damaged)
       self._check_tokenizer(key, stream)
       self._opened[key] = stream

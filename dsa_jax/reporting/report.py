@@ -58,8 +58,11 @@ MFU_CAPTION = (
 DOCUMENTS_CAPTION = (
     'What training reads, by source. A document is cut where it does not end in the row in which it'
     ' begins; its next part sees nothing of the part before. Filled is the share of all positions that'
-    ' hold a token. Below, documents by their tokens, and the share of queries by what they see.'
+    ' hold a token. The last columns count documents that are left out: by the whole source, but those of'
+    ' other lengths than the config wants by what training may read. Below, documents by their tokens, and the share of queries by what they see.'
 )
+# Reasons why documents are left out, and what the report calls such documents.
+LEFT_OUT = {'empty': 'empty', 'damaged': 'damaged', 'length': 'too short or long'}
 Table = tuple[list[str], list[list[str]]]
 
 
@@ -151,10 +154,15 @@ def _flops_table(flops: Mapping[str, Mapping[str, float]]) -> Table:
 def _documents_table(documents: Mapping[str, Mapping[str, Any]]) -> Table:
   numbers = 'documents', 'tokens', 'rows', 'cut'
   rows = [
-      [name, *(_number(about[x], '{:,}') for x in numbers), _number(about['filled'], '{:.1%}')]
+      [
+          name,
+          *(_number(about[x], '{:,}') for x in numbers),
+          _number(about['filled'], '{:.1%}'),
+          *(_number(about.get('left_out', {}).get(x), '{:,}') for x in LEFT_OUT),
+      ]
       for name, about in documents.items()
   ]
-  return ['source', *numbers, 'filled'], rows
+  return ['source', *numbers, 'filled', *LEFT_OUT.values()], rows
 
 
 def _lengths_table(documents: Mapping[str, Mapping[str, Any]]) -> Table:

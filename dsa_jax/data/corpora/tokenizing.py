@@ -32,6 +32,7 @@ from dsa_jax.data.tokenizer import Tokenizer, open_tokenizer
 
 BATCH = 2**20  # Bytes of text that are tokenized at one time.
 DAMAGED = ('stop', 'drop')
+SILENCE = 60  # Seconds after which a log has a line of progress.
 SHOWN = 10  # Damaged documents that a manifest names.
 
 
@@ -98,9 +99,15 @@ def tokenize(
     _claim(partial, plan)
     if not (partial / tokens.MANIFEST).exists():
       jobs = [Job(x, tokenizer, opened.digest, damaged, partial, dtype) for x, _ in pieces]
-      _run(jobs, [piece for _, piece in pieces], workers or os.cpu_count() or 1, quiet)
-      _check_unchanged(plan, describe(sources, tokenizer, damaged), partial)
-      _finish(partial, len(pieces), opened, dtype, digest_of(plan))
+      try:
+        _run(jobs, [piece for _, piece in pieces], workers or os.cpu_count() or 1, quiet)
+        _check_unchanged(plan, describe(sources, tokenizer, damaged), partial)
+        _finish(partial, len(pieces), opened, dtype, digest_of(plan))
+      except BaseException:
+        if not any(partial.glob('part-*.json')):  # There is nothing to go on from.
+          shutil.rmtree(partial, ignore_errors=True)
+          lock.unlink(missing_ok=True)
+        raise
     kept = {tokens.MANIFEST, tokens.DOCUMENTS, *(_part(partial, i).name for i in range(len(pieces)))}
     for path in partial.iterdir():
       if path.name not in kept:
@@ -310,8 +317,10 @@ def _finish(partial: pathlib.Path, n_parts: int, tokenizer: Tokenizer, dtype: st
   n = sum(record['documents'] for record in records)
   if not n:
     empty, damaged = (sum(record[name] for record in records) for name in ('empty', 'damaged'))
-    shutil.rmtree(partial)
-    raise ConfigError(f'there is no document: {empty} are empty, and {damaged} damaged.')
+    example = next((f', such as {x}' for record in records for x in record['examples']), '')
+    for i in range(n_parts):
+      _record(partial, i).unlink()
+    raise ConfigError(f'there is no document: {empty} are empty, and {damaged} damaged{example}.')
   index = np.lib.format.open_memmap(partial / tokens.DOCUMENTS, 'w+', tokens.ABOUT, (n,))
   first = 0
   for i, record in enumerate(records):
@@ -354,6 +363,7 @@ def _progress(
       rich.progress.TimeRemainingColumn(),
   )  # fmt: skip
   began, sums = time.monotonic(), np.zeros(5, np.int64)
+  said = began
 
   def text() -> str:
     seconds = max(time.monotonic() - began, 1e-3)
@@ -363,8 +373,13 @@ def _progress(
     task = bar.add_task('tokenize', total=total, completed=total - left, text='')
 
     def advance(done: Done):
+      nonlocal said
       sums[:] += done
       bar.update(task, advance=done.nbytes, text=text())
+      if not quiet and not console.is_terminal and time.monotonic() - said > SILENCE:
+        share = (total - left + sums[2]) / max(total, 1)
+        console.print(f'tokenize: {share:.0%}, {text()}', highlight=False)
+        said = time.monotonic()
 
     yield advance
   if not quiet and not console.is_terminal:
