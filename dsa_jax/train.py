@@ -121,19 +121,25 @@ def run_stage(run: Run, name: str, writer: MetricsWriter, bar: StepProgress, ahe
     ahead.wait(f'{name}/step')
     flops = lambda batch: training_flops(recipe.model, entry.trains, batch.end - batch.start)
     meter = Meter(batch_tokens, first_step, flops, recipe.mesh.n_devices)
-    pending, text, loop_began = None, '', time.monotonic()
-    for step in range(first_step + 1, entry.steps + 1):
+
+    def take(step: int):  # The device gets each batch one step ahead.
       rows = next(batches)
       meter.count(step, rows)
-      batch = place_batch(rows, entry.batch_size, run.mesh)
+      return jax.device_put(place_batch(rows, entry.batch_size, run.mesh))
+
+    pending, text, batch, loop_began = None, '', take(first_step + 1), time.monotonic()
+    for step in range(first_step + 1, entry.steps + 1):
       now = {part: of_step[step - 1] for part, of_step in rates.items()}
       state, metrics = train_step(state, batch, now)
       metrics |= {f'{part}_lr': rate for part, rate in now.items()}
       ahead.begin(f'{name}/step')  # From now on the device is busy, and the host is not.
+      save = step % recipe.save_every == 0 or step == entry.steps
+      data_state = batches.get_state() if save else None  # It must not count the next batch.
+      if step < entry.steps:
+        batch = take(step + 1)
       if pending is not None:  # The step before this one; the device is already at work.
         text = record(*pending, name, checkpoints, writer, recipe.log_every, meter)
       pending = step, metrics
-      save = step % recipe.save_every == 0 or step == entry.steps
       looks = step % recipe.measure_every == 0 or step == entry.steps
       if save or looks:
         text = record(*pending, name, checkpoints, writer, recipe.log_every, meter)
@@ -144,7 +150,7 @@ def run_stage(run: Run, name: str, writer: MetricsWriter, bar: StepProgress, ahe
         writer.write(name, step, seen)
       if save:
         seconds = seconds_before + time.monotonic() - began
-        checkpoints.save(step, state, Progress(batches.get_state(), seconds))
+        checkpoints.save(step, state, Progress(data_state, seconds))
       speed = batch_tokens * (step - first_step) / (time.monotonic() - loop_began)
       bar.update(step, speed, text)
 

@@ -68,6 +68,17 @@ def test_greedy_is_the_likeliest_of_whole_passes(model, sampler):
   assert [other.generate([prompt], config)[0] for prompt in PROMPTS] == texts
 
 
+def test_short_contexts_change_nothing():
+  """A chunk that sees few tokens attends under a mask; later ones gather what they selected."""
+  cfg, text = dataclasses.replace(CFG, index_topk=12), PROMPTS[0] * 3
+  model = laws.model_of(laws.weights(cfg), cfg)
+  short, plain = (Sampler(model, capacity=40, chunk=chunk) for chunk in (10, 4))
+  assert [short._visible(before, 10) for before in (0, 10, 20)] == [12, 24, 0]
+  for n in 10, 20, 30:
+    want = plain.read([text[:n]]).logits
+    np.testing.assert_allclose(short.read([text[:n]]).logits, want, atol=1e-5)
+
+
 def test_one_prefix_many_times(sampler):
   prefix = sampler.read(PROMPTS, 12)
   config = SampleConfig(max_new_tokens=12, temperature=1.0)

@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reads new tokens after those that a cache holds: prefill in chunks, and decoding."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+import functools
 import typing
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, DTypeLike, Float, Int, Key
+from jaxtyping import Array, Bool, DTypeLike, Float, Int, Key
 import numpy as np
 
 from dsa_jax.config import ConfigError, ModelConfig
@@ -16,11 +17,15 @@ from dsa_jax.inference.cache import Cache
 from dsa_jax.inference.storage import Span, Store
 from dsa_jax.kernels import dense_attention, index_topk, indexed_attention, sparse_attention
 from dsa_jax.kernels.backend import packs_all_keys
+from dsa_jax.nn.attention.mla import MLA
 from dsa_jax.nn.attention.types import Attention, Views
 from dsa_jax.nn.block import Block, add
 from dsa_jax.nn.indexer import IndexInputs
 from dsa_jax.nn.transformer import Transformer, are_full, layers_of_stacks, with_every_indexer
 from dsa_jax.selection import Candidates, check_rule, find_rule
+
+FEW = 8  # So many new tokens are as good as one, as where drafts are verified.
+SHORT = 2  # Times K. Beyond as many tokens, gathering selected rows takes less than a mask.
 
 
 class Reading(NamedTuple):
@@ -40,6 +45,8 @@ def extend(
     attention: Attention,
     backend: str,
     rule: str = 'indexer',
+    layers: Sequence[Block] | None = None,
+    visible: int = 0,
 ) -> Reading:
   """Reads up to T new tokens of each sequence, and keeps them in the cache.
 
@@ -53,44 +60,88 @@ def extend(
     attention: 'sparse'; 'masked', the same numbers at the cost of 'dense'; or 'dense'.
     backend: Which kernels run.
     rule: What selects, a key of `dsa_jax.selection.RULES`.
+    layers: The layers one by one, as `Transformer.block` returns them, in place of the model's. They
+      are unrolled: XLA:CPU copies the weights of each layer that it takes from a stack.
+    visible: No new token sees more than so many; 0: than the capacity. Where they are few, 'sparse'
+      attends under a mask, in MHA form.
   """
   _check(attention, rule)
-  cfg, capacity, n_tokens = model.cfg, cache.capacity(model.cfg), tokens.shape[1]
-  position = cache.length[:, None] + jnp.arange(n_tokens, dtype=jnp.int32)
-  counted = (jnp.arange(n_tokens) < n_new[:, None]) & (position < capacity)
-  at, end = jnp.where(counted, position, -1), jnp.where(counted, position + 1, 0)
-  packs = packs_all_keys(backend, n_tokens, cfg.index_topk, capacity)
-  in_one_op = attention == 'sparse' and rule == 'indexer' and packs and not cfg.shares_indexers
-
-  def layer(carry, inputs):
-    x, kv, index_key, selected = carry
-    block, i, slot, is_full, key = inputs
-    span, index_span = (i * capacity, capacity), (slot * capacity, capacity)
-    views = block.attn.views(block.attn_norm(x), jnp.zeros_like(end), end)
-    kv = storage.write(kv, views.kv, at, span)
-    if block.attn.indexer is not None:
-      index_key = storage.write(index_key, views.index.k, jnp.where(is_full, at, -1), index_span)
-    if in_one_op:
-      out, selected = select_and_attend(views, kv, span, index_key, index_span, end, cfg, backend)
-    else:
-      if attention != 'dense' and block.attn.indexer is not None:
-        args = views, kv, span, index_key, index_span, end, cfg, backend, rule, key
-        own = lambda: select(*args)
-        selected = jax.lax.cond(is_full, own, lambda: selected)
-      out = attend(views.absorbed_q, kv, span, selected, end, cfg, attention, backend)
-    x, _ = block.feed_forward(add(x, block.attn.from_latents(out)), counted, backend)
-    return (x, kv, index_key, selected), selected
-
+  cfg, capacity = model.cfg, cache.capacity(model.cfg)
+  position = cache.length[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)
+  counted = (jnp.arange(tokens.shape[1]) < n_new[:, None]) & (position < capacity)
+  most = short_context(tokens.shape[1], cfg.index_topk, backend)
+  piece = Piece(
+      counted=counted,
+      at=jnp.where(counted, position, -1),
+      end=jnp.where(counted, position + 1, 0),
+      cfg=cfg,
+      capacity=capacity,
+      attention=attention,
+      backend=backend,
+      rule=rule,
+      short=visible if attention == 'sparse' and visible <= most else 0,
+  )
   x = model.embed[...][tokens].astype(cfg.dtype)  # Casts what is read, not the whole table.
   k = 0 if attention == 'dense' else cfg.index_topk
   carry = x, cache.kv, cache.index_key, jnp.full((*tokens.shape, k), -1, jnp.int32)
-  selections = []
-  for inputs in layers_of(model):
-    carry, selected = jax.lax.scan(layer, carry, inputs)
-    selections.append(selected)
-  x, kv, index_key, _ = carry
+  read = functools.partial(read_layer, piece)
+  (x, kv, index_key, _), selections = run_layers(model, layers, read, carry)
   length = cache.length + jnp.sum(counted, axis=1, dtype=jnp.int32)
-  return Reading(model.norm(x), Cache(kv, index_key, length), jnp.concatenate(selections))
+  return Reading(model.norm(x), Cache(kv, index_key, length), selections)
+
+
+class Piece(NamedTuple):
+  """What all layers are told of the new tokens and of how to attend."""
+
+  counted: Bool[Array, 'B T']  # Which tokens are no padding and have room.
+  at: Int[Array, 'B T']  # Their positions; -1 elsewhere.
+  end: Int[Array, 'B T']  # One past the last key that each sees.
+  cfg: ModelConfig
+  capacity: int
+  attention: str
+  backend: str
+  rule: str
+  short: int  # 'sparse' attends to the first so many keys under a mask. 0: it gathers.
+
+  @property
+  def sees_all(self) -> bool:
+    """Whether the indexer has nothing to choose, because no query sees more than its budget."""
+    return 0 < self.short <= self.cfg.index_topk and self.rule == 'indexer'
+
+  @property
+  def is_one_op(self) -> bool:
+    """Whether one op selects and attends."""
+    topk, n_tokens = self.cfg.index_topk, self.at.shape[1]
+    packs = packs_all_keys(self.backend, n_tokens, topk, self.capacity)
+    learned = self.attention == 'sparse' and self.rule == 'indexer'
+    return learned and packs and not self.cfg.shares_indexers
+
+
+def read_layer(piece: Piece, carry: Any, inputs: 'Layers') -> tuple[Any, Int[Array, 'B T K']]:
+  """Runs a layer, whose new rows it writes into the cache; returns the carry and the selection."""
+  x, kv, index_key, selected = carry
+  block, i, slot, is_full, key = inputs
+  attn, end, cfg, backend = block.attn, piece.end, piece.cfg, piece.backend
+  span, index_span = (i * piece.capacity, piece.capacity), (slot * piece.capacity, piece.capacity)
+  views = attn.views(block.attn_norm(x), jnp.zeros_like(end), end)
+  kv = storage.write(kv, views.kv, piece.at, span)
+  if attn.indexer is not None:
+    at = jnp.where(is_full, piece.at, -1)
+    index_key = storage.write(index_key, views.index.k, at, index_span)
+  if piece.is_one_op:
+    out, selected = select_and_attend(views, kv, span, index_key, index_span, end, cfg, backend)
+  elif piece.attention != 'dense' and attn.indexer is not None:
+    args = views, kv, span, index_key, index_span, end, cfg, backend, piece.rule, key
+    own = lambda: all_visible(end, cfg.index_topk) if piece.sees_all else select(*args)
+    selected = jax.lax.cond(is_full, own, lambda: selected)
+  if piece.short:
+    chosen = None if piece.sees_all else selected
+    out = attend_short(attn, views.q, kv, (span[0], piece.short), chosen, end, backend)
+  elif not piece.is_one_op:
+    out = attend(views.absorbed_q, kv, span, selected, end, cfg, piece.attention, backend)
+  out = attn.join_heads(out) if piece.short else attn.from_latents(out)
+  x, _ = block.feed_forward(add(x, out), piece.counted, backend)
+  return (x, kv, index_key, selected), selected
 
 
 def _check(attention: str, rule: str):
@@ -99,15 +150,39 @@ def _check(attention: str, rule: str):
     raise ConfigError(f'{attention=} must be one of {typing.get_args(Attention)}.')
 
 
+def short_context(n_tokens: int, topk: int, backend: str) -> int:
+  """Returns up to how many visible keys 'sparse' attends under a mask; 0: never.
+
+  Few queries would not pay for the keys and values of all heads.
+  """
+  return SHORT * topk if backend == 'xla' and n_tokens > FEW else 0
+
+
 class Layers(NamedTuple):
-  """The layers of a stack, as `extend` scans them."""
+  """The layers of a stack, as `extend` scans them, or one layer."""
 
   blocks: Block
-  number: np.ndarray  # Of each layer, counted from the first one of the model.
+  number: np.ndarray | int  # Of each layer, counted from the first one of the model.
   # Which index keys of the cache are a layer's own, or those of the layer whose selection it shares.
-  slot: np.ndarray
-  is_full: np.ndarray  # Whether a layer selects for itself.
-  keys: Key[Array, 'L']  # For rules that draw lots. They are those of a pass without a cache.
+  slot: np.ndarray | int
+  is_full: np.ndarray | bool  # Whether a layer selects for itself.
+  keys: Key[Array, '*L']  # For rules that draw lots. They are those of a pass without a cache.
+
+
+def run_layers(
+    model: Transformer, layers: Sequence[Block] | None, layer: Callable, carry: Any
+) -> tuple[Any, Int[Array, 'L B T K']]:
+  """Scans the stacks of the model, or runs the given layers; returns the carry and all selections."""
+  selections = []
+  if layers is None:
+    for stack in layers_of(model):
+      carry, selected = jax.lax.scan(layer, carry, stack)
+      selections.append(selected)
+    return carry, jnp.concatenate(selections)
+  for one in one_by_one(model, layers):
+    carry, selected = layer(carry, one)
+    selections.append(selected)
+  return carry, jnp.stack(selections)
 
 
 def layers_of(model: Transformer) -> Iterator[Layers]:
@@ -119,6 +194,14 @@ def layers_of(model: Transformer) -> Iterator[Layers]:
     if blocks := getattr(model, name):
       i = np.arange(layers.start, layers.stop)
       yield Layers(with_every_indexer(blocks, full[i]), i, slot[i], full[i], keys[i])
+
+
+def one_by_one(model: Transformer, blocks: Sequence[Block]) -> Iterator[Layers]:
+  """Yields each of these layers by itself."""
+  full = are_full(model.cfg, range(model.cfg.n_layers))
+  slot, keys = np.maximum(np.cumsum(full) - 1, 0), model.layer_keys()
+  for i, block in enumerate(blocks):
+    yield Layers(block, i, int(slot[i]), bool(full[i]), keys[i])
 
 
 def select(
@@ -195,6 +278,27 @@ def attend(
   # The keys stand for the values, too: cutting the latents out would copy them all.
   start = jnp.zeros_like(end)
   return dense_attention(q, keys, keys, start, end, indices=indices, **sizes)[0][..., :v_dim]
+
+
+def all_visible(end: Int[Array, 'B T'], k: int) -> Int[Array, 'B T {k}']:
+  """Returns what the indexer selects where no query sees more than k keys: all of them."""
+  return jnp.where(jnp.arange(k) < end[..., None], jnp.arange(k, dtype=jnp.int32), -1)
+
+
+def attend_short(
+    layer: MLA,
+    q: Float[Array, 'B T H E'],
+    store: Store,
+    span: Span,
+    selected: Int[Array, 'B T K'] | None,
+    end: Int[Array, 'B T'],
+    backend: str,
+) -> Float[Array, 'B T H V']:
+  """Returns what each head reads in MHA form, from the selection or from all in the span."""
+  kv = storage.read_layer(store, span).decode(q.dtype)
+  k, v = layer.expanded(kv[..., : layer.latent_dim + layer.cfg.qk_rope_head_dim])
+  sizes = {'sm_scale': layer.cfg.sm_scale, 'backend': backend}
+  return dense_attention(q, k, v, jnp.zeros_like(end), end, indices=selected, **sizes)[0]
 
 
 def keys_of_selected(

@@ -10,7 +10,6 @@ import pathlib
 import typing
 from typing import NamedTuple
 
-from flax import nnx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
@@ -21,10 +20,11 @@ from dsa_jax.data.text import VOCAB_SIZE
 from dsa_jax.data.tokenizer import Bytes, Tokenizer, find_tokenizer
 from dsa_jax.inference.cache import FORMATS, Cache, init_cache
 from dsa_jax.inference.draw import draw
-from dsa_jax.inference.extend import extend
+from dsa_jax.inference.extend import extend, short_context
 from dsa_jax.inference.load import find_checkpoint, load_checkpoint
 from dsa_jax.kernels.backend import check_backend, default_backend
 from dsa_jax.nn.attention.types import Attention
+from dsa_jax.nn.block import Block
 from dsa_jax.nn.transformer import Transformer
 from dsa_jax.selection import check_rule
 
@@ -125,10 +125,10 @@ class Sampler:
     self._chunk = (TPU_CHUNK if self._on_tpu else CHUNK) if chunk is None else chunk
     if self._chunk < 1:
       raise ConfigError(f'{chunk=} must be at least 1.')
-    graph, params = nnx.split(model)
-    wide = model.cfg.dtype != 'float32' and jax.default_backend() == 'cpu'
-    self._params = _with_wide_head(params, model.cfg.dtype) if wide else params
-    self._reader = make_reader(graph, attention, backend, rule, wide)
+    on_cpu = jax.default_backend() == 'cpu'
+    weights = prepared_for_cpu(model) if on_cpu else (model, None)
+    self._weights, structure = jax.tree.flatten(weights)
+    self._reader = make_reader(structure, attention, backend, rule, on_cpu)
 
   @classmethod
   def load(
@@ -227,13 +227,23 @@ class Sampler:
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
     for i, prompt in enumerate(prompts):
       tokens[i, : len(prompt)] = prompt
+    before = 0 if after is None else int(after.lengths.max())
     for first in range(0, longest, width):
       n_new = np.clip(lengths - first, 0, width).astype(np.int32)
       chunk = tokens[:, first : first + width]
       logits, cache = read_chunk(
-          self._params, cache, chunk, n_new, logits, reader=self._reader
-      )
+          self._weights, cache, chunk, n_new, logits,
+          reader=self._reader, visible=self._visible(before + first, width),
+      )  # fmt: skip
     return Prefix(cache, logits)
+
+  def _visible(self, before: int, width: int) -> int:
+    """Returns how many tokens a chunk may see; of a few such numbers, for few programs."""
+    topk, most = self.cfg.index_topk, before + width
+    longest = short_context(width, topk, self._reader.backend)
+    if self.attention != 'sparse' or most > longest:
+      return 0
+    return min(topk if most <= topk else longest, self.capacity)
 
   def steps(self, prefix: Prefix, config: SampleConfig) -> Iterator[list[int | None]]:
     """Yields the next id of every text, step after step, and None for texts that have ended.
@@ -274,7 +284,7 @@ class Sampler:
     begun = collections.deque()
     for step in range(config.max_new_tokens):
       ids, running, logits, cache = draw_and_read(
-          self._params, cache, logits, keys, running, *numbers,
+          self._weights, cache, logits, keys, running, *numbers,
           top_k=config.top_k, reader=self._reader,
       )  # fmt: skip
       begun.append((ids, running))
@@ -346,15 +356,31 @@ def _read_step(ids: jax.Array, running: jax.Array) -> list[int | None] | None:
   return [int(i) if alive else None for i, alive in zip(np.asarray(ids), running)]
 
 
+def prepared_for_cpu(model: Transformer) -> tuple[Transformer, list[Block]]:
+  """Returns a model without its layers, and its layers, as XLA:CPU reads them without copies.
+
+  The layers lie by themselves, see `extend`. The head is rounded to the dtype of the activations but
+  kept in float32, because XLA:CPU would do both before every product, at ten times the product's cost.
+  """
+  blocks = [model.block(i) for i in range(model.cfg.n_layers)]
+  for block in blocks:
+    block.attn.split_expansion()
+  rest = jax.tree.map(lambda x: x, model)  # A new module; the given one stays as it is.
+  rest.dense_blocks = rest.moe_blocks = rest.mtp = None
+  if model.cfg.dtype != 'float32':
+    rest.head.set_value(rest.head[...].astype(model.cfg.dtype).astype(jnp.float32))
+  return rest, blocks
+
+
 @dataclasses.dataclass(frozen=True)
 class Reader:
-  """How a program reads tokens. It knows its hash, because that of a graph takes a millisecond."""
+  """What a program reads tokens with. It knows its hash, because that of a model takes a millisecond."""
 
-  graph: nnx.GraphDef  # The model without its weights.
+  structure: jax.tree_util.PyTreeDef  # The model and its layers, without their weights.
   attention: Attention
   backend: str
   rule: str
-  wide_head: bool  # Whether the head is as `_with_wide_head` returns it.
+  on_cpu: bool  # Whether they are as `prepared_for_cpu` returns them.
   known_hash: int
 
   def __hash__(self) -> int:
@@ -363,46 +389,37 @@ class Reader:
 
 @functools.cache  # Samplers of models with one structure have one reader, which equals itself at once.
 def make_reader(
-    graph: nnx.GraphDef, attention: Attention, backend: str, rule: str, wide_head: bool
+    structure: jax.tree_util.PyTreeDef, attention: Attention, backend: str, rule: str, on_cpu: bool
 ) -> Reader:
-  fields = graph, attention, backend, rule, wide_head
+  fields = structure, attention, backend, rule, on_cpu
   return Reader(*fields, hash(fields))
 
 
-def _with_wide_head(params: nnx.State, dtype: str) -> nnx.State:
-  """Returns the weights with a head that is rounded to `dtype`, and kept in float32.
-
-  XLA:CPU rounds and widens the head before every product, which takes ten times the product.
-  """
-  params = jax.tree.map(lambda x: x, params)  # Another tree of the same arrays.
-  head = params['head']
-  params['head'] = head.replace(head[...].astype(dtype).astype(jnp.float32))
-  return params
-
-
 def _read(
-    params: nnx.State,
+    weights: list[Array],
     cache: Cache,
     tokens: Int[Array, 'B T'],
     n_new: Int[Array, 'B'],
     logits: Float[Array, 'B W'],
     *,
     reader: Reader,
+    visible: int = 0,
 ) -> tuple[Float[Array, 'B W'], Cache]:
   """Reads one chunk of every text; a text without new tokens keeps the logits that it had."""
-  model = nnx.merge(reader.graph, params)
+  model, layers = jax.tree.unflatten(reader.structure, weights)
   reading = extend(
       model, cache, tokens, n_new,
-      attention=reader.attention, backend=reader.backend, rule=reader.rule,
+      attention=reader.attention, backend=reader.backend, rule=reader.rule, layers=layers,
+      visible=visible,
   )  # fmt: skip
   last = jnp.maximum(n_new - 1, 0)[:, None, None]
   hidden = jnp.take_along_axis(reading.hidden, last, axis=1)
-  new = model.logits(hidden.astype(jnp.float32) if reader.wide_head else hidden)[:, 0]
+  new = model.logits(hidden.astype(jnp.float32) if reader.on_cpu else hidden)[:, 0]
   return jnp.where(n_new[:, None] > 0, new, logits), reading.cache
 
 
 # All programs belong to the module, so that all samplers share what is compiled.
-read_chunk = jax.jit(_read, static_argnames='reader', donate_argnames='cache')
+read_chunk = jax.jit(_read, static_argnames=('reader', 'visible'), donate_argnames='cache')
 
 
 @functools.partial(jax.jit, static_argnames='n')
@@ -416,7 +433,7 @@ def begin_texts(
 
 @functools.partial(jax.jit, static_argnames=('top_k', 'reader'), donate_argnames='cache')
 def draw_and_read(
-    params: nnx.State,
+    weights: list[Array],
     cache: Cache,
     logits: Float[Array, 'B W'],
     keys: Key[Array, 'B'],
@@ -437,5 +454,5 @@ def draw_and_read(
   ids = draw(logits, position_keys, temperature, top_k, top_p)
   running &= jnp.all(ids[:, None] != stop, axis=1)
   n_new = running.astype(jnp.int32)
-  logits, cache = _read(params, cache, ids[:, None], n_new, logits, reader=reader)
+  logits, cache = _read(weights, cache, ids[:, None], n_new, logits, reader=reader)
   return ids, running, logits, cache

@@ -24,7 +24,7 @@ def index_topk(
     topk: int,
     backend: str,
     blocks: Blocks | None = None,
-    span: tuple[Int[Array, ''], int] | None = None,
+    span: tuple[Int[Array, ''] | int, int] | None = None,
 ) -> Int[Array, 'B T {topk}']:
   """Selects for each query the `topk` visible keys with the highest index scores.
 

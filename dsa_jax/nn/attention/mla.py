@@ -98,22 +98,30 @@ class MLA(Configured):
     The compiler drops whatever is not used.
     """
     positions = positions_of(start, end)
-    w_k, w_v = self._expansion(x.dtype)
     q_latent = self.q_norm(x @ self.wq_a[...].astype(x.dtype))
     kv = _of_all_tokens(jnp.concatenate(self._latents(x, positions), axis=-1), zigzag)
-    c_kv, k_rope = jnp.split(kv, [self.cfg.kv_lora_rank], axis=-1)
-    k_nope = jnp.einsum('BSC,CHN->BSHN', c_kv, w_k)
-    k_rope_of_heads = jnp.broadcast_to(k_rope[:, :, None], (*k_nope.shape[:3], k_rope.shape[-1]))
+    k, v = self.expanded(kv)
     index = None if self.indexer is None else self.indexer(x, q_latent, positions)
     return Views(
         q_latent=q_latent,
         q=self.queries(q_latent, positions),
-        k=jnp.concatenate([k_nope, k_rope_of_heads], axis=-1),
-        v=jnp.einsum('BSC,CHV->BSHV', c_kv, w_v),
+        k=k,
+        v=v,
         absorbed_q=self.absorbed_queries(q_latent, positions),
         kv=kv,
         index=index and index._replace(k=_of_all_tokens(index.k, zigzag)),
     )
+
+  def expanded(
+      self, kv: Float[Array, 'B S P']
+  ) -> tuple[Float[Array, 'B S H E'], Float[Array, 'B S H V']]:
+    """Returns the keys and values of each head, in MHA form."""
+    w_k, w_v = self._expansion(kv.dtype)
+    c_kv, k_rope = jnp.split(kv, [self.cfg.kv_lora_rank], axis=-1)
+    k_nope = jnp.einsum('BSC,CHN->BSHN', c_kv, w_k)
+    k_rope_of_heads = jnp.broadcast_to(k_rope[:, :, None], (*k_nope.shape[:3], k_rope.shape[-1]))
+    keys = jnp.concatenate([k_nope, k_rope_of_heads], axis=-1)
+    return keys, jnp.einsum('BSC,CHV->BSHV', c_kv, w_v)
 
   def from_latents(self, out: Float[Array, 'B T H C']) -> Float[Array, 'B T D']:
     """Turns what each head has read in absorbed form, a mean of latents, into the output."""
@@ -125,7 +133,20 @@ class MLA(Configured):
 
   def _expansion(self, dtype):
     """Returns the weights that expand a latent into keys [C, H, N] and values [C, H, V]."""
+    if self.wkv_b is None:
+      w_k, w_v = self.w_k[...].astype(dtype), self.w_v[...].astype(dtype)
+      return jnp.transpose(w_k, (2, 0, 1)), jnp.swapaxes(w_v, 0, 1)
     return jnp.split(self.wkv_b[...].astype(dtype), [self.cfg.qk_nope_head_dim], axis=-1)
+
+  def split_expansion(self):
+    """Keeps the halves of `wkv_b` in its place, as [H, N, C] and [H, C, V].
+
+    Absorbed products read them so. XLA:CPU would otherwise turn them around for every product.
+    """
+    w_k, w_v = self._expansion(self.wkv_b.dtype)
+    self.w_k = BackboneParam(jnp.transpose(w_k, (1, 2, 0)), axes=('heads', None, None))
+    self.w_v = BackboneParam(jnp.swapaxes(w_v, 0, 1), axes=('heads', None, None))
+    self.wkv_b = None
 
   def queries(
       self, q_latent: Float[Array, 'B T Q'], positions: Int[Array, 'B T']
