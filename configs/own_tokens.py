@@ -19,7 +19,8 @@ def get_config(variant: str = 'full'):
   c.data = base.get_config().data
   c.data.source, c.data.packing = 'mixture', 'best_fit'
   if variant == 'tiny':
-    c.data.sources.one = dict(format='text', files='configs/*.py', weight=0.75)
+    c.data.validation_share = 0.1
+    c.data.sources.one = dict(format='text', files='dsa_jax/**/*.py', weight=0.75)
     c.data.sources.other = dict(format='text', files='', weight=0.25)
     return c
   c.data.tokenizer = 'tokenizer.json'

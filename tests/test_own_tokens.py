@@ -2,6 +2,7 @@
 """A recipe on tokens of one's own, from the text to the report and to sampling."""
 
 import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from tokenizer_families import byte_level
 
 from configs import quickstart
 from dsa_jax.config import ConfigError
+from dsa_jax.data.corpora.tokens import read_manifest
 from dsa_jax.data.tokenizer import Pretrained, open_tokenizer
 from dsa_jax.inference.sampler import Sampler
 from dsa_jax.train import train
@@ -111,3 +113,69 @@ def test_the_command_writes_a_folder_that_trains(trained, tmp_path):
   again = run(str(tmp_path / 'out'))
   assert again.returncode == 1 and 'out exists; choose another folder' in again.stderr
   assert 'Traceback' not in again.stderr and again.stderr.count('\n') == 1
+
+
+CONFIG = """
+from configs import base, quickstart
+
+def get_config():
+  c = quickstart.get_config('tiny')
+  c.data = base.get_config().data
+  c.data.source, c.data.cache = 'mixture', '{folder}/cache'
+  c.data.sources.one = dict(format='jsonl', files='{folder}/one.json', validation_files='{folder}/one.txt.json')
+  c.data.sources.two = dict(format='jsonl', files='{folder}/two.json')
+  return c
+"""
+
+
+def test_the_command_goes_on_in_a_mixture(tmp_path):
+  (tmp_path / 'mine.py').write_text(CONFIG.format(folder=tmp_path))
+  for name, text in ('one', '{"text": "a"}'), ('one.txt', '{"text": "bb"}'), ('two', 'no JSON'):
+    (tmp_path / f'{name}.json').write_text(text)
+  out = str(tmp_path / 'out')
+  command = [sys.executable, '-m', 'dsa_jax.tokenize', f'--config={tmp_path}/mine.py']
+  run = lambda *args: subprocess.run([*command, *args], cwd=ROOT, capture_output=True, text=True)
+  stopped = run(out)
+  assert stopped.returncode == 1 and 'two.json, the line at byte 0: it is no JSON' in stopped.stderr
+  assert {path.name for path in (tmp_path / 'out').iterdir()} == {'one'}
+  (tmp_path / 'two.json').write_text('{"text": "ccc"}')
+  done = run(out)
+  assert 'out/one is there already, of the same files' in done.stdout, done.stderr
+  counts = {p.name: read_manifest(p)['tokens'] for p in (tmp_path / 'out').iterdir()}
+  assert counts == {'one': 2, 'one.validation': 3, 'two': 4}
+
+
+@pytest.mark.parametrize(
+    'args, message',
+    [
+        (['--workers=0', 'out'], 'flag --workers=0: 0 is not a positive integer'),
+        (['gs://bucket/out'], "the folder to write='gs://bucket/out' must be a local path"),
+    ],
+)
+def test_arguments_of_the_command(tmp_path, args, message):
+  (tmp_path / 'a.json').write_text('{"text": "a"}')
+  command = [sys.executable, '-m', 'dsa_jax.tokenize', '--files=a.json', '--tokenizer=bytes', *args]
+  env = os.environ | {'PYTHONPATH': str(ROOT)}
+  done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+  assert done.returncode == 1 and message in done.stderr
+  assert [path.name for path in tmp_path.iterdir()] == ['a.json']
+
+
+def test_a_format_is_known_by_endings(tmp_path):
+  for name in ('a.json', 'b.jsonl.gz', 'c.parquet', 'd.txt', 'e.arrow', 'f/state.json'):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text('x')
+  script = (
+      'import sys\n'
+      'from dsa_jax.tokenize import guess_format\n'
+      'for names in sys.argv[1:]:\n'
+      '  try: print(type(guess_format(names.split(","), None, "text")).__name__)\n'
+      '  except ValueError as error: print(error)\n'
+  )
+  names = ['a.json', 'a.json,b.jsonl.gz', 'c.parquet', 'd.txt', 'e.arrow', 'f', 'a.json,d.txt']
+  env = os.environ | {'PYTHONPATH': str(ROOT)}
+  command = [sys.executable, '-c', script, *names]
+  done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+  *kinds, mixed = done.stdout.splitlines()
+  assert kinds == ['JsonLines', 'JsonLines', 'Parquet', 'Text', 'Arrow', 'Arrow'], done.stderr
+  assert mixed == "the files end in ['.json', '.txt']: give one kind, or --format."

@@ -200,7 +200,7 @@ def choose(
   if not len(documents) or lengths[documents].max() < 2:
     which = 'document of two tokens or more' if len(documents) else 'document'
     raise ConfigError(
-        f'{stream.place} has no {which} for {split}, of {len(lengths)}: {validation_share=}, '
+        f'{stream.place} has no {which} for {split}, of {len(lengths)}: data.{validation_share=}, '
         f'min_tokens={packing.min_tokens}, max_tokens={packing.max_tokens}. Give more documents, '
         'another share, or validation files of their own.'
     )

@@ -182,8 +182,8 @@ def tokenizer_folder(where: str) -> pathlib.Path | None:
     if (folder / 'tokenizer.json').is_file():
       return folder
   raise ConfigError(
-      f"tokenizer={where!r} must be 'bytes', a file of the name tokenizer.json, or a folder of this "
-      'machine that has one; there is none.'
+      f"tokenizer={where!r} must be 'bytes', a tokenizer.json (a file of that name), or a folder of "
+      'this machine that has one; there is none.'
   )
 
 

@@ -153,3 +153,28 @@ def test_damaged_files_are_named(tmp_path, name, content, message):
   (tmp_path / name).write_text(content)
   with pytest.raises(ConfigError, match=message):
     load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    'template, config, want',
+    [
+        ('', {}, [A, B]),
+        ('<s> $A', {}, [BOS, A, B]),
+        ('<s> $A </s>', {}, [BOS, A, B, EOS]),  # Only the template says what ends a text.
+        ('<s> $A </s>', {'eos_token': '</s>'}, [BOS, A, B, EOS]),
+        ('$A </s>', {'eos_token': '</s>', 'add_bos_token': True, 'bos_token': '<s>'}, [BOS, A, B, EOS]),
+        ('<s> $A </s>', {'add_bos_token': False, 'bos_token': '<s>', 'eos_token': '</s>'}, [A, B, EOS]),
+        ('</s> $A', {'bos_token': '</s>', 'eos_token': '</s>'}, [EOS, A, B, EOS]),  # As in GPT-2.
+        ('</s> $A <s>', {'eos_token': '</s>'}, [EOS, A, B, BOS, EOS]),
+    ],
+)
+def test_a_document_begins_and_ends_once(tmp_path, template, config, want):
+  write(tmp_path, template=template, tokenizer_config=config)
+  [ids] = load(tmp_path).encode_documents([b'a b'])
+  assert ids.tolist() == want
+
+
+def test_any_of_several_ends_ends_a_document(tmp_path):
+  write(tmp_path, template='$A </s>')
+  [ids] = load(tmp_path, eos_token_id=[B, EOS]).encode_documents([b'a'])
+  assert ids.tolist() == [A, EOS]
