@@ -68,7 +68,7 @@ def write_mixture(data: DataConfig, out: pathlib.Path):
   for name, source in texts.items():
     tokenizer = TOKENIZER.value or data.tokenizer or 'bytes'
     plan = tokenizing.digest_of(tokenizing.describe([source], tokenizer, data.damaged))
-    if (out / name).exists() and read_manifest(out / name)['plan'] == plan:
+    if (out / name).exists() and read_manifest(out / name).get('plan') == plan:
       print(f'{out / name} is there already, of the same files.')
     else:
       write(source, tokenizer, data.damaged, out / name)
