@@ -210,7 +210,7 @@ def test_misspelt_field_names_the_right_one(tmp_path):
         ({'model.n_heads': 0}, r'n_heads=0 must be at least 1'),
         ({'model.n_limited_groups': 5}, r'n_limited_groups=5'),
         ({'data.files': 'no/such/*.txt'}, r'no/such/\*\.txt.* matches no file'),
-        ({'data.source': 'texts'}, r"must be 'text' or 'recall'"),
+        ({'data.source': 'texts'}, r"must be one of .'text', 'recall', 'mixture'"),
         ({'selection': 'best'}, r"selection='best' must be one of"),
         ({'remat': 'all'}, r"remat='all' must be one of .'none', 'layer', 'selection', 'products'"),
         ({'recipe': ('dense', 'dence')}, r"names \['dence'\]"),

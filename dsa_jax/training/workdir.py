@@ -127,14 +127,20 @@ def complete(config: Mapping[str, Any]) -> dict[str, Any]:
   config = ADDED | dict(config)
   for name, kind in SECTIONS.items():
     config[name] = _defaults(kind) | config.get(name, {})
+  config['data'].pop('cache')  # Where tokens lie decides nothing.
   stages = config.get('stages', {})
   config['stages'] = {name: _defaults(StageConfig) | entry for name, entry in stages.items()}
   return json.loads(json.dumps({k: v for k, v in config.items() if k not in ELSEWHERE}))
 
 
 def _defaults(kind: type) -> dict[str, Any]:
-  fields = dataclasses.fields(kind)
-  return {f.name: f.default for f in fields if f.default is not dataclasses.MISSING}
+  values, missing = {}, dataclasses.MISSING
+  for field in dataclasses.fields(kind):
+    if field.default is not missing:
+      values[field.name] = field.default
+    elif field.default_factory is not missing:
+      values[field.name] = field.default_factory()
+  return values
 
 
 def _kept(config: ConfigDict) -> dict[str, Any]:
