@@ -15,7 +15,7 @@ import time
 
 HERE = pathlib.Path(__file__).parent
 ROOT = HERE.parents[1]
-CONTEXT, VOCABULARY = 16_384, 129_280
+CONTEXT = 16_384
 DRAWS = {
     'greedy': {},
     'top_k': {'temperature': 1.0, 'top_k': 50},
@@ -36,7 +36,7 @@ def measure(dtype: str, n_tokens: int) -> dict[str, dict]:
   from dsa_jax.training.state import init_params, model_graph
 
   cfg = ModelConfig(
-      vocab_size=VOCABULARY, dim=128, n_layers=2, n_dense_layers=1, inter_dim=256, n_heads=8,
+      vocab_size=ModelConfig.vocab_size, dim=128, n_layers=2, n_dense_layers=1, inter_dim=256, n_heads=8,
       q_lora_rank=64, kv_lora_rank=64, qk_nope_head_dim=32, qk_rope_head_dim=16, v_head_dim=32,
       index_n_heads=4, index_head_dim=32, index_topk=512, n_routed_experts=8,
       n_activated_experts=2, n_expert_groups=1, n_limited_groups=1, moe_inter_dim=128,
@@ -49,7 +49,7 @@ def measure(dtype: str, n_tokens: int) -> dict[str, dict]:
       **jax.tree.map(fill, {'kv': cache.kv, 'index_key': cache.index_key}),
       length=jnp.full(1, CONTEXT - n_tokens, jnp.int32),
   )
-  prefix = Prefix(cache, jax.random.normal(jax.random.key(2), (1, VOCABULARY)))
+  prefix = Prefix(cache, jax.random.normal(jax.random.key(2), (1, cfg.vocab_size)))
   rows = {}
   for name, drawing in DRAWS.items():
     config = SampleConfig(max_new_tokens=n_tokens, **drawing)
