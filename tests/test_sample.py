@@ -297,7 +297,7 @@ def command(*flags: str) -> subprocess.CompletedProcess:
 
 
 def test_command(tmp_path):
-  """It prints what the sampler returns, up to a stop token; and a mistake in one line."""
+  """It prints what the sampler returns, up to a stop token."""
   folder = save_run(tmp_path)
   (tmp_path / 'prompt.txt').write_text('hello')
   sampler = Sampler.load(folder, capacity=40, rule='random', index_topk=2)
@@ -311,7 +311,12 @@ def test_command(tmp_path):
   assert done.stdout == sampler('hello', **drawing, stop=(stop,))
   assert done.stdout != sampler('hello', **drawing, stop=())
   assert 'sparse attention]' in done.stderr
-  done = command(*flags, '--compilation_cache=off', '--prompt=' + 'x' * 30)
+
+
+def test_the_command_prints_a_mistake_in_one_line(tmp_path):
+  flags = f'--checkpoint={save_run(tmp_path)}', '--capacity=40', '--max_new_tokens=20'
+  flags += '--rule=random', '--index_topk=2', '--compilation_cache=off'
+  done = command(*flags, '--prompt=' + 'x' * 30)
   assert done.returncode == 1 and 'Traceback' not in done.stderr
   assert 'error: prompt 0 has 31 tokens and 20 are to follow' in done.stderr
 
