@@ -69,7 +69,7 @@ PARTS = {
             'tests/convert/test_convert.py', 'tests/convert/test_convert_faults.py',
             'tests/convert/test_convert_scale.py', 'tests/test_notebooks.py',
             'tests/compile/test_compile_report.py', 'tests/compile/test_compile_gpu.py',
-            'tests/test_wheel.py',
+            'tests/test_wheel.py', 'tests/test_sample.py',
         ),
         (
             'dsa_jax/convert', 'dsa_jax/families', 'dsa_jax/training', 'dsa_jax/inference', 'notebooks',

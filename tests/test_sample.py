@@ -296,6 +296,7 @@ def command(*flags: str) -> subprocess.CompletedProcess:
   )
 
 
+@pytest.mark.nightly
 def test_command(tmp_path):
   """It prints what the sampler returns, up to a stop token."""
   folder = save_run(tmp_path)
