@@ -125,7 +125,8 @@ def run_stage(run: Run, name: str, writer: MetricsWriter, bar: StepProgress, ahe
     def take(step: int):  # The device gets each batch one step ahead.
       rows = next(batches)
       meter.count(step, rows)
-      return jax.device_put(place_batch(rows, entry.batch_size, run.mesh))
+      placed = place_batch(rows, entry.batch_size, run.mesh)
+      return placed if run.mesh else jax.device_put(placed)
 
     pending, text, batch, loop_began = None, '', take(first_step + 1), time.monotonic()
     for step in range(first_step + 1, entry.steps + 1):
