@@ -15,7 +15,13 @@ import numpy as np
 from dsa_jax.config import ConfigError
 from dsa_jax.data.corpora import files as places, tokenizing
 from dsa_jax.data.corpora.raw import Arrow, JsonLines, Parquet, RawFormat, Text
-from dsa_jax.data.corpora.tokens import FlatTokens, MegatronTokens, TokenFolder, TokenStream
+from dsa_jax.data.corpora.tokens import (
+    FlatTokens,
+    MegatronTokens,
+    TokenFolder,
+    TokenStream,
+    read_across,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,13 +73,8 @@ class Joined(TokenStream):
     self._starts = np.cumsum([0, *totals])
 
   def read(self, first: int, n: int) -> np.ndarray:
-    parts = []
-    while n:
-      i = int(np.searchsorted(self._starts, first, side='right')) - 1
-      taken = min(n, int(self._starts[i + 1]) - first)
-      parts.append(self._streams[i].read(first - int(self._starts[i]), taken))
-      first, n = first + taken, n - taken
-    return np.concatenate(parts) if parts else np.empty(0, np.int32)
+    of_stream = lambda i, inside, taken: self._streams[i].read(inside, taken)
+    return read_across(self._starts, of_stream, first, n)
 
 
 def default_cache() -> pathlib.Path:

@@ -3,7 +3,7 @@
 
 import abc
 import collections
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 import functools
 import hashlib
 import json
@@ -70,19 +70,32 @@ class TokenFolder(TokenStream):
       )
 
   def read(self, first: int, n: int) -> np.ndarray:
-    parts = []
-    while n:
-      i = int(np.searchsorted(self._starts, first, side='right')) - 1
-      inside = first - int(self._starts[i])
-      taken = min(n, int(self._starts[i + 1]) - first)
-      parts.append(self._read_part(i, inside, taken))
-      first, n = first + taken, n - taken
-    return parts[0] if len(parts) == 1 else np.concatenate([np.empty(0, self._dtype), *parts])
+    return read_across(self._starts, self._read_part, first, n)
 
   def _read_part(self, i: int, first: int, n: int) -> np.ndarray:
     records = _reader(*self._parts[i]).read(first // RECORD, -(-(first + n) // RECORD))
     tokens = np.frombuffer(b''.join(records), self._dtype)
     return tokens[first % RECORD : first % RECORD + n]
+
+
+def read_across(
+    starts: np.ndarray, read: Callable[[int, int, int], np.ndarray], first: int, n: int
+) -> np.ndarray:
+  """Returns n tokens of streams that lie end to end.
+
+  Args:
+    starts: Where each stream begins, and where the last one ends.
+    read: Returns tokens of a stream, given its number, a place in it, and how many to read.
+    first: Where the tokens begin.
+    n: How many there are.
+  """
+  parts = []
+  while n:
+    i = int(np.searchsorted(starts, first, side='right')) - 1
+    taken = min(n, int(starts[i + 1]) - first)
+    parts.append(read(i, first - int(starts[i]), taken))
+    first, n = first + taken, n - taken
+  return np.concatenate(parts) if parts else np.empty(0, np.uint16)
 
 
 def _whole(path: pathlib.Path, size: int) -> tuple[str, int]:
