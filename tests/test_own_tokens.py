@@ -4,6 +4,7 @@
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -16,6 +17,7 @@ from dsa_jax.data.corpora.tokens import read_manifest
 from dsa_jax.data.tokenizer import Pretrained, open_tokenizer
 from dsa_jax.inference.sampler import Sampler
 from dsa_jax.train import train
+from dsa_jax.training.origin import keep_tokenizer
 from dsa_jax.training.recipe import read_recipe
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -74,6 +76,20 @@ def test_the_run_keeps_its_tokenizer(trained):
   assert isinstance(sampler.tokenizer, Pretrained)
   assert sampler.tokenizer.encode('def') == open_tokenizer(str(folder / 'mine')).encode('def')
   assert isinstance(open_tokenizer(str(folder / 'run/checkpoints/dense')), Pretrained)
+
+
+def test_a_run_keeps_the_ids_that_end_its_texts(trained, tmp_path):
+  """A release may name them in its config.json alone, and a converted checkpoint holds that."""
+  folder, _ = trained
+  for name, record in ('release', {'eos_token_id': [1, 5]}), ('converted', {'source': {'config': {'eos_token_id': [1, 5]}}}):
+    release, workdir = tmp_path / name, tmp_path / f'run of {name}'
+    release.mkdir()
+    workdir.mkdir()
+    shutil.copyfile(folder / 'mine/tokenizer.json', release / 'tokenizer.json')
+    (release / 'config.json').write_text(json.dumps(record))
+    keep_tokenizer(workdir, str(release))
+    kept, given = open_tokenizer(str(workdir)), open_tokenizer(str(release))
+    assert kept.stop == given.stop == (1, 5) and kept.digest == given.digest
 
 
 def test_a_recipe_reads_text_by_the_tokenizer_of_its_origin(trained, tmp_path):

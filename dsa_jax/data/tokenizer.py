@@ -164,10 +164,7 @@ def open_tokenizer(where: str) -> Tokenizer:
     ConfigError: There is no such tokenizer, or it is damaged.
   """
   folder = tokenizer_folder(where)
-  if folder is None:
-    return Bytes()
-  record = _read(folder / 'config.json')
-  return find_tokenizer(folder, record if 'source' in record else {'source': {'config': record}})
+  return Bytes() if folder is None else find_tokenizer(folder)
 
 
 def tokenizer_folder(where: str) -> pathlib.Path | None:
@@ -187,25 +184,24 @@ def tokenizer_folder(where: str) -> pathlib.Path | None:
   )
 
 
-def find_tokenizer(folder: pathlib.Path, record: dict[str, Any]) -> Tokenizer:
+def find_tokenizer(folder: pathlib.Path) -> Tokenizer:
   """Returns the tokenizer of a checkpoint: its tokenizer.json, or bytes where it has none.
 
   The files beside it say whether a text begins with an id of its own, and which ids end one.
 
   Args:
-    folder: The checkpoint.
-    record: Its config.json, which holds that of the release.
+    folder: The checkpoint, a release, or what a run has kept of one.
 
   Raises:
     ConfigError: A file is damaged, or names a token that the tokenizer lacks.
   """
   path = folder / 'tokenizer.json'
   if not path.exists():
-    if record.get('source'):
+    if _read(folder / 'config.json').get('source'):
       logging.warning(f'{folder} has no tokenizer.json: texts are read and written as bytes.')
     return Bytes()
   tokenizer = Pretrained(path)
-  released = record.get('source', {}).get('config', {})
+  released = released_config(folder)
   settings = _read(folder / 'tokenizer_config.json')
   tokens = _read(folder / 'special_tokens_map.json')
   token = lambda key: _content(settings.get(key)) or _content(tokens.get(key))
@@ -224,6 +220,12 @@ def find_tokenizer(folder: pathlib.Path, record: dict[str, Any]) -> Tokenizer:
     )
   tokenizer.adds_bos = adds
   return tokenizer
+
+
+def released_config(folder: pathlib.Path) -> dict[str, Any]:
+  """Returns the config.json of a release, which that of a converted checkpoint holds."""
+  record = _read(folder / 'config.json')
+  return record['source'].get('config', {}) if 'source' in record else record
 
 
 def _read(path: pathlib.Path) -> dict[str, Any]:

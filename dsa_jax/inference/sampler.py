@@ -167,7 +167,7 @@ class Sampler:
         )
     selects = 'indexer' if attention == 'dense' else rule or stored.rule
     model = load_checkpoint(folder, index_topk=index_topk)
-    tokenizer = find_tokenizer(stored.origin, {'source': stored.source})
+    tokenizer = find_tokenizer(stored.origin)
     is_foreign = model.cfg.vocab_size != VOCAB_SIZE and not stored.source
     if isinstance(tokenizer, Bytes) and is_foreign:
       logging.warning(

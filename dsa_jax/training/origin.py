@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The checkpoints of other runs that a recipe starts from, looked at before anything is trained."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 import dataclasses
 import difflib
 import json
@@ -12,7 +12,7 @@ from typing import Any
 from flax import nnx
 
 from dsa_jax.config import ConfigError, ModelConfig
-from dsa_jax.data.tokenizer import TOKENIZER_FILES, tokenizer_folder
+from dsa_jax.data.tokenizer import TOKENIZER_FILES, released_config, tokenizer_folder
 from dsa_jax.training.checkpoint import check_params, saved_steps
 from dsa_jax.training.recipe import Recipe
 
@@ -67,20 +67,28 @@ def keep_origin(workdir: pathlib.Path, folders: Sequence[pathlib.Path]):
 
 
 def keep_tokenizer(workdir: pathlib.Path, tokenizer: str):
-  """Copies the tokenizer of a run's data into its workdir, unless it has kept an origin already."""
+  """Copies the tokenizer of a run's data into its workdir, unless it has kept an origin already.
+
+  The config of the release is kept with it, because that may say which ids end a text.
+  """
   folder = tokenizer_folder(tokenizer)
   if folder is not None and not (workdir / ORIGIN).exists():
-    _copy_whole(folder, workdir / ORIGIN, list(TOKENIZER_FILES))
+    config = json.dumps(released_config(folder))
+    _copy_whole(folder, workdir / ORIGIN, TOKENIZER_FILES, {'config.json': config})
 
 
-def _copy_whole(source: pathlib.Path, target: pathlib.Path, names: list[str]):
-  """Copies files into a new folder, which appears with all of them or not at all."""
+def _copy_whole(
+    source: pathlib.Path, target: pathlib.Path, names: Sequence[str], texts: Mapping[str, str] = {}
+):
+  """Copies files, and writes texts, into a new folder, which appears with all or not at all."""
   partial = target.with_name(target.name + '.partial')
   shutil.rmtree(partial, ignore_errors=True)
   partial.mkdir()
   for name in names:
     if (source / name).is_file():
       shutil.copyfile(source / name, partial / name)
+  for name, text in texts.items():
+    (partial / name).write_text(text)
   partial.rename(target)
 
 

@@ -30,7 +30,8 @@ def write(folder, *, template: str = '', change=lambda tokenizer: None, **files)
 
 
 def load(folder, **config):
-  return find_tokenizer(folder, {'source': {'config': config}})
+  (folder / 'config.json').write_text(json.dumps({'source': {'config': config}}))
+  return find_tokenizer(folder)
 
 
 def test_bytes_where_there_is_no_tokenizer(tmp_path, caplog):
