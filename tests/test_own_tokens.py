@@ -13,6 +13,8 @@ from tokenizer_families import byte_level
 
 from configs import quickstart
 from dsa_jax.config import ConfigError
+from dsa_jax.data.corpora import tokenizing
+from dsa_jax.data.corpora.raw import JsonLines
 from dsa_jax.data.corpora.tokens import read_manifest
 from dsa_jax.data.tokenizer import Pretrained, open_tokenizer
 from dsa_jax.inference.sampler import Sampler
@@ -98,9 +100,21 @@ def test_a_recipe_reads_text_by_the_tokenizer_of_its_origin(trained, tmp_path):
   c.workdir, c.recipe, c.data.tokenizer = str(tmp_path / 'next'), ('warmup',), ''
   c.stages.warmup.init_from = str(folder / 'run/checkpoints/dense')
   recipe = read_recipe(c)
-  assert recipe.data.tokenizer == str(folder / 'run/origin')
+  assert recipe.data.tokenizer == str((folder / 'run/origin').resolve())
   c.model.vocab_size = 256
   with pytest.raises(ConfigError, match='vocab_size=256 is too small for the mixture data: it needs 320'):
+    read_recipe(c)
+
+
+def test_tokens_must_be_in_the_ids_of_the_origin(trained, tmp_path):
+  folder, _ = trained
+  (tmp_path / 'b.jsonl').write_text('{"text": "some text"}\n')
+  tokenizing.tokenize([JsonLines(files=str(tmp_path / 'b.jsonl'))], 'bytes', tmp_path / 'out', quiet=True)
+  c = config_of(folder)
+  c.workdir, c.recipe, c.data.tokenizer = str(tmp_path / 'next'), ('warmup',), ''
+  c.stages.warmup.init_from = str(folder / 'run/checkpoints/dense')
+  c.data.sources.own = dict(format='tokens', files=str(tmp_path / 'out'))
+  with pytest.raises(ConfigError, match='was made with another tokenizer than .*origin'):
     read_recipe(c)
 
 

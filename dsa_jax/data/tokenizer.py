@@ -172,16 +172,22 @@ def tokenizer_folder(where: str) -> pathlib.Path | None:
   if where in ('', 'bytes'):
     return None
   path = pathlib.Path(where).expanduser()
-  folders = [path.parent] if path.name == 'tokenizer.json' else [path, path / 'origin']
-  if path.parent.name == 'checkpoints':  # Of a run.
-    folders.append(path.parent.parent / 'origin')
-  for folder in folders:
-    if (folder / 'tokenizer.json').is_file():
-      return folder
+  folder = kept_tokenizer(path.parent if path.name == 'tokenizer.json' else path)
+  if folder:
+    return folder
   raise ConfigError(
       f"tokenizer={where!r} must be 'bytes', a tokenizer.json (a file of that name), or a folder of "
       'this machine that has one; there is none.'
   )
+
+
+def kept_tokenizer(place: pathlib.Path) -> pathlib.Path | None:
+  """Returns where a checkpoint, a release or a run keeps its tokenizer, None if it has none."""
+  place = place.resolve()
+  folders = [place, place / 'origin']
+  if place.parent.name == 'checkpoints':  # Of a run.
+    folders.append(place.parent.parent / 'origin')
+  return next((folder for folder in folders if (folder / 'tokenizer.json').is_file()), None)
 
 
 def find_tokenizer(folder: pathlib.Path) -> Tokenizer:

@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 
 from dsa_jax.config import ConfigError, ModelConfig, local_path
 from dsa_jax.data.sources import DataConfig
+from dsa_jax.data.tokenizer import kept_tokenizer
 from dsa_jax.kernels.backend import BACKENDS
 from dsa_jax.nn.remat import check_policy
 from dsa_jax.parallel.mesh import MeshConfig
@@ -186,14 +187,12 @@ def read_recipe(config: ConfigDict) -> Recipe:
 
 
 def _with_own_tokenizer(recipe: Recipe) -> Recipe:
-  """Lets text be read by the tokenizer of the checkpoint that a recipe starts from."""
+  """Lets the data be in the ids of the checkpoint that a recipe starts from."""
   data = recipe.data
-  if not (data.source == 'mixture' and data.reads_text) or data.tokenizer:
+  if data.source != 'mixture' or data.tokenizer:
     return recipe
-  places = [recipe.workdir / 'origin', *recipe.origins]
-  places += [folder.resolve().parent.parent / 'origin' for folder in recipe.origins]
-  own = [str(folder) for folder in places if (folder / 'tokenizer.json').is_file()]
-  return dataclasses.replace(recipe, data=dataclasses.replace(data, tokenizer=own[0])) if own else recipe
+  own = next(filter(None, map(kept_tokenizer, (recipe.workdir, *recipe.origins))), None)
+  return dataclasses.replace(recipe, data=dataclasses.replace(data, tokenizer=str(own))) if own else recipe
 
 
 def _check(recipe: Recipe):
