@@ -76,7 +76,8 @@ class MeshConfig:
           f'fsdp={self.fsdp} times expert={self.expert} must divide the {batch_size} sequences of a '
           'micro-batch.'
       )
-    if seq_len % (2 * self.context * self.tensor):
+    shares_tokens = self.context * self.tensor > 1
+    if shares_tokens and seq_len % (2 * self.context * self.tensor):
       raise ConfigError(
           f'twice context={self.context} times tensor={self.tensor} must divide {seq_len} tokens: '
           'every device takes an early and a late piece of each sequence.'

@@ -95,6 +95,18 @@ def test_meshes_that_do_not_fit_are_refused(mesh, message, tmp_path):
   assert not (tmp_path / 'run').exists()
 
 
+def test_a_sequence_on_one_device_has_any_length():
+  for mesh in MeshConfig(), MeshConfig(fsdp=2, expert=2):
+    mesh.check_rows(4, 31)
+  for axis in 'context', 'tensor':
+    mesh = MeshConfig(**{axis: 2})
+    mesh.check_rows(4, 32)
+    with pytest.raises(ValueError, match='must divide 31 tokens'):
+      mesh.check_rows(4, 31)
+    with pytest.raises(ValueError, match='must divide 30 tokens'):
+      mesh.check_rows(4, 30)
+
+
 def test_more_devices_than_there_are():
   with pytest.raises(ValueError, match='needs 64 devices; there'):
     make_mesh(fsdp=64)
