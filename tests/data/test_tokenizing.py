@@ -40,6 +40,14 @@ def content(folder):
   return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
+def size(folder):
+  """Returns the bytes of a folder in which others write, 0 where it is not there."""
+  try:
+    return sum(path.stat().st_size for path in folder.iterdir())
+  except FileNotFoundError:  # Files are renamed, the folder, too.
+    return 0
+
+
 def test_reads_back_any_part_of_the_stream(source, tmp_path):
   tokenize(source, tmp_path / 'out')
   folder = tokens.TokenFolder(tmp_path / 'out')
@@ -263,11 +271,13 @@ def test_kills_at_any_moment_lose_and_double_nothing(tmp_path):
 
   assert start(tmp_path / 'whole').wait() == 0
   rng, out, kills = np.random.default_rng(0), tmp_path / 'out', 0
+  partial = out.with_name('out.partial')
   while not out.exists():
     process = start(out)
-    try:
-      process.wait(timeout=float(rng.uniform(2, 4 + kills)))
-    except subprocess.TimeoutExpired:
+    written, goal = size(partial), rng.integers(1, 2_000_000)
+    while process.poll() is None and size(partial) < written + goal:
+      time.sleep(0.002)
+    if process.poll() is None:
       subprocess.run(['pkill', '-KILL', '-g', str(process.pid)], check=True)
       assert process.wait() == -signal.SIGKILL
       kills += 1
