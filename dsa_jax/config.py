@@ -9,6 +9,11 @@ import pathlib
 import re
 
 
+ATTENTION = 'mla', 'gqa'
+ROPE_TYPES = 'default', 'linear', 'llama3', 'yarn'
+TOPK_METHODS = 'noaux_tc', 'greedy', 'group_limited_greedy'
+
+
 class ConfigError(ValueError):
   """An input that its user can mend; its message names the value and says what would be right.
 
@@ -32,11 +37,12 @@ def local_path(name: str | os.PathLike, what: str) -> pathlib.Path:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-  """A model of DeepSeek-V3.2's kind. The defaults are the released 671B model.
+  """A decoder with an indexer. The defaults are the released 671B model of DeepSeek-V3.2.
 
   The fields are those of DeepSeek's inference/config_671B_v3.2.json without its `dtype` and
-  `scale_fmt`, two of GLM-5's indexer, and the `rope_type` of config.json files. GLM-5 is such a
-  model without YaRN and without expert groups.
+  `scale_fmt`, two of GLM-5's indexer, the `rope_type` of config.json files, and what tells other
+  families from DeepSeek's. GLM-5 is a DeepSeek-V3.2 without YaRN and without expert groups. Llama and
+  Qwen have grouped-query attention.
   """
 
   vocab_size: int = 129_280
@@ -46,6 +52,7 @@ class ModelConfig:
   n_mtp_layers: int = 0  # 1 adds a layer that predicts the token after the next one.
   inter_dim: int = 18_432  # The width of the MLP in dense layers.
   norm_eps: float = 1e-6
+  tie_embeddings: bool = False  # Whether the head is the embedding's transpose.
 
   # Mixture of experts.
   n_routed_experts: int = 256
@@ -55,27 +62,43 @@ class ModelConfig:
   n_limited_groups: int = 4  # A token may choose experts from this many groups.
   moe_inter_dim: int = 2048
   route_scale: float = 2.5
-  score_func: str = 'sigmoid'
+  score_func: str = 'sigmoid'  # What makes scores of router logits: 'sigmoid' or 'softmax'.
+  # How experts are chosen. 'noaux_tc' adds a bias that balances their loads, and scores a group by
+  # its two best experts. 'group_limited_greedy' scores a group by its best one. 'greedy' has no groups.
+  topk_method: str = 'noaux_tc'
+  norm_topk_prob: bool = True  # Whether the weights of a token's experts are made to add up to one.
 
-  # Multi-head latent attention.
+  # Attention: multi-head latent ('mla') or grouped-query ('gqa').
+  attention: str = 'mla'
   n_heads: int = 128
-  q_lora_rank: int = 1536
-  kv_lora_rank: int = 512
-  qk_nope_head_dim: int = 128
-  qk_rope_head_dim: int = 64
+  qk_nope_head_dim: int = 128  # Channels of a head that are not rotated.
+  qk_rope_head_dim: int = 64  # Channels that are rotated: in MLA the last ones, in GQA the first ones.
   v_head_dim: int = 128
+  rope_interleave: bool = True  # Whether rotation pairs neighbouring channels or those of two halves.
+  nope_layers: Sequence[int] = ()  # The layers that rotate nothing, counted from 0.
+
+  # Multi-head latent attention; 0 in GQA.
+  q_lora_rank: int = 1536  # 0: queries come from the hidden state without a latent between.
+  kv_lora_rank: int = 512
+
+  # Grouped-query attention.
+  n_kv_heads: int = 0  # Key heads; 0 in MLA.
+  qkv_bias: bool = False  # Whether queries, keys and values have biases.
+  qk_norm: bool = False  # Whether each head's queries and keys are normed before their rotation.
 
   # Lightning indexer.
   index_n_heads: int = 64
   index_head_dim: int = 128
   index_topk: int = 2048
+  index_rope_head_dim: int = 0  # Channels that the indexer rotates. 0: as many as `qk_rope_head_dim`.
   # Whether the indexer's rotary embedding pairs neighbouring channels, as GLM-5's does.
   indexer_rope_interleave: bool = False
   # 'full' or 'shared' for each layer (IndexShare). A shared layer attends to what the last full one
   # before it selected. () means that every layer has an indexer of its own.
   indexer_types: Sequence[str] = ()
 
-  # 'yarn' or 'default' rotary positions. '' means YaRN's if max_seq_len exceeds original_seq_len.
+  # Rotary positions: 'default', 'linear', 'llama3' or 'yarn'. '' means YaRN's if max_seq_len exceeds
+  # original_seq_len, and else the default ones.
   rope_type: str = ''
   max_seq_len: int = 163_840
   original_seq_len: int = 4096
@@ -83,6 +106,8 @@ class ModelConfig:
   rope_factor: float = 40.0
   beta_fast: float = 32.0
   beta_slow: float = 1.0
+  low_freq_factor: float = 1.0  # Of 'llama3': turns within original_seq_len that still are slow.
+  high_freq_factor: float = 4.0  # And from how many turns on a frequency is fast.
   mscale: float = 1.0
 
   # The standard deviation of fresh embeddings. That of other weights follows from their fan-in.
@@ -90,26 +115,25 @@ class ModelConfig:
   dtype: str = 'bfloat16'  # The dtype of activations. Parameters and reductions are float32.
 
   def __post_init__(self):
-    object.__setattr__(self, 'indexer_types', tuple(self.indexer_types))  # JSON has lists.
-    for name in ('vocab_size', 'dim', 'n_layers', 'n_heads', 'q_lora_rank', 'kv_lora_rank',
-                 'qk_nope_head_dim', 'v_head_dim', 'index_n_heads', 'index_head_dim',
-                 'index_topk', 'max_seq_len', 'original_seq_len'):
+    for name in ('indexer_types', 'nope_layers'):
+      object.__setattr__(self, name, tuple(getattr(self, name)))  # JSON has lists.
+    for name in ('vocab_size', 'dim', 'n_layers', 'n_heads', 'v_head_dim', 'index_n_heads',
+                 'index_head_dim', 'index_topk', 'max_seq_len', 'original_seq_len'):
       if getattr(self, name) < 1:
         raise ConfigError(f'{name}={getattr(self, name)} must be at least 1.')
     if not 0 <= self.n_dense_layers <= self.n_layers:
       raise ConfigError(f'{self.n_dense_layers=} must be within 0 and {self.n_layers=}.')
     if self.n_mtp_layers not in (0, 1):
       raise ConfigError(f'{self.n_mtp_layers=} must be 0 or 1.')
-    if self.qk_rope_head_dim % 2 or self.qk_rope_head_dim < 2:
-      raise ConfigError(f'{self.qk_rope_head_dim=} must be even and at least 2.')
-    if self.index_head_dim < self.qk_rope_head_dim:
-      raise ConfigError(f'{self.index_head_dim=} must hold {self.qk_rope_head_dim=} channels.')
-    if self.score_func != 'sigmoid':
-      raise ConfigError(f"{self.score_func=} must be 'sigmoid'.")
-    if self.rope_type not in ('', 'yarn', 'default'):
-      raise ConfigError(f"{self.rope_type=} must be 'yarn', 'default' or ''.")
+    if self.attention not in ATTENTION:
+      raise ConfigError(f'{self.attention=} must be one of {ATTENTION}.')
+    if self.rope_type not in ('', *ROPE_TYPES):
+      raise ConfigError(f"{self.rope_type=} must be '' or one of {ROPE_TYPES}.")
     if self.dtype not in ('float32', 'bfloat16'):
       raise ConfigError(f"{self.dtype=} must be 'float32' or 'bfloat16'.")
+    if set(self.nope_layers) - set(range(self.n_layers)):
+      raise ConfigError(f'{self.nope_layers=} must be within 0 and {self.n_layers - 1}.')
+    self._check_heads()
     if self.n_dense_layers < self.n_layers:
       self._check_experts()
     if types := self.indexer_types:
@@ -119,7 +143,39 @@ class ModelConfig:
             "layers, the first of them 'full'."
         )
 
+  def _check_heads(self):
+    if self.qk_rope_head_dim % 2 or self.qk_rope_head_dim < 2:
+      raise ConfigError(f'{self.qk_rope_head_dim=} must be even and at least 2.')
+    if self.index_rope_head_dim % 2 or self.index_head_dim < self.index_rope_dim:
+      raise ConfigError(
+          f'{self.index_rope_dim=} must be even and at most {self.index_head_dim=}: set '
+          'index_rope_head_dim.'
+      )
+    if self.attention == 'mla':
+      wrong = [x for x in ('n_kv_heads', 'qkv_bias', 'qk_norm') if getattr(self, x)]
+      if self.kv_lora_rank < 1 or self.qk_nope_head_dim < 1 or self.q_lora_rank < 0 or wrong:
+        raise ConfigError(
+            f'{self.kv_lora_rank=} and {self.qk_nope_head_dim=} must be at least 1, '
+            f"{self.q_lora_rank=} at least 0, and {wrong or 'the fields of GQA'} unset, in MLA."
+        )
+      return
+    if self.n_kv_heads < 1 or self.n_heads % self.n_kv_heads:
+      raise ConfigError(f'{self.n_kv_heads=} must be at least 1 and divide {self.n_heads=}.')
+    if self.q_lora_rank or self.kv_lora_rank or self.qk_nope_head_dim < 0:
+      raise ConfigError(
+          f'{self.q_lora_rank=} and {self.kv_lora_rank=} must be 0 in GQA, and '
+          f'{self.qk_nope_head_dim=} at least 0.'
+      )
+
   def _check_experts(self):
+    if self.score_func not in ('sigmoid', 'softmax'):
+      raise ConfigError(f"{self.score_func=} must be 'sigmoid' or 'softmax'.")
+    if self.topk_method not in TOPK_METHODS:
+      raise ConfigError(f'{self.topk_method=} must be one of {TOPK_METHODS}.')
+    if self.n_shared_experts < 0:
+      raise ConfigError(f'{self.n_shared_experts=} must be at least 0.')
+    if self.n_expert_groups < 1:
+      raise ConfigError(f'{self.n_expert_groups=} must be at least 1.')
     if self.n_routed_experts % self.n_expert_groups:
       raise ConfigError(f'{self.n_routed_experts=} must be a multiple of {self.n_expert_groups=}.')
     if not 1 <= self.n_limited_groups <= self.n_expert_groups:
@@ -145,13 +201,46 @@ class ModelConfig:
     return len(self.full_layers) < self.n_layers
 
   @property
+  def rope_kind(self) -> str:
+    """The kind of rotary positions, which `rope_type` may leave open."""
+    return self.rope_type or ('yarn' if self.max_seq_len > self.original_seq_len else 'default')
+
+  @property
   def uses_yarn(self) -> bool:
-    if self.rope_type:
-      return self.rope_type == 'yarn'
-    return self.max_seq_len > self.original_seq_len
+    return self.rope_kind == 'yarn'
+
+  @property
+  def head_dim(self) -> int:
+    """The width of a head's queries and keys."""
+    return self.qk_nope_head_dim + self.qk_rope_head_dim
+
+  @property
+  def q_latent_dim(self) -> int:
+    """The width of what queries are projected from, the indexer's too."""
+    return self.q_lora_rank or self.dim
+
+  @property
+  def index_rope_dim(self) -> int:
+    """The number of channels that the indexer rotates."""
+    return self.index_rope_head_dim or self.qk_rope_head_dim
+
+  @property
+  def row_heads(self) -> int:
+    """The key heads of a token's row, which is what sparse attention reads and a cache keeps."""
+    return 1 if self.attention == 'mla' else self.n_kv_heads
+
+  @property
+  def row_value_dim(self) -> int:
+    """The channels of the value, with which each key head's part of a row begins."""
+    return self.kv_lora_rank if self.attention == 'mla' else self.v_head_dim
+
+  @property
+  def row_dim(self) -> int:
+    """The width of each key head's part: in MLA a latent and the rotary key, in GQA value and key."""
+    return self.row_value_dim + (self.qk_rope_head_dim if self.attention == 'mla' else self.head_dim)
 
   @property
   def sm_scale(self) -> float:
     """The softmax scale of the main attention, in both its forms, with YaRN's factor."""
     m = 0.1 * self.mscale * math.log(self.rope_factor) + 1 if self.uses_yarn else 1.0
-    return m * m * (self.qk_nope_head_dim + self.qk_rope_head_dim) ** -0.5
+    return m * m * self.head_dim**-0.5

@@ -13,6 +13,10 @@ class IndexerParam(nnx.Param):
   """A weight of the lightning indexer. Only distillation trains it."""
 
 
+class LayerFact(nnx.Variable):
+  """What tells a layer from its neighbours in a stack that is scanned. No checkpoint holds it."""
+
+
 class RouterBias(nnx.Variable):
   """The selection bias of the experts. No loss trains it: the load of each expert moves it."""
 

@@ -11,7 +11,7 @@ from collections.abc import Collection
 from typing import NamedTuple
 
 from dsa_jax.config import ModelConfig
-from dsa_jax.cost.work import index_flops, mha_flops, mqa_flops
+from dsa_jax.cost.work import index_flops, mha_flops, row_flops
 
 HALF, WHOLE = 2, 4  # Bytes of a bfloat16 number, and of a float32 or int32 one.
 
@@ -43,7 +43,7 @@ def layer_parts(cfg: ModelConfig, trains: Collection[str], n_tokens: int) -> lis
       'index projections': [
           _product(n_tokens, inward, outward, learns=True, input_learns=False)
           for inward, outward in (
-              (cfg.q_lora_rank, cfg.index_n_heads * cfg.index_head_dim),
+              (cfg.q_latent_dim, cfg.index_n_heads * cfg.index_head_dim),
               (d, cfg.index_head_dim),
               (d, cfg.index_n_heads),
           )
@@ -56,14 +56,16 @@ def layer_parts(cfg: ModelConfig, trains: Collection[str], n_tokens: int) -> lis
 
 def _projections(cfg: ModelConfig, absorbed: bool) -> list[tuple[tuple[int, int], int]]:
   """Returns the width before and after each projection, and how many there are side by side."""
-  heads, rope = cfg.n_heads, cfg.qk_rope_head_dim
-  nope, latent, value = cfg.qk_nope_head_dim, cfg.kv_lora_rank, cfg.v_head_dim
+  heads, nope, latent, value = cfg.n_heads, cfg.qk_nope_head_dim, cfg.kv_lora_rank, cfg.v_head_dim
   projections = [
-      ((cfg.dim, cfg.q_lora_rank), 1),
-      ((cfg.q_lora_rank, heads * (nope + rope)), 1),
-      ((cfg.dim, latent + rope), 1),
+      ((cfg.q_latent_dim, heads * cfg.head_dim), 1),
+      ((cfg.dim, cfg.row_heads * cfg.row_dim), 1),
       ((heads * value, cfg.dim), 1),
   ]
+  if cfg.q_lora_rank:
+    projections.append(((cfg.dim, cfg.q_lora_rank), 1))
+  if cfg.attention == 'gqa':
+    return projections
   if absorbed:  # Of each head: its queries into latents, and its output out of them.
     return [*projections, ((nope, latent), heads), ((latent, value), heads)]
   return [*projections, ((latent, heads * (nope + value)), 1)]
@@ -104,16 +106,17 @@ def _product(
 def _sparse_ops(cfg: ModelConfig, n: int) -> dict[str, tuple[int, int]]:
   topk = min(cfg.index_topk, n)
   seen, chosen = n * (n + 1) // 2, topk * (topk + 1) // 2 + (n - topk) * topk
-  heads, value = cfg.n_heads, cfg.kv_lora_rank
-  key = value + cfg.qk_rope_head_dim
-  queries, keys, outputs = HALF * heads * key, HALF * key, HALF * heads * value
+  heads, value = cfg.n_heads, cfg.row_value_dim
+  key = cfg.row_dim if cfg.attention == 'mla' else cfg.head_dim
+  queries, outputs = HALF * heads * key, HALF * heads * value
+  keys = HALF * cfg.row_heads * cfg.row_dim
   lse, selection = WHOLE * heads, WHOLE * topk
   index, index_key = _index_bytes(cfg)
   scores = 2 * heads * key  # FLOPs of the target, for each pair.
   return {
       'selection': (seen * index_flops(cfg), n * (index + index_key + selection)),
       'attention': (  # Backward, three products are as wide as keys, and two as values.
-          chosen * (mqa_flops(cfg) + 2 * heads * (3 * key + 2 * value)),
+          chosen * (row_flops(cfg) + 2 * heads * (3 * key + 2 * value)),
           n * (3 * (queries + keys) + 3 * outputs + 2 * lse + 2 * selection),
       ),
       'divergence': (
@@ -125,7 +128,7 @@ def _sparse_ops(cfg: ModelConfig, n: int) -> dict[str, tuple[int, int]]:
 
 def _dense_ops(cfg: ModelConfig, n: int) -> dict[str, tuple[int, int]]:
   seen, heads = n * (n + 1) // 2, cfg.n_heads
-  key = cfg.qk_nope_head_dim + cfg.qk_rope_head_dim
+  key = cfg.head_dim
   rows, outputs, lse = HALF * heads * key, HALF * heads * cfg.v_head_dim, WHOLE * heads
   index, index_key = _index_bytes(cfg)
   scores = 2 * heads * key

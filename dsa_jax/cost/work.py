@@ -25,8 +25,7 @@ def attention_flops(cfg: ModelConfig, context: int, *, sparse: bool) -> float:
   """Returns forward FLOPs per token of all layers' attention, averaged over a causal context.
 
   Dense attention takes every head's scores and values in MHA form, over (context + 1) / 2 visible
-  keys. Sparse attention takes the indexer over the same keys, and the absorbed MQA form over at
-  most `index_topk`. The projections, which both share, are left out.
+  keys. Sparse attention takes the indexer over the same keys, and the rows of at most `index_topk`. The projections, which both share, are left out.
   """
   visible = (context + 1) / 2
   if not sparse:
@@ -34,7 +33,7 @@ def attention_flops(cfg: ModelConfig, context: int, *, sparse: bool) -> float:
   k = min(cfg.index_topk, context)
   selected = k - k * (k - 1) / (2 * context)  # The first k tokens see fewer.
   indexer = index_flops(cfg) * visible
-  return len(cfg.full_layers) * indexer + cfg.n_layers * mqa_flops(cfg) * selected
+  return len(cfg.full_layers) * indexer + cfg.n_layers * row_flops(cfg) * selected
 
 
 def training_flops(cfg: ModelConfig, trains: Collection[str], n_visible: np.ndarray) -> float:
@@ -61,7 +60,7 @@ def training_flops(cfg: ModelConfig, trains: Collection[str], n_visible: np.ndar
     last = sum(work.flops for work in _weight_works(longer, 1, 1, True)) - weights
     weights += last + 2 * cfg.dim * (2 * cfg.dim + cfg.vocab_size)
   n_layers, n_indexers = (n + cfg.n_mtp_layers for n in (cfg.n_layers, len(cfg.full_layers)))
-  pairs = mqa_flops(cfg) * chosen if backbone and indexer else mha_flops(cfg) * seen
+  pairs = row_flops(cfg) * chosen if backbone and indexer else mha_flops(cfg) * seen
   flops = (3 if backbone else 1) * (np.size(n_visible) * weights + n_layers * pairs)
   if indexer:  # A warm-up differentiates all scores, the sparse stage those of selected keys.
     scores = seen + 3 * chosen if backbone else 3 * seen
@@ -72,12 +71,14 @@ def training_flops(cfg: ModelConfig, trains: Collection[str], n_visible: np.ndar
 
 def mha_flops(cfg: ModelConfig) -> int:
   """Returns FLOPs per query, key and layer of attention with expanded keys and values."""
-  return 2 * cfg.n_heads * (cfg.qk_nope_head_dim + cfg.qk_rope_head_dim + cfg.v_head_dim)
+  return 2 * cfg.n_heads * (cfg.head_dim + cfg.v_head_dim)
 
 
-def mqa_flops(cfg: ModelConfig) -> int:
-  """Returns FLOPs per query, key and layer of attention on the latents themselves (absorbed)."""
-  return 2 * cfg.n_heads * (2 * cfg.kv_lora_rank + cfg.qk_rope_head_dim)
+def row_flops(cfg: ModelConfig) -> int:
+  """Returns FLOPs per query, key and layer of attention on stored rows: in MLA, absorbed queries."""
+  if cfg.attention == 'gqa':
+    return mha_flops(cfg)
+  return 2 * cfg.n_heads * (cfg.row_dim + cfg.row_value_dim)
 
 
 def index_flops(cfg: ModelConfig) -> int:
@@ -85,14 +86,16 @@ def index_flops(cfg: ModelConfig) -> int:
   return 2 * cfg.index_n_heads * cfg.index_head_dim
 
 
-def latent_bytes(cfg: ModelConfig, cache: str) -> int:
-  """Returns the bytes per token and layer of latent and rotary key.
+def row_bytes(cfg: ModelConfig, cache: str) -> int:
+  """Returns the bytes per token and layer of a stored row.
 
-  The cache 'fp8' is FlashMLA's: the latent is FP8 with a float32 scale per 128 channels, and the
-  rotary key is bfloat16.
+  In MLA the cache 'fp8' is FlashMLA's: the latent is FP8 with a float32 scale per 128 channels, and
+  the rotary key is bfloat16. In GQA all is FP8, with a scale for each value and each key.
   """
   if cache == 'bf16':
-    return 2 * (cfg.kv_lora_rank + cfg.qk_rope_head_dim)
+    return 2 * cfg.row_heads * cfg.row_dim
+  if cfg.attention == 'gqa':
+    return cfg.row_heads * (cfg.row_dim + 2 * 4)
   return cfg.kv_lora_rank + 4 * math.ceil(cfg.kv_lora_rank / 128) + 2 * cfg.qk_rope_head_dim
 
 
@@ -104,7 +107,7 @@ def index_key_bytes(cfg: ModelConfig, cache: str) -> int:
 def cache_bytes(cfg: ModelConfig, cache: str, *, sparse: bool = True) -> int:
   """Returns the bytes per cached token, in all layers."""
   keys = len(cfg.full_layers) * index_key_bytes(cfg, cache) if sparse else 0
-  return cfg.n_layers * latent_bytes(cfg, cache) + keys
+  return cfg.n_layers * row_bytes(cfg, cache) + keys
 
 
 def token_work(
@@ -141,13 +144,13 @@ def token_work(
   works = _weight_works(cfg, pass_tokens, chips, logits)
   if sparse:
     works += _index_works(cfg, context, cache, readers, pass_tokens, scores)
-  entry = latent_bytes(cfg, cache)
+  entry = row_bytes(cfg, cache)
   if sparse and form == 'mqa':  # Each query gathers its own keys.
     seen = cfg.n_layers * min(context, cfg.index_topk)
     kind = 'gather' if cache == 'fp8' else 'context'
-    works.append(Work('attention', seen * mqa_flops(cfg), seen * entry, 'bf16', kind))
+    works.append(Work('attention', seen * row_flops(cfg), seen * entry, 'bf16', kind))
   else:
-    pairs = mha_flops(cfg) if form == 'mha' else mqa_flops(cfg)
+    pairs = mha_flops(cfg) if form == 'mha' else row_flops(cfg)
     seen = cfg.n_layers * context
     works.append(Work('attention', seen * pairs, seen * entry / readers, 'bf16', 'context'))
   return [work for work in works if work.flops or work.bytes]
@@ -156,25 +159,30 @@ def token_work(
 def _weight_works(cfg: ModelConfig, pass_tokens: int, chips: int, logits: bool) -> list[Work]:
   """Returns the products with weights, except those of the indexer."""
   moe, dense = cfg.n_layers - cfg.n_dense_layers, cfg.n_dense_layers
-  experts = cfg.n_routed_experts
+  experts = max(cfg.n_routed_experts, 1)
   expert = 3 * cfg.dim * cfg.moe_inter_dim
-  mla = (
-      cfg.dim * (cfg.q_lora_rank + cfg.kv_lora_rank + cfg.qk_rope_head_dim)
-      + cfg.q_lora_rank * cfg.n_heads * (cfg.qk_nope_head_dim + cfg.qk_rope_head_dim)
-      + cfg.kv_lora_rank * cfg.n_heads * (cfg.qk_nope_head_dim + cfg.v_head_dim)
-      + cfg.n_heads * cfg.v_head_dim * cfg.dim
-  )
   # A large batch uses every expert of a layer, a small one only some.
   used = experts * (1 - (1 - cfg.n_activated_experts / experts) ** (pass_tokens * chips))
   routed = 2 * moe * cfg.n_activated_experts * expert
   return [
-      _product('projections', cfg.n_layers * mla, pass_tokens),
+      _product('projections', cfg.n_layers * _attention_weights(cfg), pass_tokens),
       _product('dense MLPs', dense * 3 * cfg.dim * cfg.inter_dim, pass_tokens),
       _product('router', moe * cfg.dim * experts, pass_tokens, 'bf16'),
       _product('shared experts', moe * cfg.n_shared_experts * expert, pass_tokens),
       Work('routed experts', routed, moe * used * expert / chips / pass_tokens, 'fp8', 'weights'),
       _product('head', cfg.dim * cfg.vocab_size if logits else 0, pass_tokens, 'bf16'),
   ]
+
+
+def _attention_weights(cfg: ModelConfig) -> int:
+  """Returns the number of weights of one attention layer, besides its indexer."""
+  outputs = cfg.n_heads * cfg.v_head_dim * cfg.dim
+  queries = cfg.dim * cfg.q_lora_rank + cfg.q_latent_dim * cfg.n_heads * cfg.head_dim
+  rows = cfg.dim * cfg.row_heads * cfg.row_dim
+  if cfg.attention == 'gqa':
+    return queries + rows + outputs
+  expansion = cfg.kv_lora_rank * cfg.n_heads * (cfg.qk_nope_head_dim + cfg.v_head_dim)
+  return queries + rows + expansion + outputs
 
 
 def _index_works(
@@ -193,7 +201,7 @@ def _index_works(
 
 def _index_weights(cfg: ModelConfig) -> int:
   """Returns the number of weights of one indexer."""
-  queries = cfg.q_lora_rank * cfg.index_n_heads * cfg.index_head_dim
+  queries = cfg.q_latent_dim * cfg.index_n_heads * cfg.index_head_dim
   return queries + cfg.dim * (cfg.index_head_dim + cfg.index_n_heads)
 
 

@@ -1,14 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The cache keeps of every token that was read a latent with its rotary key, and an index key."""
+"""The cache keeps of every token that was read a row for attention, and an index key."""
 
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 
 from dsa_jax.config import ConfigError, ModelConfig
-from dsa_jax.inference.storage import PlainRows, QuantizedKeys, QuantizedLatents
+from dsa_jax.inference.storage import (
+    PlainRows,
+    QuantizedKeys,
+    QuantizedLatents,
+    QuantizedRows,
+    Store,
+    widen,
+)  # fmt: skip
 
 LINE = 128  # Channels that a TPU keeps side by side.
 FORMATS = ('float32', 'bfloat16', 'fp8')
@@ -22,7 +29,8 @@ class Cache(NamedTuple):
   with an indexer.
   """
 
-  kv: PlainRows | QuantizedLatents  # Rows [B, L * S, C + R], or with zeros behind them.
+  # Rows [B, L * S, G * P], the parts of key heads side by side, each maybe with zeros behind it.
+  kv: PlainRows | QuantizedLatents | QuantizedRows
   index_key: PlainRows | QuantizedKeys  # Rows [B, F * S, J].
   length: Int[Array, 'B']  # Tokens that each sequence holds.
 
@@ -40,10 +48,11 @@ def init_cache(
     cfg: The model.
     batch: Number of sequences.
     capacity: Tokens that each sequence can hold.
-    fmt: 'bfloat16', 'float32', or 'fp8': FP8 latents and index keys with float32 scales, and
-      bfloat16 rotary keys, 788 bytes per token and layer for DeepSeek-V3.2's sizes.
-    whole_lines: Appends zeros to `kv` up to a multiple of 128 channels, for a TPU. XLA would
-      otherwise save the padding by transposing the whole array, twice in every step.
+    fmt: 'bfloat16', 'float32', or 'fp8'. The last has scales in float32. Of MLA it holds latents and
+      index keys in FP8 and rotary keys in bfloat16, 788 bytes per token and layer for DeepSeek-V3.2's
+      sizes. Of GQA it holds all in FP8.
+    whole_lines: Appends zeros to the rows of key heads up to a multiple of 128 channels, for a TPU.
+      XLA would otherwise save the padding by transposing the whole array, twice in every step.
 
   Raises:
     ConfigError: A size or the format is out of range.
@@ -59,18 +68,39 @@ def init_cache(
     )
   if fmt == 'fp8' and cfg.index_head_dim & (cfg.index_head_dim - 1):
     raise ConfigError(f'{fmt=} rotates index keys: {cfg.index_head_dim=} must be a power of two.')
-  width = cfg.kv_lora_rank + cfg.qk_rope_head_dim
-  width += -width % LINE if whole_lines else 0
+  width = cfg.row_heads * (cfg.row_dim + (-cfg.row_dim % LINE if whole_lines else 0))
   n_rows, n_index_rows = cfg.n_layers * capacity, len(cfg.full_layers) * capacity
   length = jnp.zeros(batch, jnp.int32)
   if fmt != 'fp8':
     kv = PlainRows(jnp.zeros((batch, n_rows, width), fmt))
     index_key = PlainRows(jnp.zeros((batch, n_index_rows, cfg.index_head_dim), fmt))
     return Cache(kv, index_key, length)
-  kv = QuantizedLatents.quantize(jnp.zeros((1, 1, width)), cfg.kv_lora_rank)
+  kv = jnp.zeros((1, 1, width))
+  if cfg.attention == 'mla':
+    kv = QuantizedLatents.quantize(kv, cfg.kv_lora_rank)
+  else:
+    kv = QuantizedRows.quantize(kv, 2 * cfg.row_heads)
   index_key = QuantizedKeys.quantize(jnp.zeros((1, 1, cfg.index_head_dim)))
   repeat = lambda store, n: jax.tree.map(lambda x: jnp.tile(x, (batch, n, 1)), store)
   return Cache(repeat(kv, n_rows), repeat(index_key, n_index_rows), length)
+
+
+def flat_rows(rows: Float[Array, 'B T G P'], store: Store) -> Float[Array, 'B T W']:
+  """Returns rows as a cache stores them."""
+  wide = widen(rows, store.width // rows.shape[2])
+  return wide.reshape(*wide.shape[:2], -1)
+
+
+def split_rows(flat: Float[Array, '*rows W'], cfg: ModelConfig) -> Float[Array, '*rows G P']:
+  """Returns stored rows as attention reads them."""
+  return flat.reshape(*flat.shape[:-1], cfg.row_heads, -1)
+
+
+def match_rows(
+    q: Float[Array, 'B T H P'], store: Store, cfg: ModelConfig
+) -> Float[Array, 'B T H P2']:
+  """Appends zeros to queries where stored rows have some."""
+  return widen(q, store.width // cfg.row_heads)
 
 
 def bytes_per_token(cfg: ModelConfig, fmt: str = 'bfloat16') -> int:

@@ -13,15 +13,15 @@ import numpy as np
 
 from dsa_jax.config import ConfigError, ModelConfig
 from dsa_jax.inference import storage
-from dsa_jax.inference.cache import Cache
+from dsa_jax.inference.cache import Cache, flat_rows, match_rows, split_rows
 from dsa_jax.inference.storage import Span, Store
 from dsa_jax.kernels import dense_attention, index_topk, indexed_attention, sparse_attention
 from dsa_jax.kernels.backend import packs_all_keys
-from dsa_jax.nn.attention.mla import MLA
+from dsa_jax.nn.attention.layer import Attention as AttentionLayer
 from dsa_jax.nn.attention.types import Attention, Views
 from dsa_jax.nn.block import Block, add
 from dsa_jax.nn.indexer import IndexInputs
-from dsa_jax.nn.transformer import Transformer, are_full, layers_of_stacks, with_every_indexer
+from dsa_jax.nn.transformer import Transformer, are_full, layers_of_stacks, one_each
 from dsa_jax.selection import Candidates, check_rule, find_rule
 
 FEW = 8  # So many new tokens are as good as one, as where drafts are verified.
@@ -124,7 +124,7 @@ def read_layer(piece: Piece, carry: Any, inputs: 'Layers') -> tuple[Any, Int[Arr
   attn, end, cfg, backend = block.attn, piece.end, piece.cfg, piece.backend
   span, index_span = (i * piece.capacity, piece.capacity), (slot * piece.capacity, piece.capacity)
   views = attn.views(block.attn_norm(x), jnp.zeros_like(end), end)
-  kv = storage.write(kv, views.kv, piece.at, span)
+  kv = storage.write(kv, flat_rows(views.rows, kv), piece.at, span)
   if attn.indexer is not None:
     at = jnp.where(is_full, piece.at, -1)
     index_key = storage.write(index_key, views.index.k, at, index_span)
@@ -138,8 +138,8 @@ def read_layer(piece: Piece, carry: Any, inputs: 'Layers') -> tuple[Any, Int[Arr
     chosen = None if piece.sees_all else selected
     out = attend_short(attn, views.q, kv, (span[0], piece.short), chosen, end, backend)
   elif not piece.is_one_op:
-    out = attend(views.absorbed_q, kv, span, selected, end, cfg, piece.attention, backend)
-  out = attn.join_heads(out) if piece.short else attn.from_latents(out)
+    out = attend(views.row_q, kv, span, selected, end, cfg, piece.attention, backend)
+  out = attn.join_heads(out) if piece.short else attn.from_rows(out)
   x, _ = block.feed_forward(add(x, out), piece.counted, backend)
   return (x, kv, index_key, selected), selected
 
@@ -193,7 +193,7 @@ def layers_of(model: Transformer) -> Iterator[Layers]:
   for name, layers in layers_of_stacks(model.cfg).items():
     if blocks := getattr(model, name):
       i = np.arange(layers.start, layers.stop)
-      yield Layers(with_every_indexer(blocks, full[i]), i, slot[i], full[i], keys[i])
+      yield Layers(one_each(blocks, model.cfg, layers), i, slot[i], full[i], keys[i])
 
 
 def one_by_one(model: Transformer, blocks: Sequence[Block]) -> Iterator[Layers]:
@@ -218,7 +218,7 @@ def select(
 ) -> Int[Array, 'B T K']:
   """Returns the positions that a rule selects from what the cache holds of a layer.
 
-  The main attention is shown to the rule in MQA form, the only one that the cache has.
+  The main attention is shown to the rule as rows, the only form that the cache has.
   """
   index = views.index
   if rule == 'indexer':
@@ -227,8 +227,8 @@ def select(
       index_q=index_key.match(index.q),
       index_k=storage.read_layer(index_key, index_span).decode(index.q.dtype),
       index_weights=index.weights,
-      q=kv.match(views.absorbed_q),
-      k=storage.read_layer(kv, span).decode(views.kv.dtype)[:, :, None],
+      q=match_rows(views.row_q, kv, cfg),
+      k=split_rows(storage.read_layer(kv, span).decode(views.rows.dtype), cfg),
       start=jnp.zeros_like(end),
       end=end,
       key=key,
@@ -267,15 +267,16 @@ def attend(
     attention: Attention,
     backend: str,
 ) -> Float[Array, 'B T H C']:
-  """Returns the mean latent that each head reads from a layer."""
-  dtype, v_dim, sizes = q.dtype, cfg.kv_lora_rank, {'sm_scale': cfg.sm_scale, 'backend': backend}
-  q = store.match(q)
+  """Returns what each head reads from the rows of a layer."""
+  dtype, v_dim, sizes = q.dtype, cfg.row_value_dim, {'sm_scale': cfg.sm_scale, 'backend': backend}
+  q = match_rows(q, store, cfg)
   if attention == 'sparse':
     keys, indices = keys_of_selected(store, span, selected, dtype, backend)
-    return sparse_attention(q, keys, indices, v_dim=v_dim, **sizes)[0]
+    keys = split_rows(keys, cfg)
+    return sparse_attention(q, keys, None, indices, v_dim=v_dim, **sizes)[0]
   indices = selected if attention == 'masked' else None
-  keys = storage.read_layer(store, span).decode(dtype)[:, :, None]
-  # The keys stand for the values, too: cutting the latents out would copy them all.
+  keys = split_rows(storage.read_layer(store, span).decode(dtype), cfg)
+  # The rows stand for the values, too: cutting these out would copy them all.
   start = jnp.zeros_like(end)
   return dense_attention(q, keys, keys, start, end, indices=indices, **sizes)[0][..., :v_dim]
 
@@ -286,7 +287,7 @@ def all_visible(end: Int[Array, 'B T'], k: int) -> Int[Array, 'B T {k}']:
 
 
 def attend_short(
-    layer: MLA,
+    layer: AttentionLayer,
     q: Float[Array, 'B T H E'],
     store: Store,
     span: Span,
@@ -295,15 +296,15 @@ def attend_short(
     backend: str,
 ) -> Float[Array, 'B T H V']:
   """Returns what each head reads in MHA form, from the selection or from all in the span."""
-  kv = storage.read_layer(store, span).decode(q.dtype)
-  k, v = layer.expanded(kv[..., : layer.latent_dim + layer.cfg.qk_rope_head_dim])
+  rows = split_rows(storage.read_layer(store, span).decode(q.dtype), layer.cfg)
+  k, v = layer.expanded(rows[..., : layer.cfg.row_dim])
   sizes = {'sm_scale': layer.cfg.sm_scale, 'backend': backend}
   return dense_attention(q, k, v, jnp.zeros_like(end), end, indices=selected, **sizes)[0]
 
 
 def keys_of_selected(
     store: Store, span: Span, selected: Int[Array, 'B T K'], dtype: DTypeLike, backend: str
-) -> tuple[Float[Array, 'B S P'], Int[Array, 'B T K']]:
+) -> tuple[Float[Array, 'B S W'], Int[Array, 'B T K']]:
   """Returns the keys that sparse attention gathers from, and which of them each query selected.
 
   The keys are the whole store where the op can read it as it is. Otherwise they are the layer where
@@ -331,18 +332,19 @@ def select_and_attend(
     backend: str,
 ) -> tuple[Float[Array, 'B T H C'], Int[Array, 'B T K']]:
   """Returns what `attend` and `select` return, from one op that may do both at one time."""
-  keys = storage.read_layer(kv, span).decode(views.kv.dtype)
+  keys = storage.read_layer(kv, span).decode(views.rows.dtype)
   index_keys = storage.read_layer(index_key, index_span).decode(views.index.q.dtype)
   return indexed_attention(
-      kv.match(views.absorbed_q),
-      keys,
+      match_rows(views.row_q, kv, cfg),
+      split_rows(keys, cfg),
+      None,
       index_key.match(views.index.q),
       index_keys,
       views.index.weights,
       jnp.zeros_like(end),
       end,
       topk=cfg.index_topk,
-      v_dim=cfg.kv_lora_rank,
+      v_dim=cfg.row_value_dim,
       sm_scale=cfg.sm_scale,
       backend=backend,
   )

@@ -10,6 +10,7 @@ import pathlib
 import typing
 from typing import NamedTuple
 
+from flax import nnx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
@@ -23,9 +24,11 @@ from dsa_jax.inference.draw import draw
 from dsa_jax.inference.extend import extend, short_context
 from dsa_jax.inference.load import find_checkpoint, load_checkpoint
 from dsa_jax.kernels.backend import check_backend, default_backend
+from dsa_jax.nn.attention.mla import MLA
 from dsa_jax.nn.attention.types import Attention
 from dsa_jax.nn.block import Block
 from dsa_jax.nn.transformer import Transformer
+from dsa_jax.params import BackboneParam
 from dsa_jax.selection import check_rule
 
 CHUNK = 512  # Tokens of a prompt that are read at a time.
@@ -364,11 +367,13 @@ def prepared_for_cpu(model: Transformer) -> tuple[Transformer, list[Block]]:
   """
   blocks = [model.block(i) for i in range(model.cfg.n_layers)]
   for block in blocks:
-    block.attn.split_expansion()
+    if isinstance(block.attn, MLA):
+      block.attn.split_expansion()
   rest = jax.tree.map(lambda x: x, model)  # A new module; the given one stays as it is.
   rest.dense_blocks = rest.moe_blocks = rest.mtp = None
   if model.cfg.dtype != 'float32':
-    rest.head.set_value(rest.head[...].astype(model.cfg.dtype).astype(jnp.float32))
+    head = model.head_weight.astype(model.cfg.dtype).astype(jnp.float32)
+    rest.head = nnx.data(BackboneParam(head, axes=('embed', 'vocab')))
   return rest, blocks
 
 

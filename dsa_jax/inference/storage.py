@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Storage formats of a cache: rows as they come, latents in FP8, and index keys in FP8.
+"""Storage formats of a cache: rows as they come, latents, rows of GQA and index keys in FP8.
 
-Each format has the same four methods. `encode` brings new rows into the format and `decode` brings
+A stored row has no axis of key heads: their parts lie side by side.
+
+Each format has the same four methods and a width. `encode` brings new rows into the format and `decode` brings
 stored rows back. `match` changes queries so that their products with decoded rows are those of the
 original queries with the rows as they were before `encode`. `as_array` returns the stored rows if
 an op can read them without decoding, and otherwise None.
@@ -30,6 +32,10 @@ class PlainRows(NamedTuple):
 
   rows: Float[Array, '*rows W']  # Zeros may follow the channels of a row.
 
+  @property
+  def width(self) -> int:
+    return self.rows.shape[-1]
+
   def encode(self, new: Float[Array, 'B T E']) -> 'PlainRows':
     return PlainRows(widen(new.astype(self.rows.dtype), self.rows.shape[-1]))
 
@@ -50,6 +56,10 @@ class QuantizedLatents(NamedTuple):
   scale: Float[Array, '*rows N']  # float32 powers of two, one for every 128 channels.
   rope: Float[Array, '*rows R']  # bfloat16. Zeros may follow the channels of a row.
 
+  @property
+  def width(self) -> int:
+    return self.codes.shape[-1] + self.rope.shape[-1]
+
   @classmethod
   def quantize(cls, rows: Float[Array, '*rows E'], v_dim: int) -> 'QuantizedLatents':
     """Returns rows of `v_dim` latent channels and a rotary key."""
@@ -66,7 +76,35 @@ class QuantizedLatents(NamedTuple):
     return jnp.concatenate([latent, self.rope.astype(dtype)], axis=-1)
 
   def match(self, q: Float[Array, 'B T H E']) -> Float[Array, 'B T H W']:
-    return widen(q, self.codes.shape[-1] + self.rope.shape[-1])
+    return widen(q, self.width)
+
+  def as_array(self, dtype: DTypeLike) -> None:
+    return None
+
+
+class QuantizedRows(NamedTuple):
+  """Values and keys of GQA in FP8 with scales, one for each value and each key."""
+
+  codes: Float[Array, '*rows W']  # float8_e4m3fn.
+  scale: Float[Array, '*rows N']  # float32 powers of two.
+
+  @property
+  def width(self) -> int:
+    return self.codes.shape[-1]
+
+  @classmethod
+  def quantize(cls, rows: Float[Array, '*rows W'], n_scales: int) -> 'QuantizedRows':
+    return cls(*_quantize(rows, rows.shape[-1] // n_scales))
+
+  def encode(self, new: Float[Array, 'B T W']) -> 'QuantizedRows':
+    return self.quantize(new, self.scale.shape[-1])
+
+  def decode(self, dtype: DTypeLike) -> Float[Array, '*rows W']:
+    scale = jnp.repeat(self.scale, self.width // self.scale.shape[-1], axis=-1)
+    return (self.codes.astype(jnp.float32) * scale).astype(dtype)
+
+  def match(self, q: Float[Array, 'B T H W']) -> Float[Array, 'B T H W']:
+    return widen(q, self.width)
 
   def as_array(self, dtype: DTypeLike) -> None:
     return None
@@ -77,6 +115,10 @@ class QuantizedKeys(NamedTuple):
 
   codes: Float[Array, '*rows J']  # float8_e4m3fn.
   scale: Float[Array, '*rows 1']  # float32 powers of two, one for each key.
+
+  @property
+  def width(self) -> int:
+    return self.codes.shape[-1]
 
   @classmethod
   def quantize(cls, rows: Float[Array, '*rows J']) -> 'QuantizedKeys':
@@ -95,7 +137,7 @@ class QuantizedKeys(NamedTuple):
     return None
 
 
-Store = PlainRows | QuantizedLatents | QuantizedKeys
+Store = PlainRows | QuantizedLatents | QuantizedRows | QuantizedKeys
 
 
 def write(

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from dsa_jax.config import ModelConfig
+from dsa_jax.nn.attention.gqa import GQA
 from dsa_jax.nn.attention.mla import MLA
 from dsa_jax.nn.attention.types import Measures, Mode, Selections, Shared
 from dsa_jax.nn.mlp import MLP
@@ -32,7 +33,8 @@ class Block(nnx.Module):
   def __init__(self, cfg: ModelConfig, *, experts: bool, rngs: nnx.Rngs):
     out_scale = (2 * cfg.n_layers) ** -0.5
     self.attn_norm = RMSNorm(cfg.dim, eps=cfg.norm_eps)
-    self.attn = MLA(cfg, out_scale=out_scale, rngs=rngs)
+    attention = MLA if cfg.attention == 'mla' else GQA
+    self.attn = attention(cfg, out_scale=out_scale, rngs=rngs)
     self.ffn_norm = RMSNorm(cfg.dim, eps=cfg.norm_eps)
     if experts:
       self.ffn = MoE(cfg, out_scale=out_scale, rngs=rngs)

@@ -31,9 +31,10 @@ class LightningIndexer(Configured):
   """
 
   def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs):
-    d, q, i, j = cfg.dim, cfg.q_lora_rank, cfg.index_n_heads, cfg.index_head_dim
+    d, q, i, j = cfg.dim, cfg.q_latent_dim, cfg.index_n_heads, cfg.index_head_dim
     weight = functools.partial(param, IndexerParam, rngs=rngs)
-    self.wq_b = weight((q, i, j), ('q_lora', 'index_heads', None), std=q**-0.5)
+    axis = 'q_lora' if cfg.q_lora_rank else 'embed'
+    self.wq_b = weight((q, i, j), (axis, 'index_heads', None), std=q**-0.5)
     self.wk = weight((d, j), ('embed', None), std=d**-0.5)
     self.k_norm = LayerNorm(j, kind=IndexerParam, eps=1e-6)
     self.weights_proj = weight((d, i), ('embed', 'index_heads'), std=d**-0.5)
@@ -45,7 +46,7 @@ class LightningIndexer(Configured):
       q_latent: Float[Array, 'B T Q'],
       positions: Int[Array, 'B T'],
   ) -> IndexInputs:
-    """Projects the attention's input and its *normalised* query latent.
+    """Projects the attention's input and its *normalised* query latent, or the input again.
 
     Source:
       `Indexer.forward` in DeepSeek-V3.2-Exp inference/model.py at commit 87e509a2, less its
@@ -62,8 +63,8 @@ class LightningIndexer(Configured):
 
   def _rotate(self, x, positions):
     # The indexer rotates its first channels, MLA its last.
-    rope, nope = jnp.split(x, [self.cfg.qk_rope_head_dim], axis=-1)
-    rope = apply_rope(
-        rope, positions, rope_frequencies(self.cfg), interleaved=self.cfg.indexer_rope_interleave
-    )
+    width = self.cfg.index_rope_dim
+    rope, nope = jnp.split(x, [width], axis=-1)
+    frequencies = rope_frequencies(self.cfg, width)
+    rope = apply_rope(rope, positions, frequencies, interleaved=self.cfg.indexer_rope_interleave)
     return jnp.concatenate([rope, nope], axis=-1)

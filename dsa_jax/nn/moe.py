@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Mixture of experts: sigmoid routing within groups, dropless experts, one shared expert."""
+"""Mixture of experts: routing within groups, dropless experts, and shared experts."""
 
 import functools
 
@@ -22,18 +22,20 @@ TOKENS_AT_ONCE = 2**14  # Over all devices that share the experts; one may recei
 
 
 class MoE(Configured):
-  """Sends every token to a few experts and to the shared expert, and drops none."""
+  """Sends every token to a few experts and to the shared ones, and drops none."""
 
   def __init__(self, cfg: ModelConfig, *, out_scale: float, rngs: nnx.Rngs):
     d, x, f = cfg.dim, cfg.n_routed_experts, cfg.moe_inter_dim
     inward, outward = ('expert', 'embed', None), ('expert', None, 'embed')
     self.gate = param(BackboneParam, (d, x), ('embed', None), std=d**-0.5, rngs=rngs)
-    self.bias = RouterBias(jnp.zeros(x), axes=(None,))
+    has_bias = cfg.topk_method == 'noaux_tc'
+    self.bias = RouterBias(jnp.zeros(x), axes=(None,)) if has_bias else None
     self.w1 = param(BackboneParam, (x, d, f), inward, std=d**-0.5, rngs=rngs)
     self.w3 = param(BackboneParam, (x, d, f), inward, std=d**-0.5, rngs=rngs)
     self.w2 = param(BackboneParam, (x, f, d), outward, std=out_scale * f**-0.5, rngs=rngs)
     shared = cfg.n_shared_experts * f
-    self.shared = MLP(d, shared, out_std=out_scale * shared**-0.5, rngs=rngs)
+    make_shared = lambda: MLP(d, shared, out_std=out_scale * shared**-0.5, rngs=rngs)
+    self.shared = make_shared() if shared else None
     self._cfg = cfg
 
   def __call__(
@@ -43,7 +45,7 @@ class MoE(Configured):
     shares = shard.weight_specs(self), BATCH, BATCH
     experts = functools.partial(MoE._experts, backend=backend)
     routed, load = shard.shard_mapped(experts, shares, (BATCH, P()))(self, x, counted)
-    return routed + self.shared(x), load
+    return routed if self.shared is None else routed + self.shared(x), load
 
   def _experts(self, x, counted, backend):
     """Sends this device's tokens to the owners of their experts, and sums what they return."""
@@ -51,7 +53,8 @@ class MoE(Configured):
     weights = [w[...].astype(jnp.float32) for w in (here.w1, here.w3, here.w2)]
     gate = collectives.all_gather(self.gate[...], 'fsdp', dim=0)
     tokens = x.reshape(-1, x.shape[-1])
-    experts, gates = route(tokens.astype(jnp.float32) @ gate, self.bias[...], self.cfg)
+    bias = 0.0 if self.bias is None else self.bias[...]
+    experts, gates = route(tokens.astype(jnp.float32) @ gate, bias, self.cfg)
     load = jnp.sum(_is_of(experts, self.cfg) * counted.reshape(-1, 1, 1), axis=(0, 1))
 
     def apply(rows):  # The weights' gradients add up in float32 over blocks of rows.
@@ -130,27 +133,32 @@ def _is_of(experts, cfg: ModelConfig):
 
 
 def route(
-    logits: Float[Array, 'A X'], bias: Float[Array, 'X'], cfg: ModelConfig
+    logits: Float[Array, 'A X'], bias: Float[Array, 'X'] | float, cfg: ModelConfig
 ) -> tuple[Int[Array, 'A K'], Float[Array, 'A K']]:
   """Chooses each token's experts and their weights.
 
-  The bias moves the choice, but not the weights. A group's score is the sum of its two best
-  experts. Experts outside the best `n_limited_groups` groups cannot be chosen.
+  The bias moves the choice, but not the weights. Experts outside the best `n_limited_groups` groups
+  cannot be chosen.
 
   Source:
-    `Gate.forward` in DeepSeek-V3.2-Exp inference/model.py at commit 87e509a2.
+    `Gate.forward` in DeepSeek-V3.2-Exp inference/model.py at commit 87e509a2. For softmax scores,
+    the DeepSeek-V2 and Qwen3-MoE models of `transformers` 5.24.
   """
-  scores = jax.nn.sigmoid(logits.astype(jnp.float32))
+  score = {'sigmoid': jax.nn.sigmoid, 'softmax': jax.nn.softmax}[cfg.score_func]
+  scores = score(logits.astype(jnp.float32))
   choice = scores + bias
-  if cfg.n_expert_groups > 1:
+  if cfg.n_expert_groups > 1 and cfg.topk_method != 'greedy':
     grouped = choice.reshape(len(choice), cfg.n_expert_groups, -1)
-    best_two = jax.lax.top_k(grouped, min(2, grouped.shape[-1]))[0]
-    groups = jax.lax.top_k(best_two.sum(-1), cfg.n_limited_groups)[1]
+    best = min(2 if cfg.topk_method == 'noaux_tc' else 1, grouped.shape[-1])
+    group_scores = jax.lax.top_k(grouped, best)[0].sum(-1)
+    groups = jax.lax.top_k(group_scores, cfg.n_limited_groups)[1]
     kept = jax.nn.one_hot(groups, cfg.n_expert_groups, dtype=bool).any(axis=1)
     choice = jnp.where(kept[..., None], grouped, -jnp.inf).reshape(choice.shape)
   experts = jax.lax.top_k(choice, cfg.n_activated_experts)[1]
   gates = jnp.sum(jnp.where(_is_of(experts, cfg), scores[:, None], 0), axis=-1)
-  return experts, cfg.route_scale * gates / gates.sum(axis=-1, keepdims=True)
+  if cfg.norm_topk_prob:
+    gates = gates / gates.sum(axis=-1, keepdims=True)
+  return experts, cfg.route_scale * gates
 
 
 def balance(

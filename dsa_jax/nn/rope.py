@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rotary positions with YaRN's frequencies, in the two channel orders that DeepSeek uses."""
+"""Rotary positions, in the two channel orders in use."""
 
 import math
 
@@ -10,17 +10,36 @@ import numpy as np
 from dsa_jax.config import ModelConfig
 
 
-def rope_frequencies(cfg: ModelConfig) -> np.ndarray:
-  """Returns the radians per position of each of the R/2 channel pairs, in float64.
+def rope_frequencies(cfg: ModelConfig, width: int) -> np.ndarray:
+  """Returns the radians per position of each of the `width` / 2 channel pairs, in float64.
 
-  YaRN keeps the fast frequencies, divides the slow ones by `rope_factor`, and blends those in
-  between. The result depends on the configuration only, never on the length of the sequence at
-  hand.
+  All kinds but the default one divide the slow frequencies by `rope_factor`. The result depends on
+  the configuration only, never on the length of the sequence at hand.
+
+  Source:
+    arXiv 2306.15595 for 'linear', 2309.00071 for 'yarn', and the config.json of Llama 3.1 for
+    'llama3'.
   """
-  width = cfg.qk_rope_head_dim
   frequencies = cfg.rope_theta ** (-np.arange(0, width, 2) / width)
-  if not cfg.uses_yarn:
+  if cfg.rope_kind == 'default':
     return frequencies
+  slow = SLOWNESS[cfg.rope_kind](cfg, frequencies)
+  return frequencies * (1 - slow) + frequencies / cfg.rope_factor * slow
+
+
+def _all_slow(cfg: ModelConfig, frequencies: np.ndarray) -> np.ndarray:
+  return np.ones_like(frequencies)
+
+
+def _llama3_slowness(cfg: ModelConfig, frequencies: np.ndarray) -> np.ndarray:
+  """Returns 1 for few turns over the original length, 0 for many, and blends those in between."""
+  turns = cfg.original_seq_len * frequencies / (2 * math.pi)
+  return np.clip((cfg.high_freq_factor - turns) / (cfg.high_freq_factor - cfg.low_freq_factor), 0, 1)
+
+
+def _yarn_slowness(cfg: ModelConfig, frequencies: np.ndarray) -> np.ndarray:
+  """Blends by the number of the channel pair, as YaRN does."""
+  width = 2 * len(frequencies)
 
   def channel_of(turns: float) -> float:
     """Returns the channel pair that makes `turns` turns over the original length."""
@@ -30,8 +49,10 @@ def rope_frequencies(cfg: ModelConfig) -> np.ndarray:
   low = min(max(math.floor(channel_of(cfg.beta_fast)), 0), width - 1)
   high = min(max(math.ceil(channel_of(cfg.beta_slow)), 0), width - 1)
   high = high + 0.001 if low == high else high
-  slow = np.clip((np.arange(width // 2) - low) / (high - low), 0, 1)
-  return frequencies * (1 - slow) + frequencies / cfg.rope_factor * slow
+  return np.clip((np.arange(width // 2) - low) / (high - low), 0, 1)
+
+
+SLOWNESS = {'linear': _all_slow, 'llama3': _llama3_slowness, 'yarn': _yarn_slowness}
 
 
 def apply_rope(
@@ -48,7 +69,7 @@ def apply_rope(
     positions: Positions that count from the beginning of the token's document.
     frequencies: See `rope_frequencies`.
     interleaved: True pairs channels (2i, 2i+1), as MLA does; False pairs (i, i + R/2), as
-      DeepSeek's indexer does. The order of the channels is kept. There is no default, because the
+      DeepSeek's indexer and Llama do. The order of the channels is kept. There is no default, because the
       wrong pairing shows only beyond `index_topk` tokens.
   """
   angle = positions[..., None, None].astype(jnp.float32) * jnp.asarray(frequencies, jnp.float32)

@@ -19,7 +19,7 @@ from dsa_jax.nn.norms import RMSNorm
 from dsa_jax.nn.remat import rematerialized
 from dsa_jax.parallel import collectives, shard
 from dsa_jax.parallel.mesh import BATCH, HEAD, LOGITS
-from dsa_jax.params import BackboneParam, param
+from dsa_jax.params import BackboneParam, LayerFact, param
 
 STACKS = ('dense_blocks', 'moe_blocks', 'mtp')  # Leading layers with an MLP, with experts, MTP.
 
@@ -48,7 +48,7 @@ class Output(NamedTuple):
 
 
 class Transformer(Configured):
-  """A DeepSeek-V3.2 decoder."""
+  """A decoder with an indexer in its attention layers."""
 
   def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs):
     d, w = cfg.dim, cfg.vocab_size
@@ -57,7 +57,8 @@ class Transformer(Configured):
     self.dense_blocks = _stack(cfg, 'dense_blocks', rngs)
     self.moe_blocks = _stack(cfg, 'moe_blocks', rngs)
     self.norm = RMSNorm(d, eps=cfg.norm_eps)
-    self.head = param(BackboneParam, (d, w), ('embed', 'vocab'), std=0.02, rngs=rngs)
+    head = lambda: param(BackboneParam, (d, w), ('embed', 'vocab'), std=0.02, rngs=rngs)
+    self.head = None if cfg.tie_embeddings else head()
     self.mtp = MTP(cfg, rngs=rngs) if cfg.n_mtp_layers else None
     self._cfg = cfg
 
@@ -91,10 +92,8 @@ class Transformer(Configured):
     for name, layers in layers_of_stacks(self.cfg).items():
       if blocks := getattr(self, name):
         keys_of = keys[layers.start : layers.stop]
-        full = are_full(self.cfg, layers)
-        x, selections, reports[name] = _run(
-            blocks, full, x, selections, start, end, keys_of, mode, choice
-        )
+        inputs = one_each(blocks, self.cfg, layers), keys_of, are_full(self.cfg, layers)
+        x, selections, reports[name] = _run(inputs, x, selections, start, end, mode, choice)
     hidden, following, mtp_logits = self.norm(x), None, None
     if self.mtp is not None and next_tokens is not None:
       following = self.embedded(next_tokens)
@@ -108,7 +107,12 @@ class Transformer(Configured):
 
   def logits(self, hidden: Float[Array, 'B T D']) -> Float[Array, 'B T W']:
     """The float32 logits of normed hidden states."""
-    return shard.shard_mapped(_logits, (BATCH, HEAD), LOGITS)(hidden, self.head[...])
+    return shard.shard_mapped(_logits, (BATCH, HEAD), LOGITS)(hidden, self.head_weight)
+
+  @property
+  def head_weight(self) -> Float[Array, 'D W']:
+    """The weight that makes logits, which may be the embedding's transpose."""
+    return self.embed[...].T if self.head is None else self.head[...]
 
   def embedded(self, tokens: Int[Array, 'B T']) -> Float[Array, 'B T D']:
     embed = self.embed[...].astype(self.cfg.dtype)
@@ -120,7 +124,7 @@ class Transformer(Configured):
       raise ConfigError(f'layer {i} must be within 0 and {self.cfg.n_layers - 1}.')
     stacks = layers_of_stacks(self.cfg).items()
     name, layers = next((name, layers) for name, layers in stacks if i in layers)
-    blocks = with_every_indexer(getattr(self, name), are_full(self.cfg, layers))
+    blocks = one_each(getattr(self, name), self.cfg, layers)
     block = jax.tree.map(lambda a: a[i - layers.start], blocks)
     if not self.cfg.is_full(i):
       block.attn.indexer = None
@@ -172,17 +176,26 @@ def _stack(cfg: ModelConfig, name: str, rngs: nnx.Rngs) -> Block | None:
   return blocks
 
 
-def with_every_indexer(blocks: Block, full: np.ndarray) -> Block:
-  """Repeats indexers until every layer has one; layers that are not full do not use theirs."""
-  if full.all() or blocks.attn.indexer is None:
+def one_each(blocks: Block, cfg: ModelConfig, layers: range) -> Block:
+  """Gives every layer of a stack what a scan hands it: an indexer, and whether it rotates.
+
+  Layers that are not full do not use theirs. The given module stays as it is.
+  """
+  full = are_full(cfg, layers)
+  repeats = not full.all() and blocks.attn.indexer is not None
+  if not repeats and not cfg.nope_layers:
     return blocks
-  blocks = jax.tree.map(lambda a: a, blocks)  # A new module; the given one stays as it is.
-  owner = np.maximum(np.cumsum(full) - 1, 0)
-  blocks.attn.indexer = jax.tree.map(lambda a: a[owner], blocks.attn.indexer)
+  blocks = jax.tree.map(lambda a: a, blocks)
+  if repeats:
+    owner = np.maximum(np.cumsum(full) - 1, 0)
+    blocks.attn.indexer = jax.tree.map(lambda a: a[owner], blocks.attn.indexer)
+  if cfg.nope_layers:
+    rotates = jnp.array([i not in cfg.nope_layers for i in layers])
+    blocks.attn.rotates = nnx.data(LayerFact(rotates, axes=()))
   return blocks
 
 
-def _run(blocks: Block, full: np.ndarray, x, selections, start, end, keys, mode: Mode, choice):
+def _run(inputs, x, selections, start, end, mode: Mode, choice):
   """Scans the layers. Models with IndexShare hand selections on from layer to layer."""
 
   def layer(carry, inputs):
@@ -192,6 +205,5 @@ def _run(blocks: Block, full: np.ndarray, x, selections, start, end, keys, mode:
     return (x, None if selections is None else own), report
 
   layer = rematerialized(layer, mode.remat)
-  inputs = with_every_indexer(blocks, full), keys, full
   (x, selections), reports = jax.lax.scan(layer, (x, selections), inputs)
   return x, selections, reports

@@ -58,6 +58,10 @@ class MeshConfig:
   def check_model(self, cfg: ModelConfig):
     """Raises a ConfigError if an axis of a weight cannot be split evenly."""
     divided = {('tensor',): ['n_heads', 'vocab_size'], ('fsdp',): ['dim'], OWNERS: []}
+    if cfg.row_heads > 1 and cfg.row_heads % self.tensor and self.tensor % cfg.row_heads:
+      raise ConfigError(
+          f'tensor={self.tensor} must divide n_kv_heads={cfg.row_heads}, or be a multiple of it.'
+      )
     if cfg.n_dense_layers:
       divided['tensor',] += ['inter_dim']
     if cfg.n_dense_layers < cfg.n_layers:

@@ -62,7 +62,7 @@ def evaluate(
 def score_batch(graph, params, batch, mode, choice):
   model = nnx.merge(graph, params)
   hidden = model(batch.tokens, batch.start, batch.end, mode, choice=choice).hidden
-  return shard.replicate(score_targets(hidden, model.head[...], batch.targets))
+  return shard.replicate(score_targets(hidden, model.head_weight, batch.targets))
 
 
 def measure(
@@ -120,7 +120,7 @@ def look(
 def look_batch(graph, params, batch, mode):
   model = nnx.merge(graph, params)
   out = model(batch.tokens, batch.start, batch.end, mode)
-  loss = next_token_loss(out.hidden, model.head[...], batch.targets, batch.weights)
+  loss = next_token_loss(out.hidden, model.head_weight, batch.targets, batch.weights)
   loss /= jnp.sum(batch.weights)
   [by_rule], [count] = _totals(out, batch, mode, (0,))
   means = jax.tree.map(lambda x: x / count, by_rule[mode.measure[0]]) if mode.measure else {}

@@ -19,10 +19,15 @@ from dsa_jax.training.recipe import Recipe
 ORIGIN = 'origin'  # The folder of a run that holds what an import has kept of its release.
 # Fields that leave the function of given weights as it is: limits, budgets and initialisers.
 FREE = frozenset(('max_seq_len', 'rope_type', 'embed_init_std', 'dtype', 'index_topk'))
-OF_YARN = frozenset(('original_seq_len', 'rope_factor', 'beta_fast', 'beta_slow', 'mscale'))
+# Fields that count for some kinds of rotary positions only, with these kinds.
+OF_ROPE_KINDS = {
+    'original_seq_len': ('llama3', 'yarn'), 'rope_factor': ('linear', 'llama3', 'yarn'),
+    'beta_fast': ('yarn',), 'beta_slow': ('yarn',), 'mscale': ('yarn',),
+    'low_freq_factor': ('llama3',), 'high_freq_factor': ('llama3',),
+}  # fmt: skip
 OF_EXPERTS = frozenset((
     'n_routed_experts', 'n_shared_experts', 'n_activated_experts', 'n_expert_groups',
-    'n_limited_groups', 'moe_inter_dim', 'route_scale', 'score_func',
+    'n_limited_groups', 'moe_inter_dim', 'route_scale', 'score_func', 'topk_method', 'norm_topk_prob',
 ))  # fmt: skip
 
 
@@ -117,16 +122,15 @@ def model_record(folder: pathlib.Path) -> dict[str, Any] | None:
 
 def _check_function(theirs: ModelConfig, ours: ModelConfig, may_differ, where: str, name: str):
   skipped = {*FREE, *may_differ}
-  if not (theirs.uses_yarn or ours.uses_yarn):
-    skipped |= OF_YARN
+  kinds = {theirs.rope_kind, ours.rope_kind}
+  skipped |= {field for field, used_by in OF_ROPE_KINDS.items() if not kinds & set(used_by)}
   if theirs.n_dense_layers == theirs.n_layers == ours.n_dense_layers:
     skipped |= OF_EXPERTS
   fields = [field.name for field in dataclasses.fields(ModelConfig) if field.name not in skipped]
   rows = [f'{f}: {getattr(theirs, f)} there, {getattr(ours, f)} here' for f in fields]
   rows = [row for f, row in zip(fields, rows) if getattr(theirs, f) != getattr(ours, f)]
-  if theirs.uses_yarn != ours.uses_yarn and 'rope_type' not in may_differ:
-    kind = lambda cfg: 'yarn' if cfg.uses_yarn else 'default'
-    rows.append(f'rope_type: {kind(theirs)} there, {kind(ours)} here')
+  if len(kinds) > 1 and 'rope_type' not in may_differ:
+    rows.append(f'rope_type: {theirs.rope_kind} there, {ours.rope_kind} here')
   if rows:
     raise ConfigError(
         f'{where} is of a model that computes something else:\n  '

@@ -76,7 +76,7 @@ def make_train_step(
           batch.tokens, batch.start, batch.end, dataclasses.replace(mode, zigzag=in_zigzag),
           next_tokens=batch.targets, key=key,
       )
-      return _losses(out, model.head[...], rows, totals, optim, mode)
+      return _losses(out, model.head_weight, rows, totals, optim, mode)
 
     split = lambda x: shard.split_micro_batches(x, micro_batches)
     inputs = jax.tree.map(split, rows), jax.random.split(step_key, micro_batches)

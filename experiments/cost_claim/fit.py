@@ -126,7 +126,7 @@ def slopes() -> dict[str, float]:
       'dense prefill, MHA attention, FLOP/s':
           cost.work.mha_flops(CFG) / per_key('prefill', 'dense'),
       'dense decode, MQA attention, FLOP/s':
-          cost.work.mqa_flops(CFG) / per_key('decode', 'dense'),
+          cost.work.row_flops(CFG) / per_key('decode', 'dense'),
       'sparse prefill, index scores, FLOP/s':
           cost.work.index_flops(CFG) / per_key('prefill', 'sparse'),
       'sparse decode, index scores, FLOP/s':

@@ -43,15 +43,15 @@ def test_counts_every_key_below_the_budget():
 
 def test_flops_per_pair():
   assert work.index_flops(V32) == 16_384
-  assert work.mqa_flops(V32) == 278_528
+  assert work.row_flops(V32) == 278_528
   assert work.mha_flops(V32) == 81_920
 
 
 def test_bytes_of_the_caches():
-  assert work.latent_bytes(V32, 'fp8') == 656
+  assert work.row_bytes(V32, 'fp8') == 656
   assert work.index_key_bytes(V32, 'fp8') == 132
   assert cost.cache_bytes(V32, 'fp8') == 48_068
-  assert work.latent_bytes(V32, 'bf16') == 1152
+  assert work.row_bytes(V32, 'bf16') == 1152
   assert work.index_key_bytes(V32, 'bf16') == 256
 
 
@@ -94,7 +94,7 @@ def test_training_is_three_forward_passes_of_what_learns():
   weights, layers = sum(flops.values()), V32.n_layers
   index = layers * work.index_flops(V32) * (n + 1) / 2
   dense, sparse = (attention_flops(V32, n, sparse=sparse) for sparse in (False, True))
-  chosen = (sparse - index) / work.mqa_flops(V32)  # Pairs of all layers for one query.
+  chosen = (sparse - index) / work.row_flops(V32)  # Pairs of all layers for one query.
   of = lambda *trains: cost.training_flops(V32, trains, visible) / n
   assert of('backbone') == pytest.approx(3 * (weights + dense))
   assert of('indexer') == pytest.approx(weights + dense + 2 * index_products + 3 * index)

@@ -2,7 +2,7 @@
 """From views to outputs: dense, masked and sparse attention.
 
 This file knows modes, ops, the indexer's loss and measures. It does not know the geometry of heads:
-the layer, such as `mla.MLA`, makes the views, queries and outputs that are asked for here.
+the layer, such as `mla.MLA` or `gqa.GQA`, makes the views, queries and outputs that are asked for here.
 """
 
 from collections.abc import Callable
@@ -24,12 +24,11 @@ from dsa_jax.nn.attention.types import (
     Selections,
     Shared,
     Views,
-    positions_of,
 )  # fmt: skip
 from dsa_jax.nn.indexer import IndexInputs
 from dsa_jax.nn.remat import selected
 
-QUERY_CHANNELS = 2**29  # Channels of absorbed queries at one time; more go in blocks of rows.
+QUERY_CHANNELS = 2**29  # Channels of queries that meet rows at one time; more go in blocks.
 
 
 def attend(
@@ -89,23 +88,23 @@ def select(
 def attend_sparse(
     layer, views: Views, index: IndexInputs | None, start, end, indices, divergence: Divergence
 ) -> tuple[Float[Array, 'B T D'], Float[Array, 'B T'] | None]:
-  """Attends to selected latents; returns the output and the indexer's divergence."""
+  """Attends to selected rows; returns the output and the indexer's divergence."""
   heads = HeadLayout(layer.splits_heads)
 
   def attend_block(rows, keys):
-    (q_latent, start, end, indices, index_rows), (kv, index_k) = rows, keys
-    q = _absorbed_queries(layer, heads, q_latent, start, end)
+    (q_latent, start, end, indices, index_rows), (key_rows, index_k) = rows, keys
+    q = _row_queries(layer, heads, q_latent, start, end)
     out, lse = sparse_attention(
-        q, kv, heads.all_tokens(indices),
-        v_dim=layer.latent_dim, sm_scale=divergence.sm_scale, backend=divergence.mode.backend,
+        q, layer.own_rows(key_rows), None, heads.all_tokens(indices),
+        v_dim=layer.cfg.row_value_dim, sm_scale=divergence.sm_scale, backend=divergence.mode.backend,
     )  # fmt: skip
-    constants = heads.all_heads(q), kv[:, :, None], heads.all_heads(lse)
+    constants = heads.all_heads(q), key_rows, heads.all_heads(lse)
     kl = divergence(*constants, _join(index_rows, index_k), start, end, indices)
-    return heads.own_tokens(layer.from_latents(out)), kl
+    return heads.own_tokens(layer.from_rows(out)), kl
 
   index_rows, index_k = _split(index)
   rows = views.q_latent, start, end, indices, index_rows
-  return _by_blocks(layer, attend_block, rows, (views.kv, index_k))
+  return _by_blocks(layer, attend_block, rows, (views.rows, index_k))
 
 
 def attend_dense(
@@ -115,7 +114,7 @@ def attend_dense(
   heads = HeadLayout(layer.splits_heads)
   q_latent, start_of_all, end_of_all = map(heads.all_tokens, (views.q_latent, start, end))
   out, lse = dense_attention(
-      layer.queries(q_latent, positions_of(start_of_all, end_of_all)), views.k, views.v,
+      layer.queries(q_latent, layer.positions(start_of_all, end_of_all)), views.k, views.v,
       start_of_all, end_of_all, indices=None if indices is None else heads.all_tokens(indices),
       sm_scale=divergence.sm_scale, backend=divergence.mode.backend,
   )  # fmt: skip
@@ -124,18 +123,18 @@ def attend_dense(
     return out, divergence(views.q, views.k, lse, index, start, end, indices)
 
   def compare_block(rows, keys):  # The queries of all heads are less to send than their keys.
-    (q_latent, start, end, indices, index_rows, lse), (kv, index_k) = rows, keys
-    q = heads.all_heads(_absorbed_queries(layer, heads, q_latent, start, end))
-    return divergence(q, kv[:, :, None], lse, _join(index_rows, index_k), start, end, indices)
+    (q_latent, start, end, indices, index_rows, lse), (key_rows, index_k) = rows, keys
+    q = heads.all_heads(_row_queries(layer, heads, q_latent, start, end))
+    return divergence(q, key_rows, lse, _join(index_rows, index_k), start, end, indices)
 
   index_rows, index_k = _split(index)
   rows = views.q_latent, start, end, indices, index_rows, heads.all_heads(lse)
-  return out, _by_blocks(layer, compare_block, rows, (views.kv, index_k))
+  return out, _by_blocks(layer, compare_block, rows, (views.rows, index_k))
 
 
-def _absorbed_queries(layer, heads: HeadLayout, q_latent, start, end):
+def _row_queries(layer, heads: HeadLayout, q_latent, start, end):
   """Returns the queries of this device's heads for the tokens of all that share them."""
-  return layer.absorbed_queries(*map(heads.all_tokens, (q_latent, positions_of(start, end))))
+  return layer.row_queries(*map(heads.all_tokens, (q_latent, layer.positions(start, end))))
 
 
 def _split(index: IndexInputs | None):
@@ -148,7 +147,7 @@ def _join(index_rows, index_k) -> IndexInputs | None:
 
 
 def _by_blocks(layer, f: Callable, rows: Any, keys: Any):
-  """Returns `f(rows, keys)`, in blocks of rows where absorbed queries would be too wide for one.
+  """Returns `f(rows, keys)`, in blocks of tokens where their queries would be too wide for one.
 
   Blocks are computed again in the backward pass. The gradients of the keys add up over the blocks in
   float32.

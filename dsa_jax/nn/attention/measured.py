@@ -34,8 +34,8 @@ def measure_selections(
 
   def compare(chosen: Int[Array, 'B T K']) -> Measures:
     lse = sparse_attention(
-        views.absorbed_q, views.kv, chosen,
-        v_dim=layer.latent_dim, sm_scale=scale, backend=backend,
+        views.row_q, views.rows, None, chosen,
+        v_dim=layer.cfg.row_value_dim, sm_scale=scale, backend=backend,
     )[1]  # fmt: skip
     return Measures(
         indices=chosen,

@@ -5,7 +5,6 @@ import dataclasses
 from typing import Literal, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from dsa_jax import selection
@@ -83,16 +82,16 @@ class AttentionReport(NamedTuple):
 class Views(NamedTuple):
   """The queries and keys of a layer, in the forms that the modes of attention read.
 
-  In MHA form they have E = N + R channels, in absorbed form P = C + R. Queries are those of this
-  device's tokens and keys those of all tokens, for the heads of this device.
+  In MHA form they have E = N + R channels, and as rows P of them; see `Attention`. Queries are those
+  of this device's tokens and keys those of all tokens. All but the rows are for this device's heads.
   """
 
   q_latent: Float[Array, 'B T Q']
   q: Float[Array, 'B T H E']
-  k: Float[Array, 'B S H E']
-  v: Float[Array, 'B S H V']
-  absorbed_q: Float[Array, 'B T H P']
-  kv: Float[Array, 'B S P']  # The latent, then the rotary key. A cache holds nothing else.
+  k: Float[Array, 'B S G2 E']  # In MLA each head has a key of its own.
+  v: Float[Array, 'B S G2 V']
+  row_q: Float[Array, 'B T H P']
+  rows: Float[Array, 'B S G P']  # A cache holds nothing else of a token.
   index: IndexInputs | None  # None in a layer that shares the selection of another.
 
   def candidates(
@@ -111,8 +110,3 @@ class Views(NamedTuple):
       key = jax.random.fold_in(key, collectives.axis_index(*MESH_AXES))
     sizes = {'sm_scale': cfg.sm_scale, 'topk': cfg.index_topk, 'backend': backend}
     return selection.Candidates(*arrays, start, end, key, choice, **sizes)
-
-
-def positions_of(start: Int[Array, 'B T'], end: Int[Array, 'B T']) -> Int[Array, 'B T']:
-  """Returns the position of each token in its document."""
-  return jnp.maximum(end - 1 - start, 0)

@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Grouped-query attention (GQA)."""
+
+import functools
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+
+from dsa_jax.config import ModelConfig
+from dsa_jax.nn.attention.layer import Attention
+from dsa_jax.nn.norms import RMSNorm
+from dsa_jax.nn.rope import apply_rope, rope_frequencies
+from dsa_jax.parallel import collectives
+from dsa_jax.params import BackboneParam, param
+
+
+class GQA(Attention):
+  """Attention of H heads to G key heads, each of which H / G neighbouring heads share.
+
+  A row holds the value and the rotated key of every key head. Queries that meet rows have zeros where
+  these have the value. The indexer reads the hidden state, because there is no query latent.
+  """
+
+  def __init__(self, cfg: ModelConfig, *, out_scale: float, rngs: nnx.Rngs):
+    d, h, g, e, v = cfg.dim, cfg.n_heads, cfg.n_kv_heads, cfg.head_dim, cfg.v_head_dim
+    weight = functools.partial(param, BackboneParam, rngs=rngs)
+    self.wq = weight((d, h, e), ('embed', 'heads', None), std=d**-0.5)
+    self.wk = weight((d, g, e), ('embed', None, None), std=d**-0.5)
+    self.wv = weight((d, g, v), ('embed', None, None), std=d**-0.5)
+    self.wo = weight((h, v, d), ('heads', None, 'embed'), std=out_scale * (h * v) ** -0.5)
+    bias = lambda heads, width, axis: BackboneParam(jnp.zeros((heads, width)), axes=(axis, None))
+    self.bq = bias(h, e, 'heads') if cfg.qkv_bias else None
+    self.bk = bias(g, e, None) if cfg.qkv_bias else None
+    self.bv = bias(g, v, None) if cfg.qkv_bias else None
+    self.q_norm = RMSNorm(e, eps=cfg.norm_eps) if cfg.qk_norm else None
+    self.k_norm = RMSNorm(e, eps=cfg.norm_eps) if cfg.qk_norm else None
+    super().__init__(cfg, rngs=rngs)
+
+  def query_latent(self, x):
+    return x
+
+  def queries(self, q_latent, positions):
+    q = _project(q_latent, self.wq, self.bq)
+    return self._rotate(q if self.q_norm is None else self.q_norm(q), positions)
+
+  def row_queries(self, q_latent, positions):
+    """Returns queries behind as many zeros as a value has channels."""
+    q = self.queries(q_latent, positions)
+    return jnp.pad(q, [(0, 0)] * 3 + [(self.cfg.v_head_dim, 0)])
+
+  def rows(self, x, positions):
+    k = _project(x, self.wk, self.bk)
+    k = self._rotate(k if self.k_norm is None else self.k_norm(k), positions)
+    return jnp.concatenate([_project(x, self.wv, self.bv), k], axis=-1)
+
+  def own_rows(self, rows):
+    """Returns the key heads of this device's heads: a share of them, or the one they all read."""
+    n_heads, per_group = self.wo.shape[0], self.cfg.n_heads // self.cfg.n_kv_heads
+    if n_heads == self.cfg.n_heads:
+      return rows
+    first = collectives.axis_index('tensor') * n_heads // per_group
+    return jax.lax.dynamic_slice_in_dim(rows, first, max(n_heads // per_group, 1), axis=2)
+
+  def expanded(self, rows):
+    value, key = jnp.split(self.own_rows(rows), [self.cfg.v_head_dim], axis=-1)
+    return key, value
+
+  def from_rows(self, out):
+    return self.join_heads(out)
+
+  def _rotate(self, x, positions):
+    """Rotates the first channels of heads."""
+    width = self.cfg.qk_rope_head_dim
+    rope, nope = jnp.split(x, [width], axis=-1)
+    frequencies = rope_frequencies(self.cfg, width)
+    rope = apply_rope(rope, positions, frequencies, interleaved=self.cfg.rope_interleave)
+    return jnp.concatenate([rope, nope], axis=-1)
+
+
+def _project(x, weight, bias):
+  """Returns the channels of heads, with their biases where there are some."""
+  y = jnp.einsum('BTD,DHE->BTHE', x, weight[...].astype(x.dtype))
+  return y if bias is None else y + bias[...].astype(x.dtype)

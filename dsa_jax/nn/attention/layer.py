@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What attention layers have in common, whatever their geometry of heads."""
+
+from flax import nnx
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int, Key
+
+from dsa_jax.config import ModelConfig
+from dsa_jax.nn.attention.attend import attend
+from dsa_jax.nn.attention.types import (
+    AttentionReport,
+    Mode,
+    Selections,
+    Shared,
+    Views,
+)  # fmt: skip
+from dsa_jax.nn.fixed import Configured
+from dsa_jax.nn.indexer import LightningIndexer
+from dsa_jax.parallel import collectives, shard
+from dsa_jax.parallel.mesh import BATCH, TOKENS
+from dsa_jax.parallel.zigzag import unzigzag
+from dsa_jax.params import LayerFact
+
+
+class Attention(Configured):
+  """Turns the hidden state into queries and rows, and what heads have read into an output.
+
+  A row is what a token leaves behind: sparse attention gathers rows, and a cache keeps them. For each
+  of G key heads it begins with what the head reads as value. Queries that meet rows have as many
+  channels; dense attention expands rows into the keys and values of heads (MHA form). Both forms are
+  the same function of the same weights.
+  """
+
+  # Whether the layer rotates queries and keys. None stands for yes; see `transformer.one_each`.
+  rotates: LayerFact | None = None
+  wo: nnx.Variable  # [H, V, D].
+
+  def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs):
+    self.indexer = LightningIndexer(cfg, rngs=rngs)
+    self._cfg = cfg
+
+  def __call__(
+      self,
+      x: Float[Array, 'B T D'],
+      start: Int[Array, 'B T'],
+      end: Int[Array, 'B T'],
+      key: Key[Array, ''],
+      mode: Mode,
+      shared: Shared | None = None,
+      choice: Int[Array, ''] | None = None,
+  ) -> tuple[Float[Array, 'B T D'], Selections, AttentionReport]:
+    """Attends from the normed `x`. Query t sees the keys start <= s < end.
+
+    Only the rule `random` uses `key`. Without `shared`, the layer selects for itself. Where
+    `mode.rule` names several rules, `choice` is the number of the one that selects.
+    """
+
+    def attend_here(self, x, start, end, key, shared, choice):
+      whole = shard.gather_weights(self, x.dtype)
+      return attend(whole, x, start, end, key, mode, shared, choice)
+
+    weights = shard.weight_specs(self, whole=() if mode.splits_heads else ('tensor',))
+    shares = weights, BATCH, BATCH, BATCH, P(), shared and Shared(BATCH, P())
+    shares = *shares, None if choice is None else P()
+    return shard.shard_mapped(attend_here, shares, BATCH)(self, x, start, end, key, shared, choice)
+
+  def query_latent(self, x: Float[Array, 'B T D']) -> Float[Array, 'B T Q']:
+    """Returns what queries are projected from, the indexer's too."""
+    raise NotImplementedError
+
+  def queries(
+      self, q_latent: Float[Array, 'B T Q'], positions: Int[Array, 'B T']
+  ) -> Float[Array, 'B T H E']:
+    """Returns queries in MHA form."""
+    raise NotImplementedError
+
+  def row_queries(
+      self, q_latent: Float[Array, 'B T Q'], positions: Int[Array, 'B T']
+  ) -> Float[Array, 'B T H P']:
+    """Returns queries that meet rows."""
+    raise NotImplementedError
+
+  def rows(
+      self, x: Float[Array, 'B T D'], positions: Int[Array, 'B T']
+  ) -> Float[Array, 'B T G P']:
+    """Returns the row of every token, for all key heads."""
+    raise NotImplementedError
+
+  def own_rows(self, rows: Float[Array, 'B S G P']) -> Float[Array, 'B S G2 P']:
+    """Returns the part of rows that the heads of this device read."""
+    raise NotImplementedError
+
+  def expanded(
+      self, rows: Float[Array, 'B S G P']
+  ) -> tuple[Float[Array, 'B S G2 E'], Float[Array, 'B S G2 V']]:
+    """Returns keys and values in MHA form, for the heads of this device."""
+    raise NotImplementedError
+
+  def from_rows(self, out: Float[Array, 'B T H C']) -> Float[Array, 'B T D']:
+    """Turns what each head has read of rows into the output."""
+    raise NotImplementedError
+
+  def join_heads(self, out: Float[Array, 'B T H V']) -> Float[Array, 'B T D']:
+    """Projects what each head has read in MHA form into the output."""
+    return jnp.einsum('BTHV,HVD->BTD', out, self.wo[...].astype(out.dtype))
+
+  @property
+  def splits_heads(self) -> bool:
+    """Whether this device holds some of the heads only."""
+    return self.wo.shape[0] < self.cfg.n_heads
+
+  def positions(
+      self, start: Int[Array, 'B T'], end: Int[Array, 'B T']
+  ) -> Int[Array, 'B T']:
+    """Returns the position of each token in its document, which its rotation depends on."""
+    positions = jnp.maximum(end - 1 - start, 0)
+    return positions if self.rotates is None else jnp.where(self.rotates[...], positions, 0)
+
+  def views(
+      self,
+      x: Float[Array, 'B T D'],
+      start: Int[Array, 'B T'],
+      end: Int[Array, 'B T'],
+      *,
+      zigzag: bool = False,
+  ) -> Views:
+    """Projects the normed `x` into everything that attention and indexer read.
+
+    The compiler drops whatever is not used.
+    """
+    positions, q_latent = self.positions(start, end), self.query_latent(x)
+    rows = _of_all_tokens(self.rows(x, positions), zigzag)
+    k, v = self.expanded(rows)
+    index = None
+    if self.indexer is not None:
+      index = self.indexer(x, q_latent, positions)
+      index = index._replace(k=_of_all_tokens(index.k, zigzag))
+    return Views(
+        q_latent=q_latent,
+        q=self.queries(q_latent, positions),
+        k=k,
+        v=v,
+        row_q=self.row_queries(q_latent, positions),
+        rows=rows,
+        index=index,
+    )
+
+
+def _of_all_tokens(keys, zigzag: bool):
+  """All-gathers the keys of a sequence, in the order of the text."""
+  keys = collectives.all_gather(keys, *TOKENS, dim=1)
+  return unzigzag(keys, collectives.axis_size(*TOKENS)) if zigzag else keys
