@@ -46,7 +46,7 @@ from dsa_jax.kernels.sparse_attention import gpu as attention, op as attention_o
 
 CHIPS = tuple(GPUS)
 SM_SCALE = 0.1
-ATTENTION = dict(v_dim=V, sm_scale=SM_SCALE, blocks=attention.BlockSizes())
+ATTENTION = dict(n_groups=1, v_dim=V, sm_scale=SM_SCALE, blocks=attention.BlockSizes())
 DENSE = dict(sm_scale=SM_SCALE, blocks=dense.BlockSizes())
 KL = dict(sm_scale=SM_SCALE, blocks=kl.BlockSizes())
 DENSE_KL = dict(sm_scale=SM_SCALE, blocks=gpu_dense.BlockSizes())
@@ -81,7 +81,7 @@ KERNELS = [
     ),
     Op(
         'sparse_attention_backward',
-        lambda *x: attention_op.backward(V, SM_SCALE, attention, ATTENTION['blocks'], *x)[:2],
+        lambda *x: attention_op.backward(1, V, SM_SCALE, attention, ATTENTION['blocks'], *x)[:2],
         attention_backward_shapes,
         attention_backward_flops,
         chips=CHIPS,

@@ -233,7 +233,7 @@ def splash_forward(name: str, block_q: int, block_s: int, chips: tuple[str, ...]
   )
 
 
-ATTENTION = dict(v_dim=V, sm_scale=SM_SCALE, blocks=attention.BlockSizes())
+ATTENTION = dict(n_groups=1, v_dim=V, sm_scale=SM_SCALE, blocks=attention.BlockSizes())
 DENSE = dict(sm_scale=SM_SCALE, blocks=dense.BlockSizes())
 KL = dict(sm_scale=SM_SCALE, blocks=kl.BlockSizes())
 DENSE_KL = dict(sm_scale=SM_SCALE, blocks=tpu_dense.BlockSizes())
@@ -254,7 +254,7 @@ KERNELS = [
     ),
     Op(
         'sparse_attention_backward',
-        lambda *x: attention_op.backward(V, SM_SCALE, attention, ATTENTION['blocks'], *x)[:2],
+        lambda *x: attention_op.backward(1, V, SM_SCALE, attention, ATTENTION['blocks'], *x)[:2],
         attention_backward_shapes,
         attention_backward_flops,
         plan_attention_backward,

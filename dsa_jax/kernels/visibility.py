@@ -22,9 +22,14 @@ def selected_keys(indices: Int[Array, 'B T K'], n_keys: int) -> Bool[Array, 'B T
   return chosen.at[b[..., None], t[..., None], where].set(True, mode='drop')
 
 
-def check_indices(q: jax.Array, indices: jax.Array | None):
-  if indices is not None and (indices.ndim != 3 or indices.shape[:2] != q.shape[:2]):
-    raise ValueError(f'indices must be {(*q.shape[:2], "K")}, K per query; got {indices.shape}.')
+def check_indices(q: jax.Array, k: jax.Array, indices: jax.Array | None):
+  if indices is None or indices.shape[:-1] in (q.shape[:2], (*q.shape[:2], k.shape[2])):
+    return
+  shared, own = (*q.shape[:2], 'K'), (*q.shape[:2], k.shape[2], 'K')
+  raise ValueError(
+      f'indices must be {shared}, K per query, or {own}, K per query and key head; got '
+      f'{indices.shape}.'
+  )
 
 
 def check_intervals(q: jax.Array, start: jax.Array, end: jax.Array):

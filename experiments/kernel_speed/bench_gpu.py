@@ -129,7 +129,7 @@ def topk(d, backend, x):
 
 
 def attend(d, backend, x):
-  inputs = x['q'], x['kv'], x['indices']
+  inputs = x['q'], x['kv'][:, :, None], None, x['indices']
   return sparse_attention(*inputs, v_dim=d['V'], sm_scale=d['E'] ** -0.5, backend=backend)
 
 

@@ -130,12 +130,13 @@ def programs(d):
 
   def attend(backend, x, q, kv):
     indices = x['indices']
-    return sparse_attention(q, kv, indices, v_dim=d['V'], sm_scale=scale, backend=backend)
+    sizes = dict(v_dim=d['V'], sm_scale=scale, backend=backend)
+    return sparse_attention(q, kv[:, :, None], None, indices, **sizes)
 
   def select_and_attend(backend, x):
     index = x['index_q'], x['index_k'], x['weights'], x['start'], x['end']
     widths = dict(topk=d['K'], v_dim=d['V'])
-    inputs = x['q'], x['kv'], *index
+    inputs = x['q'], x['kv'][:, :, None], None, *index
     return indexed_attention(*inputs, **widths, sm_scale=scale, backend=backend)[0]
 
   def gather_lines(backend, x):

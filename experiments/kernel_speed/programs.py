@@ -67,7 +67,7 @@ def naive_topk(x):
 
 def sparse(x, indices=None):
   indices = x['indices'] if indices is None else indices
-  inputs = x['q'], x['kv'], indices
+  inputs = x['q'], x['kv'][:, :, None], None, indices
   return sparse_attention(*inputs, v_dim=V, sm_scale=SM_SCALE, backend='xla')
 
 

@@ -39,7 +39,7 @@ START = jnp.zeros((B, T), jnp.int32)
 INTERVAL = START, START + S
 INDEX = of_shape(B, T, I, J), of_shape(B, S, J), of_shape(B, T, I)
 INDICES = jnp.broadcast_to(jnp.arange(K), (B, T, K))
-Q, KV, KEYS = of_shape(B, T, H, E), of_shape(B, S, E), of_shape(B, S, 1, E)
+Q, KEYS = of_shape(B, T, H, E), of_shape(B, S, 1, E)
 LSE = of_shape(B, T, H)
 FAST = {'xla_backend_optimization_level': 0}
 SIZES = dict(v_dim=V, sm_scale=0.1)
@@ -47,7 +47,7 @@ SIZES = dict(v_dim=V, sm_scale=0.1)
 
 def ops(backend: str, of=jax.value_and_grad) -> dict:
   """Every op as a function of nothing; of those with gradients, what `of` makes of them."""
-  attend = lambda q: sparse_attention(q, KV, INDICES, **SIZES, backend=backend)[0].sum()
+  attend = lambda q: sparse_attention(q, KEYS, None, INDICES, **SIZES, backend=backend)[0].sum()
   teach = lambda q: dense_attention(q, KEYS, KEYS, *INTERVAL, sm_scale=0.1, backend=backend)[0].sum()
   compare = lambda q, indices: index_kl(
       Q, KEYS, LSE, q, *INDEX[1:], *INTERVAL, sm_scale=0.1, indices=indices, backend=backend
@@ -59,7 +59,7 @@ def ops(backend: str, of=jax.value_and_grad) -> dict:
       'index_kl of all': lambda: of(compare)(INDEX[0], None),
       'index_kl of selected': lambda: of(compare)(INDEX[0], INDICES),
       'indexed_attention': lambda: indexed_attention(
-          Q, KV, *INDEX, *INTERVAL, topk=K, **SIZES, backend=backend
+          Q, KEYS, None, *INDEX, *INTERVAL, topk=K, **SIZES, backend=backend
       ),
   }
 

@@ -141,7 +141,8 @@ def test_widths_of_released_models(backend, width, v_dim):
 @functools.partial(cases.jit, static_argnames='backend')
 def sparse_values_and_grads(q, kv, indices, *, backend):
   options = dict(v_dim=V, sm_scale=SCALE, backend=backend)
-  (out, lse), vjp = jax.vjp(lambda q, kv: sparse_attention(q, kv, indices, **options), q, kv)
+  attend = lambda q, kv: sparse_attention(q, kv[:, :, None], None, indices, **options)
+  (out, lse), vjp = jax.vjp(attend, q, kv)
   dq, dkv = vjp(cotangents(out, lse))
   return {'out': out, 'lse': lse, 'dq': dq, 'dkv': dkv}
 

@@ -40,9 +40,13 @@ def make_inputs(visibility, dtype='float32', scores='integers'):
 SIZES = dict(topk=cases.K, v_dim=V, sm_scale=0.6)
 
 
+def attend(q, kv, *index, **options):
+  return indexed_attention(q, kv[:, :, None], None, *index, **options)
+
+
 def run(*inputs, backend):
   with cases.interpreted(backend):
-    f = functools.partial(indexed_attention, **SIZES, backend=backend)
+    f = functools.partial(attend, **SIZES, backend=backend)
     return jax.block_until_ready(cases.jit(f)(*inputs))
 
 
@@ -107,7 +111,7 @@ def test_rows_are_gathered(n_rows, sparse_cores_here):
 
 
 def test_no_gradients():
-  op = lambda *x: jnp.sum(indexed_attention(*x, **SIZES, backend='xla')[0])
+  op = lambda *x: jnp.sum(attend(*x, **SIZES, backend='xla')[0])
   for gradient in jax.grad(op, argnums=range(5))(*make_inputs('causal')):
     assert not gradient.any()
 
@@ -128,7 +132,7 @@ def test_sparse_cores_are_asked_where_vmem_holds_too_few_keys(monkeypatch, n_que
   of = lambda *dims, dtype='bfloat16': jax.ShapeDtypeStruct((1, *dims), dtype)
   index = of(n_queries, 4, 128), of(n_keys, 128), of(n_queries, 4, dtype='float32')
   shapes = of(n_queries, 4, 576), of(n_keys, 576), *index, *[of(n_queries, dtype='int32')] * 2
-  op = functools.partial(indexed_attention, topk=2048, v_dim=512, sm_scale=1.0, backend='tpu')
+  op = functools.partial(attend, topk=2048, v_dim=512, sm_scale=1.0, backend='tpu')
   jax.eval_shape(op, *shapes)
   assert bool(calls) == asked
 
@@ -137,11 +141,11 @@ def test_sparse_cores_are_asked_where_vmem_holds_too_few_keys(monkeypatch, n_que
     'change, message',
     [
         (dict(topk=0), r'topk=0 must be at least 1'),
-        (dict(v_dim=9), r'v_dim=9 must be within 1 and the width of kv, 8'),
+        (dict(v_dim=9), r'v_dim=9 must be within 1 and the width of k, 8'),
         (dict(backend='cuda'), r"backend='cuda' must be one of"),
     ],
 )
 def test_wrong_values(change, message):
   options = SIZES | dict(backend='xla') | change
   with cases.unchecked(), pytest.raises(ValueError, match=message):
-    indexed_attention(*make_inputs('causal'), **options)
+    attend(*make_inputs('causal'), **options)

@@ -23,7 +23,8 @@ def index_topk(q, k, weights, start, end, *, backend):
 
 
 def sparse_attention(q, kv, indices, *, backend):
-  return kernels.sparse_attention(q, kv, indices, v_dim=V, sm_scale=1.0, backend=backend)
+  options = dict(v_dim=V, sm_scale=1.0, backend=backend)
+  return kernels.sparse_attention(q, kv[:, :, None], None, indices, **options)
 
 
 def dense_attention(q, k, v, start, end, indices=None, *, backend):

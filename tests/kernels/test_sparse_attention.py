@@ -41,7 +41,7 @@ def values_and_grads(q, kv, indices, *, v_dim=V, backend, blocks=None, races=Fal
 def _run(q, kv, indices, *, v_dim, backend, blocks):
   def op(q, kv):
     options = dict(v_dim=v_dim, sm_scale=SCALE, backend=backend, blocks=blocks)
-    return sparse_attention(q, kv, indices, **options)
+    return sparse_attention(q, kv[:, :, None], None, indices, **options)
 
   (out, lse), vjp = jax.vjp(op, q, kv)
   dq, dkv = vjp(cotangents(out, lse))
@@ -109,6 +109,78 @@ def test_matches_reference(backend, visibility, dtype):
   cases.assert_matches(actual, exact, cases.TOLERANCE[dtype])
 
 
+GROUPS = [  # Key heads, whether each selects for itself, whether values are given, the dtype.
+    (2, False, True, 'float32'), (2, True, False, 'float32'), (4, True, True, 'bfloat16'),
+    (1, True, True, 'float32'),
+]  # fmt: skip
+
+
+@functools.partial(cases.jit, static_argnames=('backend', 'blocks'))
+def _run_groups(q, k, v, indices, *, backend, blocks=None):
+  v_dim = V if v is None else None
+  options = dict(v_dim=v_dim, sm_scale=SCALE, backend=backend, blocks=blocks)
+  op = lambda q, k, v: sparse_attention(q, k, v, indices, **options)
+  (out, lse), vjp = jax.vjp(op, q, k, v)
+  dq, dk, dv = vjp(cotangents(out, lse))
+  return {'out': out, 'lse': lse, 'dq': dq, 'dk': dk} | ({} if v is None else {'dv': dv})
+
+
+def grouped_inputs(visibility, groups, own, given, dtype='float32'):
+  start, end = cases.intervals(visibility)
+  shapes = (2, cases.T, 4, E), (2, cases.S, groups, E), (2, cases.S, groups, V)
+  q, k, v = cases.normal(3, *shapes, dtype=dtype)
+  chosen = [cases.selection(start, end, seed=seed) for seed in range(groups)]
+  return q, k, v if given else None, jnp.stack(chosen, axis=2) if own else chosen[0]
+
+
+def poison(x, indices):
+  """Puts NaN in every key, [B, S, G, E], that no query selected for its key head."""
+  if indices.ndim == 3:
+    indices = jnp.repeat(indices[:, :, None], x.shape[2], axis=2)
+  used = (indices[..., None] == jnp.arange(x.shape[1])).any(axis=(1, 3))  # B G S
+  return jnp.where(jnp.swapaxes(used, 1, 2)[..., None], x, jnp.nan)
+
+
+@pytest.mark.parametrize('groups, own, given, dtype', GROUPS)
+@pytest.mark.parametrize('backend', cases.BACKENDS)
+def test_groups_of_heads_share_keys(backend, groups, own, given, dtype):
+  """Keys that nothing selects hold NaN, and some rows are empty."""
+  q, k, v, indices = grouped_inputs('empty', groups, own, given, dtype)
+  wild = jnp.where(indices < 0, 2**30, indices)
+  poisoned = poison(k, indices), None if v is None else poison(v, indices)
+  with cases.interpreted(backend):
+    actual = _run_groups(q, *poisoned, wild, backend=backend, blocks=SMALL.get(backend))
+    jax.block_until_ready(actual)
+  exact = jax.tree.map(lambda x: x.astype('float32'), (q, k, v))
+  exact = _run_groups(*exact, indices, backend='reference')
+  cases.assert_matches(actual, exact, cases.TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize('groups, own, given, _', GROUPS[:2])
+def test_groups_are_attention_to_repeated_keys(groups, own, given, _):
+  """By the float64 definition, of each head's own key head and selection."""
+  q, k, v, indices = grouped_inputs('packed', groups, own, given)
+  actual = _run_groups(q, k, v, indices, backend='reference')
+  v = k[..., :V] if v is None else v
+  for h in range(4):
+    g = h // (4 // groups)
+    rows = np.concatenate([v[:, :, g], k[:, :, g]], axis=-1, dtype=np.float64)
+    queries = np.pad(np.float64(q[:, :, h : h + 1]), [(0, 0)] * 3 + [(V, 0)])
+    out, lse = witness(queries, rows, indices[:, :, g] if own else indices, V)
+    of_head = {'out': actual['out'][:, :, h], 'lse': actual['lse'][:, :, h]}
+    cases.assert_matches(of_head, {'out': out[:, :, 0], 'lse': lse[:, :, 0]})
+
+
+@pytest.mark.parametrize('backend', ['xla', 'gpu', 'tpu'])
+def test_few_queries_of_grouped_heads(backend):
+  """As in decoding: fewer rows are selected than there are keys."""
+  q, k, v, indices = grouped_inputs('chunk', 2, False, True)
+  q, indices = q[:, :3], indices[:, :3]
+  with cases.interpreted(backend):
+    actual = jax.block_until_ready(_run_groups(q, k, v, indices, backend=backend))
+  cases.assert_matches(actual, _run_groups(q, k, v, indices, backend='reference'))
+
+
 @pytest.mark.parametrize('backend, blocks', BLOCKS, ids=str)
 def test_blocks_change_nothing(backend, blocks):
   inputs = make_inputs('packed')
@@ -161,7 +233,8 @@ def test_wide_rows_on_a_gpu(heads, topk):
 
 def test_wide_rows_trace_without_a_gpu():
   """Mosaic GPU's calls change with jax: tracing shows it where nothing can compile the kernels."""
-  attend = lambda *x: sparse_attention(*x, v_dim=512, sm_scale=0.1, backend='gpu')[0]
+  options = dict(v_dim=512, sm_scale=0.1, backend='gpu')
+  attend = lambda q, kv, i: sparse_attention(q, kv[:, :, None], None, i, **options)[0]
   total = lambda *x: jnp.sum(attend(*x).astype(jnp.float32))
   shapes = (1, 264, 128, 576), (1, 512, 576)
   q, kv = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes)
@@ -332,29 +405,39 @@ def test_repeats_bit_by_bit(backend):
 
 def test_memory_is_linear_in_the_context():
   n, topk = 4096, 16
-  op = lambda q, kv, i, **options: sparse_attention(q, kv, i, v_dim=6, sm_scale=1.0, **options)
-  shapes = [((1, n, 2, 8), 'float32'), ((1, n, 8), 'float32'), ((1, n, topk), 'int32')]
+  op = lambda q, k, i, **options: sparse_attention(
+      q, k, None, i, v_dim=6, sm_scale=1.0, **options
+  )
+  shapes = [((1, n, 2, 8), 'float32'), ((1, n, 1, 8), 'float32'), ((1, n, topk), 'int32')]
   for backend in ALL:
     assert cases.largest_array(functools.partial(op, backend=backend), *shapes) < n * n
 
 
 def test_says_what_is_wrong():
   q, kv, indices = make_inputs('causal')
-  options = dict(sm_scale=1.0, backend='xla')
+  k, options = kv[:, :, None], dict(v_dim=V, sm_scale=1.0, backend='xla')
   with pytest.raises(ValueError, match="backend='tpu3' must be one of"):
-    sparse_attention(q, kv, indices, v_dim=V, sm_scale=1.0, backend='tpu3')
+    sparse_attention(q, k, None, indices, **options | dict(backend='tpu3'))
   for v_dim in (0, -1, E + 1):
-    with pytest.raises(ValueError, match=f'{v_dim=} must be within 1 and the width of kv, 8'):
-      sparse_attention(q, kv, indices, v_dim=v_dim, **options)
-  with pytest.raises(ValueError, match=r'of one dtype; got float32 .*, bfloat16'):
-    sparse_attention(q, kv.astype('bfloat16'), indices, v_dim=V, **options)
+    with pytest.raises(ValueError, match=f'{v_dim=} must be within 1 and the width of k, 8'):
+      sparse_attention(q, k, None, indices, **options | dict(v_dim=v_dim))
+  with pytest.raises(ValueError, match='got v_dim=5 beside v'):
+    sparse_attention(q, k, k, indices, **options)
+  with pytest.raises(ValueError, match='got neither v nor v_dim'):
+    sparse_attention(q, k, None, indices, **options | dict(v_dim=None))
+  with pytest.raises(ValueError, match=r'of one dtype .*; got float32 .*, bfloat16'):
+    sparse_attention(q, k.astype('bfloat16'), None, indices, **options)
   with pytest.raises(ValueError, match='on a TPU must be bfloat16 or float32; got float16'):
-    half = q.astype('float16'), kv.astype('float16')
-    sparse_attention(*half, indices, v_dim=V, sm_scale=1.0, backend='tpu')
+    half = q.astype('float16'), k.astype('float16')
+    sparse_attention(*half, None, indices, **options | dict(backend='tpu'))
   with pytest.raises(ValueError, match='on a GPU must be .*; got float8_e4m3fn'):
-    eighth = q.astype('float8_e4m3fn'), kv.astype('float8_e4m3fn')
-    sparse_attention(*eighth, indices, v_dim=V, sm_scale=1.0, backend='gpu')
-  with cases.unchecked(), pytest.raises(ValueError, match=r'must be q .* kv .*; got'):
-    sparse_attention(q, kv[..., 1:], indices, v_dim=V, **options)
-  with cases.unchecked(), pytest.raises(ValueError, match=r'indices must be .* per query; got'):
-    sparse_attention(q, kv, indices[:, 1:], v_dim=V, **options)
+    eighth = q.astype('float8_e4m3fn'), k.astype('float8_e4m3fn')
+    sparse_attention(*eighth, None, indices, **options | dict(backend='gpu'))
+  twice, thrice = (jnp.repeat(k, n, axis=2) for n in (2, 3))
+  for keys, v in [(k[..., 1:], None), (twice, None), (k, k[:, 1:]), (thrice, k)]:
+    sizes = options | dict(v_dim=V if v is None else None)
+    with cases.unchecked(), pytest.raises(ValueError, match=r'with G dividing H; got'):
+      sparse_attention(q, keys, v, indices, **sizes)
+  for wrong in (indices[:, 1:], jnp.stack([indices] * 2, axis=2)):
+    with cases.unchecked(), pytest.raises(ValueError, match='indices must be .* K per query, or'):
+      sparse_attention(q, thrice, None, wrong, **options)

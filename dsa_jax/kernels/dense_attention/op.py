@@ -52,7 +52,7 @@ def dense_attention(
   """
   check_backend(backend)
   check_intervals(q, start, end)
-  check_indices(q, indices)
+  check_indices(q, k, indices)
   if k.shape[:3] != v.shape[:3] or q.shape[-1] != k.shape[-1] or q.shape[2] % k.shape[2]:
     raise ValueError(
         'must be q [B, T, H, E], k [B, S, G, E], v [B, S, G, V] with G dividing H; got '

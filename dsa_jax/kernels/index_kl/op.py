@@ -71,7 +71,7 @@ def index_kl(
   check_backend(backend)
   check_index_inputs(index_q, index_k, index_weights)
   check_intervals(q, start, end)
-  check_indices(q, indices)
+  check_indices(q, k, indices)
   _check_constants(q, k, lse)
   q, k, lse = jax.lax.stop_gradient((q, k, lse))
   if backend == 'reference':

@@ -5,6 +5,7 @@ import jax
 from jaxtyping import Array, Float, Int
 
 from dsa_jax.kernels.backend import load_kernels
+from dsa_jax.kernels.groups import fold_keys
 from dsa_jax.kernels.index_topk.op import check_selection, index_topk
 from dsa_jax.kernels.sparse_attention.op import check_attention, sparse_attention
 
@@ -12,7 +13,8 @@ from dsa_jax.kernels.sparse_attention.op import check_attention, sparse_attentio
 @jax.named_scope('indexed_attention')
 def indexed_attention(
     q: Float[Array, 'B T H E'],
-    kv: Float[Array, 'B S E'],
+    k: Float[Array, 'B S G E'],
+    v: Float[Array, 'B S G V'] | None,
     index_q: Float[Array, 'B T I J'],
     index_k: Float[Array, 'B S J'],
     index_weights: Float[Array, 'B T I'],
@@ -20,25 +22,26 @@ def indexed_attention(
     end: Int[Array, 'B T'],
     *,
     topk: int,
-    v_dim: int,
+    v_dim: int | None = None,
     sm_scale: float,
     backend: str,
-) -> tuple[Float[Array, 'B T H {v_dim}'], Int[Array, 'B T {topk}']]:
+) -> tuple[Float[Array, 'B T H V'], Int[Array, 'B T {topk}']]:
   """Attends to what `index_topk` selects, with the numbers of the two ops.
 
   They run one after the other. On a TPU whose VMEM holds too few of the keys, SparseCores bring
   selected rows together while the TensorCore selects for the next queries.
 
   Args:
-    q: Absorbed queries; see `sparse_attention`.
-    kv: One vector per token; see there.
+    q: Queries; see `sparse_attention`.
+    k: Keys; see there.
+    v: Values, or None; see there.
     index_q: Index queries; see `index_topk`.
     index_k: Index keys; see there.
     index_weights: Head weights, scale folded in.
     start: int32; the first key position that each query sees.
     end: int32; one past the last.
     topk: K, how many keys a query attends to.
-    v_dim: C, the width of the value and of the output.
+    v_dim: The width of the value and of the output; only where `v` is None.
     sm_scale: Softmax scale.
     backend: Which implementation. Never falls back to another.
 
@@ -48,15 +51,16 @@ def indexed_attention(
   """
   index_inputs = index_q, index_k, index_weights, start, end
   check_selection(*index_inputs, topk)
-  check_attention(q, kv, v_dim)
-  q, kv = jax.lax.stop_gradient((q, kv))
-  if backend == 'tpu':
+  check_attention(q, k, v, v_dim)
+  q, k, v = jax.lax.stop_gradient((q, k, v))
+  if backend == 'tpu' and v is None and k.shape[2] == 1:
     kernels = load_kernels('dsa_jax.kernels.indexed_attention.tpu')
+    kv = fold_keys(k)
     inputs, blocks = (q, kv, index_q, index_k), kernels.BlockSizes()
     plan = kernels.plan_if_it_pays(*inputs, topk=topk, v_dim=v_dim, blocks=blocks)
     if plan is not None:
       index_inputs = jax.lax.stop_gradient(index_inputs)
       return kernels.forward(q, kv, *index_inputs, plan=plan, sm_scale=sm_scale)
   indices = index_topk(*index_inputs, topk=topk, backend=backend)
-  out, _ = sparse_attention(q, kv, indices, v_dim=v_dim, sm_scale=sm_scale, backend=backend)
+  out, _ = sparse_attention(q, k, v, indices, v_dim=v_dim, sm_scale=sm_scale, backend=backend)
   return out, indices

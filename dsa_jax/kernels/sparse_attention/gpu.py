@@ -30,6 +30,7 @@ from dsa_jax.kernels.gpu.triton import (
     store_row,
     store_tile,
 )
+from dsa_jax.kernels.groups import fold_heads, fold_indices, unfold_heads
 from dsa_jax.kernels.xla.rows import map_rows, scan_rows, whole_block
 
 HOPPER_HEADS = 64  # `hopper.HEADS`; not every jaxlib can import that module.
@@ -100,19 +101,27 @@ class Plan(NamedTuple):
     }
 
 
-def plan_forward(q, kv, n_slots: int, *, v_dim: int, blocks: BlockSizes) -> Plan:
-  """Returns how `forward` of q [B, T, H, E] and kv [B, S, E] is done, with K = n_slots."""
-  return _plan(q, kv, n_slots, v_dim, blocks, blocks.block_t)
+def plan_forward(
+    q, kv, n_slots: int, *, n_groups: int = 1, v_dim: int, blocks: BlockSizes
+) -> Plan:
+  """Returns how `forward` of q [B, T, H, E] and kv [B, S * G, E] is done, with K = n_slots.
+
+  The plan is that of folded queries; see `groups`.
+  """
+  return _plan(q, kv, n_slots, n_groups, v_dim, blocks, blocks.block_t)
 
 
-def plan_backward(q, kv, n_slots: int, *, v_dim: int, blocks: BlockSizes) -> Plan:
+def plan_backward(
+    q, kv, n_slots: int, *, n_groups: int = 1, v_dim: int, blocks: BlockSizes
+) -> Plan:
   """Returns how `backward` is done; see `plan_forward`."""
-  return _plan(q, kv, n_slots, v_dim, blocks, blocks.block_t_backward)
+  return _plan(q, kv, n_slots, n_groups, v_dim, blocks, blocks.block_t_backward)
 
 
-def _plan(q, kv, n_slots, v_dim, blocks, block_t) -> Plan:
+def _plan(q, kv, n_slots, n_groups, v_dim, blocks, block_t) -> Plan:
   batch, n_queries, heads, width = q.shape
-  block_t = whole_block(n_queries, block_t, 1)
+  n_queries, heads = n_queries * n_groups, heads // n_groups
+  block_t = whole_block(n_queries, block_t, n_groups)
   block_h = triton.tile_side(heads, blocks.heads)
   tile = triton.tile_side(n_slots, blocks.tile)
   whole = not (heads % HOPPER_HEADS or width % 64 or v_dim % 64)
@@ -135,13 +144,20 @@ def _plan(q, kv, n_slots, v_dim, blocks, block_t) -> Plan:
   )
 
 
-def forward(q, kv, indices, *, v_dim: int, sm_scale: float, blocks: BlockSizes):
-  """Returns the output and the log-sum-exp, as the op does."""
-  plan = plan_forward(q, kv, indices.shape[2], v_dim=v_dim, blocks=blocks)
+def forward(
+    q, kv, indices, *, n_groups: int, v_dim: int, sm_scale: float, blocks: BlockSizes
+):
+  """Returns the output and the log-sum-exp, as the op does; keys are folded, see `groups`."""
+  sizes = dict(n_groups=n_groups, v_dim=v_dim, blocks=blocks)
+  plan, n_keys = plan_forward(q, kv, indices.shape[-1], **sizes), kv.shape[1] // n_groups
   kernel = _Kernel(plan, sm_scale, kv.dtype)
 
   def attend(block):
     q, indices = block
+    block = fold_heads(q, n_groups), fold_indices(indices, n_groups, n_keys)
+    return [unfold_heads(x, n_groups) for x in attend_folded(*block)]
+
+  def attend_folded(q, indices):
     selected = slots(indices, positions(indices, kv.shape[1]), kv.shape[1], plan.step)
     if plan.by_hopper:
       out, lse = _hopper().attend(flat(q), flat(kv), selected, v_dim=v_dim, sm_scale=sm_scale)
@@ -164,7 +180,7 @@ def forward(q, kv, indices, *, v_dim: int, sm_scale: float, blocks: BlockSizes):
       out, lse = _join(*(x.reshape(n_rows, shares, *x.shape[1:]) for x in (out, lse)))
     return out.astype(q.dtype).reshape(*q.shape[:3], v_dim), lse.reshape(q.shape[:3])
 
-  return map_rows(attend, (q, indices), plan.block_t)
+  return tuple(map_rows(attend, (q, indices), plan.block_t // n_groups))
 
 
 def _join(out, lse):
@@ -176,15 +192,20 @@ def _join(out, lse):
   return out, top[:, 0] + jnp.log(total)
 
 
-def backward(residuals, dout, delta, *, v_dim: int, sm_scale: float, blocks: BlockSizes):
+def backward(
+    residuals, dout, delta, *, n_groups: int, v_dim: int, sm_scale: float, blocks: BlockSizes
+):
   """Returns the gradients of q and kv; see `logits_delta` for delta."""
   q, kv, indices, lse = residuals
 
-  plan = plan_backward(q, kv, indices.shape[2], v_dim=v_dim, blocks=blocks)
+  sizes = dict(n_groups=n_groups, v_dim=v_dim, blocks=blocks)
+  plan, n_keys = plan_backward(q, kv, indices.shape[-1], **sizes), kv.shape[1] // n_groups
   kernel = _Kernel(plan, sm_scale, kv.dtype)
 
   def step(dkv, block):
     q, indices, dout, lse, delta = block
+    indices = fold_indices(indices, n_groups, n_keys)
+    q, dout, lse, delta = (fold_heads(x, n_groups) for x in (q, dout, lse, delta))
     selected = slots(indices, positions(indices, kv.shape[1]), kv.shape[1], plan.step)
     keys = [flat(kv), selected]
     n_rows, n_slots = plan.n_rows, plan.n_slots
@@ -220,11 +241,11 @@ def backward(residuals, dout, delta, *, v_dim: int, sm_scale: float, blocks: Blo
     )
     drows = drows.reshape(-1, kv.shape[-1])
     dkv = add_rows(dkv, drows, jnp.where(selected.bias == 0, selected.rows, -1))
-    return dkv, dq.reshape(q.shape)
+    return dkv, unfold_heads(dq.reshape(q.shape), n_groups)
 
   dkv = jnp.zeros((kv.shape[0] * kv.shape[1], kv.shape[2]))
   rows = q, indices, dout.astype(kv.dtype), lse, delta
-  dkv, dq = scan_rows(step, dkv, rows, plan.block_t)
+  dkv, dq = scan_rows(step, dkv, rows, plan.block_t // n_groups)
   return dq, dkv.reshape(kv.shape).astype(kv.dtype)
 
 

@@ -4,9 +4,11 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from dsa_jax.kernels.backend import Blocks, check_backend, load_kernels
+from dsa_jax.kernels.groups import fold_keys
 from dsa_jax.kernels.sparse_attention.reference import sparse_attention_reference
 from dsa_jax.kernels.visibility import check_indices
 from dsa_jax.kernels.xla.softmax import logits_delta
@@ -21,23 +23,27 @@ KERNELS = {
 @jax.named_scope('sparse_attention')
 def sparse_attention(
     q: Float[Array, 'B T H E'],
-    kv: Float[Array, 'B S E'],
-    indices: Int[Array, 'B T K'],
+    k: Float[Array, 'B S G E'],
+    v: Float[Array, 'B S G V'] | None,
+    indices: Int[Array, 'B T K'] | Int[Array, 'B T G K'],
     *,
-    v_dim: int,
+    v_dim: int | None = None,
     sm_scale: float,
     backend: str,
     blocks: Blocks | None = None,
-) -> tuple[Float[Array, 'B T H {v_dim}'], Float[Array, 'B T H']]:
-  """Attends each query to its own K selected tokens; every head shares the selection.
+) -> tuple[Float[Array, 'B T H V'], Float[Array, 'B T H']]:
+  """Attends each query to its own K selected tokens, which all heads or each key head's share.
 
   Args:
-    q: Absorbed queries: C latent channels, then R rotary ones (E = C + R).
-    kv: One vector per token, shared by all heads; its first `v_dim` channels are the value.
-      A token that nothing selects may hold NaN.
-    indices: Positions in `kv`, distinct within a row, in any order; -1 or >= S is an empty slot.
+    q: Queries; head h reads key head h // (H / G). Those of MLA are absorbed: C latent channels,
+      then R rotary ones (E = C + R).
+    k: Keys; G divides H, and is 1 in MLA. A token that nothing selects may hold NaN.
+    v: Values. None says that the first `v_dim` channels of a key are its value, which then is read
+      once for both: so it is in MLA, and where a cache holds values before keys and queries begin
+      with zeros.
+    indices: Positions of tokens, distinct within a row, in any order; -1 or >= S is an empty slot.
       Whoever selects sees to causality.
-    v_dim: C, the width of the value and of the output.
+    v_dim: The width of the value and of the output; only where `v` is None.
     sm_scale: Softmax scale, YaRN's factor included; never derived from E.
     backend: Which implementation. Never falls back to another.
     blocks: The backend's own BlockSizes; its defaults if None. They cannot change the result.
@@ -50,43 +56,58 @@ def sparse_attention(
     DeepSeek-V3.2-Exp report, eq. 2 and appendix A (MQA mode).
   """
   check_backend(backend)
-  check_indices(q, indices)
-  check_attention(q, kv, v_dim)
+  check_attention(q, k, v, v_dim)
+  check_indices(q, k, indices)
   if backend == 'reference':
-    return sparse_attention_reference(q, kv, indices, v_dim=v_dim, sm_scale=sm_scale)
+    v = k[..., :v_dim] if v is None else v
+    return sparse_attention_reference(q, k, v, indices, sm_scale=sm_scale)
+  if v is not None:
+    q, k, v_dim = _pack(q, k, v)
   kernels = load_kernels(KERNELS[backend])
-  return _op(q, kv, indices, v_dim, sm_scale, kernels, blocks or kernels.BlockSizes())
+  options = k.shape[2], v_dim, sm_scale, kernels, blocks or kernels.BlockSizes()
+  return _op(q, fold_keys(k), indices, *options)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5, 6))
-def _op(q, kv, indices, v_dim, sm_scale, kernels, blocks):
-  return kernels.forward(q, kv, indices, v_dim=v_dim, sm_scale=sm_scale, blocks=blocks)
+def _pack(q, k, v):
+  """Returns queries, keys and the width of the value where each key begins with its value."""
+  v_dim = v.shape[-1]
+  return jnp.pad(q, [(0, 0)] * 3 + [(v_dim, 0)]), jnp.concatenate([v, k], axis=-1), v_dim
 
 
-def _fwd(q, kv, indices, v_dim, sm_scale, kernels, blocks):
-  out, lse = _op(q, kv, indices, v_dim, sm_scale, kernels, blocks)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5, 6, 7))
+def _op(q, kv, indices, n_groups, v_dim, sm_scale, kernels, blocks):
+  sizes = dict(n_groups=n_groups, v_dim=v_dim, sm_scale=sm_scale)
+  return kernels.forward(q, kv, indices, **sizes, blocks=blocks)
+
+
+def _fwd(q, kv, indices, n_groups, v_dim, sm_scale, kernels, blocks):
+  out, lse = _op(q, kv, indices, n_groups, v_dim, sm_scale, kernels, blocks)
   return (out, lse), (q, kv, indices, out, lse)
 
 
-def backward(v_dim, sm_scale, kernels, blocks, residuals, cotangents):
-  """Returns the gradients of q and kv, and None for the indices."""
+def backward(n_groups, v_dim, sm_scale, kernels, blocks, residuals, cotangents):
+  """Returns the gradients of q and of folded keys, and None for the indices."""
   q, kv, indices, out, lse = residuals
   dout, dlse = cotangents
   delta = logits_delta(out, lse, dout, dlse)
-  dq, dkv = kernels.backward(
-      (q, kv, indices, lse), dout, delta, v_dim=v_dim, sm_scale=sm_scale, blocks=blocks
-  )
+  sizes = dict(n_groups=n_groups, v_dim=v_dim, sm_scale=sm_scale)
+  dq, dkv = kernels.backward((q, kv, indices, lse), dout, delta, **sizes, blocks=blocks)
   return dq, dkv, None
 
 
 _op.defvjp(_fwd, backward)
 
 
-def check_attention(q, kv, v_dim: int):
-  if q.shape[0] != kv.shape[0] or q.shape[-1] != kv.shape[-1] or q.dtype != kv.dtype:
+def check_attention(q, k, v, v_dim: int | None):
+  given = [k] if v is None else [k, v]
+  wrong = q.shape[0] != k.shape[0] or q.shape[-1] != k.shape[-1] or q.shape[2] % k.shape[2]
+  if wrong or given[-1].shape[:3] != k.shape[:3] or any(x.dtype != q.dtype for x in given):
     raise ValueError(
-        'must be q [B, T, H, E], kv [B, S, E] of one dtype; got '
-        f'{q.dtype} {q.shape}, {kv.dtype} {kv.shape}.'
+        'must be q [B, T, H, E], k [B, S, G, E], v [B, S, G, V] of one dtype with G dividing H; '
+        'got ' + ', '.join(f'{x.dtype} {x.shape}' for x in (q, *given)) + '.'
     )
-  if not 0 < v_dim <= kv.shape[-1]:
-    raise ValueError(f'{v_dim=} must be within 1 and the width of kv, {kv.shape[-1]}.')
+  if (v is None) == (v_dim is None):
+    given = f'{v_dim=} beside v' if v_dim is not None else 'neither v nor v_dim'
+    raise ValueError(f'v must be given, or v_dim where the value begins the key; got {given}.')
+  if v is None and not 0 < v_dim <= k.shape[-1]:
+    raise ValueError(f'{v_dim=} must be within 1 and the width of k, {k.shape[-1]}.')

@@ -7,13 +7,16 @@ the gradient of the keys is added to rows that lie in VMEM as the keys do, and r
 each shard and block of queries. The other paths are those of `tpu_rows`.
 """
 
+from collections.abc import Callable
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import jax
 from jax.experimental import pallas as pl
 import jax.numpy as jnp
 
+from dsa_jax.kernels import groups
 from dsa_jax.kernels.sparse_attention import tpu_rows
 from dsa_jax.kernels.sparse_attention.tpu_plan import (
     BlockSizes,
@@ -31,8 +34,62 @@ from dsa_jax.kernels.tpu.slots import sort_slots
 from dsa_jax.kernels.xla.rows import map_rows, scan_rows
 
 
-def forward(q, kv, indices, *, v_dim: int, sm_scale: float, blocks: BlockSizes):
-  """Returns the output and the log-sum-exp, as the op does."""
+def forward(
+    q, kv, indices, *, n_groups: int, v_dim: int, sm_scale: float, blocks: BlockSizes
+):
+  """Returns the output and the log-sum-exp, as the op does; keys are folded, see `groups`.
+
+  A block of queries reads the keys of one key head after the other, as many in VMEM as there is
+  room. Where few rows are selected they are gathered from wherever they lie.
+  """
+  attend = functools.partial(_attend, v_dim=v_dim, sm_scale=sm_scale, blocks=blocks)
+  n_keys = kv.shape[1] // n_groups
+  if n_groups == 1 or q.shape[1] * indices.shape[-1] < n_keys:
+    indices = groups.fold_indices(indices, n_groups, n_keys)
+    results = attend(groups.fold_heads(q, n_groups), kv, indices)
+    return tuple(groups.unfold_heads(x, n_groups) for x in results)
+  results = _map_groups(attend, q, kv, indices, n_groups)
+  return tuple(map(groups.join_groups, results))
+
+
+def backward(
+    residuals, dout, delta, *, n_groups: int, v_dim: int, sm_scale: float, blocks: BlockSizes
+):
+  """Returns the gradients of q and kv.
+
+  Args:
+    residuals: q, folded keys, indices and the log-sum-exp.
+    dout: The gradient of the output.
+    delta: See `logits_delta`.
+    n_groups: G.
+    v_dim: As the op has it.
+    sm_scale: As the op has it.
+    blocks: As the op has them.
+  """
+  q, kv, indices, lse = residuals
+  sizes = dict(v_dim=v_dim, sm_scale=sm_scale, blocks=blocks)
+
+  def differentiate(of_queries, keys, indices):
+    q, *rest = of_queries
+    return _differentiate(tpu_rows.Queries(q, indices, *rest), keys, **sizes)
+
+  of_queries = q, lse, dout, delta
+  if n_groups == 1:
+    return differentiate(of_queries, kv, groups.fold_indices(indices, 1, kv.shape[1]))
+  dq, dkv = _map_groups(differentiate, of_queries, kv, indices, n_groups)
+  return groups.join_groups(dq), jnp.moveaxis(dkv, 0, 2).reshape(kv.shape)
+
+
+def _map_groups(f: Callable, of_queries, kv, indices, n_groups: int):
+  """Applies f(queries, keys, indices) to one key head after the other."""
+  of_queries = jax.tree.map(lambda x: groups.by_group(x, n_groups), of_queries)
+  keys = jnp.moveaxis(kv.reshape(kv.shape[0], -1, n_groups, kv.shape[2]), 2, 0)
+  if indices.ndim == 3:
+    return jax.lax.map(lambda x: f(*x, indices), (of_queries, keys))
+  return jax.lax.map(lambda x: f(*x), (of_queries, keys, jnp.moveaxis(indices, 2, 0)))
+
+
+def _attend(q, kv, indices, *, v_dim: int, sm_scale: float, blocks: BlockSizes):
   vmem = chip.vmem_bytes()
   plan = plan_forward(q, kv, indices.shape[2], v_dim=v_dim, vmem=vmem, blocks=blocks)
   sizes = dict(v_dim=v_dim, sm_scale=sm_scale)
@@ -43,28 +100,18 @@ def forward(q, kv, indices, *, v_dim: int, sm_scale: float, blocks: BlockSizes):
   return _forward(q, kv, indices, plan=plan, **sizes)
 
 
-def backward(residuals, dout, delta, *, v_dim: int, sm_scale: float, blocks: BlockSizes):
-  """Returns the gradients of q and kv.
-
-  Args:
-    residuals: q, kv, indices and the log-sum-exp.
-    dout: The gradient of the output.
-    delta: See `logits_delta`.
-    v_dim: As the op has it.
-    sm_scale: As the op has it.
-    blocks: As the op has them.
-  """
-  q, kv, indices, lse = residuals
+def _differentiate(
+    queries: tpu_rows.Queries, kv, *, v_dim: int, sm_scale: float, blocks: BlockSizes
+):
   plan = plan_backward(
-      q,
+      queries.q,
       kv,
-      indices.shape[2],
+      queries.indices.shape[2],
       v_dim=v_dim,
       vmem=chip.vmem_bytes(),
       sparse_cores=sparse_cores.available(),
       blocks=blocks,
   )
-  queries = tpu_rows.Queries(q, indices, lse, dout, delta)
   if isinstance(plan, TogetherBackward):
     return tpu_rows.backward(queries, kv, plan=plan, sm_scale=sm_scale)
   return _backward(queries, kv, plan=plan, sm_scale=sm_scale)

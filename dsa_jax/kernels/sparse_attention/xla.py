@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from dsa_jax.kernels.backend import Blocks
+from dsa_jax.kernels.groups import fold_heads, fold_indices, unfold_heads
 from dsa_jax.kernels.xla.rows import gather_rows, map_rows, scan_rows, scatter_rows
 
 _f32 = {'preferred_element_type': jnp.float32}
@@ -23,11 +24,15 @@ class BlockSizes(Blocks):
   block_t: int = 8  # Query rows per pass, whose selection is gathered at one time.
 
 
-def forward(q, kv, indices, *, v_dim: int, sm_scale: float, blocks: BlockSizes):
-  """Returns the output and the log-sum-exp, as the op does."""
+def forward(
+    q, kv, indices, *, n_groups: int, v_dim: int, sm_scale: float, blocks: BlockSizes
+):
+  """Returns the output and the log-sum-exp, as the op does; keys are folded, see `groups`."""
+  n_keys = kv.shape[1] // n_groups
 
   def attend(rows):
     q, indices = rows
+    q, indices = fold_heads(q, n_groups), fold_indices(indices, n_groups, n_keys)
     chosen = gather_rows(kv, indices)
     logits = jnp.einsum('BTKE,BTHE->BTKH', chosen, q, **_f32)
     # Logits are turned before the softmax, which then runs along memory; XLA would turn products.
@@ -38,18 +43,24 @@ def forward(q, kv, indices, *, v_dim: int, sm_scale: float, blocks: BlockSizes):
     total = jnp.sum(weights, axis=3, keepdims=True)
     out = jnp.einsum('BTHK,BTKE->BTHE', weights, chosen, **_f32)[..., :v_dim]
     out = out / jnp.where(total > 0, total, 1)
-    return out.astype(q.dtype), (top + jnp.log(total))[..., 0]
+    results = out.astype(q.dtype), (top + jnp.log(total))[..., 0]
+    return tuple(unfold_heads(x, n_groups) for x in results)
 
-  return map_rows(attend, (q, indices), blocks.block_t)
+  return map_rows(attend, (q, indices), max(blocks.block_t // n_groups, 1))
 
 
-def backward(residuals, dout, delta, *, v_dim: int, sm_scale: float, blocks: BlockSizes):
+def backward(
+    residuals, dout, delta, *, n_groups: int, v_dim: int, sm_scale: float, blocks: BlockSizes
+):
   """Returns the gradients of q and kv; see `logits_delta` for delta."""
   q, kv, indices, lse = residuals
+  n_keys = kv.shape[1] // n_groups
   lse = jnp.where(lse > -jnp.inf, lse, 0)
 
   def step(dkv, rows):
     q, indices, lse, dout, delta = rows
+    indices = fold_indices(indices, n_groups, n_keys)
+    q, lse, dout, delta = (fold_heads(x, n_groups) for x in (q, lse, dout, delta))
     chosen = gather_rows(kv, indices)
     dout = jnp.pad(dout, [(0, 0)] * 3 + [(0, kv.shape[-1] - v_dim)])
     both = jnp.concatenate([q, dout], axis=2)  # Both have dots with the same keys.
@@ -60,10 +71,12 @@ def backward(residuals, dout, delta, *, v_dim: int, sm_scale: float, blocks: Blo
     dq = jnp.einsum('BTKH,BTKE->BTHE', dlogits, chosen, **_f32)
     weights = jnp.concatenate([dlogits, probs], axis=-1)
     dchosen = jnp.einsum('BTKH,BTHE->BTKE', weights, both, **_f32)
-    return scatter_rows(dkv, indices, dchosen), dq.astype(q.dtype)
+    dkv = scatter_rows(dkv, indices, dchosen)
+    return dkv, unfold_heads(dq.astype(q.dtype), n_groups)
 
   dkv = jnp.zeros(kv.shape, jnp.float32)
-  dkv, dq = scan_rows(step, dkv, (q, indices, lse, dout, delta), blocks.block_t)
+  rows = q, indices, lse, dout, delta
+  dkv, dq = scan_rows(step, dkv, rows, max(blocks.block_t // n_groups, 1))
   return dq, dkv.astype(kv.dtype)
 
 
