@@ -258,7 +258,26 @@ def read_manifest(folder: pathlib.Path) -> dict[str, Any]:
   return manifest
 
 
-def _check_ids(place: str, tokens: np.ndarray, kept: pathlib.Path) -> int:
+class _Ids:
+  """The ids of a file, whose slices are read when they are asked for.
+
+  Mapped pages would stay in memory, and count as this process's, until the machine is short of it.
+  """
+
+  def __init__(self, mapped: np.memmap):
+    self._path, self._offset = mapped.filename, mapped.offset
+    self.dtype, self._n = mapped.dtype, len(mapped)
+
+  def __len__(self) -> int:
+    return self._n
+
+  def __getitem__(self, part: slice) -> np.ndarray:
+    first, end, _ = part.indices(self._n)
+    offset = self._offset + first * self.dtype.itemsize
+    return np.fromfile(self._path, self.dtype, max(end - first, 0), offset=offset)
+
+
+def _check_ids(place: str, tokens: _Ids, kept: pathlib.Path) -> int:
   """Returns the highest id of a file, all of whose ids are looked at once.
 
   Raises:
@@ -274,8 +293,8 @@ def _check_ids(place: str, tokens: np.ndarray, kept: pathlib.Path) -> int:
   return high
 
 
-def _flat(name: str, dtype: str) -> np.ndarray:
-  """Maps the ids of a file."""
+def _flat(name: str, dtype: str) -> _Ids:
+  """Opens the ids of a file."""
   try:
     if name.endswith('.npy'):
       tokens = np.load(name, mmap_mode='r')
@@ -285,10 +304,10 @@ def _flat(name: str, dtype: str) -> np.ndarray:
     raise ConfigError(f'{name} could not be read as token ids: {error}') from error
   if tokens.ndim != 1 or tokens.dtype.kind not in 'ui' or not len(tokens):
     raise ConfigError(f'{name} must hold ids in one dimension; it holds {tokens.dtype} {tokens.shape}.')
-  return tokens
+  return _Ids(tokens)
 
 
-def _scan(tokens: np.ndarray, separator: int) -> np.ndarray:
+def _scan(tokens: _Ids, separator: int) -> np.ndarray:
   """Finds documents that end with a separator."""
   ends = []
   for first in range(0, len(tokens), SCANNED):
@@ -301,12 +320,18 @@ def _scan(tokens: np.ndarray, separator: int) -> np.ndarray:
   return _describe(tokens, np.diff(ends, prepend=0))
 
 
-def _describe(tokens: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+def _describe(tokens: _Ids, lengths: np.ndarray) -> np.ndarray:
   about = np.zeros(len(lengths), ABOUT)
   about['tokens'] = lengths
   ends = np.cumsum(lengths)
-  for i, (first, end) in enumerate(zip(ends - lengths, ends)):
-    about['hash'][i] = hash_of(np.asarray(tokens[first:end], np.uint32).tobytes())
+  i = 0
+  while i < len(lengths):  # Reads many documents at one time.
+    first = ends[i] - lengths[i]
+    after = max(int(np.searchsorted(ends, first + SCANNED, 'right')), i + 1)
+    ids = tokens[first : ends[after - 1]].astype(np.uint32)
+    for j in range(i, after):
+      about['hash'][j] = hash_of(ids[ends[j] - lengths[j] - first : ends[j] - first].tobytes())
+    i = after
   return about
 
 
