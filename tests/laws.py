@@ -39,6 +39,13 @@ CFG = ModelConfig(
     max_seq_len=64, original_seq_len=32, rope_theta=20.0, rope_factor=8.0,  # YaRN in all its parts.
     dtype='float32',
 )
+# The same with grouped-query attention, a tied head, and all else that other families have.
+GQA = dataclasses.replace(
+    CFG, attention='gqa', n_heads=6, n_kv_heads=2, q_lora_rank=0, kv_lora_rank=0, qk_nope_head_dim=6,
+    qk_rope_head_dim=4, rope_interleave=False, qkv_bias=True, qk_norm=True, index_rope_head_dim=8,
+    nope_layers=(1,), tie_embeddings=True, rope_type='llama3', topk_method='group_limited_greedy',
+    score_func='softmax', norm_topk_prob=False, n_shared_experts=0,
+)  # fmt: skip
 T = 29
 LENGTHS = ((17, 12), (21, 5))  # Documents of each row; the second ends in padding.
 RATES = {'backbone': 0.1, 'indexer': 0.1}
@@ -87,13 +94,24 @@ def _weights(cfg: ModelConfig, seed: int) -> nnx.State:
   return jax.tree_util.tree_map_with_path(draw, abstract)
 
 
-def weights(cfg: ModelConfig = CFG, seed: int = 0) -> nnx.State:
+@contextlib.contextmanager
+def model(cfg: ModelConfig):
+  """Makes this the model of all laws."""
+  global CFG
+  before, CFG = CFG, cfg
+  try:
+    yield
+  finally:
+    CFG = before
+
+
+def weights(cfg: ModelConfig | None = None, seed: int = 0) -> nnx.State:
   """Weights of which none is zero or one: norms, biases and the router's bias included."""
-  return jax.tree.map(jnp.array, _weights(cfg, seed))
+  return jax.tree.map(jnp.array, _weights(cfg or CFG, seed))
 
 
-def model_of(params: nnx.State, cfg: ModelConfig = CFG) -> Transformer:
-  return nnx.merge(graph_of(cfg), params)
+def model_of(params: nnx.State, cfg: ModelConfig | None = None) -> Transformer:
+  return nnx.merge(graph_of(cfg or CFG), params)
 
 
 def with_indexer_of(params: nnx.State, other: nnx.State) -> nnx.State:
@@ -131,18 +149,22 @@ def make_batch(lengths: tuple[tuple[int, ...], ...], n_tokens: int = T, seed: in
   return Batch(*map(jnp.asarray, (tokens, targets, weights, start, end)))
 
 
-def forward(params, batch: Batch, mode: Mode, cfg: ModelConfig = CFG, **kwargs):
+def forward(params, batch: Batch, mode: Mode, cfg: ModelConfig | None = None, **kwargs):
   return model_of(params, cfg)(batch.tokens, batch.start, batch.end, mode, **kwargs)
 
 
-def losses(params, batch: Batch, mode: Mode, cfg: ModelConfig = CFG):
+def head_of(params) -> jax.Array:
+  return params['head'][...] if 'head' in params else params['embed'][...].T
+
+
+def losses(params, batch: Batch, mode: Mode, cfg: ModelConfig | None = None):
   """Sums over what counts: the language model's loss and the indexer's."""
   out = forward(params, batch, mode, cfg)
-  lm = next_token_loss(out.hidden, params['head'][...], batch.targets, batch.weights)
+  lm = next_token_loss(out.hidden, head_of(params), batch.targets, batch.weights)
   return lm, jnp.sum(out.index_kl)
 
 
-def gradients(which: int, params, batch: Batch, mode: Mode, cfg: ModelConfig = CFG):
+def gradients(which: int, params, batch: Batch, mode: Mode, cfg: ModelConfig | None = None):
   """Of the language model's loss (0) or of the indexer's (1)."""
   return jax.grad(lambda p: losses(p, batch, mode, cfg)[which])(params)
 
@@ -241,7 +263,7 @@ def law_positions_restart():
     batch = make_batch((lengths,))
     moved = jnp.zeros_like(x).at[:, at : at + length].set(x[:, :length])
     views = block.attn.views(moved, batch.start, batch.end)
-    caches.append([part[:, at : at + length] for part in (views.kv, views.k, views.index.k)])
+    caches.append([part[:, at : at + length] for part in (views.rows, views.k, views.index.k)])
   assert_same(caches[1], caches[0])
 
 
@@ -255,7 +277,7 @@ def law_no_future(backend: str, attention: str):
   def early_losses(params, batch):
     out = forward(params, batch, mode)
     counts = jnp.broadcast_to(jnp.arange(T) < cut, batch.targets.shape).astype(jnp.float32)
-    loss = next_token_loss(out.hidden, params['head'][...], batch.targets, counts)
+    loss = next_token_loss(out.hidden, head_of(params), batch.targets, counts)
     return loss + jnp.sum(out.index_kl[:, :, :cut]), out
 
   found = [
@@ -330,11 +352,11 @@ def compiled():
     yield
 
 
-def take_step(params, batch: Batch, mode: Mode, *, trains, cfg=CFG, micro_batches: int = 1):
+def take_step(params, batch: Batch, mode: Mode, *, trains, cfg=None, micro_batches: int = 1):
   """One real step from fresh optimisers; returns the new parameters and the metrics."""
   with compiled():
     state = new_state(jax.tree.map(jnp.array, params), trains, OPTIM, seed=0)
-    step = make_train_step(graph_of(cfg), trains, mode, OPTIM, micro_batches=micro_batches)
+    step = make_train_step(graph_of(cfg or CFG), trains, mode, OPTIM, micro_batches=micro_batches)
     state, metrics = step(state, batch, {part: RATES[part] for part in trains})
   return state.params, metrics
 

@@ -32,4 +32,4 @@ def test_rotation_does_not_hang_on_the_context_in_use():
   plain = ModelConfig(rope_type='default')
   assert not plain.uses_yarn and plain.sm_scale == (128 + 64) ** -0.5
   with pytest.raises(ConfigError, match='rope_type'):
-    ModelConfig(rope_type='linear')
+    ModelConfig(rope_type='dynamic')

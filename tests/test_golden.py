@@ -83,7 +83,7 @@ FREQUENCIES = [
 
 
 def test_frequencies_of_the_released_model():
-  np.testing.assert_allclose(rope_frequencies(ModelConfig()), FREQUENCIES, rtol=1e-7)
+  np.testing.assert_allclose(rope_frequencies(ModelConfig(), 64), FREQUENCIES, rtol=1e-7)
 
 
 def test_softmax_scale_of_the_released_model():

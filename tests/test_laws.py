@@ -35,6 +35,28 @@ def test_all_selected_is_dense():
   laws.law_all_selected_is_dense('xla', 'sparse')
 
 
+@pytest.mark.parametrize(
+    'law, arguments',
+    [
+        (laws.law_masked_is_sparse, ('xla',)),
+        (laws.law_masked_has_the_gradients_of_sparse, ('xla', 0)),
+        (laws.law_masked_has_the_gradients_of_sparse, ('xla', 1)),
+        (laws.law_all_selected_is_dense, ('xla', 'sparse')),
+        (laws.law_packed_is_alone, ('xla', 'sparse')),
+        (laws.law_positions_restart, ()),
+        (laws.law_no_future, ('xla', 'sparse')),
+        (laws.law_selection_reaches_output, ('xla', 'sparse')),
+        (laws.law_own_losses_only, ('xla', 'sparse')),
+        (laws.law_only_trained_parts_move, ('sparse',)),
+        (laws.law_warmup_is_dense, ()),
+    ],
+    ids=lambda x: getattr(x, '__name__', None),
+)
+def test_grouped_query_attention(law, arguments):
+  with laws.model(laws.GQA):
+    law(*arguments)
+
+
 @two_modes
 def test_packed_is_alone(attention):
   laws.law_packed_is_alone('xla', attention)

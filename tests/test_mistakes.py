@@ -201,7 +201,7 @@ def index_rope_interleaved(patch):
 def index_rope_on_the_last_channels(patch):
   def wrong(self, x, positions):
     nope, rope = jnp.split(x, [x.shape[-1] - self.cfg.qk_rope_head_dim], axis=-1)
-    frequencies = indexer.rope_frequencies(self.cfg)
+    frequencies = indexer.rope_frequencies(self.cfg, self.cfg.index_rope_dim)
     rope = indexer.apply_rope(rope, positions, frequencies, interleaved=False)
     return jnp.concatenate([nope, rope], axis=-1)
 
@@ -378,8 +378,7 @@ def yarn_factor_missing_from_the_scale(patch):
 
 @mistake(sparse)
 def frequencies_without_yarn(patch):
-  def wrong(cfg):
-    width = cfg.qk_rope_head_dim
+  def wrong(cfg, width):
     return cfg.rope_theta ** (-np.arange(0, width, 2) / width)
 
   patch.setattr(mla, 'rope_frequencies', wrong)

@@ -146,14 +146,15 @@ def _losses(out: Output, head, rows: Rows, totals, optim: OptimConfig, mode: Mod
 
 
 def _balance(graph: nnx.GraphDef, params: nnx.State, load, rate: float) -> nnx.State:
-  """Moves every selection bias by the load that its experts had in this step."""
+  """Moves every selection bias that there is by the load that its experts had in this step."""
   model = nnx.merge(graph, params)
   for stack, loads in load.items():
     if stack == 'mtp':
       bias, loads = model.mtp.block.ffn.bias, loads[0]
     else:
       bias = getattr(model, stack).ffn.bias
-    bias[...] = balance(bias[...], loads, rate)
+    if bias is not None:
+      bias[...] = balance(bias[...], loads, rate)
   return nnx.state(model)
 
 

@@ -22,7 +22,12 @@ from dsa_jax.selection import RULES
 CONFIGS = {
     'deepseek': laws.CFG,
     'glm': dataclasses.replace(GLM, n_mtp_layers=0),
+    'gqa': laws.GQA,
     'fp8': dataclasses.replace(laws.CFG, index_head_dim=16),
+    'gqa_fp8': dataclasses.replace(laws.GQA, index_head_dim=16, n_dense_layers=2),
+    'gqa_fp8_all_selected': dataclasses.replace(
+        laws.GQA, index_head_dim=16, index_topk=27, n_dense_layers=2
+    ),
     'fp8_all_selected': dataclasses.replace(laws.CFG, index_head_dim=16, index_topk=27),
 }
 LENGTHS = (27, 16, 5)  # Of three sequences, longer and shorter than the budget of five.
@@ -92,7 +97,9 @@ NIGHTLY = pytest.mark.nightly
 @pytest.mark.parametrize(
     'name, attention',
     [('deepseek', 'sparse'), ('deepseek', 'masked'), ('deepseek', 'dense'), ('glm', 'sparse')]
-    + [pytest.param('glm', attention, marks=NIGHTLY) for attention in ('masked', 'dense')],
+    + [('gqa', 'sparse')]
+    + [pytest.param('glm', attention, marks=NIGHTLY) for attention in ('masked', 'dense')]
+    + [pytest.param('gqa', attention, marks=NIGHTLY) for attention in ('masked', 'dense')],
 )
 def test_any_chunking(name, cuts, attention):
   want, want_selected = whole_pass(name, attention)
@@ -103,7 +110,7 @@ def test_any_chunking(name, cuts, attention):
       np.testing.assert_array_equal(selected[:, row, :n], want_selected[:, row, :n])
 
 
-@pytest.mark.parametrize('name', ['deepseek', pytest.param('glm', marks=NIGHTLY)])
+@pytest.mark.parametrize('name', ['deepseek', 'gqa', pytest.param('glm', marks=NIGHTLY)])
 @pytest.mark.parametrize('rule', [rule for rule in RULES if rule != 'indexer'])
 def test_any_rule(name, rule):
   """Those that draw lots do so by position, and the oracle sees the attention as the cache has it."""
@@ -124,7 +131,7 @@ def test_any_rule_in_a_quantised_cache(rule):
 
 
 @NIGHTLY
-@pytest.mark.parametrize('name', ['deepseek', 'glm'])
+@pytest.mark.parametrize('name', ['deepseek', 'glm', 'gqa'])
 def test_many_tokens_by_the_kernels_of_a_tpu(name):
   """Layers that select for themselves do so in one op with attention; others share."""
   cfg, length = CONFIGS[name], 8
@@ -152,7 +159,7 @@ def test_any_batch(rows):
 @pytest.mark.parametrize(
     'name, attention, fmt',
     [('deepseek', 'sparse', 'float32'), pytest.param('deepseek', 'dense', 'float32', marks=NIGHTLY),
-     ('fp8', 'sparse', 'fp8')],
+     ('fp8', 'sparse', 'fp8'), ('gqa', 'sparse', 'float32'), ('gqa_fp8', 'sparse', 'fp8')],
 )  # fmt: skip
 def test_whole_lines_change_nothing(name, attention, fmt):
   """As a TPU keeps a cache: rows end in zeros."""
@@ -165,18 +172,19 @@ def test_whole_lines_change_nothing(name, attention, fmt):
   assert cache.kv.rows.shape[2] == 640 and cache.index_key.rows.shape[2] == 128
 
 
+@pytest.mark.parametrize('name', ['fp8', 'gqa_fp8'])
 @pytest.mark.parametrize('cuts', [(), tuple(range(1, 27))], ids=['layer_read', 'rows_gathered'])
-def test_quantised_cache(cuts):
+def test_quantised_cache(cuts, name):
   """FP8: nine of ten selected tokens stay; where all are selected, logits move by 5 % of their spread."""
-  _, want_selected = whole_pass('fp8', 'sparse')
-  _, selected = read('fp8', 'sparse', cuts, lengths=WHOLE, fmt='fp8')
+  _, want_selected = whole_pass(name, 'sparse')
+  _, selected = read(name, 'sparse', cuts, lengths=WHOLE, fmt='fp8')
   kept = np.mean([
       len(np.intersect1d(a[a >= 0], b[b >= 0])) / (a >= 0).sum()
       for a, b in zip(want_selected.reshape(-1, 5), selected.reshape(-1, 5))
   ])  # fmt: skip
   assert 0.9 < kept < 1, kept
-  want, _ = whole_pass('fp8_all_selected', 'sparse')
-  logits, _ = read('fp8_all_selected', 'sparse', cuts, lengths=WHOLE, fmt='fp8')
+  want, _ = whole_pass(f'{name}_all_selected', 'sparse')
+  logits, _ = read(f'{name}_all_selected', 'sparse', cuts, lengths=WHOLE, fmt='fp8')
   error = np.sqrt(np.mean((logits - want) ** 2)) / want.std()
   assert 1e-3 < error < 0.05, error
 
