@@ -47,7 +47,7 @@ def weigh(
   return sum(weight[..., None] * jax.nn.relu(dot) for dot, weight in zip(*heads))
 
 
-def check_index_inputs(q: jax.Array, k: jax.Array, weights: jax.Array):
+def check_index_inputs(q: jax.Array, k: jax.Array, weights: jax.Array, n_selections: int = 1):
   if q.dtype != k.dtype:
     raise ValueError(f'index q and k must share a dtype; got {q.dtype} and {k.dtype}.')
   if q.shape[:3] != weights.shape or q.shape[-1] != k.shape[-1] or q.shape[0] != k.shape[0]:
@@ -55,3 +55,5 @@ def check_index_inputs(q: jax.Array, k: jax.Array, weights: jax.Array):
         'index inputs must be q [B, T, I, J], k [B, S, J], weights [B, T, I]; got '
         f'{q.shape}, {k.shape}, {weights.shape}.'
     )
+  if n_selections < 1 or q.shape[2] % n_selections:
+    raise ValueError(f'{n_selections=} must divide the {q.shape[2]} index heads.')

@@ -105,7 +105,7 @@ def test_attention_on_a_tpu(size, vmem):
   (q, kv, indices), *_ = shapes(*size)
   options = dict(v_dim=V, blocks=attention.BlockSizes())
   plan = attention.plan_forward(q, kv, size[3], vmem=vmem, **options)
-  forward = functools.partial(attention.forward, sm_scale=0.1, **options)
+  forward = functools.partial(attention.forward, n_groups=1, sm_scale=0.1, **options)
   assert calls(forward, q, kv, indices) == grids_of(plan)
 
 
@@ -120,7 +120,7 @@ def test_gradients_of_attention_on_a_tpu(size, with_sparse_cores, vmem, monkeypa
       q, kv, size[3], vmem=vmem, sparse_cores=with_sparse_cores, **options
   )
   lse, dout = f32(*q.shape[:3]), array(*q.shape[:3], V)
-  backward = functools.partial(attention.backward, sm_scale=0.1, **options)
+  backward = functools.partial(attention.backward, n_groups=1, sm_scale=0.1, **options)
   assert calls(backward, (q, kv, indices, lse), dout, lse) == grids_of(plan)
   fetches = isinstance(plan, tpu_plan.TogetherBackward) and isinstance(plan.gather, Fetch)
   assert bool(plan.gathered_bytes) == fetches
@@ -205,12 +205,12 @@ def test_sizes_of_hopper():
   assert attention_gpu.HOPPER_HEADS == hopper.HEADS and attention_gpu.HOPPER_STEP == hopper.STEP
 
 
-@pytest.mark.parametrize('dtype', ['bfloat16', 'float32'])
+@pytest.mark.parametrize('groups, dtype', [(1, 'bfloat16'), (1, 'float32'), (4, 'bfloat16')])
 @pytest.mark.parametrize('size', SIZES, ids=str)
-def test_attention_on_a_gpu(size, dtype, hopper_calls):
+def test_attention_on_a_gpu(size, groups, dtype, hopper_calls):
   (q, kv, indices), *_ = shapes(*size)
-  q, kv = (array(*x.shape, dtype=dtype) for x in (q, kv))
-  options = dict(v_dim=V, blocks=attention_gpu.BlockSizes())
+  q, kv = array(*q.shape, dtype=dtype), array(kv.shape[0], kv.shape[1] * groups, E, dtype=dtype)
+  options = dict(n_groups=groups, v_dim=V, blocks=attention_gpu.BlockSizes())
   plan = attention_gpu.plan_forward(q, kv, size[3], **options)
   forward = functools.partial(attention_gpu.forward, sm_scale=0.1, **options)
   assert calls(forward, q, kv, indices) | hopper_calls == programs(plan.forward_kernels())

@@ -177,6 +177,23 @@ def test_restricted_to_a_selection_is_sparse_attention(backend, visibility, empt
   cases.assert_matches(shared_values_and_grads(q, kv, start, end, indices, backend=backend), sparse)
 
 
+@pytest.mark.parametrize('groups', [1, 2])
+@pytest.mark.parametrize('backend', ALL)
+def test_a_selection_for_each_key_head(backend, groups):
+  *qkv, start, end = make_inputs('packed', groups)
+  chosen = [cases.selection(start, end, seed=seed) for seed in range(groups)]
+  allowed = [np.asarray(x)[..., None] == np.arange(cases.S) for x in chosen]
+  actual = values_and_grads(*qkv, start, end, jnp.stack(chosen, axis=2), backend=backend)
+  for g, of_group in enumerate(np.split(np.arange(H), groups)):
+    q, k, v = (np.float64(x) for x in qkv)
+    inputs = q[:, :, of_group], k[:, :, g : g + 1], v[:, :, g : g + 1]
+    out, lse = witness(*inputs, allowed[g].any(axis=2))
+    results = {x: actual[x][:, :, of_group] for x in ('out', 'lse')}
+    cases.assert_matches(results, {'out': out, 'lse': lse})
+  exact = values_and_grads(*qkv, start, end, jnp.stack(chosen, axis=2), backend='reference')
+  cases.assert_matches(actual, exact)
+
+
 @pytest.mark.parametrize('backend', ALL)
 def test_a_selection_stays_within_the_interval(backend):
   start, end = cases.intervals('packed')

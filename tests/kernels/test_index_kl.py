@@ -31,7 +31,7 @@ CONSTANT, TRAINED = ('q', 'k', 'lse'), ('index_q', 'index_k', 'index_weights')
 SCALE = 0.6
 
 
-def values_and_grads(*args, backend, blocks=None, races=False):
+def values_and_grads(*args, n_selections=1, backend, blocks=None, races=False):
   """The divergence and all six gradients, by name, of inputs, start, end and maybe indices."""
   selected = len(args) > 3 and args[3] is not None
   if blocks is None and backend == 'tpu':
@@ -39,14 +39,16 @@ def values_and_grads(*args, backend, blocks=None, races=False):
   if blocks is None and backend == 'gpu' and not selected:
     blocks = gpu_dense.BlockSizes(block_t=48, columns=32, columns_keys=64, **TILES)
   with cases.interpreted(backend, races):
-    return jax.block_until_ready(_run(*args, backend=backend, blocks=blocks))
+    options = dict(n_selections=n_selections, backend=backend, blocks=blocks)
+    return jax.block_until_ready(_run(*args, **options))
 
 
-@functools.partial(cases.jit, static_argnames=('backend', 'blocks'))
-def _run(inputs, start, end, indices=None, *, backend, blocks):
+@functools.partial(cases.jit, static_argnames=('n_selections', 'backend', 'blocks'))
+def _run(inputs, start, end, indices=None, *, n_selections, backend, blocks):
+  options = dict(indices=indices, n_selections=n_selections, backend=backend, blocks=blocks)
+
   def op(*inputs):
-    options = dict(sm_scale=SCALE, indices=indices, backend=backend, blocks=blocks)
-    return index_kl(*inputs, start, end, **options)
+    return index_kl(*inputs, start, end, sm_scale=SCALE, **options)
 
   kl, vjp = jax.vjp(op, *inputs)
   grads = vjp(jnp.cos(jnp.arange(kl.size) + 1.0).reshape(kl.shape))
@@ -133,6 +135,33 @@ def test_matches_reference(backend, visibility, selected, groups, dtype):
   assert actual['kl'].dtype == jnp.float32
   assert all(actual[name].dtype == dtype for name in TRAINED)
   cases.assert_matches(actual, exact, cases.TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize('selected, dtype', [(False, 'float32'), (True, 'float32'), (True, 'bfloat16')])
+@pytest.mark.parametrize('backend', ALL)
+def test_an_indexer_for_each_key_head(backend, selected, dtype):
+  """The mean over key heads of the divergence of a model that has no other."""
+  start, end = cases.intervals('empty')
+  shapes = (2, cases.T, H, E), (2, cases.S, 2, E), (2, cases.T, 6, J), (2, cases.S, J), (2, cases.T, 6)
+  q, k, index_q, index_k, weights = cases.normal(0, *shapes, dtype=dtype)
+  chosen = [cases.selection(start, end, seed=seed) if selected else None for seed in range(2)]
+  heads = [np.s_[:, :, : H // 2], np.s_[:, :, H // 2 :]]
+  lse = jnp.concatenate(
+      [lse_of(q[own], k[:, :, g : g + 1], start, end, chosen[g]) for g, own in enumerate(heads)], axis=2
+  )
+  indices = jnp.stack(chosen, axis=2) if selected else None
+  inputs, sizes = (q, k, lse, index_q, index_k, weights), dict(n_selections=2)
+  actual = values_and_grads(inputs, start, end, indices, **sizes, backend=backend)
+  inputs = cases.f32(*inputs)
+  exact = values_and_grads(inputs, start, end, indices, **sizes, backend='reference')
+  cases.assert_matches(actual, exact, cases.TOLERANCE[dtype])
+  kl = []
+  for g, own in enumerate(heads):
+    q, k, lse, index_q, index_k, weights = map(np.float64, inputs)
+    index = np.s_[:, :, 3 * g : 3 * g + 3]
+    one = q[own], k[:, :, g : g + 1], lse[own], index_q[index], index_k, weights[index]
+    kl.append(witness(one, allowed_keys(start, end, chosen[g])))
+  cases.assert_matches({'kl': exact['kl']}, {'kl': np.mean(kl, axis=0)})
 
 
 @pytest.mark.parametrize('backend, blocks, selected', BLOCKS, ids=str)
@@ -321,7 +350,11 @@ def test_says_what_is_wrong():
     index_kl(q, k, lse, index_q.astype('bfloat16'), *others, start, end, **options)
   with cases.unchecked(), pytest.raises(ValueError, match='with G dividing H; got'):
     index_kl(q, k[..., 1:], lse, *index_inputs, start, end, **options)
-  with cases.unchecked(), pytest.raises(ValueError, match='indices must be .* per query; got'):
+  with cases.unchecked(), pytest.raises(ValueError, match='indices must be .* K per query, or'):
     index_kl(q, k, lse, *index_inputs, start, end, indices=start[:, 1:, None], **options)
   with cases.unchecked(), pytest.raises(ValueError, match='lse must be .* per query and head; got'):
     index_kl(q, k, lse[..., 1:], *index_inputs, start, end, **options)
+  with pytest.raises(ValueError, match='n_selections=2 must divide the 3 index heads'):
+    index_kl(q, k, lse, *index_inputs, start, end, n_selections=2, **options)
+  with pytest.raises(ValueError, match='n_selections=3 must be 1 or the number of key heads, 2'):
+    index_kl(q, k, lse, *index_inputs, start, end, n_selections=3, **options)

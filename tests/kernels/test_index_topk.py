@@ -25,14 +25,15 @@ I, J = 3, 4
 SHAPES = (2, cases.T, I, J), (2, cases.S, J), (2, cases.T, I)
 
 
-def select(*inputs, topk=cases.K, backend, blocks=None, races=False):
+def select(*inputs, topk=cases.K, n_selections=1, backend, blocks=None, races=False):
+  options = dict(topk=topk, n_selections=n_selections, backend=backend, blocks=blocks)
   with cases.interpreted(backend, races):
-    return jax.block_until_ready(_run(*inputs, topk=topk, backend=backend, blocks=blocks))
+    return jax.block_until_ready(_run(*inputs, **options))
 
 
-@functools.partial(cases.jit, static_argnames=('topk', 'backend', 'blocks'))
-def _run(q, k, weights, start, end, *, topk, backend, blocks):
-  return index_topk(q, k, weights, start, end, topk=topk, backend=backend, blocks=blocks)
+@functools.partial(cases.jit, static_argnames=('topk', 'n_selections', 'backend', 'blocks'))
+def _run(q, k, weights, start, end, **options):
+  return index_topk(q, k, weights, start, end, **options)
 
 
 def make_inputs(scores):
@@ -93,6 +94,21 @@ def test_matches_brute_force(backend, scores, visibility):
     actual = select(q, k, weights, start, end, backend=backend, blocks=blocks)
     assert actual.dtype == jnp.int32
     np.testing.assert_array_equal(actual, want)
+
+
+@pytest.mark.parametrize('n_rows', [cases.T, 1])
+@pytest.mark.parametrize('backend', ALL)
+def test_a_selection_for_each_key_head(backend, n_rows):
+  """Index heads 0 and 1 score for the first key head, 2 and 3 for the second; ties everywhere."""
+  rng = np.random.default_rng(0)
+  shapes = (2, n_rows, 4, J), (2, cases.S, J), (2, n_rows, 4)
+  q, k, weights = (jnp.asarray(rng.integers(-2, 3, shape), jnp.float32) for shape in shapes)
+  start, end = (x[:, -n_rows:] for x in cases.intervals('packed'))
+  actual = select(q, k, weights, start, end, n_selections=2, backend=backend)
+  assert actual.shape == (2, n_rows, 2, cases.K)
+  for g, heads in enumerate([np.s_[:, :, :2], np.s_[:, :, 2:]]):
+    want = brute_force(index_scores(q[heads], k, weights[heads]), start, end, cases.K)
+    np.testing.assert_array_equal(actual[:, :, g], want)
 
 
 @pytest.mark.parametrize('topk', [1, 52, 53, 54, 70])

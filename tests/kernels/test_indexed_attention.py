@@ -69,6 +69,20 @@ def test_is_the_two_ops(backend):
   assert_alike(run(*inputs, backend=backend), run(*inputs, backend='reference'))
 
 
+@pytest.mark.parametrize('n_selections', [1, 2])
+@pytest.mark.parametrize('backend', ['xla', 'gpu', 'tpu'])
+def test_is_the_two_ops_for_grouped_heads(backend, n_selections):
+  shapes = (2, cases.T, 4, E), (2, cases.S, 2, E), (2, cases.S, 2, V)
+  q, k, v = cases.normal(0, *shapes)
+  index_q, index_k, weights = make_index_inputs('integers')
+  index = jnp.repeat(index_q, 2, axis=2), index_k, jnp.tile(weights, 2), *cases.intervals('packed')
+  options = dict(topk=cases.K, n_selections=n_selections, sm_scale=0.6)
+  with cases.interpreted(backend):
+    both = cases.jit(functools.partial(indexed_attention, **options, backend=backend))
+    actual = jax.block_until_ready(both(q, k, v, *index))
+  assert_alike(actual, indexed_attention(q, k, v, *index, **options, backend='reference'))
+
+
 @pytest.mark.hostile
 def test_beside_sparse_cores_on_the_hostile_input(sparse_cores_here):
   """Two blocks of queries; keys that nothing selects hold NaN."""

@@ -4,10 +4,12 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from dsa_jax.kernels.backend import Blocks, check_backend, load_kernels
 from dsa_jax.kernels.dense_attention.reference import dense_attention_reference
+from dsa_jax.kernels.groups import by_group, join_groups
 from dsa_jax.kernels.visibility import check_indices, check_intervals
 from dsa_jax.kernels.xla.softmax import logits_delta
 
@@ -27,7 +29,7 @@ def dense_attention(
     end: Int[Array, 'B T'],
     *,
     sm_scale: float,
-    indices: Int[Array, 'B T K'] | None = None,
+    indices: Int[Array, 'B T K'] | Int[Array, 'B T G K'] | None = None,
     backend: str,
     blocks: Blocks | None = None,
 ) -> tuple[Float[Array, 'B T H V'], Float[Array, 'B T H']]:
@@ -40,8 +42,8 @@ def dense_attention(
     start: int32; the first key position that each query sees.
     end: int32; one past the last. start = end sees nothing.
     sm_scale: Softmax scale, YaRN's factor included.
-    indices: If given, attention is restricted to these positions within the interval; -1 or >= S is
-      an empty slot. The numbers are those of `sparse_attention`, at the cost of dense attention,
+    indices: If given, attention is restricted to these positions within the interval, which all
+      heads or each key head's share; -1 or >= S is an empty slot. The numbers are those of `sparse_attention`, at the cost of dense attention,
       which is the cheaper of the two where the context is short.
     backend: Which implementation. Never falls back to another.
     blocks: The kernels' own BlockSizes; their defaults if None. They cannot change the result.
@@ -64,7 +66,15 @@ def dense_attention(
     return dense_attention_reference(q, k, v, start, end, sm_scale=sm_scale, indices=indices)
   kernels = load_kernels(KERNELS[backend])
   blocks = blocks or kernels.BlockSizes()
-  return _op(q, k, v, start, end, indices, sm_scale, kernels, blocks)
+  attend = lambda q, k, v, indices: _op(
+      q, k, v, start, end, indices, sm_scale, kernels, blocks
+  )
+  if indices is None or indices.ndim == 3:
+    return attend(q, k, v, indices)
+  n_groups = k.shape[2]
+  inputs = *(by_group(x, n_groups) for x in (q, k, v)), jnp.moveaxis(indices, 2, 0)
+  out, lse = jax.lax.map(lambda x: attend(*x), inputs)  # Each mask is of one key head.
+  return join_groups(out), join_groups(lse)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8))

@@ -16,14 +16,14 @@ def dense_attention_reference(
     end: Int[Array, 'B T'],
     *,
     sm_scale: float,
-    indices: Int[Array, 'B T K'] | None = None,
+    indices: Int[Array, 'B T K'] | Int[Array, 'B T G K'] | None = None,
 ) -> tuple[Float[Array, 'B T H V'], Float[Array, 'B T H']]:
   """See `dense_attention`. Makes all logits, then masks."""
   n_keys, per_group = k.shape[1], q.shape[2] // k.shape[2]
-  visible = visible_keys(start, end, jnp.arange(n_keys))
+  visible = visible_keys(start, end, jnp.arange(n_keys))[:, :, None]
   if indices is not None:
-    visible &= selected_keys(indices, n_keys)
-  visible = visible[:, :, None]
+    indices = indices[:, :, None] if indices.ndim == 3 else jnp.repeat(indices, per_group, axis=2)
+    visible &= jax.vmap(selected_keys, in_axes=(2, None), out_axes=2)(indices, n_keys)
   dtype = q.dtype
   q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
   k, v = (jnp.repeat(x, per_group, axis=2) for x in (k, v))

@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from dsa_jax.kernels.groups import by_group
 from dsa_jax.kernels.index_scores import index_scores
 from dsa_jax.kernels.visibility import selected_keys, visible_keys
 
@@ -20,9 +21,19 @@ def index_kl_reference(
     end: Int[Array, 'B T'],
     *,
     sm_scale: float,
-    indices: Int[Array, 'B T K'] | None = None,
+    indices: Int[Array, 'B T K'] | Int[Array, 'B T G K'] | None = None,
+    n_selections: int = 1,
 ) -> Float[Array, 'B T']:
   """See `index_kl`. Makes both distributions over all keys, then compares them."""
+  if n_selections > 1:
+    compare = lambda q, k, lse, index_q, index_weights, indices: index_kl_reference(
+        q, k, lse, index_q, index_k, index_weights, start, end, sm_scale=sm_scale, indices=indices
+    )
+    own = [by_group(x, n_selections) for x in (q, k, lse, index_q, index_weights)]
+    axes = 0, 0, 0, 0, 0, 2 if indices is not None and indices.ndim == 4 else None
+    return jnp.mean(jax.vmap(compare, in_axes=axes)(*own, indices), axis=0)
+  if indices is not None and indices.ndim == 4:
+    indices = indices[:, :, 0]
   n_keys, per_group = k.shape[1], q.shape[2] // k.shape[2]
   visible = visible_keys(start, end, jnp.arange(n_keys))
   if indices is not None:

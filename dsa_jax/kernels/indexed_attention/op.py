@@ -22,10 +22,11 @@ def indexed_attention(
     end: Int[Array, 'B T'],
     *,
     topk: int,
+    n_selections: int = 1,
     v_dim: int | None = None,
     sm_scale: float,
     backend: str,
-) -> tuple[Float[Array, 'B T H V'], Int[Array, 'B T {topk}']]:
+) -> tuple[Float[Array, 'B T H V'], Int[Array, 'B T ... {topk}']]:
   """Attends to what `index_topk` selects, with the numbers of the two ops.
 
   They run one after the other. On a TPU whose VMEM holds too few of the keys, SparseCores bring
@@ -41,6 +42,7 @@ def indexed_attention(
     start: int32; the first key position that each query sees.
     end: int32; one past the last.
     topk: K, how many keys a query attends to.
+    n_selections: 1, or G for a selection for each key head; see `index_topk`.
     v_dim: The width of the value and of the output; only where `v` is None.
     sm_scale: Softmax scale.
     backend: Which implementation. Never falls back to another.
@@ -50,10 +52,10 @@ def indexed_attention(
     carries gradients.
   """
   index_inputs = index_q, index_k, index_weights, start, end
-  check_selection(*index_inputs, topk)
+  check_selection(*index_inputs, topk, n_selections)
   check_attention(q, k, v, v_dim)
   q, k, v = jax.lax.stop_gradient((q, k, v))
-  if backend == 'tpu' and v is None and k.shape[2] == 1:
+  if backend == 'tpu' and v is None and k.shape[2] == n_selections == 1:
     kernels = load_kernels('dsa_jax.kernels.indexed_attention.tpu')
     kv = fold_keys(k)
     inputs, blocks = (q, kv, index_q, index_k), kernels.BlockSizes()
@@ -61,6 +63,6 @@ def indexed_attention(
     if plan is not None:
       index_inputs = jax.lax.stop_gradient(index_inputs)
       return kernels.forward(q, kv, *index_inputs, plan=plan, sm_scale=sm_scale)
-  indices = index_topk(*index_inputs, topk=topk, backend=backend)
+  indices = index_topk(*index_inputs, topk=topk, n_selections=n_selections, backend=backend)
   out, _ = sparse_attention(q, k, v, indices, v_dim=v_dim, sm_scale=sm_scale, backend=backend)
   return out, indices

@@ -102,7 +102,7 @@ class Plan(NamedTuple):
 
 
 def plan_forward(
-    q, kv, n_slots: int, *, n_groups: int = 1, v_dim: int, blocks: BlockSizes
+    q, kv, n_slots: int, *, n_groups: int, v_dim: int, blocks: BlockSizes
 ) -> Plan:
   """Returns how `forward` of q [B, T, H, E] and kv [B, S * G, E] is done, with K = n_slots.
 
@@ -112,7 +112,7 @@ def plan_forward(
 
 
 def plan_backward(
-    q, kv, n_slots: int, *, n_groups: int = 1, v_dim: int, blocks: BlockSizes
+    q, kv, n_slots: int, *, n_groups: int, v_dim: int, blocks: BlockSizes
 ) -> Plan:
   """Returns how `backward` is done; see `plan_forward`."""
   return _plan(q, kv, n_slots, n_groups, v_dim, blocks, blocks.block_t_backward)
