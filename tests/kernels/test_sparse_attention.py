@@ -109,9 +109,10 @@ def test_matches_reference(backend, visibility, dtype):
   cases.assert_matches(actual, exact, cases.TOLERANCE[dtype])
 
 
-GROUPS = [  # Key heads, whether each selects for itself, whether values are given, the dtype.
+GROUPS = [  # Key heads, whether each selects for itself, whether values are given (or lie before
+    # keys in one array), the dtype.
     (2, False, True, 'float32'), (2, True, False, 'float32'), (4, True, True, 'bfloat16'),
-    (1, True, True, 'float32'),
+    (1, True, True, 'float32'), (2, False, 'before', 'bfloat16'),
 ]  # fmt: skip
 
 
@@ -130,7 +131,9 @@ def grouped_inputs(visibility, groups, own, given, dtype='float32'):
   shapes = (2, cases.T, 4, E), (2, cases.S, groups, E), (2, cases.S, groups, V)
   q, k, v = cases.normal(3, *shapes, dtype=dtype)
   chosen = [cases.selection(start, end, seed=seed) for seed in range(groups)]
-  return q, k, v if given else None, jnp.stack(chosen, axis=2) if own else chosen[0]
+  if given == 'before':
+    k = jnp.concatenate([v, k], axis=-1)
+  return q, k, v if given is True else None, jnp.stack(chosen, axis=2) if own else chosen[0]
 
 
 def poison(x, indices):
@@ -436,7 +439,7 @@ def test_says_what_is_wrong():
   twice, thrice = (jnp.repeat(k, n, axis=2) for n in (2, 3))
   for keys, v in [(k[..., 1:], None), (twice, None), (k, k[:, 1:]), (thrice, k)]:
     sizes = options | dict(v_dim=V if v is None else None)
-    with cases.unchecked(), pytest.raises(ValueError, match=r'with G dividing H; got'):
+    with cases.unchecked(), pytest.raises(ValueError, match=r'with G dividing H, .* got'):
       sparse_attention(q, keys, v, indices, **sizes)
   for wrong in (indices[:, 1:], jnp.stack([indices] * 2, axis=2)):
     with cases.unchecked(), pytest.raises(ValueError, match='indices must be .* K per query, or'):

@@ -43,8 +43,9 @@ def dense_attention(
     end: int32; one past the last. start = end sees nothing.
     sm_scale: Softmax scale, YaRN's factor included.
     indices: If given, attention is restricted to these positions within the interval, which all
-      heads or each key head's share; -1 or >= S is an empty slot. The numbers are those of `sparse_attention`, at the cost of dense attention,
-      which is the cheaper of the two where the context is short.
+      heads or each key head's share; -1 or >= S is an empty slot. The numbers are those of
+      `sparse_attention`, at the cost of dense attention, which is the cheaper of the two where the
+      context is short.
     backend: Which implementation. Never falls back to another.
     blocks: The kernels' own BlockSizes; their defaults if None. They cannot change the result.
 

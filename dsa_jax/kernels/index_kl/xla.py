@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from dsa_jax.kernels.backend import Blocks
+from dsa_jax.kernels.groups import fold_heads, fold_indices, fold_keys
 from dsa_jax.kernels.index_scores import weigh
 from dsa_jax.kernels.mean_attention import mean_attention
 from dsa_jax.kernels.xla.rows import gather_rows, map_rows, scan_rows, scatter_rows
@@ -22,6 +23,7 @@ class BlockSizes(Blocks):
   """They change the speed, never the result."""
 
   block_t: int = 8  # Query rows per pass.
+  gathered: int = 2**19  # With several key heads, at most so many bytes are gathered at one time.
 
 
 def forward(constants, index_q, index_k, index_weights, *, sm_scale: float, blocks: BlockSizes):
@@ -35,7 +37,7 @@ def forward(constants, index_q, index_k, index_weights, *, sm_scale: float, bloc
   def compare(rows):
     q, lse, start, end, indices, index_q, index_weights = rows
     seen = _seen(indices, start, end, k.shape[1])
-    target = mean_attention(q, gather_rows(k, indices), lse, seen, sm_scale)
+    target = _target(q, k, lse, indices, seen, sm_scale, blocks)
     _, scores = _scores(index_q, gather_rows(index_k, indices), index_weights, seen)
     top = jnp.max(scores, axis=-1)
     safe = jnp.where(top > -jnp.inf, top, 0)
@@ -77,6 +79,24 @@ def backward(constants, residuals, dkl, *, sm_scale: float, blocks: BlockSizes):
       step, jnp.zeros(index_k.shape), rows, blocks.block_t
   )
   return dindex_q, dindex_k.astype(index_k.dtype), dweights
+
+
+def _target(q, k, lse, indices, seen, sm_scale: float, blocks: BlockSizes):
+  """Returns the mean over heads of the probabilities of selected keys, [B, T, K]."""
+  batch, n_keys, n_groups, width = k.shape
+  if n_groups == 1:
+    return mean_attention(q, gather_rows(k, indices), lse, seen, sm_scale)
+  keys = fold_keys(k)[:, :, None]
+
+  def of_groups(rows):
+    q, lse, indices = rows
+    return mean_attention(q, gather_rows(keys, indices), lse, indices >= 0, sm_scale)
+
+  own = fold_indices(jnp.where(seen, indices, -1), n_groups, n_keys)
+  rows = fold_heads(q, n_groups), fold_heads(lse, n_groups), own
+  block = max(blocks.gathered // (batch * indices.shape[2] * width * k.dtype.itemsize), 1)
+  probs = map_rows(of_groups, rows, block)
+  return jnp.mean(probs.reshape(*probs.shape[:1], -1, n_groups, probs.shape[2]), axis=2)
 
 
 def _seen(indices, start, end, n_keys: int):

@@ -13,7 +13,7 @@ from dsa_jax.kernels.sparse_attention.op import check_attention, sparse_attentio
 @jax.named_scope('indexed_attention')
 def indexed_attention(
     q: Float[Array, 'B T H E'],
-    k: Float[Array, 'B S G E'],
+    k: Float[Array, 'B S G P'],
     v: Float[Array, 'B S G V'] | None,
     index_q: Float[Array, 'B T I J'],
     index_k: Float[Array, 'B S J'],
@@ -55,7 +55,8 @@ def indexed_attention(
   check_selection(*index_inputs, topk, n_selections)
   check_attention(q, k, v, v_dim)
   q, k, v = jax.lax.stop_gradient((q, k, v))
-  if backend == 'tpu' and v is None and k.shape[2] == n_selections == 1:
+  is_latent = v is None and k.shape[2:] == (1, q.shape[-1]) and n_selections == 1
+  if backend == 'tpu' and is_latent:
     kernels = load_kernels('dsa_jax.kernels.indexed_attention.tpu')
     kv = fold_keys(k)
     inputs, blocks = (q, kv, index_q, index_k), kernels.BlockSizes()

@@ -23,7 +23,7 @@ KERNELS = {
 @jax.named_scope('sparse_attention')
 def sparse_attention(
     q: Float[Array, 'B T H E'],
-    k: Float[Array, 'B S G E'],
+    k: Float[Array, 'B S G P'],
     v: Float[Array, 'B S G V'] | None,
     indices: Int[Array, 'B T K'] | Int[Array, 'B T G K'],
     *,
@@ -38,9 +38,9 @@ def sparse_attention(
     q: Queries; head h reads key head h // (H / G). Those of MLA are absorbed: C latent channels,
       then R rotary ones (E = C + R).
     k: Keys; G divides H, and is 1 in MLA. A token that nothing selects may hold NaN.
-    v: Values. None says that the first `v_dim` channels of a key are its value, which then is read
-      once for both: so it is in MLA, and where a cache holds values before keys and queries begin
-      with zeros.
+    v: Values, and then P = E. None says that `k` holds rows which begin with the value, `v_dim`
+      channels wide, and end with the key, E channels wide. In MLA both share channels: P = E. A
+      cache of grouped heads holds each value before its key: P = v_dim + E.
     indices: Positions of tokens, distinct within a row, in any order; -1 or >= S is an empty slot.
       Whoever selects sees to causality.
     v_dim: The width of the value and of the output; only where `v` is None.
@@ -60,18 +60,14 @@ def sparse_attention(
   check_indices(q, k, indices)
   if backend == 'reference':
     v = k[..., :v_dim] if v is None else v
-    return sparse_attention_reference(q, k, v, indices, sm_scale=sm_scale)
+    return sparse_attention_reference(q, k[..., -q.shape[-1] :], v, indices, sm_scale=sm_scale)
   if v is not None:
-    q, k, v_dim = _pack(q, k, v)
+    k, v_dim = jnp.concatenate([v, k], axis=-1), v.shape[-1]
+  if backend != 'xla' and k.shape[-1] > q.shape[-1]:  # Their products read whole rows.
+    q = jnp.pad(q, [(0, 0)] * 3 + [(k.shape[-1] - q.shape[-1], 0)])
   kernels = load_kernels(KERNELS[backend])
   options = k.shape[2], v_dim, sm_scale, kernels, blocks or kernels.BlockSizes()
   return _op(q, fold_keys(k), indices, *options)
-
-
-def _pack(q, k, v):
-  """Returns queries, keys and the width of the value where each key begins with its value."""
-  v_dim = v.shape[-1]
-  return jnp.pad(q, [(0, 0)] * 3 + [(v_dim, 0)]), jnp.concatenate([v, k], axis=-1), v_dim
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5, 6, 7))
@@ -100,11 +96,13 @@ _op.defvjp(_fwd, backward)
 
 def check_attention(q, k, v, v_dim: int | None):
   given = [k] if v is None else [k, v]
-  wrong = q.shape[0] != k.shape[0] or q.shape[-1] != k.shape[-1] or q.shape[2] % k.shape[2]
+  widths = q.shape[-1] > k.shape[-1] or (v is not None and q.shape[-1] != k.shape[-1])
+  wrong = widths or q.shape[0] != k.shape[0] or q.shape[2] % k.shape[2]
   if wrong or given[-1].shape[:3] != k.shape[:3] or any(x.dtype != q.dtype for x in given):
+    got = ', '.join(f'{x.dtype} {x.shape}' for x in (q, *given))
     raise ValueError(
-        'must be q [B, T, H, E], k [B, S, G, E], v [B, S, G, V] of one dtype with G dividing H; '
-        'got ' + ', '.join(f'{x.dtype} {x.shape}' for x in (q, *given)) + '.'
+        'must be q [B, T, H, E], k [B, S, G, E], v [B, S, G, V] of one dtype with G dividing H, '
+        f'and k at least as wide as q where v is None; got {got}.'
     )
   if (v is None) == (v_dim is None):
     given = f'{v_dim=} beside v' if v_dim is not None else 'neither v nor v_dim'

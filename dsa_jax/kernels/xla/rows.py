@@ -68,9 +68,12 @@ def gather_rows(x: jax.Array, indices: jax.Array) -> jax.Array:
 
 def scatter_rows(x: jax.Array, indices: jax.Array, rows: jax.Array) -> jax.Array:
   """Adds `rows[b, t, k]` to `x[b, indices[b, t, k]]`; indices that are no position add nothing."""
-  nowhere = x.shape[1]
-  where = jnp.where(indices >= 0, indices, nowhere)
-  return jax.vmap(lambda x, i, r: x.at[i].add(r, mode='drop'))(x, where, rows)
+  batch, n_rows, *width = x.shape
+  filled = (indices >= 0) & (indices < n_rows)
+  where = indices + n_rows * jnp.arange(batch, dtype=indices.dtype)[:, None, None]
+  where = jnp.where(filled, where, batch * n_rows).reshape(-1)
+  x = x.reshape(-1, *width).at[where].add(rows.reshape(-1, *width), mode='drop')
+  return x.reshape(batch, n_rows, *width)
 
 
 def pad_axis(x: jax.Array, axis: int, multiple: int) -> jax.Array:
