@@ -26,8 +26,8 @@ MTP = flags.DEFINE_bool('mtp', True, 'Import the multi-token-prediction layer wh
 DTYPE = flags.DEFINE_enum(
     'dtype', 'bfloat16', list(DTYPES_OF), 'The dtype that FP8 weights are imported as.'
 )
-SEED = flags.DEFINE_integer('seed', 0, 'The seed of fresh indexers, where the family has none.')
-INDEXER = {  # The sizes of fresh indexers; the defaults are those of DeepSeek-V3.2.
+SEED = flags.DEFINE_integer('seed', 0, 'The seed of fresh indexers, where the checkpoint has none.')
+INDEXER = {  # The sizes of fresh indexers; each family has usual ones.
     'index_n_heads': flags.DEFINE_integer(
         'index_n_heads', None, 'The number of heads of a fresh indexer.'
     ),
@@ -36,6 +36,9 @@ INDEXER = {  # The sizes of fresh indexers; the defaults are those of DeepSeek-V
     ),
     'index_topk': flags.DEFINE_integer(
         'index_topk', None, 'The number of tokens that it will select.'
+    ),
+    'index_rope_head_dim': flags.DEFINE_integer(
+        'index_rope_head_dim', None, 'The channels of each of its heads that it rotates.'
     ),
 }
 FAMILY = flags.DEFINE_enum(

@@ -6,24 +6,28 @@ from typing import Any
 
 from dsa_jax.config import ConfigError, ModelConfig
 from dsa_jax.convert.config_keys import check_keys, check_quantization
+from dsa_jax.convert.layers_json import INDEXER_KEYS, read_layers, write_indexers, write_layers
 from dsa_jax.convert.problems import first_ten
-from dsa_jax.convert.rope_json import KEYS as ROPE_KEYS, read_rope, rotation, write_rope
+from dsa_jax.convert.rope_json import (
+    KEYS as ROPE_KEYS,
+    Check,
+    read_rope,
+    rotation,
+    write_rope,
+)  # fmt: skip
 from dsa_jax.families import FAMILIES
 from dsa_jax.families.family import Family
 
 # The type of each field of ModelConfig.
 _TYPES = {field.name: field.type for field in dataclasses.fields(ModelConfig)}
 LARGEST_SIZE = 2**31  # No size of a model comes near it.
+KINDS = {bool: 'true or false', str: 'a name'}
+INDEX_ROPE = 'index_rope_head_dim'  # The name of a key, and of its field.
 
 # The keys that are read beside those that a family lists.
-LAYER_KEYS = (
-    'model_type', 'dtype', 'torch_dtype', 'quantization_config', 'compression_config',
-    'num_nextn_predict_layers', 'first_k_dense_replace', 'mlp_layer_types',
-)  # fmt: skip
-INDEXER_KEYS = (
-    'indexer_rope_interleave', 'indexer_types', 'index_topk_pattern', 'index_topk_freq',
-    'index_skip_topk_offset',
-)  # fmt: skip
+ANY_KEYS = ('model_type', 'dtype', 'torch_dtype', 'quantization_config', 'compression_config')
+ALIASES = {'num_experts': 'num_local_experts'}  # Other names of keys, which `transformers` writes.
+HEAD_KEYS = ('num_key_value_heads', 'head_dim')  # Those of grouped-query attention.
 
 
 def read_config(config: Any) -> tuple[str, ModelConfig]:
@@ -42,36 +46,59 @@ def read_config(config: Any) -> tuple[str, ModelConfig]:
   family, problems = FAMILIES[name], list[str]()
   for key, value in family.fixed.items():
     if config.get(key) not in (None, value):
-      problems.append(f'{key}={config[key]!r} must be {value!r}.')
-  number = lambda key, value, field: _number(key, value, _TYPES[field], problems)
-  sizes = {}
-  for key, field in _fields(family).items():
-    if key not in config:
-      problems.append(f'{key} is missing.')
-    else:
-      sizes[field] = number(key, config[key], field)
-  rope = read_rope(config, family, sizes, number, problems)
+      right = 'null' if value is None else repr(value)
+      problems.append(f'{key}={config[key]!r} must be {right}.')
+  missing = [key for key in family.explicit if key not in config]
+  problems += [f'{key} is missing: loaders take another value for it than null.' for key in missing]
+  check = lambda key, value, field: _checked(key, value, _TYPES[field], problems)
+  sizes = _sizes(config, family, check, problems)
+  rope = read_rope(config, family, sizes, check, problems)
+  known = _known(family, has_indexer(config))
   check_keys(
-      config, _known(family), sizes, has_indexer=family.has_indexer, problems=problems
+      config, known, family, sizes, has_indexer=has_indexer(config), problems=problems
   )
   _refuse(problems)
-  depth = sizes['n_layers']
-  fields = {
-      **sizes,
-      **rope,
-      'n_dense_layers': _leading_layers(config, depth, problems),
-      'n_mtp_layers': _mtp_layers(config, problems),
-      'indexer_rope_interleave': family.indexer_rope_interleave,
-      'dtype': _dtype(config, problems),
-  }
-  if family.has_indexer:
-    fields['indexer_types'] = _indexer_types(config, depth, problems)
-    fields['indexer_rope_interleave'] = _interleave(config, family, problems)
+  layers = read_layers(config, family, sizes['n_layers'], has_indexer(config), problems)
+  dtype = _dtype(config, problems)
   _refuse(problems)
   try:
-    return name, ModelConfig(**fields)
+    return name, ModelConfig(**family.constants | sizes | rope | layers, dtype=dtype)
   except (TypeError, ValueError) as error:
     raise ConfigError(f'config.json: {error}') from error
+
+
+def has_indexer(config: dict[str, Any]) -> bool:
+  """Returns whether a checkpoint has indexers, by its config.json."""
+  family = FAMILIES[config['model_type']]
+  added = family.may_have_indexer and any(key in config for key in family.indexer_fields)
+  return family.has_indexer or added
+
+
+def _sizes(config: dict, family: Family, check: Check, problems: list[str]) -> dict[str, Any]:
+  """Returns the fields that have keys of their own."""
+  sizes = {}
+  for key, field in _required(family, has_indexer(config)).items():
+    name = key if key in config else ALIASES.get(key)
+    if name not in config:
+      problems.append(f'{key} is missing.')
+    else:
+      sizes[field] = check(name, config[name], field)
+  for key, (field, default) in _optional(family, has_indexer(config)).items():
+    sizes[field] = default if config.get(key) is None else check(key, config[key], field)
+  if not has_indexer(config):
+    sizes |= family.fresh_indexer
+  if family.constants.get('attention') == 'gqa' and not problems:
+    sizes |= _heads(config, sizes, check)
+  return sizes
+
+
+def _heads(config: dict, sizes: dict[str, Any], check: Check) -> dict[str, Any]:
+  """Returns the key heads and the widths of grouped-query attention."""
+  usual = {'num_key_value_heads': sizes['n_heads'], 'head_dim': sizes['dim'] // sizes['n_heads']}
+  given = {key: config[key] for key in HEAD_KEYS if config.get(key) is not None}
+  n_kv_heads, width = (check(key, (usual | given)[key], 'n_kv_heads') for key in HEAD_KEYS)
+  widths = {'qk_nope_head_dim': 0, 'qk_rope_head_dim': width, 'v_head_dim': width}
+  return {'n_kv_heads': n_kv_heads, **widths}
 
 
 def _refuse(problems: list[str]):
@@ -79,17 +106,29 @@ def _refuse(problems: list[str]):
     raise ConfigError('config.json:\n  ' + '\n  '.join(first_ten(problems)))
 
 
-def _fields(family: Family) -> dict[str, str]:
-  return {**family.fields, **(family.indexer_fields if family.has_indexer else {})}
+def _required(family: Family, has_indexer: bool) -> dict[str, str]:
+  return {**family.fields, **(family.indexer_fields if has_indexer else {})}
 
 
-def _known(family: Family) -> set[str]:
-  indexer = INDEXER_KEYS if family.has_indexer else ()
-  return {*_fields(family), *family.fixed, *ROPE_KEYS, *LAYER_KEYS, *indexer}
+def _optional(family: Family, has_indexer: bool) -> dict[str, tuple[str, Any]]:
+  return {**family.optional, **({INDEX_ROPE: (INDEX_ROPE, 0)} if has_indexer else {})}
 
 
-def _number(key: str, value: Any, kind: type, problems: list[str]) -> Any:
-  if isinstance(value, bool) or not isinstance(value, (int, float) if kind is float else int):
+def _known(family: Family, has_indexer: bool) -> set[str]:
+  tables = _required(family, has_indexer), _optional(family, has_indexer), family.fixed
+  heads = HEAD_KEYS if family.constants.get('attention') == 'gqa' else ()
+  indexer = INDEXER_KEYS if has_indexer else ()
+  lists = ROPE_KEYS, ANY_KEYS, family.layer_keys, family.ignored, family.explicit, heads, indexer
+  return set().union(*tables, *lists)
+
+
+def _checked(key: str, value: Any, kind: type, problems: list[str]) -> Any:
+  """Returns the value of a key, or notes that it cannot be the value of such a field."""
+  if kind in (bool, str):
+    if isinstance(value, kind):
+      return value
+    problems.append(f'{key}={value!r} must be {KINDS[kind]}.')
+  elif isinstance(value, bool) or not isinstance(value, (int, float) if kind is float else int):
     problems.append(f'{key}={value!r} must be a number.')
   elif not 0 < value < LARGEST_SIZE:
     problems.append(f'{key}={value!r} must be positive and below {LARGEST_SIZE}.')
@@ -105,64 +144,9 @@ def _dtype(config: dict, problems: list[str]) -> str:
   return 'float32' if 'float32' in stored else 'bfloat16'
 
 
-def _mtp_layers(config: dict, problems: list[str]) -> int:
-  layers = config.get('num_nextn_predict_layers') or 0
-  if isinstance(layers, bool) or not isinstance(layers, int):
-    problems.append(f'num_nextn_predict_layers={layers!r} must be 0 or 1.')
-    return 0
-  return layers
-
-
-def _interleave(config: dict, family: Family, problems: list[str]) -> bool:
-  value = config.get('indexer_rope_interleave')
-  if isinstance(value, bool):
-    return value
-  if value is not None:
-    problems.append(f'indexer_rope_interleave={value!r} must be true or false.')
-  return family.indexer_rope_interleave
-
-
-def _leading_layers(config: dict, depth: int, problems: list[str]) -> int:
-  """Returns the number of leading layers that have an MLP in place of experts."""
-  types = config.get('mlp_layer_types')
-  listed = types.count('dense') if isinstance(types, list) else 0
-  leading = config.get('first_k_dense_replace', listed)
-  if isinstance(leading, bool) or not isinstance(leading, int) or not 0 <= leading <= depth:
-    problems.append(f'first_k_dense_replace={leading!r} must be within 0 and {depth}.')
-  elif types and types != ['dense'] * leading + ['sparse'] * (depth - leading):
-    problems.append(f"mlp_layer_types={types} must be {leading} 'dense', then 'sparse' only.")
-  return leading
-
-
-def _indexer_types(config: dict, depth: int, problems: list[str]) -> tuple[str, ...]:
-  """Returns the kind of each layer: as listed, by GLM-5.2's pattern, or by its frequency."""
-  schedules: dict[str, list[str]] = {}
-  types = config.get('indexer_types')
-  if types is not None:
-    if not isinstance(types, list) or not all(isinstance(kind, str) for kind in types):
-      problems.append(f"indexer_types={types!r} must be a list of 'full' and 'shared'.")
-      return ()
-    schedules['indexer_types'] = types
-  if pattern := config.get('index_topk_pattern'):
-    schedules['index_topk_pattern'] = [{'F': 'full', 'S': 'shared'}.get(c, c) for c in pattern]
-  if (every := config.get('index_topk_freq')) is not None:
-    offset = config.get('index_skip_topk_offset', 2)
-    if not isinstance(every, int) or not isinstance(offset, int) or every < 1:
-      problems.append(
-          f'index_topk_freq={every!r} and index_skip_topk_offset={offset!r} must be counts.'
-      )
-      return ()
-    schedules['index_topk_freq'] = [
-        'shared' if max(i - offset + 1, 0) % every else 'full' for i in range(depth)
-    ]
-  (first, types), *others = schedules.items() or [('', ['full'] * depth)]
-  for other, theirs in others:
-    if theirs != types:
-      problems.append(f'{other}={config[other]!r} contradicts {first}={config[first]!r}.')
-  return () if set(types) == {'full'} and len(types) == depth else tuple(types)
-
-
-def write_config(name: str, cfg: ModelConfig, base: dict[str, Any]) -> dict[str, Any]:
+def write_config(
+    name: str, cfg: ModelConfig, base: dict[str, Any], *, has_indexer: bool | None = None
+) -> dict[str, Any]:
   """Returns the config.json that the loaders of a model's family read.
 
   Args:
@@ -170,20 +154,23 @@ def write_config(name: str, cfg: ModelConfig, base: dict[str, Any]) -> dict[str,
     cfg: The model.
     base: The config.json that the model was imported with, whose other keys are kept; {} if there
       is none.
+    has_indexer: Whether the checkpoint has indexers. None stands for what is usual in the family.
   """
   family = FAMILIES[name]
+  has_indexer = family.has_indexer if has_indexer is None else has_indexer
   config = {**family.fixed, **base, 'architectures': [family.architecture], 'model_type': name}
-  config |= {key: getattr(cfg, field) for key, field in _fields(family).items()}
+  config |= {key: getattr(cfg, field) for key, field in _required(family, has_indexer).items()}
+  config |= {key: _or_null(getattr(cfg, field)) for key, (field, _) in family.optional.items()}
   config['num_key_value_heads'] = cfg.n_heads
+  if cfg.attention == 'gqa':
+    config |= {'num_key_value_heads': cfg.n_kv_heads, 'head_dim': cfg.head_dim}
   if not {'dtype', 'torch_dtype'} & config.keys():
     config['torch_dtype'] = cfg.dtype
-  config['first_k_dense_replace'] = cfg.n_dense_layers
-  config['num_nextn_predict_layers'] = cfg.n_mtp_layers
-  if family.lists_indexers:
-    config['indexer_rope_interleave'] = cfg.indexer_rope_interleave
-    config['indexer_types'] = list(cfg.indexer_types or ('full',) * cfg.n_layers)
-  if not family.has_indexer:
-    indexer = {*INDEXER_KEYS, *family.indexer_fields, 'index_share_for_mtp_iteration'}
+  config |= write_layers(cfg, family)
+  if has_indexer:
+    config |= write_indexers(cfg, family)
+  else:
+    indexer = {*INDEXER_KEYS, *family.indexer_fields, INDEX_ROPE, 'index_share_for_mtp_iteration'}
     config = {key: value for key, value in config.items() if key not in indexer}
   if _rotates_as(base, cfg):
     return config  # What it says of rotation stays as it came.
@@ -191,11 +178,17 @@ def write_config(name: str, cfg: ModelConfig, base: dict[str, Any]) -> dict[str,
   return config | write_rope(cfg, family)
 
 
+def _or_null(value: Any) -> Any:
+  """Returns null for a size that the model has nothing of."""
+  return None if value == 0 and not isinstance(value, bool) else value
+
+
 def _rotates_as(base: dict[str, Any], cfg: ModelConfig) -> bool:
   """Returns whether a config.json describes the model's rotary positions."""
   if not set(ROPE_KEYS) & base.keys():
     return False
   try:
-    return rotation(read_config(base)[1]) == rotation(cfg)
+    name, model = read_config(base)
+    return rotation(model, FAMILIES[name]) == rotation(cfg, FAMILIES[name])
   except ConfigError:
     return True  # An earlier version imported it; its model has never been another.

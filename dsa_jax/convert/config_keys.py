@@ -4,6 +4,7 @@
 from typing import Any
 
 from dsa_jax.config import ConfigError
+from dsa_jax.families.family import Family
 
 # What none of these says can change the numbers that a model computes: names, ids of tokens,
 # training, serving, and the generation settings that older files hold. A key that begins with an
@@ -21,15 +22,11 @@ HARMLESS = frozenset("""
     temperature top_k top_p typical_p repetition_penalty length_penalty no_repeat_ngram_size
     encoder_no_repeat_ngram_size bad_words_ids num_return_sequences output_scores
     return_dict_in_generate forced_bos_token_id forced_eos_token_id remove_invalid_values
-    exponential_decay_length_penalty suppress_tokens begin_suppress_tokens
+    transformers.js_config exponential_decay_length_penalty suppress_tokens begin_suppress_tokens
 """.split())
 
 # Keys with the value that the model is built for.
 NEUTRAL = {
-    'rope_interleave': True,
-    'qkv_bias': False,
-    'use_qk_norm': False,
-    'use_mla': True,
     'use_sliding_window': False,
     'is_causal': True,
     'is_encoder_decoder': False,
@@ -47,6 +44,7 @@ SPARSE_LAYERS = ('full_attention', 'deepseek_sparse_attention', 'indexed_attenti
 def check_keys(
     config: dict[str, Any],
     known: set[str],
+    family: Family,
     sizes: dict[str, Any],
     *,
     has_indexer: bool,
@@ -59,11 +57,13 @@ def check_keys(
   Args:
     config: The config.json.
     known: The keys that are read elsewhere.
+    family: The model's family.
     sizes: The fields of ModelConfig that they gave.
-    has_indexer: Whether the family has one.
+    has_indexer: Whether the checkpoint has indexers.
     problems: The list that takes a line for each such key.
   """
-  allowed = {key: (value,) for key, value in NEUTRAL.items()} | _implied(sizes)
+  neutral = {**NEUTRAL, **family.neutral}
+  allowed = {key: (value,) for key, value in neutral.items()} | _implied(sizes)
   for key, value in config.items():
     if key in known or key in HARMLESS or key.startswith('_') or value is None:
       continue

@@ -2,6 +2,7 @@
 """Exports one of our checkpoints as a folder that the loaders of its family read."""
 
 from collections.abc import Iterator, Mapping
+import dataclasses
 import json
 import math
 import pathlib
@@ -13,16 +14,17 @@ import tensorstore as ts
 from dsa_jax.config import ConfigError, ModelConfig
 from dsa_jax.convert import fp8, quantization
 from dsa_jax.convert.building import Summary, building, copy_kept
-from dsa_jax.convert.config_json import write_config
+from dsa_jax.convert.config_json import read_config, write_config
 from dsa_jax.convert.files import CODES, DTYPES, SINGLE, write_file, write_index
 from dsa_jax.convert.importer import SCALE, Advance
 from dsa_jax.convert.problems import first_ten
-from dsa_jax.convert.tensors import Array, Path, Tensor, arrays_of, mtp_copies
+from dsa_jax.convert.tensors import Array, Path, Tensor, arrays_of, copies_of
 from dsa_jax.data.text import BOS, VOCAB_SIZE
 from dsa_jax.data.tokenizer import Bytes
 from dsa_jax.families import FAMILIES
 from dsa_jax.inference.load import StoredModel, find_checkpoint
 from dsa_jax.training.checkpoint import latest_checkpoint, open_tree
+from dsa_jax.training.origin import differing_fields
 
 
 class Checkpoint(NamedTuple):
@@ -31,6 +33,7 @@ class Checkpoint(NamedTuple):
   folder: pathlib.Path
   family: str
   model: ModelConfig
+  has_indexer: bool  # Whether the export will have indexers.
   # What the import recorded of the source, for a training run too that began there; otherwise {}.
   origin: dict[str, Any]
   arrays: dict[Path, Array]
@@ -68,26 +71,21 @@ def open_checkpoint(folder: pathlib.Path, family: str = '') -> Checkpoint:
   Args:
     folder: The checkpoint.
     family: The family to export as. '' stands for the one it was imported as. A training run that
-      did not begin with an import, or has trained indexers that the import's family lacks, becomes
-      one of the first family that can hold it.
+      did not begin with an import, or has trained indexers that the import's family cannot have,
+      becomes one of the first family that can hold it.
 
   Raises:
     ConfigError: The folder is no checkpoint, or the family cannot hold it.
   """
   stored = find_checkpoint(folder)
   model, origin = ModelConfig(**stored.record['model']), stored.source
-  usual = _usual_family(model)
-  family = family or _imported_family(stored) or usual
-  if family not in FAMILIES:
-    raise ConfigError(f'{family=} must be one of {tuple(FAMILIES)}.')
-  traits = FAMILIES[family]
-  if traits.has_indexer and traits.indexer_rope_interleave != model.indexer_rope_interleave:
-    raise ConfigError(f'{family=} rotates index channels in another way: export as {usual!r}.')
+  family = _choose_family(family or _imported_family(stored), model, stored.has_trained_indexer)
+  has_indexer = _has_indexer(family, stored.has_trained_indexer)
   step = latest_checkpoint(stored.step or stored.folder)
   flat = open_tree(step / 'state')
   stores = {path[1:]: store for path, store in flat.items() if path[0] == 'params'}
   scales = open_tree(step / 'scales') if (step / 'scales').is_dir() else {}
-  arrays = arrays_of(model, family)
+  arrays = arrays_of(model, family, has_indexer=has_indexer)
   wrong = [
       '.'.join(path)
       for path, array in arrays.items()
@@ -98,14 +96,14 @@ def open_checkpoint(folder: pathlib.Path, family: str = '') -> Checkpoint:
     raise ConfigError(f'{folder} lacks, or has in another shape:\n  {lines}')
   ids = {} if origin else _byte_ids(stored.record, model)
   return Checkpoint(
-      stored.folder, family, model, origin, arrays, stores, scales, stored.origin, ids
+      stored.folder, family, model, has_indexer, origin, arrays, stores, scales, stored.origin, ids
   )
 
 
 def _imported_family(stored: StoredModel) -> str:
   """Returns the family of the import, or '' if it cannot hold what has been trained since."""
   family = stored.source.get('family', '')
-  lacks_indexer = family in FAMILIES and not FAMILIES[family].has_indexer
+  lacks_indexer = family in FAMILIES and not _has_indexer(family, True)
   return '' if lacks_indexer and stored.has_trained_indexer else family
 
 
@@ -118,13 +116,50 @@ def _byte_ids(record: dict[str, Any], model: ModelConfig) -> dict[str, int]:
   return {'bos_token_id': BOS, 'eos_token_id': end}
 
 
-def _usual_family(model: ModelConfig) -> str:
-  """Returns the first family whose indexer rotates its channels as the model's does."""
-  return next(
+def _choose_family(family: str, model: ModelConfig, trained: bool) -> str:
+  """Returns the given family, or the first one that can hold a model.
+
+  Args:
+    family: A key of FAMILIES, or ''.
+    model: The model.
+    trained: Whether its indexers are trained, so that no family without them is chosen.
+
+  Raises:
+    ConfigError: There is no such family, or it cannot hold the model.
+  """
+  if family and family not in FAMILIES:
+    raise ConfigError(f'{family=} must be one of {tuple(FAMILIES)}.')
+  if family and not (lost := _lost_fields(family, model, trained)):
+    return family
+  fit = [
       name
-      for name, family in FAMILIES.items()
-      if family.has_indexer and family.indexer_rope_interleave == model.indexer_rope_interleave
-  )
+      for name in FAMILIES
+      if not _lost_fields(name, model, trained) and _has_indexer(name, trained) >= trained
+  ]
+  if not family and fit:
+    return fit[0]
+  if not family:
+    raise ConfigError(f'a family that can hold {model} is not among {tuple(FAMILIES)}.')
+  right = f'export as {" or ".join(map(repr, fit))}' if fit else 'no other family can either'
+  raise ConfigError(f'{family=} cannot say the {", ".join(lost)} of this model: {right}.')
+
+
+def _has_indexer(family: str, trained: bool) -> bool:
+  """Returns whether an export to a family has indexers."""
+  return FAMILIES[family].has_indexer or (FAMILIES[family].may_have_indexer and trained)
+
+
+def _lost_fields(family: str, model: ModelConfig, trained: bool) -> list[str]:
+  """Returns the fields of a model that its config.json as one of a family would not give back."""
+  traits, has_indexer = FAMILIES[family], _has_indexer(family, trained)
+  try:
+    back = read_config(write_config(family, model, {}, has_indexer=has_indexer))[1]
+  except ConfigError as error:
+    return [str(error)]
+  if traits.has_indexer:  # Other loaders go by the family, whatever config.json says.
+    back = dataclasses.replace(back, indexer_rope_interleave=traits.indexer_rope_interleave)
+  lost = differing_fields(back, model) + ['rope_type'] * (back.rope_kind != model.rope_kind)
+  return [name for name in lost if has_indexer or not name.startswith('index')]
 
 
 def export_checkpoint(
@@ -179,7 +214,7 @@ def export_checkpoint(
 def _config(source: Checkpoint, outs: list[Out]) -> dict[str, Any]:
   """Returns the config.json that fits the tensors."""
   base = source.origin.get('config') or dict(source.ids)
-  config = write_config(source.family, source.model, base)
+  config = write_config(source.family, source.model, base, has_indexer=source.has_indexer)
   before = config.pop('quantization_config', None)
   modules: dict[bool, list[str]] = {True: [], False: []}
   for out in outs:
@@ -200,7 +235,7 @@ def _outs(source: Checkpoint, quantized: bool | None) -> Iterator[Out]:
   usual = FAMILIES[source.family].repeats_embedding
   copies = {}
   if source.origin.get('repeats_embedding', usual):
-    names = mtp_copies(source.model, source.family)
+    names = copies_of(source.model, source.family)
     copies = {original: name for name, original in names.items()}
   outs = []
   for path, array in source.arrays.items():

@@ -15,13 +15,12 @@ import numpy as np
 from dsa_jax.config import ConfigError, ModelConfig
 from dsa_jax.convert import fp8
 from dsa_jax.convert.building import KEPT_FILES, Summary, building, copy_kept, nested
-from dsa_jax.convert.config_json import LARGEST_SIZE, read_config
+from dsa_jax.convert.config_json import LARGEST_SIZE, has_indexer, read_config
 from dsa_jax.convert.files import DTYPES, IS_POINTER, Place, is_pointer, open_folder
 from dsa_jax.convert.problems import Problems
 from dsa_jax.convert.stream import Streamed, write_tree
-from dsa_jax.convert.tensors import Array, Path, Tensor, arrays_of, mtp_copies, weight_shapes
+from dsa_jax.convert.tensors import Array, Path, Tensor, arrays_of, copies_of, weight_shapes
 from dsa_jax.data.seeds import check_seed
-from dsa_jax.families import FAMILIES
 from dsa_jax.nn.indexer import LightningIndexer
 from dsa_jax.nn.transformer import STACKS
 
@@ -57,8 +56,9 @@ def open_source(
   Args:
     folder: A folder with config.json, safetensors files and their index.
     mtp: Whether to keep the MTP layer, where the checkpoint has one.
-    indexer: The sizes index_n_heads, index_head_dim and index_topk for a family that has no
-      indexer. Those of DeepSeek-V3.2 take the place of any that are not given.
+    indexer: Sizes of fresh indexers, for a checkpoint that has none: index_n_heads,
+      index_head_dim, index_topk and index_rope_head_dim. The usual ones of the family take the
+      place of any that are not given.
 
   Raises:
     ConfigError: This is no whole checkpoint of a known family; the message lists every problem.
@@ -68,10 +68,10 @@ def open_source(
   for name, size in (indexer or {}).items():
     if not 0 < size < LARGEST_SIZE:
       raise ConfigError(f'{name}={size} must be positive and below {LARGEST_SIZE}.')
-  if not FAMILIES[family].has_indexer:
-    model = dataclasses.replace(model, **(indexer or {}))
-  elif indexer:
-    raise ConfigError(f'{family} checkpoints have indexers: {indexer} cannot be chosen.')
+  has_own = has_indexer(config)
+  if indexer and has_own:
+    raise ConfigError(f'This {family} checkpoint has indexers: {indexer} cannot be chosen.')
+  model = dataclasses.replace(model, **(indexer or {}))
   places, problems = open_folder(folder)
   for name in KEPT_FILES:
     if (folder / name).is_file() and is_pointer(folder / name):
@@ -87,8 +87,8 @@ def open_source(
   if not (mtp and extra_layer and model.n_mtp_layers):
     model = dataclasses.replace(model, n_mtp_layers=0)  # `transformers` saves no MTP layer.
     places = {name: place for name, place in places.items() if name not in set(extra_layer)}
-  arrays = arrays_of(model, family)
-  copies = {name: of for name, of in mtp_copies(model, family).items() if name in places}
+  arrays = arrays_of(model, family, has_indexer=has_own)
+  copies = {name: of for name, of in copies_of(model, family).items() if name in places}
   if not problems:  # Otherwise a missing file would be reported once for each of its tensors.
     _check_tensors(model, arrays, copies, places, problems)
   if problems:
@@ -113,7 +113,8 @@ def _unused(model: ModelConfig, family: str) -> set[str]:
   """Returns the names of indexers in layers that share another's; some checkpoints have them."""
   if not model.shares_indexers:
     return set()
-  names = lambda cfg: {t.name for array in arrays_of(cfg, family).values() for t in array.tensors}
+  arrays = lambda cfg: arrays_of(cfg, family, has_indexer=True).values()
+  names = lambda cfg: {tensor.name for array in arrays(cfg) for tensor in array.tensors}
   return names(dataclasses.replace(model, indexer_types=())) - names(model)
 
 
@@ -147,7 +148,7 @@ def _check_tensors(
     if original in places and places[name][1:3] != places[original][1:3]:
       problems.add(f'{name} must be a copy of {original}: their dtypes or shapes differ.')
     elif original in places and not _same(places[name], places[original]):
-      problems.add(f'{name} must be a copy of {original}: our MTP layer shares it.')
+      problems.add(f'{name} must be a copy of {original}, which the model reads in its place.')
   for name in places:
     if name not in known:
       problems.add(f'{name} is in no place of this model.', 'stranger')
@@ -213,7 +214,7 @@ def import_checkpoint(
     source: The checkpoint, from `open_source`.
     target: A folder that does not exist yet.
     dtype: The dtype of dequantised FP8 weights; all other weights keep their own.
-    seed: The seed of fresh indexers, where the family has none.
+    seed: The seed of fresh indexers, where the checkpoint has none.
     advance: A function that is called with the number of bytes that have just been read.
 
   Raises:

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reads the rotary keys of a config.json, and writes them: none of them is passed over."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+import math
 from typing import Any
 
 from dsa_jax.config import ModelConfig
@@ -10,15 +11,15 @@ from dsa_jax.families.family import Family
 SECTIONS = ('rope_parameters', 'rope_scaling')  # The newer key, and the older one.
 KEYS = (*SECTIONS, 'rope_theta', 'partial_rotary_factor', 'original_max_position_embeddings')
 
-# Keys of a section whose values the model is built for. The two factors multiply cosines and sines.
-NEUTRAL = {'attention_factor': 1, 'attn_factor': 1, 'extrapolation_factor': 1, 'truncate': True}
-FIELDS = ('rope_theta', 'rope_factor', 'original_seq_len', 'beta_fast', 'beta_slow', 'mscale')
+# Keys of a section whose values the model is built for.
+NEUTRAL = {'attn_factor': 1, 'extrapolation_factor': 1, 'truncate': True}
 
-Number = Callable[[str, Any, str], Any]  # Checks a number for a field of ModelConfig.
+# Returns the value of a key for a field of ModelConfig, or notes a problem.
+Check = Callable[[str, Any, str], Any]
 
 
 def read_rope(
-    config: dict[str, Any], family: Family, sizes: dict[str, Any], number: Number,
+    config: dict[str, Any], family: Family, sizes: dict[str, Any], check: Check,
     problems: list[str],
 ) -> dict[str, Any]:  # fmt: skip
   """Returns the fields of rotary positions, from `rope_parameters` or the older `rope_scaling`.
@@ -27,7 +28,7 @@ def read_rope(
     config: The config.json.
     family: The model's family.
     sizes: The fields that have been read before.
-    number: Returns a number for a field, or notes a problem.
+    check: Returns the value of a key for a field of ModelConfig, or notes a problem.
     problems: The list that takes every key which is unknown, contradicts another or has a value
       that the model is not built for.
   """
@@ -35,24 +36,38 @@ def read_rope(
   if rope is None:
     return {}
   kind = rope.pop('rope_type')
-  if kind not in ('yarn', 'default'):
-    problems.append(f"rope_scaling: type={kind!r} must be 'yarn' or 'default'.")
+  if kind not in family.ropes:
+    problems.append(f'rope_scaling: type={kind!r} must be {" or ".join(map(repr, family.ropes))}.')
     return {}
-  theta = number('rope_theta', rope.pop('rope_theta'), 'rope_theta')
+  theta = check('rope_theta', rope.pop('rope_theta', family.rope_theta), 'rope_theta')
   fields = {'rope_type': kind, 'rope_theta': theta}
-  if kind == 'yarn':
-    fields |= _read_yarn(rope, family, number, problems)
-  else:
-    fields['original_seq_len'] = sizes.get('max_seq_len')
-  _check_width(rope.pop('partial_rotary_factor', 1), config, problems)
+  fields |= _read_kind(rope, family.ropes[kind], check, problems)
+  fields.setdefault('original_seq_len', sizes.get('max_seq_len'))
+  share = rope.pop('partial_rotary_factor', family.rotary_share or 1)
+  if family.rotary_share is None:
+    _check_width(share, config, problems)
+  elif not problems:
+    fields |= _split_heads(share, sizes, kind, problems)
   _check_original(rope.pop('original_max_position_embeddings', None), fields, problems)
-  neutral = NEUTRAL if kind == 'yarn' else NEUTRAL | {'factor': 1}
+  neutral = {**NEUTRAL, 'attention_factor': _attention_factor(fields)}
+  neutral |= {'factor': 1} if kind == 'default' else {}
   for key, value in rope.items():
     if key not in neutral:
       problems.append(f'rope_scaling: {key}={value!r} is unknown for {kind!r} positions.')
-    elif value != neutral[key]:
+    elif not _is_number(value) or not math.isclose(value, neutral[key], rel_tol=1e-6):
       problems.append(f'rope_scaling: {key}={value!r} must be {neutral[key]!r}.')
   return fields
+
+
+def _attention_factor(fields: dict[str, Any]) -> float:
+  """Returns what loaders multiply cosines and sines by.
+
+  With DeepSeek's `mscale` that is 1. Without it, queries and keys are longer by this factor, which
+  is the softmax scale's factor here.
+  """
+  if fields['rope_type'] != 'yarn' or 'mscale' in fields or not fields['rope_factor']:
+    return 1.0
+  return 0.1 * math.log(fields['rope_factor']) + 1
 
 
 def _section(config: dict[str, Any], problems: list[str]) -> dict[str, Any] | None:
@@ -75,7 +90,7 @@ def _section(config: dict[str, Any], problems: list[str]) -> dict[str, Any] | No
       problems.append(
           f'rope_parameters={newer} and rope_scaling={older} contradict each other: keep one.'
       )
-  return None if len(problems) > before else {'rope_type': 'default', 'rope_theta': None} | merged
+  return None if len(problems) > before else {'rope_type': 'default'} | merged
 
 
 def _said(section: dict[str, Any]) -> dict[str, Any]:
@@ -85,30 +100,61 @@ def _said(section: dict[str, Any]) -> dict[str, Any]:
   return {k: v for k, v in others.items() if k not in ('type', 'rope_theta')} | {'rope_type': kind}
 
 
-def _read_yarn(
-    rope: dict[str, Any], family: Family, number: Number, problems: list[str]
+def _read_kind(
+    rope: dict[str, Any], keys: Mapping[str, str], check: Check, problems: list[str]
 ) -> dict[str, Any]:
-  """Takes YaRN's keys out of a section and returns their fields."""
-  fields, alone = {}, rope.pop('mscale_all_dim', None)
-  for key, field in family.yarn_fields.items():
+  """Takes the keys of a kind of positions out of a section and returns their fields."""
+  fields = {}
+  for key, field in keys.items():
     default = getattr(ModelConfig, field) if key.startswith('beta') else None
-    fields[field] = number(f'rope_scaling: {key}', rope.pop(key, default), field)
-  if alone != fields['mscale']:
+    fields[field] = check(f'rope_scaling: {key}', rope.pop(key, default), field)
+  if 'mscale' in keys:
+    alone = rope.pop('mscale_all_dim', None)
+    if alone != fields['mscale']:
+      problems.append(
+          f"rope_scaling: mscale_all_dim={alone!r} must be mscale={fields['mscale']!r}: other "
+          'ratios scale the rotary channels, which DeepSeek never does.'
+      )
+  factor, slow, fast = map(fields.get, ('rope_factor', 'low_freq_factor', 'high_freq_factor'))
+  if factor is not None and factor < 1:
+    problems.append(f'rope_scaling: factor={factor!r} must be at least 1.')
+  if slow is not None and fast is not None and not slow < fast:
     problems.append(
-        f"rope_scaling: mscale_all_dim={alone!r} must be mscale={fields['mscale']!r}: other ratios "
-        'scale the rotary channels, which DeepSeek never does.'
+        f'rope_scaling: low_freq_factor={slow!r} must be below high_freq_factor={fast!r}.'
     )
-  if fields['rope_factor'] is not None and fields['rope_factor'] < 1:
-    problems.append(f"rope_scaling: factor={fields['rope_factor']!r} must be at least 1.")
   return fields
+
+
+def _split_heads(
+    share: Any, sizes: dict[str, Any], kind: str, problems: list[str]
+) -> dict[str, Any]:
+  """Returns how many channels of a head are rotated, and how many are not."""
+  if not _is_number(share) or not 0 < share <= 1:
+    problems.append(f'partial_rotary_factor={share!r} must be above 0 and at most 1.')
+    return {}
+  if share < 1 and kind == 'yarn':
+    problems.append(
+        f'partial_rotary_factor={share!r} must be 1 with yarn, whose factor would scale a part of '
+        "a head's channels only."
+    )
+  head = sizes['qk_nope_head_dim'] + sizes['qk_rope_head_dim']
+  rotated = int(head * share)
+  return {'qk_rope_head_dim': rotated, 'qk_nope_head_dim': head - rotated}
+
+
+def _is_number(x: Any) -> bool:
+  return isinstance(x, (int, float))
 
 
 def _check_width(factor: Any, config: dict[str, Any], problems: list[str]):
   width = config.get('qk_rope_head_dim')
   head = config.get('head_dim') or width
-  numbers = all(isinstance(x, (int, float)) for x in (factor, head, width))
+  numbers = all(map(_is_number, (factor, head, width)))
   if factor != 1 and not (numbers and round(factor * head) == width):
-    problems.append(f'partial_rotary_factor={factor!r} must be 1: qk_rope_head_dim is its width.')
+    problems.append(
+        f'partial_rotary_factor={factor!r} must be 1: qk_rope_head_dim channels of a head are '
+        'rotated, or all of them.'
+    )
 
 
 def _check_original(length: Any, fields: dict[str, Any], problems: list[str]):
@@ -118,16 +164,22 @@ def _check_original(length: Any, fields: dict[str, Any], problems: list[str]):
     problems.append(f'original_max_position_embeddings={length!r} must be {original!r}, or absent.')
 
 
-def rotation(cfg: ModelConfig) -> tuple[Any, ...]:
+def rotation(cfg: ModelConfig, family: Family) -> tuple[Any, ...]:
   """Returns all that a model's rotary positions depend on."""
-  fields = FIELDS if cfg.uses_yarn else ('rope_theta',)
-  return cfg.uses_yarn, *(getattr(cfg, field) for field in fields)
+  fields = family.ropes.get(cfg.rope_kind, {}).values()
+  return cfg.rope_kind, cfg.rope_theta, cfg.qk_rope_head_dim, *(getattr(cfg, f) for f in fields)
 
 
 def write_rope(cfg: ModelConfig, family: Family) -> dict[str, Any]:
   """Returns the keys of a config.json that say how a model rotates."""
-  if cfg.uses_yarn:
-    yarn = {key: getattr(cfg, field) for key, field in family.yarn_fields.items()}
-    section = {'type': 'yarn', 'mscale_all_dim': cfg.mscale, **yarn}
-    return {'rope_scaling': section, 'rope_theta': cfg.rope_theta}
-  return {'rope_parameters': {'rope_type': 'default', 'rope_theta': cfg.rope_theta}}
+  kind = cfg.rope_kind
+  if family.rotary_share is None:
+    share = {}
+  else:
+    share = {'partial_rotary_factor': cfg.qk_rope_head_dim / cfg.head_dim}
+  if kind == 'default':
+    return {'rope_parameters': {'rope_type': kind, 'rope_theta': cfg.rope_theta, **share}}
+  section = {key: getattr(cfg, field) for key, field in family.ropes.get(kind, {}).items()}
+  if 'mscale' in section:
+    section['mscale_all_dim'] = cfg.mscale
+  return {'rope_scaling': {'type': kind, **section}, 'rope_theta': cfg.rope_theta, **share}

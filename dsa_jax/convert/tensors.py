@@ -67,16 +67,25 @@ class Array:
     return len(self.tensors[0].index)
 
 
-def arrays_of(cfg: ModelConfig, family: str) -> dict[Path, Array]:
-  """Returns every array of the model that the family's checkpoints hold, with its tensors."""
+def arrays_of(
+    cfg: ModelConfig, family: str, *, has_indexer: bool | None = None
+) -> dict[Path, Array]:
+  """Returns every array of the model that a checkpoint of the family holds, with its tensors.
+
+  Args:
+    cfg: The model.
+    family: A key of FAMILIES.
+    has_indexer: Whether the checkpoint has indexers. None stands for what is usual in the family.
+  """
   traits, shapes = FAMILIES[family], weight_shapes(cfg)
+  has_indexer = traits.has_indexer if has_indexer is None else has_indexer
   sources = {tuple(path.split('/')): [((), *name)] for path, name in traits.tensors.model.items()}
   leading = cfg.n_dense_layers
   for i in range(cfg.n_layers):
     stack, first = ('dense_blocks', 0) if i < leading else ('moe_blocks', leading)
     full = [layer for layer in cfg.full_layers if first <= layer < i]
-    has_indexer = cfg.is_full(i) and traits.has_indexer
-    for path, index, name, equation in _layer(cfg, traits, i >= leading, has_indexer):
+    scores = cfg.is_full(i) and has_indexer
+    for path, index, name, equation in _layer(cfg, traits, i >= leading, scores):
       layer = len(full) if 'indexer' in path else i - first
       source = (layer, *index), f'model.layers.{i}.{name}', equation
       sources.setdefault((stack, *path), []).append(source)
@@ -85,16 +94,22 @@ def arrays_of(cfg: ModelConfig, family: str) -> dict[Path, Array]:
     for path, (name, equation) in traits.tensors.mtp.items():
       sources['mtp', *path.split('/')] = [((), prefix + name, equation)]
     has_experts = leading < cfg.n_layers
-    for path, index, name, equation in _layer(cfg, traits, has_experts, traits.has_indexer):
+    for path, index, name, equation in _layer(cfg, traits, has_experts, has_indexer):
       sources.setdefault(('mtp', 'block', *path), []).append((index, prefix + name, equation))
   return {
       path: Array(
           shapes[path],
           [Tensor(name, i, equation, shapes[path][len(i) :]) for i, name, equation in pieces],
-          quantizable=pieces[0][1].split('.')[-2] in traits.tensors.quantized,
+          quantizable=_is_quantizable(pieces[0][1], traits),
       )
       for path, pieces in sources.items()
+      if path in shapes
   }
+
+
+def _is_quantizable(name: str, family: Family) -> bool:
+  *_, module, kind = name.split('.')
+  return kind == 'weight' and module in family.tensors.quantized
 
 
 def _layer(
@@ -102,9 +117,9 @@ def _layer(
 ) -> Iterator[tuple[Path, tuple[int, ...], str, str]]:
   """Yields path, index beyond the layer, name and equation of every tensor of a layer."""
   tensors = family.tensors
-  for path, (name, equation) in (
-      *tensors.layer.items(), *(tensors.moe if has_experts else tensors.mlp).items()
-  ):  # fmt: skip
+  attention = {**tensors.layer, **({} if cfg.q_lora_rank else tensors.without_q_latent)}
+  names = {**attention, **(tensors.moe if has_experts else tensors.mlp)}
+  for path, (name, equation) in names.items():
     parts = tuple(path.split('/'))
     if 'indexer' in parts and not has_indexer:
       continue
@@ -115,12 +130,18 @@ def _layer(
       yield parts, (), name, equation
 
 
-def mtp_copies(cfg: ModelConfig, family: str) -> dict[str, str]:
-  """Returns the names of what the MTP layer repeats, each with the name of its original."""
-  if not cfg.n_mtp_layers:
-    return {}
-  copies = FAMILIES[family].tensors.mtp_copies
-  return {f'model.layers.{cfg.n_layers}.{name}': original for name, original in copies.items()}
+def copies_of(cfg: ModelConfig, family: str) -> dict[str, str]:
+  """Returns the names of tensors that may repeat others, each with the name of its original.
+
+  They are the head where it is the embedding, and what the MTP layer shares with the model.
+  """
+  tensors, copies = FAMILIES[family].tensors, {}
+  if cfg.tie_embeddings:
+    copies[tensors.model['head'][0]] = tensors.model['embed'][0]
+  if cfg.n_mtp_layers:
+    prefix = f'model.layers.{cfg.n_layers}.'
+    copies |= {prefix + name: original for name, original in tensors.mtp_copies.items()}
+  return copies
 
 
 @functools.lru_cache(maxsize=8)

@@ -1,13 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """The families of released models, one file each, by the `model_type` of their config.json."""
 
-from dsa_jax.families import deepseek, glm
+from dsa_jax.families import deepseek, glm, llama, qwen
 
 FAMILIES = {
     'deepseek_v32': deepseek.V32_FAMILY,
     'deepseek_v3': deepseek.V3_FAMILY,
+    'deepseek_v2': deepseek.V2_FAMILY,
     'kimi_k2': deepseek.KIMI_FAMILY,
     'glm_moe_dsa': glm.FAMILY,
+    'glm4_moe': glm.FAMILY_4,
+    'llama': llama.LLAMA_FAMILY,
+    'mistral': llama.MISTRAL_FAMILY,
+    'smollm3': llama.SMOLLM3_FAMILY,
+    'qwen2': qwen.QWEN2_FAMILY,
+    'qwen3': qwen.QWEN3_FAMILY,
+    'qwen3_moe': qwen.QWEN3_MOE_FAMILY,
 }
 
 # The released models by short names, as commands and reports name them.

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""DeepSeek-V3, which Kimi K2 is too, and DeepSeek-V3.2, its like with an indexer in every layer."""
+"""DeepSeek-V2, V3, which Kimi K2 and Moonlight are too, and V3.2, which has indexers."""
 
 import dataclasses
 
 from dsa_jax.config import ModelConfig
-from dsa_jax.families.family import Family, TensorNames
+from dsa_jax.families.family import INDEXER, Family, TensorNames
 
 DEEPSEEK_V32 = ModelConfig(rope_type='yarn')  # The defaults are this model's sizes.
 DEEPSEEK_V3 = DEEPSEEK_V32  # With the indexers that V3.2 added to it.
@@ -24,13 +24,10 @@ TENSORS = TensorNames(
         'attn/kv_norm/scale': ('self_attn.kv_a_layernorm.weight', 'c -> c'),
         'attn/wkv_b': ('self_attn.kv_b_proj.weight', '(h e) c -> c h e'),
         'attn/wo': ('self_attn.o_proj.weight', 'd (h v) -> h v d'),
-        'attn/indexer/wq_b': ('self_attn.indexer.wq_b.weight', '(i j) q -> q i j'),
-        'attn/indexer/wk': ('self_attn.indexer.wk.weight', 'j d -> d j'),
-        'attn/indexer/k_norm/scale': ('self_attn.indexer.k_norm.weight', 'j -> j'),
-        'attn/indexer/k_norm/bias': ('self_attn.indexer.k_norm.bias', 'j -> j'),
-        'attn/indexer/weights_proj': ('self_attn.indexer.weights_proj.weight', 'i d -> d i'),
+        **INDEXER,
         'ffn_norm/scale': ('post_attention_layernorm.weight', 'd -> d'),
     },
+    without_q_latent={'attn/wq_b': ('self_attn.q_proj.weight', '(h e) d -> d h e')},
     mlp={
         'ffn/w1': ('mlp.gate_proj.weight', 'f d -> d f'),
         'ffn/w3': ('mlp.up_proj.weight', 'f d -> d f'),
@@ -57,10 +54,18 @@ TENSORS = TensorNames(
         'shared_head.head.weight': 'lm_head.weight',
     },
     quantized=(
-        'q_a_proj', 'q_b_proj', 'kv_a_proj_with_mqa', 'kv_b_proj', 'o_proj', 'wq_b', 'wk',
+        'q_a_proj', 'q_b_proj', 'q_proj', 'kv_a_proj_with_mqa', 'kv_b_proj', 'o_proj', 'wq_b', 'wk',
         'gate_proj', 'up_proj', 'down_proj',
     ),
 )  # fmt: skip
+
+YARN = {
+    'factor': 'rope_factor',
+    'original_max_position_embeddings': 'original_seq_len',
+    'beta_fast': 'beta_fast',
+    'beta_slow': 'beta_slow',
+    'mscale': 'mscale',
+}
 
 V32_FAMILY = Family(
     architecture='DeepseekV32ForCausalLM',
@@ -80,25 +85,13 @@ V32_FAMILY = Family(
         'moe_intermediate_size': 'moe_inter_dim',
         'routed_scaling_factor': 'route_scale',
         'num_attention_heads': 'n_heads',
-        'q_lora_rank': 'q_lora_rank',
         'kv_lora_rank': 'kv_lora_rank',
         'qk_nope_head_dim': 'qk_nope_head_dim',
         'qk_rope_head_dim': 'qk_rope_head_dim',
         'v_head_dim': 'v_head_dim',
         'max_position_embeddings': 'max_seq_len',
     },
-    indexer_fields={
-        'index_n_heads': 'index_n_heads',
-        'index_head_dim': 'index_head_dim',
-        'index_topk': 'index_topk',
-    },
-    yarn_fields={
-        'factor': 'rope_factor',
-        'original_max_position_embeddings': 'original_seq_len',
-        'beta_fast': 'beta_fast',
-        'beta_slow': 'beta_slow',
-        'mscale': 'mscale',
-    },
+    optional={'q_lora_rank': ('q_lora_rank', 0)},
     fixed={
         'hidden_act': 'silu',
         'attention_bias': False,
@@ -108,6 +101,14 @@ V32_FAMILY = Family(
         'topk_method': 'noaux_tc',
         'moe_layer_freq': 1,
         'mlp_bias': False,
+    },
+    neutral={'rope_interleave': True, 'qkv_bias': False, 'use_qk_norm': False, 'use_mla': True},
+    layer_keys=('first_k_dense_replace', 'mlp_layer_types', 'num_nextn_predict_layers'),
+    ropes={'yarn': YARN, 'default': {}},
+    indexer_fields={
+        'index_n_heads': 'index_n_heads',
+        'index_head_dim': 'index_head_dim',
+        'index_topk': 'index_topk',
     },
     norms='F32',
 )
@@ -119,3 +120,23 @@ V3_FAMILY = dataclasses.replace(
     norms='BF16',
 )
 KIMI_FAMILY = dataclasses.replace(V3_FAMILY, sizes={})  # Kimi K2 is a DeepSeek-V3 of other sizes.
+V2_FAMILY = dataclasses.replace(
+    V3_FAMILY,
+    architecture='DeepseekV2ForCausalLM',
+    sizes={},
+    tensors=dataclasses.replace(TENSORS, mtp={}, mtp_copies={}),
+    fields={key: field for key, field in V3_FAMILY.fields.items() if 'group' not in key},
+    optional=V3_FAMILY.optional | {
+        'n_group': ('n_expert_groups', 1),
+        'topk_group': ('n_limited_groups', 1),
+        'topk_method': ('topk_method', 'greedy'),
+    },
+    constants={'score_func': 'softmax', 'norm_topk_prob': False},
+    fixed={key: value for key, value in V3_FAMILY.fixed.items() if key != 'topk_method'} | {
+        'scoring_func': 'softmax',
+        'norm_topk_prob': False,
+    },
+    layer_keys=('first_k_dense_replace',),
+    may_have_indexer=True,
+    lists_indexers=True,
+)  # fmt: skip

@@ -11,18 +11,34 @@ from dsa_jax.config import ModelConfig
 # it has there into ours.
 Names = Mapping[str, tuple[str, str]]
 
+# The names of an indexer's tensors, in whichever family it is.
+INDEXER: Names = {
+    'attn/indexer/wq_b': ('self_attn.indexer.wq_b.weight', '(i j) q -> q i j'),
+    'attn/indexer/wk': ('self_attn.indexer.wk.weight', 'j d -> d j'),
+    'attn/indexer/k_norm/scale': ('self_attn.indexer.k_norm.weight', 'j -> j'),
+    'attn/indexer/k_norm/bias': ('self_attn.indexer.k_norm.bias', 'j -> j'),
+    'attn/indexer/weights_proj': ('self_attn.indexer.weights_proj.weight', 'i d -> d i'),
+}
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TensorNames:
-  """Where each weight of the model lies in the family's checkpoints."""
+  """Where each weight of the model lies in the family's checkpoints.
+
+  A name may stand for a weight that only some models of the family have, such as a bias.
+  """
 
   model: Names  # Weights outside the layers.
   layer: Names  # Weights of every layer, under `model.layers.N.`; those of the indexer among them.
+  # Weights whose names are others in a model that has no query latent.
+  without_q_latent: Names = dataclasses.field(default_factory=dict)
   mlp: Names  # Weights of a layer that has an MLP.
-  moe: Names  # Weights of a layer that has experts; {} in a name is the number of an expert.
-  mtp: Names  # Weights of the MTP layer beside those that it has as a layer.
+  # Weights of a layer that has experts; {} in a name is the number of an expert.
+  moe: Names = dataclasses.field(default_factory=dict)
+  # Weights of the MTP layer beside those that it has as a layer.
+  mtp: Names = dataclasses.field(default_factory=dict)
   # Tensors of the MTP layer that repeat tensors of the model, which our MTP layer shares.
-  mtp_copies: Mapping[str, str]
+  mtp_copies: Mapping[str, str] = dataclasses.field(default_factory=dict)
   # The last part of the names of those matrices that are FP8 in a quantised checkpoint.
   quantized: tuple[str, ...]
 
@@ -37,14 +53,37 @@ class Family:
 
   # The keys of config.json, each with the field of ModelConfig that has the same value.
   fields: Mapping[str, str]
-  indexer_fields: Mapping[str, str]  # The keys that only a family with an indexer has.
-  yarn_fields: Mapping[str, str]  # The keys of `rope_scaling`.
+  # Keys that may be absent or null, each with its field and the value that this means.
+  optional: Mapping[str, tuple[str, Any]] = dataclasses.field(default_factory=dict)
+  # The fields that have one value in all models of the family.
+  constants: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   # Keys whose values the model is built for; a config.json with another value is of another model.
   fixed: Mapping[str, Any]
+  # More keys of this kind, which an export does not write.
+  neutral: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  ignored: tuple[str, ...] = ()  # Keys that change nothing while the fixed ones are as they are.
+  # Keys that must be there, even as null, because loaders take another value for an absent one.
+  explicit: tuple[str, ...] = ()
+  # Keys that say which layers are of which kind, or are extra ones; see `convert.layers_json`.
+  layer_keys: tuple[str, ...] = ()
+  # Where config.json is silent, the last of every so many layers rotates nothing. 0: all rotate.
+  nope_interval: int = 0
+
+  # The kinds of rotary positions, each with the keys of its section and their fields.
+  ropes: Mapping[str, Mapping[str, str]]
+  rope_theta: float | None = None  # The base, where config.json is silent. None: it must say.
+  # The share of a head that is rotated, where config.json is silent. None: it cannot be chosen.
+  rotary_share: float | None = None
 
   has_indexer: bool = True  # Without one, an import makes fresh indexers.
+  # Whether a checkpoint of a family without indexers may have some that this package has trained. Its
+  # config.json then has the keys of `indexer_fields`.
+  may_have_indexer: bool = False
+  indexer_fields: Mapping[str, str]  # The keys that only a model with an indexer has.
+  fresh_indexer: Mapping[str, int] = dataclasses.field(default_factory=dict)  # Sizes of fresh ones.
   # Whether the indexer rotates pairs of neighbouring channels, where config.json does not say.
   indexer_rope_interleave: bool = False
   lists_indexers: bool = False  # Whether config.json lists the layers that have an indexer.
+
   norms: str = 'BF16'  # The dtype of norm weights, where an import does not say.
-  repeats_embedding: bool = True  # Whether `mtp_copies` are written, where an import does not say.
+  repeats_embedding: bool = True  # Whether copies are written, where an import does not say.

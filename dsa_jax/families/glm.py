@@ -1,10 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""GLM-5 and GLM-5.2: DeepSeek-V3.2 with other sizes, without YaRN and without groups of experts."""
+"""GLM-5 and 5.2: DeepSeek-V3.2 with other sizes, without YaRN and without groups of experts.
+
+GLM-4.5 to 4.7 came before them: DeepSeek's experts, and grouped-query attention that rotates half of
+each head.
+"""
 
 import dataclasses
 
 from dsa_jax.config import ModelConfig
-from dsa_jax.families import deepseek
+from dsa_jax.families import deepseek, llama, qwen
 
 GLM_5 = ModelConfig(
     vocab_size=154_880,
@@ -53,3 +57,30 @@ FAMILY = dataclasses.replace(
     norms='BF16',
     repeats_embedding=False,
 )
+
+FAMILY_4 = dataclasses.replace(
+    llama.LLAMA_FAMILY,
+    architecture='Glm4MoeForCausalLM',
+    tensors=dataclasses.replace(
+        deepseek.TENSORS,
+        layer=llama.TENSORS.layer | qwen.BIASES | qwen.HEAD_NORMS,
+        without_q_latent={},
+        quantized=llama.TENSORS.quantized,
+    ),
+    fields=llama.LLAMA_FAMILY.fields | {
+        key: deepseek.V3_FAMILY.fields[key]
+        for key in (
+            'n_routed_experts', 'n_shared_experts', 'num_experts_per_tok', 'n_group', 'topk_group',
+            'moe_intermediate_size', 'routed_scaling_factor',
+        )
+    },
+    optional={
+        'attention_bias': ('qkv_bias', False),
+        'use_qk_norm': ('qk_norm', False),
+        'norm_topk_prob': ('norm_topk_prob', True),
+    },
+    fixed={'hidden_act': 'silu', 'tie_word_embeddings': False},
+    neutral={'scoring_func': 'sigmoid', 'topk_method': 'noaux_tc'},
+    layer_keys=deepseek.V3_FAMILY.layer_keys,
+    rotary_share=0.5,
+)  # fmt: skip

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The checkpoints of other runs that a recipe starts from, looked at before anything is trained."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 import dataclasses
 import difflib
 import json
@@ -120,15 +120,22 @@ def model_record(folder: pathlib.Path) -> dict[str, Any] | None:
   return None
 
 
-def _check_function(theirs: ModelConfig, ours: ModelConfig, may_differ, where: str, name: str):
-  skipped = {*FREE, *may_differ}
-  kinds = {theirs.rope_kind, ours.rope_kind}
+def differing_fields(
+    theirs: ModelConfig, ours: ModelConfig, may_differ: Collection[str] = FREE
+) -> list[str]:
+  """Returns the fields in which two models differ and which their functions depend on."""
+  skipped, kinds = set(may_differ), {theirs.rope_kind, ours.rope_kind}
   skipped |= {field for field, used_by in OF_ROPE_KINDS.items() if not kinds & set(used_by)}
   if theirs.n_dense_layers == theirs.n_layers == ours.n_dense_layers:
     skipped |= OF_EXPERTS
-  fields = [field.name for field in dataclasses.fields(ModelConfig) if field.name not in skipped]
-  rows = [f'{f}: {getattr(theirs, f)} there, {getattr(ours, f)} here' for f in fields]
-  rows = [row for f, row in zip(fields, rows) if getattr(theirs, f) != getattr(ours, f)]
+  names = [field.name for field in dataclasses.fields(ModelConfig) if field.name not in skipped]
+  return [name for name in names if getattr(theirs, name) != getattr(ours, name)]
+
+
+def _check_function(theirs: ModelConfig, ours: ModelConfig, may_differ, where: str, name: str):
+  fields = differing_fields(theirs, ours, {*FREE, *may_differ})
+  rows = [f'{field}: {getattr(theirs, field)} there, {getattr(ours, field)} here' for field in fields]
+  kinds = {theirs.rope_kind, ours.rope_kind}
   if len(kinds) > 1 and 'rope_type' not in may_differ:
     rows.append(f'rope_type: {theirs.rope_kind} there, {ours.rope_kind} here')
   if rows:

@@ -128,7 +128,7 @@ def test_every_weight_is_in_its_place(variant):
 
 
 def layout_of(family: str, cfg: ModelConfig):
-  source = Checkpoint(pathlib.Path(), family, cfg, {}, arrays_of(cfg, family), {}, {})
+  source = Checkpoint(pathlib.Path(), family, cfg, True, {}, arrays_of(cfg, family), {}, {})
   return list(_outs(source, quantized=True))
 
 
@@ -280,7 +280,7 @@ def test_a_dense_release_becomes_a_sparse_model(tmp_path):
   config = deepseek_v32.get_config('tiny')
   model, family = config.model.to_dict(), FAMILIES['deepseek_v32']
   source = released.V3 | {key: model[field] for key, field in family.fields.items()}
-  yarn = {key: model[field] for key, field in family.yarn_fields.items()}
+  yarn = {key: model[field] for key, field in family.ropes['yarn'].items()}
   source['rope_scaling'] = {'type': 'yarn', 'mscale_all_dim': yarn['mscale']} | yarn
   source |= {'first_k_dense_replace': 1, 'num_nextn_predict_layers': 1}
   released.write(tmp_path / 'v3', source, released.random_tensors(source))

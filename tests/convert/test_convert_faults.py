@@ -122,7 +122,7 @@ def test_index_leads_out_of_the_folder(source):
 @pytest.mark.parametrize(
     'changes, message',
     [
-        ({'model_type': 'llama'}, "model_type='llama' must be one of"),
+        ({'model_type': 'gpt2'}, "model_type='gpt2' must be one of"),
         ({'hidden_size': -1}, 'hidden_size=-1 must be positive'),
         ({'hidden_size': '160'}, "hidden_size='160' must be a number"),
         ({'n_group': 3}, 'n_routed_experts=4 must be a multiple'),

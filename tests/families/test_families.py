@@ -13,7 +13,7 @@ from configs import deepseek_v32
 from dsa_jax.compile import cases
 from dsa_jax.config import ModelConfig
 from dsa_jax.convert.config_json import read_config, write_config
-from dsa_jax.convert.tensors import arrays_of, mtp_copies
+from dsa_jax.convert.tensors import arrays_of, copies_of
 from dsa_jax.families import FAMILIES, SIZES
 from dsa_jax.families.deepseek import DEEPSEEK_V32
 
@@ -45,13 +45,13 @@ def test_names_are_of_weights_and_fields_that_there_are(family):
   """Every name is of one tensor, and every key of config.json is of a field of ModelConfig."""
   traits = FAMILIES[family]
   fields = {field.name for field in dataclasses.fields(ModelConfig)}
-  named = {**traits.fields, **traits.indexer_fields, **traits.yarn_fields}
+  named = {**traits.fields, **traits.indexer_fields}
   assert set(named.values()) <= fields
   small = few_layers(DEEPSEEK_V32)
   names = [t.name for array in arrays_of(small, family).values() for t in array.tensors]
   assert len(names) == len(set(names))
   assert any(array.quantizable for array in arrays_of(small, family).values())
-  for copy, original in mtp_copies(small, family).items():
+  for copy, original in copies_of(small, family).items():
     assert copy not in names and original in names
   assert any('.indexer.' in name for name in names) == traits.has_indexer
 

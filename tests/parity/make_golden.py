@@ -18,6 +18,7 @@ import pathlib
 import shutil
 import tempfile
 
+from dense_cases import DENSE_CASES
 import numpy as np
 import torch
 from torch.overrides import TorchFunctionMode
@@ -118,10 +119,12 @@ CASES = {
         first_k_dense_replace=1,
         rope_parameters=dict(rope_theta=1_000_000, rope_type='default'),
     ),
+    **DENSE_CASES,
 }
 SAVED_CONFIG = ('glm_moe_dsa_full',)
 SHARDED = {'glm_moe_dsa': '225KB'}
 SEQ_LEN = 96
+DENSE_SHAPE = 1, 80  # Of the tokens of DENSE_CASES.
 
 
 class Watch(TorchFunctionMode):
@@ -200,7 +203,7 @@ def randomize(model):
         continue
       if name.endswith('e_score_correction_bias'):
         x.copy_(torch.randn(x.shape) * 0.03)
-      elif name.endswith('norm.bias'):
+      elif name.endswith('.bias'):
         x.copy_(torch.randn(x.shape) * 0.3)
       elif x.ndim == 1:
         x.copy_(torch.rand(x.shape) + 0.5)
@@ -287,12 +290,13 @@ def golden(model, tokens):
 def build(config_path, seed):
   """A random model and tokens for it."""
   torch.manual_seed(seed)
+  shape = DENSE_SHAPE if config_path.parent.name in DENSE_CASES else (2, SEQ_LEN)
   config = transformers.AutoConfig.from_pretrained(config_path)
   model = transformers.AutoModelForCausalLM.from_config(
       config, dtype=torch.float32, attn_implementation='eager'
   ).eval()
   randomize(model)
-  return model, torch.randint(config.vocab_size, (2, SEQ_LEN))
+  return model, torch.randint(config.vocab_size, shape)
 
 
 def make(name, folder):

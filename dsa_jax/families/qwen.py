@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Qwen2 and 2.5, whose attention has biases, Qwen3, whose heads are normed, and Qwen3's experts."""
+
+import dataclasses
+
+from dsa_jax.families import llama
+from dsa_jax.families.deepseek import TENSORS as DEEPSEEK_TENSORS
+
+BIASES = {
+    'attn/bq': ('self_attn.q_proj.bias', '(h e) -> h e'),
+    'attn/bk': ('self_attn.k_proj.bias', '(g e) -> g e'),
+    'attn/bv': ('self_attn.v_proj.bias', '(g v) -> g v'),
+}
+HEAD_NORMS = {
+    'attn/q_norm/scale': ('self_attn.q_norm.weight', 'e -> e'),
+    'attn/k_norm/scale': ('self_attn.k_norm.weight', 'e -> e'),
+}
+
+QWEN2_FAMILY = dataclasses.replace(
+    llama.LLAMA_FAMILY,
+    architecture='Qwen2ForCausalLM',
+    tensors=dataclasses.replace(llama.TENSORS, layer=llama.TENSORS.layer | BIASES),
+    constants=llama.GQA | {'qkv_bias': True},
+    fixed={'hidden_act': 'silu', 'use_sliding_window': False},
+    neutral={'use_mrope': False},
+    ignored=('sliding_window', 'max_window_layers'),
+)
+QWEN3_FAMILY = dataclasses.replace(
+    QWEN2_FAMILY,
+    architecture='Qwen3ForCausalLM',
+    tensors=dataclasses.replace(llama.TENSORS, layer=llama.TENSORS.layer | HEAD_NORMS),
+    constants=llama.GQA | {'qk_norm': True},
+    fixed=QWEN2_FAMILY.fixed | {'attention_bias': False},
+    neutral={},
+)
+QWEN3_MOE_FAMILY = dataclasses.replace(
+    QWEN3_FAMILY,
+    architecture='Qwen3MoeForCausalLM',
+    tensors=dataclasses.replace(
+        QWEN3_FAMILY.tensors,
+        moe={
+            name: DEEPSEEK_TENSORS.moe[name] for name in ('ffn/gate', 'ffn/w1', 'ffn/w3', 'ffn/w2')
+        },
+    ),
+    fields=QWEN3_FAMILY.fields | {
+        'num_experts': 'n_routed_experts',
+        'num_experts_per_tok': 'n_activated_experts',
+        'moe_intermediate_size': 'moe_inter_dim',
+    },
+    optional=QWEN3_FAMILY.optional | {'norm_topk_prob': ('norm_topk_prob', False)},
+    constants=QWEN3_FAMILY.constants | {
+        'n_shared_experts': 0,
+        'n_expert_groups': 1,
+        'n_limited_groups': 1,
+        'route_scale': 1.0,
+        'score_func': 'softmax',
+        'topk_method': 'greedy',
+    },
+    fixed=QWEN3_FAMILY.fixed | {'decoder_sparse_step': 1},
+    layer_keys=('mlp_only_layers',),
+)  # fmt: skip
