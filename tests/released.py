@@ -73,6 +73,116 @@ CONFIGS['glm52'] = CONFIGS['glm5'] | {
     'max_position_embeddings': 1048576, 'index_topk_freq': 4, 'index_skip_topk_offset': 3,
     'rope_parameters': {'rope_theta': 8e6, 'rope_type': 'default'},
 }  # fmt: skip
+CONFIGS['v2_lite'] = {
+    'model_type': 'deepseek_v2', 'vocab_size': 102400, 'hidden_size': 2048, 'n_group': 1,
+    'intermediate_size': 10944, 'moe_intermediate_size': 1408, 'num_hidden_layers': 27,
+    'num_attention_heads': 16, 'num_key_value_heads': 16, 'n_shared_experts': 2,
+    'n_routed_experts': 64, 'topk_group': 1, 'topk_method': 'greedy', 'scoring_func': 'softmax',
+    'routed_scaling_factor': 1.0, 'kv_lora_rank': 512, 'q_lora_rank': None, 'qk_rope_head_dim': 64,
+    'v_head_dim': 128, 'qk_nope_head_dim': 128, 'num_experts_per_tok': 6, 'norm_topk_prob': False,
+    'rms_norm_eps': 1e-6, 'max_position_embeddings': 163840, 'first_k_dense_replace': 1,
+    'rope_theta': 10000, 'torch_dtype': 'bfloat16', 'moe_layer_freq': 1, 'tie_word_embeddings': False,
+    'rope_scaling': {
+        'type': 'yarn', 'factor': 40, 'original_max_position_embeddings': 4096, 'beta_fast': 32,
+        'beta_slow': 1, 'mscale': 0.707, 'mscale_all_dim': 0.707,
+    },
+}  # fmt: skip
+CONFIGS['moonlight'] = {k: v for k, v in CONFIGS['v2_lite'].items() if k != 'rope_scaling'} | {
+    'model_type': 'deepseek_v3', 'vocab_size': 163840, 'intermediate_size': 11264,
+    'rms_norm_eps': 1e-5, 'routed_scaling_factor': 2.446, 'scoring_func': 'sigmoid',
+    'topk_method': 'noaux_tc', 'norm_topk_prob': True, 'rope_theta': 50000.0,
+    'max_position_embeddings': 8192, 'num_nextn_predict_layers': 0,
+}  # fmt: skip
+CONFIGS['llama3_8b'] = {
+    'model_type': 'llama', 'vocab_size': 128256, 'hidden_size': 4096, 'intermediate_size': 14336,
+    'num_hidden_layers': 32, 'num_attention_heads': 32, 'num_key_value_heads': 8,
+    'max_position_embeddings': 8192, 'rms_norm_eps': 1e-5, 'rope_theta': 500000.0,
+    'rope_scaling': None, 'tie_word_embeddings': False, 'torch_dtype': 'bfloat16',
+}  # fmt: skip
+CONFIGS['llama32_1b'] = CONFIGS['llama3_8b'] | {
+    'hidden_size': 2048, 'intermediate_size': 8192, 'num_hidden_layers': 16, 'head_dim': 64,
+    'max_position_embeddings': 131072, 'tie_word_embeddings': True,
+    'rope_scaling': {
+        'factor': 32.0, 'high_freq_factor': 4.0, 'low_freq_factor': 1.0,
+        'original_max_position_embeddings': 8192, 'rope_type': 'llama3',
+    },
+}  # fmt: skip
+CONFIGS['smollm2_135m'] = CONFIGS['llama3_8b'] | {
+    'vocab_size': 49152, 'hidden_size': 576, 'intermediate_size': 1536, 'num_hidden_layers': 30,
+    'num_attention_heads': 9, 'num_key_value_heads': 3, 'rope_theta': 100000,
+    'tie_word_embeddings': True, 'is_llama_config': True, 'rope_interleaved': False,
+}  # fmt: skip
+CONFIGS['smollm2_360m'] = CONFIGS['smollm2_135m'] | {
+    'hidden_size': 960, 'intermediate_size': 2560, 'num_hidden_layers': 32,
+    'num_attention_heads': 15, 'num_key_value_heads': 5,
+}  # fmt: skip
+CONFIGS['smollm2_1_7b'] = CONFIGS['smollm2_135m'] | {
+    'hidden_size': 2048, 'intermediate_size': 8192, 'num_hidden_layers': 24,
+    'num_attention_heads': 32, 'num_key_value_heads': 32, 'rope_theta': 130000,
+}  # fmt: skip
+CONFIGS['mistral_7b_v03'] = CONFIGS['llama3_8b'] | {
+    'model_type': 'mistral', 'vocab_size': 32768, 'max_position_embeddings': 32768,
+    'rope_theta': 1e6, 'sliding_window': None,
+}  # fmt: skip
+CONFIGS['smollm3_3b'] = CONFIGS['llama3_8b'] | {
+    'model_type': 'smollm3', 'hidden_size': 2048, 'intermediate_size': 11008,
+    'num_hidden_layers': 36, 'num_attention_heads': 16, 'num_key_value_heads': 4,
+    'max_position_embeddings': 65536, 'rms_norm_eps': 1e-6, 'rope_theta': 5e6,
+    'tie_word_embeddings': True, 'no_rope_layers': [1, 1, 1, 0] * 9, 'no_rope_layer_interval': 4,
+    'use_sliding_window': False, 'sliding_window': None, 'max_window_layers': 28,
+}  # fmt: skip
+CONFIGS['qwen25_0_5b'] = {
+    'model_type': 'qwen2', 'vocab_size': 151936, 'hidden_size': 896, 'intermediate_size': 4864,
+    'num_hidden_layers': 24, 'num_attention_heads': 14, 'num_key_value_heads': 2,
+    'max_position_embeddings': 32768, 'rms_norm_eps': 1e-6, 'rope_theta': 1e6,
+    'tie_word_embeddings': True, 'use_mrope': False, 'use_sliding_window': False,
+    'sliding_window': 32768, 'max_window_layers': 24, 'torch_dtype': 'bfloat16',
+}  # fmt: skip
+CONFIGS['qwen3_0_6b'] = {
+    'model_type': 'qwen3', 'vocab_size': 151936, 'hidden_size': 1024, 'intermediate_size': 3072,
+    'num_hidden_layers': 28, 'num_attention_heads': 16, 'num_key_value_heads': 8, 'head_dim': 128,
+    'max_position_embeddings': 40960, 'rms_norm_eps': 1e-6, 'rope_theta': 1000000,
+    'rope_scaling': None, 'tie_word_embeddings': True, 'attention_bias': False,
+    'use_sliding_window': False, 'sliding_window': None, 'max_window_layers': 28,
+    'torch_dtype': 'bfloat16',
+}  # fmt: skip
+CONFIGS['qwen3_8b'] = CONFIGS['qwen3_0_6b'] | {
+    'hidden_size': 4096, 'intermediate_size': 12288, 'num_hidden_layers': 36,
+    'num_attention_heads': 32, 'tie_word_embeddings': False,
+}  # fmt: skip
+CONFIGS['qwen3_30b_a3b'] = CONFIGS['qwen3_8b'] | {
+    'model_type': 'qwen3_moe', 'hidden_size': 2048, 'intermediate_size': 6144,
+    'num_hidden_layers': 48, 'num_key_value_heads': 4, 'num_experts': 128, 'num_experts_per_tok': 8,
+    'moe_intermediate_size': 768, 'norm_topk_prob': True, 'decoder_sparse_step': 1,
+    'mlp_only_layers': [], 'output_router_logits': False, 'router_aux_loss_coef': 0.001,
+}  # fmt: skip
+CONFIGS['glm45_air'] = {
+    'model_type': 'glm4_moe', 'vocab_size': 151552, 'hidden_size': 4096, 'intermediate_size': 10944,
+    'num_hidden_layers': 46, 'num_attention_heads': 96, 'num_key_value_heads': 8, 'head_dim': 128,
+    'max_position_embeddings': 131072, 'rms_norm_eps': 1e-5, 'rope_theta': 1000000,
+    'rope_scaling': None, 'partial_rotary_factor': 0.5, 'attention_bias': True,
+    'use_qk_norm': False, 'moe_intermediate_size': 1408, 'n_routed_experts': 128,
+    'n_shared_experts': 1, 'num_experts_per_tok': 8, 'n_group': 1, 'topk_group': 1,
+    'norm_topk_prob': True, 'routed_scaling_factor': 1.0, 'first_k_dense_replace': 1,
+    'num_nextn_predict_layers': 1, 'tie_word_embeddings': False, 'torch_dtype': 'bfloat16',
+}  # fmt: skip
+
+# The number of weights that the models' public pages say, without MTP layers.
+PARAMETERS = {
+    'v2_lite': 15_706_484_224,
+    'llama3_8b': 8_030_261_248,
+    'llama32_1b': 1_235_814_400,
+    'smollm2_135m': 134_515_008,
+    'smollm2_360m': 361_821_120,
+    'smollm2_1_7b': 1_711_376_384,
+    'mistral_7b_v03': 7_248_023_552,
+    'smollm3_3b': 3_075_098_624,
+    'qwen25_0_5b': 494_032_768,
+    'qwen3_0_6b': 596_049_920,
+    'qwen3_8b': 8_190_735_360,
+    'qwen3_30b_a3b': 30_532_122_624,
+    'glm45_air': 106_852_245_504 + 45 * 128,  # The biases of routers were not counted.
+}
 
 
 def layout(c: dict, *, fp8: bool = True, norms: str = 'F32') -> dict[str, tuple[tuple, str]]:

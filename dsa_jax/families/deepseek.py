@@ -8,6 +8,43 @@ from dsa_jax.families.family import INDEXER, Family, TensorNames
 
 DEEPSEEK_V32 = ModelConfig(rope_type='yarn')  # The defaults are this model's sizes.
 DEEPSEEK_V3 = DEEPSEEK_V32  # With the indexers that V3.2 added to it.
+DEEPSEEK_V2_LITE = ModelConfig(
+    vocab_size=102_400,
+    dim=2048,
+    n_layers=27,
+    n_dense_layers=1,
+    inter_dim=10_944,
+    norm_eps=1e-6,
+    n_routed_experts=64,
+    n_shared_experts=2,
+    n_activated_experts=6,
+    n_expert_groups=1,
+    n_limited_groups=1,
+    moe_inter_dim=1408,
+    route_scale=1.0,
+    score_func='softmax',
+    topk_method='greedy',
+    norm_topk_prob=False,
+    n_heads=16,
+    q_lora_rank=0,
+    rope_type='yarn',
+    mscale=0.707,
+)
+MOONLIGHT_16B_A3B = dataclasses.replace(
+    DEEPSEEK_V2_LITE,
+    vocab_size=163_840,
+    inter_dim=11_264,
+    norm_eps=1e-5,
+    route_scale=2.446,
+    score_func='sigmoid',
+    topk_method='noaux_tc',
+    norm_topk_prob=True,
+    rope_type='default',
+    max_seq_len=8192,
+    original_seq_len=8192,
+    rope_theta=50_000.0,
+    mscale=1.0,
+)
 
 TENSORS = TensorNames(
     model={
@@ -115,7 +152,7 @@ V32_FAMILY = Family(
 V3_FAMILY = dataclasses.replace(
     V32_FAMILY,
     architecture='DeepseekV3ForCausalLM',
-    sizes={'v3': DEEPSEEK_V3},
+    sizes={'v3': DEEPSEEK_V3, 'moonlight': MOONLIGHT_16B_A3B},
     has_indexer=False,
     norms='BF16',
 )
@@ -123,7 +160,7 @@ KIMI_FAMILY = dataclasses.replace(V3_FAMILY, sizes={})  # Kimi K2 is a DeepSeek-
 V2_FAMILY = dataclasses.replace(
     V3_FAMILY,
     architecture='DeepseekV2ForCausalLM',
-    sizes={},
+    sizes={'v2_lite': DEEPSEEK_V2_LITE},
     tensors=dataclasses.replace(TENSORS, mtp={}, mtp_copies={}),
     fields={key: field for key, field in V3_FAMILY.fields.items() if 'group' not in key},
     optional=V3_FAMILY.optional | {

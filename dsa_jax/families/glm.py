@@ -47,6 +47,28 @@ GLM_52 = dataclasses.replace(
     original_seq_len=1_048_576,
     rope_theta=8e6,
 )
+GLM_45_AIR = llama.with_heads(
+    128,
+    rotated=64,
+    vocab_size=151_552,
+    dim=4096,
+    n_layers=46,
+    n_dense_layers=1,
+    inter_dim=10_944,
+    norm_eps=1e-5,
+    n_routed_experts=128,
+    n_shared_experts=1,
+    n_activated_experts=8,
+    n_expert_groups=1,
+    n_limited_groups=1,
+    moe_inter_dim=1408,
+    route_scale=1.0,
+    n_heads=96,
+    n_kv_heads=8,
+    qkv_bias=True,
+    max_seq_len=131_072,
+    rope_theta=1e6,
+)
 
 FAMILY = dataclasses.replace(
     deepseek.V32_FAMILY,
@@ -61,6 +83,7 @@ FAMILY = dataclasses.replace(
 FAMILY_4 = dataclasses.replace(
     llama.LLAMA_FAMILY,
     architecture='Glm4MoeForCausalLM',
+    sizes={'glm45_air': GLM_45_AIR},
     tensors=dataclasses.replace(
         deepseek.TENSORS,
         layer=llama.TENSORS.layer | qwen.BIASES | qwen.HEAD_NORMS,

@@ -11,6 +11,96 @@ FRESH_INDEXER = {'index_n_heads': 16, 'index_head_dim': 64, 'index_rope_head_dim
 # What all models with grouped-query attention have in common.
 GQA = {'attention': 'gqa', 'q_lora_rank': 0, 'kv_lora_rank': 0, 'rope_interleave': False}
 
+
+def with_heads(head_dim: int, *, rotated: int | None = None, **sizes) -> ModelConfig:
+  """Returns a model with grouped-query attention, of which fresh indexers have the usual sizes.
+
+  Args:
+    head_dim: The width of queries, keys and values.
+    rotated: So many channels of it are rotated. None: all.
+    **sizes: Other fields of ModelConfig. What is not given of rotary positions says that there is
+      no scaling, and of experts that there are none.
+  """
+  rotated = rotated or head_dim
+  usual = {
+      'n_dense_layers': sizes['n_layers'],
+      'rope_type': 'default',
+      'original_seq_len': sizes['max_seq_len'],
+  }
+  heads = {
+      'qk_rope_head_dim': rotated, 'qk_nope_head_dim': head_dim - rotated, 'v_head_dim': head_dim,
+  }  # fmt: skip
+  return ModelConfig(**GQA | FRESH_INDEXER | usual | heads | sizes)
+
+
+LLAMA3_8B = with_heads(
+    128,
+    vocab_size=128_256,
+    dim=4096,
+    n_layers=32,
+    inter_dim=14_336,
+    norm_eps=1e-5,
+    n_heads=32,
+    n_kv_heads=8,
+    max_seq_len=8192,
+    rope_theta=500_000.0,
+)
+LLAMA32_1B = with_heads(
+    64,
+    vocab_size=128_256,
+    dim=2048,
+    n_layers=16,
+    inter_dim=8192,
+    norm_eps=1e-5,
+    tie_embeddings=True,
+    n_heads=32,
+    n_kv_heads=8,
+    rope_type='llama3',
+    max_seq_len=131_072,
+    original_seq_len=8192,
+    rope_theta=500_000.0,
+    rope_factor=32.0,
+    low_freq_factor=1.0,
+    high_freq_factor=4.0,
+)
+SMOLLM2_135M = with_heads(
+    64,
+    vocab_size=49_152,
+    dim=576,
+    n_layers=30,
+    inter_dim=1536,
+    norm_eps=1e-5,
+    tie_embeddings=True,
+    n_heads=9,
+    n_kv_heads=3,
+    max_seq_len=8192,
+    rope_theta=100_000.0,
+)
+SMOLLM2_360M = dataclasses.replace(
+    SMOLLM2_135M, dim=960, n_layers=32, n_dense_layers=32, inter_dim=2560, n_heads=15, n_kv_heads=5
+)
+SMOLLM2_1_7B = dataclasses.replace(
+    SMOLLM2_135M, dim=2048, n_layers=24, n_dense_layers=24, inter_dim=8192, n_heads=32,
+    n_kv_heads=32, rope_theta=130_000.0,
+)  # fmt: skip
+SMOLLM3_3B = with_heads(
+    128,
+    vocab_size=128_256,
+    dim=2048,
+    n_layers=36,
+    inter_dim=11_008,
+    norm_eps=1e-6,
+    tie_embeddings=True,
+    n_heads=16,
+    n_kv_heads=4,
+    nope_layers=range(3, 36, 4),
+    max_seq_len=65_536,
+    rope_theta=5e6,
+)
+MISTRAL_7B_V03 = dataclasses.replace(
+    LLAMA3_8B, vocab_size=32_768, max_seq_len=32_768, original_seq_len=32_768, rope_theta=1e6
+)
+
 TENSORS = TensorNames(
     model={
         'embed': ('model.embed_tokens.weight', 'w d -> w d'),
@@ -38,7 +128,13 @@ TENSORS = TensorNames(
 
 LLAMA_FAMILY = Family(
     architecture='LlamaForCausalLM',
-    sizes={},
+    sizes={
+        'llama3_8b': LLAMA3_8B,
+        'llama32_1b': LLAMA32_1B,
+        'smollm2_135m': SMOLLM2_135M,
+        'smollm2_360m': SMOLLM2_360M,
+        'smollm2_1_7b': SMOLLM2_1_7B,
+    },
     tensors=TENSORS,
     fields={
         'vocab_size': 'vocab_size',
@@ -78,6 +174,7 @@ LLAMA_FAMILY = Family(
 MISTRAL_FAMILY = dataclasses.replace(
     LLAMA_FAMILY,
     architecture='MistralForCausalLM',
+    sizes={'mistral_7b_v03': MISTRAL_7B_V03},
     fixed={'hidden_act': 'silu', 'sliding_window': None},
     neutral={},
     explicit=('sliding_window',),
@@ -85,6 +182,7 @@ MISTRAL_FAMILY = dataclasses.replace(
 SMOLLM3_FAMILY = dataclasses.replace(
     LLAMA_FAMILY,
     architecture='SmolLM3ForCausalLM',
+    sizes={'smollm3_3b': SMOLLM3_3B},
     optional={'tie_word_embeddings': ('tie_embeddings', True)},
     fixed=LLAMA_FAMILY.fixed | {'use_sliding_window': False},
     neutral={},

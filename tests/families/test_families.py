@@ -3,6 +3,7 @@
 
 import ast
 import dataclasses
+import math
 import pathlib
 import sys
 
@@ -13,7 +14,7 @@ from configs import deepseek_v32
 from dsa_jax.compile import cases
 from dsa_jax.config import ModelConfig
 from dsa_jax.convert.config_json import read_config, write_config
-from dsa_jax.convert.tensors import arrays_of, copies_of
+from dsa_jax.convert.tensors import arrays_of, copies_of, weight_shapes
 from dsa_jax.families import FAMILIES, SIZES
 from dsa_jax.families.deepseek import DEEPSEEK_V32
 
@@ -29,7 +30,7 @@ def test_every_size_has_a_released_config():
 def test_sizes_are_those_of_the_released_config(name):
   family, model = read_config(released.CONFIGS[name])
   assert name in FAMILIES[family].sizes
-  assert model.n_mtp_layers == 1
+  assert model.n_mtp_layers == released.CONFIGS[name].get('num_nextn_predict_layers', 0)
   assert dataclasses.replace(model, n_mtp_layers=0) == SIZES[name]
   assert model.uses_yarn == SIZES[name].uses_yarn
 
@@ -40,14 +41,33 @@ def test_a_written_config_reads_as_the_same_model(name):
   assert read_config(write_config(family, model, {})) == (family, model)
 
 
+@pytest.mark.parametrize('name', released.PARAMETERS)
+def test_sizes_have_the_published_number_of_weights(name):
+  family, _ = read_config(released.CONFIGS[name])
+  arrays = arrays_of(SIZES[name], family, has_indexer=False)
+  assert sum(math.prod(array.shape) for array in arrays.values()) == released.PARAMETERS[name]
+
+
+@pytest.mark.parametrize('family', FAMILIES)
+def test_every_weight_has_a_name(family):
+  """Without indexers, those of an indexer are left out and no others."""
+  small = few_layers(a_model_of(family))
+  for has_indexer in (True, False):
+    arrays = arrays_of(small, family, has_indexer=has_indexer)
+    unnamed = weight_shapes(small).keys() - arrays.keys()
+    assert all('indexer' in path for path in unnamed)
+    assert bool(unnamed) != has_indexer
+
+
 @pytest.mark.parametrize('family', FAMILIES)
 def test_names_are_of_weights_and_fields_that_there_are(family):
   """Every name is of one tensor, and every key of config.json is of a field of ModelConfig."""
   traits = FAMILIES[family]
   fields = {field.name for field in dataclasses.fields(ModelConfig)}
-  named = {**traits.fields, **traits.indexer_fields}
-  assert set(named.values()) <= fields
-  small = few_layers(DEEPSEEK_V32)
+  named = {*traits.fields.values(), *traits.indexer_fields.values(), *traits.constants}
+  named |= {field for field, _ in traits.optional.values()} | {*traits.fresh_indexer}
+  assert named.union(*(keys.values() for keys in traits.ropes.values())) <= fields
+  small = few_layers(a_model_of(family))
   names = [t.name for array in arrays_of(small, family).values() for t in array.tensors]
   assert len(names) == len(set(names))
   assert any(array.quantizable for array in arrays_of(small, family).values())
@@ -74,10 +94,19 @@ def test_a_new_family_is_one_more_entry(monkeypatch):
   assert not any('self_attn' in name for name in names)
 
 
+def a_model_of(family: str) -> ModelConfig:
+  return next(iter(FAMILIES[family].sizes.values()), DEEPSEEK_V32)
+
+
 def few_layers(model: ModelConfig) -> ModelConfig:
+  """Returns a model with two layers, of which one has experts where the model has some."""
+  leading = min(model.n_dense_layers, 1) if model.n_dense_layers < model.n_layers else 2
+  is_mtp = model.attention == 'mla' and model.topk_method == 'noaux_tc' and leading < 2
+  nope = tuple(i for i in model.nope_layers if i < 2)
   return dataclasses.replace(
-      model, n_layers=2, n_dense_layers=1, n_mtp_layers=1, n_routed_experts=16, rope_type='yarn'
-  )
+      model, n_layers=2, n_dense_layers=leading, n_mtp_layers=int(is_mtp), n_routed_experts=16,
+      nope_layers=nope, indexer_types=(),
+  )  # fmt: skip
 
 
 def test_families_import_nothing_but_sizes():
@@ -99,12 +128,14 @@ def test_whoever_needs_a_size_takes_it_from_here():
 
 
 def test_no_other_file_has_the_sizes_of_a_released_model():
-  """Judged by the numbers that nothing but such a size can be."""
+  """Judged by large numbers that are no small multiple of a power of two."""
+  odd_part = lambda n: n // (n & -n)
   telling = {
-      getattr(size, name)
+      number
       for size in SIZES.values()
-      for name in ('vocab_size', 'dim', 'inter_dim', 'max_seq_len')
-  } - {1_048_576}
+      for number in (size.vocab_size, size.dim, size.inter_dim, size.max_seq_len)
+      if number > 4096 and odd_part(number) > 5
+  }
   for folder in ('dsa_jax', 'configs', 'experiments'):
     for path in (ROOT / folder).rglob('*.py'):
       if path not in HOMES:
