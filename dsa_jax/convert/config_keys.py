@@ -83,13 +83,14 @@ def _implied(sizes: dict[str, Any]) -> dict[str, tuple[Any, ...]]:
   """Returns the values of keys that other keys determine."""
   names = 'qk_rope_head_dim', 'qk_nope_head_dim', 'v_head_dim'
   rope, nope, v = (sizes.get(name) or 0 for name in names)
-  return {
+  values = {
       'head_dim': (rope, nope + rope, v),
       'qk_head_dim': (nope + rope,),
       'num_key_value_heads': (sizes.get('n_heads'),),
       'num_experts': (sizes.get('n_routed_experts'),),
       'num_local_experts': (sizes.get('n_routed_experts'),),
   }
+  return {key: allowed for key, allowed in values.items() if None not in allowed}
 
 
 def _check_layer_types(types: Any, names: tuple[str, ...], problems: list[str]):

@@ -139,9 +139,9 @@ def _choose_family(family: str, model: ModelConfig, trained: bool) -> str:
   if not family and fit:
     return fit[0]
   if not family:
-    raise ConfigError(f'a family that can hold {model} is not among {tuple(FAMILIES)}.')
+    raise ConfigError(f'none of {tuple(FAMILIES)} can hold {model}.')
   right = f'export as {" or ".join(map(repr, fit))}' if fit else 'no other family can either'
-  raise ConfigError(f'{family=} cannot say the {", ".join(lost)} of this model: {right}.')
+  raise ConfigError(f'{family=} cannot hold this model ({", ".join(lost)}): {right}.')
 
 
 def _has_indexer(family: str, trained: bool) -> bool:
@@ -150,12 +150,12 @@ def _has_indexer(family: str, trained: bool) -> bool:
 
 
 def _lost_fields(family: str, model: ModelConfig, trained: bool) -> list[str]:
-  """Returns the fields of a model that its config.json as one of a family would not give back."""
+  """Returns the fields of a model that its config.json in a family would not give back."""
   traits, has_indexer = FAMILIES[family], _has_indexer(family, trained)
   try:
     back = read_config(write_config(family, model, {}, has_indexer=has_indexer))[1]
   except ConfigError as error:
-    return [str(error)]
+    return [' '.join(str(error).split())]
   if traits.has_indexer:  # Other loaders go by the family, whatever config.json says.
     back = dataclasses.replace(back, indexer_rope_interleave=traits.indexer_rope_interleave)
   lost = differing_fields(back, model) + ['rope_type'] * (back.rope_kind != model.rope_kind)

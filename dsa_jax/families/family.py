@@ -76,8 +76,8 @@ class Family:
   rotary_share: float | None = None
 
   has_indexer: bool = True  # Without one, an import makes fresh indexers.
-  # Whether a checkpoint of a family without indexers may have some that this package has trained. Its
-  # config.json then has the keys of `indexer_fields`.
+  # Whether a checkpoint of a family without indexers may have some that this package has trained.
+  # Its config.json then has the keys of `indexer_fields`.
   may_have_indexer: bool = False
   indexer_fields: Mapping[str, str]  # The keys that only a model with an indexer has.
   fresh_indexer: Mapping[str, int] = dataclasses.field(default_factory=dict)  # Sizes of fresh ones.

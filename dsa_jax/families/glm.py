@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """GLM-5 and 5.2: DeepSeek-V3.2 with other sizes, without YaRN and without groups of experts.
 
-GLM-4.5 to 4.7 came before them: DeepSeek's experts, and grouped-query attention that rotates half of
-each head.
+GLM-4.5 to 4.7 came before them: DeepSeek's experts, and grouped-query attention that rotates half
+of each head.
 """
 
 import dataclasses

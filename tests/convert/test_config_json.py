@@ -36,7 +36,7 @@ def read(**changes):
   return read_config(released.V32 | changes)[1]
 
 
-@pytest.mark.parametrize('name', released.CONFIGS)
+@pytest.mark.parametrize('name', ['v32', 'v3', 'glm5', 'glm52'])
 def test_released_files_are_read(name):
   config = released.CONFIGS[name]
   heads = {
@@ -46,6 +46,130 @@ def test_released_files_are_read(name):
   }
   more = {'index_share_for_mtp_iteration': True, 'index_topk_pattern': None} if 'glm' in name else {}
   assert read_config(config | BESIDE | heads | more) == read_config(config)
+
+
+@pytest.mark.parametrize('name', released.CONFIGS)
+def test_keys_that_change_nothing(name):
+  config = released.CONFIGS[name]
+  read = family_of(config)
+  beside = {
+      'architectures': ['X'], 'attention_dropout': 0.0, 'bos_token_id': 0, 'eos_token_id': [1, 2],
+      'pad_token_id': None, 'hidden_act': 'silu', 'initializer_range': 0.02, 'pretraining_tp': 1,
+      'transformers_version': '4.44.2', 'use_cache': True, '_name_or_path': 'x',
+      'layer_types': ['full_attention'] * config['num_hidden_layers'],
+  }  # fmt: skip
+  assert read(**beside) == read()
+
+
+def family_of(config: dict):
+  return lambda **changes: read_config({**config, **changes})
+
+
+GQA = {
+    name: family_of(released.CONFIGS[name])
+    for name in ('llama3_8b', 'llama32_1b', 'mistral_7b_v03', 'smollm3_3b', 'qwen25_0_5b',
+                 'qwen3_8b', 'qwen3_30b_a3b', 'glm45_air', 'v2_lite', 'moonlight')
+}  # fmt: skip
+LLAMA3 = released.CONFIGS['llama32_1b']['rope_scaling']
+WINDOWS = {'use_sliding_window': True}
+INDEXED = {'index_n_heads': 4, 'index_head_dim': 32, 'index_topk': 64}
+
+
+@pytest.mark.parametrize(
+    'name, changes, message',
+    [
+        ('llama3_8b', {'attention_bias': True}, 'attention_bias=True must be False'),
+        ('llama3_8b', {'mlp_bias': True}, 'mlp_bias=True must be False'),
+        ('llama3_8b', {'sliding_window': 4096}, 'sliding_window=4096 is unknown'),
+        ('llama3_8b', {'rope_interleaved': True}, 'rope_interleaved=True must be False'),
+        ('llama3_8b', {'rope_interleave': True}, 'rope_interleave=True is unknown'),
+        ('llama3_8b', {'qk_norm': True}, 'qk_norm=True is unknown'),
+        ('llama3_8b', {'num_experts': 8}, 'num_experts=8 is unknown'),
+        ('llama3_8b', {'num_nextn_predict_layers': 1}, 'num_nextn_predict_layers=1 is unknown'),
+        ('llama3_8b', {'num_key_value_heads': 5}, 'n_kv_heads=5 must be at least 1 and divide'),
+        ('llama3_8b', {'head_dim': 127}, 'qk_rope_head_dim=127 must be even'),
+        ('llama3_8b', {'head_dim': '128'}, "head_dim='128' must be a number"),
+        ('llama3_8b', {'tie_word_embeddings': 'no'}, "tie_word_embeddings='no' must be true or false"),
+        ('llama3_8b', {'partial_rotary_factor': 0.5}, 'partial_rotary_factor=0.5 must be 1'),
+        ('llama3_8b', {'rope_scaling': {'type': 'dynamic', 'factor': 2}}, "type='dynamic' must be"),
+        ('llama3_8b', {'rope_scaling': {'type': 'linear'}}, 'factor=None must be a number'),
+        ('llama3_8b', {'rope_scaling': {'type': 'linear', 'factor': 0.5}}, 'must be at least 1'),
+        ('llama3_8b', {'rope_scaling': {**YARN}}, "mscale=1.0 is unknown for 'yarn' positions"),
+        ('llama32_1b', {'rope_scaling': LLAMA3 | {'beta_fast': 32}}, 'beta_fast=32 is unknown'),
+        ('llama32_1b', {'rope_scaling': LLAMA3 | {'low_freq_factor': 4.0}}, 'low_freq_factor=4.0 must be'),
+        ('llama32_1b', {'rope_scaling': LLAMA3 | {'attention_factor': 2.0}}, 'attention_factor=2.0'),
+        ('mistral_7b_v03', {'sliding_window': 4096}, 'sliding_window=4096 must be null'),
+        ('smollm3_3b', {'no_rope_layers': [1, 0]}, 'no_rope_layers=.* must be 1 for each of 36 layers'),
+        ('smollm3_3b', {'no_rope_layer_interval': 0}, 'no_rope_layer_interval=0 must be a count'),
+        ('smollm3_3b', WINDOWS, 'use_sliding_window=True must be False'),
+        ('qwen25_0_5b', WINDOWS, 'use_sliding_window=True must be False'),
+        ('qwen25_0_5b', {'use_mrope': True}, 'use_mrope=True must be False'),
+        ('qwen3_8b', {'attention_bias': True}, 'attention_bias=True must be False'),
+        ('qwen3_8b', {'layer_types': ['sliding_attention'] * 36}, 'layer_types='),
+        ('qwen3_30b_a3b', {'decoder_sparse_step': 2}, 'decoder_sparse_step=2 must be 1'),
+        ('qwen3_30b_a3b', {'mlp_only_layers': [3]}, r'mlp_only_layers=\[3\] must be the first layers'),
+        ('qwen3_30b_a3b', {'num_local_experts': 64}, 'num_local_experts=64 must be 128'),
+        ('qwen3_30b_a3b', {'norm_topk_prob': 1}, 'norm_topk_prob=1 must be true or false'),
+        ('qwen3_30b_a3b', {'shared_expert_intermediate_size': 8}, 'is unknown'),
+        ('glm45_air', {'partial_rotary_factor': 0}, 'partial_rotary_factor=0 must be above 0'),
+        ('glm45_air', {'scoring_func': 'softmax'}, "scoring_func='softmax' must be 'sigmoid'"),
+        ('glm45_air', {'rope_scaling': {'type': 'yarn', 'factor': 4, 'original_max_position_embeddings': 64}},
+         'must be 1 with yarn'),
+        ('v2_lite', {'norm_topk_prob': True}, 'norm_topk_prob=True must be False'),
+        ('v2_lite', {'topk_method': 'best'}, "topk_method='best' must be one of"),
+        ('v2_lite', {'topk_method': 'group_limited_greedy', 'n_group': 3}, 'must be a multiple of'),
+        ('moonlight', {'topk_method': 'greedy'}, "topk_method='greedy' must be 'noaux_tc'"),
+        ('qwen3_8b', {'index_topk': 64}, 'index_n_heads is missing'),
+        ('qwen3_8b', INDEXED, 'index_rope_dim=128 must be even and at most'),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_other_families_refuse(name, changes, message):
+  with pytest.raises(ConfigError, match=message):
+    GQA[name](**changes)
+
+
+@pytest.mark.parametrize(
+    'name, changes, fields',
+    [
+        ('llama3_8b', {'num_key_value_heads': None}, {'n_kv_heads': 32}),
+        ('llama3_8b', {'head_dim': None}, {'qk_rope_head_dim': 128, 'v_head_dim': 128}),
+        ('llama3_8b', {'head_dim': 64}, {'qk_rope_head_dim': 64, 'v_head_dim': 64}),
+        ('llama3_8b', {'rope_theta': None}, {'rope_theta': 10_000.0}),
+        ('llama3_8b', {'tie_word_embeddings': None}, {'tie_embeddings': False}),
+        ('smollm3_3b', {'tie_word_embeddings': None}, {'tie_embeddings': True}),
+        ('smollm3_3b', {'no_rope_layers': None}, {'nope_layers': tuple(range(3, 36, 4))}),
+        ('smollm3_3b', {'no_rope_layers': None, 'no_rope_layer_interval': 9}, {'nope_layers': (8, 17, 26, 35)}),
+        ('smollm3_3b', {'rope_theta': None}, {'rope_theta': 2e6}),
+        ('qwen3_30b_a3b', {'mlp_only_layers': [0, 1]}, {'n_dense_layers': 2}),
+        ('qwen3_30b_a3b', {'norm_topk_prob': None}, {'norm_topk_prob': False}),
+        ('qwen3_30b_a3b', {'rope_scaling': {'type': 'yarn', 'factor': 4.0, 'original_max_position_embeddings': 32768}},
+         {'rope_type': 'yarn', 'rope_factor': 4.0, 'original_seq_len': 32768, 'mscale': 1.0}),
+        ('qwen3_30b_a3b', {'rope_scaling': {'type': 'yarn', 'factor': 4.0, 'original_max_position_embeddings': 32768,
+                                            'attention_factor': 1.1386294361}}, {'rope_type': 'yarn'}),
+        ('glm45_air', {'use_qk_norm': True, 'attention_bias': False}, {'qk_norm': True, 'qkv_bias': False}),
+        ('glm45_air', {'partial_rotary_factor': None}, {'qk_rope_head_dim': 64, 'qk_nope_head_dim': 64}),
+        ('glm45_air', {'partial_rotary_factor': 0.25}, {'qk_rope_head_dim': 32, 'qk_nope_head_dim': 96}),
+        ('v2_lite', {'n_group': None, 'topk_method': None}, {'n_expert_groups': 1, 'topk_method': 'greedy'}),
+        ('v2_lite', {'q_lora_rank': 1536}, {'q_lora_rank': 1536}),
+        ('llama3_8b', INDEXED | {'index_rope_head_dim': 16},
+         {'index_n_heads': 4, 'index_head_dim': 32, 'index_topk': 64, 'index_rope_head_dim': 16}),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_other_families_read(name, changes, fields):
+  """The fields are as they should be, and what is written of the model reads as the same one."""
+  family, model = GQA[name](**changes)
+  assert {field: getattr(model, field) for field in fields} == fields
+  for base in ({}, {**released.CONFIGS[name], **changes}):
+    written = write_config(family, model, base, has_indexer='index_topk' in changes)
+    assert read_config(written) == (family, model)
+
+
+def test_mistral_must_say_whether_it_has_windows():
+  config = {k: v for k, v in released.CONFIGS['mistral_7b_v03'].items() if k != 'sliding_window'}
+  with pytest.raises(ConfigError, match='sliding_window is missing'):
+    read_config(config)
 
 
 @pytest.mark.parametrize('path', sorted(ROOT.glob('parity/*/config.json')), ids=lambda p: p.parent.name)
