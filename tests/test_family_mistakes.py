@@ -1,0 +1,260 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Mistakes in what tells families apart, seeded one at a time: parity must catch each."""
+
+import dataclasses
+import functools
+import pathlib
+import tempfile
+
+import jax
+import jax.numpy as jnp
+import laws
+import numpy as np
+import pytest
+from test_parity import GOLDEN, close, golden
+
+from dsa_jax.config import ModelConfig
+from dsa_jax.convert.importer import import_checkpoint, open_source
+from dsa_jax.inference.load import load_checkpoint
+from dsa_jax.nn import moe, norms, rope
+from dsa_jax.nn.attention import attend, gqa, layer, mla
+from dsa_jax.nn.attention.types import Mode
+from dsa_jax.nn.transformer import Transformer
+
+FRESH = {'index_n_heads': 2, 'index_head_dim': 8, 'index_rope_head_dim': 4, 'index_topk': 16}
+SHORT = 48  # Tokens that are compared: the first ones of a text do not depend on the others.
+MISTAKES = {}
+
+
+def mistake(*cases):
+  """Registers a function that breaks the package; parity of each of these cases must notice."""
+
+  def register(seed):
+    MISTAKES[seed.__name__] = seed, cases
+    return seed
+
+  return register
+
+
+def wrap(patch, owner, name: str, make):
+  """Replaces `owner.name` by `make(the original)`."""
+  patch.setattr(owner, name, make(getattr(owner, name)))
+
+
+@functools.cache
+def model_of(case: str) -> Transformer:
+  with tempfile.TemporaryDirectory() as folder:
+    target = pathlib.Path(folder) / 'ours'
+    source = open_source(GOLDEN / case, indexer=FRESH)
+    import_checkpoint(source, target, advance=lambda nbytes: None)
+    return load_checkpoint(target)
+
+
+def check(case: str):
+  """Compares logits. Operations run one by one, so patches are seen and compilations shared."""
+  want, model = golden(case), model_of(case)
+  tokens = jnp.asarray(want['tokens'])[:, :SHORT]
+  end = jnp.broadcast_to(jnp.arange(1, SHORT + 1, dtype=jnp.int32), tokens.shape)
+  with laws.eager():
+    mode = Mode(attention='dense', backend='xla')
+    out = model(tokens, jnp.zeros_like(end), end, mode)
+  close(out.logits, want['logits'][:, :SHORT])
+
+
+# Heads.
+
+
+@mistake('llama', 'qwen3')
+def heads_of_a_group_lie_apart(patch):
+  def make(attend):
+    def wrong(q, k, v, *args, **kwargs):
+      tile = lambda x: jnp.tile(x, (1, 1, q.shape[2] // x.shape[2], 1))
+      return attend(q, tile(k), tile(v), *args, **kwargs)
+
+    return wrong
+
+  wrap(patch, attend, 'dense_attention', make)
+
+
+@mistake('qwen3', 'glm4_moe')
+def heads_are_normed_after_their_rotation(patch):
+  def queries(self, q_latent, positions):
+    return self.q_norm(self._rotate(gqa._project(q_latent, self.wq, self.bq), positions))
+
+  def rows(self, x, positions):
+    k = self.k_norm(self._rotate(gqa._project(x, self.wk, self.bk), positions))
+    return jnp.concatenate([gqa._project(x, self.wv, self.bv), k], axis=-1)
+
+  patch.setattr(gqa.GQA, 'queries', queries)
+  patch.setattr(gqa.GQA, 'rows', rows)
+
+
+@mistake('qwen3', 'glm4_moe')
+def keys_are_not_normed(patch):
+  def rows(self, x, positions):
+    k = self._rotate(gqa._project(x, self.wk, self.bk), positions)
+    return jnp.concatenate([gqa._project(x, self.wv, self.bv), k], axis=-1)
+
+  patch.setattr(gqa.GQA, 'rows', rows)
+
+
+@mistake('qwen2', 'glm4_moe')
+def biases_are_dropped(patch):
+  wrap(patch, gqa, '_project', lambda project: lambda x, weight, bias: project(x, weight, None))
+
+
+@mistake('llama_tied', 'smollm3')
+def head_is_untied(patch):
+  other = lambda self: 0.02 * jax.random.normal(jax.random.key(0), self.embed.shape[::-1])
+  patch.setattr(Transformer, 'head_weight', property(other))
+
+
+@mistake('llama', 'qwen2')
+def norms_have_the_usual_eps(patch):
+  def wrong(self, x):
+    return norms._rms_norm(x, self.scale[...], 1e-6)
+
+  patch.setattr(norms.RMSNorm, '__call__', wrong)
+
+
+# Rotation.
+
+
+@mistake('llama', 'glm4_moe')
+def neighbours_are_rotated(patch):
+  make = lambda rope: lambda *args, interleaved: rope(*args, interleaved=True)
+  wrap(patch, gqa, 'apply_rope', make)
+
+
+@mistake('deepseek_v2', 'moonlight')
+def halves_are_rotated_in_mla(patch):
+  make = lambda rope: lambda *args, interleaved: rope(*args, interleaved=False)
+  wrap(patch, mla, 'apply_rope', make)
+
+
+@mistake('llama')
+def llama3_wavelengths_lack_two_pi(patch):
+  slowness = rope.SLOWNESS['llama3']
+  wrong = lambda cfg, frequencies: slowness(cfg, 2 * np.pi * frequencies)
+  patch.setitem(rope.SLOWNESS, 'llama3', wrong)
+
+
+@mistake('llama')
+def llama3_does_not_blend(patch):
+  make = lambda slowness: lambda *args: np.round(slowness(*args))
+  patch.setitem(rope.SLOWNESS, 'llama3', make(rope.SLOWNESS['llama3']))
+
+
+@mistake('llama', 'llama_tied', 'qwen2', 'deepseek_v2')
+def positions_are_not_scaled(patch):
+  zero = lambda cfg, frequencies: np.zeros_like(frequencies)
+  for kind in rope.SLOWNESS:
+    patch.setitem(rope.SLOWNESS, kind, zero)
+
+
+@mistake('qwen2', 'deepseek_v2')
+def yarn_leaves_the_softmax_scale(patch):
+  patch.setattr(ModelConfig, 'sm_scale', property(lambda self: self.head_dim**-0.5))
+
+
+@mistake('deepseek_v2_groups')
+def mscale_is_one(patch):
+  make = lambda scale: property(lambda self: scale.fget(dataclasses.replace(self, mscale=1.0)))
+  wrap(patch, ModelConfig, 'sm_scale', make)
+
+
+@mistake('smollm3')
+def all_layers_rotate(patch):
+  positions = lambda self, start, end: jnp.maximum(end - 1 - start, 0)
+  patch.setattr(layer.Attention, 'positions', positions)
+
+
+@mistake('glm4_moe')
+def the_last_channels_are_rotated(patch):
+  def make(rotate):
+    return lambda self, x, positions: rotate(self, x[..., ::-1], positions)[..., ::-1]
+
+  wrap(patch, gqa.GQA, '_rotate', make)
+
+
+@mistake('glm4_moe')
+def frequencies_are_those_of_whole_heads(patch):
+  make = lambda of: lambda cfg, width: of(cfg, cfg.head_dim)[: width // 2]
+  wrap(patch, gqa, 'rope_frequencies', make)
+
+
+# Experts.
+
+
+def _route(patch, **fields):
+  """Routes as a model with other fields would."""
+  make = lambda route: lambda logits, bias, cfg: route(logits, bias, dataclasses.replace(cfg, **fields))
+  wrap(patch, moe, 'route', make)
+
+
+@mistake('qwen3_moe_plain', 'deepseek_v2')
+def softmax_comes_after_the_choice(patch):
+  def make(route):
+    def wrong(logits, bias, cfg):
+      experts, _ = route(logits, bias, cfg)
+      return experts, cfg.route_scale * jax.nn.softmax(jnp.take_along_axis(logits, experts, axis=-1))
+
+    return wrong
+
+  wrap(patch, moe, 'route', make)
+
+
+@mistake('deepseek_v2_groups')
+def groups_score_by_two_experts(patch):
+  _route(patch, topk_method='noaux_tc')
+
+
+@mistake('glm4_moe')
+def groups_score_by_one_expert(patch):
+  _route(patch, topk_method='group_limited_greedy')
+
+
+@mistake('deepseek_v2_groups', 'glm4_moe')
+def groups_limit_nothing(patch):
+  _route(patch, topk_method='greedy')
+
+
+@mistake('qwen3_moe', 'moonlight')
+def gates_do_not_add_up_to_one(patch):
+  _route(patch, norm_topk_prob=False)
+
+
+@mistake('qwen3_moe_plain', 'deepseek_v2')
+def gates_add_up_to_one(patch):
+  _route(patch, norm_topk_prob=True)
+
+
+@mistake('moonlight', 'glm4_moe')
+def router_has_a_softmax(patch):
+  _route(patch, score_func='softmax')
+
+
+@mistake('qwen3_moe', 'deepseek_v2')
+def router_has_sigmoids(patch):
+  _route(patch, score_func='sigmoid')
+
+
+@mistake('deepseek_v2', 'moonlight')
+def gates_are_not_scaled(patch):
+  _route(patch, route_scale=1.0)
+
+
+CASES = [pytest.param(seed, c, id=f'{name}-{c}') for name, (seed, cs) in MISTAKES.items() for c in cs]
+
+
+@pytest.mark.parametrize('case', sorted({case for _, cases in MISTAKES.values() for case in cases}))
+def test_without_a_mistake(case):
+  check(case)
+
+
+@pytest.mark.parametrize('seed, case', CASES)
+def test_caught(seed, case, monkeypatch):
+  model_of(case)  # Loaded before the mistake.
+  seed(monkeypatch)
+  with pytest.raises(AssertionError):
+    check(case)
