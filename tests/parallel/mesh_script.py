@@ -25,6 +25,8 @@ from dsa_jax.training.state import model_graph, new_state
 from dsa_jax.training.step import make_train_step
 
 CFG = dataclasses.replace(laws.CFG, n_heads=4, vocab_size=40, n_mtp_layers=1)
+# Two key heads: `tensor` of 2 divides them, and 4 of these devices share each of them.
+GQA = dataclasses.replace(laws.GQA, n_heads=8, vocab_size=40)
 SHARING = dataclasses.replace(CFG, indexer_types=('full', 'shared'))
 BATCH = laws.make_batch(((17, 15), (21, 5), (32,), (3, 9, 14)), 32)  # Packed, uneven, padded.
 losses.LOGITS_AT_ONCE = 256  # So every device goes over its rows in several chunks.
@@ -35,6 +37,8 @@ STEPS = [  # Stage, mesh, micro-batches, model, what is computed again (on one d
     ('sparse', {'expert': 4}, 1, CFG, 'none'),
     ('sparse', {'tensor': 4}, 4, CFG, 'layer'),
     ('dense', {'expert': 4, 'tensor': 2}, 1, CFG, 'none'),
+    ('warmup', {'tensor': 4, 'fsdp': 2}, 1, GQA, 'none'),
+    ('sparse', MIXED, 1, GQA, 'selection'),
     ('warmup', MIXED, 1, CFG, 'layer'),
     ('sparse', {'fsdp': 2, 'expert': 2, 'context': 2}, 1, SHARING, 'selection'),
 ]
@@ -101,7 +105,7 @@ def main(few: bool):
     latent, index_key = CFG.kv_lora_rank + CFG.qk_rope_head_dim, CFG.index_head_dim
     arithmetic = 4 * 4 * 32 * (latent + index_key)
     print_row(case=f'bytes, {stage}', bytes=layer_bytes(stage, {'context': 8}), arithmetic=arithmetic)
-  for stage, sizes, micro_batches, cfg, remat in STEPS[-2:] if few else STEPS:
+  for stage, sizes, micro_batches, cfg, remat in STEPS[-3:] if few else STEPS:
     wanted = step(stage, None, micro_batches, cfg)
     with jax.set_mesh(mesh := make_mesh(**sizes)):
       found = step(stage, mesh, micro_batches, cfg, remat)
