@@ -119,7 +119,10 @@ def run_stage(run: Run, name: str, writer: MetricsWriter, bar: StepProgress, ahe
     if first_step == entry.steps:
       return
     ahead.wait(f'{name}/step')
-    flops = lambda batch: training_flops(recipe.model, entry.trains, batch.end - batch.start)
+    sparse = entry.stage == 'sparse'
+    flops = lambda batch: training_flops(
+        recipe.model, entry.trains, batch.end - batch.start, sparse=sparse
+    )
     meter = Meter(batch_tokens, first_step, flops, recipe.mesh.n_devices)
 
     def take(step: int):  # The device gets each batch one step ahead.

@@ -36,7 +36,9 @@ def attention_flops(cfg: ModelConfig, context: int, *, sparse: bool) -> float:
   return len(cfg.full_layers) * indexer + cfg.n_layers * row_flops(cfg) * selected
 
 
-def training_flops(cfg: ModelConfig, trains: Collection[str], n_visible: np.ndarray) -> float:
+def training_flops(
+    cfg: ModelConfig, trains: Collection[str], n_visible: np.ndarray, *, sparse: bool
+) -> float:
   """Returns the FLOPs of a training step on these queries, as model FLOPs are counted.
 
   A product whose two factors have gradients costs three times its forward pass, and one whose weights
@@ -46,8 +48,9 @@ def training_flops(cfg: ModelConfig, trains: Collection[str], n_visible: np.ndar
 
   Args:
     cfg: The model.
-    trains: The parts that learn, keys of `training.stages.PARTS`. If both do, attention is sparse.
+    trains: The parts that learn, keys of `training.stages.PARTS`.
     n_visible: The number of keys that each query sees, of any shape.
+    sparse: Whether attention is to selected keys.
   """
   backbone, indexer = 'backbone' in trains, 'indexer' in trains
   seen, chosen = (np.sum(n, dtype=float) for n in (n_visible, np.minimum(n_visible, cfg.index_topk)))
@@ -60,12 +63,14 @@ def training_flops(cfg: ModelConfig, trains: Collection[str], n_visible: np.ndar
     last = sum(work.flops for work in _weight_works(longer, 1, 1, True)) - weights
     weights += last + 2 * cfg.dim * (2 * cfg.dim + cfg.vocab_size)
   n_layers, n_indexers = (n + cfg.n_mtp_layers for n in (cfg.n_layers, len(cfg.full_layers)))
-  pairs = row_flops(cfg) * chosen if backbone and indexer else mha_flops(cfg) * seen
+  pairs = row_flops(cfg) * chosen if sparse else mha_flops(cfg) * seen
   flops = (3 if backbone else 1) * (np.size(n_visible) * weights + n_layers * pairs)
+  products = 2 * np.size(n_visible) * _index_weights(cfg)
   if indexer:  # A warm-up differentiates all scores, the sparse stage those of selected keys.
-    scores = seen + 3 * chosen if backbone else 3 * seen
-    products = 2 * 2 * np.size(n_visible) * _index_weights(cfg)
-    flops += n_indexers * (products + index_flops(cfg) * scores)
+    scores = seen + 3 * chosen if sparse else 3 * seen
+    flops += n_indexers * (2 * products + index_flops(cfg) * scores)
+  elif sparse:
+    flops += n_indexers * (products + index_flops(cfg) * seen)
   return float(flops)
 
 

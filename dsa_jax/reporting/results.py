@@ -71,7 +71,7 @@ def report_programs(run: Run) -> dict[str, Callable[[], Lowered]]:
   score = lambda *args: functools.partial(score_batch.lower, run.graph, params, batch, *args)
   kinds = {recipe.stages[entry].stage for entry in scored_entries(recipe).values()}
   programs = {}
-  if 'dense' in kinds:
+  if 'dense' in kinds or recipe.teacher:
     programs['report/dense'] = score(modes.dense, None)
   if 'sparse' in kinds:
     programs['report/sparse'] = score(modes.sparse, jnp.int32(0))
@@ -144,7 +144,10 @@ def kept_results(recipe: Recipe) -> dict[str, Any] | None:
 
 
 def _scores(run: Run) -> dict[str, Scores]:
-  """Scores every entry, the sparse one that the report compares by every rule."""
+  """Scores every entry, and the model that they descend from.
+
+  The sparse entry that the report compares is scored by every rule.
+  """
   recipe, modes, scores = run.recipe, report_modes(run), {}
   rules = recipe.report.rules
   for name, entry in scored_entries(recipe).items():
@@ -157,6 +160,10 @@ def _scores(run: Run) -> dict[str, Scores]:
         scores['sparse' if rule == recipe.selection else rule] = score(modes.sparse, choice=i)
     else:
       scores[name] = score(modes.sparse, choice=rules.index(recipe.selection))
+  if recipe.teacher:
+    params = restore_params(recipe.teacher, abstract_params(recipe.model, mesh=run.mesh))
+    dense = evaluate(run.graph, params, run.data.report, modes.dense)
+    return {'dense_before': dense} | scores
   return scores
 
 

@@ -127,6 +127,17 @@ class Recipe:
     roles = {'dense_before': before, 'dense_baseline': baseline, 'sparse': sparse}
     return {role: entry for role, entry in roles.items() if entry in stages}
 
+  @property
+  def teacher(self) -> pathlib.Path | None:
+    """The checkpoint that the compared sparse entry descends from, where no entry trained it."""
+    roles = self.roles
+    if 'sparse' not in roles or 'dense_before' in roles:
+      return None
+    entry = self.stages[roles['sparse']]
+    while entry.init_from in self.stages:
+      entry = self.stages[entry.init_from]
+    return self.init_folder(entry)
+
   def _dense_ancestor(self, entry: str) -> str:
     """Returns the nearest dense entry that `entry` descends from, or else the last dense one."""
     while entry in self.stages and self.stages[entry].stage != 'dense':

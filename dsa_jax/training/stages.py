@@ -39,6 +39,7 @@ class StageConfig:
   """One entry of a recipe: a stage with its data, length and learning rates."""
 
   stage: str  # A key of STAGES.
+  trains: Sequence[str] = ()  # The parts that learn. (): all that the stage trains.
   # An earlier entry of the recipe, or the checkpoint folder of another run. '': fresh weights.
   init_from: str = ''
   # Fields of the model that may be others than those of the checkpoint that `init_from` names.
@@ -65,6 +66,10 @@ class StageConfig:
       raise ConfigError(f'init_may_differ names {unknown}; the fields of a model are {known}.')
     if self.stage not in STAGES:
       raise ConfigError(f'stage={self.stage!r} must be one of {tuple(STAGES)}.')
+    possible = STAGES[self.stage].trains
+    object.__setattr__(self, 'trains', tuple(self.trains) or possible)
+    if set(self.trains) - set(possible) or len(set(self.trains)) < len(self.trains):
+      raise ConfigError(f'trains={self.trains} of a {self.stage} stage must be of {possible}, each once.')
     for name in ('steps', 'batch_size', 'micro_batches'):
       if getattr(self, name) < 1:
         raise ConfigError(f'{name}={getattr(self, name)} must be at least 1.')
@@ -80,9 +85,9 @@ class StageConfig:
     if self.attention and self.attention not in STAGES[self.stage].attention:
       allowed = STAGES[self.stage].attention
       raise ConfigError(f'attention={self.attention!r} of a {self.stage} stage must be of {allowed}.')
-    for part in STAGES[self.stage].trains:
+    for part in self.trains:
       if not 0 < self.learning_rate(part) < float('inf'):
-        raise ConfigError(f'a {self.stage} stage trains the {part}: {part}_lr must be above 0.')
+        raise ConfigError(f'the {self.stage} stage trains the {part}: {part}_lr must be above 0.')
 
   def learning_rate(self, part: str) -> float:
     return {'backbone': self.backbone_lr, 'indexer': self.indexer_lr}[part]
@@ -97,10 +102,6 @@ class StageConfig:
         decay_share=self.decay_share,
     )
     return {part: learning_rates(schedule, self.learning_rate(part)) for part in self.trains}
-
-  @property
-  def trains(self) -> tuple[str, ...]:
-    return STAGES[self.stage].trains
 
   @property
   def mode(self) -> str:

@@ -92,7 +92,9 @@ def step_tflops(recipe: Recipe) -> dict[str, float]:
   flops = {}
   for name, entry in recipe.stages.items():
     row = np.arange(1, entry.seq_len + 1)
-    flops[name] = entry.batch_size * training_flops(recipe.model, entry.trains, row)
+    flops[name] = entry.batch_size * training_flops(
+        recipe.model, entry.trains, row, sparse=entry.stage == 'sparse'
+    )
   return {name: round(n / 1e12, 1) for name, n in flops.items()}
 
 

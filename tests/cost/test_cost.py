@@ -95,7 +95,7 @@ def test_training_is_three_forward_passes_of_what_learns():
   index = layers * work.index_flops(V32) * (n + 1) / 2
   dense, sparse = (attention_flops(V32, n, sparse=sparse) for sparse in (False, True))
   chosen = (sparse - index) / work.row_flops(V32)  # Pairs of all layers for one query.
-  of = lambda *trains: cost.training_flops(V32, trains, visible) / n
+  of = lambda *trains: cost.training_flops(V32, trains, visible, sparse=len(trains) == 2) / n
   assert of('backbone') == pytest.approx(3 * (weights + dense))
   assert of('indexer') == pytest.approx(weights + dense + 2 * index_products + 3 * index)
   learns = 3 * (weights + sparse - index)
@@ -104,7 +104,7 @@ def test_training_is_three_forward_passes_of_what_learns():
 
 
 def test_an_mtp_layer_costs_a_layer_a_projection_and_a_head():
-  of = lambda cfg: cost.training_flops(cfg, ('backbone',), np.arange(1, 101))
+  of = lambda cfg: cost.training_flops(cfg, ('backbone',), np.arange(1, 101), sparse=False)
   mtp, longer = (dataclasses.replace(V32, **{k: v}) for k, v in (('n_mtp_layers', 1), ('n_layers', 62)))
   extra = 3 * 100 * 2 * V32.dim * (V32.vocab_size + 2 * V32.dim)
   assert of(mtp) == pytest.approx(of(longer) + extra)
