@@ -200,8 +200,9 @@ def index_rope_interleaved(patch):
 @mistake(sparse)
 def index_rope_on_the_last_channels(patch):
   def wrong(self, x, positions):
-    nope, rope = jnp.split(x, [x.shape[-1] - self.cfg.qk_rope_head_dim], axis=-1)
-    frequencies = indexer.rope_frequencies(self.cfg, self.cfg.index_rope_dim)
+    width = self.cfg.index_rope_dim
+    nope, rope = jnp.split(x, [x.shape[-1] - width], axis=-1)
+    frequencies = indexer.rope_frequencies(self.cfg, width)
     rope = indexer.apply_rope(rope, positions, frequencies, interleaved=False)
     return jnp.concatenate([nope, rope], axis=-1)
 
