@@ -397,6 +397,19 @@ def law_only_trained_parts_move(stage: str):
       assert_same(new, old)
 
 
+def law_a_frozen_backbone_stays():
+  """Where the sparse stage trains the indexer alone, it trains it as it does beside the backbone."""
+  params, batch = weights(), make_batch(LENGTHS)
+  mode = Mode(attention='sparse', backend='xla', index_loss=True)
+  both, _ = take_step(params, batch, mode, trains=('backbone', 'indexer'))
+  alone, _ = take_step(params, batch, mode, trains=('indexer',))
+  before, after, trained = (
+      split_parts(p, ('backbone', 'indexer'))[0] for p in (params, alone, both)
+  )
+  assert_same(after['backbone'], before['backbone'])
+  assert_close(after['indexer'], trained['indexer'])
+
+
 def law_warmup_is_dense():
   """Warm-up's output is dense attention's, whatever the indexer; its steps leave the loss alone."""
   batch, params = make_batch(LENGTHS), weights()

@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every config builds; every tiny variant runs its whole recipe."""
 
+import dataclasses
 import importlib
+import json
 import pathlib
 
+import laws
 import pytest
 
 from dsa_jax.config import ConfigError, ModelConfig
@@ -50,3 +53,16 @@ def test_own_tokens_says_what_is_missing(tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   with pytest.raises(ConfigError, match="tokenizer='tokenizer.json' must be 'bytes', a tokenizer.json"):
     read_recipe(config)
+
+
+def test_retrofit_takes_sizes_and_the_dense_loss_from_a_checkpoint(tmp_path):
+  model = dataclasses.replace(laws.GQA, vocab_size=258, max_seq_len=4096, index_topk=2048)
+  (tmp_path / 'config.json').write_text(json.dumps({'model': dataclasses.asdict(model)}))
+  get_config = importlib.import_module('configs.retrofit').get_config
+  recipe = read_recipe(get_config(f'{tmp_path},baseline'))
+  assert recipe.model == dataclasses.replace(model, index_topk=256)
+  assert recipe.roles == {'dense_baseline': 'baseline', 'sparse': 'sparse'}
+  assert recipe.teacher == tmp_path
+  assert list(read_recipe(get_config(str(tmp_path))).stages) == ['warmup', 'sparse']
+  with pytest.raises(ValueError, match="option 'both'"):
+    get_config(f'{tmp_path},both')

@@ -96,6 +96,10 @@ def test_only_trained_parts_move(stage):
   laws.law_only_trained_parts_move(stage)
 
 
+def test_a_frozen_backbone_stays():
+  laws.law_a_frozen_backbone_stays()
+
+
 def test_warmup_is_dense():
   laws.law_warmup_is_dense()
 

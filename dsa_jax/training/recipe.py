@@ -133,18 +133,17 @@ class Recipe:
     roles = self.roles
     if 'sparse' not in roles or 'dense_before' in roles:
       return None
-    entry = self.stages[roles['sparse']]
-    while entry.init_from in self.stages:
-      entry = self.stages[entry.init_from]
-    return self.init_folder(entry)
+    ancestor = self._dense_ancestor(roles['sparse'])
+    return None if ancestor in self.stages else local_path(ancestor, 'init_from')
 
   def _dense_ancestor(self, entry: str) -> str:
-    """Returns the nearest dense entry that `entry` descends from, or else the last dense one."""
+    """Returns the dense entry, or the other run's checkpoint, that `entry` descends from.
+
+    Without such an entry that is the last dense one, if there is one.
+    """
     while entry in self.stages and self.stages[entry].stage != 'dense':
       entry = self.stages[entry].init_from
-    if entry in self.stages:
-      return entry
-    return _last(self.stages, lambda name, entry: entry.stage == 'dense')
+    return entry or _last(self.stages, lambda name, entry: entry.stage == 'dense')
 
 
 def _last(stages: Mapping[str, StageConfig], fits: Callable[[str, StageConfig], bool]) -> str:

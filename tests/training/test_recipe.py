@@ -7,6 +7,7 @@ from configs import base
 from dsa_jax.config import ConfigError
 from dsa_jax.reporting.results import scored_entries
 from dsa_jax.training.recipe import read_recipe
+from dsa_jax.training.stages import StageConfig
 
 SIZE = {'steps': 1, 'batch_size': 2, 'seq_len': 64}
 
@@ -46,3 +47,13 @@ def test_roles_of_recipes_that_lack_some():
 def test_a_name_that_is_no_folder_is_refused(name):
   with pytest.raises(ConfigError, match='the name .* must be of letters'):
     recipe_of(**{name: ('dense', '')})
+
+
+def test_a_stage_trains_some_of_its_parts():
+  fields = dict(steps=1, batch_size=1, seq_len=64)
+  entry = StageConfig(stage='sparse', trains=['indexer'], indexer_lr=1e-3, **fields)
+  assert entry.trains == ('indexer',) and entry.rates().keys() == {'indexer'}
+  assert StageConfig(stage='warmup', indexer_lr=1e-3, **fields).trains == ('indexer',)
+  for stage, trains in ('dense', ('indexer',)), ('sparse', ('experts',)), ('sparse', ('indexer',) * 2):
+    with pytest.raises(ConfigError, match=f'of a {stage} stage must be of'):
+      StageConfig(stage=stage, trains=trains, backbone_lr=1e-3, indexer_lr=1e-3, **fields)
