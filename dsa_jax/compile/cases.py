@@ -15,6 +15,10 @@ T, E, V, J, K = 4096, 576, 512, 128, 2048
 DENSE_E, DENSE_V = 192, 128  # Of attention whose heads have keys and values of their own.
 # Heads of attention and of the indexer, by model.
 HEADS = {name: (SIZES[name].n_heads, SIZES[name].index_n_heads) for name in ('v32', 'glm5')}
+# Heads of attention, of the indexer, key heads and their width.
+GROUPED = {
+    'llama3_8b': (32, 16, 8, 128), 'qwen3_30b_a3b': (32, 16, 4, 128), 'smollm2_135m': (9, 16, 3, 64)
+}  # fmt: skip
 BF16 = jnp.dtype(jnp.bfloat16)
 
 
@@ -25,6 +29,13 @@ class Dims(NamedTuple):
   index_heads: int
   n_keys: int
   vmem: int
+  groups: int = 1
+  width: int = E
+
+  @classmethod
+  def of(cls, model: str, n_keys: int, vmem: int) -> 'Dims':
+    heads, index_heads, *grouped = (HEADS | GROUPED)[model]
+    return cls(heads, index_heads, n_keys, vmem, *grouped)
 
 
 class Op(NamedTuple):
@@ -42,7 +53,7 @@ class Op(NamedTuple):
 
   def fits(self, chip: str, model: str, n_keys: int) -> bool:
     """Says whether there is such a row for a chip, a model and a number of keys."""
-    size = HEADS[model][0] * n_keys
+    size = (HEADS | GROUPED)[model][0] * n_keys
     fits = size <= dict(self.most).get(chip, size)
     return chip in self.chips and model in self.models and fits
 

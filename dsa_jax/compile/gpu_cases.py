@@ -7,7 +7,7 @@ import jax
 
 from dsa_jax import versions
 from dsa_jax.chips import DEVICES
-from dsa_jax.compile import layer, ptxas
+from dsa_jax.compile import grouped, layer, ptxas
 from dsa_jax.compile.cases import (
     BF16,
     Dims,
@@ -166,6 +166,7 @@ KERNELS.append(
 for op in KERNELS[:2]:  # Selection and attention.
   KERNELS.append(op._replace(name=f'{op.name}_decode', shapes=decoding(op.shapes, 1)))
 OPS = {op.name: op for op in KERNELS}
+OF_GROUPS = {op.name: op for op in grouped.ops(attention, chips=CHIPS)}
 BASELINES = {}  # Compiled where they are asked for by name.
 for stage in 'warmup', 'sparse':
   BASELINES[f'layer_{stage}'] = layer.layer_op(stage, 'gpu', CHIPS)

@@ -44,7 +44,7 @@ from types import ModuleType
 
 import jax
 
-from dsa_jax.compile.cases import HEADS, Dims, Op
+from dsa_jax.compile.cases import GROUPED, HEADS, Dims, Op
 from dsa_jax.compile.chips import CHIPS, GPUS, environment, lower_for, make_mesh
 from dsa_jax.compile.fingerprint import fingerprint
 from dsa_jax.versions import JAX_SERIES
@@ -75,7 +75,7 @@ def parse():
   parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
   parser.add_argument('--chips', nargs='+', default=list(CHIPS), choices=[*CHIPS, *GPUS])
   parser.add_argument('--sizes', type=int, nargs='+', help='keys; 32K by default')
-  parser.add_argument('--models', nargs='+', choices=list(HEADS))
+  parser.add_argument('--models', nargs='+', choices=[*HEADS, *GROUPED])
   parser.add_argument('--ops', nargs='+', help="all of the chips' but baselines by default")
   parser.add_argument('--all', action='store_true', help='4K, 32K and 128K keys, both models')
   parser.add_argument('--check', action='store_true', help=f'fail where worse than in {FOLDER}')
@@ -110,8 +110,8 @@ def models_and_sizes(args) -> list[tuple[str, int]]:
 def rows_of(args, job: tuple[str, str, int]) -> list[dict]:
   """Returns rows of a chip, model and size, by processes of their own: libtpu reads flags once."""
   chip, model, n_keys = job
-  cases = all_ops(chip)
-  names = [op for op in args.ops or cases_for(chip).OPS if op in cases]
+  cases, of_chip = all_ops(chip), cases_for(chip)
+  names = [op for op in args.ops or of_chip.OPS | of_chip.OF_GROUPS if op in cases]
   ops = [op for op in names if cases[op].fits(chip, model, n_keys)]
   scheduled = [op for op in ops if chip in GPUS or cases[op].plan]
   others = [op for op in ops if op not in scheduled]
@@ -149,14 +149,14 @@ def cases_for(chip: str) -> ModuleType:
 
 def all_ops(chip: str) -> dict[str, Op]:
   cases = cases_for(chip)
-  return cases.OPS | cases.BASELINES
+  return cases.OPS | cases.OF_GROUPS | cases.BASELINES
 
 
 def work(args, committed: list[dict]):
   """Compiles the ops for one chip, model and size, and prints a row of JSON for each."""
   (chip,), (model,), (n_keys,) = args.chips, args.models, args.sizes
   jax.config.update('jax_traceback_in_locations_limit', 0)  # Programs do not say where they lie.
-  dims = Dims(*HEADS[model], n_keys, cases_for(chip).vmem_of(chip))
+  dims = Dims.of(model, n_keys, cases_for(chip).vmem_of(chip))
   known = {name(row): row for i, row in enumerate(committed) if not is_due(i, args.part)}
   for op in args.ops:
     row = {'chip': chip, 'model': model, 'S': n_keys, 'op': op}

@@ -18,7 +18,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
 import jax.numpy as jnp
 
 from dsa_jax import versions
-from dsa_jax.compile import llo as schedule
+from dsa_jax.compile import grouped, llo as schedule
 from dsa_jax.compile.cases import (
     BF16,
     Dims,
@@ -233,6 +233,61 @@ def splash_forward(name: str, block_q: int, block_s: int, chips: tuple[str, ...]
   )
 
 
+class GroupsPlan(NamedTuple):
+  """The plan of one key head, whose work is done for each of them."""
+
+  of_one: NamedTuple
+  groups: int
+
+  @property
+  def gathered_bytes(self) -> float | int:
+    return self.groups * self.of_one.gathered_bytes
+
+  def kernels(self) -> dict[str, KernelPlan]:
+    more = lambda loops: [(depth, self.groups * n) for depth, n in loops]
+    return {
+        name: plan._replace(loops=more(plan.loops), hbm_bytes=self.groups * plan.hbm_bytes)
+        for name, plan in self.of_one.kernels().items()
+    }
+
+
+def plan_groups(n_slots: int, backward: bool) -> Callable:
+  """Returns a function of `Dims` that plans attention of grouped heads."""
+
+  def plan(dims: Dims):
+    inputs = *grouped.of_one_key_head(dims), n_slots
+    sizes = dict(v_dim=dims.width, vmem=dims.vmem, blocks=attention.BlockSizes())
+    if not backward and n_slots >= sizes['blocks'].wide_slots:
+      width = 2 * dims.width * dims.groups
+      inputs = shape(T, dims.heads, width), shape(dims.n_keys, width), n_slots
+      return attention.plan_forward(*inputs, **sizes | dict(v_dim=width))
+    if backward:
+      of_one = attention.plan_backward(*inputs, **sizes, sparse_cores=True)
+    else:
+      of_one = attention.plan_forward(*inputs, **sizes)
+    return GroupsPlan(of_one, dims.groups)
+
+  return plan
+
+
+def splash_groups_shapes(dims: Dims):
+  return [jax.ShapeDtypeStruct((SPLASH_HEADS, dims.n_keys, dims.width), BF16)] * 3
+
+
+def splash_groups(backward: bool, n: int = 1024) -> Op:
+  """Returns jax's kernel for a model whose heads share keys; it does one head after the other."""
+  way = 'backward' if backward else 'forward'
+  kernel = 'splash_mha_dkv_no_residuals' if backward else 'splash_mha_fwd_no_residuals'
+  return Op(
+      f'splash_grouped_{way}',
+      splash_gradients if backward else splash_attention(n, n),
+      splash_groups_shapes,
+      lambda dims: dims.n_keys * dims.heads * dims.width * (5 if backward else 2),
+      lambda dims: SplashPlan(kernel, dims.heads, dims.n_keys, n, n),
+      models=('llama3_8b',),
+  )
+
+
 ATTENTION = dict(n_groups=1, v_dim=V, sm_scale=SM_SCALE, blocks=attention.BlockSizes())
 DENSE = dict(sm_scale=SM_SCALE, blocks=dense.BlockSizes())
 KL = dict(sm_scale=SM_SCALE, blocks=kl.BlockSizes())
@@ -337,6 +392,21 @@ SPLASH = [
     ),
 ]
 OPS = {op.name: op for op in [*KERNELS, INDEXED, DECODE, LAYER]}
+GROUPS = grouped.ops(attention, plan_groups)
+GROUPS.append(
+    Op(
+        'grouped_topk',
+        lambda *x: select.forward(*x, topk=K, blocks=select.BlockSizes()),
+        grouped.topk_shapes,
+        grouped.topk_flops,
+        lambda dims: select.plan(
+            *grouped.topk_shapes(dims)[:2], topk=K, vmem=dims.vmem, blocks=select.BlockSizes()
+        ),
+        models=('llama3_8b',),
+    )
+)
+OF_GROUPS = {op.name: op for op in GROUPS}
+SPLASH += [splash_groups(backward=False), splash_groups(backward=True)]
 BASELINES = {op.name: op for op in SPLASH}
 COMPILERS = versions.TPU_COMPILERS
 
@@ -364,7 +434,7 @@ def measure(
   """Reads what the compiler left of an op: in the folder of its dumps, and in the program."""
   spec = CHIPS[chip]
   row = {'mxu_cycles': op.flops(dims) / spec.flops * spec.hertz}
-  if op in KERNELS:
+  if op in KERNELS + GROUPS:
     row['hbm_cycles'] = moved_bytes(op, chip, dims) / T / spec.bytes * spec.hertz
   if op.plan is None:
     return row | {'vmem_mib': None, 'kernels': {}, 'cycles': None, 'us': None}

@@ -41,6 +41,32 @@ def fold_indices(indices: jax.Array, n_groups: int, n_keys: int) -> jax.Array:
   return rows.reshape(rows.shape[0], -1, rows.shape[3])
 
 
+def widen(x: jax.Array, n_groups: int) -> jax.Array:
+  """Turns [B, T, H, P] to [B, T, H, G * P]: each head's channels where its key head has them.
+
+  Its dot with the rows of all key heads side by side is that with its own: the rest is zeros.
+  """
+  if n_groups == 1:
+    return x
+  batch, rows, heads, width = x.shape
+  wide = jnp.where(_own(heads, n_groups), x[:, :, :, None], 0)
+  return wide.reshape(batch, rows, heads, n_groups * width)
+
+
+def narrow(x: jax.Array, n_groups: int) -> jax.Array:
+  """Turns [B, T, H, G * P] to [B, T, H, P]: of each head, the channels of its key head."""
+  if n_groups == 1:
+    return x
+  x = x.reshape(*x.shape[:3], n_groups, -1)
+  return jnp.sum(jnp.where(_own(x.shape[2], n_groups), x, 0), axis=3)
+
+
+def _own(heads: int, n_groups: int) -> jax.Array:
+  """Says which key head, [H, G, 1], is each head's own."""
+  own = jnp.arange(heads) // (heads // n_groups)
+  return (own[:, None] == jnp.arange(n_groups))[..., None]
+
+
 def by_group(x: jax.Array, n_groups: int) -> jax.Array:
   """Turns [B, T, H, ...] to [G, B, T, H / G, ...], for a loop over key heads."""
   batch, rows, heads = x.shape[:3]

@@ -221,6 +221,15 @@ def test_every_row_is_committed_and_above_its_floor(series, sizes, monkeypatch):
         assert op.plan is None or row['cycles'] > floor > 0
 
 
+def test_rows_of_grouped_heads_are_above_their_floor():
+  rows = json.loads(compile_report.committed_path('v6e', '0.10').read_text())
+  rows = [row for row in rows if row['op'] in tpu_cases.OF_GROUPS]
+  assert {row['chip'] for row in rows} == set(targets.CHIPS)
+  for row in rows:
+    assert tpu_cases.OF_GROUPS[row['op']].fits(row['chip'], row['model'], row['S'])
+    assert row['cycles'] > max(row['mxu_cycles'], row['hbm_cycles']) > 0
+
+
 def test_says_that_nothing_was_committed_for_this_jax(monkeypatch):
   monkeypatch.setattr(compile_report, 'committed_path', lambda chip: pathlib.Path(f'{chip}.json'))
   with pytest.raises(SystemExit, match=r"h200.json does not exist.*jax_0.10.json"):

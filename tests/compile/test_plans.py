@@ -109,6 +109,16 @@ def test_attention_on_a_tpu(size, vmem):
   assert calls(forward, q, kv, indices) == grids_of(plan)
 
 
+@pytest.mark.parametrize('n_slots', [2048, 256])
+def test_attention_of_groups_on_a_tpu(n_slots, vmem):
+  """With many selected keys, all key heads lie side by side; with few, one comes after the other."""
+  dims = Dims.of('llama3_8b', 131_072, vmem)
+  op = tpu_cases.OF_GROUPS[f'grouped_forward_{n_slots}']
+  plan = op.plan(dims)
+  assert isinstance(plan, tpu_cases.GroupsPlan) == (n_slots == 256)
+  assert calls(lambda *x: op.function(*x), *op.shapes(dims)) == grids_of(plan)
+
+
 @pytest.mark.parametrize('with_sparse_cores', [False, True])
 @pytest.mark.parametrize('size', SIZES, ids=str)
 def test_gradients_of_attention_on_a_tpu(size, with_sparse_cores, vmem, monkeypatch):
@@ -135,8 +145,9 @@ def test_plans_ask_no_chip(vmem, monkeypatch):
   monkeypatch.setattr(sparse_cores, 'available', ask)
   planned = [op for op in tpu_cases.OPS.values() if op.plan]
   assert len(planned) == 11
-  for op in planned:
-    trips, streams, gathered = tpu_cases.expects(op, Dims(64, 32, 131_072, vmem))
+  for op in [*planned, *tpu_cases.OF_GROUPS.values()]:
+    dims = Dims.of('llama3_8b' if op.name in tpu_cases.OF_GROUPS else 'v32', 131_072, vmem)
+    trips, streams, gathered = tpu_cases.expects(op, dims)
     assert trips and all(n >= 0 for loops in trips.values() for _, n in loops)
     assert set(streams) <= set(trips) and gathered >= 0
 

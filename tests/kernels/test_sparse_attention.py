@@ -159,6 +159,18 @@ def test_groups_of_heads_share_keys(backend, groups, own, given, dtype):
   cases.assert_matches(actual, exact, cases.TOLERANCE[dtype])
 
 
+@pytest.mark.nightly
+@pytest.mark.parametrize('blocks', [SMALL['tpu'], FEW_KEYS], ids=['in vmem', 'together'])
+def test_key_heads_side_by_side_on_a_tpu(blocks):
+  q, k, v, indices = grouped_inputs('empty', 2, False, True)
+  poisoned = poison(k, indices), poison(v, indices)
+  blocks = dataclasses.replace(blocks, wide_slots=1)
+  with cases.interpreted('tpu'):
+    actual = _run_groups(q, *poisoned, indices, backend='tpu', blocks=blocks)
+    jax.block_until_ready(actual)
+  cases.assert_matches(actual, _run_groups(q, k, v, indices, backend='reference'))
+
+
 @pytest.mark.parametrize('groups, own, given, _', GROUPS[:2])
 def test_groups_are_attention_to_repeated_keys(groups, own, given, _):
   """By the float64 definition, of each head's own key head and selection."""

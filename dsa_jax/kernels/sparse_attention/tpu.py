@@ -39,15 +39,19 @@ def forward(
 ):
   """Returns the output and the log-sum-exp, as the op does; keys are folded, see `groups`.
 
-  A block of queries reads the keys of one key head after the other, as many in VMEM as there is
-  room. Where few rows are selected they are gathered from wherever they lie.
+  Where few rows are selected they are gathered from wherever they lie. A selection that all heads
+  share brings the rows of all key heads side by side, in one copy, if that pays. Otherwise a block
+  of queries reads the keys of one key head after the other, as many in VMEM as there is room.
   """
-  attend = functools.partial(_attend, v_dim=v_dim, sm_scale=sm_scale, blocks=blocks)
+  options = dict(v_dim=v_dim, sm_scale=sm_scale, blocks=blocks)
   n_keys = kv.shape[1] // n_groups
   if n_groups == 1 or q.shape[1] * indices.shape[-1] < n_keys:
     indices = groups.fold_indices(indices, n_groups, n_keys)
-    results = attend(groups.fold_heads(q, n_groups), kv, indices)
+    results = _attend(groups.fold_heads(q, n_groups), kv, indices, **options)
     return tuple(groups.unfold_heads(x, n_groups) for x in results)
+  if indices.ndim == 3 and indices.shape[2] >= blocks.wide_slots:
+    return _attend(q, kv.reshape(kv.shape[0], n_keys, -1), indices, n_wide=n_groups, **options)
+  attend = functools.partial(_attend, **options)
   results = _map_groups(attend, q, kv, indices, n_groups)
   return tuple(map(groups.join_groups, results))
 
@@ -89,15 +93,19 @@ def _map_groups(f: Callable, of_queries, kv, indices, n_groups: int):
   return jax.lax.map(lambda x: f(*x), (of_queries, keys, jnp.moveaxis(indices, 2, 0)))
 
 
-def _attend(q, kv, indices, *, v_dim: int, sm_scale: float, blocks: BlockSizes):
-  vmem = chip.vmem_bytes()
-  plan = plan_forward(q, kv, indices.shape[2], v_dim=v_dim, vmem=vmem, blocks=blocks)
+def _attend(
+    q, kv, indices, *, n_wide: int = 1, v_dim: int, sm_scale: float, blocks: BlockSizes
+):
+  """Attends to rows of one key head, or to those of `n_wide` key heads side by side."""
+  vmem, wide = chip.vmem_bytes(), jax.eval_shape(lambda x: groups.widen(x, n_wide), q)
+  width = v_dim if n_wide == 1 else kv.shape[2]
+  plan = plan_forward(wide, kv, indices.shape[2], v_dim=width, vmem=vmem, blocks=blocks)
   sizes = dict(v_dim=v_dim, sm_scale=sm_scale)
   if isinstance(plan, Decode):
     return tpu_rows.decode(q, kv, indices, plan=plan, **sizes)
   if isinstance(plan, Together):
-    return tpu_rows.forward(q, kv, indices, plan=plan, **sizes)
-  return _forward(q, kv, indices, plan=plan, **sizes)
+    return tpu_rows.forward(q, kv, indices, n_wide=n_wide, plan=plan, **sizes)
+  return _forward(q, kv, indices, n_wide=n_wide, plan=plan, **sizes)
 
 
 def _differentiate(
@@ -117,13 +125,15 @@ def _differentiate(
   return _backward(queries, kv, plan=plan, sm_scale=sm_scale)
 
 
-def _forward(q, kv, indices, *, plan: InVmem, v_dim: int, sm_scale: float):
+def _forward(q, kv, indices, *, n_wide: int, plan: InVmem, v_dim: int, sm_scale: float):
   kernels = _Kernels(plan.keys, plan.sizes.rows, sm_scale)
   packed = layout.pack(kv, plan.keys.shards)
-  v_channels = Rows(v_dim, kv.dtype).channels
+  width = plan.sizes.v_dim
+  v_channels = Rows(width, kv.dtype).channels
 
   def attend(block):
     q, indices = block
+    q = groups.widen(q, n_wide)
     slots = sort_slots(indices, kv.shape[1])
     state = State(
         out=jnp.zeros((*q.shape[:3], v_channels)), lse=jnp.full((*q.shape[:3], 1), -jnp.inf)
@@ -131,7 +141,8 @@ def _forward(q, kv, indices, *, plan: InVmem, v_dim: int, sm_scale: float):
     inputs = AttendIn(layout.pad_channels(q), packed)
     step = lambda shard, state: kernels.forward(shard, slots, inputs, state)
     out, lse = jax.lax.fori_loop(0, plan.keys.shards.n, step, state)
-    return out[..., :v_dim].astype(q.dtype), lse[..., 0]
+    out = groups.narrow(out[..., :width], n_wide)[..., :v_dim]
+    return out.astype(q.dtype), lse[..., 0]
 
   return map_rows(attend, (q, indices), plan.block_t, plan.keys.step_t)
 

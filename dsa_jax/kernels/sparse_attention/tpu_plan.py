@@ -31,6 +31,9 @@ class BlockSizes(Blocks):
   block_t_compact: int = 512  # Query rows per pass whose rows are together; half of it backward.
   own_tile: int = 2304  # At most so many of those rows are read at one time; half if float32.
   vmem_share: float = 0.8  # Part of VMEM for a shard of keys and of their gradients.
+  # Forward, grouped heads that share a selection of so many keys read one wide row for each, all
+  # key heads side by side. That is one copy in place of G, for products G times as wide.
+  wide_slots: int = 1024
 
 
 class Sizes(NamedTuple):

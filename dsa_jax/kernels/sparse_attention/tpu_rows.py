@@ -14,6 +14,7 @@ import jax
 from jax.experimental import pallas as pl
 import jax.numpy as jnp
 
+from dsa_jax.kernels import groups
 from dsa_jax.kernels.sparse_attention.tpu_plan import Decode, Together, TogetherBackward
 from dsa_jax.kernels.tpu import chip, layout, resident, sparse_cores
 from dsa_jax.kernels.tpu.gather_scatter import Fetch, OwnRows
@@ -48,7 +49,7 @@ def decode(q, kv, indices, *, plan: Decode, v_dim: int, sm_scale: float):
   return out.reshape(*q.shape[:3], v_dim), lse.reshape(q.shape[:3])
 
 
-def forward(q, kv, indices, *, plan: Together, v_dim: int, sm_scale: float):
+def forward(q, kv, indices, *, n_wide: int, plan: Together, v_dim: int, sm_scale: float):
   """Brings rows together, then attends to them."""
   gather = plan.gather
   packed = layout.pack(kv, gather.plan.shards)
@@ -56,7 +57,9 @@ def forward(q, kv, indices, *, plan: Together, v_dim: int, sm_scale: float):
   def step(memory, block):
     q, indices = block
     memory, seen = gather.run(sort_slots(indices, kv.shape[1]), packed, memory)
-    return memory, attend(q, memory, seen, plan=gather.own, v_dim=v_dim, sm_scale=sm_scale)
+    q, sizes = groups.widen(q, n_wide), dict(v_dim=plan.sizes.v_dim, sm_scale=sm_scale)
+    out, lse = attend(q, memory, seen, plan=gather.own, **sizes)
+    return memory, (groups.narrow(out, n_wide)[..., :v_dim], lse)
 
   block = plan.block_t, gather.plan.step_t
   return scan_rows(step, gather.memory(q, *block), (q, indices), *block)[1]
