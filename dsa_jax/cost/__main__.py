@@ -2,6 +2,7 @@
 r"""Prints what a token costs on a chip, dense and sparse, by part.
 
 python -m dsa_jax.cost --model=configs/deepseek_v32.py --chip=h800 --context=131072
+python -m dsa_jax.cost --size=qwen3_30b_a3b
 """
 
 from collections.abc import Sequence
@@ -20,6 +21,7 @@ from dsa_jax.cost.calls import cheaper_from, crossover, model_curve
 from dsa_jax.cost.chips import CHIPS
 from dsa_jax.cost.serving import Part, Serving, dollars_per_million, token_parts
 from dsa_jax.cost.work import cache_bytes
+from dsa_jax.families import SIZES
 
 PHASES = 'prefill', 'decode'
 
@@ -124,7 +126,7 @@ def _from(context: float, limit: int) -> str:
 def main(_):
   console = rich.console.Console()
   try:
-    cfg = ModelConfig(**MODEL.value.model)
+    cfg = SIZES[SIZE.value] if SIZE.value else ModelConfig(**MODEL.value.model)
     serving = Serving(
         chip=CHIPS[CHIP.value], cache=CACHE.value, batch=BATCH.value, queries=QUERIES.value
     )
@@ -150,6 +152,7 @@ if __name__ == '__main__':
   MODEL = config_flags.DEFINE_config_file(
       'model', 'configs/deepseek_v32.py', 'A file of configs/; only its `model` is read.'
   )
+  SIZE = flags.DEFINE_enum('size', '', ['', *SIZES], 'A released model, in place of --model.')
   CHIP = flags.DEFINE_enum('chip', 'h800', [*CHIPS], 'The chip to run on.')
   CONTEXT = flags.DEFINE_integer(
       'context', 131_072, 'The number of tokens that a token sees, itself included.'

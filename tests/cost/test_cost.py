@@ -3,6 +3,7 @@
 
 import dataclasses
 import json
+import math
 import pathlib
 import subprocess
 import sys
@@ -13,12 +14,15 @@ import pytest
 from dsa_jax import cost
 from dsa_jax.config import ModelConfig
 from dsa_jax.cost import attention_flops, published, work
+from dsa_jax.convert.tensors import weight_shapes
 from dsa_jax.cost.layer import layer_parts
+from dsa_jax.families import SIZES
 from dsa_jax.families.deepseek import DEEPSEEK_V32
 
 ROOT = pathlib.Path(__file__).parents[2]
 EXPERIMENT = ROOT / 'experiments' / 'cost_claim'
 V32 = DEEPSEEK_V32
+NO_KERNELS = 'scale', 'bias', 'bq', 'bk', 'bv'  # Added or multiplied by channel.
 ONE = dataclasses.replace(V32, n_layers=1, n_dense_layers=1)
 TINY = 'configs/deepseek_v32.py:tiny'
 CONTEXTS = 1, 1000, 2048, 2049, 7000, 32_768, 131_072
@@ -53,6 +57,33 @@ def test_bytes_of_the_caches():
   assert cost.cache_bytes(V32, 'fp8') == 48_068
   assert work.row_bytes(V32, 'bf16') == 1152
   assert work.index_key_bytes(V32, 'bf16') == 256
+
+
+def test_grouped_queries_by_hand():
+  """Llama 3 8B: 32 heads of 128 channels share 8 key heads, in 32 layers of width 4096."""
+  llama = SIZES['llama3_8b']
+  assert work.row_flops(llama) == work.mha_flops(llama) == 2 * 32 * (128 + 128)
+  assert work.row_bytes(llama, 'bf16') == 2 * 8 * (128 + 128)
+  assert work.row_bytes(llama, 'fp8') == 8 * (128 + 128) + 16 * 4
+  weights = 4096 * 32 * 128 + 2 * 4096 * 8 * 128 + 32 * 128 * 4096
+  assert of('projections', llama, sparse=False).flops == 2 * 32 * weights
+
+
+@pytest.mark.parametrize('name', SIZES)
+def test_weights_are_those_of_the_model(name):
+  """All matrices of a model of one layer of each kind, against what a token multiplies with."""
+  cfg = SIZES[name]
+  both = cfg.n_dense_layers < cfg.n_layers
+  cfg = dataclasses.replace(
+      cfg, n_layers=2 if both else 1, n_dense_layers=1, indexer_types=(), nope_layers=(),
+      n_activated_experts=cfg.n_routed_experts, n_limited_groups=cfg.n_expert_groups,
+  )  # fmt: skip
+  kernels = [shape for path, shape in weight_shapes(cfg).items() if path[-1] not in NO_KERNELS]
+  embedding = 0 if cfg.tie_embeddings else cfg.vocab_size * cfg.dim
+  wanted = sum(map(math.prod, kernels)) - embedding
+  flops = sum(w.flops for w in work.token_work(cfg, 1, form='mha', sparse=True))
+  pairs = cfg.n_layers * (work.mha_flops(cfg) + work.index_flops(cfg))
+  assert flops - pairs == 2 * wanted
 
 
 def of(part: str, cfg: ModelConfig, *, context=131_072, form='mqa', **kwargs) -> work.Work:
@@ -405,6 +436,13 @@ def test_command_prints_tables_and_words():
       assert f'{1e6 * seconds:,.0f} µs' in text
       assert f'${cost.dollars_per_million(seconds, 3.0):.3f}' in text
   assert '48,068 bytes' in text
+
+
+def test_command_takes_the_name_of_a_released_model():
+  done = command('--size=llama3_8b', '--context=8192', '--batch=8')
+  assert done.returncode == 0, done.stderr
+  per_token = 32 * (8 * (128 + 128) + 16 * 4 + 64 + 4)
+  assert f'{per_token:,} bytes' in ' '.join(done.stdout.split())
 
 
 def test_command_says_small_numbers():
