@@ -86,11 +86,12 @@ def _target(q, k, lse, indices, seen, sm_scale: float, blocks: BlockSizes):
   batch, n_keys, n_groups, width = k.shape
   if n_groups == 1:
     return mean_attention(q, gather_rows(k, indices), lse, seen, sm_scale)
-  keys = fold_keys(k)[:, :, None]
+  keys = fold_keys(k)
 
   def of_groups(rows):
     q, lse, indices = rows
-    return mean_attention(q, gather_rows(keys, indices), lse, indices >= 0, sm_scale)
+    chosen = gather_rows(keys, indices)[..., None, :]
+    return mean_attention(q, chosen, lse, indices >= 0, sm_scale)
 
   own = fold_indices(jnp.where(seen, indices, -1), n_groups, n_keys)
   rows = fold_heads(q, n_groups), fold_heads(lse, n_groups), own
