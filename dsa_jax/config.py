@@ -90,6 +90,8 @@ class ModelConfig:
   index_n_heads: int = 64
   index_head_dim: int = 128
   index_topk: int = 2048
+  # Selections of a query: 1 for all heads, or one for each key head, by index heads of its own.
+  index_n_selections: int = 1
   index_rope_head_dim: int = 0  # Channels that the indexer rotates. 0: as many as `qk_rope_head_dim`.
   # Whether the indexer's rotary embedding pairs neighbouring channels, as GLM-5's does.
   indexer_rope_interleave: bool = False
@@ -151,6 +153,10 @@ class ModelConfig:
           f'{self.index_rope_dim=} must be even and at most {self.index_head_dim=}: set '
           'index_rope_head_dim.'
       )
+    if self.index_n_selections not in (1, self.row_heads):
+      raise ConfigError(f'{self.index_n_selections=} must be 1 or the {self.row_heads} key heads.')
+    if self.index_n_heads % self.index_n_selections:
+      raise ConfigError(f'{self.index_n_heads=} must be a multiple of {self.index_n_selections=}.')
     if self.attention == 'mla':
       wrong = [x for x in ('n_kv_heads', 'qkv_bias', 'qk_norm') if getattr(self, x)]
       if self.kv_lora_rank < 1 or self.qk_nope_head_dim < 1 or self.q_lora_rank < 0 or wrong:
@@ -223,6 +229,12 @@ class ModelConfig:
   def index_rope_dim(self) -> int:
     """The number of channels that the indexer rotates."""
     return self.index_rope_head_dim or self.qk_rope_head_dim
+
+  @property
+  def selection_shape(self) -> tuple[int, ...]:
+    """The shape of what a query selects: [K], or [G, K] with a selection for each key head."""
+    several = self.index_n_selections > 1
+    return (self.index_n_selections, self.index_topk) if several else (self.index_topk,)
 
   @property
   def row_heads(self) -> int:

@@ -46,6 +46,7 @@ GQA = dataclasses.replace(
     nope_layers=(1,), tie_embeddings=True, rope_type='llama3', topk_method='group_limited_greedy',
     score_func='softmax', norm_topk_prob=False, n_shared_experts=0,
 )  # fmt: skip
+GQA_EACH = dataclasses.replace(GQA, index_n_heads=6, index_n_selections=2)  # For each key head.
 T = 29
 LENGTHS = ((17, 12), (21, 5))  # Documents of each row; the second ends in padding.
 RATES = {'backbone': 0.1, 'indexer': 0.1}

@@ -57,6 +57,23 @@ def test_grouped_query_attention(law, arguments):
     law(*arguments)
 
 
+@pytest.mark.parametrize(
+    'law, arguments',
+    [
+        (laws.law_masked_has_the_gradients_of_sparse, ('xla', 0)),
+        (laws.law_masked_has_the_gradients_of_sparse, ('xla', 1)),
+        (laws.law_all_selected_is_dense, ('xla', 'sparse')),
+        (laws.law_packed_is_alone, ('xla', 'sparse')),
+        (laws.law_own_losses_only, ('xla', 'sparse')),
+        (laws.law_only_trained_parts_move, ('warmup',)),
+    ],
+    ids=lambda x: getattr(x, '__name__', None),
+)
+def test_a_selection_for_each_key_head(law, arguments):
+  with laws.model(laws.GQA_EACH):
+    law(*arguments)
+
+
 @two_modes
 def test_packed_is_alone(attention):
   laws.law_packed_is_alone('xla', attention)

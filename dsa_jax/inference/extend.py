@@ -3,6 +3,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 import functools
+import math
 import typing
 from typing import Any, NamedTuple
 
@@ -33,7 +34,7 @@ class Reading(NamedTuple):
 
   hidden: Float[Array, 'B T D']  # After the final norm; `Transformer.logits` turns it into logits.
   cache: Cache
-  selected: Int[Array, 'L B T K']  # Positions; [L, B, T, 0] where attention is dense.
+  selected: Int[Array, 'L B T *G K']  # Positions; [L, B, T, 0] where attention is dense.
 
 
 def extend(
@@ -82,8 +83,8 @@ def extend(
       short=visible if attention == 'sparse' and visible <= most else 0,
   )
   x = model.embed[...][tokens].astype(cfg.dtype)  # Casts what is read, not the whole table.
-  k = 0 if attention == 'dense' else cfg.index_topk
-  carry = x, cache.kv, cache.index_key, jnp.full((*tokens.shape, k), -1, jnp.int32)
+  shape = (0,) if attention == 'dense' else cfg.selection_shape
+  carry = x, cache.kv, cache.index_key, jnp.full((*tokens.shape, *shape), -1, jnp.int32)
   read = functools.partial(read_layer, piece)
   (x, kv, index_key, _), selections = run_layers(model, layers, read, carry)
   length = cache.length + jnp.sum(counted, axis=1, dtype=jnp.int32)
@@ -117,7 +118,7 @@ class Piece(NamedTuple):
     return learned and packs and not self.cfg.shares_indexers
 
 
-def read_layer(piece: Piece, carry: Any, inputs: 'Layers') -> tuple[Any, Int[Array, 'B T K']]:
+def read_layer(piece: Piece, carry: Any, inputs: 'Layers') -> tuple[Any, Int[Array, 'B T *G K']]:
   """Runs a layer, whose new rows it writes into the cache; returns the carry and the selection."""
   x, kv, index_key, selected = carry
   block, i, slot, is_full, key = inputs
@@ -132,7 +133,7 @@ def read_layer(piece: Piece, carry: Any, inputs: 'Layers') -> tuple[Any, Int[Arr
     out, selected = select_and_attend(views, kv, span, index_key, index_span, end, cfg, backend)
   elif piece.attention != 'dense' and attn.indexer is not None:
     args = views, kv, span, index_key, index_span, end, cfg, backend, piece.rule, key
-    own = lambda: all_visible(end, cfg.index_topk) if piece.sees_all else select(*args)
+    own = lambda: all_visible(end, cfg) if piece.sees_all else select(*args)
     selected = jax.lax.cond(is_full, own, lambda: selected)
   if piece.short:
     chosen = None if piece.sees_all else selected
@@ -171,7 +172,7 @@ class Layers(NamedTuple):
 
 def run_layers(
     model: Transformer, layers: Sequence[Block] | None, layer: Callable, carry: Any
-) -> tuple[Any, Int[Array, 'L B T K']]:
+) -> tuple[Any, Int[Array, 'L B T *G K']]:
   """Scans the stacks of the model, or runs the given layers; returns the carry and all selections."""
   selections = []
   if layers is None:
@@ -215,14 +216,14 @@ def select(
     backend: str,
     rule: str,
     key: Key[Array, ''],
-) -> Int[Array, 'B T K']:
+) -> Int[Array, 'B T *G K']:
   """Returns the positions that a rule selects from what the cache holds of a layer.
 
   The main attention is shown to the rule as rows, the only form that the cache has.
   """
   index = views.index
   if rule == 'indexer':
-    return select_by_scores(index, index_key, index_span, end, cfg.index_topk, backend)
+    return select_by_scores(index, index_key, index_span, end, cfg, backend)
   candidates = Candidates(
       index_q=index_key.match(index.q),
       index_k=storage.read_layer(index_key, index_span).decode(index.q.dtype),
@@ -236,6 +237,7 @@ def select(
       sm_scale=cfg.sm_scale,
       topk=cfg.index_topk,
       backend=backend,
+      n_selections=cfg.index_n_selections,
   )
   return find_rule(rule)(candidates)
 
@@ -245,23 +247,26 @@ def select_by_scores(
     store: Store,
     span: Span,
     end: Int[Array, 'B T'],
-    topk: int,
+    cfg: ModelConfig,
     backend: str,
-) -> Int[Array, 'B T {topk}']:
+) -> Int[Array, 'B T *G K']:
   """Returns the positions with the highest index scores; copies no index key where it can."""
   q, keys = index.q, store.as_array(index.q.dtype)
   if keys is None:
     q, keys = store.match(q), storage.read_layer(store, span).decode(q.dtype)
     span = None  # The keys are those of this layer alone.
   start = jnp.zeros_like(end)
-  return index_topk(q, keys, index.weights, start, end, topk=topk, backend=backend, span=span)
+  return index_topk(
+      q, keys, index.weights, start, end,
+      topk=cfg.index_topk, n_selections=cfg.index_n_selections, backend=backend, span=span,
+  )  # fmt: skip
 
 
 def attend(
     q: Float[Array, 'B T H P'],
     store: Store,
     span: Span,
-    selected: Int[Array, 'B T K'],
+    selected: Int[Array, 'B T *G K'],
     end: Int[Array, 'B T'],
     cfg: ModelConfig,
     attention: Attention,
@@ -281,9 +286,11 @@ def attend(
   return dense_attention(q, keys, keys, start, end, indices=indices, **sizes)[0][..., :v_dim]
 
 
-def all_visible(end: Int[Array, 'B T'], k: int) -> Int[Array, 'B T {k}']:
-  """Returns what the indexer selects where no query sees more than k keys: all of them."""
-  return jnp.where(jnp.arange(k) < end[..., None], jnp.arange(k, dtype=jnp.int32), -1)
+def all_visible(end: Int[Array, 'B T'], cfg: ModelConfig) -> Int[Array, 'B T *G K']:
+  """Returns what the indexer selects where no query sees more keys than it may: all of them."""
+  end = end.reshape(*end.shape, *[1] * len(cfg.selection_shape))
+  position = jnp.broadcast_to(jnp.arange(cfg.index_topk, dtype=jnp.int32), cfg.selection_shape)
+  return jnp.where(position < end, position, -1)
 
 
 def attend_short(
@@ -291,7 +298,7 @@ def attend_short(
     q: Float[Array, 'B T H E'],
     store: Store,
     span: Span,
-    selected: Int[Array, 'B T K'] | None,
+    selected: Int[Array, 'B T *G K'] | None,
     end: Int[Array, 'B T'],
     backend: str,
 ) -> Float[Array, 'B T H V']:
@@ -303,21 +310,22 @@ def attend_short(
 
 
 def keys_of_selected(
-    store: Store, span: Span, selected: Int[Array, 'B T K'], dtype: DTypeLike, backend: str
-) -> tuple[Float[Array, 'B S W'], Int[Array, 'B T K']]:
+    store: Store, span: Span, selected: Int[Array, 'B T *G K'], dtype: DTypeLike, backend: str
+) -> tuple[Float[Array, 'B S W'], Int[Array, 'B T *G K']]:
   """Returns the keys that sparse attention gathers from, and which of them each query selected.
 
   The keys are the whole store where the op can read it as it is. Otherwise they are the layer where
   many rows are selected, and the selected rows alone where few are.
   """
-  batch, n_queries, k = selected.shape
+  batch, n_queries, *shape = selected.shape
+  k = math.prod(shape)
   whole = store.as_array(dtype)
   if whole is not None and not packs_all_keys(backend, n_queries, k, span[1]):
     return whole, storage.rows_of(selected, span)
   if n_queries * k >= span[1]:
     return storage.read_layer(store, span).decode(dtype), selected
-  rows = storage.gather(store, selected, span).decode(dtype)
-  slots = jnp.arange(n_queries * k, dtype=jnp.int32).reshape(n_queries, k)
+  rows = storage.gather(store, selected.reshape(batch, n_queries, k), span).decode(dtype)
+  slots = jnp.arange(n_queries * k, dtype=jnp.int32).reshape(n_queries, *shape)
   return rows.reshape(batch, n_queries * k, -1), jnp.where(selected >= 0, slots, -1)
 
 
@@ -330,7 +338,7 @@ def select_and_attend(
     end: Int[Array, 'B T'],
     cfg: ModelConfig,
     backend: str,
-) -> tuple[Float[Array, 'B T H C'], Int[Array, 'B T K']]:
+) -> tuple[Float[Array, 'B T H C'], Int[Array, 'B T *G K']]:
   """Returns what `attend` and `select` return, from one op that may do both at one time."""
   keys = storage.read_layer(kv, span).decode(views.rows.dtype)
   index_keys = storage.read_layer(index_key, index_span).decode(views.index.q.dtype)
@@ -344,6 +352,7 @@ def select_and_attend(
       jnp.zeros_like(end),
       end,
       topk=cfg.index_topk,
+      n_selections=cfg.index_n_selections,
       v_dim=cfg.row_value_dim,
       sm_scale=cfg.sm_scale,
       backend=backend,

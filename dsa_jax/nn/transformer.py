@@ -87,7 +87,7 @@ class Transformer(Configured):
     keys = self.layer_keys(key)
     x, reports, selections = self.embedded(tokens), {}, None
     if self.cfg.shares_indexers:  # Nothing is selected before the first layer, which is full.
-      nothing = jnp.full((*tokens.shape, self.cfg.index_topk), -1, jnp.int32)
+      nothing = jnp.full((*tokens.shape, *self.cfg.selection_shape), -1, jnp.int32)
       selections = {rule: nothing for rule in mode.rules}
     for name, layers in layers_of_stacks(self.cfg).items():
       if blocks := getattr(self, name):

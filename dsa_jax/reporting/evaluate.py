@@ -133,7 +133,8 @@ def _totals(out: Output, batch: Batch, mode: Mode, beyond: tuple[int, ...]):
   for rule in mode.measure:
     fields = out.measures(rule)._asdict()
     indices = fields.pop('indices')
-    fields['layer_overlap'] = measures.overlap(indices[1:], indices[:-1])
+    overlap = measures.overlap(indices[1:], indices[:-1])
+    fields['layer_overlap'] = jax.vmap(measures.over_key_heads)(overlap)
     by_rule[rule] = fields
   sums, counts = [], []
   for n in beyond:

@@ -91,7 +91,8 @@ def inspect(
       c.q, c.k, c.k[..., :1], c.start, c.end, sm_scale=c.sm_scale, backend=backend
   )
   attention = mean_attention(c.q, c.k, lse, visible, c.sm_scale)
-  selection = selected_keys(find_rule(rule)(c), len(ids))
+  selected = find_rule(rule)(c)
+  selection = selected_keys(selected.reshape(*selected.shape[:2], -1), len(ids))
   scores = jnp.where(visible, scores, jnp.nan)
   arrays = (np.asarray(x[0]) for x in (scores, selection, attention))
   return Inspection(ids, layer, rule, c.topk, *arrays)

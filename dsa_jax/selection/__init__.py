@@ -7,6 +7,7 @@ A rule is one function in one file. To add one, write the file and name the func
 import functools
 
 import jax
+import jax.numpy as jnp
 
 from dsa_jax.config import ConfigError
 from dsa_jax.selection import lightning, oracle, streaming, uniform
@@ -39,8 +40,17 @@ def check_rule(name: str):
 def find_rule(name: str | tuple[str, ...]) -> Rule:
   """Returns the rule of that name or, of several names, a rule that runs the one `choice` numbers.
 
-  A single compiled program thus serves several rules, and runs only one of them.
+  A single compiled program thus serves several rules, and runs only one of them. Where each key head
+  has a selection of its own, a rule that makes one for all of them gives it to each.
   """
   if isinstance(name, str):
-    return RULES[name]
-  return lambda c: jax.lax.switch(c.choice, [functools.partial(RULES[n], c) for n in name])
+    return lambda c: _for_each_key_head(RULES[name](c), c.n_selections)
+  rules = [find_rule(n) for n in name]
+  return lambda c: jax.lax.switch(c.choice, [functools.partial(rule, c) for rule in rules])
+
+
+def _for_each_key_head(indices: jax.Array, n_selections: int) -> jax.Array:
+  if n_selections == 1 or indices.ndim == 4:
+    return indices
+  b, t, k = indices.shape
+  return jnp.broadcast_to(indices[:, :, None], (b, t, n_selections, k))

@@ -28,6 +28,9 @@ class Candidates(NamedTuple):
   sm_scale: float
   topk: int
   backend: str
+  n_selections: int = 1  # G where each key head has a selection of its own.
 
 
-Rule = Callable[[Candidates], jax.Array]  # Returns int32 [B, T, K] positions, ascending, then -1.
+# Returns int32 positions [B, T, K], ascending, then -1. Where `n_selections` is above 1, a rule may
+# return [B, T, G, K] instead.
+Rule = Callable[[Candidates], jax.Array]

@@ -32,14 +32,22 @@ def overlap(a: Int[Array, '*rows K'], b: Int[Array, '*rows K']) -> Float[Array, 
   return flat.reshape(a.shape[:-1])
 
 
-def neighbour_overlap(indices: Int[Array, 'B T K']) -> Float[Array, 'B T']:
+def neighbour_overlap(indices: Int[Array, 'B T *G K']) -> Float[Array, 'B T *G']:
   """Returns the share of each query's selection that the query before it selected too."""
-  before = jnp.pad(indices, ((0, 0), (1, 0), (0, 0)), constant_values=-1)[:, :-1]
+  before = jnp.concatenate([jnp.full_like(indices[:, :1], -1), indices[:, :-1]], axis=1)
   return overlap(indices, before)
 
 
-def selected_distance(indices: Int[Array, 'B T K'], end: Int[Array, 'B T']) -> Float[Array, 'B T']:
+def selected_distance(
+    indices: Int[Array, 'B T *G K'], end: Int[Array, 'B T']
+) -> Float[Array, 'B T *G']:
   """Returns the mean distance in tokens from each query back to what it selected, 0 for nothing."""
   filled = indices >= 0
-  distance = jnp.where(filled, end[..., None] - 1 - indices, 0)
+  end = end.reshape(*end.shape, *[1] * (indices.ndim - 2))
+  distance = jnp.where(filled, end - 1 - indices, 0)
   return distance.sum(-1) / jnp.maximum(filled.sum(-1), 1)
+
+
+def over_key_heads(x: Float[Array, 'B T *G']) -> Float[Array, 'B T']:
+  """Returns the mean over key heads, where each has a selection of its own."""
+  return x if x.ndim == 2 else jnp.mean(x, axis=-1)

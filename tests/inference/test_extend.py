@@ -23,6 +23,8 @@ CONFIGS = {
     'deepseek': laws.CFG,
     'glm': dataclasses.replace(GLM, n_mtp_layers=0),
     'gqa': laws.GQA,
+    'gqa_each': laws.GQA_EACH,
+    'gqa_each_fp8': dataclasses.replace(laws.GQA_EACH, index_head_dim=16),
     'fp8': dataclasses.replace(laws.CFG, index_head_dim=16),
     'gqa_fp8': dataclasses.replace(laws.GQA, index_head_dim=16, n_dense_layers=2),
     'gqa_fp8_all_selected': dataclasses.replace(
@@ -97,7 +99,7 @@ NIGHTLY = pytest.mark.nightly
 @pytest.mark.parametrize(
     'name, attention',
     [('deepseek', 'sparse'), ('deepseek', 'masked'), ('deepseek', 'dense'), ('glm', 'sparse')]
-    + [('gqa', 'sparse')]
+    + [('gqa', 'sparse'), ('gqa_each', 'sparse')]
     + [pytest.param('glm', attention, marks=NIGHTLY) for attention in ('masked', 'dense')]
     + [pytest.param('gqa', attention, marks=NIGHTLY) for attention in ('masked', 'dense')],
 )
@@ -110,7 +112,7 @@ def test_any_chunking(name, cuts, attention):
       np.testing.assert_array_equal(selected[:, row, :n], want_selected[:, row, :n])
 
 
-@pytest.mark.parametrize('name', ['deepseek', 'gqa', pytest.param('glm', marks=NIGHTLY)])
+@pytest.mark.parametrize('name', ['deepseek', 'gqa_each', pytest.param('glm', marks=NIGHTLY)])
 @pytest.mark.parametrize('rule', [rule for rule in RULES if rule != 'indexer'])
 def test_any_rule(name, rule):
   """Those that draw lots do so by position, and the oracle sees the attention as the cache has it."""
@@ -159,7 +161,7 @@ def test_any_batch(rows):
 @pytest.mark.parametrize(
     'name, attention, fmt',
     [('deepseek', 'sparse', 'float32'), pytest.param('deepseek', 'dense', 'float32', marks=NIGHTLY),
-     ('fp8', 'sparse', 'fp8'), ('gqa', 'sparse', 'float32'), ('gqa_fp8', 'sparse', 'fp8')],
+     ('fp8', 'sparse', 'fp8'), ('gqa', 'sparse', 'float32'), ('gqa_each_fp8', 'sparse', 'fp8')],
 )  # fmt: skip
 def test_whole_lines_change_nothing(name, attention, fmt):
   """As a TPU keeps a cache: rows end in zeros."""

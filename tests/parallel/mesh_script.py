@@ -27,6 +27,7 @@ from dsa_jax.training.step import make_train_step
 CFG = dataclasses.replace(laws.CFG, n_heads=4, vocab_size=40, n_mtp_layers=1)
 # Two key heads: `tensor` of 2 divides them, and 4 of these devices share each of them.
 GQA = dataclasses.replace(laws.GQA, n_heads=8, vocab_size=40)
+GQA_EACH = dataclasses.replace(laws.GQA_EACH, n_heads=8, vocab_size=40)
 SHARING = dataclasses.replace(CFG, indexer_types=('full', 'shared'))
 BATCH = laws.make_batch(((17, 15), (21, 5), (32,), (3, 9, 14)), 32)  # Packed, uneven, padded.
 losses.LOGITS_AT_ONCE = 256  # So every device goes over its rows in several chunks.
@@ -38,7 +39,7 @@ STEPS = [  # Stage, mesh, micro-batches, model, what is computed again (on one d
     ('sparse', {'tensor': 4}, 4, CFG, 'layer'),
     ('dense', {'expert': 4, 'tensor': 2}, 1, CFG, 'none'),
     ('warmup', {'tensor': 4, 'fsdp': 2}, 1, GQA, 'none'),
-    ('sparse', MIXED, 1, GQA, 'selection'),
+    ('sparse', MIXED, 1, GQA_EACH, 'selection'),
     ('warmup', MIXED, 1, CFG, 'layer'),
     ('sparse', {'fsdp': 2, 'expert': 2, 'context': 2}, 1, SHARING, 'selection'),
 ]

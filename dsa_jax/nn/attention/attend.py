@@ -64,7 +64,8 @@ def attend(
     own = lambda: select(layer, project(), *inputs)
     zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(own)[0])
     index, selections = jax.lax.cond(shared.is_full, own, lambda: (zeros, shared.selections))
-  divergence = Divergence(mode, layer.cfg.sm_scale, shared and shared.is_full)
+  cfg = layer.cfg
+  divergence = Divergence(mode, cfg.sm_scale, cfg.index_n_selections, shared and shared.is_full)
   if mode.attention == 'sparse':
     run, indices = attend_sparse, selections[mode.rule]
   else:
@@ -95,7 +96,7 @@ def attend_sparse(
     (q_latent, start, end, indices, index_rows), (key_rows, index_k) = rows, keys
     q = _row_queries(layer, heads, q_latent, start, end)
     out, lse = sparse_attention(
-        q, layer.own_rows(key_rows), None, heads.all_tokens(indices),
+        q, layer.own_key_heads(key_rows), None, _own_selections(layer, heads, indices),
         v_dim=layer.cfg.row_value_dim, sm_scale=divergence.sm_scale, backend=divergence.mode.backend,
     )  # fmt: skip
     constants = heads.all_heads(q), key_rows, heads.all_heads(lse)
@@ -115,7 +116,8 @@ def attend_dense(
   q_latent, start_of_all, end_of_all = map(heads.all_tokens, (views.q_latent, start, end))
   out, lse = dense_attention(
       layer.queries(q_latent, layer.positions(start_of_all, end_of_all)), views.k, views.v,
-      start_of_all, end_of_all, indices=None if indices is None else heads.all_tokens(indices),
+      start_of_all, end_of_all,
+      indices=None if indices is None else _own_selections(layer, heads, indices),
       sm_scale=divergence.sm_scale, backend=divergence.mode.backend,
   )  # fmt: skip
   out = heads.own_tokens(layer.join_heads(out))
@@ -130,6 +132,12 @@ def attend_dense(
   index_rows, index_k = _split(index)
   rows = views.q_latent, start, end, indices, index_rows, heads.all_heads(lse)
   return out, _by_blocks(layer, compare_block, rows, (views.rows, index_k))
+
+
+def _own_selections(layer, heads: HeadLayout, indices):
+  """Returns the selections of this device's heads for the tokens of all that share them."""
+  indices = heads.all_tokens(indices)
+  return indices if indices.ndim == 3 else layer.own_key_heads(indices)
 
 
 def _row_queries(layer, heads: HeadLayout, q_latent, start, end):

@@ -17,6 +17,7 @@ class Divergence(NamedTuple):
 
   mode: Mode
   sm_scale: float
+  n_selections: int  # Of a query.
   is_full: Bool[Array, ''] | None  # Whether the layer selects for itself. None: every layer does.
 
   def __call__(
@@ -27,7 +28,7 @@ class Divergence(NamedTuple):
       index: IndexInputs | None,
       start: Int[Array, 'B T'],
       end: Int[Array, 'B T'],
-      indices: Int[Array, 'B T K'] | None,
+      indices: Int[Array, 'B T *G K'] | None,
   ) -> Float[Array, 'B T'] | None:
     """Returns nats for each query; zeros in a layer without an indexer of its own.
 
@@ -42,7 +43,8 @@ class Divergence(NamedTuple):
     def loss(index: IndexInputs):
       return index_kl(
           q, k, lse, *index, start, end,
-          indices=indices, sm_scale=self.sm_scale, backend=self.mode.backend,
+          indices=indices, n_selections=self.n_selections, sm_scale=self.sm_scale,
+          backend=self.mode.backend,
       )  # fmt: skip
 
     if self.is_full is None:

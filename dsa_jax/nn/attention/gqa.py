@@ -54,16 +54,16 @@ class GQA(Attention):
     k = self._rotate(k if self.k_norm is None else self.k_norm(k), positions)
     return jnp.concatenate([_project(x, self.wv, self.bv), k], axis=-1)
 
-  def own_rows(self, rows):
+  def own_key_heads(self, x):
     """Returns the key heads of this device's heads: a share of them, or the one they all read."""
     n_heads, per_group = self.wo.shape[0], self.cfg.n_heads // self.cfg.n_kv_heads
     if n_heads == self.cfg.n_heads:
-      return rows
+      return x
     first = collectives.axis_index('tensor') * n_heads // per_group
-    return jax.lax.dynamic_slice_in_dim(rows, first, max(n_heads // per_group, 1), axis=2)
+    return jax.lax.dynamic_slice_in_dim(x, first, max(n_heads // per_group, 1), axis=2)
 
   def expanded(self, rows):
-    value, key = jnp.split(self.own_rows(rows), [self.cfg.v_head_dim], axis=-1)
+    value, key = jnp.split(self.own_key_heads(rows), [self.cfg.v_head_dim], axis=-1)
     return key, value
 
   def from_rows(self, out):

@@ -4,7 +4,7 @@
 from flax import nnx
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Int, Key, Shaped
 
 from dsa_jax.config import ModelConfig
 from dsa_jax.nn.attention.attend import attend
@@ -87,8 +87,8 @@ class Attention(Configured):
     """Returns the row of every token, for all key heads."""
     raise NotImplementedError
 
-  def own_rows(self, rows: Float[Array, 'B S G P']) -> Float[Array, 'B S G2 P']:
-    """Returns the part of rows that the heads of this device read."""
+  def own_key_heads(self, x: Shaped[Array, 'B S G any']) -> Shaped[Array, 'B S G2 any']:
+    """Returns the part of rows, or of selections, that is for the heads of this device."""
     raise NotImplementedError
 
   def expanded(

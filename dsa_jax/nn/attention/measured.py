@@ -30,9 +30,9 @@ def measure_selections(
   if 'oracle' in selections:
     oracle = selections['oracle']
   else:
-    oracle = selection.RULES['oracle'](views.candidates(start, end, key, layer.cfg, backend))
+    oracle = selection.find_rule('oracle')(views.candidates(start, end, key, layer.cfg, backend))
 
-  def compare(chosen: Int[Array, 'B T K']) -> Measures:
+  def compare(chosen: Int[Array, 'B T *G K']) -> Measures:
     lse = sparse_attention(
         views.row_q, views.rows, None, chosen,
         v_dim=layer.cfg.row_value_dim, sm_scale=scale, backend=backend,
@@ -40,9 +40,9 @@ def measure_selections(
     return Measures(
         indices=chosen,
         captured_mass=measures.captured_mass(lse, lse_visible),
-        topk_recall=measures.overlap(oracle, chosen),
-        neighbour_overlap=_neighbour_overlap(chosen),
-        selected_distance=measures.selected_distance(chosen, end),
+        topk_recall=measures.over_key_heads(measures.overlap(oracle, chosen)),
+        neighbour_overlap=measures.over_key_heads(_neighbour_overlap(chosen)),
+        selected_distance=measures.over_key_heads(measures.selected_distance(chosen, end)),
     )
 
   stacked = jax.lax.map(compare, jnp.stack([selections[rule] for rule in mode.measure]))

@@ -61,8 +61,8 @@ class MLA(Attention):
     rope = self._rotate(rope[:, :, None], positions)
     return jnp.concatenate([self.kv_norm(latent)[:, :, None], rope], axis=-1)
 
-  def own_rows(self, rows):
-    return rows
+  def own_key_heads(self, x):
+    return x
 
   def expanded(self, rows):
     w_k, w_v = self._expansion(rows.dtype)

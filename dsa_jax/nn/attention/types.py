@@ -55,14 +55,15 @@ class Mode:
 class Measures(NamedTuple):
   """The selection of one rule in one layer, compared with the true attention of the layer."""
 
-  indices: Int[Array, 'B T K']
+  indices: Int[Array, 'B T *G K']
   captured_mass: Float[Array, 'B T']
   topk_recall: Float[Array, 'B T']  # The share of the oracle's selection that the rule selects.
   neighbour_overlap: Float[Array, 'B T']
   selected_distance: Float[Array, 'B T']
 
 
-Selections = dict[str | tuple[str, ...], Int[Array, 'B T K']]  # By rule.
+# By rule. With a selection for each key head, there is an axis G.
+Selections = dict[str | tuple[str, ...], Int[Array, 'B T *G K']]
 
 
 class Shared(NamedTuple):
@@ -108,5 +109,6 @@ class Views(NamedTuple):
     arrays = jax.lax.stop_gradient((*index, self.q, self.k))
     if collectives.axis_size(*MESH_AXES) > 1:  # Each device draws its own random numbers.
       key = jax.random.fold_in(key, collectives.axis_index(*MESH_AXES))
-    sizes = {'sm_scale': cfg.sm_scale, 'topk': cfg.index_topk, 'backend': backend}
-    return selection.Candidates(*arrays, start, end, key, choice, **sizes)
+    return selection.Candidates(
+        *arrays, start, end, key, choice, cfg.sm_scale, cfg.index_topk, backend, cfg.index_n_selections
+    )
