@@ -10,6 +10,7 @@ import sys
 import numpy as np
 import pytest
 from test_parity import GOLDEN, forward
+from test_parity_dense import DENSE_CASES, FRESH
 
 from dsa_jax.convert.exporter import export_checkpoint, open_checkpoint
 from dsa_jax.convert.importer import import_checkpoint, open_source
@@ -27,9 +28,13 @@ def make_golden():
   return make_golden
 
 
-@pytest.mark.parametrize('case', ['deepseek_v32', 'deepseek_v3', 'glm_moe_dsa', 'glm_moe_dsa_full'])
+DENSE = 'deepseek_v3', *DENSE_CASES
+
+
+@pytest.mark.parametrize('case', ['deepseek_v32', 'glm_moe_dsa', 'glm_moe_dsa_full', *DENSE])
 def test_transformers_reads_our_export(case, tmp_path: pathlib.Path, make_golden):
-  import_checkpoint(open_source(GOLDEN / case), tmp_path / 'ours', advance=lambda n: None)
+  source = open_source(GOLDEN / case, indexer=FRESH if case in DENSE else None)
+  import_checkpoint(source, tmp_path / 'ours', advance=lambda n: None)
   export_checkpoint(open_checkpoint(tmp_path / 'ours'), tmp_path / 'out', shard_bytes=100_000)
   theirs = make_golden.load(tmp_path / 'out')  # Raises if a tensor is missing or unexpected.
   ours = load_checkpoint(tmp_path / 'ours')
@@ -41,12 +46,12 @@ def test_transformers_reads_our_export(case, tmp_path: pathlib.Path, make_golden
       break
   else:
     raise AssertionError('no tokens give clear selections')
-  attention = 'dense' if case == 'deepseek_v3' else 'sparse'
+  attention = 'dense' if case in DENSE else 'sparse'
   logits = forward(ours, tokens, attention, measure=())[0]
   np.testing.assert_allclose(logits, want['logits'], atol=1e-4, rtol=0)
 
 
 def test_golden_numbers_can_be_made_again(make_golden):
   """The script beside them gives what is stored."""
-  for case in ('deepseek_v32', 'glm_moe_dsa'):
+  for case in ('deepseek_v32', 'glm_moe_dsa', 'smollm3', 'deepseek_v2_groups'):
     make_golden.check(case, GOLDEN / case)

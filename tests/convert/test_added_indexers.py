@@ -56,8 +56,17 @@ def test_fresh_indexers_have_the_usual_sizes_or_those_that_are_asked_for():
     open_source(PARITY / 'deepseek_v32', indexer=FRESH)
 
 
-@pytest.mark.parametrize('case', ['llama_tied', 'qwen3_moe_plain', 'glm4_moe', 'deepseek_v2'])
-def test_trained_indexers_go_out_and_come_back(case, tmp_path):
+@pytest.mark.parametrize(
+    'case, family',
+    [
+        ('llama_tied', 'llama'),
+        ('qwen3_moe_plain', 'qwen3_moe'),
+        ('glm4_moe', 'glm4_moe'),
+        ('deepseek_v2', 'deepseek_v2'),
+        ('moonlight', 'deepseek_v32'),
+    ],
+)
+def test_trained_indexers_go_out_and_come_back(case, family, tmp_path):
   """They go out under DeepSeek's names, and config.json says their sizes."""
   convert(PARITY / case, tmp_path / 'ours', **FRESH)
   folder = run_from(tmp_path / 'ours', tmp_path / 'run', 'sparse')
@@ -70,7 +79,7 @@ def test_trained_indexers_go_out_and_come_back(case, tmp_path):
   assert after.keys() - before.keys() == added
   written = json.loads((tmp_path / 'out' / 'config.json').read_text())
   assert {name: written[name] for name in FRESH} == FRESH
-  assert written['model_type'] == json.loads((PARITY / case / 'config.json').read_text())['model_type']
+  assert written['model_type'] == family
   model, back = load_checkpoint(folder), convert(tmp_path / 'out', tmp_path / 'back')
   assert back.cfg == model.cfg
   for i in range(depth):
@@ -146,3 +155,18 @@ def test_an_untied_head_must_be_there(tmp_path):
   with pytest.raises(ConfigError, match='lm_head.weight is missing'):
     open_source(tmp_path / 'source')
   assert read_config(config)[1].tie_embeddings is False
+
+
+@pytest.mark.parametrize('case', ['qwen2', 'qwen3_moe'])
+def test_matrices_may_be_exported_in_fp8(case, tmp_path):
+  """All of them but the embedding, the head and the router; biases and norms stay as they are."""
+  convert(PARITY / case, tmp_path / 'ours', **FRESH)
+  export_checkpoint(open_checkpoint(tmp_path / 'ours'), tmp_path / 'out', quantized=True)
+  after = released.read(tmp_path / 'out')
+  wide = {name for name, (dtype, shape, _) in after.items() if dtype != 'F8_E4M3' and len(shape) > 1}
+  wide = {name for name in wide if not name.endswith('_scale_inv')}
+  assert all(name.split('.')[-2] in ('embed_tokens', 'lm_head', 'gate') for name in wide)
+  assert not any('bias' in name and dtype == 'F8_E4M3' for name, (dtype, *_) in after.items())
+  back = convert(tmp_path / 'out', tmp_path / 'back', **FRESH)
+  wq, again = (model.block(0).attn.wq[...] for model in (load_checkpoint(tmp_path / 'ours'), back))
+  np.testing.assert_allclose(again, wq, rtol=2**-3, atol=1e-3)

@@ -343,8 +343,15 @@ def check(name, folder):
     for path in sorted(folder.iterdir()):
       if path.suffix == '.npz':
         compare(path, scratch / path.name)
+      elif path.name == 'saved_config.json':
+        if _without_version(path) != _without_version(scratch / path.name):
+          raise AssertionError(f'{name}/{path.name} differs.')
       elif path.read_bytes() != (scratch / path.name).read_bytes():
         raise AssertionError(f'{name}/{path.name} differs.')
+
+
+def _without_version(path):
+  return json.loads(path.read_text()) | {'transformers_version': None}
 
 
 def compare(path, other):
