@@ -92,3 +92,11 @@ def test_what_transformers_writes_is_the_same_model(case):
   configs = (GOLDEN / case / name for name in ('config.json', 'saved_config.json'))
   released, saved = (read_config(json.loads(path.read_text())) for path in configs)
   assert saved == released
+
+
+@pytest.mark.parametrize('case', ['llama', 'smollm3', 'qwen3_moe', 'glm4_moe', 'deepseek_v2'])
+def test_sparse_attention_to_all_tokens_is_dense(converted, case):
+  """Rows and the queries that meet them are right, too, in every kind of attention."""
+  want = golden(case)
+  model = load_checkpoint(converted(case), index_topk=want['tokens'].shape[1])
+  close(forward(model, want['tokens'], 'sparse', measure=())[0], want['logits'])
