@@ -37,6 +37,9 @@ INDEXER = {  # The sizes of fresh indexers; each family has usual ones.
     'index_topk': flags.DEFINE_integer(
         'index_topk', None, 'The number of tokens that it will select.'
     ),
+    'index_n_selections': flags.DEFINE_integer(
+        'index_n_selections', None, 'The number of key heads, for a selection for each of them.'
+    ),
     'index_rope_head_dim': flags.DEFINE_integer(
         'index_rope_head_dim', None, 'The channels of each of its heads that it rotates.'
     ),

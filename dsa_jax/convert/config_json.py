@@ -6,7 +6,13 @@ from typing import Any
 
 from dsa_jax.config import ConfigError, ModelConfig
 from dsa_jax.convert.config_keys import check_keys, check_quantization
-from dsa_jax.convert.layers_json import INDEXER_KEYS, read_layers, write_indexers, write_layers
+from dsa_jax.convert.layers_json import (
+    ADDED_INDEX_KEYS,
+    INDEXER_KEYS,
+    read_layers,
+    write_indexers,
+    write_layers,
+)  # fmt: skip
 from dsa_jax.convert.problems import first_ten
 from dsa_jax.convert.rope_json import (
     KEYS as ROPE_KEYS,
@@ -22,7 +28,6 @@ from dsa_jax.families.family import Family
 _TYPES = {field.name: field.type for field in dataclasses.fields(ModelConfig)}
 LARGEST_SIZE = 2**31  # No size of a model comes near it.
 KINDS = {bool: 'true or false', str: 'a name'}
-INDEX_ROPE = 'index_rope_head_dim'  # The name of a key, and of its field.
 
 # The keys that are read beside those that a family lists.
 ANY_KEYS = ('model_type', 'dtype', 'torch_dtype', 'quantization_config', 'compression_config')
@@ -111,7 +116,8 @@ def _required(family: Family, has_indexer: bool) -> dict[str, str]:
 
 
 def _optional(family: Family, has_indexer: bool) -> dict[str, tuple[str, Any]]:
-  return {**family.optional, **({INDEX_ROPE: (INDEX_ROPE, 0)} if has_indexer else {})}
+  added = {name: (name, value) for name, value in ADDED_INDEX_KEYS.items()}
+  return {**family.optional, **(added if has_indexer else {})}
 
 
 def _known(family: Family, has_indexer: bool) -> set[str]:
@@ -170,7 +176,8 @@ def write_config(
   if has_indexer:
     config |= write_indexers(cfg, family)
   else:
-    indexer = {*INDEXER_KEYS, *family.indexer_fields, INDEX_ROPE, 'index_share_for_mtp_iteration'}
+    indexer = {*INDEXER_KEYS, *family.indexer_fields, *ADDED_INDEX_KEYS}
+    indexer |= {'index_share_for_mtp_iteration'}
     config = {key: value for key, value in config.items() if key not in indexer}
   if _rotates_as(base, cfg):
     return config  # What it says of rotation stays as it came.

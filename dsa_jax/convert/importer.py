@@ -57,7 +57,7 @@ def open_source(
     folder: A folder with config.json, safetensors files and their index.
     mtp: Whether to keep the MTP layer, where the checkpoint has one.
     indexer: Sizes of fresh indexers, for a checkpoint that has none: index_n_heads,
-      index_head_dim, index_topk and index_rope_head_dim. The usual ones of the family take the
+      index_head_dim, index_topk, index_n_selections and index_rope_head_dim. The usual ones of the family take the
       place of any that are not given.
 
   Raises:

@@ -6,6 +6,8 @@ from typing import Any
 from dsa_jax.config import ModelConfig
 from dsa_jax.families.family import Family
 
+# Keys of our own, which are also fields, with the values that DeepSeek's indexers have.
+ADDED_INDEX_KEYS = {'index_rope_head_dim': 0, 'index_n_selections': 1}
 INDEXER_KEYS = (
     'indexer_rope_interleave', 'indexer_types', 'index_topk_pattern', 'index_topk_freq',
     'index_skip_topk_offset',
@@ -50,7 +52,8 @@ def write_layers(cfg: ModelConfig, family: Family) -> dict[str, Any]:
 
 def write_indexers(cfg: ModelConfig, family: Family) -> dict[str, Any]:
   """Returns the keys that say how a model's indexers are, besides their sizes."""
-  keys = {'index_rope_head_dim': cfg.index_rope_head_dim} if cfg.index_rope_head_dim else {}
+  fields = {name: getattr(cfg, name) for name in ADDED_INDEX_KEYS}
+  keys = {name: value for name, value in fields.items() if value != ADDED_INDEX_KEYS[name]}
   if family.lists_indexers:
     keys['indexer_rope_interleave'] = cfg.indexer_rope_interleave
     keys['indexer_types'] = list(cfg.indexer_types or ('full',) * cfg.n_layers)

@@ -154,6 +154,8 @@ def test_what_other_families_refuse(name, changes, message):
         ('v2_lite', {'q_lora_rank': 1536}, {'q_lora_rank': 1536}),
         ('llama3_8b', INDEXED | {'index_rope_head_dim': 16},
          {'index_n_heads': 4, 'index_head_dim': 32, 'index_topk': 64, 'index_rope_head_dim': 16}),
+        ('llama3_8b', INDEXED | {'index_n_heads': 16, 'index_rope_head_dim': 16, 'index_n_selections': 8},
+         {'index_n_heads': 16, 'index_n_selections': 8}),
     ],
     ids=str,
 )  # fmt: skip
