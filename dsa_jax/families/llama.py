@@ -4,7 +4,7 @@
 import dataclasses
 
 from dsa_jax.config import ModelConfig
-from dsa_jax.families.deepseek import YARN
+from dsa_jax.families import deepseek
 from dsa_jax.families.family import INDEXER, Family, TensorNames
 
 FRESH_INDEXER = {'index_n_heads': 16, 'index_head_dim': 64, 'index_rope_head_dim': 32}
@@ -102,11 +102,7 @@ MISTRAL_7B_V03 = dataclasses.replace(
 )
 
 TENSORS = TensorNames(
-    model={
-        'embed': ('model.embed_tokens.weight', 'w d -> w d'),
-        'norm/scale': ('model.norm.weight', 'd -> d'),
-        'head': ('lm_head.weight', 'w d -> d w'),
-    },
+    model=deepseek.TENSORS.model,
     layer={
         'attn_norm/scale': ('input_layernorm.weight', 'd -> d'),
         'attn/wq': ('self_attn.q_proj.weight', '(h e) d -> d h e'),
@@ -116,11 +112,7 @@ TENSORS = TensorNames(
         **INDEXER,
         'ffn_norm/scale': ('post_attention_layernorm.weight', 'd -> d'),
     },
-    mlp={
-        'ffn/w1': ('mlp.gate_proj.weight', 'f d -> d f'),
-        'ffn/w3': ('mlp.up_proj.weight', 'f d -> d f'),
-        'ffn/w2': ('mlp.down_proj.weight', 'd f -> f d'),
-    },
+    mlp=deepseek.TENSORS.mlp,
     quantized=(
         'q_proj', 'k_proj', 'v_proj', 'o_proj', 'wq_b', 'wk', 'gate_proj', 'up_proj', 'down_proj',
     ),
@@ -158,7 +150,7 @@ LLAMA_FAMILY = Family(
             'low_freq_factor': 'low_freq_factor',
             'high_freq_factor': 'high_freq_factor',
         },
-        'yarn': {key: field for key, field in YARN.items() if key != 'mscale'},
+        'yarn': {key: field for key, field in deepseek.YARN.items() if key != 'mscale'},
     },
     rope_theta=10_000.0,
     has_indexer=False,
