@@ -60,7 +60,6 @@ def test_grouped_query_attention(law, arguments):
 @pytest.mark.parametrize(
     'law, arguments',
     [
-        (laws.law_masked_has_the_gradients_of_sparse, ('xla', 0)),
         (laws.law_masked_has_the_gradients_of_sparse, ('xla', 1)),
         (laws.law_all_selected_is_dense, ('xla', 'sparse')),
         (laws.law_packed_is_alone, ('xla', 'sparse')),

@@ -97,10 +97,10 @@ def split_rows(flat: Float[Array, '*rows W'], cfg: ModelConfig) -> Float[Array, 
 
 
 def match_rows(
-    q: Float[Array, 'B T H P'], store: Store, cfg: ModelConfig
-) -> Float[Array, 'B T H P2']:
-  """Appends zeros to queries where stored rows have some."""
-  return widen(q, store.width // cfg.row_heads)
+    q: Float[Array, 'B T H E'], store: Store, cfg: ModelConfig
+) -> Float[Array, 'B T H E2']:
+  """Appends as many zeros to queries as stand behind the keys of stored rows."""
+  return widen(q, q.shape[-1] + store.width // cfg.row_heads - cfg.row_dim)
 
 
 def bytes_per_token(cfg: ModelConfig, fmt: str = 'bfloat16') -> int:

@@ -19,7 +19,7 @@ from dsa_jax.inference.storage import Span, Store
 from dsa_jax.kernels import dense_attention, index_topk, indexed_attention, sparse_attention
 from dsa_jax.kernels.backend import packs_all_keys
 from dsa_jax.nn.attention.layer import Attention as AttentionLayer
-from dsa_jax.nn.attention.types import Attention, Views
+from dsa_jax.nn.attention.types import Attention, Views, row_keys
 from dsa_jax.nn.block import Block, add
 from dsa_jax.nn.indexer import IndexInputs
 from dsa_jax.nn.transformer import Transformer, are_full, layers_of_stacks, one_each
@@ -224,12 +224,14 @@ def select(
   index = views.index
   if rule == 'indexer':
     return select_by_scores(index, index_key, index_span, end, cfg, backend)
+  q = match_rows(views.row_q, kv, cfg)
+  rows = split_rows(storage.read_layer(kv, span).decode(views.rows.dtype), cfg)
   candidates = Candidates(
       index_q=index_key.match(index.q),
       index_k=storage.read_layer(index_key, index_span).decode(index.q.dtype),
       index_weights=index.weights,
-      q=match_rows(views.row_q, kv, cfg),
-      k=split_rows(storage.read_layer(kv, span).decode(views.rows.dtype), cfg),
+      q=q,
+      k=row_keys(rows, q),
       start=jnp.zeros_like(end),
       end=end,
       key=key,
@@ -263,7 +265,7 @@ def select_by_scores(
 
 
 def attend(
-    q: Float[Array, 'B T H P'],
+    q: Float[Array, 'B T H E'],
     store: Store,
     span: Span,
     selected: Int[Array, 'B T *G K'],
@@ -280,10 +282,11 @@ def attend(
     keys = split_rows(keys, cfg)
     return sparse_attention(q, keys, None, indices, v_dim=v_dim, **sizes)[0]
   indices = selected if attention == 'masked' else None
-  keys = split_rows(storage.read_layer(store, span).decode(dtype), cfg)
-  # The rows stand for the values, too: cutting these out would copy them all.
-  start = jnp.zeros_like(end)
-  return dense_attention(q, keys, keys, start, end, indices=indices, **sizes)[0][..., :v_dim]
+  rows = split_rows(storage.read_layer(store, span).decode(dtype), cfg)
+  # Latents stand for the values with their rotary keys: cutting them out would copy them all.
+  values = rows if cfg.attention == 'mla' else rows[..., :v_dim]
+  start, keys = jnp.zeros_like(end), row_keys(rows, q)
+  return dense_attention(q, keys, values, start, end, indices=indices, **sizes)[0][..., :v_dim]
 
 
 def all_visible(end: Int[Array, 'B T'], cfg: ModelConfig) -> Int[Array, 'B T *G K']:

@@ -24,6 +24,7 @@ from dsa_jax.nn.attention.types import (
     Selections,
     Shared,
     Views,
+    row_keys,
 )  # fmt: skip
 from dsa_jax.nn.indexer import IndexInputs
 from dsa_jax.nn.remat import selected
@@ -99,7 +100,7 @@ def attend_sparse(
         q, layer.own_key_heads(key_rows), None, _own_selections(layer, heads, indices),
         v_dim=layer.cfg.row_value_dim, sm_scale=divergence.sm_scale, backend=divergence.mode.backend,
     )  # fmt: skip
-    constants = heads.all_heads(q), key_rows, heads.all_heads(lse)
+    constants = heads.all_heads(q), row_keys(key_rows, q), heads.all_heads(lse)
     kl = divergence(*constants, _join(index_rows, index_k), start, end, indices)
     return heads.own_tokens(layer.from_rows(out)), kl
 
@@ -127,7 +128,7 @@ def attend_dense(
   def compare_block(rows, keys):  # The queries of all heads are less to send than their keys.
     (q_latent, start, end, indices, index_rows, lse), (key_rows, index_k) = rows, keys
     q = heads.all_heads(_row_queries(layer, heads, q_latent, start, end))
-    return divergence(q, key_rows, lse, _join(index_rows, index_k), start, end, indices)
+    return divergence(q, row_keys(key_rows, q), lse, _join(index_rows, index_k), start, end, indices)
 
   index_rows, index_k = _split(index)
   rows = views.q_latent, start, end, indices, index_rows, heads.all_heads(lse)

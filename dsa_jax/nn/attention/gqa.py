@@ -18,8 +18,8 @@ from dsa_jax.params import BackboneParam, param
 class GQA(Attention):
   """Attention of H heads to G key heads, each of which H / G neighbouring heads share.
 
-  A row holds the value and the rotated key of every key head. Queries that meet rows have zeros where
-  these have the value. The indexer reads the hidden state, because there is no query latent.
+  A row holds the value and the rotated key of every key head. The indexer reads the hidden state,
+  because there is no query latent.
   """
 
   def __init__(self, cfg: ModelConfig, *, out_scale: float, rngs: nnx.Rngs):
@@ -45,9 +45,7 @@ class GQA(Attention):
     return self._rotate(q if self.q_norm is None else self.q_norm(q), positions)
 
   def row_queries(self, q_latent, positions):
-    """Returns queries behind as many zeros as a value has channels."""
-    q = self.queries(q_latent, positions)
-    return jnp.pad(q, [(0, 0)] * 3 + [(self.cfg.v_head_dim, 0)])
+    return self.queries(q_latent, positions)
 
   def rows(self, x, positions):
     k = _project(x, self.wk, self.bk)

@@ -27,9 +27,9 @@ class Attention(Configured):
   """Turns the hidden state into queries and rows, and what heads have read into an output.
 
   A row is what a token leaves behind: sparse attention gathers rows, and a cache keeps them. For each
-  of G key heads it begins with what the head reads as value. Queries that meet rows have as many
-  channels; dense attention expands rows into the keys and values of heads (MHA form). Both forms are
-  the same function of the same weights.
+  of G key heads it begins with what the head reads as value, and it ends with the key. Dense attention
+  expands rows into the keys and values of heads (MHA form). Both forms are the same function of the
+  same weights.
   """
 
   # Whether the layer rotates queries and keys. None stands for yes; see `transformer.one_each`.
@@ -77,8 +77,8 @@ class Attention(Configured):
 
   def row_queries(
       self, q_latent: Float[Array, 'B T Q'], positions: Int[Array, 'B T']
-  ) -> Float[Array, 'B T H P']:
-    """Returns queries that meet rows."""
+  ) -> Float[Array, 'B T H any']:
+    """Returns queries that meet the keys with which rows end; see `types.row_keys`."""
     raise NotImplementedError
 
   def rows(

@@ -91,7 +91,7 @@ class Views(NamedTuple):
   q: Float[Array, 'B T H E']
   k: Float[Array, 'B S G2 E']  # In MLA each head has a key of its own.
   v: Float[Array, 'B S G2 V']
-  row_q: Float[Array, 'B T H P']
+  row_q: Float[Array, 'B T H any']  # As wide as the keys with which rows end.
   rows: Float[Array, 'B S G P']  # A cache holds nothing else of a token.
   index: IndexInputs | None  # None in a layer that shares the selection of another.
 
@@ -112,3 +112,10 @@ class Views(NamedTuple):
     return selection.Candidates(
         *arrays, start, end, key, choice, cfg.sm_scale, cfg.index_topk, backend, cfg.index_n_selections
     )
+
+
+def row_keys(
+    rows: Float[Array, 'B S G P'], row_q: Float[Array, 'B T H E']
+) -> Float[Array, 'B S G E']:
+  """Returns the keys with which rows end, as wide as the queries; in MLA the whole rows."""
+  return rows[..., rows.shape[-1] - row_q.shape[-1] :]
