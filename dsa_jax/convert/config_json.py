@@ -45,7 +45,7 @@ def read_config(config: Any) -> tuple[str, ModelConfig]:
       every reason.
   """
   name = config.get('model_type') if isinstance(config, dict) else None
-  if name not in FAMILIES:
+  if not isinstance(name, str) or name not in FAMILIES:
     raise ConfigError(f'config.json: model_type={name!r} must be one of {tuple(FAMILIES)}.')
   check_quantization(config)
   family, problems = FAMILIES[name], list[str]()
@@ -59,9 +59,7 @@ def read_config(config: Any) -> tuple[str, ModelConfig]:
   sizes = _sizes(config, family, check, problems)
   rope = read_rope(config, family, sizes, check, problems)
   known = _known(family, has_indexer(config))
-  check_keys(
-      config, known, family, sizes, has_indexer=has_indexer(config), problems=problems
-  )
+  check_keys(config, known, family, sizes, has_indexer=has_indexer(config), problems=problems)
   _refuse(problems)
   layers = read_layers(config, family, sizes['n_layers'], has_indexer(config), problems)
   dtype = _dtype(config, problems)

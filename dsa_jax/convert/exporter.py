@@ -79,7 +79,7 @@ def open_checkpoint(folder: pathlib.Path, family: str = '') -> Checkpoint:
   """
   stored = find_checkpoint(folder)
   model, origin = ModelConfig(**stored.record['model']), stored.source
-  family = _choose_family(family or _imported_family(stored), model, stored.has_trained_indexer)
+  family = _choose_family(family or _imported_family(stored), model, stored)
   has_indexer = _has_indexer(family, stored.has_trained_indexer)
   step = latest_checkpoint(stored.step or stored.folder)
   flat = open_tree(step / 'state')
@@ -116,26 +116,21 @@ def _byte_ids(record: dict[str, Any], model: ModelConfig) -> dict[str, int]:
   return {'bos_token_id': BOS, 'eos_token_id': end}
 
 
-def _choose_family(family: str, model: ModelConfig, trained: bool) -> str:
+def _choose_family(family: str, model: ModelConfig, stored: StoredModel) -> str:
   """Returns the given family, or the first one that can hold a model.
 
-  Args:
-    family: A key of FAMILIES, or ''.
-    model: The model.
-    trained: Whether its indexers are trained, so that no family without them is chosen.
+  A family without indexers is chosen for a model whose indexers are not trained only.
 
   Raises:
     ConfigError: There is no such family, or it cannot hold the model.
   """
   if family and family not in FAMILIES:
     raise ConfigError(f'{family=} must be one of {tuple(FAMILIES)}.')
-  if family and not (lost := _lost_fields(family, model, trained)):
+  if family and not (lost := _lost_fields(family, model, stored)):
     return family
-  fit = [
-      name
-      for name in FAMILIES
-      if not _lost_fields(name, model, trained) and _has_indexer(name, trained) >= trained
-  ]
+  trained = stored.has_trained_indexer
+  names = [name for name in FAMILIES if _has_indexer(name, trained) or not trained]
+  fit = [name for name in names if not _lost_fields(name, model, stored)]
   if not family and fit:
     return fit[0]
   if not family:
@@ -149,13 +144,14 @@ def _has_indexer(family: str, trained: bool) -> bool:
   return FAMILIES[family].has_indexer or (FAMILIES[family].may_have_indexer and trained)
 
 
-def _lost_fields(family: str, model: ModelConfig, trained: bool) -> list[str]:
+def _lost_fields(family: str, model: ModelConfig, stored: StoredModel) -> list[str]:
   """Returns the fields of a model that its config.json in a family would not give back."""
-  traits, has_indexer = FAMILIES[family], _has_indexer(family, trained)
+  traits, has_indexer = FAMILIES[family], _has_indexer(family, stored.has_trained_indexer)
+  base = stored.source.get('config', {}) if stored.source.get('family') == family else {}
   try:
-    back = read_config(write_config(family, model, {}, has_indexer=has_indexer))[1]
-  except ConfigError as error:
-    return [' '.join(str(error).split())]
+    back = read_config(write_config(family, model, base, has_indexer=has_indexer))[1]
+  except ConfigError as error:  # What an earlier version imported may be refused today.
+    return [] if base else [' '.join(str(error).split())]
   if traits.has_indexer:  # Other loaders go by the family, whatever config.json says.
     back = dataclasses.replace(back, indexer_rope_interleave=traits.indexer_rope_interleave)
   lost = differing_fields(back, model) + ['rope_type'] * (back.rope_kind != model.rope_kind)

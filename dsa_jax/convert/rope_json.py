@@ -36,7 +36,7 @@ def read_rope(
   if rope is None:
     return {}
   kind = rope.pop('rope_type')
-  if kind not in family.ropes:
+  if kind not in tuple(family.ropes):  # It may be of any type.
     problems.append(f'rope_scaling: type={kind!r} must be {" or ".join(map(repr, family.ropes))}.')
     return {}
   theta = check('rope_theta', rope.pop('rope_theta', family.rope_theta), 'rope_theta')
@@ -143,7 +143,7 @@ def _split_heads(
 
 
 def _is_number(x: Any) -> bool:
-  return isinstance(x, (int, float))
+  return isinstance(x, (int, float)) and math.isfinite(x)
 
 
 def _check_width(factor: Any, config: dict[str, Any], problems: list[str]):

@@ -210,3 +210,12 @@ def test_a_run_without_an_origin_has_the_ids_of_its_data(tmp_path, vocab_size, d
   assert (written.get('bos_token_id'), written.get('eos_token_id')) == ids
   assert read_config(written)[1] == cfg
   assert cfg == ModelConfig(**record['model'])
+
+
+def test_a_pattern_that_only_the_source_spells_out_is_kept(tmp_path):
+  """DeepSeek-V3.2 has no list of indexers, but a config.json that gives their frequency is kept."""
+  config = released.V32 | {'index_topk_freq': 2, 'index_skip_topk_offset': 1}
+  tensors = released.random_tensors(config)
+  got, written = export(convert(tmp_path, config, tensors), tmp_path / 'out')
+  assert got == released.read(tmp_path / 'source')
+  assert read_config(written)[1].indexer_types == ('full', 'shared', 'full')
