@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reads a folder of safetensors files tensor by tensor, and writes one file by file."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 import json
 import logging
 import pathlib
@@ -24,23 +24,26 @@ DTYPES = {
     'F8_E4M3': np.dtype(ml_dtypes.float8_e4m3fn),
 }
 CODES = {dtype: code for code, dtype in DTYPES.items()}
+PACKED = 'PACKED'  # The dtype of quantised tensors of GGUF files, which are read as float32.
 
 
 class Place(NamedTuple):
   """The place of a tensor in a file."""
 
   path: pathlib.Path
-  dtype: str  # A key of DTYPES, or another dtype that safetensors knows by name.
+  dtype: str  # A key of DTYPES, PACKED, or another dtype that safetensors knows by name.
   shape: tuple[int, ...]
   offset: int  # The first byte, counted from the beginning of the file.
-  nbytes: int
+  nbytes: int  # The bytes that it takes in the file.
+  # Returns the tensor for its bytes. None says that they are the tensor as it is.
+  unpack: Callable[[np.ndarray], np.ndarray] | None = None
 
   def read(self) -> np.ndarray:
-    dtype = DTYPES[self.dtype]
+    dtype = np.dtype(np.uint8) if self.unpack else DTYPES[self.dtype]
     flat = np.fromfile(self.path, dtype, self.nbytes // dtype.itemsize, offset=self.offset)
     if flat.nbytes != self.nbytes:
       raise OSError(f'{self.path.name} was cut short while it was read.')
-    return flat.reshape(self.shape)
+    return self.unpack(flat) if self.unpack else flat.reshape(self.shape)
 
 
 def open_folder(folder: pathlib.Path) -> tuple[dict[str, Place], Problems]:
