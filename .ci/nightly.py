@@ -67,7 +67,8 @@ PARTS = {
     'checkpoints': Part(
         (
             'tests/convert/test_convert.py', 'tests/convert/test_convert_faults.py',
-            'tests/convert/test_convert_scale.py', 'tests/test_notebooks.py',
+            'tests/convert/test_convert_scale.py', 'tests/convert/test_gguf.py',
+            'tests/test_notebooks.py',
             'tests/compile/test_compile_report.py', 'tests/compile/test_compile_gpu.py',
             'tests/test_wheel.py', 'tests/test_sample.py',
         ),

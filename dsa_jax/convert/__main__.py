@@ -3,6 +3,7 @@ r"""Converts checkpoints between the released layouts and ours.
 
 python -m dsa_jax.convert SOURCE TARGET            released -> ours
 python -m dsa_jax.convert OWNER/MODEL TARGET       the same, from the Hugging Face hub
+python -m dsa_jax.convert MODEL.gguf TARGET        the same, from a GGUF file
 python -m dsa_jax.convert --export SOURCE TARGET   ours -> released
 """
 
@@ -24,7 +25,8 @@ EXPORT = flags.DEFINE_bool(
 )
 MTP = flags.DEFINE_bool('mtp', True, 'Import the multi-token-prediction layer where there is one.')
 DTYPE = flags.DEFINE_enum(
-    'dtype', 'bfloat16', list(DTYPES_OF), 'The dtype that FP8 weights are imported as.'
+    'dtype', 'bfloat16', list(DTYPES_OF),
+    'The dtype that FP8 weights, and those that a GGUF file quantises, are imported as.'
 )
 SEED = flags.DEFINE_integer('seed', 0, 'The seed of fresh indexers, where the checkpoint has none.')
 INDEXER = {  # The sizes of fresh indexers; each family has usual ones.

@@ -14,16 +14,17 @@ WANTED = ['*.json', '*.safetensors', '*.jinja', '*.model']
 
 
 def find_source(name: str) -> pathlib.Path:
-  """Returns a folder of this machine, or downloads `OWNER/MODEL` or `OWNER/MODEL@REVISION`.
+  """Returns a folder or a GGUF file of this machine, or downloads one from the hub.
 
-  What was downloaded before is used again; see `huggingface_hub.snapshot_download`.
+  The hub's names are `OWNER/MODEL` and `OWNER/MODEL@REVISION`. What was downloaded before is used
+  again; see `huggingface_hub.snapshot_download`.
 
   Raises:
     ConfigError: There is no such folder, and the hub does not have it or cannot be reached.
   """
   path = local_path(name, 'SOURCE')
   match = NAME.fullmatch(name)
-  if path.exists() or not match:
+  if path.exists() or not match or path.suffix == '.gguf':
     return path
   try:
     folder = huggingface_hub.snapshot_download(match[1], revision=match[2], allow_patterns=WANTED)

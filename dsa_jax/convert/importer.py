@@ -16,7 +16,10 @@ from dsa_jax.config import ConfigError, ModelConfig
 from dsa_jax.convert import fp8
 from dsa_jax.convert.building import KEPT_FILES, Summary, building, copy_kept, nested
 from dsa_jax.convert.config_json import LARGEST_SIZE, has_indexer, read_config
-from dsa_jax.convert.files import DTYPES, IS_POINTER, Place, is_pointer, open_folder
+from dsa_jax.convert.files import (
+    CODES, DTYPES, IS_POINTER, PACKED, Place, is_pointer, open_folder,
+)  # fmt: skip
+from dsa_jax.convert.gguf_model import open_gguf
 from dsa_jax.convert.problems import Problems
 from dsa_jax.convert.stream import Streamed, write_tree
 from dsa_jax.convert.tensors import Array, Path, Tensor, arrays_of, copies_of, weight_shapes
@@ -32,13 +35,14 @@ Advance = Callable[[int], None]  # Called with the number of bytes that have jus
 class Source:
   """A released checkpoint that has passed all checks."""
 
-  folder: pathlib.Path
+  folder: pathlib.Path  # A folder, or a GGUF file.
   family: str
-  config: dict[str, Any]  # The released config.json, unchanged.
+  config: dict[str, Any]  # The released config.json, unchanged; or that which a GGUF file implies.
   model: ModelConfig
   arrays: dict[Path, Array]
   places: dict[str, Place]
   copies: dict[str, str]  # The names of tensors that repeat others, with the names of those.
+  made: dict[str, str]  # The tokenizer's files out of a GGUF file, by their names.
 
   @property
   def nbytes(self) -> int:
@@ -54,7 +58,7 @@ def open_source(
   """Reads config and headers, and checks that all tensors are there, and no others.
 
   Args:
-    folder: A folder with config.json, safetensors files and their index.
+    folder: A folder with config.json, safetensors files and their index; or a GGUF file.
     mtp: Whether to keep the MTP layer, where the checkpoint has one.
     indexer: Sizes of fresh indexers, for a checkpoint that has none: index_n_heads,
       index_head_dim, index_topk, index_n_selections and index_rope_head_dim. The usual ones of the family take the
@@ -63,7 +67,11 @@ def open_source(
   Raises:
     ConfigError: This is no whole checkpoint of a known family; the message lists every problem.
   """
-  config = _read_config(folder)
+  is_gguf, made = folder.suffix == '.gguf' or folder.is_file(), dict[str, str]()
+  if is_gguf:
+    config, places, made = open_gguf(folder)
+  else:
+    config = _read_config(folder)
   family, model = read_config(config)
   for name, size in (indexer or {}).items():
     if not 0 < size < LARGEST_SIZE:
@@ -72,7 +80,9 @@ def open_source(
   if indexer and has_own:
     raise ConfigError(f'This {family} checkpoint has indexers: {indexer} cannot be chosen.')
   model = dataclasses.replace(model, **(indexer or {}))
-  places, problems = open_folder(folder)
+  problems = Problems()
+  if not is_gguf:
+    places, problems = open_folder(folder)
   for name in KEPT_FILES:
     if (folder / name).is_file() and is_pointer(folder / name):
       problems.add(f'{name} {IS_POINTER}', 'pointer')
@@ -93,7 +103,7 @@ def open_source(
     _check_tensors(model, arrays, copies, places, problems)
   if problems:
     raise ConfigError(f'{folder} cannot be converted:\n  ' + '\n  '.join(problems.lines()))
-  return Source(folder, family, config, model, arrays, places, copies)
+  return Source(folder, family, config, model, arrays, places, copies, made)
 
 
 def _read_config(folder: pathlib.Path) -> Any:
@@ -172,7 +182,7 @@ def _check_tensor(
   if place.shape != tensor.shape:
     line = f'{tensor.name} has shape {place.shape}; config.json asks for {tensor.shape}.'
     return problems.add(line, 'shape')
-  if place.dtype not in DTYPES or (place.dtype == 'F8_E4M3' and not array.quantizable):
+  if place.dtype not in (*DTYPES, PACKED) or (place.dtype == 'F8_E4M3' and not array.quantizable):
     line = f'{tensor.name} has dtype {place.dtype}, which does not belong there.'
     return problems.add(line, 'dtype')
   if place.dtype != 'F8_E4M3':
@@ -213,7 +223,8 @@ def import_checkpoint(
   Args:
     source: The checkpoint, from `open_source`.
     target: A folder that does not exist yet.
-    dtype: The dtype of dequantised FP8 weights; all other weights keep their own.
+    dtype: The dtype of weights that were FP8, or quantised in a GGUF file; all others keep their
+      own.
     seed: The seed of fresh indexers, where the checkpoint has none.
     advance: A function that is called with the number of bytes that have just been read.
 
@@ -235,11 +246,13 @@ def import_checkpoint(
       scales = {path: _streamed_scales(source, path, advance) for path in quantized}
       write_tree(partial / '0' / 'scales', nested(scales))
     copy_kept(source.folder, partial)
+    for name, text in source.made.items():
+      (partial / name).write_text(text, encoding='utf-8')
     origin = {
         'family': source.family,
         'config': source.config,
         'repeats_embedding': bool(source.copies),
-        'dtypes': {'/'.join(path): source.dtype(path) for path in source.arrays},
+        'dtypes': {'/'.join(path): _exported_dtype(source, path, dtype) for path in source.arrays},
         'files': [name for name in KEPT_FILES if (partial / name).is_file()],
     }
     record = {'model': dataclasses.asdict(source.model), 'source': origin}
@@ -255,16 +268,22 @@ def import_checkpoint(
 DTYPES_OF = {'bfloat16': np.dtype(ml_dtypes.bfloat16), 'float32': np.dtype(np.float32)}
 
 
+def _exported_dtype(source: Source, path: Path, dtype: str) -> str:
+  """Returns the dtype that an export gives an array's tensors back in."""
+  code = source.dtype(path)
+  return CODES[DTYPES_OF[dtype]] if code == PACKED else code
+
+
 def _streamed(source: Source, path: Path, wide: np.dtype, advance: Advance) -> Streamed:
   array, code = source.arrays[path], source.dtype(path)
-  dtype = wide if code == 'F8_E4M3' else DTYPES[code]
+  dtype = wide if code in ('F8_E4M3', PACKED) else DTYPES[code]
 
   def pieces() -> Iterator[tuple[tuple[int, ...], np.ndarray]]:
     for tensor in array.tensors:
       x = source.places[tensor.name].read()
       if code == 'F8_E4M3':
         x = fp8.dequantize(x, source.places[tensor.name + SCALE].read(), dtype)
-      yield tensor.index, tensor.to_ours(x)
+      yield tensor.index, tensor.to_ours(x).astype(dtype, copy=False)
       advance(source.places[tensor.name].nbytes)
 
   return Streamed(array.shape, dtype, array.n_leading, pieces)
