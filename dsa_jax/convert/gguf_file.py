@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reads the header of a GGUF file: its fields, and where its tensors lie.
 
-The `gguf` library has a reader, too. It takes 5 s for a vocabulary of 49,152 tokens, and does not
-end where a damaged file gives an array a length of 2^60.
+The `gguf` library has a reader, too. For a vocabulary of 49,152 tokens it takes 35 times as long
+(2.5 s), and where a damaged file gives an array a length of 2^60 it does not end.
 """
 
 import math

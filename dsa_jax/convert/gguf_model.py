@@ -56,6 +56,8 @@ ROPES = {  # The keys of each kind of scaling, after `rope.scaling.`.
         'original_context_length': 'original_max_position_embeddings',
         'yarn_beta_fast': 'beta_fast',
         'yarn_beta_slow': 'beta_slow',
+        'yarn_ext_factor': 'extrapolation_factor',
+        'yarn_attn_factor': 'attention_factor',
     },
 }
 # Factors of frequencies come from these only, as far as Llama 3.1 to 3.3 go.
@@ -124,7 +126,8 @@ def open_gguf(path: pathlib.Path) -> Opened:
   try:
     config |= ids
     read_config(config)
-    config |= _read_frequencies(path, header, config)
+    if arch in PERMUTED:
+      config |= _read_frequencies(path, header, config)
   except ConfigError as error:
     raise ConfigError(f'{path} says in other words: {error}') from error
   return Opened(config, _places(path, header, config, permuted=arch in PERMUTED), made)
@@ -146,8 +149,9 @@ def _read_config(header: Header, arch: str, problems: list[str]) -> dict[str, An
   embedding = header.tensors.get('token_embd.weight')
   config['vocab_size'] = embedding.shape[0] if embedding else fields.get('vocab_size', 0)
   config['tie_word_embeddings'] = 'output.weight' not in header.tensors
-  matrices = {stored.kind for stored in header.tensors.values() if len(stored.shape) > 1}
-  config['torch_dtype'] = 'float32' if matrices == {'F32'} else 'bfloat16'
+  kinds = {stored.kind for stored in header.tensors.values() if len(stored.shape) > 1}
+  dtypes = {'F32': 'float32', 'F16': 'float16'}
+  config['torch_dtype'] = dtypes.get(kinds.pop(), 'bfloat16') if len(kinds) == 1 else 'bfloat16'
   config |= _read_scaling(fields, prefix, problems)
   if experts:
     config |= {'norm_topk_prob': True, 'decoder_sparse_step': 1, 'mlp_only_layers': []}
@@ -223,7 +227,7 @@ def _places(
   heads = {'attn_q': n_heads, 'attn_k': config.get('num_key_value_heads', n_heads)}
   places = {}
   for name, stored in header.tensors.items():
-    if name == FREQUENCIES:
+    if name == FREQUENCIES and permuted:
       continue
     is_packed = len(kinds[_in_any_layer(name)]) > 1 or stored.kind in QUANTIZED
     *layer, module, suffix = name.split('.')

@@ -63,6 +63,8 @@ def read_tokenizer(
   fields = {k.removeprefix('ggml.'): v for k, v in fields.items()}
   if fields.get('model') is None:
     return {}, {}  # There is none.
+  if fields['model'] == 'llama':
+    fields = {'bos_token_id': 1, 'eos_token_id': 2, 'unknown_token_id': 0} | fields
   before = len(problems)
   _check(fields, vocab_size, problems)
   if len(problems) > before:
@@ -88,7 +90,7 @@ def read_tokenizer(
   settings = {f'add_{name}': value for name, value in adds.items()}
   settings |= {name: texts[i] for name, i in ids.items()}
   settings |= {'clean_up_tokenization_spaces': False, 'tokenizer_class': 'PreTrainedTokenizerFast'}
-  if 'chat_template' in fields:
+  if isinstance(fields.get('chat_template'), str):
     settings['chat_template'] = fields['chat_template']
   files = {'tokenizer.json': tokenizer, 'tokenizer_config.json': settings}
   made = {name: json.dumps(content, ensure_ascii=False) for name, content in files.items()}
@@ -175,13 +177,17 @@ def _byte_level_bpe(fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def _sentencepiece(fields: dict[str, Any]) -> dict[str, Any]:
-  """Returns a BPE of characters that falls back to bytes, as Llama 2 and Mistral have it."""
-  unknown = fields.get('unknown_token_id', 0)
+  """Returns a BPE of characters that falls back to bytes, as Llama 2 and Mistral have it.
+
+  Every stretch of text between special tokens begins with a space more, as in those models and in
+  llama.cpp. Other files of `transformers` add one only where a text begins, and only if none is
+  there; a GGUF file cannot say so.
+  """
   model = {
       'type': 'BPE',
       'vocab': _vocab(fields),
       'merges': _merges(fields),
-      'unk_token': fields['tokens'][unknown],
+      'unk_token': fields['tokens'][fields['unknown_token_id']],
       'fuse_unk': True,
       'byte_fallback': True,
   }

@@ -184,6 +184,8 @@ def test_every_type(tmp_path, kind):
   held = write_gguf(tmp_path / 'a.gguf', WIDE, random_tensors(WIDE), lambda name: kind)
   source = open_source(tmp_path / 'a.gguf', indexer=FRESH)
   assert source.family == 'llama' and held.keys() == source.places.keys()
+  dtypes = {'F32': 'float32', 'F16': 'float16'}
+  assert source.config['torch_dtype'] == dtypes.get(kind, 'bfloat16')
   for name, x in held.items():
     place = source.places[name]
     kept = kind if kind in ('F32', 'F16', 'BF16') else 'PACKED'
@@ -258,6 +260,8 @@ def test_factors_of_frequencies_are_llama_3s(tmp_path, factor):
   assert 'rope_freqs.weight must hold the factors of Llama 3.1' in refused(tmp_path / 'b.gguf')
   write_gguf(tmp_path / 'c.gguf', config, tensors | {'rope_freqs.weight': np.ones(32, np.float32)})
   assert open_source(tmp_path / 'c.gguf').model.rope_type == 'default'
+  write_gguf(tmp_path / 'd.gguf', config, tensors | {'rope_freqs.weight': factors}, arch='qwen3')
+  assert 'rope_freqs.weight is in no place' in refused(tmp_path / 'd.gguf')
 
 
 def llama3_factors(rope: dict, theta: float, width: int) -> np.ndarray:
@@ -506,6 +510,8 @@ def test_sentencepiece_tokenizers_give_the_same_ids(tmp_path, prefix):
     assert made.encode(text).ids == ids, text
     assert made.decode(ids) == source.decode(ids)
   assert ours.stop == (2,) and ours.adds_bos and ours.bos == 1
+  usual = {k: v for k, v in fields.items() if not k.endswith('_token_id')}
+  assert made_of(usual, tmp_path / 'usual')[0].to_str() == made.to_str()
   without, _ = made_of(fields | {'tokenizer.ggml.add_bos_token': False}, tmp_path / 'without')
   assert without.encode('a').ids == source.encode('a').ids[1:]
   both, _ = made_of(fields | {'tokenizer.ggml.add_eos_token': True}, tmp_path / 'both')
