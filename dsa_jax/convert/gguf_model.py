@@ -60,11 +60,11 @@ ROPES = {  # The keys of each kind of scaling, after `rope.scaling.`.
         'yarn_attn_factor': 'attention_factor',
     },
 }
-# Factors of frequencies come from these only, as far as Llama 3.1 to 3.3 go.
-LLAMA3 = {
+LLAMA3 = {  # What Llama 3.1 to 3.3 make their factors of rotary frequencies of, beside the largest.
     'low_freq_factor': 1.0, 'high_freq_factor': 4.0, 'original_max_position_embeddings': 8192,
 }  # fmt: skip
 FREQUENCIES = 'rope_freqs.weight'
+CHUNK = 2**22  # So many elements are dequantised at once, because the library needs twice the room.
 
 TOP = {'token_embd': 'model.embed_tokens', 'output_norm': 'model.norm', 'output': 'lm_head'}
 LAYER = {
@@ -129,7 +129,7 @@ def open_gguf(path: pathlib.Path) -> Opened:
     if arch in PERMUTED:
       config |= _read_frequencies(path, header, config)
   except ConfigError as error:
-    raise ConfigError(f'{path} says in other words: {error}') from error
+    raise ConfigError(f'{path} implies a config.json that is refused: {error}') from error
   return Opened(config, _places(path, header, config, permuted=arch in PERMUTED), made)
 
 
@@ -139,12 +139,12 @@ def _read_config(header: Header, arch: str, problems: list[str]) -> dict[str, An
   fields = {k.removeprefix(prefix): v for k, v in header.fields.items() if k.startswith(prefix)}
   experts = EXPERTS if arch == 'qwen3moe' else {}
   config: dict[str, Any] = {'model_type': MODEL_TYPES[arch], 'rope_theta': 10_000.0}
-  for key in (REQUIRED | experts).keys() - fields.keys():
-    problems.append(f'{prefix}{key} is missing.')
+  missing = [key for key in REQUIRED | experts if key not in fields]
+  problems += [f'{prefix}{key} is missing.' for key in missing]
   for key, ours in (REQUIRED | OPTIONAL | experts).items():
     if key in fields:
       config[ours] = fields.pop(key)
-  if not header.fields.get('general.type', 'model') == 'model':
+  if header.fields.get('general.type', 'model') != 'model':
     problems.append(f"general.type={header.fields['general.type']!r} must be 'model'.")
   embedding = header.tensors.get('token_embd.weight')
   config['vocab_size'] = embedding.shape[0] if embedding else fields.get('vocab_size', 0)
@@ -283,8 +283,10 @@ def _unpack(
     x = x.astype(np.float32) if packed else x
   else:
     gguf = library()
-    rows = raw.reshape(*shape[:-1], -1)
-    x = gguf.dequantize(rows, gguf.GGMLQuantizationType[kind])
+    x, rows = np.empty(shape, np.float32), raw.reshape(shape[0], -1)
+    step = max(1, CHUNK * shape[0] // x.size)
+    for i in range(0, shape[0], step):
+      x[i : i + step] = gguf.dequantize(rows[i : i + step], gguf.GGMLQuantizationType[kind])
   if not heads:
     return x
   pairs = x.reshape(heads, shape[0] // heads // 2, 2, *shape[1:])

@@ -67,11 +67,7 @@ def open_source(
   Raises:
     ConfigError: This is no whole checkpoint of a known family; the message lists every problem.
   """
-  is_gguf, made = folder.suffix == '.gguf' or folder.is_file(), dict[str, str]()
-  if is_gguf:
-    config, places, made = open_gguf(folder)
-  else:
-    config = _read_config(folder)
+  config, places, problems, made = _open(folder)
   family, model = read_config(config)
   for name, size in (indexer or {}).items():
     if not 0 < size < LARGEST_SIZE:
@@ -80,9 +76,6 @@ def open_source(
   if indexer and has_own:
     raise ConfigError(f'This {family} checkpoint has indexers: {indexer} cannot be chosen.')
   model = dataclasses.replace(model, **(indexer or {}))
-  problems = Problems()
-  if not is_gguf:
-    places, problems = open_folder(folder)
   for name in KEPT_FILES:
     if (folder / name).is_file() and is_pointer(folder / name):
       problems.add(f'{name} {IS_POINTER}', 'pointer')
@@ -104,6 +97,17 @@ def open_source(
   if problems:
     raise ConfigError(f'{folder} cannot be converted:\n  ' + '\n  '.join(problems.lines()))
   return Source(folder, family, config, model, arrays, places, copies, made)
+
+
+def _open(
+    folder: pathlib.Path,
+) -> tuple[Any, dict[str, Place], Problems, dict[str, str]]:
+  """Returns config.json, the tensors, all that is wrong with the files, and files to be made."""
+  if folder.is_file() or (folder.suffix == '.gguf' and not folder.is_dir()):
+    config, places, made = open_gguf(folder)
+    return config, places, Problems(), made
+  config = _read_config(folder)
+  return config, *open_folder(folder), {}
 
 
 def _read_config(folder: pathlib.Path) -> Any:

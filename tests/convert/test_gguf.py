@@ -22,6 +22,7 @@ from test_parity import GOLDEN, close, forward, golden
 from tokenizers import normalizers, pre_tokenizers
 
 from dsa_jax.config import ConfigError
+from dsa_jax.convert import gguf_model
 from dsa_jax.convert.exporter import export_checkpoint, open_checkpoint
 from dsa_jax.convert.gguf_file import read_header
 from dsa_jax.convert.gguf_tokenizer import PRE_TOKENIZERS, read_tokenizer
@@ -179,8 +180,9 @@ def refused(path: pathlib.Path) -> str:
 
 
 @pytest.mark.parametrize('kind', KINDS)
-def test_every_type(tmp_path, kind):
+def test_every_type(tmp_path, kind, monkeypatch):
   """Each tensor is what the library makes of its bytes, with its channels in the right order."""
+  monkeypatch.setattr(gguf_model, 'CHUNK', 1000)  # Three rows.
   held = write_gguf(tmp_path / 'a.gguf', WIDE, random_tensors(WIDE), lambda name: kind)
   source = open_source(tmp_path / 'a.gguf', indexer=FRESH)
   assert source.family == 'llama' and held.keys() == source.places.keys()
@@ -388,6 +390,8 @@ def test_a_file_that_is_not_there_and_a_library_that_is_not_there(tmp_path, monk
   assert find_source('models/a.gguf') == pathlib.Path('models/a.gguf')  # Not a name on the hub.
   with pytest.raises(OSError):
     open_source(tmp_path / 'a.gguf')
+  released.write(tmp_path / 'folder.gguf', WIDE, random_tensors(WIDE))
+  open_source(tmp_path / 'folder.gguf')
   path = plain_file(tmp_path)
   monkeypatch.setitem(sys.modules, 'gguf', None)
   assert refused(path) == "GGUF files need a library: pip install 'dsa_jax[gguf]'."
