@@ -17,8 +17,9 @@ DENSE_E, DENSE_V = 192, 128  # Of attention whose heads have keys and values of 
 HEADS = {name: (SIZES[name].n_heads, SIZES[name].index_n_heads) for name in ('v32', 'glm5')}
 # Heads of attention, of the indexer, key heads and their width.
 GROUPED = {
-    'llama3_8b': (32, 16, 8, 128), 'qwen3_30b_a3b': (32, 16, 4, 128), 'smollm2_135m': (9, 16, 3, 64)
-}  # fmt: skip
+    name: (SIZES[name].n_heads, SIZES[name].index_n_heads, SIZES[name].n_kv_heads, SIZES[name].head_dim)
+    for name in ('llama3_8b', 'qwen3_30b_a3b', 'smollm2_135m')
+}
 BF16 = jnp.dtype(jnp.bfloat16)
 
 
