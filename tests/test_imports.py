@@ -16,8 +16,8 @@ RANKS = [
     {'nn'},
     {'training'},
     {'inference', 'reporting'},
-    {'convert', 'compile'},
-    {'train', 'sample', 'load', 'compare', 'tokenize'},
+    {'convert', 'compile', 'evaluation'},
+    {'train', 'sample', 'load', 'compare', 'tokenize', 'evaluate'},
 ]
 # The first rank that may use each library.
 OUTSIDE = {'flax': 0, 'optax': 4, 'orbax': 4, 'ml_collections': 4, 'grain': 0}

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Validation: the loss by position, and the true attention that a selection captures."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 import functools
 from typing import NamedTuple
 
@@ -40,7 +40,7 @@ class Scores(NamedTuple):
 def evaluate(
     graph: nnx.GraphDef,
     params: nnx.State,
-    batches: Sequence[Batch],
+    batches: Iterable[Batch],
     mode: Mode,
     choice: int | None = None,
 ) -> Scores:
@@ -68,7 +68,7 @@ def score_batch(graph, params, batch, mode, choice):
 def measure(
     graph: nnx.GraphDef,
     params: nnx.State,
-    batches: Sequence[Batch],
+    batches: Iterable[Batch],
     mode: Mode,
     *,
     beyond: tuple[int, ...] = (0,),
@@ -87,6 +87,7 @@ def measure(
     For each number, by rule and then by measure, the means over queries for each layer.
     `captured_mass`, `topk_recall`, `neighbour_overlap` (with the previous query) and `layer_overlap`
     (with the next layer, so one number fewer) are shares; `selected_distance` is in tokens.
+    `left_out` is the share of the queries that do not select all that they see.
 
   Raises:
     ValueError: No query sees that many tokens.
@@ -101,7 +102,11 @@ def measure(
 @functools.partial(jax.jit, static_argnums=(0, 3, 4))
 def measure_batch(graph, params, batch, mode, beyond):
   out = nnx.merge(graph, params)(batch.tokens, batch.start, batch.end, mode)
-  return shard.replicate(_totals(out, batch, mode, beyond))
+  by_rule = _by_rule(out, mode)
+  for rule, fields in by_rule.items():
+    n_selected = jnp.sum(out.measures(rule).indices >= 0, axis=-1)
+    fields['left_out'] = (n_selected < batch.end - batch.start).astype(jnp.float32)
+  return shard.replicate(_totals(by_rule, batch, beyond))
 
 
 def look(
@@ -122,13 +127,13 @@ def look_batch(graph, params, batch, mode):
   out = model(batch.tokens, batch.start, batch.end, mode)
   loss = next_token_loss(out.hidden, model.head_weight, batch.targets, batch.weights)
   loss /= jnp.sum(batch.weights)
-  [by_rule], [count] = _totals(out, batch, mode, (0,))
+  [by_rule], [count] = _totals(_by_rule(out, mode), batch, (0,))
   means = jax.tree.map(lambda x: x / count, by_rule[mode.measure[0]]) if mode.measure else {}
   return shard.replicate({'validation_loss': loss} | means)
 
 
-def _totals(out: Output, batch: Batch, mode: Mode, beyond: tuple[int, ...]):
-  """Returns sums over the queries that count, and their number, for each entry of `beyond`."""
+def _by_rule(out: Output, mode: Mode) -> dict[str, dict[str, jax.Array]]:
+  """Returns the measures of each rule, for each layer and query."""
   by_rule = {}
   for rule in mode.measure:
     fields = out.measures(rule)._asdict()
@@ -136,6 +141,11 @@ def _totals(out: Output, batch: Batch, mode: Mode, beyond: tuple[int, ...]):
     overlap = measures.overlap(indices[1:], indices[:-1])
     fields['layer_overlap'] = jax.vmap(measures.over_key_heads)(overlap)
     by_rule[rule] = fields
+  return by_rule
+
+
+def _totals(by_rule: dict[str, dict[str, jax.Array]], batch: Batch, beyond: tuple[int, ...]):
+  """Returns sums over the queries that count, and their number, for each entry of `beyond`."""
   sums, counts = [], []
   for n in beyond:
     counted = (batch.end - batch.start > n).astype(jnp.float32)

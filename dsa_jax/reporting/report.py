@@ -82,7 +82,7 @@ def write_report(
   curves = plots.Curves(metrics.read_metrics(csv) if csv.exists() else [])
   drawn = plots.draw(workdir, results, curves)
   plots.replace_bytes(workdir / 'report.md', _markdown(results, drawn, curves).encode())
-  text = json.dumps(_finite(results), indent=2, allow_nan=False) + '\n'
+  text = json.dumps(finite(results), indent=2, allow_nan=False) + '\n'
   plots.replace_bytes(workdir / 'report.json', text.encode())
   print_report(workdir, results, console)
 
@@ -110,7 +110,7 @@ def main_table(results: Mapping[str, Any]) -> Table:
     columns.append(('vs baseline', _excess(beyond), '{:+.2%}'))
   columns = [column for column in columns if column[1]]
   rows = [
-      [plots.label(name, results), *(_number(values.get(name), form) for _, values, form in columns)]
+      [plots.label(name, results), *(number(values.get(name), form) for _, values, form in columns)]
       for name in plots.ordered([bits, accuracy, beyond], plots.MODELS)
   ]
   return ['model', *(title for title, _, _ in columns)], rows
@@ -134,10 +134,10 @@ def _excess(values: Mapping[str, float]) -> dict[str, float]:
 def _mass_table(by_rule: Mapping[str, Sequence[float]]) -> Table:
   rules = plots.ordered([by_rule], plots.RULES)
   rows = [
-      [str(layer), *(_number(value, '{:.3f}') for value in values)]
+      [str(layer), *(number(value, '{:.3f}') for value in values)]
       for layer, values in enumerate(zip(*(by_rule[rule] for rule in rules), strict=True))
   ]
-  means = [_number(float(np.mean(by_rule[rule])), '{:.3f}') for rule in rules]
+  means = [number(float(np.mean(by_rule[rule])), '{:.3f}') for rule in rules]
   return ['layer', *map(plots.rule_label, rules)], [*rows, ['mean', *means]]
 
 
@@ -147,7 +147,7 @@ def _flops_table(flops: Mapping[str, Mapping[str, float]]) -> Table:
   for context in sorted({*dense, *sparse}, key=int):
     d, s = dense.get(context), sparse.get(context)
     ratio = d / s if plots.is_number(d) and plots.is_number(s) and s else None
-    rows.append([f'{int(context):,}', plots.si(d), plots.si(s), _number(ratio, '{:.1f} x')])
+    rows.append([f'{int(context):,}', plots.si(d), plots.si(s), number(ratio, '{:.1f} x')])
   return ['context', 'dense', 'sparse', 'dense / sparse'], rows
 
 
@@ -156,9 +156,9 @@ def _documents_table(documents: Mapping[str, Mapping[str, Any]]) -> Table:
   rows = [
       [
           name,
-          *(_number(about[x], '{:,}') for x in numbers),
-          _number(about['filled'], '{:.1%}'),
-          *(_number(about.get('left_out', {}).get(x), '{:,}') for x in LEFT_OUT),
+          *(number(about[x], '{:,}') for x in numbers),
+          number(about['filled'], '{:.1%}'),
+          *(number(about.get('left_out', {}).get(x), '{:,}') for x in LEFT_OUT),
       ]
       for name, about in documents.items()
   ]
@@ -189,15 +189,16 @@ def _cost_table(results: Mapping[str, Any], curves: plots.Curves) -> Table:
     values = {stage: curves.of(stage, name)[1] for stage in stages}
     measured = {stage: float(np.median(of_stage)) for stage, of_stage in values.items() if len(of_stage)}
     columns += [(title, measured, form)] if measured else []
-  rows = [[s, *(_number(values.get(s), form) for _, values, form in columns)] for s in stages]
+  rows = [[s, *(number(values.get(s), form) for _, values, form in columns)] for s in stages]
   if 'seconds' in results:
     total = sum(tokens.values()) if tokens else None
-    cells = [_number(total, '{:,}'), _number(results['seconds'], '{:.1f}')]
+    cells = [number(total, '{:,}'), number(results['seconds'], '{:.1f}')]
     rows.append(['whole run', *cells, *[''] * (len(columns) - 2)])
   return ['stage', *(title for title, _, _ in columns)], rows
 
 
-def _number(value: float | int | None, form: str) -> str:
+def number(value: float | int | None, form: str) -> str:
+  """Returns a number in a format, and 'n/a' for None, NaN and infinities."""
   return form.format(value) if plots.is_number(value) else 'n/a'
 
 
@@ -206,20 +207,20 @@ def _number(value: float | int | None, form: str) -> str:
 
 def _markdown(results: Mapping[str, Any], drawn: Sequence[str], curves: plots.Curves) -> str:
   parts = [f'# {results["title"]}', *_what_was_run(results)]
-  parts += ['## Result', _markdown_table(main_table(results)), _how_to_read(results)]
+  parts += ['## Result', markdown_table(main_table(results)), _how_to_read(results)]
   parts += _picture('overview.png', drawn, CAPTIONS['overview.png'])
   parts += _checks_section(results)
   parts += _mass_section(results)
   flops = results.get('attention_flops_per_token')
   if flops:
-    parts += ['## Attention FLOPs per token', _markdown_table(_flops_table(flops))]
+    parts += ['## Attention FLOPs per token', markdown_table(_flops_table(flops))]
     parts += [FLOPS_CAPTION]
   costs = _cost_table(results, curves)
-  parts += ['## Tokens and time', _markdown_table(costs)]
+  parts += ['## Tokens and time', markdown_table(costs)]
   parts += [COST_CAPTION + MFU_CAPTION * ('MFU' in costs[0])]
   if documents := results.get('documents'):
-    parts += ['## Documents', _markdown_table(_documents_table(documents)), DOCUMENTS_CAPTION]
-    parts += [_markdown_table(_lengths_table(documents))]
+    parts += ['## Documents', markdown_table(_documents_table(documents)), DOCUMENTS_CAPTION]
+    parts += [markdown_table(_lengths_table(documents))]
   roles = results.get('roles') or {}
   compared = {'baseline': roles.get('dense_baseline'), 'sparse': roles.get('sparse')}
   stages = STAGES_CAPTION.format(**compared) if all(compared.values()) else ''
@@ -275,7 +276,7 @@ def _checks_section(results: Mapping[str, Any]) -> list[str]:
   if not checks:
     return []
   rows = [[c['name'], 'pass' if c['passed'] else '**FAIL**', c['detail']] for c in checks]
-  table = _markdown_table((['check', 'result', 'detail'], rows), align='---')
+  table = markdown_table((['check', 'result', 'detail'], rows), align='---')
   return ['## Checks', 'What this run has to show, and whether it does.', table]
 
 
@@ -284,14 +285,15 @@ def _mass_section(results: Mapping[str, Any]) -> list[str]:
   if not everywhere:
     return []
   parts = ['## Attention captured by the selection', MASS_CAPTION]
-  parts += [_markdown_table(_mass_table(everywhere))]
+  parts += [markdown_table(_mass_table(everywhere))]
   if beyond:
     parts += ['The same, only at positions beyond the budget, where it is harder:']
-    parts += [_markdown_table(_mass_table(beyond))]
+    parts += [markdown_table(_mass_table(beyond))]
   return parts
 
 
-def _markdown_table(table: Table, align: str = '---:') -> str:
+def markdown_table(table: Table, align: str = '---:') -> str:
+  """Returns a table in Markdown."""
   header, rows = table
   ruler = ['---', *[align] * (len(header) - 1)]
   escaped = ([cell.replace('|', '\\|') for cell in row] for row in (header, ruler, *rows))
@@ -305,19 +307,23 @@ def print_report(
 ) -> None:
   """Prints the main table, the checks, and where the report is."""
   console = console or rich.console.Console()
-  header, rows = main_table(results)
-  table = rich.table.Table(
-      title=results['title'], title_justify='left', box=rich.box.SIMPLE_HEAD, pad_edge=False
-  )
-  for i, column in enumerate(header):
-    table.add_column(column, justify='right' if i else 'left', no_wrap=not i)
-  for row in rows:
-    table.add_row(*row)
-  console.print(table)
+  print_table(console, results['title'], main_table(results))
   for check in results.get('checks') or []:
     verdict = 'pass' if check['passed'] else 'FAIL'
     console.print(f'{verdict}  {check["name"]}: {check["detail"]}', markup=False, highlight=False)
   console.print(f'report: {workdir / "report.md"}', markup=False, highlight=False, soft_wrap=True)
+
+
+def print_table(console: rich.console.Console, title: str, table: Table) -> None:
+  header, rows = table
+  printed = rich.table.Table(
+      title=title, title_justify='left', box=rich.box.SIMPLE_HEAD, pad_edge=False
+  )
+  for i, column in enumerate(header):
+    printed.add_column(column, justify='right' if i else 'left', no_wrap=not i)
+  for row in rows:
+    printed.add_row(*row)
+  console.print(printed)
 
 
 # Files
@@ -338,10 +344,10 @@ def _check_lengths(results: Mapping[str, Any]) -> None:
         )
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
   """Returns the same value with None in place of numbers that JSON does not have."""
   if isinstance(value, Mapping):
-    return {key: _finite(item) for key, item in value.items()}
+    return {key: finite(item) for key, item in value.items()}
   if isinstance(value, (list, tuple)):
-    return [_finite(item) for item in value]
+    return [finite(item) for item in value]
   return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+r"""Says what a model loses when its attention goes sparse.
+
+    python -m dsa_jax.evaluate runs/quickstart/checkpoints/sparse OUT
+    python -m dsa_jax.evaluate checkpoints/qwen3 --files='texts/*.txt' --context=2048 \
+        --index_topk=64,128,256 --rules=indexer,oracle,window_sinks OUT
+
+The first form scores the run's own validation data. Dense attention is always scored, too. The same
+command goes on where it was stopped, and adds the rules and budgets that are new.
+"""
+
+import logging
+import pathlib
+import sys
+from typing import Any
+
+from absl import app, flags
+
+from dsa_jax.config import ConfigError
+from dsa_jax.data.packing import PACKINGS
+from dsa_jax.evaluation.arms import measure_budgets, score_arms
+from dsa_jax.evaluation.page import write_page
+from dsa_jax.evaluation.results import collect
+from dsa_jax.evaluation.settings import DTYPES, FILE_FORMATS, Settings
+from dsa_jax.evaluation.subject import keep_settings, open_subject
+from dsa_jax.parallel.mesh import MeshConfig
+from dsa_jax.reporting.progress import StepProgress
+from dsa_jax.training.compilation_cache import compilation_cache
+
+
+def evaluate(settings: Settings) -> dict[str, Any]:
+  """Evaluates a checkpoint; each part is kept as soon as it is there.
+
+  Returns:
+    What `evaluate.json` holds.
+
+  Raises:
+    ConfigError: Something will not do. Nothing has been written.
+  """
+  subject = open_subject(settings)
+  keep_settings(subject)
+  with StepProgress() as bar:
+    scored, measured = score_arms(subject, bar), measure_budgets(subject, bar)
+  results = collect(subject, scored, measured)
+  write_page(subject.settings.out, results)
+  return results
+
+
+def main(argv: list[str]):
+  logging.getLogger('absl').setLevel(logging.ERROR)  # Silences orbax's INFO logs.
+  try:
+    if len(argv) != 3:
+      raise ConfigError(f'give the checkpoint and the folder of the results; got {argv[1:]}.')
+    with compilation_cache(COMPILATION_CACHE.value):
+      evaluate(read_flags(*argv[1:]))
+  except (ConfigError, OSError) as error:
+    sys.exit(f'error: {error}')
+  except KeyboardInterrupt:
+    sys.exit('stopped; the same command goes on')
+
+
+def read_flags(checkpoint: str, out: str) -> Settings:
+  given = {name: flag.value for name, flag in SETTINGS.items() if flag.value is not None}
+  try:
+    budgets = tuple(int(k) for k in given.pop('index_topk', ()))
+  except ValueError as error:
+    raise ConfigError(f'--index_topk={SETTINGS["index_topk"].value} must be numbers.') from error
+  given |= {name: tuple(given[name]) for name in ('files', 'rules') if name in given}
+  mesh = MeshConfig(**{name: flag.value for name, flag in MESH.items()})
+  return Settings(
+      checkpoint=checkpoint, out=pathlib.Path(out), index_topk=budgets, mesh=mesh, **given
+  )
+
+
+if __name__ == '__main__':
+  COMPILATION_CACHE = flags.DEFINE_string(
+      'compilation_cache', '', "Folder of compiled programs; default: the user's cache; off: none."
+  )
+  SETTINGS = {
+      'files': flags.DEFINE_multi_string(
+          'files', None, 'Globs, files or folders; may be repeated. Default: the data of the run.'
+      ),
+      'format': flags.DEFINE_enum('format', None, FILE_FORMATS, 'Of the files; default: text.'),
+      'field': flags.DEFINE_string('field', None, 'The field or column of text; default: text.'),
+      'tokenizer': flags.DEFINE_string(
+          'tokenizer', None, "'bytes', a tokenizer.json, or its folder; default: the checkpoint's."
+      ),
+      'packing': flags.DEFINE_enum('packing', None, PACKINGS, 'Of files; default: concat.'),
+      'min_tokens': flags.DEFINE_integer('min_tokens', None, 'Leaves out shorter documents.'),
+      'context': flags.DEFINE_integer(
+          'context', None, 'Tokens of a row; default: 2048, or what a smaller model can read.'
+      ),
+      'rows': flags.DEFINE_integer('rows', None, 'Rows to score; default: 64.'),
+      'batch_size': flags.DEFINE_integer(
+          'batch_size', None, 'Rows at a time, which memory depends on; default: 4.'
+      ),
+      'index_topk': flags.DEFINE_list(
+          'index_topk', None, "Budgets, separated by commas; default: the model's own."
+      ),
+      'rules': flags.DEFINE_list(
+          'rules', None, 'What selects, separated by commas; default: all, an untrained indexer left out.'
+      ),
+      'dtype': flags.DEFINE_enum('dtype', None, DTYPES, 'Of matrices; default: float32.'),
+      'backend': flags.DEFINE_string('backend', None, "Of the kernels; default: the platform's."),
+  }  # fmt: skip
+  MESH = {
+      'fsdp': flags.DEFINE_integer('fsdp', 1, 'Devices that share weights and rows.'),
+      'context': flags.DEFINE_integer('context_devices', 1, 'Devices that share the tokens of a row.'),
+      'expert': flags.DEFINE_integer('expert', 1, 'Devices that share experts and rows.'),
+      'tensor': flags.DEFINE_integer('tensor', 1, 'Devices that share widths.'),
+  }
+  app.run(main)

@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Scores a model under dense attention, and under every rule and budget; each arm once."""
+
+from collections.abc import Iterator
+import io
+import json
+import logging
+import pathlib
+import time
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from dsa_jax.data.batch import Batch
+from dsa_jax.evaluation.subject import Subject
+from dsa_jax.nn.attention.types import Mode
+from dsa_jax.reporting.evaluate import Scores, evaluate, measure
+from dsa_jax.reporting.plots import replace_bytes
+from dsa_jax.reporting.progress import StepProgress
+
+SCORES, MEASURES = 'scores', 'measures'  # Folders of what is kept.
+
+
+class Arm(NamedTuple):
+  """One way to attend. Arms are compared target by target."""
+
+  rule: str = ''  # '' is dense attention.
+  index_topk: int = 0
+
+  @property
+  def name(self) -> str:
+    return f'{self.rule}@{self.index_topk}' if self.rule else 'dense'
+
+
+class Scored(NamedTuple):
+  """What an arm made of every target."""
+
+  scores: Scores
+  seconds: float  # Compilation is included.
+
+
+def arms_of(subject: Subject) -> list[Arm]:
+  """Returns all arms, dense attention first."""
+  settings = subject.settings
+  return [Arm()] + [Arm(rule, k) for k in settings.index_topk for rule in settings.rules]
+
+
+def score_arms(subject: Subject, bar: StepProgress) -> dict[str, Scored]:
+  """Scores every arm that has not been scored before.
+
+  Returns:
+    What each arm scored, by its name.
+  """
+  scored = {}
+  for arm in arms_of(subject):
+    path = subject.settings.out / SCORES / f'{arm.name}.npz'
+    scored[arm.name] = kept = _kept(path, subject.n_visible)
+    if kept is None:
+      scored[arm.name] = _score(subject, arm, bar)
+      _keep(path, scored[arm.name])
+  return scored
+
+
+def measure_budgets(subject: Subject, bar: StepProgress) -> dict[int, dict[str, Any]]:
+  """Compares the selections of all rules with the true attention, once for each budget.
+
+  A model whose indexer was trained attends sparsely meanwhile, by its own rule, as it does in the
+  report of its training. Any other attends densely.
+
+  Returns:
+    For each budget `rules`, `seconds`, and by rule and measure the means for each layer: those over
+    all queries in `everywhere`, and those over queries that see more than the budget in `beyond`,
+    which is None if there are none.
+  """
+  measured = {}
+  for k in subject.settings.index_topk:
+    path = subject.settings.out / MEASURES / f'{k}.json'
+    kept = _read(path)
+    if kept is None or set(kept['rules']) < set(subject.settings.rules):
+      kept = _measure(subject, k, bar)
+      path.parent.mkdir(exist_ok=True)
+      replace_bytes(path, json.dumps(kept).encode())
+    measured[k] = kept
+  return measured
+
+
+def _score(subject: Subject, arm: Arm, bar: StepProgress) -> Scored:
+  began, settings = time.monotonic(), subject.settings
+  mode, choice = Mode(attention='dense', backend=settings.backend), None
+  if arm.rule:  # One program serves all rules of a budget.
+    mode = Mode(attention='sparse', backend=settings.backend, rule=settings.rules)
+    choice = settings.rules.index(arm.rule)
+  graph = subject.graph(arm.index_topk or subject.cfg.index_topk)
+  with subject.on_devices():
+    params = subject.params
+    scores = evaluate(graph, params, _shown(subject, arm.name, bar), mode, choice)
+  return Scored(scores, time.monotonic() - began)
+
+
+def _measure(subject: Subject, index_topk: int, bar: StepProgress) -> dict[str, Any]:
+  began, settings = time.monotonic(), subject.settings
+  trained = subject.stored.has_trained_indexer
+  mode = Mode(
+      attention='sparse' if trained else 'dense',
+      backend=settings.backend,
+      rule=subject.stored.rule,
+      measure=settings.rules,
+  )
+  sees_more = any((batch.end - batch.start).max() > index_topk for batch in subject.batches)
+  beyond = (0, index_topk) if sees_more else (0,)
+  with subject.on_devices():
+    params = subject.params
+    batches = _shown(subject, f'measures@{index_topk}', bar)
+    means = measure(subject.graph(index_topk), params, batches, mode, beyond=beyond)
+  everywhere, *rest = jax.tree.map(lambda x: x.tolist(), means)
+  return {
+      'rules': settings.rules,
+      'attention': mode.attention,
+      'everywhere': everywhere,
+      'beyond': rest[0] if rest else None,
+      'seconds': time.monotonic() - began,
+  }
+
+
+def _shown(subject: Subject, name: str, bar: StepProgress) -> Iterator[Batch]:
+  """Yields the batches, and shows how many are done."""
+  batches, began = subject.batches, time.monotonic()
+  bar.start_stage(name, len(batches))
+  for i, batch in enumerate(batches, start=1):
+    yield batch
+    tokens = i * batch.tokens.size
+    bar.update(i, tokens / (time.monotonic() - began))
+
+
+def _keep(path: pathlib.Path, scored: Scored):
+  path.parent.mkdir(exist_ok=True)
+  data, scores = io.BytesIO(), scored.scores
+  np.savez(data, nats=scores.nats, right=scores.right, seconds=scored.seconds)
+  replace_bytes(path, data.getvalue())
+
+
+def _kept(path: pathlib.Path, n_visible: np.ndarray) -> Scored | None:
+  """Returns what an arm has scored before; None if it has not, or not whole."""
+  if not path.exists():
+    return None
+  try:
+    with np.load(path) as file:
+      nats, right, seconds = file['nats'], file['right'], float(file['seconds'])
+  except (OSError, ValueError, KeyError, EOFError) as error:
+    logging.warning('%s is damaged and is scored again: %s', path, error)
+    return None
+  return Scored(Scores(nats, right, n_visible), seconds) if len(nats) == len(n_visible) else None
+
+
+def _read(path: pathlib.Path) -> dict[str, Any] | None:
+  try:
+    return json.loads(path.read_text())
+  except (OSError, ValueError):
+    return None

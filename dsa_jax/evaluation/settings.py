@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is evaluated, on what text, and how many tokens each query may select."""
+
+import dataclasses
+import pathlib
+
+from dsa_jax.config import ConfigError, local_path
+from dsa_jax.data.corpora.sources import FORMATS
+from dsa_jax.data.packing import PACKINGS
+from dsa_jax.kernels.backend import BACKENDS, why_not_here
+from dsa_jax.parallel.mesh import MeshConfig
+from dsa_jax.selection import RULES
+
+CONTEXT = 2048
+DTYPES = ('float32', 'bfloat16')
+FILE_FORMATS = tuple(name for name in FORMATS if name != 'flat')  # That one needs more than a name.
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+  """An evaluation of one checkpoint."""
+
+  checkpoint: str  # RUN/checkpoints/ENTRY, a converted checkpoint, or one step of either.
+  out: pathlib.Path  # The folder of the results.
+  files: tuple[str, ...] = ()  # Globs, files or folders. () stands for the data of the run.
+  format: str = 'text'  # The format of the files.
+  field: str = 'text'  # The field of JSON lines, or the column, that holds the text.
+  tokenizer: str = ''  # '' stands for that of the checkpoint, and for bytes where it has none.
+  packing: str = 'concat'  # The way in which documents of files share rows.
+  min_tokens: int = 0  # Shorter documents of files are left out.
+  context: int = 0  # Tokens of a row. 0 stands for 2048, or for all that a smaller model can read.
+  rows: int = 64  # Rows that are scored.
+  batch_size: int = 4  # Rows that are in memory at a time.
+  index_topk: tuple[int, ...] = ()  # Budgets, in turn. () stands for the model's own.
+  rules: tuple[str, ...] = ()  # () stands for all, but for an indexer that was never trained.
+  dtype: str = 'float32'  # The dtype of the model's matrices.
+  backend: str = ''  # The kernels that run. '' stands for the platform's default.
+  mesh: MeshConfig = MeshConfig()  # The devices that share the work.
+
+  def __post_init__(self):
+    object.__setattr__(self, 'out', local_path(self.out, 'the folder of the results'))
+    if self.out.exists() and not self.out.is_dir():
+      raise ConfigError(f'{self.out} is a file: name a folder for the results.')
+    for name, known in (('format', FILE_FORMATS), ('packing', PACKINGS), ('dtype', DTYPES)):
+      if getattr(self, name) not in known:
+        raise ConfigError(f'{name}={getattr(self, name)!r} must be one of {known}.')
+    for name in ('rows', 'batch_size'):
+      if getattr(self, name) < 1:
+        raise ConfigError(f'{name}={getattr(self, name)} must be at least 1.')
+    if self.rows % self.batch_size:
+      raise ConfigError(f'rows={self.rows} must be a multiple of batch_size={self.batch_size}.')
+    if self.min_tokens < 0:
+      raise ConfigError(f'min_tokens={self.min_tokens} must not be negative.')
+    if self.context < 0 or self.context == 1:
+      raise ConfigError(f'context={self.context} must be at least 2: one token and its target.')
+    for name in 'index_topk', 'rules':
+      values = getattr(self, name)
+      if len(set(values)) < len(values):
+        raise ConfigError(f'{name}={values} must name each of its values once.')
+    if unknown := [rule for rule in self.rules if rule not in RULES]:
+      raise ConfigError(f'rules={self.rules} names {unknown}; the rules are {tuple(RULES)}.')
+    if self.backend and self.backend not in BACKENDS:
+      raise ConfigError(f"backend={self.backend!r} must be one of {BACKENDS}, or '' for the default.")
+    if self.backend and (reason := why_not_here(self.backend)):
+      raise ConfigError(f'backend={self.backend!r}: {reason}')

@@ -1,0 +1,177 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A checkpoint and the rows that it is scored on, opened and checked before anything is written."""
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import json
+import logging
+from typing import Any
+
+from flax import nnx
+import jax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+import numpy as np
+
+from dsa_jax.config import ConfigError, ModelConfig
+from dsa_jax.data.batch import Batch
+from dsa_jax.data.pipeline import first_batches
+from dsa_jax.data.sources import DataConfig
+from dsa_jax.data.tokenizer import kept_tokenizer
+from dsa_jax.evaluation.settings import CONTEXT, Settings
+from dsa_jax.inference.load import StoredModel, find_checkpoint, load_checkpoint
+from dsa_jax.kernels.backend import default_backend
+from dsa_jax.parallel.mesh import make_mesh
+from dsa_jax.reporting.plots import replace_bytes
+from dsa_jax.selection import RULES
+from dsa_jax.training.checkpoint import saved_steps
+from dsa_jax.training.recipe import read_recipe
+from dsa_jax.training.state import model_graph
+
+SETTINGS = 'settings.json'  # What the scores of a folder depend on.
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Subject:
+  """All that the arms of an evaluation share."""
+
+  settings: Settings  # Nothing in it is left open.
+  stored: StoredModel
+  cfg: ModelConfig
+  data: DataConfig
+  batches: list[Batch]
+  mesh: Mesh | None  # None: one device.
+  identity: dict[str, Any]  # What decides the score of every target.
+
+  @functools.cached_property
+  def n_visible(self) -> np.ndarray:
+    """The number of tokens that each target's query sees, itself included."""
+    return np.concatenate([(b.end - b.start)[b.weights > 0] for b in self.batches])
+
+  @functools.cached_property
+  def positions(self) -> np.ndarray:
+    """The position of each target's query in its row."""
+    return np.concatenate([np.nonzero(b.weights > 0)[1] for b in self.batches])
+
+  @functools.cached_property
+  def params(self) -> nnx.State:
+    """The weights, which are read when they are first asked for."""
+    model = load_checkpoint(
+        self.stored.step or self.stored.folder, mesh=self.mesh, dtype=self.settings.dtype
+    )
+    return nnx.split(model)[1]
+
+  def graph(self, index_topk: int) -> nnx.GraphDef:
+    """Returns the model with a budget, without its weights."""
+    return model_graph(dataclasses.replace(self.cfg, index_topk=index_topk))
+
+  def on_devices(self) -> contextlib.AbstractContextManager:
+    return jax.set_mesh(self.mesh) if self.mesh else contextlib.nullcontext()
+
+
+def open_subject(settings: Settings) -> Subject:
+  """Opens a checkpoint and its data.
+
+  Raises:
+    ConfigError: Something of it will not do. Nothing has been written.
+  """
+  stored = find_checkpoint(settings.checkpoint)
+  cfg = ModelConfig(**stored.record['model'])
+  settings = _filled_in(settings, stored, cfg)
+  data = _data(settings, stored)
+  if data.vocab_size > cfg.vocab_size:
+    raise ConfigError(
+        f'the data has {data.vocab_size} ids and the model {cfg.vocab_size}: give the tokenizer of '
+        'the model by --tokenizer.'
+    )
+  if settings.mesh.n_devices > 1:
+    settings.mesh.check_model(cfg)
+    settings.mesh.check_rows(settings.batch_size, settings.context)
+  mesh = make_mesh(**settings.mesh.sizes) if settings.mesh.n_devices > 1 else None
+  source = data.rows(settings.context, 'validation')
+  batches = first_batches(source, settings.batch_size, settings.rows // settings.batch_size, seed=0)
+  subject = Subject(settings, stored, cfg, data, batches, mesh, _identity(settings, stored, data))
+  if not subject.n_visible.size:
+    raise ConfigError('no token of the rows has a target: give longer documents.')
+  _check_folder(subject)
+  return subject
+
+
+def keep_settings(subject: Subject):
+  """Writes what the scores depend on, so that only the same evaluation goes on in the folder."""
+  subject.settings.out.mkdir(parents=True, exist_ok=True)
+  text = json.dumps(subject.identity, indent=2)
+  replace_bytes(subject.settings.out / SETTINGS, text.encode())
+
+
+def _filled_in(settings: Settings, stored: StoredModel, cfg: ModelConfig) -> Settings:
+  context = settings.context or min(CONTEXT, cfg.max_seq_len)
+  if context > cfg.max_seq_len:
+    raise ConfigError(f'{context=} exceeds the {cfg.max_seq_len=} of the model.')
+  budgets = settings.index_topk or (cfg.index_topk,)
+  if wrong := [k for k in budgets if not 1 <= k <= cfg.max_seq_len]:
+    raise ConfigError(f'index_topk={wrong} must be within 1 and {cfg.max_seq_len=}.')
+  rules = settings.rules or tuple(r for r in RULES if r != 'indexer' or stored.has_trained_indexer)
+  if 'indexer' in rules and not stored.has_trained_indexer:
+    logging.warning('the indexer of %s was never trained: it selects by chance.', stored.folder)
+  backend = settings.backend or default_backend()
+  return dataclasses.replace(
+      settings, context=context, index_topk=budgets, rules=rules, backend=backend
+  )
+
+
+def _data(settings: Settings, stored: StoredModel) -> DataConfig:
+  """Returns what describes the rows: files that were given, or the validation data of the run."""
+  if settings.files:
+    own = kept_tokenizer(stored.folder)
+    fields = {'format': settings.format, 'files': settings.files}
+    fields |= {'field': settings.field} if settings.format in ('jsonl', 'parquet', 'arrow') else {}
+    return DataConfig(
+        source='mixture',
+        sources={'files': fields | {'validation_files': settings.files}},
+        tokenizer=settings.tokenizer or (str(own) if own else 'bytes'),
+        packing=settings.packing,
+        min_tokens=settings.min_tokens,
+    )
+  if 'data' not in stored.record:
+    raise ConfigError(f'{stored.folder} is of no run, so it has no data of its own: give --files.')
+  given = {'tokenizer': settings.tokenizer, 'min_tokens': settings.min_tokens}
+  if ignored := [f'--{name}' for name, value in given.items() if value]:
+    raise ConfigError(f'{", ".join(ignored)} would change nothing without --files.')
+  workdir = stored.folder.parent.parent
+  return read_recipe(ConfigDict(stored.record | {'workdir': str(workdir)})).data
+
+
+def _identity(settings: Settings, stored: StoredModel, data: DataConfig) -> dict[str, Any]:
+  steps = saved_steps(stored.folder)
+  described = json.dumps([data.describe(), data.seed], sort_keys=True).encode()
+  names = 'context', 'rows', 'packing', 'min_tokens', 'tokenizer', 'dtype', 'backend'
+  return {
+      'checkpoint': str(stored.folder.resolve()),
+      'step': int(stored.step.name) if stored.step else steps[-1] if steps else None,
+      'model': hashlib.sha256(json.dumps(stored.record['model'], sort_keys=True).encode()).hexdigest(),
+      'data': hashlib.sha256(described).hexdigest(),
+      **{name: getattr(settings, name) for name in names},
+  }
+
+
+def _check_folder(subject: Subject):
+  """Checks that the folder of the results is new, or of an evaluation that this one goes on with."""
+  out = subject.settings.out
+  path = out / SETTINGS
+  if not path.exists():
+    if out.exists() and any(out.iterdir()):
+      raise ConfigError(f'{out} holds something else: name a new folder for the results.')
+    return
+  before = json.loads(path.read_text())
+  names = sorted(before.keys() | subject.identity.keys())
+  both = {name: (before.get(name), subject.identity.get(name)) for name in names}
+  rows = [f'{name}: {there} there, {here} here' for name, (there, here) in both.items() if there != here]
+  if rows:
+    raise ConfigError(
+        f'{out} holds the results of another evaluation; it differs in\n  '
+        + '\n  '.join(rows)
+        + '\nName another folder, or delete this one.'
+    )

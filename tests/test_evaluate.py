@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: Apache-2.0
+"""python -m dsa_jax.evaluate: dense beside sparse for any checkpoint, and what it refuses."""
+
+import dataclasses
+import json
+import math
+import pathlib
+import subprocess
+import sys
+
+import laws
+import numpy as np
+import pytest
+import tokenizers
+
+from dsa_jax import evaluate
+from dsa_jax.config import ConfigError
+from dsa_jax.data.text import VOCAB_SIZE
+from dsa_jax.evaluation import arms
+from dsa_jax.evaluation.settings import Settings
+from dsa_jax.training.checkpoint import Checkpoints, Progress
+from dsa_jax.training.optim import OptimConfig
+from dsa_jax.training.state import new_state
+
+CFG = dataclasses.replace(
+    laws.CFG, vocab_size=VOCAB_SIZE, n_layers=1, n_dense_layers=1, max_seq_len=48, index_topk=16
+)
+FAST = {'rows': 4, 'batch_size': 2, 'rules': ('indexer', 'window_sinks')}
+
+
+def save_run(folder, cfg=CFG, **record):
+  state = new_state(laws.weights(cfg), ('backbone',), OptimConfig(), seed=0)
+  with Checkpoints(folder / 'checkpoints' / 'sparse') as checkpoints:
+    checkpoints.save(1, state, Progress({}, 0.0))
+  record = {'model': dataclasses.asdict(cfg)} | record
+  (folder / 'config.json').write_text(json.dumps(record))
+  return folder / 'checkpoints' / 'sparse'
+
+
+@pytest.fixture(scope='module')
+def place(tmp_path_factory):
+  """A run, and a text."""
+  folder = tmp_path_factory.mktemp('run')
+  save_run(folder)
+  words = np.random.default_rng(0).integers(97, 123, 4000, dtype=np.uint8)
+  (folder / 'text.txt').write_bytes(words.tobytes())
+  return folder
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+  monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))  # Of tokens.
+
+
+def settings(place, out, **changes):
+  checkpoint = str(place / 'checkpoints' / 'sparse')
+  fields = {'files': (str(place / 'text.txt'),)} | FAST | changes
+  return Settings(checkpoint=checkpoint, out=out, **fields)
+
+
+def test_dense_beside_sparse(place, tmp_path, monkeypatch, capsys):
+  out = tmp_path / 'out'
+  results = evaluate.evaluate(settings(place, out))
+  assert json.loads((out / 'evaluate.json').read_text())['arms'].keys() == results['arms'].keys()
+  assert list(results['arms']) == ['dense', 'indexer@16', 'window_sinks@16']
+  assert results['context'] == 48 and results['targets'] == 4 * 48
+  dense = results['arms']['dense']
+  np.testing.assert_allclose(dense['bits_per_byte'], dense['nats_per_token'] / math.log(2))
+  for name in 'indexer@16', 'window_sinks@16':
+    about = results['acted'][name]
+    assert about['verdict'] == 'acted' and about['left_out'] == (48 - 16) / 48
+    assert results['measures']['16']['everywhere'][name[:-3]]['left_out'] == [pytest.approx(2 / 3)]
+    assert results['arms'][name]['dense_nats_beyond_budget'] > 0
+  assert results['measures']['16']['beyond']['indexer']['captured_mass'][0] < 1
+  page, printed = (out / 'evaluate.md').read_text(), capsys.readouterr().out
+  for words in 'Did selection act?', 'Self-test of indexer@16':
+    assert words in page and words in printed
+  assert (out / 'bits.png').exists() and (out / 'selection.png').exists()
+
+  # The same command, stopped before its last arm, scores that one alone.
+  (out / 'scores' / 'window_sinks@16.npz').unlink()
+  scored, score = [], arms._score
+  monkeypatch.setattr(arms, '_score', lambda s, arm, bar: scored.append(arm.name) or score(s, arm, bar))
+  again = evaluate.evaluate(settings(place, out))
+  assert scored == ['window_sinks@16']
+  assert again['bits_by_visible'] == results['bits_by_visible']
+  with pytest.raises(ConfigError, match='of another evaluation(.|\n)*rows: 4 there, 6 here'):
+    evaluate.evaluate(settings(place, out, rows=6))
+
+
+def test_a_budget_that_leaves_nothing_out_is_said_loudly(place, tmp_path, capsys):
+  changes = {'index_topk': (48,), 'rules': ('window_sinks',)}
+  results = evaluate.evaluate(settings(place, tmp_path / 'out', **changes))
+  assert results['acted']['window_sinks@48']['verdict'] == 'nothing to leave out'
+  assert results['equal_arms'] == [('dense', 'window_sinks@48')]
+  assert results['measures']['48']['beyond'] is None
+  printed = ' '.join(capsys.readouterr().out.split())
+  assert 'WARNING: window_sinks@48: selection never acted, because no query sees more than 48' in printed
+
+
+def test_bits_per_byte_count_the_bytes_of_tokens(tmp_path):
+  folder = save_run(tmp_path, dataclasses.replace(CFG, vocab_size=8), stages={'sparse': {'stage': 'dense'}})
+  words = {'[UNK]': 0, 'ab': 1, 'abcd': 2}
+  tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, '[UNK]'))
+  tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+  tokenizer.save(str(folder / 'tokenizer.json'))
+  (tmp_path / 'text.txt').write_text('ab abcd ' * 200)  # 400 tokens of 1600 bytes.
+  results = evaluate.evaluate(settings(tmp_path, tmp_path / 'out', rules=()))
+  assert results['bytes_per_target'] == 1600 / 399 and results['unit'] == 'token'
+  dense = results['arms']['dense']
+  np.testing.assert_allclose(
+      dense['bits_per_byte'], dense['nats_per_token'] / math.log(2) / (1600 / 399)
+  )
+  assert not results['has_trained_indexer'] and 'indexer@16' not in results['arms']
+  assert results['measures']['16']['attention'] == 'dense'
+
+
+@pytest.mark.parametrize(
+    'changes, message',
+    [
+        ({'rules': ('best',)}, r"names \['best'\]; the rules are"),
+        ({'rules': ('oracle', 'oracle')}, 'must name each of its values once'),
+        ({'rows': 5}, 'rows=5 must be a multiple of batch_size=2'),
+        ({'rows': 0}, 'rows=0 must be at least 1'),
+        ({'context': 49}, 'context=49 exceeds the cfg.max_seq_len=48'),
+        ({'context': 1}, 'context=1 must be at least 2'),
+        ({'index_topk': (49,)}, r'index_topk=\[49\] must be within 1 and'),
+        ({'files': ()}, 'is of no run, so it has no data of its own: give --files'),
+        ({'files': ('nothing/*.txt',)}, 'nothing'),
+        ({'rows': 1000}, '1000 different rows'),
+        ({'dtype': 'float16'}, "dtype='float16' must be one of"),
+        ({'format': 'flat'}, "format='flat' must be one of"),
+        ({'min_tokens': -1}, 'min_tokens=-1 must not be negative'),
+        ({'backend': 'cuda'}, "backend='cuda' must be one of"),
+    ],
+)
+def test_what_will_not_do_is_said_before_anything_is_written(place, tmp_path, changes, message):
+  with pytest.raises(ConfigError, match=message):
+    evaluate.evaluate(settings(place, tmp_path / 'out', **changes))
+  assert not (tmp_path / 'out').exists()
+
+
+def test_other_folders_are_left_alone(place, tmp_path):
+  (tmp_path / 'file').write_text('')
+  with pytest.raises(ConfigError, match='is a file: name a folder'):
+    settings(place, tmp_path / 'file')
+  with pytest.raises(ConfigError, match='holds something else'):
+    evaluate.evaluate(settings(place, tmp_path))
+
+
+def test_a_vocabulary_that_is_too_small(tmp_path):
+  save_run(tmp_path, dataclasses.replace(CFG, vocab_size=100))
+  (tmp_path / 'text.txt').write_text('abc' * 1000)
+  with pytest.raises(ConfigError, match='the data has 258 ids and the model 100: give the tokenizer'):
+    evaluate.evaluate(settings(tmp_path, tmp_path / 'out'))
+
+
+def test_the_command_prints_a_mistake_in_one_line(place, tmp_path):
+  command = [sys.executable, '-m', 'dsa_jax.evaluate', str(place / 'checkpoints' / 'sparse'), str(tmp_path)]
+  done = subprocess.run([*command, '--index_topk=8,x'], capture_output=True, text=True,
+                        cwd=pathlib.Path(__file__).parents[1])  # fmt: skip
+  assert done.returncode == 1 and 'Traceback' not in done.stderr
+  assert "error: --index_topk=['8', 'x'] must be numbers" in done.stderr
