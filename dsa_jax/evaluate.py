@@ -6,7 +6,8 @@ r"""Says what a model loses when its attention goes sparse.
         --index_topk=64,128,256 --rules=indexer,oracle,window_sinks OUT
 
 The first form scores the run's own validation data. Dense attention is always scored, too. The same
-command goes on where it was stopped, and adds the rules and budgets that are new.
+command goes on where it was stopped, and adds the rules, budgets and tasks that are new. --tasks=all lets every
+arm answer tasks of long context, too.
 """
 
 import logging
@@ -18,11 +19,13 @@ from absl import app, flags
 
 from dsa_jax.config import ConfigError
 from dsa_jax.data.packing import PACKINGS
+from dsa_jax.evaluation.answers import answer_quizzes, collect_answers, make_quizzes
 from dsa_jax.evaluation.arms import measure_budgets, score_arms
 from dsa_jax.evaluation.page import write_page
 from dsa_jax.evaluation.results import collect
-from dsa_jax.evaluation.settings import DTYPES, FILE_FORMATS, Settings
+from dsa_jax.evaluation.settings import DTYPES, FILE_FORMATS, PROMPTS, Settings
 from dsa_jax.evaluation.subject import keep_settings, open_subject
+from dsa_jax.evaluation.tasks import KINDS
 from dsa_jax.parallel.mesh import MeshConfig
 from dsa_jax.reporting.progress import StepProgress
 from dsa_jax.training.compilation_cache import compilation_cache
@@ -38,10 +41,12 @@ def evaluate(settings: Settings) -> dict[str, Any]:
     ConfigError: Something will not do. Nothing has been written.
   """
   subject = open_subject(settings)
+  quizzes = make_quizzes(subject)
   keep_settings(subject)
   with StepProgress() as bar:
     scored, measured = score_arms(subject, bar), measure_budgets(subject, bar)
-  results = collect(subject, scored, measured)
+    answered = answer_quizzes(subject, quizzes, bar)
+  results = collect(subject, scored, measured) | {'tasks': collect_answers(quizzes, answered)}
   write_page(subject.settings.out, results)
   return results
 
@@ -61,15 +66,16 @@ def main(argv: list[str]):
 
 def read_flags(checkpoint: str, out: str) -> Settings:
   given = {name: flag.value for name, flag in SETTINGS.items() if flag.value is not None}
-  try:
-    budgets = tuple(int(k) for k in given.pop('index_topk', ()))
-  except ValueError as error:
-    raise ConfigError(f'--index_topk={SETTINGS["index_topk"].value} must be numbers.') from error
-  given |= {name: tuple(given[name]) for name in ('files', 'rules') if name in given}
+  for name in 'index_topk', 'lengths':
+    try:
+      given[name] = tuple(int(x) for x in given.get(name, ()))
+    except ValueError as error:
+      raise ConfigError(f'--{name}={given[name]} must be numbers.') from error
+  given |= {name: tuple(given[name]) for name in ('files', 'rules', 'tasks') if name in given}
+  if given.get('tasks') == ('all',):
+    given['tasks'] = tuple(KINDS)
   mesh = MeshConfig(**{name: flag.value for name, flag in MESH.items()})
-  return Settings(
-      checkpoint=checkpoint, out=pathlib.Path(out), index_topk=budgets, mesh=mesh, **given
-  )
+  return Settings(checkpoint=checkpoint, out=pathlib.Path(out), mesh=mesh, **given)
 
 
 if __name__ == '__main__':
@@ -99,6 +105,20 @@ if __name__ == '__main__':
       ),
       'rules': flags.DEFINE_list(
           'rules', None, 'What selects, separated by commas; default: all, an untrained indexer left out.'
+      ),
+      'tasks': flags.DEFINE_list(
+          'tasks', None, f'Tasks of long context, separated by commas, or all: {", ".join(KINDS)}.'
+      ),
+      'lengths': flags.DEFINE_list(
+          'lengths', None, 'Tokens of a task, separated by commas; default: --context.'
+      ),
+      'examples': flags.DEFINE_integer('examples', None, 'Tasks of each kind and length; default: 10.'),
+      'prompt': flags.DEFINE_enum('prompt', None, PROMPTS, 'What the model is; default: base.'),
+      'chat': flags.DEFINE_string(
+          'chat', None, "What surrounds {prompt} for an instruct model; default: ChatML's marks."
+      ),
+      'haystack': flags.DEFINE_string(
+          'haystack', None, "A glob of plain text for tasks; default: the sources of Python's library."
       ),
       'dtype': flags.DEFINE_enum('dtype', None, DTYPES, 'Of matrices; default: float32.'),
       'backend': flags.DEFINE_string('backend', None, "Of the kernels; default: the platform's."),

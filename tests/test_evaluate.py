@@ -131,6 +131,13 @@ def test_bits_per_byte_count_the_bytes_of_tokens(tmp_path):
         ({'dtype': 'float16'}, "dtype='float16' must be one of"),
         ({'format': 'flat'}, "format='flat' must be one of"),
         ({'min_tokens': -1}, 'min_tokens=-1 must not be negative'),
+        ({'tasks': ('needle',)}, r"names \['needle'\]; the kinds are"),
+        ({'tasks': ('single',)}, 'length=48 is too short'),
+        ({'tasks': ('single',), 'lengths': (49,)}, r'lengths=\[49\] must be within 2 and'),
+        ({'lengths': (32,)}, 'would change nothing without tasks'),
+        ({'tasks': ('single',), 'prompt': 'instruct'}, 'needs the marks of the model'),
+        ({'tasks': ('single',), 'prompt': 'instruct', 'chat': 'User:'}, "must hold '{prompt}'"),
+        ({'chat': 'User: {prompt}'}, "needs prompt='instruct'"),
         ({'backend': 'cuda'}, "backend='cuda' must be one of"),
     ],
 )

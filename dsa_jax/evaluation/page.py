@@ -37,6 +37,11 @@ MEASURES_CAPTION = (
     ' overlaps are those with the previous query and with the next layer, and the distance is in'
     ' tokens. The model attended {attention} meanwhile.'
 )
+TASKS_CAPTION = (
+    'The share of the answers that an arm gave, as whole words, writing the likeliest token at each'
+    ' step. The text is local, the seeds are fixed, and a length counts the prompt and the answer. In'
+    ' single, multi_key and question, what is asked for lies at a known depth: 0 % is the beginning.'
+)
 COLUMNS = {
     'captured_mass': ('captured', '{:.3f}'), 'topk_recall': ('recall', '{:.3f}'),
     'neighbour_overlap': ('overlap, query', '{:.3f}'), 'layer_overlap': ('overlap, layer', '{:.3f}'),
@@ -53,7 +58,11 @@ def write_page(
   text = json.dumps(finite(results), indent=2, allow_nan=False) + '\n'
   plots.replace_bytes(folder / 'evaluate.json', text.encode())
   console = console or rich.console.Console()
-  for title, table in (('Dense and sparse', main_table(results)), *_tests(results)):
+  for title, table in (
+      ('Dense and sparse', main_table(results)),
+      *_tests(results),
+      *_task_tables(results),
+  ):
     print_table(console, title, table)
   for warning in warnings(results):
     console.print(f'WARNING: {warning}', style='bold red', markup=False, highlight=False, soft_wrap=True)
@@ -84,6 +93,10 @@ def warnings(results: Mapping[str, Any]) -> list[str]:
   for a, b in results['equal_arms']:
     if a != 'dense' and not {a, b} <= idle:
       texts.append(f'{a} and {b} scored every target alike: they selected the same.')
+  for name in results['tasks']['scores']:
+    topk = results['arms'][name]['index_topk']
+    if topk and (short := [n for n in results['tasks']['lengths'] if n <= topk]):
+      texts.append(f'{name}: its tasks of {short} tokens leave nothing out, and say what dense says.')
   for name, test in results['self_test'].items():
     if test['verdict'] == 'jump':
       texts.append(
@@ -141,6 +154,24 @@ def _tests(results: Mapping[str, Any]) -> Iterator[tuple[str, Table]]:
     yield title, (['tokens seen', 'targets', 'dense', 'sparse', 'vs dense'], rows)
 
 
+def _task_tables(results: Mapping[str, Any]) -> list[tuple[str, Table]]:
+  """Returns the scores by kind and length, and by depth and length; nothing if there were no tasks."""
+  tasks, arms = results['tasks'], list(results['arms'])
+  if not tasks['scores']:
+    return []
+  line = lambda name, scores: [name, *(number(x, '{:.1%}') for x in scores)]
+  rows = []
+  for length in tasks['lengths']:
+    names = [f'{kind}-{length}' for kind in tasks['kinds']]
+    own = [[tasks['scores'][arm][name] for arm in arms] for name in names]
+    rows += [line(kind, scores) for kind, scores in zip((f'{k}, {length}' for k in tasks['kinds']), own)]
+    rows.append(line(f'mean, {length}', np.mean(own, axis=0)))
+  by_depth = tasks['by_depth']
+  depths = [line(name, (by_depth[arm][name] for arm in arms)) for name in by_depth['dense']]
+  tables = [('Tasks of long context', (['task, tokens', *arms], rows))]
+  return tables + ([('The same, by depth', (['depth', *arms], depths))] if depths else [])
+
+
 def _left_out(results: Mapping[str, Any], name: str) -> str:
   """Returns the share of queries that did not select all they saw, averaged over the layers."""
   arm = results['arms'][name]
@@ -188,6 +219,8 @@ def _markdown(results: Mapping[str, Any], drawn: Sequence[str]) -> str:
   parts += [f'## {title}', markdown_table(table), ACTED_CAPTION]
   for title, table in tests:
     parts += [f'## {title}', markdown_table(table), TEST_CAPTION]
+  for title, table in _task_tables(results):
+    parts += [f'## {title}', markdown_table(table), TASKS_CAPTION]
   unit = 'byte' if results['bytes_per_target'] else results['unit']
   seen = _by_context(results, 'bits_by_visible', 'visible_edges', 1)
   parts += [f'## Bits per {unit}, by what the query sees', markdown_table(seen)]
@@ -204,4 +237,5 @@ def _markdown(results: Mapping[str, Any], drawn: Sequence[str]) -> str:
 def _times(results: Mapping[str, Any]) -> list[str]:
   rows = [[name, number(arm['seconds'], '{:.1f}')] for name, arm in results['arms'].items()]
   rows += [[f'measures, {k} tokens', number(x['seconds'], '{:.1f}')] for k, x in results['measures'].items()]
+  rows += [[f'tasks, {n}', number(x, '{:.1f}')] for n, x in results['tasks']['seconds'].items()]
   return ['## What took how long', markdown_table((['part', 'seconds'], rows)), 'Compilation is included.']

@@ -110,6 +110,9 @@ def _filled_in(settings: Settings, stored: StoredModel, cfg: ModelConfig) -> Set
   context = settings.context or min(CONTEXT, cfg.max_seq_len)
   if context > cfg.max_seq_len:
     raise ConfigError(f'{context=} exceeds the {cfg.max_seq_len=} of the model.')
+  lengths = settings.lengths or ((context,) if settings.tasks else ())
+  if wrong := [n for n in lengths if not 2 <= n <= cfg.max_seq_len]:
+    raise ConfigError(f'lengths={wrong} must be within 2 and {cfg.max_seq_len=}.')
   budgets = settings.index_topk or (cfg.index_topk,)
   if wrong := [k for k in budgets if not 1 <= k <= cfg.max_seq_len]:
     raise ConfigError(f'index_topk={wrong} must be within 1 and {cfg.max_seq_len=}.')
@@ -118,7 +121,7 @@ def _filled_in(settings: Settings, stored: StoredModel, cfg: ModelConfig) -> Set
     logging.warning('the indexer of %s was never trained: it selects by chance.', stored.folder)
   backend = settings.backend or default_backend()
   return dataclasses.replace(
-      settings, context=context, index_topk=budgets, rules=rules, backend=backend
+      settings, context=context, lengths=lengths, index_topk=budgets, rules=rules, backend=backend
   )
 
 

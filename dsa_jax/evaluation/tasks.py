@@ -23,7 +23,7 @@ HOPS = 4  # Assignments of a chain, after the first.
 COMMON = 5  # Common words that are asked for.
 FREQUENT = 3  # Frequent words that are asked for.
 QUOTED, CONTINUED = 8, 3  # Words of a quotation, and those that follow it.
-ROOM = 16  # Tokens beside those of the answers that an answer may take.
+ROOM = 16  # Tokens beside those of the answers that a model may take for them.
 Measure = Callable[[str], int]  # The number of tokens of a text.
 
 
@@ -64,6 +64,7 @@ class Task(NamedTuple):
   prefix: str  # The beginning of the answer, for a model that continues text.
   answers: tuple[str, ...]  # All of them are asked for.
   depth: float | None  # The place of what is asked for, from 0 to 1; None if it is in several.
+  room: int  # Tokens that a model may take for its answer.
   n_tokens: int  # Those of the whole prompt for a base model, and of the room for the answer.
 
   @property
@@ -81,7 +82,9 @@ class Draft(NamedTuple):
   depth: float | None = None
 
 
-def make_task(kind: str, haystack: Haystack, length: int, number: int, measure: Measure) -> Task:
+def make_task(
+    kind: str, haystack: Haystack, length: int, number: int, measure: Measure, spare: int = ROOM
+) -> Task:
   """Returns a task that fills a length.
 
   Args:
@@ -90,13 +93,14 @@ def make_task(kind: str, haystack: Haystack, length: int, number: int, measure: 
     length: Tokens of the prompt and of the room for the answer, at most.
     number: Tasks with other numbers are other ones. It also decides the depth.
     measure: The tokenizer's.
+    spare: Tokens beside those of the answers that a model may take for them.
 
   Raises:
     ConfigError: The task does not fit into the length.
   """
   make_rng = lambda: random.Random(f'{kind}/{length}/{number}')
   draft = KINDS[kind](haystack, make_rng(), DEPTHS[number % len(DEPTHS)])
-  room = measure(', '.join(draft.answers)) + ROOM
+  room = measure(', '.join(draft.answers)) + spare
   n_tokens = lambda n: measure(_prompt(draft, n)) + room
   if n_tokens(0) > length:
     raise ConfigError(f'a task of {kind} takes {n_tokens(0)} tokens without filler; {length=} is too short.')
@@ -106,8 +110,9 @@ def make_task(kind: str, haystack: Haystack, length: int, number: int, measure: 
   while high - low > 1:
     middle = (low + high) // 2
     low, high = (middle, high) if n_tokens(middle) <= length else (low, middle)
+  answers = tuple(draft.answers)
   return Task(
-      draft.context(low), draft.question, draft.prefix, tuple(draft.answers), draft.depth, n_tokens(low)
+      draft.context(low), draft.question, draft.prefix, answers, draft.depth, room, n_tokens(low)
   )
 
 
@@ -215,7 +220,8 @@ def _frequent_words(haystack: Haystack, rng: random.Random, depth: float) -> Dra
 
 def _quotation(haystack: Haystack, rng: random.Random, depth: float) -> Draft:
   """Quotes a sentence of the text, and asks for the words that follow."""
-  plain = lambda x: len(x.split()) >= QUOTED + CONTINUED and haystack.sentences.count(x) == 1
+  usual = lambda x: QUOTED + CONTINUED <= len(x.split()) and len(x) <= 200
+  plain = lambda x: usual(x) and haystack.sentences.count(x) == 1
   sentences = list(haystack.sentences)
   rng.shuffle(sentences)
   sentence = next(filter(plain, sentences), None)

@@ -1,0 +1,199 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Lets every arm answer the tasks of long context, and scores the answers."""
+
+from collections.abc import Iterator, Sequence
+import hashlib
+import json
+import time
+from typing import Any, NamedTuple
+
+from flax import nnx
+import numpy as np
+
+from dsa_jax.config import ConfigError
+from dsa_jax.data.text import find_files
+from dsa_jax.data.tokenizer import Pretrained, Tokenizer, find_tokenizer, open_tokenizer
+from dsa_jax.evaluation.arms import Arm, arms_of
+from dsa_jax.evaluation.subject import Subject
+from dsa_jax.evaluation.tasks import ROOM, Haystack, Task, make_task, score
+from dsa_jax.inference.sampler import SampleConfig, Sampler
+from dsa_jax.reporting.plots import replace_bytes
+from dsa_jax.reporting.progress import StepProgress
+
+ANSWERS = 'answers'  # The folder of what is kept.
+HAYSTACK_BYTES = 2**22  # As much of the files is read.
+SPARE = {'base': ROOM, 'instruct': 4 * ROOM}  # An instruct model may say more than the answer.
+CHAT_ML = '<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n'
+
+
+class Quiz(NamedTuple):
+  """Tasks of one kind and length, and their prompts."""
+
+  kind: str
+  length: int
+  tasks: list[Task]
+  prompts: list[list[int]]
+
+  @property
+  def name(self) -> str:
+    return f'{self.kind}-{self.length}'
+
+  @property
+  def digest(self) -> str:
+    answers = [task.answers for task in self.tasks]
+    return hashlib.sha256(json.dumps([self.prompts, answers]).encode()).hexdigest()
+
+
+def make_quizzes(subject: Subject) -> list[Quiz]:
+  """Makes the tasks of every kind and length that the settings name.
+
+  Raises:
+    ConfigError: There is too little text, or a task does not fit.
+  """
+  settings = subject.settings
+  if not settings.tasks:
+    return []
+  tokenizer, haystack = tokenizer_of(subject), _read_haystack(settings.haystack)
+  chat = _chat(settings.prompt, settings.chat, tokenizer)
+  empty = len(tokenizer.encode(chat.replace('{prompt}', '')))
+  measure = lambda text: len(tokenizer.encode(text)) + empty
+  quizzes = []
+  for length in settings.lengths:
+    for kind in settings.tasks:
+      make = lambda i: make_task(kind, haystack, length, i, measure, SPARE[settings.prompt])
+      tasks = [make(i) for i in range(settings.examples)]
+      prompts = [tokenizer.encode(_prompt(task, settings.prompt, chat)) for task in tasks]
+      quizzes.append(Quiz(kind, length, tasks, prompts))
+  largest = max(i for quiz in quizzes for prompt in quiz.prompts for i in prompt)
+  if largest >= subject.cfg.vocab_size:
+    raise ConfigError(
+        f'a prompt holds id {largest} and the model has {subject.cfg.vocab_size}: give the tokenizer '
+        'of the model by --tokenizer.'
+    )
+  return quizzes
+
+
+def answer_quizzes(
+    subject: Subject, quizzes: Sequence[Quiz], bar: StepProgress
+) -> dict[str, dict[str, Any]]:
+  """Answers what has not been answered before, the likeliest token at each step.
+
+  Returns:
+    For each arm `seconds`, and by the name of a quiz the `texts` of its answers and their `scores`.
+  """
+  tokenizer = tokenizer_of(subject) if quizzes else None
+  answered = {}
+  for arm in arms_of(subject) if quizzes else []:
+    sampler, answered[arm.name] = None, {}
+    for quiz in quizzes:
+      path = subject.settings.out / ANSWERS / arm.name / f'{quiz.name}.json'
+      kept = json.loads(path.read_text()) if path.exists() else {}
+      if kept.get('digest') != quiz.digest:
+        sampler = sampler or _sampler(subject, arm, tokenizer)
+        kept = _answer(quiz, sampler, subject.settings.batch_size, f'{arm.name} {quiz.name}', bar)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        replace_bytes(path, json.dumps(kept).encode())
+      answered[arm.name][quiz.name] = kept
+  return answered
+
+
+def collect_answers(
+    quizzes: Sequence[Quiz], answered: dict[str, dict[str, Any]]
+) -> dict[str, Any]:
+  """Returns mean scores by arm: by kind and length, and by depth and length."""
+  lengths, depths, seconds = {}, {}, {}
+  for arm, of_arm in answered.items():
+    by_depth: dict[tuple[int, float], list[float]] = {}
+    lengths[arm] = {quiz.name: float(np.mean(of_arm[quiz.name]['scores'])) for quiz in quizzes}
+    seconds[arm] = sum(of_arm[quiz.name]['seconds'] for quiz in quizzes)
+    for quiz in quizzes:
+      for task, points in zip(quiz.tasks, of_arm[quiz.name]['scores']):
+        if task.depth is not None:
+          by_depth.setdefault((quiz.length, task.depth), []).append(points)
+    depths[arm] = {
+        f'{depth:.0%} of {length}': float(np.mean(points))
+        for (length, depth), points in sorted(by_depth.items())
+    }
+  return {
+      'kinds': list(dict.fromkeys(quiz.kind for quiz in quizzes)),
+      'lengths': sorted({quiz.length for quiz in quizzes}),
+      'scores': lengths,
+      'by_depth': depths,
+      'seconds': seconds,
+  }
+
+
+def tokenizer_of(subject: Subject) -> Tokenizer:
+  """Returns the tokenizer of prompts: the one that was named, or else the checkpoint's own."""
+  named = subject.settings.tokenizer
+  return open_tokenizer(named) if named else find_tokenizer(subject.stored.origin)
+
+
+def _read_haystack(pattern: str) -> Haystack:
+  text, n_bytes = [], 0
+  for file in find_files(pattern):
+    content = file.read_bytes()[: HAYSTACK_BYTES - n_bytes]
+    text.append(content.decode(errors='ignore'))
+    n_bytes += len(content)
+    if n_bytes >= HAYSTACK_BYTES:
+      break
+  return Haystack.of('\n'.join(text))
+
+
+def _chat(kind: str, template: str, tokenizer: Tokenizer) -> str:
+  """Returns what surrounds a prompt; '{prompt}' alone for a base model."""
+  if kind == 'base':
+    return '{prompt}'
+  if template:
+    return template
+  if isinstance(tokenizer, Pretrained) and tokenizer.id_of('<|im_start|>') is not None:
+    return CHAT_ML
+  raise ConfigError(
+      "prompt='instruct' needs the marks of the model's turns: give --chat='...{prompt}...', because "
+      'its tokenizer does not have those of ChatML.'
+  )
+
+
+def _prompt(task: Task, kind: str, chat: str) -> str:
+  if kind == 'base':
+    return task.base_prompt
+  return chat.replace('{prompt}', f'{task.context}\n\n{task.question}')
+
+
+def _sampler(subject: Subject, arm: Arm, tokenizer: Tokenizer) -> Sampler:
+  settings = subject.settings
+  graph = subject.graph(arm.index_topk or subject.cfg.index_topk)
+  return Sampler(
+      nnx.merge(graph, subject.params),
+      tokenizer,
+      capacity=max(settings.lengths),
+      attention='sparse' if arm.rule else 'dense',
+      rule=arm.rule or 'indexer',
+      backend=settings.backend,
+  )
+
+
+def _answer(
+    quiz: Quiz, sampler: Sampler, batch_size: int, name: str, bar: StepProgress
+) -> dict[str, Any]:
+  began, texts = time.monotonic(), []
+  bar.start_stage(name, len(quiz.tasks))
+  for prompts, room in _batches(quiz, batch_size):
+    config = SampleConfig(max_new_tokens=room, stop=sampler.tokenizer.stop)
+    ids = sampler.generate(prompts, config)
+    texts += [''.join(sampler.tokenizer.stream(own)) for own in ids]
+    n_tokens = sum(map(len, quiz.prompts[: len(texts)]))
+    bar.update(min(len(texts), len(quiz.tasks)), n_tokens / (time.monotonic() - began))
+  texts = texts[: len(quiz.tasks)]
+  scores = [score(task.answers, text) for task, text in zip(quiz.tasks, texts)]
+  seconds = time.monotonic() - began
+  return {'digest': quiz.digest, 'texts': texts, 'scores': scores, 'seconds': seconds}
+
+
+def _batches(quiz: Quiz, batch_size: int) -> Iterator[tuple[list[list[int]], int]]:
+  """Yields prompts, as many each time, and the tokens that their answers may take."""
+  for first in range(0, len(quiz.tasks), batch_size):
+    own = slice(first, first + batch_size)
+    prompts = quiz.prompts[own]
+    room = min(max(task.room for task in quiz.tasks[own]), quiz.length - max(map(len, prompts)))
+    yield prompts + prompts[:1] * (batch_size - len(prompts)), room
