@@ -17,7 +17,7 @@ RANKS = [
     {'training'},
     {'inference', 'reporting'},
     {'convert', 'compile', 'evaluation'},
-    {'train', 'sample', 'load', 'compare', 'tokenize', 'evaluate'},
+    {'train', 'sample', 'load', 'compare', 'tokenize', 'evaluate', 'lm_eval'},
 ]
 # The first rank that may use each library.
 OUTSIDE = {'flax': 0, 'optax': 4, 'orbax': 4, 'ml_collections': 4, 'grain': 0}

@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+r"""lm-evaluation-harness with models of this package.
+
+    pip install lm_eval
+    python -m dsa_jax.lm_eval --model dsa_jax --tasks hellaswag \
+        --model_args checkpoint=runs/mine/checkpoints/sparse,attention=sparse,index_topk=64
+
+takes every flag of `lm_eval`. The arguments of a model are those of `evaluation.harness.Harness`.
+"""
+
+from collections.abc import Sequence
+import sys
+from typing import Any
+
+from dsa_jax.config import ConfigError
+from dsa_jax.evaluation.harness import Harness
+
+try:
+  from lm_eval.api.model import LM
+  from lm_eval.api.registry import register_model
+except ImportError as error:
+  raise ImportError('dsa_jax.lm_eval needs lm-evaluation-harness: pip install lm_eval') from error
+
+
+@register_model('dsa_jax')
+class Model(LM):
+  """A checkpoint, as the harness sees it."""
+
+  def __init__(self, checkpoint: str, batch_size: int | str = 4, **kwargs: Any):
+    super().__init__()
+    for name in 'max_batch_size', 'device':  # The command always gives them.
+      kwargs.pop(name, None)
+    self._harness = Harness(checkpoint, batch_size=int(batch_size), **kwargs)
+
+  def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
+    return self._harness.likelihoods([request.args for request in requests])
+
+  def loglikelihood_rolling(self, requests: Sequence[Any]) -> list[float]:
+    return self._harness.rolling([request.args[0] for request in requests])
+
+  def generate_until(self, requests: Sequence[Any]) -> list[str]:
+    return self._harness.continuations([request.args for request in requests])
+
+
+def main():
+  from lm_eval.__main__ import cli_evaluate
+
+  try:
+    cli_evaluate()
+  except ConfigError as error:
+    sys.exit(f'error: {error}')
+
+
+if __name__ == '__main__':
+  main()

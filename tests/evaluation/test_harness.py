@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Likelihoods and continuations for lm-evaluation-harness, against the model's own logits."""
+
+import copy
+import dataclasses
+import json
+
+import jax
+import laws
+import numpy as np
+import pytest
+
+from dsa_jax.config import ConfigError
+from dsa_jax.data.text import VOCAB_SIZE
+from dsa_jax.data.tokenizer import Bytes
+from dsa_jax.evaluation.harness import Harness
+from dsa_jax.nn.attention.types import Mode
+from dsa_jax.training.checkpoint import Checkpoints, Progress
+from dsa_jax.training.optim import OptimConfig
+from dsa_jax.training.state import new_state
+
+CFG = dataclasses.replace(laws.CFG, vocab_size=VOCAB_SIZE, n_layers=1, n_dense_layers=1, max_seq_len=48)
+PAIRS = [('the cat', ' sat'), ('', 'a'), ('x ', 'yz'), ('a long context of thirty letters', ' and more')]
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+  run = tmp_path_factory.mktemp('run')
+  state = new_state(laws.weights(CFG), ('backbone',), OptimConfig(), seed=0)
+  with Checkpoints(run / 'checkpoints' / 'sparse') as checkpoints:
+    checkpoints.save(1, state, Progress({}, 0.0))
+  (run / 'config.json').write_text(json.dumps({'model': dataclasses.asdict(CFG)}))
+  return run / 'checkpoints' / 'sparse'
+
+
+@pytest.fixture(scope='module')
+def harness(folder):
+  return Harness(folder, batch_size=3)
+
+
+@pytest.fixture(scope='module')
+def logprobs():
+  """Returns the log-probabilities of every next token of a text, by the definition."""
+  model, mode = laws.model_of(laws.weights(CFG), CFG), Mode(attention='sparse', backend='xla')
+  forward = jax.jit(lambda tokens, start, end: jax.nn.log_softmax(model(tokens, start, end, mode).logits[0]))
+
+  def of(ids):
+    tokens, position = np.zeros((1, 48), np.int32), np.arange(48, dtype=np.int32)[None]
+    tokens[0, : len(ids)] = ids
+    return np.asarray(forward(tokens, np.zeros_like(position), position + 1))[: len(ids)]
+
+  return of
+
+
+def test_likelihoods(harness, logprobs):
+  for (context, continuation), (got, is_likeliest) in zip(PAIRS, harness.likelihoods(PAIRS), strict=True):
+    ids = Bytes().encode(context + continuation)
+    n = len(ids) - len(Bytes().encode(context.rstrip()))
+    of_next = logprobs(ids[:-1])[-n:]
+    np.testing.assert_allclose(got, of_next[np.arange(n), ids[-n:]].sum(), rtol=1e-4)
+    assert is_likeliest == (of_next.argmax(-1) == ids[-n:]).all()
+  assert harness._mode.attention == 'sparse'
+
+
+def test_the_likeliest_continuation_is_known_as_such(harness, logprobs):
+  likeliest = lambda context: int(logprobs(Bytes().encode(context))[-1].argmax())
+  contexts = (a + b for a in 'abcdefgh' for b in 'ijklmnop')
+  context, best = next((c, chr(i)) for c in contexts if 33 <= (i := likeliest(c)) < 127)
+  answers = harness.likelihoods([(context, best), (context, '~' if best != '~' else '!')])
+  assert [is_likeliest for _, is_likeliest in answers] == [True, False]
+
+
+def test_a_context_that_is_too_long_loses_its_beginning(harness, logprobs):
+  context, continuation = 'abcdefgh' * 10, 'xy'
+  ids = Bytes().encode(context + continuation)[-49:]
+  want = logprobs(ids[:-1])[[-2, -1], ids[-2:]].sum()
+  np.testing.assert_allclose(harness.likelihoods([(context, continuation)])[0][0], want, rtol=1e-4)
+
+
+def test_rolling_scores_every_token_once(harness, logprobs):
+  short, long = 'hello there', 'abcdefgh' * 9
+  got = harness.rolling([short, long])
+  ids = Bytes().encode(short)
+  np.testing.assert_allclose(got[0], logprobs(ids)[np.arange(len(ids) - 1), ids[1:]].sum(), rtol=1e-4)
+  ids = Bytes().encode(long)  # 73 ids: 48 targets, and then 24 more behind as much as can be read.
+  first = logprobs(ids[:48])[np.arange(48), ids[1:49]].sum()
+  second = logprobs(ids[-49:-1])[np.arange(24, 48), ids[-24:]].sum()
+  np.testing.assert_allclose(got[1], first + second, rtol=1e-4)
+
+
+def test_continuations_end_where_the_task_says(harness):
+  ask = lambda **given: harness.continuations([('the cat', {'max_gen_toks': 20} | given)])[0]
+  text = ask()
+  assert text and text == harness._sampler('the cat', max_new_tokens=20)
+  assert ask(until=[text[2:4]]) == text[: text.index(text[2:4])]
+  assert ask(until=text[3]) == text[: text.index(text[3])]
+  assert len(ask(max_gen_toks=5)) <= 5
+  assert harness.continuations([('x' * 100, {'max_gen_toks': 500})])  # The end of the context counts.
+
+
+def test_texts_of_tokenizers_without_a_first_id(harness, monkeypatch):
+  """What ends documents stands in front of a text that has nothing before it, and of no other."""
+
+  class Bare(Bytes):
+    stop = (65,)
+
+    def encode(self, text):
+      return [*text.encode()]
+
+  bare = copy.copy(harness)
+  bare.tokenizer, rows = Bare(), []
+  monkeypatch.setattr(bare, '_score', lambda own: rows.extend(own) or [(0.0, True)] * len(own))
+  bare.likelihoods([('ab', 'c'), ('', 'c')])
+  bare.rolling(['abc'])
+  assert [(bytes(row.ids), row.n_scored) for row in rows] == [(b'abc', 1), (b'Ac', 1), (b'Aabc', 3)]
+
+
+def test_other_attention_and_what_will_not_do(folder):
+  dense = Harness(folder, attention='dense', max_length=32)
+  assert dense._mode.attention == 'dense' and dense.max_length == 32
+  for wrong, message in (
+      ({'attention': 'dense', 'index_topk': 3}, 'would change nothing'),
+      ({'max_length': 49}, 'max_length=49 must be within 2 and the 48'),
+      ({'batch_size': 0}, 'batch_size=0'),
+      ({'rule': 'best'}, "'best' must be one of"),
+      ({'index_topk': 49}, 'index_topk=49'),
+  ):
+    with pytest.raises(ConfigError, match=message):
+      Harness(folder, **wrong)
+
+
+def test_within_the_harness(folder, tmp_path, monkeypatch):
+  """A task from a local file, with no network."""
+  pytest.importorskip('lm_eval')
+  import lm_eval
+  from dsa_jax import lm_eval as ours
+
+  for name in 'HF_HUB_OFFLINE', 'HF_DATASETS_OFFLINE':
+    monkeypatch.setenv(name, '1')
+  lines = [{'question': 'the cat', 'choices': [' sat', ' ran'], 'answer': 0} for _ in range(4)]
+  (tmp_path / 'task.jsonl').write_text('\n'.join(map(json.dumps, lines)))
+  task = {
+      'task': 'local', 'dataset_path': 'json', 'dataset_kwargs': {'data_files': {'test': str(tmp_path / 'task.jsonl')}},
+      'test_split': 'test', 'output_type': 'multiple_choice', 'doc_to_text': '{{question}}',
+      'doc_to_choice': '{{choices}}', 'doc_to_target': 'answer', 'metric_list': [{'metric': 'acc'}],
+  }  # fmt: skip
+  model = ours.Model(str(folder), attention='sparse')
+  results = lm_eval.simple_evaluate(model=model, tasks=[task])
+  assert results['results']['local']['acc,none'] in (0.0, 1.0)
