@@ -104,8 +104,10 @@ def measure_batch(graph, params, batch, mode, beyond):
   out = nnx.merge(graph, params)(batch.tokens, batch.start, batch.end, mode)
   by_rule = _by_rule(out, mode)
   for rule, fields in by_rule.items():
-    n_selected = jnp.sum(out.measures(rule).indices >= 0, axis=-1)
-    fields['left_out'] = (n_selected < batch.end - batch.start).astype(jnp.float32)
+    of_layer = lambda indices: measures.over_key_heads(
+        measures.leaves_out(indices, batch.end - batch.start)
+    )
+    fields['left_out'] = jax.vmap(of_layer)(out.measures(rule).indices)
   return shard.replicate(_totals(by_rule, batch, beyond))
 
 

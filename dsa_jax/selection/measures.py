@@ -48,6 +48,14 @@ def selected_distance(
   return distance.sum(-1) / jnp.maximum(filled.sum(-1), 1)
 
 
+def leaves_out(
+    indices: Int[Array, 'B T *G K'], n_visible: Int[Array, 'B T']
+) -> Float[Array, 'B T *G']:
+  """Returns 1 where a query selects fewer tokens than it sees, and 0 elsewhere."""
+  n_visible = n_visible.reshape(*n_visible.shape, *[1] * (indices.ndim - 3))
+  return (jnp.sum(indices >= 0, axis=-1) < n_visible).astype(jnp.float32)
+
+
 def over_key_heads(x: Float[Array, 'B T *G']) -> Float[Array, 'B T']:
   """Returns the mean over key heads, where each has a selection of its own."""
   return x if x.ndim == 2 else jnp.mean(x, axis=-1)

@@ -114,3 +114,22 @@ def test_several_rules_are_not_measured_at_once():
     dataclasses.replace(SEVERAL, measure=('indexer',))
   with pytest.raises(ValueError, match="'best' must be one of"):
     dataclasses.replace(SEVERAL, rule=('indexer', 'best'))
+
+
+def test_a_selection_for_each_key_head_is_measured():
+  """All rules, those that select once for all heads too; with the whole context as the budget, alike."""
+  batch = laws.make_batch(laws.LENGTHS)
+  for topk, beyond in (5, 5), (laws.T, 0):
+    cfg = dataclasses.replace(laws.GQA_EACH, index_topk=topk)
+    mode = Mode(attention='sparse', backend='xla', measure=tuple(RULES))
+    [by_rule] = evaluate.measure(laws.graph_of(cfg), laws.weights(cfg), [batch], mode, beyond=(beyond,))
+    for rule, means in by_rule.items():
+      assert means['captured_mass'].shape == (cfg.n_layers,)
+      assert np.all(means['left_out'] == float(topk == 5)), rule
+      assert np.all(means['captured_mass'] <= 1 + 1e-5)
+    oracle, indexer = by_rule['oracle'], by_rule['indexer']
+    np.testing.assert_allclose(oracle['topk_recall'], 1)
+    if topk == 5:
+      assert np.all(oracle['captured_mass'] > indexer['captured_mass'])
+    else:
+      np.testing.assert_allclose(indexer['captured_mass'], 1, atol=1e-5)
