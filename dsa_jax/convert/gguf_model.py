@@ -27,6 +27,7 @@ FLOATS = ('F32', 'F16', 'BF16')
 QUANTIZED = (
     'Q8_0', 'Q4_0', 'Q4_1', 'Q5_0', 'Q5_1', 'Q2_K', 'Q3_K', 'Q4_K', 'Q5_K', 'Q6_K',
 )  # fmt: skip
+NAME = re.compile(r'(?:blk\.(\d+)\.)?(.*?)(?:\.(\w+))?', re.DOTALL)
 SPLIT = re.compile(r'-\d{5}-of-\d{5}\.gguf$')
 
 REQUIRED = {  # Keys without their architecture, and the keys of config.json.
@@ -153,10 +154,22 @@ def _read_config(header: Header, arch: str, problems: list[str]) -> dict[str, An
   dtypes = {'F32': 'float32', 'F16': 'float16'}
   config['torch_dtype'] = dtypes.get(kinds.pop(), 'bfloat16') if len(kinds) == 1 else 'bfloat16'
   config |= _read_scaling(fields, prefix, problems)
+  counts = {'block_count': _depth(header)}
+  if experts:
+    stacks = [stored for name, stored in header.tensors.items() if 'ffn_gate_exps.' in name]
+    counts['expert_count'] = stacks[0].shape[0] if stacks else 0
+  for key, count in counts.items():  # Others would take long, and much memory, to be told by tensor.
+    if config.get((REQUIRED | experts)[key], count) != count:
+      problems.append(f'{prefix}{key} must be {count}, by the names and shapes of the tensors.')
   if experts:
     config |= {'norm_topk_prob': True, 'decoder_sparse_step': 1, 'mlp_only_layers': []}
   _check_others(fields, config, prefix, problems)
   return config
+
+
+def _depth(header: Header) -> int:
+  layers = [NAME.fullmatch(name)[1] for name in header.tensors]
+  return 1 + max((int(layer) for layer in layers if layer), default=-1)
 
 
 def _read_scaling(fields: dict[str, Any], prefix: str, problems: list[str]) -> dict[str, Any]:
@@ -230,13 +243,13 @@ def _places(
     if name == FREQUENCIES and permuted:
       continue
     is_packed = len(kinds[_in_any_layer(name)]) > 1 or stored.kind in QUANTIZED
-    *layer, module, suffix = name.split('.')
+    layer, module, suffix = NAME.fullmatch(name).groups()
     place = functools.partial(
         _place, path, packed=is_packed, heads=heads.get(module, 0) if permuted else 0
     )
-    prefix = f'model.layers.{layer[1]}.' if len(layer) == 2 and layer[0] == 'blk' else ''
-    names = LAYER if prefix else TOP
-    if prefix and module in STACKED and len(stored.shape) == 3:
+    prefix = f'model.layers.{layer}.' if layer else ''
+    names = LAYER if layer else TOP
+    if layer and module in STACKED and len(stored.shape) == 3:
       for i in range(stored.shape[0]):
         places[f'{prefix}{STACKED[module].format(i)}.{suffix}'] = place(_part(stored, i))
     elif module in names:

@@ -162,7 +162,9 @@ def read_case(case: str) -> tuple[dict, dict[str, np.ndarray]]:
   config = json.loads((GOLDEN / case / 'config.json').read_text())
   tensors = released.read(GOLDEN / case)
   assert {dtype for dtype, _, _ in tensors.values()} == {'F32'}
-  return config, {k: np.frombuffer(x, np.float32).reshape(shape) for k, (_, shape, x) in tensors.items()}
+  return config, {
+      name: np.frombuffer(x, np.float32).reshape(shape) for name, (_, shape, x) in sorted(tensors.items())
+  }
 
 
 def convert(source: pathlib.Path, target: pathlib.Path, dtype: str = 'float32', **kwargs):
@@ -303,7 +305,8 @@ def plain_file(folder: pathlib.Path, name: str = 'a.gguf', **kwargs) -> pathlib.
             {'config': {'num_attention_heads': [4, 4], 'head_dim': 6}, 'arch': 'qwen3'},
             'num_attention_heads=[4, 4] must be a number',
         ),
-        ({'config': {'num_hidden_layers': 3}}, 'model.layers.2.self_attn.q_proj.weight is missing'),
+        ({'fields': [('general.alignment', 0)]}, 'general.alignment=0 must be positive'),
+        ({'config': {'num_hidden_layers': 3}}, 'llama.block_count must be 2, by the names and shapes'),
         ({'config': {'intermediate_size': 48}}, 'config.json asks for (48, 24)'),
         ({'config': {'model_type': 'qwen2'}}, 'self_attn.q_proj.bias is missing'),
     ],
@@ -325,6 +328,12 @@ def test_types_of_tensors_that_are_not_read(tmp_path, kind):
     content += bytes(2**20)  # Tensors of the type are longer.
   path.write_bytes(content[:at] + bytes([gguf.GGMLQuantizationType[kind]]) + content[at + 1 :])
   assert f'blk.1.ffn_up.weight is {kind}; it must be one of F32, F16' in refused(path)
+
+
+def test_experts_are_counted(tmp_path):
+  config, tensors = read_case('qwen3_moe')
+  write_gguf(tmp_path / 'a.gguf', config | {'num_experts': 7}, tensors)
+  assert 'qwen3moe.expert_count must be 6, by the names and shapes' in refused(tmp_path / 'a.gguf')
 
 
 def test_a_tensor_of_no_known_name(tmp_path):
@@ -403,7 +412,7 @@ TEXTS = [
     '', ' ', '\n', '  two  spaces ', 'The lightning indexer scores 1234567 tokens.', "It's WE'LL i'M",
     'def f(x):\r\n\treturn x**2  # 語\n\n\n', 'naïve nai\u0308ve ﬁ Å', '\u00a0\u2003\u200b\ufeff', '🎈👩‍👩‍👧 ́',
     '<|end|>', 'a<|end|>b <|end|> c', '<s>x</s><unk>', '<think> x </think>', '<0x0A><|nothing|>',
-    '▁x▁ ▁▁', '१२३ ½ Ⅷ ①②', '\x00\x01\x7f', '!!!???...', 'x' * 300, 'ſ ẞ İ', 'مرحبا שלום', "'s 'S ' t",
+    '▁x▁ ▁▁', '१२३ ½ Ⅷ ①②', '\x00\x01\x7f', '!!!???...', 'x' * 300, 'wholeword whole', 'ſ ẞ İ', 'مرحبا שלום', "'s 'S ' t",
 ]  # fmt: skip
 
 
@@ -452,11 +461,12 @@ def source_tokenizer(pre: str) -> tokenizers.Tokenizer:
   if pre == 'smollm':
     level = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(True), level])
-  tokenizer.add_tokens([tokenizers.AddedToken('<think>', normalized=False)])
   if pre == 'llama-bpe':
     plain = json.loads(tokenizer.to_str())
     plain['model']['ignore_merges'] = True
+    plain['model']['vocab']['wholeword'] = tokenizer.get_vocab_size()  # No merge makes it.
     tokenizer = tokenizers.Tokenizer.from_str(json.dumps(plain))
+  tokenizer.add_tokens([tokenizers.AddedToken('<think>', normalized=False)])
   return tokenizer
 
 
@@ -520,6 +530,15 @@ def test_sentencepiece_tokenizers_give_the_same_ids(tmp_path, prefix):
   assert without.encode('a').ids == source.encode('a').ids[1:]
   both, _ = made_of(fields | {'tokenizer.ggml.add_eos_token': True}, tmp_path / 'both')
   assert both.encode('a').ids == [*source.encode('a').ids, 2]
+
+
+def test_the_best_piece_is_made_first(tmp_path):
+  texts = ['<unk>', '<s>', '</s>', '▁', 'a', 'b', 'c', 'd', 'ab', 'bc', 'cd', 'abc']
+  scores = [0.0, 0.0, 0.0, *[-100.0] * 5, -3.0, -2.0, -1.0, -4.0]
+  fields = {'model': 'llama', 'tokens': texts, 'token_type': [2, 3, 3] + [1] * 9, 'scores': scores}
+  made, _ = made_of({f'tokenizer.ggml.{key}': value for key, value in fields.items()}, tmp_path)
+  for text, pieces in {'abd': 'ab d', 'abc': 'abc', 'abcd': 'ab cd', 'bcd': 'b cd'}.items():
+    assert made.encode(text).tokens == ['<s>', '▁', *pieces.split()]
 
 
 def test_what_ends_a_turn_ends_a_text(tmp_path):
