@@ -30,6 +30,8 @@ class Model(LM):
     super().__init__()
     for name in 'max_batch_size', 'device':  # The command always gives them.
       kwargs.pop(name, None)
+    if not str(batch_size).isdigit():
+      raise ConfigError(f'{batch_size=} must be a number.')
     self._harness = Harness(checkpoint, batch_size=int(batch_size), **kwargs)
 
   def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:

@@ -16,7 +16,7 @@ import tokenizers
 from dsa_jax import evaluate
 from dsa_jax.config import ConfigError
 from dsa_jax.data.text import VOCAB_SIZE
-from dsa_jax.evaluation import arms
+from dsa_jax.evaluation import arms, page
 from dsa_jax.evaluation.settings import Settings
 from dsa_jax.training.checkpoint import Checkpoints, Progress
 from dsa_jax.training.optim import OptimConfig
@@ -72,9 +72,12 @@ def test_dense_beside_sparse(place, tmp_path, monkeypatch, capsys):
     assert results['measures']['16']['everywhere'][name[:-3]]['left_out'] == [pytest.approx(2 / 3)]
     assert results['arms'][name]['dense_nats_beyond_budget'] > 0
   assert results['measures']['16']['beyond']['indexer']['captured_mass'][0] < 1
-  page, printed = (out / 'evaluate.md').read_text(), capsys.readouterr().out
+  worse = {'16': {'beyond': {r: {'captured_mass': [x]} for r, x in (('indexer', 0.2), ('random', 0.3))}}}
+  [warning] = set(page.warnings(results | {'measures': worse})) - set(page.warnings(results))
+  assert warning == 'indexer@16: it captures no more of the attention than random tokens do.'
+  text, printed = (out / 'evaluate.md').read_text(), capsys.readouterr().out
   for words in 'Did selection act?', 'Self-test of indexer@16':
-    assert words in page and words in printed
+    assert words in text and words in printed
   assert (out / 'bits.png').exists() and (out / 'selection.png').exists()
 
   # The same command, stopped before its last arm, scores that one alone.

@@ -29,7 +29,9 @@ ACTED_CAPTION = (
 TEST_CAPTION = (
     'Nats per token where a query sees so many tokens. Just above its budget an indexer leaves out a'
     ' few of many tokens, so sparse attention should lose next to nothing there. A jump (more than'
-    ' 1 % and twice the standard error) means a wrong indexer, as after a mistake in a port.'
+    ' 1 % and twice the standard error) means a wrong indexer, as after a mistake in a port. No jump'
+    ' does not prove it right: look at the captured mass, too. If there are too few targets, give more'
+    ' --rows, and a --context above the budget.'
 )
 MEASURES_CAPTION = (
     'Means over the queries that see more than the budget, if there are any. Captured is the share of'
@@ -61,7 +63,7 @@ def write_page(
   for title, table in (
       ('Dense and sparse', main_table(results)),
       *_tests(results),
-      *_task_tables(results),
+      *_task_means(results),
   ):
     print_table(console, title, table)
   for warning in warnings(results):
@@ -97,6 +99,10 @@ def warnings(results: Mapping[str, Any]) -> list[str]:
     topk = results['arms'][name]['index_topk']
     if topk and (short := [n for n in results['tasks']['lengths'] if n <= topk]):
       texts.append(f'{name}: its tasks of {short} tokens leave nothing out, and say what dense says.')
+  for k, measured in results['measures'].items():
+    mass = {r: np.mean(means['captured_mass']) for r, means in (measured['beyond'] or {}).items()}
+    if 'indexer' in mass and mass['indexer'] <= mass.get('random', -1):
+      texts.append(f'indexer@{k}: it captures no more of the attention than random tokens do.')
   for name, test in results['self_test'].items():
     if test['verdict'] == 'jump':
       texts.append(
@@ -170,6 +176,20 @@ def _task_tables(results: Mapping[str, Any]) -> list[tuple[str, Table]]:
   depths = [line(name, (by_depth[arm][name] for arm in arms)) for name in by_depth['dense']]
   tables = [('Tasks of long context', (['task, tokens', *arms], rows))]
   return tables + ([('The same, by depth', (['depth', *arms], depths))] if depths else [])
+
+
+def _task_means(results: Mapping[str, Any]) -> list[tuple[str, Table]]:
+  """Returns the mean score of each arm at each length, which fits into a terminal."""
+  tasks = results['tasks']
+  if not tasks['scores']:
+    return []
+  mean = lambda scores, length: np.mean([scores[f'{kind}-{length}'] for kind in tasks['kinds']])
+  rows = [
+      [arm, *(number(float(mean(scores, length)), '{:.1%}') for length in tasks['lengths'])]
+      for arm, scores in tasks['scores'].items()
+  ]
+  header = ['arm', *(f'{length:,} tokens' for length in tasks['lengths'])]
+  return [('Tasks of long context, mean over kinds', (header, rows))]
 
 
 def _left_out(results: Mapping[str, Any], name: str) -> str:

@@ -140,8 +140,9 @@ def _data(settings: Settings, stored: StoredModel) -> DataConfig:
     )
   if 'data' not in stored.record:
     raise ConfigError(f'{stored.folder} is of no run, so it has no data of its own: give --files.')
-  given = {'tokenizer': settings.tokenizer, 'min_tokens': settings.min_tokens}
-  if ignored := [f'--{name}' for name, value in given.items() if value]:
+  usual = {field.name: field.default for field in dataclasses.fields(Settings)}
+  names = 'tokenizer', 'min_tokens', 'packing', 'format', 'field'
+  if ignored := [f'--{name}' for name in names if getattr(settings, name) != usual[name]]:
     raise ConfigError(f'{", ".join(ignored)} would change nothing without --files.')
   workdir = stored.folder.parent.parent
   return read_recipe(ConfigDict(stored.record | {'workdir': str(workdir)})).data

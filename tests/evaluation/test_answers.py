@@ -75,12 +75,14 @@ def test_scores_by_kind_length_and_depth(subject, monkeypatch):
   assert len(readers['dense'].calls) == n_calls + 3
 
   arms = {'dense': {'index_topk': None}, 'indexer@900': {'index_topk': 900}}
-  shown = {'arms': arms, 'tasks': results, 'acted': {}, 'equal_arms': [], 'self_test': {}}
+  shown = {'arms': arms, 'tasks': results, 'acted': {}, 'equal_arms': [], 'self_test': {}, 'measures': {}}
   (_, (header, rows)), (_, (_, by_depth)) = page._task_tables(shown)
   assert header == ['task, tokens', 'dense', 'indexer@900'] and len(by_depth) == 10
   assert [row[0] for row in rows] == ['single, 700', 'multi_query, 700', 'mean, 700',
                                       'single, 1400', 'multi_query, 1400', 'mean, 1400']  # fmt: skip
   assert rows[0][1] == '100.0%'
+  [(_, (header, means))] = page._task_means(shown)
+  assert header == ['arm', '700 tokens', '1,400 tokens'] and means[0] == ['dense', '100.0%', '100.0%']
   assert 'its tasks of [700] tokens leave nothing out' in page.warnings(shown)[0]
 
 
