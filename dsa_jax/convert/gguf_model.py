@@ -158,7 +158,7 @@ def _read_config(header: Header, arch: str, problems: list[str]) -> dict[str, An
   if experts:
     stacks = [stored for name, stored in header.tensors.items() if 'ffn_gate_exps.' in name]
     counts['expert_count'] = stacks[0].shape[0] if stacks else 0
-  for key, count in counts.items():  # Others would take long, and much memory, to be told by tensor.
+  for key, count in counts.items():  # A wrong one would fill the memory with missing tensors.
     if config.get((REQUIRED | experts)[key], count) != count:
       problems.append(f'{prefix}{key} must be {count}, by the names and shapes of the tensors.')
   if experts:
