@@ -168,6 +168,6 @@ def test_a_vocabulary_that_is_too_small(tmp_path):
 def test_the_command_prints_a_mistake_in_one_line(place, tmp_path):
   command = [sys.executable, '-m', 'dsa_jax.evaluate', str(place / 'checkpoints' / 'sparse'), str(tmp_path)]
   done = subprocess.run([*command, '--index_topk=8,x'], capture_output=True, text=True,
-                        cwd=pathlib.Path(__file__).parents[1])  # fmt: skip
+                        cwd=pathlib.Path(__file__).parents[2])  # fmt: skip
   assert done.returncode == 1 and 'Traceback' not in done.stderr
   assert "error: --index_topk=['8', 'x'] must be numbers" in done.stderr
