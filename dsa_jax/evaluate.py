@@ -6,8 +6,8 @@ r"""Says what a model loses when its attention goes sparse.
         --index_topk=64,128,256 --rules=indexer,oracle,window_sinks OUT
 
 The first form scores the run's own validation data. Dense attention is always scored, too. The same
-command goes on where it was stopped, and adds the rules, budgets and tasks that are new. --tasks=all lets every
-arm answer tasks of long context, too.
+command goes on where it was stopped, and adds the rules, budgets and tasks that are new.
+--tasks=all lets every arm answer tasks of long context, too.
 """
 
 import logging
@@ -104,7 +104,7 @@ if __name__ == '__main__':
           'index_topk', None, "Budgets, separated by commas; default: the model's own."
       ),
       'rules': flags.DEFINE_list(
-          'rules', None, 'What selects, separated by commas; default: all, an untrained indexer left out.'
+          'rules', None, 'What selects, separated by commas; default: all but an untrained indexer.'
       ),
       'tasks': flags.DEFINE_list(
           'tasks', None, f'Tasks of long context, separated by commas, or all: {", ".join(KINDS)}.'
@@ -112,20 +112,22 @@ if __name__ == '__main__':
       'lengths': flags.DEFINE_list(
           'lengths', None, 'Tokens of a task, separated by commas; default: --context.'
       ),
-      'examples': flags.DEFINE_integer('examples', None, 'Tasks of each kind and length; default: 10.'),
+      'examples': flags.DEFINE_integer(
+          'examples', None, 'Tasks of each kind and length; default: 10.'
+      ),
       'prompt': flags.DEFINE_enum('prompt', None, PROMPTS, 'What the model is; default: base.'),
       'chat': flags.DEFINE_string(
           'chat', None, "What surrounds {prompt} for an instruct model; default: ChatML's marks."
       ),
       'haystack': flags.DEFINE_string(
-          'haystack', None, "A glob of plain text for tasks; default: the sources of Python's library."
+          'haystack', None, "A glob of plain text for tasks; default: Python's library."
       ),
       'dtype': flags.DEFINE_enum('dtype', None, DTYPES, 'Of matrices; default: float32.'),
       'backend': flags.DEFINE_string('backend', None, "Of the kernels; default: the platform's."),
   }  # fmt: skip
   MESH = {
       'fsdp': flags.DEFINE_integer('fsdp', 1, 'Devices that share weights and rows.'),
-      'context': flags.DEFINE_integer('context_devices', 1, 'Devices that share the tokens of a row.'),
+      'context': flags.DEFINE_integer('context_devices', 1, 'Devices that share a row.'),
       'expert': flags.DEFINE_integer('expert', 1, 'Devices that share experts and rows.'),
       'tensor': flags.DEFINE_integer('tensor', 1, 'Devices that share widths.'),
   }

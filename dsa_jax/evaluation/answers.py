@@ -67,8 +67,8 @@ def make_quizzes(subject: Subject) -> list[Quiz]:
   largest = max(i for quiz in quizzes for prompt in quiz.prompts for i in prompt)
   if largest >= subject.cfg.vocab_size:
     raise ConfigError(
-        f'a prompt holds id {largest} and the model has {subject.cfg.vocab_size}: give the tokenizer '
-        'of the model by --tokenizer.'
+        f'a prompt holds id {largest} and the model has {subject.cfg.vocab_size}: give the '
+        'tokenizer of the model by --tokenizer.'
     )
   return quizzes
 
@@ -149,8 +149,8 @@ def _chat(kind: str, template: str, tokenizer: Tokenizer) -> str:
   if isinstance(tokenizer, Pretrained) and tokenizer.id_of('<|im_start|>') is not None:
     return CHAT_ML
   raise ConfigError(
-      "prompt='instruct' needs the marks of the model's turns: give --chat='...{prompt}...', because "
-      'its tokenizer does not have those of ChatML.'
+      "prompt='instruct' needs the marks of the model's turns: give --chat='...{prompt}...', "
+      'because its tokenizer does not have those of ChatML.'
   )
 
 

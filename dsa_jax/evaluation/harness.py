@@ -53,8 +53,8 @@ class Harness:
       index_topk: Tokens that each token selects. None stands for the model's own budget.
       rule: What selects them. None stands for the rule of the run, or else the indexer.
       batch_size: Texts that are in memory at a time.
-      max_length: The longest text; the beginning of others is left out. None stands for all that the
-        model can read.
+      max_length: The longest text; the beginning of others is left out. None stands for all that
+        the model can read.
       backend: The kernels that run. '' stands for the platform's default.
 
     Raises:
@@ -65,13 +65,17 @@ class Harness:
     if attention is None:
       attention = 'dense' if learned and not stored.has_trained_indexer else 'sparse'
     if attention == 'dense' and (index_topk is not None or rule is not None):
-      raise ConfigError(f'{index_topk=} and {rule=} would change nothing, because attention is dense.')
+      raise ConfigError(
+          f'{index_topk=} and {rule=} would change nothing, because attention is dense.'
+      )
     if batch_size < 1:
       raise ConfigError(f'{batch_size=} must be at least 1.')
     self._model = load_checkpoint(checkpoint, index_topk=index_topk)
     longest = self._model.cfg.max_seq_len
     if max_length is not None and not 2 <= max_length <= longest:
-      raise ConfigError(f'{max_length=} must be within 2 and the {longest} that the model can read.')
+      raise ConfigError(
+          f'{max_length=} must be within 2 and the {longest} that the model can read.'
+      )
     selects = 'indexer' if attention == 'dense' else rule or stored.rule
     self.batch_size, self.max_length = batch_size, max_length or longest
     self.tokenizer = find_tokenizer(stored.origin)
@@ -87,7 +91,7 @@ class Harness:
     )  # fmt: skip
 
   def likelihoods(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[float, bool]]:
-    """Returns of each context and continuation the latter's log-probability, and if it is likeliest."""
+    """Returns each continuation's log-probability, and whether greedy sampling would write it."""
     rows = []
     for context, continuation in pairs:
       stripped = context.rstrip()  # A tokenizer puts a space to the word behind it.

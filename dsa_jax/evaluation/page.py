@@ -13,40 +13,43 @@ from dsa_jax.evaluation import pictures
 from dsa_jax.reporting import plots
 from dsa_jax.reporting.report import Table, finite, markdown_table, number, print_table
 
-NOT_TRAINED = 'The indexer of this checkpoint was never trained: if it selects, it selects by chance.'
+NOT_TRAINED = 'The indexer of this checkpoint was never trained: what it selects is chance.'
 MAIN_CAPTION = (
-    'Lower is better. Bits per byte compare models of any tokenizer: they are nats per token, divided'
-    ' by the average length of a token of these documents in bytes. Beyond the budget means queries'
-    ' that see more tokens than they may select; the last column compares them with the same queries'
-    ' under dense attention. The oracle selects by the true attention, which a real model cannot know.'
+    'Lower is better. Bits per byte compare models of any tokenizer: they are nats per token,'
+    ' divided by the average length of a token of these documents in bytes. Beyond the budget'
+    ' means queries that see more tokens than they may select; the last column compares them'
+    ' with the same queries under dense attention. The oracle selects by the true attention,'
+    ' which a real model cannot know.'
 )
 ACTED_CAPTION = (
-    'A query leaves something out if it sees more tokens than the budget. Within the budget, the mean'
-    ' difference from dense attention in nats must be zero up to rounding; beyond it, a difference of'
-    ' zero means that selection never acted. The share by selections is counted from what each layer'
-    ' selected, over all queries of the rows.'
+    'A query leaves something out if it sees more tokens than the budget. Within the budget,'
+    ' the mean difference from dense attention in nats must be zero up to rounding; beyond it, a'
+    ' difference of zero means that selection never acted. The share by selections is counted'
+    ' from what each layer selected, over all queries of the rows.'
 )
 TEST_CAPTION = (
-    'Nats per token where a query sees so many tokens. Just above its budget an indexer leaves out a'
-    ' few of many tokens, so sparse attention should lose next to nothing there. A jump (more than'
-    ' 1 % and twice the standard error) means a wrong indexer, as after a mistake in a port. No jump'
-    ' does not prove it right: look at the captured mass, too. If there are too few targets, give more'
-    ' --rows, and a --context above the budget.'
+    'Nats per token where a query sees so many tokens. Just above its budget an indexer leaves'
+    ' out a few of many tokens, so sparse attention should lose next to nothing there. A jump'
+    ' (more than 1 % and twice the standard error) means a wrong indexer, as after a mistake in'
+    ' a port. No jump does not prove it right: look at the captured mass, too. If there are too'
+    ' few targets, give more --rows, and a --context above the budget.'
 )
 MEASURES_CAPTION = (
-    'Means over the queries that see more than the budget, if there are any. Captured is the share of'
-    ' the true attention on the selected tokens, recall the share of the oracle\'s selection, the'
-    ' overlaps are those with the previous query and with the next layer, and the distance is in'
-    ' tokens. The model attended {attention} meanwhile.'
+    'Means over the queries that see more than the budget, if there are any. Captured is the'
+    " share of the true attention on the selected tokens, recall the share of the oracle's"
+    ' selection, the overlaps are those with the previous query and with the next layer, and the'
+    ' distance is in tokens. The model attended {attention} meanwhile.'
 )
 TASKS_CAPTION = (
-    'The share of the answers that an arm gave, as whole words, writing the likeliest token at each'
-    ' step. The text is local, the seeds are fixed, and a length counts the prompt and the answer. In'
-    ' single, multi_key and question, what is asked for lies at a known depth: 0 % is the beginning.'
+    'The share of the answers that an arm gave, as whole words, writing the likeliest token at'
+    ' each step. The text is local, the seeds are fixed, and a length counts the prompt and the'
+    ' answer. In single, multi_key and question, what is asked for lies at a known depth: 0 % is'
+    ' the beginning.'
 )
 COLUMNS = {
     'captured_mass': ('captured', '{:.3f}'), 'topk_recall': ('recall', '{:.3f}'),
-    'neighbour_overlap': ('overlap, query', '{:.3f}'), 'layer_overlap': ('overlap, layer', '{:.3f}'),
+    'neighbour_overlap': ('overlap, query', '{:.3f}'),
+    'layer_overlap': ('overlap, layer', '{:.3f}'),
     'selected_distance': ('distance', '{:.1f}'),
 }  # fmt: skip
 
@@ -66,9 +69,10 @@ def write_page(
       *_task_means(results),
   ):
     print_table(console, title, table)
+  plain = {'markup': False, 'highlight': False, 'soft_wrap': True}
   for warning in warnings(results):
-    console.print(f'WARNING: {warning}', style='bold red', markup=False, highlight=False, soft_wrap=True)
-  console.print(f'report: {folder / "evaluate.md"}', markup=False, highlight=False, soft_wrap=True)
+    console.print(f'WARNING: {warning}', style='bold red', **plain)
+  console.print(f'report: {folder / "evaluate.md"}', **plain)
 
 
 def warnings(results: Mapping[str, Any]) -> list[str]:
@@ -78,18 +82,18 @@ def warnings(results: Mapping[str, Any]) -> list[str]:
     topk = results['arms'][name]['index_topk']
     if about['verdict'] == 'nothing to leave out':
       texts.append(
-          f'{name}: selection never acted, because no query sees more than {topk} tokens. Its numbers'
-          f' are those of dense attention. Give a smaller --index_topk, or longer documents.'
+          f'{name}: selection never acted, because no query sees more than {topk} tokens. Its'
+          f' numbers are those of dense attention. Give a smaller --index_topk or longer texts.'
       )
     elif about['verdict'] == 'equal to dense':
       texts.append(
-          f'{name}: its scores are those of dense attention, although {about["left_out"]:.0%} of the'
-          ' queries see more than the budget. Selection made no difference.'
+          f'{name}: its scores are those of dense attention, although {about["left_out"]:.0%} of'
+          ' the queries see more than the budget. Selection made no difference.'
       )
     elif about['verdict'] == 'wrong within the budget':
       texts.append(
-          f'{name}: it differs from dense attention by {about["differs_within_budget"]:.2g} nats where'
-          ' nothing is left out. Its attention is wrong, whatever it selects.'
+          f'{name}: it differs from dense attention by {about["differs_within_budget"]:.2g} nats'
+          ' where nothing is left out. Its attention is wrong, whatever it selects.'
       )
   idle = {n for n, x in results['acted'].items() if x['verdict'] == 'nothing to leave out'}
   for a, b in results['equal_arms']:
@@ -98,16 +102,14 @@ def warnings(results: Mapping[str, Any]) -> list[str]:
   for name in results['tasks']['scores']:
     topk = results['arms'][name]['index_topk']
     if topk and (short := [n for n in results['tasks']['lengths'] if n <= topk]):
-      texts.append(f'{name}: its tasks of {short} tokens leave nothing out, and say what dense says.')
+      texts.append(f'{name}: its tasks of {short} tokens leave nothing out, as dense does.')
   for k, measured in results['measures'].items():
     mass = {r: np.mean(means['captured_mass']) for r, means in (measured['beyond'] or {}).items()}
     if 'indexer' in mass and mass['indexer'] <= mass.get('random', -1):
       texts.append(f'indexer@{k}: it captures no more of the attention than random tokens do.')
   for name, test in results['self_test'].items():
     if test['verdict'] == 'jump':
-      texts.append(
-          f'{name}: quality jumps just above the budget. The indexer was never trained, or is wrong.'
-      )
+      texts.append(f'{name}: quality jumps above the budget. Its indexer is untrained, or wrong.')
   return texts
 
 
@@ -147,7 +149,8 @@ def _tests(results: Mapping[str, Any]) -> Iterator[tuple[str, Table]]:
         number(about['differs_beyond_budget'], '{:.1e}'),
         about['verdict'],
     ])
-  header = ['arm', 'targets beyond budget', 'left out, by selections', 'differs within', 'beyond', 'verdict']
+  shares = ['targets beyond budget', 'left out, by selections']
+  header = ['arm', *shares, 'differs within', 'beyond', 'verdict']
   yield 'Did selection act?', (header, rows)
   for name, test in results['self_test'].items():
     rows = []
@@ -161,16 +164,15 @@ def _tests(results: Mapping[str, Any]) -> Iterator[tuple[str, Table]]:
 
 
 def _task_tables(results: Mapping[str, Any]) -> list[tuple[str, Table]]:
-  """Returns the scores by kind and length, and by depth and length; nothing if there were no tasks."""
+  """Returns the scores by kind and length, and by depth and length, if there were tasks."""
   tasks, arms = results['tasks'], list(results['arms'])
   if not tasks['scores']:
     return []
   line = lambda name, scores: [name, *(number(x, '{:.1%}') for x in scores)]
   rows = []
   for length in tasks['lengths']:
-    names = [f'{kind}-{length}' for kind in tasks['kinds']]
-    own = [[tasks['scores'][arm][name] for arm in arms] for name in names]
-    rows += [line(kind, scores) for kind, scores in zip((f'{k}, {length}' for k in tasks['kinds']), own)]
+    own = [[tasks['scores'][arm][f'{k}-{length}'] for arm in arms] for k in tasks['kinds']]
+    rows += [line(f'{k}, {length}', scores) for k, scores in zip(tasks['kinds'], own)]
     rows.append(line(f'mean, {length}', np.mean(own, axis=0)))
   by_depth = tasks['by_depth']
   depths = [line(name, (by_depth[arm][name] for arm in arms)) for name in by_depth['dense']]
@@ -225,12 +227,13 @@ def _markdown(results: Mapping[str, Any], drawn: Sequence[str]) -> str:
   settings, step = results['settings'], results['step']
   where = results['checkpoint'] + (f', step {step}' if step is not None else '')
   versions = ', '.join(f'{name} {v}' for name, v in results['versions'].items())
-  memory = ', '.join(f'{x:.2f} GiB of the {name.split("_")[0]}' for name, x in results['memory'].items())
+  memory = results['memory'].items()
+  memory = ', '.join(f'{x:.2f} GiB of the {name.split("_")[0]}' for name, x in memory)
   parts = [
       '# Dense and sparse',
-      f'{where}: {results["targets"]:,} targets in {settings["rows"]} rows of {results["context"]:,}'
-      f' tokens. {results["machine"]}, {results["date"]} ({versions}). {settings["batch_size"]} rows at'
-      f' a time took {memory}.',
+      f'{where}: {results["targets"]:,} targets in {settings["rows"]} rows of'
+      f' {results["context"]:,} tokens. {results["machine"]}, {results["date"]} ({versions}).'
+      f' {settings["batch_size"]} rows at a time took {memory}.',
   ]
   parts += [] if results['has_trained_indexer'] else [NOT_TRAINED]
   parts += [f'**{text}**' for text in warnings(results)]
@@ -248,14 +251,18 @@ def _markdown(results: Mapping[str, Any], drawn: Sequence[str]) -> str:
   parts += [f'## Bits per {unit}, by position in the row', markdown_table(places)]
   for k, measured in results['measures'].items():
     means = measured['beyond'] or measured['everywhere']
-    parts += [f'## What is selected, {k} tokens', markdown_table(_layers(means, results['n_layers']))]
-    parts += [MEASURES_CAPTION.format(attention={'dense': 'densely'}.get(measured['attention'], 'sparsely'))]
+    layers = markdown_table(_layers(means, results['n_layers']))
+    attention = 'densely' if measured['attention'] == 'dense' else 'sparsely'
+    parts += [f'## What is selected, {k} tokens', layers]
+    parts += [MEASURES_CAPTION.format(attention=attention)]
   parts += [f'![What each rule selects, by layer]({drawn[1]})', *_times(results)]
   return '\n\n'.join(parts) + '\n'
 
 
 def _times(results: Mapping[str, Any]) -> list[str]:
   rows = [[name, number(arm['seconds'], '{:.1f}')] for name, arm in results['arms'].items()]
-  rows += [[f'measures, {k} tokens', number(x['seconds'], '{:.1f}')] for k, x in results['measures'].items()]
+  measured = results['measures'].items()
+  rows += [[f'measures, {k} tokens', number(x['seconds'], '{:.1f}')] for k, x in measured]
   rows += [[f'tasks, {n}', number(x, '{:.1f}')] for n, x in results['tasks']['seconds'].items()]
-  return ['## What took how long', markdown_table((['part', 'seconds'], rows)), 'Compilation is included.']
+  table = markdown_table((['part', 'seconds'], rows))
+  return ['## What took how long', table, 'Compilation is included.']

@@ -61,14 +61,14 @@ def collect(
 
 
 def memory() -> dict[str, float]:
-  """Returns the most memory that this process has used, and a device where jax reports it, in GiB."""
+  """Returns the most GiB that this process has used, and a device where jax reports it."""
   peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
   unit = 1 if sys.platform == 'darwin' else 1024
   return {'host_gib': peak * unit / 2**30, **device_memory()}
 
 
 def _numbers(arm: Arm, scored: Scored, dense: Scored, length: float | None) -> dict[str, Any]:
-  """Returns the numbers of the main table. `length` is that of a target in bytes, where it is known."""
+  """Returns the numbers of the main table. `length` is that of a target in bytes, if known."""
   scores, beyond = scored.scores, scored.scores.n_visible > arm.index_topk
   nats = {'nats_per_token': float(scores.nats.mean())}
   if arm.rule and beyond.any():

@@ -43,13 +43,14 @@ class Settings:
   examples: int = 10  # Tasks of each kind and length.
   prompt: str = 'base'  # The kind of model that the prompts are for.
   chat: str = ''  # What surrounds '{prompt}' for an instruct model. '' stands for ChatML's marks.
-  haystack: str = ''  # A glob of plain text for tasks. '' stands for the sources of Python's library.
+  haystack: str = ''  # A glob of plain text for tasks. '' stands for Python's library.
 
   def __post_init__(self):
     object.__setattr__(self, 'out', local_path(self.out, 'the folder of the results'))
     if self.out.exists() and not self.out.is_dir():
       raise ConfigError(f'{self.out} is a file: name a folder for the results.')
-    for name, known in (('format', FILE_FORMATS), ('packing', PACKINGS), ('dtype', DTYPES), ('prompt', PROMPTS)):
+    choices = {'format': FILE_FORMATS, 'packing': PACKINGS, 'dtype': DTYPES, 'prompt': PROMPTS}
+    for name, known in choices.items():
       if getattr(self, name) not in known:
         raise ConfigError(f'{name}={getattr(self, name)!r} must be one of {known}.')
     for name in ('rows', 'batch_size', 'examples'):
@@ -69,7 +70,7 @@ class Settings:
       raise ConfigError(f'rules={self.rules} names {unknown}; the rules are {tuple(RULES)}.')
     self._check_tasks()
     if self.backend and self.backend not in BACKENDS:
-      raise ConfigError(f"backend={self.backend!r} must be one of {BACKENDS}, or '' for the default.")
+      raise ConfigError(f"backend={self.backend!r} must be one of {BACKENDS}, or ''.")
     if self.backend and (reason := why_not_here(self.backend)):
       raise ConfigError(f'backend={self.backend!r}: {reason}')
 
@@ -81,4 +82,4 @@ class Settings:
     if self.chat and ('{prompt}' not in self.chat or self.prompt != 'instruct'):
       raise ConfigError(f"chat={self.chat!r} must hold '{{prompt}}', and needs prompt='instruct'.")
     if self.tasks and self.mesh.n_devices > 1:
-      raise ConfigError(f'tasks run on one device, and {self.mesh.sizes} are {self.mesh.n_devices}.')
+      raise ConfigError(f'tasks run on one device, and not on {self.mesh.n_devices}.')

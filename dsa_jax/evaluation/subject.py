@@ -150,19 +150,19 @@ def _data(settings: Settings, stored: StoredModel) -> DataConfig:
 
 def _identity(settings: Settings, stored: StoredModel, data: DataConfig) -> dict[str, Any]:
   steps = saved_steps(stored.folder)
-  described = json.dumps([data.describe(), data.seed], sort_keys=True).encode()
+  digest = lambda x: hashlib.sha256(json.dumps(x, sort_keys=True).encode()).hexdigest()
   names = 'context', 'rows', 'packing', 'min_tokens', 'tokenizer', 'dtype', 'backend'
   return {
       'checkpoint': str(stored.folder.resolve()),
       'step': int(stored.step.name) if stored.step else steps[-1] if steps else None,
-      'model': hashlib.sha256(json.dumps(stored.record['model'], sort_keys=True).encode()).hexdigest(),
-      'data': hashlib.sha256(described).hexdigest(),
+      'model': digest(stored.record['model']),
+      'data': digest([data.describe(), data.seed]),
       **{name: getattr(settings, name) for name in names},
   }
 
 
 def _check_folder(subject: Subject):
-  """Checks that the folder of the results is new, or of an evaluation that this one goes on with."""
+  """Checks that the folder of the results is new, or that this evaluation has begun it."""
   out = subject.settings.out
   path = out / SETTINGS
   if not path.exists():
@@ -172,7 +172,8 @@ def _check_folder(subject: Subject):
   before = json.loads(path.read_text())
   names = sorted(before.keys() | subject.identity.keys())
   both = {name: (before.get(name), subject.identity.get(name)) for name in names}
-  rows = [f'{name}: {there} there, {here} here' for name, (there, here) in both.items() if there != here]
+  differing = {name: pair for name, pair in both.items() if pair[0] != pair[1]}
+  rows = [f'{name}: {there} there, {here} here' for name, (there, here) in differing.items()]
   if rows:
     raise ConfigError(
         f'{out} holds the results of another evaluation; it differs in\n  '

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tasks of long context, made from local text for any tokenizer at any length.
 
-The kinds are those of RULER (Hsieh et al., 2404.06654); the words are this file's own. Everything is
-drawn from fixed seeds, so a task is the same on every machine with the same text and tokenizer.
+The kinds are those of RULER (Hsieh et al., 2404.06654); the words are this file's own. Everything
+is drawn from fixed seeds, so a task is the same on every machine with the same text and tokenizer.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,8 +15,8 @@ from typing import NamedTuple
 from dsa_jax.config import ConfigError
 
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
-COLOURS = 'amber azure black brown coral cyan golden green indigo ivory lilac olive pink red violet white'.split()
-PLACES = 'anchor basin bridge cellar chapel cliff garden harbor island lantern market meadow mill tower'.split()
+COLOURS = 'amber azure black brown coral golden green indigo olive pink red violet white'.split()
+PLACES = 'basin bridge cellar chapel cliff garden harbor island market meadow mill tower'.split()
 VALUES = 4  # Values of one key, and keys that are asked for at once.
 DISTRACTORS = 8  # Needles beside the one that is asked for.
 HOPS = 4  # Assignments of a chain, after the first.
@@ -45,8 +45,8 @@ class Haystack(NamedTuple):
     words = tuple(sorted(set(re.findall(r'\b[a-z]{4,10}\b', text))))
     if len(sentences) < 50 or len(words) < 100:
       raise ConfigError(
-          f'the haystack has {len(sentences)} sentences and {len(words)} different words: give text '
-          'with at least 50 and 100, by --haystack.'
+          f'the haystack has {len(sentences)} sentences and {len(words)} different words: give '
+          'text with at least 50 and 100, by --haystack.'
       )
     return cls(sentences, words)
 
@@ -103,7 +103,9 @@ def make_task(
   room = measure(', '.join(draft.answers)) + spare
   n_tokens = lambda n: measure(_prompt(draft, n)) + room
   if n_tokens(0) > length:
-    raise ConfigError(f'a task of {kind} takes {n_tokens(0)} tokens without filler; {length=} is too short.')
+    raise ConfigError(
+        f'a task of {kind} takes {n_tokens(0)} tokens without filler; {length=} is too short.'
+    )
   low, high = 0, 1
   while n_tokens(high) <= length:
     low, high = high, 2 * high

@@ -68,9 +68,9 @@ def self_test(
   """Compares the arms with dense attention at a context of the budget, and a little above it.
 
   Just above its budget K, an indexer leaves out a few tokens of many. If it is right they are the
-  least important ones, so quality barely changes. If it is grossly wrong, quality jumps there. With a
-  model of `configs/quickstart.py:short` (2026-11-29), an indexer of the opposite sign jumped by 9.9 %,
-  but one that rotated the wrong pairs of channels did not: it lost 0.26 % in all instead of 0.15 %.
+  least important ones, so quality barely changes. If it is grossly wrong, quality jumps there. With
+  a model of `configs/quickstart.py:short` (2026-11-29), an indexer of the opposite sign jumped by
+  9.9 %. One that rotated the wrong pairs of channels did not: it lost 0.26 % in all, not 0.15 %.
 
   Args:
     nats: The score of every target, by arm; one of them is `dense`.
@@ -78,25 +78,26 @@ def self_test(
     arms: The budget of each arm that is tested.
 
   Returns:
-    By arm, `windows`, which hold `from` and `to` (what the queries see), `targets`, and the mean nats
-    `dense` and `sparse` (None where there is no target), and `verdict`: 'smooth', 'jump' or
+    By arm, `windows`, which hold `from` and `to` (what the queries see), `targets`, and the mean
+    nats `dense` and `sparse` (None where there is no target), and `verdict`: 'smooth', 'jump' or
     'too few targets'. A jump is an excess over dense in the first window above the budget that is
     above 1 % and above twice its standard error.
   """
   return {name: _test(nats['dense'], nats[name], n_visible, topk) for name, topk in arms.items()}
 
 
-def _test(dense: np.ndarray, sparse: np.ndarray, n_visible: np.ndarray, topk: int) -> dict[str, Any]:
+def _test(
+    dense: np.ndarray, sparse: np.ndarray, n_visible: np.ndarray, topk: int
+) -> dict[str, Any]:
   step = max(topk // 8, 1)
-  edges = [max(topk // 2, 1), topk - step + 1, topk + 1, topk + 1 + step, topk + 1 + 2 * step, 2 * topk + 1]
-  edges = sorted({edge for edge in edges if edge > 0})
+  offsets = topk // 2 - topk, 1 - step, 1, 1 + step, 1 + 2 * step, 1 + topk
+  edges = sorted({max(topk + offset, 1) for offset in offsets})
   windows = []
   for low, high in itertools.pairwise(edges):
     own = (n_visible >= low) & (n_visible < high)
     means = [float(x[own].mean()) if own.any() else None for x in (dense, sparse)]
-    windows.append(
-        {'from': low, 'to': high - 1, 'targets': int(own.sum()), 'dense': means[0], 'sparse': means[1]}
-    )
+    window = {'from': low, 'to': high - 1, 'targets': int(own.sum())}
+    windows.append(window | dict(zip(('dense', 'sparse'), means)))
   above = (n_visible > topk) & (n_visible <= topk + step)
   return {'windows': windows, 'verdict': _smooth(dense[above], sparse[above])}
 

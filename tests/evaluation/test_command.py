@@ -91,6 +91,17 @@ def test_dense_beside_sparse(place, tmp_path, monkeypatch, capsys):
     evaluate.evaluate(settings(place, out, rows=6))
 
 
+def test_grouped_queries_and_several_budgets(tmp_path):
+  save_run(tmp_path, dataclasses.replace(laws.GQA, vocab_size=VOCAB_SIZE, n_layers=2, n_dense_layers=2))
+  (tmp_path / 'text.txt').write_text('The quick brown fox jumps over the lazy dog. ' * 20)
+  changes = {'rules': ('indexer',), 'index_topk': (8, 24), 'context': 32}
+  results = evaluate.evaluate(settings(tmp_path, tmp_path / 'out', **changes))
+  assert {x['verdict'] for x in results['acted'].values()} == {'acted'}
+  assert all(x['differs_within_budget'] < 1e-5 for x in results['acted'].values())
+  small, large = (results['measures'][k]['beyond']['indexer']['captured_mass'] for k in ('8', '24'))
+  assert len(small) == 2 and max(small) < min(large) < 1
+
+
 def test_a_budget_that_leaves_nothing_out_is_said_loudly(place, tmp_path, capsys):
   changes = {'index_topk': (48,), 'rules': ('window_sinks',)}
   results = evaluate.evaluate(settings(place, tmp_path / 'out', **changes))
