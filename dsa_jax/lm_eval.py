@@ -15,39 +15,48 @@ from typing import Any
 from dsa_jax.config import ConfigError
 from dsa_jax.evaluation.harness import Harness
 
-try:
-  from lm_eval.api.model import LM
-  from lm_eval.api.registry import register_model
-except ImportError as error:
-  raise ImportError('dsa_jax.lm_eval needs lm-evaluation-harness: pip install lm_eval') from error
 
+def register() -> type:
+  """Returns the class that lm-evaluation-harness from now on knows as `dsa_jax`.
 
-@register_model('dsa_jax')
-class Model(LM):
-  """A checkpoint, as the harness sees it."""
+  Raises:
+    ConfigError: It is not installed.
+  """
+  try:
+    from lm_eval.api.model import LM
+    from lm_eval.api.registry import register_model
+  except ImportError as error:
+    raise ConfigError(f'this needs lm-evaluation-harness: pip install lm_eval ({error})') from error
 
-  def __init__(self, checkpoint: str, batch_size: int | str = 4, **kwargs: Any):
-    super().__init__()
-    for name in 'max_batch_size', 'device':  # The command always gives them.
-      kwargs.pop(name, None)
-    if not str(batch_size).isdigit():
-      raise ConfigError(f'{batch_size=} must be a number.')
-    self._harness = Harness(checkpoint, batch_size=int(batch_size), **kwargs)
+  @register_model('dsa_jax')
+  class Model(LM):
+    """A checkpoint, as the harness sees it."""
 
-  def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
-    return self._harness.likelihoods([request.args for request in requests])
+    def __init__(self, checkpoint: str, batch_size: int | str = 4, **kwargs: Any):
+      super().__init__()
+      for name in 'max_batch_size', 'device':  # The command always gives them.
+        kwargs.pop(name, None)
+      if not str(batch_size).isdigit():
+        raise ConfigError(f'{batch_size=} must be a number.')
+      self._harness = Harness(checkpoint, batch_size=int(batch_size), **kwargs)
 
-  def loglikelihood_rolling(self, requests: Sequence[Any]) -> list[float]:
-    return self._harness.rolling([request.args[0] for request in requests])
+    def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
+      return self._harness.likelihoods([request.args for request in requests])
 
-  def generate_until(self, requests: Sequence[Any]) -> list[str]:
-    return self._harness.continuations([request.args for request in requests])
+    def loglikelihood_rolling(self, requests: Sequence[Any]) -> list[float]:
+      return self._harness.rolling([request.args[0] for request in requests])
+
+    def generate_until(self, requests: Sequence[Any]) -> list[str]:
+      return self._harness.continuations([request.args for request in requests])
+
+  return Model
 
 
 def main():
-  from lm_eval.__main__ import cli_evaluate
-
   try:
+    register()
+    from lm_eval.__main__ import cli_evaluate
+
     cli_evaluate()
   except ConfigError as error:
     sys.exit(f'error: {error}')

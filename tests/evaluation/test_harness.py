@@ -4,12 +4,15 @@
 import copy
 import dataclasses
 import json
+import sys
+import types
 
 import jax
 import laws
 import numpy as np
 import pytest
 
+from dsa_jax import lm_eval as ours
 from dsa_jax.config import ConfigError
 from dsa_jax.data.text import VOCAB_SIZE
 from dsa_jax.data.tokenizer import Bytes
@@ -133,7 +136,6 @@ def test_within_the_harness(folder, tmp_path, monkeypatch):
   """A task from a local file, with no network."""
   pytest.importorskip('lm_eval')
   import lm_eval
-  from dsa_jax import lm_eval as ours
 
   for name in 'HF_HUB_OFFLINE', 'HF_DATASETS_OFFLINE':
     monkeypatch.setenv(name, '1')
@@ -144,6 +146,34 @@ def test_within_the_harness(folder, tmp_path, monkeypatch):
       'test_split': 'test', 'output_type': 'multiple_choice', 'doc_to_text': '{{question}}',
       'doc_to_choice': '{{choices}}', 'doc_to_target': 'answer', 'metric_list': [{'metric': 'acc'}],
   }  # fmt: skip
-  model = ours.Model(str(folder), attention='sparse')
+  model = ours.register()(str(folder), attention='sparse')
   results = lm_eval.simple_evaluate(model=model, tasks=[task])
   assert results['results']['local']['acc,none'] in (0.0, 1.0)
+
+
+def test_without_the_harness(monkeypatch):
+  monkeypatch.setitem(sys.modules, 'lm_eval.api.model', None)
+  with pytest.raises(ConfigError, match='needs lm-evaluation-harness: pip install lm_eval'):
+    ours.register()
+
+
+def test_what_the_harness_calls(folder, harness, monkeypatch):
+  """Two names stand in for the harness, so this holds wherever it is not installed."""
+  request = lambda *args: types.SimpleNamespace(args=args)
+  registry = types.SimpleNamespace(register_model=lambda name: lambda kind: known.setdefault(name, kind))
+  known, package = {}, types.ModuleType('lm_eval')
+  package.__path__ = []
+  modules = {
+      'lm_eval': package, 'lm_eval.api': package, 'lm_eval.api.model': types.SimpleNamespace(LM=object),
+      'lm_eval.api.registry': registry,
+  }  # fmt: skip
+  for name, module in modules.items():
+    monkeypatch.setitem(sys.modules, name, module)
+  assert ours.register() is known['dsa_jax']
+  model = known['dsa_jax'](str(folder), batch_size='3', device=None, attention='sparse')
+  assert model.loglikelihood([request(*pair) for pair in PAIRS]) == harness.likelihoods(PAIRS)
+  assert model.loglikelihood_rolling([request('abc')]) == harness.rolling(['abc'])
+  [text] = model.generate_until([request('the cat', {'max_gen_toks': 8, 'until': ['\n\n']})])
+  assert harness.continuations([('the cat', {'max_gen_toks': 8})])[0].startswith(text)
+  with pytest.raises(ConfigError, match="batch_size='auto' must be a number"):
+    known['dsa_jax'](str(folder), batch_size='auto')
