@@ -53,7 +53,9 @@ GLM = dataclasses.replace(
 
 @pytest.mark.parametrize('attention', ['dense', 'sparse', 'masked'])
 def test_index_share(attention):
-  golden.check_forward(attention, 'xla', GLM)
+  types = 'full', 'shared', 'full', 'shared'
+  cfg = dataclasses.replace(GLM, n_layers=4, n_dense_layers=1, indexer_types=types)
+  golden.check_forward(attention, 'xla', cfg)
 
 
 @pytest.mark.nightly

@@ -18,6 +18,8 @@ backends = pytest.mark.parametrize('backend', laws.BACKENDS)
 two_modes = pytest.mark.parametrize('attention', ['dense', 'sparse'])
 all_modes = pytest.mark.parametrize('attention', ['dense', 'sparse', 'masked'])
 
+NIGHTLY = pytest.mark.nightly
+
 pytestmark = pytest.mark.usefixtures('eager')
 
 
@@ -60,10 +62,10 @@ def test_grouped_query_attention(law, arguments):
 @pytest.mark.parametrize(
     'law, arguments',
     [
-        (laws.law_masked_has_the_gradients_of_sparse, ('xla', 1)),
+        pytest.param(laws.law_masked_has_the_gradients_of_sparse, ('xla', 1), marks=NIGHTLY),
         (laws.law_all_selected_is_dense, ('xla', 'sparse')),
-        (laws.law_packed_is_alone, ('xla', 'sparse')),
-        (laws.law_own_losses_only, ('xla', 'sparse')),
+        pytest.param(laws.law_packed_is_alone, ('xla', 'sparse'), marks=NIGHTLY),
+        pytest.param(laws.law_own_losses_only, ('xla', 'sparse'), marks=NIGHTLY),
         (laws.law_only_trained_parts_move, ('warmup',)),
     ],
     ids=lambda x: getattr(x, '__name__', None),

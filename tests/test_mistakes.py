@@ -270,7 +270,8 @@ def softmax_on_head_weights(patch):
 def _kl(patch, change):
   """Replaces the loss by `change(target, log_probs over the same keys, scores, visible)`."""
 
-  def wrong(q, k, lse, *index, sm_scale, indices=None, backend):
+  def wrong(q, k, lse, *index, sm_scale, indices=None, n_selections, backend):
+    assert n_selections == 1
     *index, start, end = index
     visible = visible_keys(start, end, jnp.arange(k.shape[1]))
     seen = visible if indices is None else visible & selected_keys(indices, k.shape[1])
