@@ -40,15 +40,15 @@ def test_all_selected_is_dense():
 @pytest.mark.parametrize(
     'law, arguments',
     [
-        (laws.law_masked_is_sparse, ('xla',)),
-        (laws.law_masked_has_the_gradients_of_sparse, ('xla', 0)),
-        (laws.law_masked_has_the_gradients_of_sparse, ('xla', 1)),
-        (laws.law_all_selected_is_dense, ('xla', 'sparse')),
-        (laws.law_packed_is_alone, ('xla', 'sparse')),
+        pytest.param(laws.law_masked_is_sparse, ('xla',), marks=NIGHTLY),
+        pytest.param(laws.law_masked_has_the_gradients_of_sparse, ('xla', 0), marks=NIGHTLY),
+        pytest.param(laws.law_masked_has_the_gradients_of_sparse, ('xla', 1), marks=NIGHTLY),
+        pytest.param(laws.law_all_selected_is_dense, ('xla', 'sparse'), marks=NIGHTLY),
+        pytest.param(laws.law_packed_is_alone, ('xla', 'sparse'), marks=NIGHTLY),
         (laws.law_positions_restart, ()),
-        (laws.law_no_future, ('xla', 'sparse')),
+        pytest.param(laws.law_no_future, ('xla', 'sparse'), marks=NIGHTLY),
         (laws.law_selection_reaches_output, ('xla', 'sparse')),
-        (laws.law_own_losses_only, ('xla', 'sparse')),
+        pytest.param(laws.law_own_losses_only, ('xla', 'sparse'), marks=NIGHTLY),
         (laws.law_only_trained_parts_move, ('sparse',)),
         (laws.law_warmup_is_dense, ()),
     ],
@@ -63,7 +63,7 @@ def test_grouped_query_attention(law, arguments):
     'law, arguments',
     [
         pytest.param(laws.law_masked_has_the_gradients_of_sparse, ('xla', 1), marks=NIGHTLY),
-        (laws.law_all_selected_is_dense, ('xla', 'sparse')),
+        pytest.param(laws.law_all_selected_is_dense, ('xla', 'sparse'), marks=NIGHTLY),
         pytest.param(laws.law_packed_is_alone, ('xla', 'sparse'), marks=NIGHTLY),
         pytest.param(laws.law_own_losses_only, ('xla', 'sparse'), marks=NIGHTLY),
         (laws.law_only_trained_parts_move, ('warmup',)),
@@ -147,6 +147,7 @@ def test_shift_targets():
   np.testing.assert_array_equal(shifted[weights > 0], [12, 22])
 
 
+@NIGHTLY
 def test_mtp_layer_trains():
   cfg = dataclasses.replace(laws.CFG, n_mtp_layers=1)
   batch, params = laws.make_batch(laws.LENGTHS), laws.weights(cfg)
