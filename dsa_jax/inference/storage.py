@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Storage formats of a cache: rows as they come, latents, rows of GQA and index keys in FP8.
 
-A stored row has no axis of key heads: their parts lie side by side.
-
-Each format has the same four methods and a width. `encode` brings new rows into the format and `decode` brings
-stored rows back. `match` changes queries so that their products with decoded rows are those of the
-original queries with the rows as they were before `encode`. `as_array` returns the stored rows if
-an op can read them without decoding, and otherwise None.
+Each format has three methods. `encode` brings new rows into the format and `decode` brings stored
+rows back. `as_array` returns the stored rows if an op can read them without decoding, and otherwise
+None. Formats of index keys also have `match`, which changes queries so that their products with
+decoded keys are those of the original queries with the keys as they were before `encode`. Formats
+of rows also have a `width`; a stored row has the parts of all key heads side by side.
 
 All layers of a cache lie side by side in one store. A span, (first row, number of rows), names one
 layer of it.
@@ -75,9 +74,6 @@ class QuantizedLatents(NamedTuple):
     latent = (self.codes.astype(jnp.float32) * scale).astype(dtype)
     return jnp.concatenate([latent, self.rope.astype(dtype)], axis=-1)
 
-  def match(self, q: Float[Array, 'B T H E']) -> Float[Array, 'B T H W']:
-    return widen(q, self.width)
-
   def as_array(self, dtype: DTypeLike) -> None:
     return None
 
@@ -103,9 +99,6 @@ class QuantizedRows(NamedTuple):
     scale = jnp.repeat(self.scale, self.width // self.scale.shape[-1], axis=-1)
     return (self.codes.astype(jnp.float32) * scale).astype(dtype)
 
-  def match(self, q: Float[Array, 'B T H W']) -> Float[Array, 'B T H W']:
-    return widen(q, self.width)
-
   def as_array(self, dtype: DTypeLike) -> None:
     return None
 
@@ -115,10 +108,6 @@ class QuantizedKeys(NamedTuple):
 
   codes: Float[Array, '*rows J']  # float8_e4m3fn.
   scale: Float[Array, '*rows 1']  # float32 powers of two, one for each key.
-
-  @property
-  def width(self) -> int:
-    return self.codes.shape[-1]
 
   @classmethod
   def quantize(cls, rows: Float[Array, '*rows J']) -> 'QuantizedKeys':

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What attention layers have in common, whatever their geometry of heads."""
 
+import abc
+
 from flax import nnx
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
@@ -65,41 +67,41 @@ class Attention(Configured):
     shares = *shares, None if choice is None else P()
     return shard.shard_mapped(attend_here, shares, BATCH)(self, x, start, end, key, shared, choice)
 
+  @abc.abstractmethod
   def query_latent(self, x: Float[Array, 'B T D']) -> Float[Array, 'B T Q']:
     """Returns what queries are projected from, the indexer's too."""
-    raise NotImplementedError
 
+  @abc.abstractmethod
   def queries(
       self, q_latent: Float[Array, 'B T Q'], positions: Int[Array, 'B T']
   ) -> Float[Array, 'B T H E']:
     """Returns queries in MHA form."""
-    raise NotImplementedError
 
+  @abc.abstractmethod
   def row_queries(
       self, q_latent: Float[Array, 'B T Q'], positions: Int[Array, 'B T']
   ) -> Float[Array, 'B T H any']:
     """Returns queries that meet the keys with which rows end; see `types.row_keys`."""
-    raise NotImplementedError
 
+  @abc.abstractmethod
   def rows(
       self, x: Float[Array, 'B T D'], positions: Int[Array, 'B T']
   ) -> Float[Array, 'B T G P']:
     """Returns the row of every token, for all key heads."""
-    raise NotImplementedError
 
+  @abc.abstractmethod
   def own_key_heads(self, x: Shaped[Array, 'B S G any']) -> Shaped[Array, 'B S G2 any']:
     """Returns the part of rows, or of selections, that is for the heads of this device."""
-    raise NotImplementedError
 
+  @abc.abstractmethod
   def expanded(
       self, rows: Float[Array, 'B S G P']
   ) -> tuple[Float[Array, 'B S G2 E'], Float[Array, 'B S G2 V']]:
     """Returns keys and values in MHA form, for the heads of this device."""
-    raise NotImplementedError
 
+  @abc.abstractmethod
   def from_rows(self, out: Float[Array, 'B T H C']) -> Float[Array, 'B T D']:
     """Turns what each head has read of rows into the output."""
-    raise NotImplementedError
 
   def join_heads(self, out: Float[Array, 'B T H V']) -> Float[Array, 'B T D']:
     """Projects what each head has read in MHA form into the output."""
