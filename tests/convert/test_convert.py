@@ -280,6 +280,7 @@ def test_a_dense_release_becomes_a_sparse_model(tmp_path):
   config = deepseek_v32.get_config('tiny')
   model, family = config.model.to_dict(), FAMILIES['deepseek_v32']
   source = released.V3 | {key: model[field] for key, field in family.fields.items()}
+  source |= {key: model[field] for key, (field, _) in family.optional.items()}
   yarn = {key: model[field] for key, field in family.ropes['yarn'].items()}
   source['rope_scaling'] = {'type': 'yarn', 'mscale_all_dim': yarn['mscale']} | yarn
   source |= {'first_k_dense_replace': 1, 'num_nextn_predict_layers': 1}
