@@ -61,7 +61,10 @@ PARTS = {
         ('dsa_jax/kernels', 'dsa_jax/nn', 'dsa_jax/parallel', 'configs'),
     ),
     'lost work': Part(
-        ('tests/test_train.py', 'tests/parallel/test_processes.py', 'tests/data/test_tokenizing.py'),
+        (
+            'tests/test_train.py', 'tests/parallel/test_processes.py', 'tests/data/test_streaming.py',
+            'tests/data/test_tokenizing.py',
+        ),
         (*TRAINING, 'dsa_jax/data'),
     ),
     'checkpoints': Part(

@@ -157,6 +157,7 @@ def run_stage(run: Run, name: str, writer: MetricsWriter, bar: StepProgress, ahe
         checkpoints.save(step, state, Progress(data_state, seconds))
       speed = batch_tokens * (step - first_step) / (time.monotonic() - loop_began)
       bar.update(step, speed, text)
+  batches.close()  # Processes that read for it end.
 
 
 def resume(run: Run, name: str, checkpoints: Checkpoints) -> tuple[int, TrainState | None, float]:

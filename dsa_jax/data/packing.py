@@ -194,9 +194,8 @@ def choose(
   """
   check_seed(seed)
   lengths = stream.about['tokens']
-  documents = np.flatnonzero(
-      _fits(lengths, packing) & _on_side(stream, split, validation_share, seed)
-  )
+  on_side = is_on_side(stream.about['hash'], split, validation_share, seed)
+  documents = np.flatnonzero(fits(lengths, packing) & on_side)
   if not len(documents) or lengths[documents].max() < 2:
     which = 'document of two tokens or more' if len(documents) else 'document'
     raise ConfigError(
@@ -204,10 +203,7 @@ def choose(
         f'min_tokens={packing.min_tokens}, max_tokens={packing.max_tokens}. Give more documents, '
         'another share, or validation files of their own.'
     )
-  if packing.long_times > 1 and split != 'validation':
-    long = documents[lengths[documents] >= packing.long_tokens]
-    documents = np.concatenate([documents] + [long] * (packing.long_times - 1))
-  return documents
+  return repeat_long(documents, lengths, split, packing)
 
 
 def count_left_out(
@@ -215,21 +211,33 @@ def count_left_out(
 ) -> int:
   """Returns how many documents `choose` leaves out for their length."""
   lengths = stream.about['tokens']
-  unfit = (lengths > 0) & ~_fits(lengths, packing)
-  return int(np.sum(unfit & _on_side(stream, split, validation_share, seed)))
+  unfit = (lengths > 0) & ~fits(lengths, packing)
+  return int(np.sum(unfit & is_on_side(stream.about['hash'], split, validation_share, seed)))
 
 
-def _fits(lengths: np.ndarray, packing: PackingConfig) -> np.ndarray:
-  fits = lengths >= max(packing.min_tokens, 1)
-  return fits & (lengths <= packing.max_tokens) if packing.max_tokens else fits
+def fits(lengths: np.ndarray, packing: PackingConfig) -> np.ndarray:
+  """Returns which documents are as long as they must be."""
+  fit = lengths >= max(packing.min_tokens, 1)
+  return fit & (lengths <= packing.max_tokens) if packing.max_tokens else fit
 
 
-def _on_side(
-    stream: TokenStream, split: str, validation_share: float | None, seed: int
-) -> np.ndarray | bool:
+def is_on_side(
+    hashes: np.ndarray, split: str, validation_share: float | None, seed: int
+) -> np.ndarray:
+  """Returns which documents are of a split; see `choose`."""
   if validation_share is None:
-    return True
-  return (_ranks(stream.about['hash'], seed) < validation_share) == (split == 'validation')
+    return np.ones(len(hashes), bool)
+  return (_ranks(hashes, seed) < validation_share) == (split == 'validation')
+
+
+def repeat_long(
+    documents: np.ndarray, lengths: np.ndarray, split: str, packing: PackingConfig
+) -> np.ndarray:
+  """Returns the numbers of documents, those of long ones as often as training reads them."""
+  if packing.long_times == 1 or split == 'validation':
+    return documents
+  long = documents[lengths[documents] >= packing.long_tokens]
+  return np.concatenate([documents] + [long] * (packing.long_times - 1))
 
 
 def about(rows: Rows) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The sources of rows, by name."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 import dataclasses
 import functools
 import re
@@ -10,20 +10,23 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dsa_jax.config import ConfigError, local_path
-from dsa_jax.data.corpora.raw import RawFormat
+from dsa_jax.data import streaming
+from dsa_jax.data.corpora.raw import Piece, RawFormat
 from dsa_jax.data.corpora.sources import FORMATS, RAW, Format, default_cache, open_format
 from dsa_jax.data.corpora.tokenizing import DAMAGED
-from dsa_jax.data.corpora.tokens import TokenStream
+from dsa_jax.data.corpora.tokens import ABOUT, TokenStream
 from dsa_jax.data.corpus import describe_files
 from dsa_jax.data.packing import PackingConfig, Rows, about, choose, count_left_out
 from dsa_jax.data.pipeline import Mixture
 from dsa_jax.data.recall import Recall
 from dsa_jax.data.seeds import check_seed
+from dsa_jax.data.streaming import RawRows, describe_raw, left_out
 from dsa_jax.data.text import VOCAB_SIZE, PackedText, find_files, split_files
 from dsa_jax.data.tokenizer import Bytes, Tokenizer, open_tokenizer
 
 SOURCES = ('text', 'recall', 'mixture')
 SPLITS = ('train', 'validation')
+TOKENIZED = ('ahead', 'on_the_fly')
 Source = PackedText | Recall | Rows | Mixture
 
 
@@ -47,6 +50,11 @@ class DataConfig(PackingConfig):
   tokenizer: str = ''
   damaged: str = 'stop'  # mixture: What to do about damaged documents: 'stop', or 'drop' and count.
   cache: str = ''  # mixture: The folder for tokens of raw files. '' is one of the user's.
+  # mixture: 'ahead' tokenizes raw files once, before the first step, and keeps their tokens in the
+  # cache. 'on_the_fly' tokenizes them in other processes while training reads them, so that a short
+  # run on a large corpus begins at once and fills no disk. It shuffles rows less widely, among some
+  # megabytes of text, and it tokenizes again in each epoch, on each host.
+  tokenized: str = 'ahead'
 
   n_keys: int = 128  # recall: Size of the key vocabulary.
   n_values: int = 16  # recall: Size of the value vocabulary.
@@ -64,6 +72,8 @@ class DataConfig(PackingConfig):
       )
     if self.damaged not in DAMAGED:
       raise ConfigError(f'data.damaged={self.damaged!r} must be one of {DAMAGED}.')
+    if self.tokenized not in TOKENIZED:
+      raise ConfigError(f'data.tokenized={self.tokenized!r} must be one of {TOKENIZED}.')
     check_seed(self.seed)
     for name in ('tokens_per_pair', 'tokens_per_query'):
       if getattr(self, name) < 1:
@@ -72,6 +82,11 @@ class DataConfig(PackingConfig):
       raise ConfigError(f'{self.validation_share=} must be at least 0 and below 1.')
     for name, fields in self.sources.items():
       read_member(name, fields)
+    if self.tokenized == 'on_the_fly' and not self.reads_text:
+      raise ConfigError(
+          f"data.tokenized={self.tokenized!r} is for a mixture with a source of raw files {tuple(RAW)}; "
+          "'ahead' is for all others."
+      )
 
   @property
   def vocab_size(self) -> int:
@@ -118,33 +133,43 @@ class DataConfig(PackingConfig):
   def describe(self) -> dict[str, str]:
     """Returns a description of every file, or of every source, that is read."""
     if self.source == 'mixture':
-      return {key: self._open(key).digest() for key in self._keys}
+      return {key: self._describe(key) for key in self._keys}
     return {} if self.source == 'recall' else describe_files(find_files(self.files))
 
-  def about_documents(self, seq_len: int) -> dict[str, dict[str, Any]]:
+  def about_documents(
+      self, seq_len: int, states: Sequence[Mapping[str, Any]] = ()
+  ) -> dict[str, dict[str, Any]]:
     """Returns what is known of the documents of each source of a mixture.
 
     It is what `packing.about` says, and how many of what training might read were left out, and why.
+    Of a source that is tokenized on the fly, it is that of the first documents, `is_sample` is True,
+    and those left out are counted by `states` of iterators over the mixture, where there are any.
     """
     known = {}
-    for name, fields in self.sources.items():
+    for i, (name, fields) in enumerate(self.sources.items()):
       member = read_member(name, fields)
-      known[name] = about(self._rows_of(name, member, seq_len, 'train'))
+      rows = self._rows_of(name, member, seq_len, 'train')
+      if isinstance(rows, RawRows):
+        known[name] = rows.about() | ({'left_out': left_out(states, i)} if states else {})
+        continue
+      known[name] = about(rows)
       stream, share = self._side(name, member, 'train')
       by_length = count_left_out(stream, 'train', share, self.seed, self)
       known[name]['left_out'] = dict(stream.left_out) | {'length': by_length}
     return known
 
   def bytes_per_target(self) -> float | None:
-    """Returns the bytes of text for each target of validation; None where that is not known."""
+    """Returns the bytes of text for each target of validation; None where that is not known.
+
+    Of a source that is tokenized on the fly, they are those of the documents that were read so far.
+    """
     if self.source != 'mixture':
       return 1.0 if self.unit == 'byte' else None
     n_bytes = n_targets = 0
     for name, fields in self.sources.items():
       member = read_member(name, fields)
-      stream, documents = self._documents(name, member, 'validation')
-      known = stream.about[documents]
-      if not known['bytes'].all():
+      known = self._about_validation(name, member)
+      if not len(known) or not known['bytes'].all():
         return None
       share = member.weight / (known['tokens'] - 1).sum()  # Weights are shares of tokens.
       n_bytes += share * known['bytes'].sum()
@@ -164,6 +189,15 @@ class DataConfig(PackingConfig):
 
   @functools.cached_property
   def _opened(self) -> dict[str, TokenStream]:
+    return {}
+
+  @functools.cached_property
+  def _listed(self) -> dict[str, tuple[Piece, ...]]:
+    return {}
+
+  @functools.cached_property
+  def _raw(self) -> dict[tuple[str, int, str], RawRows]:
+    """What is tokenized while it is read, by source, tokens of a row, and split."""
     return {}
 
   @functools.cached_property
@@ -193,18 +227,70 @@ class DataConfig(PackingConfig):
           f'({stream.tokenizer[:12]}, not {wanted[:12]}). Tokenize it again, or name its tokenizer.'
       )
 
+  def _describe(self, key: str) -> str:
+    source = self._keys[key]
+    if self._is_raw(source):
+      return describe_raw(source, self._pieces(key), self._tokenizer)
+    return self._open(key).digest()
+
+  def _pieces(self, key: str) -> tuple[Piece, ...]:
+    """Returns the pieces of a source of raw files, which are listed once."""
+    if key not in self._listed:
+      self._listed[key] = tuple(self._keys[key].pieces())
+    return self._listed[key]
+
+  def _is_raw(self, source: Format) -> bool:
+    """Returns whether a source is tokenized while it is read."""
+    return self.tokenized == 'on_the_fly' and isinstance(source, RawFormat)
+
+  def _key(self, name: str, member: 'Member', split: str) -> tuple[str, float | None]:
+    """Returns the key of a source's documents of a split, and the share that is for validation."""
+    if member.validation is None:
+      return name, self.validation_share
+    return f'{name} (validation)' if split == 'validation' else name, None
+
   def _side(self, name: str, member: 'Member', split: str) -> tuple[TokenStream, float | None]:
     """Returns what holds a source's documents of a split, and the share that is for validation."""
-    if member.validation is None:
-      return self._open(name), self.validation_share
-    return self._open(f'{name} (validation)' if split == 'validation' else name), None
+    key, share = self._key(name, member, split)
+    return self._open(key), share
+
+  def _about_validation(self, name: str, member: 'Member') -> np.ndarray:
+    """Returns what is known of the documents of a source that are for validation."""
+    if self._is_raw(member.source):
+      read = [raw for (of, _, split), raw in self._raw.items() if (of, split) == (name, 'validation')]
+      return max((raw.about_kept() for raw in read), key=len, default=np.empty(0, ABOUT))
+    stream, documents = self._documents(name, member, 'validation')
+    return stream.about[documents]
 
   def _documents(self, name: str, member: 'Member', split: str) -> tuple[TokenStream, np.ndarray]:
     stream, share = self._side(name, member, split)
     return stream, choose(stream, split, share, self.seed, self)
 
-  def _rows_of(self, name: str, member: 'Member', seq_len: int, split: str) -> Rows:
+  def _rows_of(self, name: str, member: 'Member', seq_len: int, split: str) -> Rows | RawRows:
+    key = name, seq_len, split
+    if self._is_raw(member.source) and key not in self._raw:
+      self._raw[key] = self._raw_rows(name, member, seq_len, split)
+      self._raw[key].first(1)  # So that a corpus that will not do says so at once.
+    if key in self._raw:
+      return self._raw[key]
     return Rows(*self._documents(name, member, split), seq_len, self.packing)
+
+  def _raw_rows(self, name: str, member: 'Member', seq_len: int, split: str) -> RawRows:
+    key, share = self._key(name, member, split)
+    names = [field.name for field in dataclasses.fields(PackingConfig)]
+    return RawRows(
+        source=self._keys[key],
+        pieces=self._pieces(key),
+        tokenizer=self.tokenizer,
+        digest=self._tokenizer.digest,
+        damaged=self.damaged,
+        split=split,
+        validation_share=share,
+        seed=self.seed,
+        packing=PackingConfig(**{name: getattr(self, name) for name in names}),
+        seq_len=seq_len,
+        window_bytes=max(streaming.WINDOW, streaming.WINDOW_ROWS * seq_len),
+    )
 
   def _recall(self, seq_len: int, split: str) -> Recall:
     return Recall(

@@ -61,6 +61,10 @@ DOCUMENTS_CAPTION = (
     ' hold a token. The last columns count documents that are left out: by the whole source, but those of'
     ' other lengths than the config wants by what training may read. Below, documents by their tokens, and the share of queries by what they see.'
 )
+SAMPLE_CAPTION = (
+    ' Of {names}, which is tokenized while it is read, the table describes the first documents alone, and'
+    ' the last columns count what all stages have left out, each time that they read it.'
+)
 # Reasons why documents are left out, and what the report calls such documents.
 LEFT_OUT = {'empty': 'empty', 'damaged': 'damaged', 'length': 'too short or long'}
 Table = tuple[list[str], list[list[str]]]
@@ -219,7 +223,9 @@ def _markdown(results: Mapping[str, Any], drawn: Sequence[str], curves: plots.Cu
   parts += ['## Tokens and time', markdown_table(costs)]
   parts += [COST_CAPTION + MFU_CAPTION * ('MFU' in costs[0])]
   if documents := results.get('documents'):
-    parts += ['## Documents', markdown_table(_documents_table(documents)), DOCUMENTS_CAPTION]
+    samples = ' and '.join(name for name, about in documents.items() if about.get('is_sample'))
+    caption = DOCUMENTS_CAPTION + (SAMPLE_CAPTION.format(names=samples) if samples else '')
+    parts += ['## Documents', markdown_table(_documents_table(documents)), caption]
     parts += [markdown_table(_lengths_table(documents))]
   roles = results.get('roles') or {}
   compared = {'baseline': roles.get('dense_baseline'), 'sparse': roles.get('sparse')}

@@ -25,7 +25,7 @@ from dsa_jax.nn.attention.types import Mode
 from dsa_jax.reporting.checks import verdicts
 from dsa_jax.reporting.evaluate import Scores, evaluate, measure, measure_batch, score_batch
 from dsa_jax.selection import RULES
-from dsa_jax.training.checkpoint import Checkpoints, restore_params
+from dsa_jax.training.checkpoint import Checkpoints, Progress, restore_params
 from dsa_jax.training.recipe import Recipe
 from dsa_jax.training.run import Run
 from dsa_jax.training.state import abstract_params
@@ -88,7 +88,9 @@ def evaluate_recipe(run: Run) -> dict[str, Any]:
   scores, (captured, captured_beyond) = _scores(run), _captured_mass(run)
   edges = [2**i for i in range(report.seq_len.bit_length())]
   edges = [e for e in edges if e < report.seq_len] + [report.seq_len + 1]
-  seconds = {name: _seconds(recipe, name) for name in recipe.stages}
+  progress = {name: _progress(recipe, name) for name in recipe.stages}
+  seconds = {name: of_stage.seconds for name, of_stage in progress.items()}
+  data_states = [of_stage.data for of_stage in progress.values()]
   results = {
       'title': recipe.workdir.name,
       'command': describe_command(),
@@ -106,7 +108,7 @@ def evaluate_recipe(run: Run) -> dict[str, Any]:
       'report': dataclasses.asdict(report),
       'unit': recipe.data.unit,
       'bytes_per_target': recipe.data.bytes_per_target(),
-      'documents': recipe.data.about_documents(report.seq_len),
+      'documents': recipe.data.about_documents(report.seq_len, data_states),
       'context': report.seq_len,
       'index_topk': recipe.model.index_topk,
       'n_layers': recipe.model.n_layers,
@@ -194,9 +196,9 @@ def _attention_flops(recipe: Recipe) -> dict[str, dict[str, float]]:
   return {kind: flops(kind) for kind in ('dense', 'sparse')}
 
 
-def _seconds(recipe: Recipe, entry: str) -> float:
+def _progress(recipe: Recipe, entry: str) -> Progress:
   with Checkpoints(recipe.checkpoint_folder(entry)) as checkpoints:
-    return checkpoints.seconds()
+    return checkpoints.progress()
 
 
 def describe_command() -> str:

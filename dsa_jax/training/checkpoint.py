@@ -132,8 +132,8 @@ class Checkpoints:
     """
     folder = self.folder.absolute() / str(self.latest_step)
     targets, treedef = _by_path(_shapes(like._asdict()))
+    progress = _progress(folder)
     with reading(folder):
-      progress = Progress(**json.loads((folder / 'progress' / 'metadata').read_text()))
       stores = open_tree(folder / 'state')
       _check_shapes(stores, targets, folder)
       arrays = _read_all(stores, targets)
@@ -147,11 +147,14 @@ class Checkpoints:
     wait_for_all(f'step {step} is set aside')
     self._manager.reload()
 
-  def seconds(self) -> float:
-    """Returns the seconds that the stage had taken up to its latest step."""
-    folder = self.folder / str(self.latest_step)
-    with reading(folder):
-      return json.loads((folder / 'progress' / 'metadata').read_text())['seconds']
+  def progress(self) -> Progress:
+    """Returns what the latest step has beside its arrays."""
+    return _progress(self.folder / str(self.latest_step))
+
+
+def _progress(folder: pathlib.Path) -> Progress:
+  with reading(folder):
+    return Progress(**json.loads((folder / 'progress' / 'metadata').read_text()))
 
 
 def latest_checkpoint(folder: pathlib.Path) -> pathlib.Path:

@@ -65,7 +65,7 @@ def damaged(request, saved, tmp_path):
 def test_everything_comes_back(saved, state):
   with Checkpoints(saved) as checkpoints:
     restored, progress = checkpoints.restore(state)
-    assert checkpoints.seconds() == 4.0
+    assert checkpoints.progress().seconds == 4.0
   assert progress == Progress({'next_index': 4}, 4.0)
   for ours, theirs in zip(jax.tree.leaves(state), jax.tree.leaves(restored), strict=True):
     np.testing.assert_array_equal(ours, theirs)

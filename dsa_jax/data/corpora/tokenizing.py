@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Turns documents into a folder of tokens, in parallel, once, and whole or not at all."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 import concurrent.futures
 import contextlib
 import dataclasses
@@ -18,7 +18,7 @@ import sys
 import threading
 import time
 import types
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import filelock
 import numpy as np
@@ -215,10 +215,10 @@ def _run(jobs: Sequence[Job], pieces: Sequence[Piece], workers: int, quiet: bool
         advance(_tokenize_piece(jobs[i], i, pieces[i]))
       return
     spawn = multiprocessing.get_context('spawn')
-    pool = concurrent.futures.ProcessPoolExecutor(min(workers, len(todo)), spawn, _begin_process)
+    pool = concurrent.futures.ProcessPoolExecutor(min(workers, len(todo)), spawn, begin_process)
     with pool:
       try:
-        with _no_main():
+        with no_main():
           running = [pool.submit(_tokenize_piece, jobs[i], i, pieces[i]) for i in todo]
         for future in concurrent.futures.as_completed(running):
           advance(future.result())
@@ -233,7 +233,7 @@ def _run(jobs: Sequence[Job], pieces: Sequence[Piece], workers: int, quiet: bool
 
 
 @contextlib.contextmanager
-def _no_main() -> Iterator[None]:
+def no_main() -> Iterator[None]:
   """Keeps processes that begin from running the script again that starts them."""
   main = sys.modules['__main__']
   sys.modules['__main__'] = types.ModuleType('__main__')
@@ -243,8 +243,8 @@ def _no_main() -> Iterator[None]:
     sys.modules['__main__'] = main
 
 
-def _begin_process():
-  """Prepares a process of the pool, which ends with the one that started it."""
+def begin_process():
+  """Prepares a process that tokenizes, which ends with the one that started it."""
   os.environ['TOKENIZERS_PARALLELISM'] = 'false'  # Processes run beside each other.
   signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it without a word.
 
@@ -256,8 +256,12 @@ def _begin_process():
 
 
 @functools.lru_cache(1)
-def _opened(tokenizer: str, digest: str) -> Tokenizer:
-  """Opens the tokenizer of pieces."""
+def open_same(tokenizer: str, digest: str) -> Tokenizer:
+  """Opens a tokenizer that another process has opened, too.
+
+  Raises:
+    ConfigError: It has changed since, which its digest tells.
+  """
   opened = open_tokenizer(tokenizer)
   if opened.digest != digest:
     raise ConfigError(f'tokenizer={tokenizer!r} changed while it was used: begin again.')
@@ -270,13 +274,10 @@ def _tokenize_piece(job: Job, i: int, piece: Piece) -> Done:
 
   def documents() -> Iterator[np.ndarray]:
     nonlocal empty
-    for texts, wrong, n_empty in _batches(job.source.documents(piece)):
+    for texts, wrong, n_empty in in_batches(job.source.documents(piece)):
       if wrong and job.damaged == 'stop':
-        raise ConfigError(
-            f'{wrong[0].where}: {wrong[0].reason}. Mend it, or leave such documents out with '
-            "damaged='drop'."
-        )
-      ids = _opened(job.tokenizer, job.digest).encode_documents(texts)
+        refuse(wrong[0])
+      ids = open_same(job.tokenizer, job.digest).encode_documents(texts)
       about.append(tokens.describe(ids, texts))
       problems.extend(wrong)
       empty += n_empty
@@ -294,7 +295,16 @@ def _tokenize_piece(job: Job, i: int, piece: Piece) -> Done:
   return Done(record['documents'], record['tokens'], piece.nbytes, empty, len(problems))
 
 
-def _batches(documents: Iterator[Document]) -> Iterator[tuple[list[bytes], list[Damaged], int]]:
+def refuse(document: Damaged) -> NoReturn:
+  raise ConfigError(
+      f'{document.where}: {document.reason}. Mend it, or leave such documents out with '
+      "damaged='drop'."
+  )
+
+
+def in_batches(
+    documents: Iterable[Document],
+) -> Iterator[tuple[list[bytes], list[Damaged], int]]:
   """Yields some texts at a time, with what was damaged and how many were empty among them."""
   texts, wrong, empty, total = [], [], 0, 0
   for document in documents:
