@@ -63,7 +63,7 @@ PARTS = {
     'lost work': Part(
         (
             'tests/test_train.py', 'tests/parallel/test_processes.py', 'tests/data/test_streaming.py',
-            'tests/data/test_tokenizing.py',
+            'tests/data/test_tokenizing.py', 'tests/test_own_tokens.py',
         ),
         (*TRAINING, 'dsa_jax/data'),
     ),

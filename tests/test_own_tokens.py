@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A recipe on tokens of one's own, from the text to the report and to sampling."""
 
+import itertools
 import json
 import os
 import pathlib
@@ -12,12 +13,15 @@ import pytest
 from tokenizer_families import byte_level
 
 from configs import quickstart
+from dsa_jax import train as train_module
 from dsa_jax.config import ConfigError
+from dsa_jax.data import pipeline, streaming
 from dsa_jax.data.corpora import tokenizing
 from dsa_jax.data.corpora.raw import JsonLines
 from dsa_jax.data.corpora.tokens import read_manifest
 from dsa_jax.data.tokenizer import Pretrained, open_tokenizer
 from dsa_jax.inference.sampler import Sampler
+from dsa_jax.reporting.metrics import read_metrics
 from dsa_jax.train import train
 from dsa_jax.training.origin import keep_tokenizer
 from dsa_jax.training.recipe import read_recipe
@@ -129,6 +133,39 @@ def test_a_resume_on_another_corpus_is_refused(trained):
       train(c)
   finally:
     (folder / 'a.jsonl').write_text(text)
+
+
+@pytest.mark.nightly
+def test_tokenizing_on_the_fly_survives_a_failure_between_steps(tmp_path, monkeypatch):
+  """Its windows are small, so that the run goes through several, and through more than an epoch."""
+  write_corpus(tmp_path)
+  lines = (tmp_path / 'a.jsonl').read_text().splitlines(keepends=True)
+  (tmp_path / 'a.jsonl').write_text(''.join(lines[-24:]))
+  monkeypatch.setattr(streaming, 'WINDOW', 1000)
+  monkeypatch.setattr(streaming, 'WINDOW_ROWS', 1)
+  monkeypatch.setattr(pipeline, 'n_workers', lambda streams: 0)
+  c = config_of(tmp_path)
+  c.recipe, c.data.tokenized, c.save_every, c.log_every = ('dense',), 'on_the_fly', 5, 1
+  c.stages.dense.update(steps=60)
+  c.report.rules, c.data.validation_share = ('indexer',), 0.5
+  real, count = train_module.record, itertools.count(1)
+
+  def fail_once(*args):
+    if next(count) == 38:
+      raise KeyboardInterrupt
+    return real(*args)
+
+  monkeypatch.setattr(train_module, 'record', fail_once)
+  with pytest.raises(KeyboardInterrupt):
+    train(c)
+  about = train(c)['documents']['own']
+  assert about['is_sample'] and about['left_out']['damaged'] > 1 and not (tmp_path / 'cache').exists()
+  assert 'Of own, which is tokenized while it is read' in (tmp_path / 'run/report.md').read_text()
+  c.workdir = str(tmp_path / 'undisturbed')
+  train(c)
+  rows = lambda run: read_metrics(tmp_path / run / 'metrics.csv')
+  losses = lambda run: [row.value for row in rows(run) if row.name == 'lm_loss']
+  assert losses('run') == losses('undisturbed') and len(losses('run')) == 60
 
 
 def test_the_command_writes_a_folder_that_trains(trained, tmp_path):

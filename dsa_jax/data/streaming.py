@@ -325,7 +325,7 @@ class RowIterator(grain.DatasetIterator):
     now = self._counts['damaged']
     if window.damaged and (not before or len(str(now)) > len(str(before))):  # Again at 10, 100, ...
       where, reason = window.damaged
-      logging.warning(f'{now:,} damaged documents were left out so far, such as {where}: {reason}')
+      logging.warning(f'damaged documents that were left out so far: {now:,}, such as {where}: {reason}')
 
   def get_state(self) -> dict[str, Any]:
     counts = {name: self._counts[name] for name in ('documents', *LEFT_OUT)}
