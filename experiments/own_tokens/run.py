@@ -3,9 +3,11 @@
 
 python experiments/own_tokens/run.py [FOLDER]
 
-Three ratios, each side by side in one run: what `python -m dsa_jax.tokenize` does against the
-`tokenizers` library alone on the same text in memory, with all cores; packed rows read from tokens,
-per second and core; and the resident memory of reading a sparse file of 20 GB against one of 20 MB.
+Ratios, each side by side in one run: what `python -m dsa_jax.tokenize` does against the
+`tokenizers` library alone on the same text in memory, with all cores; the batches of an epoch that is
+tokenized on the fly against that library; packed rows read from tokens, per second and core; and the
+resident memory of reading a sparse file of 20 GB against one of 20 MB, and on the fly a whole corpus
+against a tenth of it.
 FOLDER (a temporary one) holds the corpus: this interpreter's library, as often as fills 100 MB.
 """
 
@@ -54,6 +56,31 @@ print(json.dumps([len(order) * seq_len / seconds, int(peak) / 1024, int(anonymou
 """
 
 
+STREAM = """
+import json, pathlib, re, resource, sys, time
+from dsa_jax.data.sources import DataConfig
+from dsa_jax.data.pipeline import make_iterator
+files, tokenizer, seq_len = sys.argv[1], sys.argv[2], int(sys.argv[3])
+data = DataConfig(
+    source='mixture', sources={'x': dict(format='jsonl', files=files)}, tokenizer=tokenizer,
+    tokenized='on_the_fly', validation_share=0.0,
+)
+began = time.perf_counter()
+iterator = make_iterator(data.rows(seq_len, 'train'), 8, 0)
+next(iterator)
+first = time.perf_counter() - began
+n = 1
+while iterator.get_state()['epoch'] == 0:
+  next(iterator)
+  n += 1
+seconds = time.perf_counter() - began
+iterator.close()
+peak = re.search(r'VmHWM:\\s+(\\d+)', pathlib.Path('/proc/self/status').read_text())[1]
+child = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+print(json.dumps([first, seconds, n * 8 * seq_len / seconds, int(peak) / 1024, child / 1024]))
+"""
+
+
 def main():
   folder = pathlib.Path(sys.argv[1] if len(sys.argv) > 1 else tempfile.mkdtemp())
   texts = corpus()
@@ -65,7 +92,7 @@ def main():
   figures = {
       'machine': f'{platform.machine()}, {os.cpu_count()} cores', 'date': time.strftime('%Y-%m-%d'),
       'tokenizers': tokenizers.__version__, 'tokenize': measure_tokenizing(folder, tokenizer, texts),
-      'read': measure_reading(folder),
+      'on_the_fly': measure_on_the_fly(folder, tokenizer, texts), 'read': measure_reading(folder),
   }  # fmt: skip
   print(json.dumps(figures, indent=1))
   path = pathlib.Path(__file__).with_name('figures.json')
@@ -94,11 +121,7 @@ def measure_tokenizing(folder: pathlib.Path, tokenizer: tokenizers.Tokenizer, te
   source = JsonLines(files=str(folder / 'corpus.jsonl'))
   rounds = []
   for i in range(ROUNDS):
-    began = time.perf_counter()
-    for j in range(0, len(texts), 200):
-      for encoding in tokenizer.encode_batch_fast(texts[j : j + 200], add_special_tokens=False):
-        np.asarray(encoding.ids, np.uint16)
-    alone = time.perf_counter() - began
+    alone = seconds_alone(tokenizer, texts)
     began = time.perf_counter()
     tokenizing.tokenize([source], str(folder / 'tokenizer'), folder / f'tokens{i}', quiet=True)
     rounds.append((alone, time.perf_counter() - began))
@@ -108,6 +131,41 @@ def measure_tokenizing(folder: pathlib.Path, tokenizer: tokenizers.Tokenizer, te
       'library_mb_per_second': n_bytes / 1e6 / np.median([a for a, _ in rounds]),
       'ours_mb_per_second': n_bytes / 1e6 / np.median([b for _, b in rounds]),
       'ours_of_library': np.median([a / b for a, b in rounds]),
+  }
+
+
+def seconds_alone(tokenizer: tokenizers.Tokenizer, texts: list[str]) -> float:
+  """Returns the seconds that the library takes."""
+  began = time.perf_counter()
+  for j in range(0, len(texts), 200):
+    for encoding in tokenizer.encode_batch_fast(texts[j : j + 200], add_special_tokens=False):
+      np.asarray(encoding.ids, np.uint16)
+  return time.perf_counter() - began
+
+
+def measure_on_the_fly(folder: pathlib.Path, tokenizer: tokenizers.Tokenizer, texts: list[str]) -> dict:
+  """Returns MB/s of both, the median of the rounds' ratios, and MiB of resident memory."""
+  n_bytes = sum(len(text.encode()) for text in texts)
+  lines = (folder / 'corpus.jsonl').read_text().splitlines(keepends=True)
+  (folder / 'tenth.jsonl').write_text(''.join(lines[: len(lines) // 10]))
+  figures, rounds = {}, []
+  for i in range(ROUNDS + 1):
+    name = 'corpus' if i else 'tenth'
+    arguments = [str(folder / f'{name}.jsonl'), str(folder / 'tokenizer'), str(SEQ_LEN)]
+    alone = seconds_alone(tokenizer, texts) if i else 0
+    done = subprocess.run(
+        [sys.executable, '-c', STREAM, *arguments], capture_output=True, text=True, check=True
+    )
+    first, seconds, speed, own, child = json.loads(done.stdout)
+    figures[f'memory_{name}'] = {'own_peak_mib': own, 'worker_peak_mib': child}
+    rounds += [(alone, seconds, first, speed)] if i else []
+    print(rounds[-1:], flush=True)
+  return figures | {
+      'library_mb_per_second': n_bytes / 1e6 / np.median([a for a, *_ in rounds]),
+      'ours_mb_per_second': n_bytes / 1e6 / np.median([b for _, b, *_ in rounds]),
+      'ours_of_library': np.median([a / b for a, b, *_ in rounds]),
+      'seconds_to_first_batch': np.median([first for *_, first, _ in rounds]),
+      'tokens_per_second': np.median([speed for *_, speed in rounds]),
   }
 
 
