@@ -112,7 +112,7 @@ def run_stage(run: Run, name: str, writer: MetricsWriter, bar: StepProgress, ahe
   recipe, entry = run.recipe, run.recipe.stages[name]
   began, batch_tokens = time.monotonic(), entry.batch_size * entry.seq_len
   rates, train_step, batches = entry.rates(), run.train_step(name), run.data.train[name]
-  with Checkpoints(recipe.checkpoint_folder(name)) as checkpoints:
+  with Checkpoints(recipe.checkpoint_folder(name)) as checkpoints, contextlib.closing(batches):
     first_step, state, seconds_before = resume(run, name, checkpoints)
     writer.rewind(name, first_step)
     bar.start_stage(name, entry.steps, first_step)
@@ -157,7 +157,6 @@ def run_stage(run: Run, name: str, writer: MetricsWriter, bar: StepProgress, ahe
         checkpoints.save(step, state, Progress(data_state, seconds))
       speed = batch_tokens * (step - first_step) / (time.monotonic() - loop_began)
       bar.update(step, speed, text)
-  batches.close()  # Processes that read for it end.
 
 
 def resume(run: Run, name: str, checkpoints: Checkpoints) -> tuple[int, TrainState | None, float]:

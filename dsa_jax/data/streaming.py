@@ -3,6 +3,7 @@
 
 import collections
 from collections.abc import Iterator, Mapping, Sequence
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -12,6 +13,7 @@ import logging
 import os
 import tempfile
 from typing import Any, NamedTuple
+import uuid
 import weakref
 
 from absl import flags
@@ -30,6 +32,7 @@ from dsa_jax.data.tokenizer import Tokenizer
 WINDOW = 2**22  # Bytes of the documents of a window, at least.
 WINDOW_ROWS = 256  # A window fills so many rows of bytes, so padding the last one costs little.
 TOGETHER = 4  # Pieces that are read in turn, so that a window holds documents of several places.
+AT_ONCE = 16  # Documents whose side is found at one time.
 LEFT_OUT = 'empty', 'damaged', 'length'  # Reasons.
 MOST_WORKERS = 8  # Processes that tokenize one mixture.
 
@@ -177,13 +180,14 @@ class RawRows:
   def _cut(self, pieces: Sequence[Piece]) -> Iterator['_Texts']:
     """Yields the documents of pieces that are read together, at least once."""
     texts, size = _Texts([], [], collections.Counter()), 0
-    for document in _in_turn([self.source.documents(piece) for piece in pieces]):
+    documents = _in_turn([self.source.documents(piece) for piece in pieces])
+    for document, is_own in self._with_sides(documents):
       if isinstance(document, Damaged):
         texts.counts['damaged'] += 1
         texts.damaged[:] = texts.damaged or [document]
       elif not document:
         texts.counts['empty'] += 1
-      elif self._has(document):
+      elif is_own:
         texts.documents.append(document)
         size += len(document)
       if size >= self.window_bytes:
@@ -191,11 +195,14 @@ class RawRows:
         texts, size = _Texts([], [], collections.Counter()), 0
     yield texts
 
-  def _has(self, document: bytes) -> bool:
+  def _with_sides(self, documents: Iterator[Document]) -> Iterator[tuple[Document, bool]]:
+    """Yields documents, each with whether it is of the split."""
     if self.validation_share is None:
-      return True
-    hashes = np.array([hash_of(document)], np.uint64)
-    return bool(is_on_side(hashes, self.split, self.validation_share, self.seed)[0])
+      yield from zip(documents, itertools.repeat(True))
+    while some := list(itertools.islice(documents, AT_ONCE)):
+      hashes = [0 if isinstance(x, Damaged) else hash_of(x) for x in some]
+      hashes = np.array(hashes, np.uint64)
+      yield from zip(some, is_on_side(hashes, self.split, self.validation_share, self.seed))
 
   def _window(self, place: Place, order: int, texts: '_Texts') -> Window:
     """Tokenizes and packs documents."""
@@ -221,7 +228,7 @@ def describe_raw(source: RawFormat, pieces: Sequence[Piece], tokenizer: Tokenize
   names = dict.fromkeys(name for piece in pieces for name in piece.names)
   fields = dataclasses.asdict(source) | {'files': [places.ends_of(name) for name in names]}
   known = json.dumps([type(source).__name__, fields, tokenizer.digest])
-  return f'{len(names)} files, {hashlib.sha256(known.encode()).hexdigest()[:24]}'
+  return f'files: {len(names)}, {hashlib.sha256(known.encode()).hexdigest()[:24]}'
 
 
 class _Texts(NamedTuple):
@@ -297,13 +304,13 @@ class RowIterator(grain.DatasetIterator):
     """Goes on in the window of its place."""
     self._end()
     raw = dataclasses.replace(self._raw)  # Processes need nothing that this one has kept.
-    folder = tempfile.mkdtemp()
-    windows = _Windows(raw, self._order, self._place, folder)
+    end = os.path.join(tempfile.gettempdir(), f'dsa_jax-{uuid.uuid4().hex}')
+    windows = _Windows(raw, self._order, self._place, end)
     options = grain.MultiprocessingOptions(self._workers, per_worker_buffer_size=1)
     if not flags.FLAGS.is_parsed():  # Notebooks parse none, and grain reads its own.
       flags.FLAGS.mark_as_parsed()
     self._windows = iter(windows.mp_prefetch(options, _prepare))
-    self._end = weakref.finalize(self, _close, self._windows, folder)
+    self._end = weakref.finalize(self, _close, self._windows, end)
     with tokenizing.no_main():  # Processes begin with the first window.
       window = next(self._windows)
     if window.place == self._place and self._counts.total():
@@ -356,17 +363,20 @@ def _prepare(i: int, n: int):
   tokenizing.begin_process()
 
 
-def _close(windows: grain.DatasetIterator, folder: str):
+def _close(windows: grain.DatasetIterator, end: str):
   """Ends workers. Each must get rid of its windows, or grain would wait for it half a minute."""
-  os.rmdir(folder)
-  for _ in range(16 * MOST_WORKERS):
-    try:
-      next(windows)
-    except StopIteration:
-      break
-    except Exception:  # It was raised before, or comes too late.
-      pass
+  with contextlib.suppress(OSError):
+    os.mkdir(end)
+    for _ in range(16 * MOST_WORKERS):
+      try:
+        next(windows)
+      except StopIteration:
+        break
+      except Exception:  # It was raised before, or comes too late.
+        pass
   windows.close()
+  with contextlib.suppress(OSError):
+    os.rmdir(end)
 
 
 def n_workers(streams: Sequence[RawRows]) -> int:
@@ -379,10 +389,10 @@ def n_workers(streams: Sequence[RawRows]) -> int:
 class _Windows(grain.IterDataset):
   """The windows from a place on, of which each of grain's workers makes its share."""
 
-  def __init__(self, raw: RawRows, order: int, begin: Place, folder: str):
+  def __init__(self, raw: RawRows, order: int, begin: Place, end: str):
     super().__init__()
     self._raw, self._order, self._begin = raw, order, begin
-    self._folder = folder  # Its end is that of the windows.
+    self._end = end  # A path. Once there is something, there are no more windows.
     self._part = 0, 1
 
   def set_slice(self, part: slice, sequential_slice: bool = False):
@@ -391,18 +401,18 @@ class _Windows(grain.IterDataset):
 
   def __iter__(self) -> grain.DatasetIterator:
     windows = self._raw.windows(self._order, self._begin, self._part)
-    return _WindowIterator(windows, self._folder)
+    return _WindowIterator(windows, self._end)
 
 
 class _WindowIterator(grain.DatasetIterator):
   """What grain asks of an iterator. `RowIterator` has the state."""
 
-  def __init__(self, windows: Iterator[Window], folder: str):
+  def __init__(self, windows: Iterator[Window], end: str):
     super().__init__()
-    self._windows, self._folder = windows, folder
+    self._windows, self._end = windows, end
 
   def __next__(self) -> Window:
-    if not os.path.exists(self._folder):
+    if os.path.exists(self._end):
       raise StopIteration
     return next(self._windows)
 
