@@ -15,7 +15,7 @@ from tokenizer_families import byte_level
 from configs import quickstart
 from dsa_jax import train as train_module
 from dsa_jax.config import ConfigError
-from dsa_jax.data import pipeline, streaming
+from dsa_jax.data import pipeline, raw_rows
 from dsa_jax.data.corpora import tokenizing
 from dsa_jax.data.corpora.raw import JsonLines
 from dsa_jax.data.corpora.tokens import read_manifest
@@ -141,8 +141,8 @@ def test_tokenizing_on_the_fly_survives_a_failure_between_steps(tmp_path, monkey
   write_corpus(tmp_path)
   lines = (tmp_path / 'a.jsonl').read_text().splitlines(keepends=True)
   (tmp_path / 'a.jsonl').write_text(''.join(lines[-24:]))
-  monkeypatch.setattr(streaming, 'WINDOW', 1000)
-  monkeypatch.setattr(streaming, 'WINDOW_ROWS', 1)
+  monkeypatch.setattr(raw_rows, 'WINDOW', 1000)
+  monkeypatch.setattr(raw_rows, 'WINDOW_ROWS', 1)
   monkeypatch.setattr(pipeline, 'n_workers', lambda streams: 0)
   c = config_of(tmp_path)
   c.recipe, c.data.tokenized, c.save_every, c.log_every = ('dense',), 'on_the_fly', 5, 1

@@ -9,8 +9,9 @@ import numpy as np
 
 from dsa_jax.config import ConfigError
 from dsa_jax.data.batch import Batch
+from dsa_jax.data.raw_rows import RawRows
 from dsa_jax.data.seeds import check_seed
-from dsa_jax.data.streaming import RawRows, RowDataset, n_workers
+from dsa_jax.data.streaming import RowDataset, n_workers
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dsa_jax.config import ConfigError, local_path
-from dsa_jax.data import streaming
+from dsa_jax.data import raw_rows
 from dsa_jax.data.corpora.raw import Piece, RawFormat
 from dsa_jax.data.corpora.sources import FORMATS, RAW, Format, default_cache, open_format
 from dsa_jax.data.corpora.tokenizing import DAMAGED
@@ -18,9 +18,10 @@ from dsa_jax.data.corpora.tokens import ABOUT, TokenStream
 from dsa_jax.data.corpus import describe_files
 from dsa_jax.data.packing import PackingConfig, Rows, about, choose, count_left_out
 from dsa_jax.data.pipeline import Mixture
+from dsa_jax.data.raw_rows import RawRows, describe_raw
 from dsa_jax.data.recall import Recall
 from dsa_jax.data.seeds import check_seed
-from dsa_jax.data.streaming import RawRows, describe_raw, left_out
+from dsa_jax.data.streaming import left_out
 from dsa_jax.data.text import VOCAB_SIZE, PackedText, find_files, split_files
 from dsa_jax.data.tokenizer import Bytes, Tokenizer, open_tokenizer
 
@@ -289,7 +290,7 @@ class DataConfig(PackingConfig):
         seed=self.seed,
         packing=PackingConfig(**{name: getattr(self, name) for name in names}),
         seq_len=seq_len,
-        window_bytes=max(streaming.WINDOW, streaming.WINDOW_ROWS * seq_len),
+        window_bytes=max(raw_rows.WINDOW, raw_rows.WINDOW_ROWS * seq_len),
     )
 
   def _recall(self, seq_len: int, split: str) -> Recall:

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 
 from dsa_jax.config import ConfigError
-from dsa_jax.data import pipeline, streaming
+from dsa_jax.data import pipeline, raw_rows, streaming
 from dsa_jax.data.batch import Batch
 from dsa_jax.data.corpora import raw
 from dsa_jax.data.pipeline import first_batches, make_iterator
+from dsa_jax.data.raw_rows import Place
 from dsa_jax.data.sources import DataConfig
-from dsa_jax.data.streaming import Place
 
 TEXTS = cases.documents(80)
 
@@ -25,8 +25,8 @@ TEXTS = cases.documents(80)
 @pytest.fixture
 def small(monkeypatch):
   """Makes windows of some documents, and pieces of some windows."""
-  monkeypatch.setattr(streaming, 'WINDOW', 600)
-  monkeypatch.setattr(streaming, 'WINDOW_ROWS', 1)
+  monkeypatch.setattr(raw_rows, 'WINDOW', 600)
+  monkeypatch.setattr(raw_rows, 'WINDOW_ROWS', 1)
   monkeypatch.setattr(raw, 'PIECE', 1500)
   monkeypatch.setattr(pipeline, 'n_workers', lambda streams: 0)
 
@@ -121,8 +121,8 @@ def test_shares_and_a_resume_give_the_same_batches(small, tmp_path):
 
 @pytest.mark.nightly
 def test_any_number_of_processes_gives_the_same_batches(monkeypatch, tmp_path):
-  monkeypatch.setattr(streaming, 'WINDOW', 600)
-  monkeypatch.setattr(streaming, 'WINDOW_ROWS', 1)
+  monkeypatch.setattr(raw_rows, 'WINDOW', 600)
+  monkeypatch.setattr(raw_rows, 'WINDOW_ROWS', 1)
   fields = write_lines(tmp_path / 'a.jsonl', TEXTS)
   rows = on_the_fly(tmp_path, fields).rows(32, 'train')
   batches = {}
@@ -138,8 +138,8 @@ def test_any_number_of_processes_gives_the_same_batches(monkeypatch, tmp_path):
 
 
 def test_an_error_of_another_process_is_the_same_error(monkeypatch, tmp_path):
-  monkeypatch.setattr(streaming, 'WINDOW', 600)
-  monkeypatch.setattr(streaming, 'WINDOW_ROWS', 1)
+  monkeypatch.setattr(raw_rows, 'WINDOW', 600)
+  monkeypatch.setattr(raw_rows, 'WINDOW_ROWS', 1)
   monkeypatch.setattr(pipeline, 'n_workers', lambda streams: 1)
   fields = write_lines(tmp_path / 'a.jsonl', TEXTS)
   with open(fields['files'], 'a') as file:
@@ -288,7 +288,7 @@ def test_processes_begin_for_large_corpora_alone(tmp_path, monkeypatch):
   rows = on_the_fly(tmp_path, write_lines(tmp_path / 'a.jsonl', TEXTS)).rows(32, 'train').raw
   monkeypatch.setattr(os, 'cpu_count', lambda: 6)
   assert streaming.n_workers(rows) == 0
-  monkeypatch.setattr(streaming, 'WINDOW', 600)
-  monkeypatch.setattr(streaming, 'WINDOW_ROWS', 1)
+  monkeypatch.setattr(raw_rows, 'WINDOW', 600)
+  monkeypatch.setattr(raw_rows, 'WINDOW_ROWS', 1)
   [many] = on_the_fly(tmp_path, write_lines(tmp_path / 'a.jsonl', TEXTS)).rows(32, 'train').raw
   assert (streaming.n_workers([many]), streaming.n_workers([many] * 4)) == (6, 1)
