@@ -49,6 +49,7 @@ class ModelConfig:
   dim: int = 7168
   n_layers: int = 61
   n_dense_layers: int = 3  # This many leading layers have an MLP in place of experts.
+  mlp_layers: Sequence[int] = ()  # Layers behind them that have one, too, counted from 0.
   n_mtp_layers: int = 0  # 1 adds a layer that predicts the token after the next one.
   inter_dim: int = 18_432  # The width of the MLP in dense layers.
   norm_eps: float = 1e-6
@@ -117,7 +118,7 @@ class ModelConfig:
   dtype: str = 'bfloat16'  # The dtype of activations. Parameters and reductions are float32.
 
   def __post_init__(self):
-    for name in ('indexer_types', 'nope_layers'):
+    for name in ('indexer_types', 'nope_layers', 'mlp_layers'):
       object.__setattr__(self, name, tuple(getattr(self, name)))  # JSON has lists.
     for name in ('vocab_size', 'dim', 'n_layers', 'n_heads', 'v_head_dim', 'index_n_heads',
                  'index_head_dim', 'index_topk', 'max_seq_len', 'original_seq_len'):
@@ -125,6 +126,7 @@ class ModelConfig:
         raise ConfigError(f'{name}={getattr(self, name)} must be at least 1.')
     if not 0 <= self.n_dense_layers <= self.n_layers:
       raise ConfigError(f'{self.n_dense_layers=} must be within 0 and {self.n_layers=}.')
+    self._check_mlp_layers()
     if self.n_mtp_layers not in (0, 1):
       raise ConfigError(f'{self.n_mtp_layers=} must be 0 or 1.')
     if self.attention not in ATTENTION:
@@ -144,6 +146,15 @@ class ModelConfig:
             f"indexer_types={types} must be () or 'full' or 'shared' for each of the {self.n_layers} "
             "layers, the first of them 'full'."
         )
+
+  def _check_mlp_layers(self):
+    among = range(self.n_dense_layers + 1, self.n_layers)  # The layer before them has experts.
+    ordered = sorted(set(self.mlp_layers))
+    if list(self.mlp_layers) != ordered or not set(ordered) <= set(among):
+      raise ConfigError(
+          f'{self.mlp_layers=} must ascend, from {self.n_dense_layers + 1} to {self.n_layers - 1}: '
+          f'{self.n_dense_layers=} counts the leading layers.'
+      )
 
   def _check_heads(self):
     if self.qk_rope_head_dim % 2 or self.qk_rope_head_dim < 2:
@@ -192,6 +203,11 @@ class ModelConfig:
           f'{self.n_activated_experts=} must be within 1 and the {reachable} experts of '
           f'{self.n_limited_groups=} groups.'
       )
+
+  @property
+  def dense_layers(self) -> tuple[int, ...]:
+    """The layers that have an MLP in place of experts."""
+    return (*range(self.n_dense_layers), *self.mlp_layers)
 
   @property
   def full_layers(self) -> tuple[int, ...]:

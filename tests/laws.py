@@ -47,6 +47,8 @@ GQA = dataclasses.replace(
     score_func='softmax', norm_topk_prob=False, n_shared_experts=0,
 )  # fmt: skip
 GQA_EACH = dataclasses.replace(GQA, index_n_heads=6, index_n_selections=2)  # For each key head.
+# Experts and an MLP take turns twice, and an MLP follows: two scans.
+MIXED = dataclasses.replace(CFG, n_layers=5, n_dense_layers=0, mlp_layers=(1, 3, 4))
 T = 29
 LENGTHS = ((17, 12), (21, 5))  # Documents of each row; the second ends in padding.
 RATES = {'backbone': 0.1, 'indexer': 0.1}
@@ -490,9 +492,9 @@ def law_bias_balances():
   mode, step = stage_step('dense')
   batch, params = make_batch(LENGTHS), weights()
   after, _ = step(params, batch)
-  load = np.asarray(forward(params, batch, mode).layers['moe_blocks'].expert_load)
+  load = np.asarray(forward(params, batch, mode).expert_load['moe_blocks'])
   n_tokens = float(np.sum(batch.end > batch.start))
-  assert_close(load.sum(-1), np.full(1, n_tokens * CFG.n_activated_experts))
+  assert_close(load.sum(-1), np.full(len(load), n_tokens * CFG.n_activated_experts))
   old, new = (model_of(p).moe_blocks.ffn.bias[...] for p in (params, after))
   want = OPTIM.bias_rate * np.sign(load.mean(-1, keepdims=True) - load)
   np.testing.assert_allclose(np.asarray(new - old), want, atol=1e-6)

@@ -212,14 +212,15 @@ def transformer(
   w = _float64(weights)
   x, layers, earlier = w['embed'][tokens], [], None
   types = cfg.indexer_types or ('full',) * cfg.n_layers
+  dense = [i < cfg.n_dense_layers or i in cfg.mlp_layers for i in range(cfg.n_layers)]
   for i in range(cfg.n_layers):
-    leading = i < cfg.n_dense_layers
-    stack, first = ('dense_blocks', 0) if leading else ('moe_blocks', cfg.n_dense_layers)
-    attn = dict(w[stack]['attn'])
+    stack = w['dense_blocks' if dense[i] else 'moe_blocks']
+    before = [j for j in range(i) if dense[j] == dense[i]]  # Of the same kind.
+    attn = dict(stack['attn'])
     indexers = attn.pop('indexer', None)
-    weights = _layer({**w[stack], 'attn': attn}, i - first)
+    weights = _layer({**stack, 'attn': attn}, len(before))
     if types[i] == 'full':
-      weights['attn']['indexer'] = _layer(indexers, types[first:i].count('full'))
+      weights['attn']['indexer'] = _layer(indexers, [types[j] for j in before].count('full'))
     x, layer = block(weights, x, start, end, cfg, sparse, earlier)
     layers.append(layer)
     earlier = layer.selected

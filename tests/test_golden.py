@@ -36,8 +36,14 @@ def test_gradients(attention):
         # No YaRN, no groups, and expert layers only.
         dict(max_seq_len=32, n_expert_groups=1, n_limited_groups=1, n_layers=3, n_dense_layers=0),
         dict(indexer_types=('full', 'shared')),  # No indexer at all among the expert layers.
+        dict(n_layers=5, n_dense_layers=0, mlp_layers=(1, 3, 4)),  # As laws.MIXED.
+        # A group of three layers, two of them of one kind, which selections cross; and the MTP layer.
+        dict(
+            n_layers=6, n_dense_layers=1, mlp_layers=(3,), n_mtp_layers=1,
+            indexer_types=('full', 'shared', 'full', 'full', 'shared', 'shared'),
+        ),
     ],
-    ids=['mtp', 'plain', 'shared_experts'],
+    ids=['mtp', 'plain', 'shared_experts', 'mixed', 'mixed_shared'],
 )
 def test_other_configs(changes):
   golden.check_forward('sparse', 'xla', dataclasses.replace(laws.CFG, **changes))
@@ -59,6 +65,13 @@ def test_index_share(attention):
 
 
 @pytest.mark.nightly
+@pytest.mark.parametrize('remat', ['none', 'layer'])
+def test_gradients_of_mixed_layers(remat):
+  with laws.compiled():
+    golden.check_gradients('sparse', 'xla', laws.MIXED, remat=remat)
+
+
+@pytest.mark.nightly
 def test_index_share_gradients():
   cfg = dataclasses.replace(GLM, n_mtp_layers=0)
   with laws.compiled():
@@ -72,6 +85,14 @@ def test_shared_layers_own_no_indexer():
   model = laws.model_of(params, GLM)
   assert [i for i in range(6) if model.block(i).attn.indexer is not None] == [0, 1, 4]
   laws.assert_same(model.block(4).attn.indexer.wk[...], params['moe_blocks']['attn']['indexer']['wk'][0])
+
+
+def test_a_layer_on_its_own_is_that_of_its_number():
+  params = laws.weights(laws.MIXED)
+  model = laws.model_of(params, laws.MIXED)
+  for stack, layers in {'dense_blocks': (1, 3, 4), 'moe_blocks': (0, 2)}.items():
+    for at, i in enumerate(layers):
+      laws.assert_same(model.block(i).attn.wo[...], params[stack]['attn']['wo'][at])
 
 
 # Spec: DeepSeek's inference/config_671B_v3.2.json with the formulas of its inference/model.py.

@@ -12,7 +12,9 @@ import pytest
 from dsa_jax.nn import moe
 from dsa_jax.nn.attention import attend
 from dsa_jax.nn.attention.types import Mode
+from dsa_jax.training import step as train_step
 from dsa_jax.training.losses import shift_targets
+from dsa_jax.training.state import split_parts
 
 backends = pytest.mark.parametrize('backend', laws.BACKENDS)
 two_modes = pytest.mark.parametrize('attention', ['dense', 'sparse'])
@@ -73,6 +75,48 @@ def test_grouped_query_attention(law, arguments):
 def test_a_selection_for_each_key_head(law, arguments):
   with laws.model(laws.GQA_EACH):
     law(*arguments)
+
+
+@pytest.mark.parametrize(
+    'law, arguments',
+    [
+        pytest.param(laws.law_masked_is_sparse, ('xla',), marks=NIGHTLY),
+        pytest.param(laws.law_masked_has_the_gradients_of_sparse, ('xla', 0), marks=NIGHTLY),
+        pytest.param(laws.law_masked_has_the_gradients_of_sparse, ('xla', 1), marks=NIGHTLY),
+        pytest.param(laws.law_all_selected_is_dense, ('xla', 'sparse'), marks=NIGHTLY),
+        pytest.param(laws.law_packed_is_alone, ('xla', 'sparse'), marks=NIGHTLY),
+        pytest.param(laws.law_no_future, ('xla', 'sparse'), marks=NIGHTLY),
+        (laws.law_selection_reaches_output, ('xla', 'sparse')),
+        pytest.param(laws.law_own_losses_only, ('xla', 'sparse'), marks=NIGHTLY),
+        (laws.law_only_trained_parts_move, ('sparse',)),
+        (laws.law_bias_balances, ()),
+        pytest.param(laws.law_loss_scale, ('unpacked', 'sparse'), marks=NIGHTLY),
+    ],
+    ids=lambda x: getattr(x, '__name__', None),
+)
+def test_layers_of_unlike_kinds(law, arguments):
+  with laws.model(laws.MIXED):
+    law(*arguments)
+
+
+@pytest.mark.parametrize('part, layers', [('backbone', range(5)), ('indexer', (0, 1, 3))])
+def test_norms_of_gradients_are_in_the_order_of_layers(part, layers):
+  kinds = 'full', 'full', 'shared', 'full', 'shared'
+  cfg = dataclasses.replace(laws.MIXED, indexer_types=kinds)
+  of_layers = {
+      'dense_blocks': [i for i in (1, 3, 4) if i in layers],
+      'moe_blocks': [i for i in (0, 2) if i in layers],
+  }
+  params = laws.weights(cfg)
+  grads = split_parts(params, (part,))[0][part]
+  for stack, numbers in of_layers.items():
+    alone = np.array(numbers) + 1.0  # Layer i has a single gradient, which is i + 1.
+    fill = lambda x: jnp.zeros_like(x).at[(slice(None), *[0] * (x.ndim - 1))].set(alone)
+    first, *rest = jax.tree.leaves(grads[stack])
+    leaves = [fill(first), *map(jnp.zeros_like, rest)]
+    grads[stack] = jax.tree.unflatten(jax.tree.structure(grads[stack]), leaves)
+  norms = train_step._layer_grad_norm(laws.graph_of(cfg), params, grads)
+  np.testing.assert_allclose(norms, np.array(layers) + 1.0)
 
 
 @two_modes

@@ -18,7 +18,7 @@ from dsa_jax.kernels.index_kl import op as index_kl_op, reference as index_kl_re
 from dsa_jax.kernels.index_topk import xla as index_topk_xla
 from dsa_jax.kernels.mean_attention import mean_attention
 from dsa_jax.kernels.visibility import selected_keys, visible_keys
-from dsa_jax.nn import indexer, moe, norms
+from dsa_jax.nn import indexer, layers, moe, norms, transformer
 from dsa_jax.nn.attention import attend, divergence, mla
 from dsa_jax.selection import lightning
 from dsa_jax.training import stages, step as train_step
@@ -429,6 +429,30 @@ def gates_not_normalised(patch):
 @mistake(law('bias_balances'))
 def bias_moves_towards_the_crowd(patch):
   wrap(patch, train_step, 'balance', lambda move: lambda bias, load, rate: move(bias, load, -rate))
+
+
+# Layers of unlike kinds.
+
+mixed = functools.partial(sparse, cfg=laws.MIXED)
+
+
+@mistake(mixed)
+def layers_run_in_the_order_of_their_stacks(patch):
+  wrap(patch, layers, 'plan', lambda plan: lambda stacks: plan(tuple(sorted(stacks))))
+
+
+@mistake(mixed)
+def reports_are_in_the_order_of_the_group(patch):
+  concatenate = lambda *x: jnp.concatenate(x)
+  patch.setattr(transformer, 'in_order', lambda results: jax.tree.map(concatenate, *results))
+
+
+@mistake(mixed)
+def every_section_has_the_first_layers_of_a_stack(patch):
+  def wrong(blocks, sizes):
+    return (jax.tree.map(lambda x: x[:size], blocks) for size in sizes if size)
+
+  patch.setattr(layers, '_split', wrong)
 
 
 # The training step.

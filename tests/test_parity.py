@@ -42,8 +42,7 @@ def converted(tmp_path_factory):
 def _forward(model, tokens, start, end, mode):
   out = model(tokens, start, end, mode, next_tokens=jnp.roll(tokens, -1, axis=1))
   indices = out.measures('indexer').indices if mode.measure else None
-  experts = {name: report.expert_load for name, report in out.layers.items()}
-  return out.logits, out.mtp_logits, indices, experts
+  return out.logits, out.mtp_logits, indices, out.expert_load
 
 
 def forward(model, tokens, attention: str, backend: str = 'xla', measure=('indexer',)):

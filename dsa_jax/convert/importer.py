@@ -25,7 +25,7 @@ from dsa_jax.convert.stream import Streamed, write_tree
 from dsa_jax.convert.tensors import Array, Path, Tensor, arrays_of, copies_of, weight_shapes
 from dsa_jax.data.seeds import check_seed
 from dsa_jax.nn.indexer import LightningIndexer
-from dsa_jax.nn.transformer import STACKS
+from dsa_jax.nn.layers import STACKS
 
 SCALE = '_scale_inv'  # The name of an FP8 tensor's scales ends with this.
 Advance = Callable[[int], None]  # Called with the number of bytes that have just been read.

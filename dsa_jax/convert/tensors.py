@@ -14,6 +14,7 @@ import numpy as np
 from dsa_jax.config import ModelConfig
 from dsa_jax.families import FAMILIES
 from dsa_jax.families.family import Family
+from dsa_jax.nn.layers import layers_of_stacks
 from dsa_jax.nn.transformer import Transformer
 
 Path = tuple[str, ...]  # The path of a weight in our tree.
@@ -80,20 +81,19 @@ def arrays_of(
   traits, shapes = FAMILIES[family], weight_shapes(cfg)
   has_indexer = traits.has_indexer if has_indexer is None else has_indexer
   sources = {tuple(path.split('/')): [((), *name)] for path, name in traits.tensors.model.items()}
-  leading = cfg.n_dense_layers
-  for i in range(cfg.n_layers):
-    stack, first = ('dense_blocks', 0) if i < leading else ('moe_blocks', leading)
-    full = [layer for layer in cfg.full_layers if first <= layer < i]
-    scores = cfg.is_full(i) and has_indexer
-    for path, index, name, equation in _layer(cfg, traits, i >= leading, scores):
-      layer = len(full) if 'indexer' in path else i - first
-      source = (layer, *index), f'model.layers.{i}.{name}', equation
-      sources.setdefault((stack, *path), []).append(source)
+  for stack, layers in layers_of_stacks(cfg).items():
+    full = [i for i in layers if cfg.is_full(i)]
+    for i in layers:
+      scores = cfg.is_full(i) and has_indexer
+      for path, index, name, equation in _layer(cfg, traits, stack == 'moe_blocks', scores):
+        at = (full if 'indexer' in path else layers).index(i)
+        source = (at, *index), f'model.layers.{i}.{name}', equation
+        sources.setdefault((stack, *path), []).append(source)
   if cfg.n_mtp_layers:
     prefix = f'model.layers.{cfg.n_layers}.'
     for path, (name, equation) in traits.tensors.mtp.items():
       sources['mtp', *path.split('/')] = [((), prefix + name, equation)]
-    has_experts = leading < cfg.n_layers
+    has_experts = cfg.n_dense_layers < cfg.n_layers
     for path, index, name, equation in _layer(cfg, traits, has_experts, has_indexer):
       sources.setdefault(('mtp', 'block', *path), []).append((index, prefix + name, equation))
   return {

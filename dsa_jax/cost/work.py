@@ -163,7 +163,8 @@ def token_work(
 
 def _weight_works(cfg: ModelConfig, pass_tokens: int, chips: int, logits: bool) -> list[Work]:
   """Returns the products with weights, except those of the indexer."""
-  moe, dense = cfg.n_layers - cfg.n_dense_layers, cfg.n_dense_layers
+  dense = len(cfg.dense_layers)
+  moe = cfg.n_layers - dense
   experts = max(cfg.n_routed_experts, 1)
   expert = 3 * cfg.dim * cfg.moe_inter_dim
   # A large batch uses every expert of a layer, a small one only some.

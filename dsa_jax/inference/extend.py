@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reads new tokens after those that a cache holds: prefill in chunks, and decoding."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 import functools
 import math
 import typing
@@ -22,7 +22,8 @@ from dsa_jax.nn.attention.layer import Attention as AttentionLayer
 from dsa_jax.nn.attention.types import Attention, Views, row_keys
 from dsa_jax.nn.block import Block, add
 from dsa_jax.nn.indexer import IndexInputs
-from dsa_jax.nn.transformer import Transformer, are_full, layers_of_stacks, one_each
+from dsa_jax.nn.layers import in_order, scan
+from dsa_jax.nn.transformer import Transformer, are_full
 from dsa_jax.selection import Candidates, check_rule, find_rule
 
 FEW = 8  # So many new tokens are as good as one, as where drafts are verified.
@@ -118,10 +119,12 @@ class Piece(NamedTuple):
     return learned and packs and not self.cfg.shares_indexers
 
 
-def read_layer(piece: Piece, carry: Any, inputs: 'Layers') -> tuple[Any, Int[Array, 'B T *G K']]:
+def read_layer(
+    piece: Piece, carry: Any, block: Block, facts: 'LayerFacts'
+) -> tuple[Any, Int[Array, 'B T *G K']]:
   """Runs a layer, whose new rows it writes into the cache; returns the carry and the selection."""
   x, kv, index_key, selected = carry
-  block, i, slot, is_full, key = inputs
+  i, slot, is_full, key = facts
   attn, end, cfg, backend = block.attn, piece.end, piece.cfg, piece.backend
   span, index_span = (i * piece.capacity, piece.capacity), (slot * piece.capacity, piece.capacity)
   views = attn.views(block.attn_norm(x), jnp.zeros_like(end), end)
@@ -159,50 +162,37 @@ def short_context(n_tokens: int, topk: int, backend: str) -> int:
   return SHORT * topk if backend == 'xla' and n_tokens > FEW else 0
 
 
-class Layers(NamedTuple):
-  """The layers of a stack, as `extend` scans them, or one layer."""
+class LayerFacts(NamedTuple):
+  """What `extend` knows of each layer beside its weights, or of one layer."""
 
-  blocks: Block
-  number: np.ndarray | int  # Of each layer, counted from the first one of the model.
+  number: np.ndarray  # Counted from the first layer of the model.
   # Which index keys of the cache are a layer's own, or those of the layer whose selection it shares.
-  slot: np.ndarray | int
-  is_full: np.ndarray | bool  # Whether a layer selects for itself.
+  slot: np.ndarray
+  is_full: np.ndarray  # Whether a layer selects for itself.
   keys: Key[Array, '*L']  # For rules that draw lots. They are those of a pass without a cache.
 
 
 def run_layers(
     model: Transformer, layers: Sequence[Block] | None, layer: Callable, carry: Any
 ) -> tuple[Any, Int[Array, 'L B T *G K']]:
-  """Scans the stacks of the model, or runs the given layers; returns the carry and all selections."""
-  selections = []
+  """Scans the sections of the model, or runs the given layers; returns the carry and all selections."""
+  selections, facts = [], facts_of(model)
   if layers is None:
-    for stack in layers_of(model):
-      carry, selected = jax.lax.scan(layer, carry, stack)
-      selections.append(selected)
+    for section, weights in model.sections():
+      carry, selected = scan(section, layer, carry, weights, section.facts(facts))
+      selections.append(in_order(selected))
     return carry, jnp.concatenate(selections)
-  for one in one_by_one(model, layers):
-    carry, selected = layer(carry, one)
+  for i, block in enumerate(layers):
+    number, slot, is_full = i, int(facts.slot[i]), bool(facts.is_full[i])
+    carry, selected = layer(carry, block, LayerFacts(number, slot, is_full, facts.keys[i]))
     selections.append(selected)
   return carry, jnp.stack(selections)
 
 
-def layers_of(model: Transformer) -> Iterator[Layers]:
-  """Yields the layers of each stack that the model has."""
+def facts_of(model: Transformer) -> LayerFacts:
   full = are_full(model.cfg, range(model.cfg.n_layers))
   slot = np.maximum(np.cumsum(full) - 1, 0)
-  keys = model.layer_keys()
-  for name, layers in layers_of_stacks(model.cfg).items():
-    if blocks := getattr(model, name):
-      i = np.arange(layers.start, layers.stop)
-      yield Layers(one_each(blocks, model.cfg, layers), i, slot[i], full[i], keys[i])
-
-
-def one_by_one(model: Transformer, blocks: Sequence[Block]) -> Iterator[Layers]:
-  """Yields each of these layers by itself."""
-  full = are_full(model.cfg, range(model.cfg.n_layers))
-  slot, keys = np.maximum(np.cumsum(full) - 1, 0), model.layer_keys()
-  for i, block in enumerate(blocks):
-    yield Layers(block, i, int(slot[i]), bool(full[i]), keys[i])
+  return LayerFacts(np.arange(len(full)), slot, full, model.layer_keys()[:-1])
 
 
 def select(

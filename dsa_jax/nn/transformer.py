@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The decoder. Its layers are stacked and scanned, and each reports what the losses need."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 from flax import nnx
@@ -15,13 +15,12 @@ from dsa_jax.config import ConfigError, ModelConfig
 from dsa_jax.nn.attention.types import Measures, Mode, Shared
 from dsa_jax.nn.block import MTP, Block, LayerReport
 from dsa_jax.nn.fixed import Configured
+from dsa_jax.nn.layers import Section, cut, in_order, layers_of_stacks, scan
 from dsa_jax.nn.norms import RMSNorm
 from dsa_jax.nn.remat import rematerialized
 from dsa_jax.parallel import collectives, shard
 from dsa_jax.parallel.mesh import BATCH, HEAD, LOGITS
 from dsa_jax.params import BackboneParam, LayerFact, param
-
-STACKS = ('dense_blocks', 'moe_blocks', 'mtp')  # Leading layers with an MLP, with experts, MTP.
 
 
 class Output(NamedTuple):
@@ -31,20 +30,27 @@ class Output(NamedTuple):
   mtp_hidden: Float[Array, 'B T D'] | None  # That for the token after the next one.
   logits: Float[Array, 'B T W']  # float32. A compiled program that does not read them makes none.
   mtp_logits: Float[Array, 'B T W'] | None  # Those of the token after the next one.
-  layers: dict[str, LayerReport]  # The keys are those of STACKS, in order.
+  layers: tuple[LayerReport, ...]  # Of each section of layers, in order, then of the MTP layer.
 
   @property
   def index_kl(self) -> Float[Array, 'L B T']:
-    return jnp.concatenate([stack.index_kl for stack in self.layers.values()])
+    return jnp.concatenate([report.index_kl for report in self.layers])
 
   @property
   def residual_rms(self) -> Float[Array, 'L']:
-    return jnp.concatenate([stack.residual_rms for stack in self.layers.values()])
+    return jnp.concatenate([report.residual_rms for report in self.layers])
+
+  @property
+  def expert_load(self) -> dict[str, Float[Array, 'L X']]:
+    """Returns the tokens of each expert, for every stack that has experts, in the stack's order."""
+    loads = [report.expert_load for report in self.layers if report.expert_load is not None]
+    mtp = {'mtp': loads.pop()} if loads and self.mtp_hidden is not None else {}
+    return ({'moe_blocks': jnp.concatenate(loads)} if loads else {}) | mtp
 
   def measures(self, rule: str) -> Measures:
     """Returns one rule's measures, every field with a leading L."""
-    stacks = [stack.measures[rule] for stack in self.layers.values()]
-    return jax.tree.map(lambda *x: jnp.concatenate(x), *stacks)
+    reports = [report.measures[rule] for report in self.layers]
+    return jax.tree.map(lambda *x: jnp.concatenate(x), *reports)
 
 
 class Transformer(Configured):
@@ -85,21 +91,27 @@ class Transformer(Configured):
       choice: The number of the rule that selects, if `mode.rule` names several.
     """
     keys = self.layer_keys(key)
-    x, reports, selections = self.embedded(tokens), {}, None
+    x, reports, selections = self.embedded(tokens), [], None
     if self.cfg.shares_indexers:  # Nothing is selected before the first layer, which is full.
       nothing = jnp.full((*tokens.shape, *self.cfg.selection_shape), -1, jnp.int32)
       selections = {rule: nothing for rule in mode.rules}
-    for name, layers in layers_of_stacks(self.cfg).items():
-      if blocks := getattr(self, name):
-        keys_of = keys[layers.start : layers.stop]
-        inputs = one_each(blocks, self.cfg, layers), keys_of, are_full(self.cfg, layers)
-        x, selections, reports[name] = _run(inputs, x, selections, start, end, mode, choice)
+    facts = keys, are_full(self.cfg, range(self.cfg.n_layers))
+    for section, weights in self.sections():
+      inputs = section, weights, section.facts(facts)
+      x, selections, report = _run(inputs, x, selections, start, end, mode, choice)
+      reports.append(report)
     hidden, following, mtp_logits = self.norm(x), None, None
     if self.mtp is not None and next_tokens is not None:
       following = self.embedded(next_tokens)
-      following, reports['mtp'] = self.mtp(hidden, following, start, end, keys[-1], mode, choice)
+      following, report = self.mtp(hidden, following, start, end, keys[-1], mode, choice)
       mtp_logits = self.logits(following)
-    return Output(hidden, following, self.logits(hidden), mtp_logits, reports)
+      reports.append(report)
+    return Output(hidden, following, self.logits(hidden), mtp_logits, tuple(reports))
+
+  def sections(self) -> Iterator[tuple[Section, dict[str, Block]]]:
+    """Yields the sections of the layers, each with the weights that `layers.scan` takes for it."""
+    layers = layers_of_stacks(self.cfg)
+    return cut(self.cfg, lambda name: one_each(getattr(self, name), self.cfg, layers[name]))
 
   def layer_keys(self, key: Key[Array, ''] | None = None) -> Key[Array, 'L']:
     """Returns the random state of each layer and, as the last, that of the MTP layer."""
@@ -125,7 +137,7 @@ class Transformer(Configured):
     stacks = layers_of_stacks(self.cfg).items()
     name, layers = next((name, layers) for name, layers in stacks if i in layers)
     blocks = one_each(getattr(self, name), self.cfg, layers)
-    block = jax.tree.map(lambda a: a[i - layers.start], blocks)
+    block = jax.tree.map(lambda a: a[layers.index(i)], blocks)
     if not self.cfg.is_full(i):
       block.attn.indexer = None
     return block
@@ -152,12 +164,7 @@ def _logits(hidden, head):
   return jnp.einsum('BTD,DW->BTW', hidden, head, preferred_element_type=jnp.float32)
 
 
-def layers_of_stacks(cfg: ModelConfig) -> dict[str, range]:
-  leading = cfg.n_dense_layers
-  return {'dense_blocks': range(leading), 'moe_blocks': range(leading, cfg.n_layers)}
-
-
-def are_full(cfg: ModelConfig, layers: range) -> np.ndarray:
+def are_full(cfg: ModelConfig, layers: Sequence[int]) -> np.ndarray:
   return np.array([cfg.is_full(i) for i in layers])
 
 
@@ -176,7 +183,7 @@ def _stack(cfg: ModelConfig, name: str, rngs: nnx.Rngs) -> Block | None:
   return blocks
 
 
-def one_each(blocks: Block, cfg: ModelConfig, layers: range) -> Block:
+def one_each(blocks: Block, cfg: ModelConfig, layers: Sequence[int]) -> Block:
   """Gives every layer of a stack what a scan hands it: an indexer, and whether it rotates.
 
   Layers that are not full do not use theirs. The given module stays as it is.
@@ -196,14 +203,17 @@ def one_each(blocks: Block, cfg: ModelConfig, layers: range) -> Block:
 
 
 def _run(inputs, x, selections, start, end, mode: Mode, choice):
-  """Scans the layers. Models with IndexShare hand selections on from layer to layer."""
+  """Scans a section. Models with IndexShare hand selections on from layer to layer."""
 
-  def layer(carry, inputs):
-    (x, selections), (block, key, is_full) = carry, inputs
+  def layer(carry, block, facts):
+    (x, selections), (key, is_full) = carry, facts
     shared = None if selections is None else Shared(selections, is_full)
     x, own, report = block(shard.constrain_activations(x), start, end, key, mode, shared, choice)
     return (x, None if selections is None else own), report
 
+  section, weights, facts = inputs
   layer = rematerialized(layer, mode.remat)
-  (x, selections), reports = jax.lax.scan(layer, (x, selections), inputs)
-  return x, selections, reports
+  (x, selections), reports = scan(section, layer, (x, selections), weights, facts)
+  loads = [report.expert_load for report in reports if report.expert_load is not None]
+  report = in_order([report._replace(expert_load=None) for report in reports])
+  return x, selections, report._replace(expert_load=in_order(loads) if loads else None)

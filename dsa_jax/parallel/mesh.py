@@ -62,7 +62,7 @@ class MeshConfig:
       raise ConfigError(
           f'tensor={self.tensor} must divide n_kv_heads={cfg.row_heads}, or be a multiple of it.'
       )
-    if cfg.n_dense_layers:
+    if cfg.dense_layers:
       divided['tensor',] += ['inter_dim']
     if cfg.n_dense_layers < cfg.n_layers:
       divided['tensor',] += ['moe_inter_dim']

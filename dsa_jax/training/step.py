@@ -9,12 +9,14 @@ from typing import Any, NamedTuple
 from flax import nnx
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from dsa_jax.data.batch import Batch
 from dsa_jax.nn.attention.types import Mode
+from dsa_jax.nn.layers import layers_of_stacks
 from dsa_jax.nn.moe import balance
-from dsa_jax.nn.transformer import STACKS, Output
+from dsa_jax.nn.transformer import Output
 from dsa_jax.parallel import shard
 from dsa_jax.parallel.mesh import TOKENS
 from dsa_jax.parallel.zigzag import zigzag
@@ -86,7 +88,7 @@ def make_train_step(
       updates, opt_state[name] = optimizer.update(grads[name], state.opt_state[name], parts[name])
       parts[name] = optax.apply_updates(parts[name], optax.tree.scale(rates[name], updates))
       metrics[f'grad_norm_{name}'] = optax.tree.norm(grads[name])
-      metrics[f'layer_grad_norm_{name}'] = _layer_grad_norm(grads[name])
+      metrics[f'layer_grad_norm_{name}'] = _layer_grad_norm(graph, state.params, grads[name])
     params = join_parts(parts, rest)
     if 'backbone' in trains:
       params = _balance(graph, params, metrics['expert_load'], optim.bias_rate)
@@ -137,11 +139,7 @@ def _losses(out: Output, head, rows: Rows, totals, optim: OptimConfig, mode: Mod
   if mode.index_loss:
     metrics['index_kl'] = jnp.sum(out.index_kl, axis=(1, 2)) / totals['kl']  # One number per layer.
     loss += jnp.sum(metrics['index_kl'])
-  metrics['expert_load'] = {
-      stack: report.expert_load
-      for stack, report in out.layers.items()
-      if report.expert_load is not None
-  }
+  metrics['expert_load'] = out.expert_load
   return loss, metrics
 
 
@@ -158,11 +156,18 @@ def _balance(graph: nnx.GraphDef, params: nnx.State, load, rate: float) -> nnx.S
   return nnx.state(model)
 
 
-def _layer_grad_norm(grads: nnx.State) -> jax.Array:
-  """Returns the norm of the gradient of each layer, in order."""
+def _layer_grad_norm(graph: nnx.GraphDef, params: nnx.State, grads: nnx.State) -> jax.Array:
+  """Returns the norm of the gradient of each layer that has one, in the order of the layers."""
+  cfg = nnx.merge(graph, params).cfg
   square = lambda x: jnp.sum(jnp.square(x), axis=range(1, x.ndim))
-  stacks = [jax.tree.leaves(grads[stack]) for stack in STACKS if stack != 'mtp' and stack in grads]
-  return jnp.sqrt(jnp.concatenate([sum(map(square, leaves)) for leaves in stacks]))
+  squares, numbers = [], []
+  for stack, layers in layers_of_stacks(cfg).items():
+    if stack in grads:
+      squares.append(sum(map(square, jax.tree.leaves(grads[stack]))))
+      full = [i for i in layers if cfg.is_full(i)]
+      numbers += layers if len(squares[-1]) == len(layers) else full  # Indexers are in full layers.
+  norms = jnp.sqrt(jnp.concatenate(squares))
+  return norms if numbers == sorted(numbers) else norms[np.argsort(numbers)]
 
 
 def _summarize(metrics: dict[str, Any], micro_batches: int) -> Metrics:

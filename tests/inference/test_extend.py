@@ -22,6 +22,10 @@ from dsa_jax.selection import RULES
 CONFIGS = {
     'deepseek': laws.CFG,
     'glm': dataclasses.replace(GLM, n_mtp_layers=0),
+    # The group of three layers is one with an MLP and two with experts, and comes twice.
+    'mixed': dataclasses.replace(
+        GLM, n_mtp_layers=0, n_dense_layers=1, mlp_layers=(3,), nope_layers=(1, 3)
+    ),
     'gqa': laws.GQA,
     'gqa_each': laws.GQA_EACH,
     'gqa_each_fp8': dataclasses.replace(laws.GQA_EACH, index_head_dim=16),
@@ -99,7 +103,7 @@ NIGHTLY = pytest.mark.nightly
 @pytest.mark.parametrize(
     'name, attention',
     [('deepseek', 'sparse'), ('deepseek', 'masked'), ('deepseek', 'dense'), ('glm', 'sparse')]
-    + [('gqa', 'sparse'), ('gqa_each', 'sparse')]
+    + [('gqa', 'sparse'), ('gqa_each', 'sparse'), ('mixed', 'sparse')]
     + [pytest.param('glm', attention, marks=NIGHTLY) for attention in ('masked', 'dense')]
     + [pytest.param('gqa', attention, marks=NIGHTLY) for attention in ('masked', 'dense')],
 )
@@ -270,6 +274,25 @@ def test_what_does_not_fit_is_lost_and_harms_nothing():
 def test_bad_cache(batch, capacity, fmt, message):
   with pytest.raises(ValueError, match=message):
     init_cache(laws.CFG, batch, capacity, fmt=fmt)
+
+
+def test_layers_one_by_one():
+  """As a CPU reads them, without a stack."""
+  cfg = CONFIGS['mixed']
+  want, want_selected = whole_pass('mixed', 'sparse')
+
+  @jax.jit
+  def run(params):
+    model, cache = laws.model_of(params, cfg), init_cache(cfg, 3, 27, fmt='float32')
+    reading = extend(
+        model, cache, jnp.asarray(tokens_of(cfg)), jnp.full(3, 27), attention='sparse', backend='xla',
+        layers=[model.block(i) for i in range(cfg.n_layers)],
+    )  # fmt: skip
+    return model.logits(reading.hidden), reading.selected
+
+  logits, selected = run(laws.weights(cfg))
+  np.testing.assert_allclose(logits, want, atol=1e-4, rtol=0)
+  np.testing.assert_array_equal(selected, want_selected)
 
 
 def test_unknown_attention_and_rule():

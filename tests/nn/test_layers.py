@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The scans that run a model's layers: each layer once, in order, and few of them compiled."""
+
+import itertools
+
+import jax
+import numpy as np
+import pytest
+
+from dsa_jax.config import ConfigError, ModelConfig
+from dsa_jax.families import SIZES
+from dsa_jax.nn.layers import cut, in_order, layers_of_stacks, plan, scan
+
+D, M = 'dense_blocks', 'moe_blocks'
+
+
+@pytest.mark.parametrize(
+    'layers, sections',
+    [
+        ('d', ['d1']),
+        ('dm', ['d1', 'm1']),
+        ('dddmmmm', ['d3', 'm4']),
+        ('dmdmdm', ['dm3']),
+        ('ddmdmdm', ['d1', 'dm3']),
+        ('mdmdmmm', ['md2', 'm3']),
+        ('mmdmmdmmd', ['mmd3']),
+        ('mmmd', ['m3', 'd1']),
+    ],
+)
+def test_plan(layers, sections):
+  stacks = tuple({'d': D, 'm': M}[x] for x in layers)
+  letters = lambda group: ''.join('d' if name == D else 'm' for name in group)
+  assert [f'{letters(x.group)}{x.repeats}' for x in plan(stacks)] == sections
+
+
+def test_a_plan_has_every_layer_once_and_no_more_programs_than_layers():
+  for stacks in itertools.product((D, M), repeat=9):
+    sections = plan(stacks)
+    assert [i for section in sections for i in section.layers] == list(range(9))
+    assert [n for x in sections for n in x.group * x.repeats] == list(stacks)
+    runs = sum(a != b for a, b in itertools.pairwise(stacks)) + 1
+    assert sum(len(x.group) for x in sections) <= runs
+
+
+@pytest.mark.parametrize('name', SIZES)
+def test_released_models_have_a_scan_for_each_stack(name):
+  """Leading layers with an MLP, then layers with experts."""
+  stacks = {stack: layers for stack, layers in layers_of_stacks(SIZES[name]).items() if layers}
+  sections = [section for section, _ in cut(SIZES[name], lambda stack: np.zeros(len(stacks[stack])))]
+  assert [(x.group, tuple(x.layers)) for x in sections] == [((k,), v) for k, v in stacks.items()]
+
+
+@pytest.mark.parametrize('mlp_layers', [(1, 3, 4), (2, 5), (3,), (5,), (1, 2, 5, 6), ()], ids=str)
+def test_every_layer_has_its_own_weights_and_facts(mlp_layers):
+  cfg = ModelConfig(n_layers=7, n_dense_layers=0, mlp_layers=mlp_layers)
+  stacks = {name: np.array(layers) for name, layers in layers_of_stacks(cfg).items()}
+  layer = lambda carry, weight, fact: (carry + 1, (weight, fact, carry))
+  carry, results = 0, []
+  for section, weights in cut(cfg, stacks.get):
+    facts = section.facts(np.arange(100, 107))
+    carry, result = scan(section, layer, carry, weights, facts)
+    results.append(in_order(result))
+  weights, facts, order = jax.tree.map(lambda *x: np.concatenate(x), *results)
+  np.testing.assert_array_equal(weights, range(7))
+  np.testing.assert_array_equal(facts, range(100, 107))
+  np.testing.assert_array_equal(order, range(7))
+
+
+@pytest.mark.parametrize('mlp_layers', [(1,), (0,), (2, 2), (4, 3), (6,), (-1,)], ids=str)
+def test_layers_that_cannot_be(mlp_layers):
+  with pytest.raises(ConfigError, match='must ascend, from 2 to 5: self.n_dense_layers=1 counts'):
+    ModelConfig(n_layers=6, n_dense_layers=1, mlp_layers=mlp_layers)
