@@ -219,7 +219,8 @@ def layout(c: dict, *, fp8: bool = True, norms: str = 'F32') -> dict[str, tuple[
           attn + 'indexer.k_norm.bias': ((width,), norms),
           attn + 'indexer.weights_proj.weight': ((n, d), 'BF16'),
       }
-    if i < c['first_k_dense_replace']:
+    types = dict(enumerate(c.get('mlp_layer_types', ())))
+    if i < c['first_k_dense_replace'] or types.get(i) == 'dense':
       tensors |= _swiglu(layer + 'mlp.', d, c['intermediate_size'], wide)
     else:
       f, shared = c['moe_intermediate_size'], c['n_shared_experts'] * c['moe_intermediate_size']

@@ -170,7 +170,7 @@ def write_config(
     config |= {'num_key_value_heads': cfg.n_kv_heads, 'head_dim': cfg.head_dim}
   if not {'dtype', 'torch_dtype'} & config.keys():
     config['torch_dtype'] = cfg.dtype
-  config |= write_layers(cfg, family)
+  config |= write_layers(cfg, family, base)
   if has_indexer:
     config |= write_indexers(cfg, family)
   else:

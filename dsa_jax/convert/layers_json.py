@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reads the keys of a config.json that tell layers apart, and writes them."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from dsa_jax.config import ModelConfig
@@ -26,8 +27,11 @@ def read_layers(
     has_indexer: Whether the checkpoint has indexers.
     problems: The list that takes a line for each wrong value.
   """
+  dense = _dense_layers(config, family, depth, problems)
+  leading = _n_leading(dense)
   fields = {
-      'n_dense_layers': _leading_layers(config, family, depth, problems),
+      'n_dense_layers': leading,
+      'mlp_layers': dense[leading:],
       'nope_layers': _nope_layers(config, family, depth, problems),
       'indexer_rope_interleave': family.indexer_rope_interleave,
   }
@@ -39,13 +43,27 @@ def read_layers(
   return fields
 
 
-def write_layers(cfg: ModelConfig, family: Family) -> dict[str, Any]:
-  """Returns the keys that say what `read_layers` reads, less those of indexers."""
+def write_layers(cfg: ModelConfig, family: Family, base: dict[str, Any]) -> dict[str, Any]:
+  """Returns the keys that say what `read_layers` reads, less those of indexers.
+
+  `base` is the config.json that the model was imported with. Its own words for the layers that have
+  an MLP are kept.
+  """
+  dense, depth = cfg.dense_layers, cfg.n_layers
+  same = [n for n in range(1, depth) if _by_frequency(cfg.n_dense_layers, n, depth) == dense]
   keys = {
       'first_k_dense_replace': cfg.n_dense_layers,
-      'mlp_only_layers': list(range(cfg.n_dense_layers)),
+      'moe_layer_freq': next(iter(same), 1),
+      'mlp_only_layers': list(dense),
+      'decoder_sparse_step': 1,
+  }
+  if family.lists_mlp_layers and cfg.mlp_layers:
+    keys['mlp_layer_types'] = ['dense' if i in dense else 'sparse' for i in range(depth)]
+  if _dense_layers(base, family, depth, []) == dense:
+    keys |= {key: base[key] for key in keys if base.get(key) is not None}
+  keys |= {
       'num_nextn_predict_layers': cfg.n_mtp_layers,
-      'no_rope_layers': [int(i not in cfg.nope_layers) for i in range(cfg.n_layers)],
+      'no_rope_layers': [int(i not in cfg.nope_layers) for i in range(depth)],
   }
   return {key: value for key, value in keys.items() if key in family.layer_keys}
 
@@ -77,28 +95,66 @@ def _interleave(config: dict, family: Family, problems: list[str]) -> bool:
   return family.indexer_rope_interleave
 
 
-def _leading_layers(config: dict, family: Family, depth: int, problems: list[str]) -> int:
-  """Returns the number of leading layers that have an MLP in place of experts."""
+def _dense_layers(
+    config: dict, family: Family, depth: int, problems: list[str]
+) -> tuple[int, ...]:
+  """Returns the layers that have an MLP in place of experts."""
   if not family.tensors.moe:
-    return depth
+    return tuple(range(depth))
   if 'mlp_only_layers' in family.layer_keys:
-    return _only_leading(config, depth, problems)
-  types = config.get('mlp_layer_types')
-  listed = types.count('dense') if isinstance(types, list) else 0
-  leading = config.get('first_k_dense_replace', listed)
-  if isinstance(leading, bool) or not isinstance(leading, int) or not 0 <= leading <= depth:
+    return _listed(config, depth, problems)
+  types = config.get('mlp_layer_types') or []
+  if not isinstance(types, list) or any(kind not in ('dense', 'sparse') for kind in types):
+    problems.append(f"mlp_layer_types={types!r} must be a list of 'dense' and 'sparse'.")
+    return ()
+  listed = tuple(i for i, kind in enumerate(types) if kind == 'dense')
+  given = [config.get(key) for key in ('first_k_dense_replace', 'moe_layer_freq')]
+  leading, every = (x if y is None else y for x, y in zip((_n_leading(listed), 1), given))
+  if type(leading) is not int or not 0 <= leading <= depth:
     problems.append(f'first_k_dense_replace={leading!r} must be within 0 and {depth}.')
-  elif types and types != ['dense'] * leading + ['sparse'] * (depth - leading):
+    return ()
+  if type(every) is not int or every < 1:
+    problems.append(f'moe_layer_freq={every!r} must be a count.')
+    return ()
+  by_rule = _by_frequency(leading, every, depth)
+  if not types:
+    return by_rule
+  if len(types) != depth:
+    problems.append(f'mlp_layer_types={types} must have an entry for each of {depth} layers.')
+  elif not family.lists_mlp_layers and listed != by_rule:
     problems.append(f"mlp_layer_types={types} must be {leading} 'dense', then 'sparse' only.")
-  return leading
+  elif _n_leading(listed) != leading:
+    problems.append(f'mlp_layer_types={types} contradicts first_k_dense_replace={leading}.')
+  return listed
 
 
-def _only_leading(config: dict, depth: int, problems: list[str]) -> int:
-  layers = config.get('mlp_only_layers') or []
-  if not isinstance(layers, list) or layers != list(range(len(layers))) or len(layers) > depth:
-    problems.append(f'mlp_only_layers={layers!r} must be the first layers, such as [0, 1], or [].')
-    return 0
-  return len(layers)
+def _by_frequency(leading: int, every: int, depth: int) -> tuple[int, ...]:
+  """Returns the layers with an MLP: the leading ones, and those whose number `every` does not divide.
+
+  Source:
+    DeepSeek-V2's and V3's modeling_deepseek.py, `layer_idx % config.moe_layer_freq == 0`. The classes
+    of `transformers` for them do not read the key.
+  """
+  return tuple(i for i in range(depth) if i < leading or i % every)
+
+
+def _listed(config: dict, depth: int, problems: list[str]) -> tuple[int, ...]:
+  """Returns the layers with an MLP by Qwen3's keys: those listed, and all but one of every few."""
+  layers, step = config.get('mlp_only_layers') or [], config.get('decoder_sparse_step')
+  is_layer = lambda x: type(x) is int and 0 <= x < depth
+  if not isinstance(layers, list) or not all(map(is_layer, layers)):
+    problems.append(f'mlp_only_layers={layers!r} must be numbers of layers, such as [0, 1], or [].')
+    return ()
+  step = 1 if step is None else step
+  if type(step) is not int or step < 1:
+    problems.append(f'decoder_sparse_step={step!r} must be a count.')
+    return ()
+  return tuple(i for i in range(depth) if i in layers or (i + 1) % step)
+
+
+def _n_leading(layers: Sequence[int]) -> int:
+  """Returns how many of these ascending numbers are 0, 1, 2 and so on."""
+  return sum(i == at for at, i in enumerate(layers))
 
 
 def _nope_layers(config: dict, family: Family, depth: int, problems: list[str]) -> tuple[int, ...]:

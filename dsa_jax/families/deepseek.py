@@ -141,6 +141,7 @@ V32_FAMILY = Family(
     },
     neutral={'rope_interleave': True, 'qkv_bias': False, 'use_qk_norm': False, 'use_mla': True},
     layer_keys=('first_k_dense_replace', 'mlp_layer_types', 'num_nextn_predict_layers'),
+    lists_mlp_layers=True,
     ropes={'yarn': YARN, 'default': {}},
     indexer_fields={
         'index_n_heads': 'index_n_heads',
@@ -153,6 +154,9 @@ V3_FAMILY = dataclasses.replace(
     V32_FAMILY,
     architecture='DeepseekV3ForCausalLM',
     sizes={'v3': DEEPSEEK_V3, 'moonlight': MOONLIGHT_16B_A3B},
+    fixed={key: value for key, value in V32_FAMILY.fixed.items() if key != 'moe_layer_freq'},
+    layer_keys=(*V32_FAMILY.layer_keys, 'moe_layer_freq'),
+    lists_mlp_layers=False,
     has_indexer=False,
     norms='BF16',
 )
@@ -173,7 +177,7 @@ V2_FAMILY = dataclasses.replace(
         'scoring_func': 'softmax',
         'norm_topk_prob': False,
     },
-    layer_keys=('first_k_dense_replace',),
+    layer_keys=('first_k_dense_replace', 'moe_layer_freq'),
     may_have_indexer=True,
     lists_indexers=True,
 )  # fmt: skip

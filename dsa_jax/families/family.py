@@ -66,6 +66,8 @@ class Family:
   explicit: tuple[str, ...] = ()
   # Keys that say which layers are of which kind, or are extra ones; see `convert.layers_json`.
   layer_keys: tuple[str, ...] = ()
+  # Whether loaders read from mlp_layer_types which layers have an MLP, in any order.
+  lists_mlp_layers: bool = False
   # Where config.json is silent, the last of every so many layers rotates nothing. 0: all rotate.
   nope_interval: int = 0
 

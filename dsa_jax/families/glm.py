@@ -104,6 +104,6 @@ FAMILY_4 = dataclasses.replace(
     },
     fixed={'hidden_act': 'silu', 'tie_word_embeddings': False},
     neutral={'scoring_func': 'sigmoid', 'topk_method': 'noaux_tc'},
-    layer_keys=deepseek.V3_FAMILY.layer_keys,
+    layer_keys=deepseek.V32_FAMILY.layer_keys,
     rotary_share=0.5,
 )  # fmt: skip

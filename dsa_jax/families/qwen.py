@@ -111,6 +111,5 @@ QWEN3_MOE_FAMILY = dataclasses.replace(
         'score_func': 'softmax',
         'topk_method': 'greedy',
     },
-    fixed=QWEN3_FAMILY.fixed | {'decoder_sparse_step': 1},
-    layer_keys=('mlp_only_layers',),
+    layer_keys=('mlp_only_layers', 'decoder_sparse_step'),
 )  # fmt: skip

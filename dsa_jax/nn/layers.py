@@ -117,8 +117,9 @@ def scan(
 
 def in_order(results: Sequence[Any]) -> Any:
   """Returns the results of `scan` in the order of the section's layers, [L, ...]."""
-  interleave = lambda *x: x[0] if len(x) == 1 else jnp.stack(x, axis=1).reshape(-1, *x[0].shape[1:])
-  return jax.tree.map(interleave, *results)
+  n, stack = len(results), lambda *x: jnp.stack(x, axis=1)
+  whole = lambda *x: x[0] if n == 1 else stack(*x).reshape(n * len(x[0]), *x[0].shape[1:])
+  return jax.tree.map(whole, *results)
 
 
 def _fold(x, n: int):

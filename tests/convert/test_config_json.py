@@ -106,8 +106,17 @@ INDEXED = {'index_n_heads': 4, 'index_head_dim': 32, 'index_topk': 64}
         ('qwen25_0_5b', {'use_mrope': True}, 'use_mrope=True must be False'),
         ('qwen3_8b', {'attention_bias': True}, 'attention_bias=True must be False'),
         ('qwen3_8b', {'layer_types': ['sliding_attention'] * 36}, 'layer_types='),
-        ('qwen3_30b_a3b', {'decoder_sparse_step': 2}, 'decoder_sparse_step=2 must be 1'),
-        ('qwen3_30b_a3b', {'mlp_only_layers': [3]}, r'mlp_only_layers=\[3\] must be the first layers'),
+        ('qwen3_30b_a3b', {'decoder_sparse_step': 0}, 'decoder_sparse_step=0 must be a count'),
+        ('qwen3_30b_a3b', {'decoder_sparse_step': True}, 'decoder_sparse_step=True must be a count'),
+        ('qwen3_30b_a3b', {'mlp_only_layers': [48]}, r'mlp_only_layers=\[48\] must be numbers of layers'),
+        ('qwen3_30b_a3b', {'mlp_only_layers': [True]}, 'must be numbers of layers'),
+        ('qwen3_30b_a3b', {'mlp_only_layers': 1}, 'mlp_only_layers=1 must be numbers of layers'),
+        ('qwen3_30b_a3b', {'mlp_layer_types': ['dense'] * 48}, 'mlp_layer_types=.* is unknown'),
+        ('glm45_air', {'mlp_layer_types': ['dense', *['sparse'] * 44, 'dense']}, "must be 1 'dense', then"),
+        ('glm45_air', {'moe_layer_freq': 2}, 'moe_layer_freq=2 is unknown'),
+        ('v2_lite', {'moe_layer_freq': 0}, 'moe_layer_freq=0 must be a count'),
+        ('v2_lite', {'moe_layer_freq': [0, *[1] * 26]}, r'moe_layer_freq=\[0, 1.* must be a count'),
+        ('v2_lite', {'mlp_layer_types': ['dense'] * 27}, 'mlp_layer_types=.* is unknown'),
         ('qwen3_30b_a3b', {'num_local_experts': 64}, 'num_local_experts=64 must be 128'),
         ('qwen3_30b_a3b', {'norm_topk_prob': 1}, 'norm_topk_prob=1 must be true or false'),
         ('qwen3_30b_a3b', {'shared_expert_intermediate_size': 8}, 'is unknown'),
@@ -142,6 +151,16 @@ def test_what_other_families_refuse(name, changes, message):
         ('smollm3_3b', {'no_rope_layers': None, 'no_rope_layer_interval': 9}, {'nope_layers': (8, 17, 26, 35)}),
         ('smollm3_3b', {'rope_theta': None}, {'rope_theta': 2e6}),
         ('qwen3_30b_a3b', {'mlp_only_layers': [0, 1]}, {'n_dense_layers': 2}),
+        ('qwen3_30b_a3b', {'mlp_only_layers': [3, 0]}, {'n_dense_layers': 1, 'mlp_layers': (3,)}),
+        ('qwen3_30b_a3b', {'mlp_only_layers': None, 'decoder_sparse_step': 3},
+         {'n_dense_layers': 2, 'mlp_layers': tuple(i for i in range(3, 48) if i % 3 < 2)}),
+        ('qwen3_30b_a3b', {'mlp_only_layers': [1, 2], 'decoder_sparse_step': 2},
+         {'n_dense_layers': 3, 'mlp_layers': tuple(range(4, 48, 2))}),
+        ('qwen3_30b_a3b', {'mlp_only_layers': list(range(48))}, {'n_dense_layers': 48, 'mlp_layers': ()}),
+        ('v2_lite', {'moe_layer_freq': 3},
+         {'n_dense_layers': 3, 'mlp_layers': tuple(i for i in range(4, 27) if i % 3)}),
+        ('moonlight', {'moe_layer_freq': 2, 'first_k_dense_replace': 4},
+         {'n_dense_layers': 4, 'mlp_layers': tuple(range(5, 27, 2))}),
         ('qwen3_30b_a3b', {'norm_topk_prob': None}, {'norm_topk_prob': False}),
         ('qwen3_30b_a3b', {'rope_scaling': {'type': 'yarn', 'factor': 4.0, 'original_max_position_embeddings': 32768}},
          {'rope_type': 'yarn', 'rope_factor': 4.0, 'original_seq_len': 32768, 'mscale': 1.0}),
@@ -208,6 +227,7 @@ def test_kimi_k2_is_a_deepseek_v3():
         {'sliding_window': None, 'use_sliding_window': False, 'qkv_bias': False},
         {'num_local_experts': 4, 'dtype': 'bfloat16', **SIZES},
         {'index_topk_freq': 1, 'indexer_types': ['full'] * 3},
+        {'mlp_layer_types': ['dense', 'sparse', 'sparse']},
     ],
     ids=repr,
 )
@@ -247,6 +267,11 @@ def test_neutral_values_change_nothing(changes):
         ({'layer_types': ['full_attention', 'sliding_attention', 'full_attention']}, 'layer_types='),
         ({'indexer_types': ['full'] * 3, 'index_topk_freq': 2}, 'index_topk_freq=2 contradicts'),
         ({'indexer_rope_interleave': 'yes'}, "indexer_rope_interleave='yes' must be true or false"),
+        ({'mlp_layer_types': ['dense', 'sparse', 'hash_moe']}, "must be a list of 'dense' and 'sparse'"),
+        ({'mlp_layer_types': 'dense'}, "mlp_layer_types='dense' must be a list"),
+        ({'mlp_layer_types': ['dense', 'sparse']}, 'must have an entry for each of 3 layers'),
+        ({'mlp_layer_types': ['sparse', 'sparse', 'dense']}, 'contradicts first_k_dense_replace=1'),
+        ({'moe_layer_freq': 2}, 'moe_layer_freq=2 must be 1'),
         ({'num_nextn_predict_layers': '1'}, "num_nextn_predict_layers='1' must be 0 or 1"),
         ({'dtype': 'float32'}, "dtype='float32' contradicts torch_dtype='bfloat16'"),
         ({'quantization_config': {'quant_method': 'awq', 'bits': 4}}, "quant_method='awq' must be 'fp8'"),
@@ -258,6 +283,32 @@ def test_neutral_values_change_nothing(changes):
 def test_other_values_are_refused_by_name(changes, message):
   with pytest.raises(ConfigError, match=message):
     read(**changes)
+
+
+@pytest.mark.parametrize('config', [released.V32, released.GLM], ids=lambda c: c['model_type'])
+@pytest.mark.parametrize('first', [{}, {'first_k_dense_replace': 1}, {'first_k_dense_replace': None}])
+def test_layers_with_an_mlp_in_any_order(config, first):
+  depth = config['num_hidden_layers']
+  types = ['dense', 'sparse', 'dense', 'sparse', 'dense', 'sparse'][:depth]
+  config = {k: v for k, v in config.items() if k != 'first_k_dense_replace'} | first
+  config |= {'mlp_layer_types': types}
+  family, model = read_config(config)
+  assert (model.n_dense_layers, model.mlp_layers) == (1, tuple(range(2, depth, 2)))
+  for base in ({}, config):
+    written = write_config(family, model, base)
+    assert read_config(written) == (family, model)
+    assert written['mlp_layer_types'] == types
+  usual = read_config(config | {'mlp_layer_types': None, 'first_k_dense_replace': 1})[1]
+  assert 'mlp_layer_types' not in write_config(family, usual, {})
+
+
+def test_a_source_keeps_its_words_for_layers_with_an_mlp():
+  for changes in ({'decoder_sparse_step': 4, 'mlp_only_layers': [3]}, {'mlp_only_layers': [9, 1]}):
+    config = released.CONFIGS['qwen3_30b_a3b'] | changes
+    family, model = read_config(config)
+    written = write_config(family, model, config)
+    assert config.items() <= written.items()
+    assert read_config(write_config(family, model, {})) == (family, model)
 
 
 def test_a_dense_family_has_no_keys_of_an_indexer():

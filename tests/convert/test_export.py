@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 import released
 
-from dsa_jax.config import ModelConfig
+from dsa_jax.config import ConfigError, ModelConfig
 from dsa_jax.convert import quantization
 from dsa_jax.convert.config_json import read_config
 from dsa_jax.convert.exporter import export_bytes, export_checkpoint, open_checkpoint
 from dsa_jax.convert.importer import import_checkpoint, open_source
 from dsa_jax.data.text import VOCAB_SIZE
 from dsa_jax.inference.load import load_checkpoint
+from dsa_jax.nn.mlp import MLP
 from dsa_jax.training.checkpoint import Checkpoints, Progress
 from dsa_jax.training.optim import OptimConfig
 from dsa_jax.training.origin import keep_origin
@@ -219,3 +220,24 @@ def test_a_pattern_that_only_the_source_spells_out_is_kept(tmp_path):
   got, written = export(convert(tmp_path, config, tensors), tmp_path / 'out')
   assert got == released.read(tmp_path / 'source')
   assert read_config(written)[1].indexer_types == ('full', 'shared', 'full')
+
+
+def test_layers_of_unlike_kinds_in_any_order(tmp_path):
+  """Each layer's tensors reach the layer of its number, and come out as they were."""
+  types = ['sparse', 'dense', 'sparse', 'sparse', 'dense']
+  config = released.V32 | {
+      'num_hidden_layers': 5, 'mlp_layer_types': types, 'first_k_dense_replace': 0,
+  }  # fmt: skip
+  source = convert(tmp_path, config, released.random_tensors(config))
+  assert source.model.mlp_layers == (1, 4)
+  tensors, written = export(source, tmp_path / 'out')
+  assert tensors == released.read(tmp_path / 'source')
+  assert written['mlp_layer_types'] == types
+  model = load_checkpoint(tmp_path / 'ours')
+  for i, kind in enumerate(types):
+    name = f'model.layers.{i}.self_attn.kv_a_layernorm.weight'
+    want = np.frombuffer(tensors[name][2], np.float32)
+    np.testing.assert_array_equal(model.block(i).attn.kv_norm.scale[...], want)
+    assert isinstance(model.block(i).ffn, MLP) == (kind == 'dense')
+  with pytest.raises(ConfigError, match="family='deepseek_v3' cannot hold this model .mlp_layers"):
+    open_checkpoint(tmp_path / 'ours', 'deepseek_v3')

@@ -86,6 +86,22 @@ def test_weights_are_those_of_the_model(name):
   assert flops - pairs == 2 * wanted
 
 
+@pytest.mark.parametrize('n_mtp_layers', [0, 1])
+def test_an_mlp_costs_the_same_wherever_it_stands(n_mtp_layers):
+  leading = dataclasses.replace(V32, n_layers=6, n_dense_layers=3, n_mtp_layers=n_mtp_layers)
+  mixed = dataclasses.replace(leading, n_dense_layers=0, mlp_layers=(1, 3, 5))
+  for cfg in (leading, mixed):
+    shapes = weight_shapes(cfg)
+    assert shapes['dense_blocks', 'ffn', 'w1'] == (3, 7168, 18_432)
+    assert shapes['moe_blocks', 'ffn', 'w1'] == (3, 256, 7168, 2048)
+  works = [work.token_work(cfg, 9, form='mha', sparse=True) for cfg in (leading, mixed)]
+  assert works[0] == works[1]
+  steps = [
+      cost.training_flops(cfg, ('backbone',), np.arange(1, 9), sparse=True) for cfg in (leading, mixed)
+  ]
+  assert steps[0] == steps[1]
+
+
 def of(part: str, cfg: ModelConfig, *, context=131_072, form='mqa', **kwargs) -> work.Work:
   return next(w for w in work.token_work(cfg, context, form=form, **kwargs) if w.part == part)
 

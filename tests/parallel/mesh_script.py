@@ -29,6 +29,7 @@ CFG = dataclasses.replace(laws.CFG, n_heads=4, vocab_size=40, n_mtp_layers=1)
 GQA = dataclasses.replace(laws.GQA, n_heads=8, vocab_size=40)
 GQA_EACH = dataclasses.replace(laws.GQA_EACH, n_heads=8, vocab_size=40)
 SHARING = dataclasses.replace(CFG, indexer_types=('full', 'shared'))
+UNLIKE = dataclasses.replace(laws.MIXED, n_heads=4, vocab_size=40)
 BATCH = laws.make_batch(((17, 15), (21, 5), (32,), (3, 9, 14)), 32)  # Packed, uneven, padded.
 losses.LOGITS_AT_ONCE = 256  # So every device goes over its rows in several chunks.
 MIXED = {'fsdp': 2, 'context': 2, 'tensor': 2}
@@ -39,6 +40,7 @@ STEPS = [  # Stage, mesh, micro-batches, model, what is computed again (on one d
     ('sparse', {'tensor': 4}, 4, CFG, 'layer'),
     ('dense', {'expert': 4, 'tensor': 2}, 1, CFG, 'none'),
     ('warmup', {'tensor': 4, 'fsdp': 2}, 1, GQA, 'none'),
+    ('sparse', {'fsdp': 2, 'expert': 2, 'tensor': 2}, 1, UNLIKE, 'layer'),
     ('sparse', MIXED, 1, GQA_EACH, 'selection'),
     ('warmup', MIXED, 1, CFG, 'layer'),
     ('sparse', {'fsdp': 2, 'expert': 2, 'context': 2}, 1, SHARING, 'selection'),

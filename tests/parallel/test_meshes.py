@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Many devices give the numbers of one; meshes that do not fit are refused by name."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -42,7 +43,7 @@ def found_by(script: str, *flags: str) -> list[dict]:
 
 def test_meshes_change_no_number(rows):
   counts = tuple(sum(name in row for row in rows) for name in ('state', 'layer', 'bytes'))
-  assert counts in [(3, 3, 1), (9, 9, 2)]
+  assert counts in [(3, 3, 1), (10, 9, 2)]
   for row in rows:
     if 'bytes' in row:
       continue
@@ -110,6 +111,13 @@ def test_a_sequence_on_one_device_has_any_length():
 def test_more_devices_than_there_are():
   with pytest.raises(ValueError, match='needs 64 devices; there'):
     make_mesh(fsdp=64)
+
+
+def test_a_layer_with_an_mlp_counts_wherever_it_stands():
+  cfg = ModelConfig(n_layers=3, n_dense_layers=0, inter_dim=18_434)
+  MeshConfig(tensor=4).check_model(cfg)
+  with pytest.raises(ValueError, match='tensor=4 must divide inter_dim=18434'):
+    MeshConfig(tensor=4).check_model(dataclasses.replace(cfg, mlp_layers=(1,)))
 
 
 def test_the_released_model_fits_a_pod():

@@ -148,6 +148,14 @@ DENSE_CASES = {
     'qwen3_moe_plain': QWEN3_MOE | dict(
         norm_topk_prob=False, mlp_only_layers=[0], num_attention_heads=3, num_key_value_heads=3
     ),
+    'qwen3_moe_mixed': QWEN3_MOE | dict(  # Layers 3 and 5 have experts.
+        num_hidden_layers=6,
+        decoder_sparse_step=2,
+        mlp_only_layers=[1],
+        intermediate_size=16,
+        num_experts=4,
+        moe_intermediate_size=8,
+    ),
     'deepseek_v2': DEEPSEEK_V2 | dict(
         q_lora_rank=None, topk_method='greedy', n_group=1, topk_group=1
     ),

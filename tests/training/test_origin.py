@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A recipe starts from another run's weights only if they mean there what they mean here."""
 
+import dataclasses
 import json
 import shutil
 
@@ -8,8 +9,8 @@ from ml_collections import ConfigDict
 import pytest
 
 from configs import base
-from dsa_jax.config import ConfigError
-from dsa_jax.training.origin import check_origins, keep_origin
+from dsa_jax.config import ConfigError, ModelConfig
+from dsa_jax.training.origin import check_origins, differing_fields, keep_origin
 from dsa_jax.training.recipe import read_recipe
 from dsa_jax.training.state import abstract_params
 
@@ -55,6 +56,14 @@ def test_another_function_is_refused_unless_it_is_named(old_run, tmp_path, name,
     check(recipe_from(old_run, tmp_path / 'new', source, **changes))
   changes['stages.warmup.init_may_differ'] = (name,)
   check(recipe_from(old_run, tmp_path / 'new', source, **changes))
+
+
+def test_the_order_of_unlike_layers_counts():
+  """Weights have the same shapes whichever layers have an MLP."""
+  model = ModelConfig(n_layers=5, n_dense_layers=0, mlp_layers=(1, 3))
+  other = dataclasses.replace(model, mlp_layers=[2, 3])
+  assert differing_fields(model, model) == []
+  assert differing_fields(model, other) == ['mlp_layers']
 
 
 def test_yarn_counts_where_a_model_has_it(old_run, tmp_path):
