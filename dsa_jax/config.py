@@ -77,6 +77,9 @@ class ModelConfig:
   v_head_dim: int = 128
   rope_interleave: bool = True  # Whether rotation pairs neighbouring channels or those of two halves.
   nope_layers: Sequence[int] = ()  # The layers that rotate nothing, counted from 0.
+  # Layers that select nothing, but attend to the latest `sliding_window` tokens, their own included.
+  window_layers: Sequence[int] = ()
+  sliding_window: int = 0  # 0 where no layer has a window.
 
   # Multi-head latent attention; 0 in GQA.
   q_lora_rank: int = 1536  # 0: queries come from the hidden state without a latent between.
@@ -97,7 +100,8 @@ class ModelConfig:
   # Whether the indexer's rotary embedding pairs neighbouring channels, as GLM-5's does.
   indexer_rope_interleave: bool = False
   # 'full' or 'shared' for each layer (IndexShare). A shared layer attends to what the last full one
-  # before it selected. () means that every layer has an indexer of its own.
+  # before it selected. () means that every layer has an indexer of its own. Whatever it says of layers
+  # with a window, they have none.
   indexer_types: Sequence[str] = ()
 
   # Rotary positions: 'default', 'linear', 'llama3' or 'yarn'. '' means YaRN's if max_seq_len exceeds
@@ -118,7 +122,7 @@ class ModelConfig:
   dtype: str = 'bfloat16'  # The dtype of activations. Parameters and reductions are float32.
 
   def __post_init__(self):
-    for name in ('indexer_types', 'nope_layers', 'mlp_layers'):
+    for name in ('indexer_types', 'nope_layers', 'mlp_layers', 'window_layers'):
       object.__setattr__(self, name, tuple(getattr(self, name)))  # JSON has lists.
     for name in ('vocab_size', 'dim', 'n_layers', 'n_heads', 'v_head_dim', 'index_n_heads',
                  'index_head_dim', 'index_topk', 'max_seq_len', 'original_seq_len'):
@@ -135,13 +139,19 @@ class ModelConfig:
       raise ConfigError(f"{self.rope_type=} must be '' or one of {ROPE_TYPES}.")
     if self.dtype not in ('float32', 'bfloat16'):
       raise ConfigError(f"{self.dtype=} must be 'float32' or 'bfloat16'.")
-    if set(self.nope_layers) - set(range(self.n_layers)):
-      raise ConfigError(f'{self.nope_layers=} must be within 0 and {self.n_layers - 1}.')
+    for name in ('nope_layers', 'window_layers'):
+      if set(getattr(self, name)) - set(range(self.n_layers)):
+        raise ConfigError(f'{name}={getattr(self, name)} must be within 0 and {self.n_layers - 1}.')
+    if list(self.window_layers) != sorted(set(self.window_layers)):
+      raise ConfigError(f'{self.window_layers=} must ascend.')
+    if self.sliding_window < 0 or bool(self.sliding_window) != bool(self.window_layers):
+      raise ConfigError(f'{self.sliding_window=} must be above 0 with window_layers, and 0 without.')
     self._check_heads()
     if self.n_dense_layers < self.n_layers:
       self._check_experts()
     if types := self.indexer_types:
-      if len(types) != self.n_layers or set(types) - {'full', 'shared'} or types[0] != 'full':
+      first = [kind for i, kind in enumerate(types) if i not in self.window_layers][:1]
+      if len(types) != self.n_layers or set(types) - {'full', 'shared'} or first == ['shared']:
         raise ConfigError(
             f"indexer_types={types} must be () or 'full' or 'shared' for each of the {self.n_layers} "
             "layers, the first of them 'full'."
@@ -215,12 +225,14 @@ class ModelConfig:
     return tuple(i for i in range(self.n_layers) if self.is_full(i))
 
   def is_full(self, layer: int) -> bool:
-    """Returns whether a layer has its own indexer instead of the selection of an earlier layer."""
-    return not self.indexer_types or self.indexer_types[layer] == 'full'
+    """Returns whether a layer has its own indexer: no earlier layer's selection, and no window."""
+    selects = layer not in self.window_layers
+    return selects and (not self.indexer_types or self.indexer_types[layer] == 'full')
 
   @property
   def shares_indexers(self) -> bool:
-    return len(self.full_layers) < self.n_layers
+    """Whether layers attend to what an earlier one selected."""
+    return len(self.full_layers) + len(self.window_layers) < self.n_layers
 
   @property
   def rope_kind(self) -> str:

@@ -46,8 +46,8 @@ def check_forward(attention: str, backend: str, cfg: ModelConfig = laws.CFG):
     for row, layer in enumerate(layers):
       for t, chosen in enumerate(layer.selected):
         got = [s for s in np.asarray(found.indices[i, row, t]).tolist() if s >= 0]
-        assert got == chosen, (i, row, t)
-        overlap = len(set(chosen) & set(layer.oracle[t])) / max(len(chosen), 1)
+        assert got == ([] if i in cfg.window_layers else chosen), (i, row, t)
+        overlap = len(set(chosen) & set(layer.oracle[t])) / max(len(layer.oracle[t]), 1)
         np.testing.assert_allclose(found.topk_recall[i, row, t], overlap, atol=1e-6)
     laws.assert_close(out.index_kl[i], both('index_kl'), 1e-4)
     laws.assert_close(found.captured_mass[i], both('captured_mass'), 1e-5)

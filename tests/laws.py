@@ -49,6 +49,10 @@ GQA = dataclasses.replace(
 GQA_EACH = dataclasses.replace(GQA, index_n_heads=6, index_n_selections=2)  # For each key head.
 # Experts and an MLP take turns twice, and an MLP follows: two scans.
 MIXED = dataclasses.replace(CFG, n_layers=5, n_dense_layers=0, mlp_layers=(1, 3, 4))
+# Layer 2 selects. The others have windows, which are longer than its budget.
+WINDOWED = dataclasses.replace(
+    CFG, n_layers=4, n_dense_layers=2, window_layers=(0, 1, 3), sliding_window=7
+)
 T = 29
 LENGTHS = ((17, 12), (21, 5))  # Documents of each row; the second ends in padding.
 RATES = {'backbone': 0.1, 'indexer': 0.1}
@@ -310,6 +314,18 @@ def law_selection_reaches_output(backend: str, attention: str):
     few = np.asarray(batch.end - batch.start) <= CFG.index_topk  # Nothing to choose yet.
     few &= np.asarray(batch.end > batch.start)
     assert_close(outs[1][few], outs[0][few])
+
+
+def law_windows_end_where_they_should():
+  """A layer with a window hears a token for as long as its window is, and no longer."""
+  batch, params = make_batch(((T,),)), weights()
+  model, at = model_of(params), 3
+  x = jnp.asarray(np.random.default_rng(0).normal(size=(1, T, CFG.dim)), jnp.float32)
+  mode = Mode(attention='sparse', backend='xla')
+  for i in CFG.window_layers:
+    run = lambda x: model.block(i)(x, batch.start, batch.end, jax.random.key(0), mode)[0]
+    moved = np.abs(np.asarray(run(x.at[0, at].add(1)) - run(x))).max(axis=-1)[0]
+    assert np.flatnonzero(moved).tolist() == list(range(at, at + CFG.sliding_window)), i
 
 
 # Who trains whom.

@@ -124,10 +124,11 @@ def index_scores(w: Weights, x, c_q, positions, cfg: ModelConfig) -> np.ndarray:
   return scores
 
 
-def attention(w: Weights, x, start, end, cfg: ModelConfig, sparse: bool, earlier=None):
+def attention(w: Weights, x, start, end, cfg: ModelConfig, sparse: bool, earlier=None, window=0):
   """Multi-head latent attention in its MHA form, over all visible keys or the selected ones.
 
-  A layer without an indexer reuses the `earlier` selection, and has no divergence.
+  A layer without an indexer reuses the `earlier` selection, and has no divergence. One with a window
+  sees its latest keys only, all of which it attends to.
   """
   n_tokens, n, r, c = len(x), cfg.qk_nope_head_dim, cfg.qk_rope_head_dim, cfg.kv_lora_rank
   freqs, scale = frequencies(cfg), softmax_scale(cfg)
@@ -148,9 +149,12 @@ def attention(w: Weights, x, start, end, cfg: ModelConfig, sparse: bool, earlier
   out = np.zeros((n_tokens, cfg.n_heads, cfg.v_head_dim))
   kl, captured, selected, oracle = np.zeros(n_tokens), np.zeros(n_tokens), [], []
   for t in range(n_tokens):
-    visible = range(start[t], end[t])
-    chosen = top_k(scores[t], visible, cfg.index_topk) if own else earlier[t]
-    keys = chosen if sparse else list(visible)
+    visible = range(max(start[t], end[t] - window) if window else start[t], end[t])
+    if window:
+      chosen, keys = list(visible), list(visible)
+    else:
+      chosen = top_k(scores[t], visible, cfg.index_topk) if own else earlier[t]
+      keys = chosen if sparse else list(visible)
     true_mass, target = np.zeros(n_tokens), np.zeros(n_tokens)
     for h in range(cfg.n_heads if keys else 0):
       probs = softmax(scale * k[keys, h] @ q[t, h])
@@ -190,11 +194,11 @@ def mixture(w: Weights, x, counted, cfg: ModelConfig) -> tuple[np.ndarray, np.nd
 
 
 def block(
-    w: Weights, x, start, end, cfg: ModelConfig, sparse: bool, earlier=None
+    w: Weights, x, start, end, cfg: ModelConfig, sparse: bool, earlier=None, window=0
 ) -> tuple[np.ndarray, Layer]:
   normed = rms_norm(x, w['attn_norm']['scale'], cfg.norm_eps)
   out, selected, oracle, kl, captured = attention(
-      w['attn'], normed, start, end, cfg, sparse, earlier
+      w['attn'], normed, start, end, cfg, sparse, earlier, window
   )
   x = x + out
   normed, ffn, load = rms_norm(x, w['ffn_norm']['scale'], cfg.norm_eps), w['ffn'], None
@@ -219,11 +223,13 @@ def transformer(
     attn = dict(stack['attn'])
     indexers = attn.pop('indexer', None)
     weights = _layer({**stack, 'attn': attn}, len(before))
-    if types[i] == 'full':
-      weights['attn']['indexer'] = _layer(indexers, [types[j] for j in before].count('full'))
-    x, layer = block(weights, x, start, end, cfg, sparse, earlier)
+    window = cfg.sliding_window if i in cfg.window_layers else 0
+    if types[i] == 'full' and not window:
+      full = [j for j in before if types[j] == 'full' and j not in cfg.window_layers]
+      weights['attn']['indexer'] = _layer(indexers, len(full))
+    x, layer = block(weights, x, start, end, cfg, sparse, earlier, window)
     layers.append(layer)
-    earlier = layer.selected
+    earlier = earlier if window else layer.selected
   final, mtp_logits = rms_norm(x, w['norm']['scale'], cfg.norm_eps), None
   if cfg.n_mtp_layers:
     mtp = w['mtp']

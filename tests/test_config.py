@@ -33,3 +33,28 @@ def test_rotation_does_not_hang_on_the_context_in_use():
   assert not plain.uses_yarn and plain.sm_scale == (128 + 64) ** -0.5
   with pytest.raises(ConfigError, match='rope_type'):
     ModelConfig(rope_type='dynamic')
+
+
+@pytest.mark.parametrize(
+    'changes, message',
+    [
+        ({'window_layers': (1,)}, 'self.sliding_window=0 must be above 0 with window_layers'),
+        ({'sliding_window': 8}, 'self.sliding_window=8 must be above 0 with window_layers, and 0 without'),
+        ({'sliding_window': -1, 'window_layers': (1,)}, 'self.sliding_window=-1 must be above 0'),
+        ({'sliding_window': 8, 'window_layers': (4,)}, r'window_layers=\(4,\) must be within 0 and 3'),
+        ({'sliding_window': 8, 'window_layers': (2, 1)}, r'window_layers=\(2, 1\) must ascend'),
+        ({'sliding_window': 8, 'window_layers': (0,), 'indexer_types': ('full', 'shared', 'full', 'full')},
+         "the first of them 'full'"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_windows_that_cannot_be(changes, message):
+  with pytest.raises(ConfigError, match=message):
+    ModelConfig(n_layers=4, **changes)
+
+
+def test_layers_with_windows_are_neither_full_nor_shared():
+  cfg = ModelConfig(n_layers=4, sliding_window=8, window_layers=[0, 2])
+  assert cfg.full_layers == (1, 3) and not cfg.shares_indexers
+  cfg = dataclasses.replace(cfg, indexer_types=('shared', 'full', 'full', 'shared'))
+  assert cfg.full_layers == (1,) and cfg.shares_indexers

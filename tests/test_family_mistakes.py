@@ -117,6 +117,18 @@ def norms_have_the_usual_eps(patch):
   patch.setattr(norms.RMSNorm, '__call__', wrong)
 
 
+@mistake('mistral_windows', 'qwen3_windows')
+def windows_are_longer_by_one(patch):
+  wrong = lambda self, start, end: jnp.maximum(start, end - self.window - 1) if self.window else start
+  patch.setattr(layer.Attention, 'first_seen', wrong)
+
+
+@mistake('qwen3_windows')
+def all_layers_have_windows(patch):
+  wrong = lambda self, start, end: jnp.maximum(start, end - self.cfg.sliding_window)
+  patch.setattr(layer.Attention, 'first_seen', wrong)
+
+
 # Rotation.
 
 

@@ -42,8 +42,15 @@ def test_gradients(attention):
             n_layers=6, n_dense_layers=1, mlp_layers=(3,), n_mtp_layers=1,
             indexer_types=('full', 'shared', 'full', 'full', 'shared', 'shared'),
         ),
+        dict(n_layers=4, n_dense_layers=2, window_layers=(0, 1, 3), sliding_window=7),  # As laws.WINDOWED.
+        # Selections cross layers with windows.
+        dict(
+            n_layers=5, n_dense_layers=3, window_layers=(0, 2), sliding_window=2, n_mtp_layers=1,
+            indexer_types=('shared', 'full', 'full', 'shared', 'full'),
+        ),
+        dict(window_layers=(0, 1), sliding_window=4),  # No indexer at all.
     ],
-    ids=['mtp', 'plain', 'shared_experts', 'mixed', 'mixed_shared'],
+    ids=['mtp', 'plain', 'shared_experts', 'mixed', 'mixed_shared', 'windows', 'windows_shared', 'windows_only'],
 )
 def test_other_configs(changes):
   golden.check_forward('sparse', 'xla', dataclasses.replace(laws.CFG, **changes))
@@ -69,6 +76,18 @@ def test_index_share(attention):
 def test_gradients_of_mixed_layers(remat):
   with laws.compiled():
     golden.check_gradients('sparse', 'xla', laws.MIXED, remat=remat)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize('attention', ['dense', 'sparse'])
+def test_gradients_with_windows(attention):
+  with laws.compiled():
+    golden.check_gradients(attention, 'xla', laws.WINDOWED, remat='layer')
+
+
+@pytest.mark.parametrize('attention', ['dense', pytest.param('masked', marks=pytest.mark.nightly)])
+def test_windows(attention):
+  golden.check_forward(attention, 'xla', laws.WINDOWED)
 
 
 @pytest.mark.nightly

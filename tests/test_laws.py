@@ -9,6 +9,7 @@ import laws
 import numpy as np
 import pytest
 
+from dsa_jax.config import ConfigError
 from dsa_jax.nn import moe
 from dsa_jax.nn.attention import attend
 from dsa_jax.nn.attention.types import Mode
@@ -97,6 +98,39 @@ def test_a_selection_for_each_key_head(law, arguments):
 def test_layers_of_unlike_kinds(law, arguments):
   with laws.model(laws.MIXED):
     law(*arguments)
+
+
+@pytest.mark.parametrize(
+    'law, arguments',
+    [
+        pytest.param(laws.law_masked_is_sparse, ('xla',), marks=NIGHTLY),
+        pytest.param(laws.law_masked_has_the_gradients_of_sparse, ('xla', 0), marks=NIGHTLY),
+        pytest.param(laws.law_masked_has_the_gradients_of_sparse, ('xla', 1), marks=NIGHTLY),
+        pytest.param(laws.law_all_selected_is_dense, ('xla', 'sparse'), marks=NIGHTLY),
+        pytest.param(laws.law_packed_is_alone, ('xla', 'sparse'), marks=NIGHTLY),
+        pytest.param(laws.law_no_future, ('xla', 'sparse'), marks=NIGHTLY),
+        (laws.law_selection_reaches_output, ('xla', 'sparse')),
+        pytest.param(laws.law_own_losses_only, ('xla', 'sparse'), marks=NIGHTLY),
+        (laws.law_only_trained_parts_move, ('warmup',)),
+        pytest.param(laws.law_loss_scale, ('unpacked', 'sparse'), marks=NIGHTLY),
+        pytest.param(laws.law_warmup_is_dense, (), marks=NIGHTLY),
+        (laws.law_windows_end_where_they_should, ()),
+    ],
+    ids=lambda x: getattr(x, '__name__', None),
+)
+def test_layers_with_windows(law, arguments):
+  with laws.model(laws.WINDOWED):
+    law(*arguments)
+
+
+def test_a_model_of_windows_alone_has_no_indexer_to_train():
+  cfg = dataclasses.replace(laws.CFG, window_layers=(0, 1), sliding_window=4)
+  params, batch = laws.weights(cfg), laws.make_batch(laws.LENGTHS)
+  mode = Mode(attention='dense', backend='xla', index_loss=True)
+  _, metrics = laws.take_step(params, batch, mode, trains=('backbone',), cfg=cfg)
+  assert metrics['layer_grad_norm_backbone'].shape == (2,)
+  with pytest.raises(ConfigError, match='window_layers=.0, 1. names all layers'):
+    laws.take_step(params, batch, mode, trains=('indexer',), cfg=cfg)
 
 
 @pytest.mark.parametrize('part, layers', [('backbone', range(5)), ('indexer', (0, 1, 3))])

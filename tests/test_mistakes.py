@@ -18,7 +18,7 @@ from dsa_jax.kernels.index_kl import op as index_kl_op, reference as index_kl_re
 from dsa_jax.kernels.index_topk import xla as index_topk_xla
 from dsa_jax.kernels.mean_attention import mean_attention
 from dsa_jax.kernels.visibility import selected_keys, visible_keys
-from dsa_jax.nn import indexer, layers, moe, norms, transformer
+from dsa_jax.nn import indexer, moe, norms, scan, transformer
 from dsa_jax.nn.attention import attend, divergence, mla
 from dsa_jax.selection import lightning
 from dsa_jax.training import stages, step as train_step
@@ -438,7 +438,7 @@ mixed = functools.partial(sparse, cfg=laws.MIXED)
 
 @mistake(mixed)
 def layers_run_in_the_order_of_their_stacks(patch):
-  wrap(patch, layers, 'plan', lambda plan: lambda stacks: plan(tuple(sorted(stacks))))
+  wrap(patch, scan, 'plan', lambda plan: lambda kinds: plan(tuple(sorted(kinds))))
 
 
 @mistake(mixed)
@@ -452,7 +452,7 @@ def every_section_has_the_first_layers_of_a_stack(patch):
   def wrong(blocks, sizes):
     return (jax.tree.map(lambda x: x[:size], blocks) for size in sizes if size)
 
-  patch.setattr(layers, '_split', wrong)
+  patch.setattr(scan, '_split', wrong)
 
 
 # The training step.

@@ -94,7 +94,7 @@ def test_what_transformers_writes_is_the_same_model(case):
   assert saved == released
 
 
-@pytest.mark.parametrize('case', ['llama', 'smollm3', 'qwen3_moe', 'glm4_moe', 'deepseek_v2'])
+@pytest.mark.parametrize('case', ['llama', 'smollm3', 'qwen3_windows', 'qwen3_moe', 'glm4_moe', 'deepseek_v2'])
 def test_sparse_attention_to_all_tokens_is_dense(converted, case):
   """Rows and the queries that meet them are right, too, in every kind of attention."""
   want = golden(case)

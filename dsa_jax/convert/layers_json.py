@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from dsa_jax.config import ModelConfig
+from dsa_jax.convert.windows_json import read_windows, write_windows
 from dsa_jax.families.family import Family
 
 # Keys of our own, which are also fields, with the values that DeepSeek's indexers have.
@@ -18,7 +19,7 @@ INDEXER_KEYS = (
 def read_layers(
     config: dict, family: Family, depth: int, has_indexer: bool, problems: list[str]
 ) -> dict[str, Any]:
-  """Returns the fields that say which layers have experts, rotate, or have an indexer.
+  """Returns the fields that say which layers have experts, rotate, or have an indexer or a window.
 
   Args:
     config: The config.json.
@@ -34,6 +35,7 @@ def read_layers(
       'mlp_layers': dense[leading:],
       'nope_layers': _nope_layers(config, family, depth, problems),
       'indexer_rope_interleave': family.indexer_rope_interleave,
+      **read_windows(config, family, depth, problems),
   }
   if 'num_nextn_predict_layers' in family.layer_keys:
     fields['n_mtp_layers'] = _mtp_layers(config, problems)
@@ -65,7 +67,8 @@ def write_layers(cfg: ModelConfig, family: Family, base: dict[str, Any]) -> dict
       'num_nextn_predict_layers': cfg.n_mtp_layers,
       'no_rope_layers': [int(i not in cfg.nope_layers) for i in range(depth)],
   }
-  return {key: value for key, value in keys.items() if key in family.layer_keys}
+  keys = {key: value for key, value in keys.items() if key in family.layer_keys}
+  return keys | write_windows(cfg, family, base)
 
 
 def write_indexers(cfg: ModelConfig, family: Family) -> dict[str, Any]:
@@ -129,11 +132,13 @@ def _dense_layers(
 
 
 def _by_frequency(leading: int, every: int, depth: int) -> tuple[int, ...]:
-  """Returns the layers with an MLP: the leading ones, and those whose number `every` does not divide.
+  """Returns the leading layers, and those whose number is no multiple of `every`.
+
+  They have an MLP in place of experts.
 
   Source:
-    DeepSeek-V2's and V3's modeling_deepseek.py, `layer_idx % config.moe_layer_freq == 0`. The classes
-    of `transformers` for them do not read the key.
+    DeepSeek-V2's and V3's modeling_deepseek.py: `layer_idx % config.moe_layer_freq == 0`. The
+    classes of `transformers` do not read the key.
   """
   return tuple(i for i in range(depth) if i < leading or i % every)
 

@@ -25,15 +25,23 @@ def attention_flops(cfg: ModelConfig, context: int, *, sparse: bool) -> float:
   """Returns forward FLOPs per token of all layers' attention, averaged over a causal context.
 
   Dense attention takes every head's scores and values in MHA form, over (context + 1) / 2 visible
-  keys. Sparse attention takes the indexer over the same keys, and the rows of at most `index_topk`. The projections, which both share, are left out.
+  keys. Sparse attention takes the indexer over the same keys, and the rows of at most `index_topk`.
+  In both, layers with a window take MHA form within it. The projections, which both share, are left
+  out.
   """
-  visible = (context + 1) / 2
+  visible, n_windows = (context + 1) / 2, len(cfg.window_layers)
+  windows = n_windows * mha_flops(cfg) * _mean_up_to(cfg.sliding_window, context)
   if not sparse:
-    return cfg.n_layers * mha_flops(cfg) * visible
-  k = min(cfg.index_topk, context)
-  selected = k - k * (k - 1) / (2 * context)  # The first k tokens see fewer.
+    return windows + (cfg.n_layers - n_windows) * mha_flops(cfg) * visible
+  selected = (cfg.n_layers - n_windows) * _mean_up_to(cfg.index_topk, context)
   indexer = index_flops(cfg) * visible
-  return len(cfg.full_layers) * indexer + cfg.n_layers * row_flops(cfg) * selected
+  return windows + len(cfg.full_layers) * indexer + selected * row_flops(cfg)
+
+
+def _mean_up_to(most: int, context: int) -> float:
+  """Returns the mean number of keys of a query that takes at most so many of those that it sees."""
+  most = min(most, context)
+  return most - most * (most - 1) / (2 * context)  # The first tokens see fewer.
 
 
 def training_flops(
@@ -53,7 +61,8 @@ def training_flops(
     sparse: Whether attention is to selected keys.
   """
   backbone, indexer = 'backbone' in trains, 'indexer' in trains
-  seen, chosen = (np.sum(n, dtype=float) for n in (n_visible, np.minimum(n_visible, cfg.index_topk)))
+  limits = np.inf, cfg.index_topk, cfg.sliding_window
+  seen, chosen, near = (np.sum(np.minimum(n_visible, most), dtype=float) for most in limits)
   weights = sum(work.flops for work in _weight_works(cfg, 1, 1, True))
   if cfg.n_mtp_layers:  # One layer more, its projection, and the head once more.
     n_dense = cfg.n_dense_layers + (cfg.n_dense_layers == cfg.n_layers)
@@ -62,9 +71,11 @@ def training_flops(
     )
     last = sum(work.flops for work in _weight_works(longer, 1, 1, True)) - weights
     weights += last + 2 * cfg.dim * (2 * cfg.dim + cfg.vocab_size)
-  n_layers, n_indexers = (n + cfg.n_mtp_layers for n in (cfg.n_layers, len(cfg.full_layers)))
+  n_windows, n_indexers = len(cfg.window_layers), len(cfg.full_layers) + cfg.n_mtp_layers
   pairs = row_flops(cfg) * chosen if sparse else mha_flops(cfg) * seen
-  flops = (3 if backbone else 1) * (np.size(n_visible) * weights + n_layers * pairs)
+  pairs *= cfg.n_layers + cfg.n_mtp_layers - n_windows
+  pairs += n_windows * mha_flops(cfg) * near
+  flops = (3 if backbone else 1) * (np.size(n_visible) * weights + pairs)
   products = 2 * np.size(n_visible) * _index_weights(cfg)
   if indexer:  # A warm-up differentiates all scores, the sparse stage those of selected keys.
     scores = seen + 3 * chosen if sparse else 3 * seen
@@ -149,14 +160,18 @@ def token_work(
   works = _weight_works(cfg, pass_tokens, chips, logits)
   if sparse:
     works += _index_works(cfg, context, cache, readers, pass_tokens, scores)
-  entry = row_bytes(cfg, cache)
+  entry, pairs = row_bytes(cfg, cache), mha_flops(cfg) if form == 'mha' else row_flops(cfg)
+  n_windows, window = len(cfg.window_layers), cfg.sliding_window
+  selecting = cfg.n_layers - n_windows
+  rows = n_windows * min(context, window + readers - 1) * entry / readers
+  near = n_windows * min(context, window)
+  works.append(Work('windows', near * pairs, rows, 'bf16', 'context'))
   if sparse and form == 'mqa':  # Each query gathers its own keys.
-    seen = cfg.n_layers * min(context, cfg.index_topk)
+    seen = selecting * min(context, cfg.index_topk)
     kind = 'gather' if cache == 'fp8' else 'context'
     works.append(Work('attention', seen * row_flops(cfg), seen * entry, 'bf16', kind))
   else:
-    pairs = mha_flops(cfg) if form == 'mha' else row_flops(cfg)
-    seen = cfg.n_layers * context
+    seen = selecting * context
     works.append(Work('attention', seen * pairs, seen * entry / readers, 'bf16', 'context'))
   return [work for work in works if work.flops or work.bytes]
 

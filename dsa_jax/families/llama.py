@@ -167,9 +167,10 @@ MISTRAL_FAMILY = dataclasses.replace(
     LLAMA_FAMILY,
     architecture='MistralForCausalLM',
     sizes={'mistral_7b_v03': MISTRAL_7B_V03},
-    fixed={'hidden_act': 'silu', 'sliding_window': None},
+    fixed={'hidden_act': 'silu'},
     neutral={},
     explicit=('sliding_window',),
+    layer_keys=('sliding_window',),
 )
 SMOLLM3_FAMILY = dataclasses.replace(
     LLAMA_FAMILY,

@@ -74,9 +74,9 @@ QWEN2_FAMILY = dataclasses.replace(
     sizes={'qwen25_0_5b': QWEN25_0_5B},
     tensors=dataclasses.replace(llama.TENSORS, layer=llama.TENSORS.layer | BIASES),
     constants=llama.GQA | {'qkv_bias': True},
-    fixed={'hidden_act': 'silu', 'use_sliding_window': False},
+    fixed={'hidden_act': 'silu'},
     neutral={'use_mrope': False},
-    ignored=('sliding_window', 'max_window_layers'),
+    layer_keys=('use_sliding_window', 'sliding_window', 'max_window_layers', 'layer_types'),
 )
 QWEN3_FAMILY = dataclasses.replace(
     QWEN2_FAMILY,
@@ -111,5 +111,7 @@ QWEN3_MOE_FAMILY = dataclasses.replace(
         'score_func': 'softmax',
         'topk_method': 'greedy',
     },
+    fixed=QWEN3_FAMILY.fixed | {'use_sliding_window': False},
+    ignored=('sliding_window', 'max_window_layers'),
     layer_keys=('mlp_only_layers', 'decoder_sparse_step'),
 )  # fmt: skip

@@ -22,7 +22,7 @@ from dsa_jax.nn.attention.layer import Attention as AttentionLayer
 from dsa_jax.nn.attention.types import Attention, Views, row_keys
 from dsa_jax.nn.block import Block, add
 from dsa_jax.nn.indexer import IndexInputs
-from dsa_jax.nn.layers import in_order, scan
+from dsa_jax.nn.scan import in_order, scan
 from dsa_jax.nn.transformer import Transformer, are_full
 from dsa_jax.selection import Candidates, check_rule, find_rule
 
@@ -35,7 +35,8 @@ class Reading(NamedTuple):
 
   hidden: Float[Array, 'B T D']  # After the final norm; `Transformer.logits` turns it into logits.
   cache: Cache
-  selected: Int[Array, 'L B T *G K']  # Positions; [L, B, T, 0] where attention is dense.
+  # Positions; [L, B, T, 0] where attention is dense. They are -1 in a layer with a window.
+  selected: Int[Array, 'L B T *G K']
 
 
 def extend(
@@ -132,6 +133,10 @@ def read_layer(
   if attn.indexer is not None:
     at = jnp.where(is_full, piece.at, -1)
     index_key = storage.write(index_key, views.index.k, at, index_span)
+  if attn.window:
+    out = attend_window(attn, views.row_q, kv, span, end, backend)
+    x, _ = block.feed_forward(add(x, attn.from_rows(out)), piece.counted, backend)
+    return (x, kv, index_key, selected), jnp.full_like(selected, -1)
   if piece.is_one_op:
     out, selected = select_and_attend(views, kv, span, index_key, index_span, end, cfg, backend)
   elif piece.attention != 'dense' and attn.indexer is not None:
@@ -175,7 +180,7 @@ class LayerFacts(NamedTuple):
 def run_layers(
     model: Transformer, layers: Sequence[Block] | None, layer: Callable, carry: Any
 ) -> tuple[Any, Int[Array, 'L B T *G K']]:
-  """Scans the sections of the model, or runs the given layers; returns the carry and all selections."""
+  """Scans the model's sections, or runs the given layers; returns the carry and all selections."""
   selections, facts = [], facts_of(model)
   if layers is None:
     for section, weights in model.sections():
@@ -265,18 +270,55 @@ def attend(
     backend: str,
 ) -> Float[Array, 'B T H C']:
   """Returns what each head reads from the rows of a layer."""
-  dtype, v_dim, sizes = q.dtype, cfg.row_value_dim, {'sm_scale': cfg.sm_scale, 'backend': backend}
+  dtype = q.dtype
   q = match_rows(q, store, cfg)
   if attention == 'sparse':
     keys, indices = keys_of_selected(store, span, selected, dtype, backend)
     keys = split_rows(keys, cfg)
-    return sparse_attention(q, keys, None, indices, v_dim=v_dim, **sizes)[0]
+    return sparse_attention(
+        q, keys, None, indices, v_dim=cfg.row_value_dim, sm_scale=cfg.sm_scale, backend=backend
+    )[0]
   indices = selected if attention == 'masked' else None
   rows = split_rows(storage.read_layer(store, span).decode(dtype), cfg)
+  return attend_rows(q, rows, jnp.zeros_like(end), end, indices, cfg, backend)
+
+
+def attend_rows(
+    q: Float[Array, 'B T H E'],
+    rows: Float[Array, 'B S G P'],
+    start: Int[Array, 'B T'],
+    end: Int[Array, 'B T'],
+    indices: Int[Array, 'B T *G K'] | None,
+    cfg: ModelConfig,
+    backend: str,
+) -> Float[Array, 'B T H C']:
+  """Returns what each head reads from rows, of all that it sees or of the given ones."""
   # Latents stand for the values with their rotary keys: cutting them out would copy them all.
-  values = rows if cfg.attention == 'mla' else rows[..., :v_dim]
-  start, keys = jnp.zeros_like(end), row_keys(rows, q)
-  return dense_attention(q, keys, values, start, end, indices=indices, **sizes)[0][..., :v_dim]
+  values = rows if cfg.attention == 'mla' else rows[..., : cfg.row_value_dim]
+  out, _ = dense_attention(
+      q, row_keys(rows, q), values, start, end,
+      indices=indices, sm_scale=cfg.sm_scale, backend=backend,
+  )  # fmt: skip
+  return out[..., : cfg.row_value_dim]
+
+
+def attend_window(
+    layer: AttentionLayer,
+    q: Float[Array, 'B T H E'],
+    store: Store,
+    span: Span,
+    end: Int[Array, 'B T'],
+    backend: str,
+) -> Float[Array, 'B T H C']:
+  """Returns what each head reads within the window, and copies the rows of all windows only."""
+  cfg, first = layer.cfg, layer.first_seen(jnp.zeros_like(end), end)
+  n_rows = min(end.shape[1] + layer.window - 1, span[1])
+  base = jnp.maximum(jnp.max(end, axis=1, keepdims=True) - n_rows, 0)
+  positions = base[..., None] + jnp.arange(n_rows, dtype=jnp.int32)
+  rows = storage.gather(store, positions, span).decode(q.dtype)[:, 0]
+  start, end = (jnp.maximum(x - base, 0) for x in (first, end))
+  q = match_rows(q, store, cfg)
+  return attend_rows(q, split_rows(rows, cfg), start, end, None, cfg, backend)
 
 
 def all_visible(end: Int[Array, 'B T'], cfg: ModelConfig) -> Int[Array, 'B T *G K']:

@@ -15,9 +15,10 @@ from dsa_jax.config import ConfigError, ModelConfig
 from dsa_jax.nn.attention.types import Measures, Mode, Shared
 from dsa_jax.nn.block import MTP, Block, LayerReport
 from dsa_jax.nn.fixed import Configured
-from dsa_jax.nn.layers import Section, cut, in_order, layers_of_stacks, scan
+from dsa_jax.nn.layers import Section, kind_of, layers_of_stacks
 from dsa_jax.nn.norms import RMSNorm
 from dsa_jax.nn.remat import rematerialized
+from dsa_jax.nn.scan import cut, in_order, of_kind, scan
 from dsa_jax.parallel import collectives, shard
 from dsa_jax.parallel.mesh import BATCH, HEAD, LOGITS
 from dsa_jax.params import BackboneParam, LayerFact, param
@@ -134,10 +135,10 @@ class Transformer(Configured):
     """Layer `i` on its own, for a notebook: `model.block(3).attn.indexer(...)`."""
     if not 0 <= i < self.cfg.n_layers:
       raise ConfigError(f'layer {i} must be within 0 and {self.cfg.n_layers - 1}.')
-    stacks = layers_of_stacks(self.cfg).items()
-    name, layers = next((name, layers) for name, layers in stacks if i in layers)
-    blocks = one_each(getattr(self, name), self.cfg, layers)
-    block = jax.tree.map(lambda a: a[layers.index(i)], blocks)
+    kind = kind_of(self.cfg, i)
+    layers = layers_of_stacks(self.cfg)[kind.stack]
+    blocks = one_each(getattr(self, kind.stack), self.cfg, layers)
+    block = of_kind(jax.tree.map(lambda a: a[layers.index(i)], blocks), kind)
     if not self.cfg.is_full(i):
       block.attn.indexer = None
     return block

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from dsa_jax.config import ConfigError
 from dsa_jax.data.batch import Batch
 from dsa_jax.nn.attention.types import Mode
 from dsa_jax.nn.layers import layers_of_stacks
@@ -166,6 +167,11 @@ def _layer_grad_norm(graph: nnx.GraphDef, params: nnx.State, grads: nnx.State) -
       squares.append(sum(map(square, jax.tree.leaves(grads[stack]))))
       full = [i for i in layers if cfg.is_full(i)]
       numbers += layers if len(squares[-1]) == len(layers) else full  # Indexers are in full layers.
+  if not squares:
+    raise ConfigError(
+        f'window_layers={cfg.window_layers} names all layers, so none has an indexer that could learn. '
+        'Stages can train the backbone alone.'
+    )
   norms = jnp.sqrt(jnp.concatenate(squares))
   return norms if numbers == sorted(numbers) else norms[np.argsort(numbers)]
 

@@ -60,7 +60,9 @@ def test_fresh_indexers_have_the_usual_sizes_or_those_that_are_asked_for():
     'case, family',
     [
         ('llama_tied', 'llama'),
+        ('qwen3_windows', 'qwen3'),  # Its layer 0 alone selects.
         ('qwen3_moe_plain', 'qwen3_moe'),
+        ('qwen3_moe_mixed', 'qwen3_moe'),
         ('glm4_moe', 'glm4_moe'),
         ('deepseek_v2', 'deepseek_v2'),
         ('moonlight', 'deepseek_v32'),
@@ -73,16 +75,16 @@ def test_trained_indexers_go_out_and_come_back(case, family, tmp_path):
   export_checkpoint(open_checkpoint(folder), tmp_path / 'out')
   before, after = released.read(PARITY / case), released.read(tmp_path / 'out')
   assert {name: after[name] for name in before} == before
-  depth = open_source(PARITY / case).model.n_layers
+  full = open_source(PARITY / case).model.full_layers
   tensors = 'wq_b.weight', 'wk.weight', 'k_norm.weight', 'k_norm.bias', 'weights_proj.weight'
-  added = {INDEXER.format(i) + name for i in range(depth) for name in tensors}
+  added = {INDEXER.format(i) + name for i in full for name in tensors}
   assert after.keys() - before.keys() == added
   written = json.loads((tmp_path / 'out' / 'config.json').read_text())
   assert {name: written[name] for name in FRESH} == FRESH
   assert written['model_type'] == family
   model, back = load_checkpoint(folder), convert(tmp_path / 'out', tmp_path / 'back')
   assert back.cfg == model.cfg
-  for i in range(depth):
+  for i in full:
     for a, b in zip(*(jax_leaves(m.block(i).attn.indexer) for m in (model, back))):
       np.testing.assert_allclose(b, a, rtol=2**-8, atol=1e-6)
   with pytest.raises(ConfigError, match='checkpoint has indexers'):

@@ -72,6 +72,7 @@ GQA = {
 }  # fmt: skip
 LLAMA3 = released.CONFIGS['llama32_1b']['rope_scaling']
 WINDOWS = {'use_sliding_window': True}
+NO_WINDOWS = {'window_layers': (), 'sliding_window': 0}
 INDEXED = {'index_n_heads': 4, 'index_head_dim': 32, 'index_topk': 64}
 
 
@@ -98,11 +99,18 @@ INDEXED = {'index_n_heads': 4, 'index_head_dim': 32, 'index_topk': 64}
         ('llama32_1b', {'rope_scaling': LLAMA3 | {'beta_fast': 32}}, 'beta_fast=32 is unknown'),
         ('llama32_1b', {'rope_scaling': LLAMA3 | {'low_freq_factor': 4.0}}, 'low_freq_factor=4.0 must be'),
         ('llama32_1b', {'rope_scaling': LLAMA3 | {'attention_factor': 2.0}}, 'attention_factor=2.0'),
-        ('mistral_7b_v03', {'sliding_window': 4096}, 'sliding_window=4096 must be null'),
+        ('mistral_7b_v03', {'sliding_window': 0}, 'sliding_window=0 must be a count of tokens, or null'),
+        ('mistral_7b_v03', {'sliding_window': '4096'}, "sliding_window='4096' must be a count"),
+        ('mistral_7b_v03', {'use_sliding_window': True}, 'use_sliding_window=True must be False'),
         ('smollm3_3b', {'no_rope_layers': [1, 0]}, 'no_rope_layers=.* must be 1 for each of 36 layers'),
         ('smollm3_3b', {'no_rope_layer_interval': 0}, 'no_rope_layer_interval=0 must be a count'),
         ('smollm3_3b', WINDOWS, 'use_sliding_window=True must be False'),
-        ('qwen25_0_5b', WINDOWS, 'use_sliding_window=True must be False'),
+        ('qwen3_30b_a3b', WINDOWS, 'use_sliding_window=True must be False'),
+        ('qwen25_0_5b', {'use_sliding_window': 'yes'}, "use_sliding_window='yes' must be true or false"),
+        ('qwen25_0_5b', WINDOWS | {'sliding_window': 0.5}, 'sliding_window=0.5 must be a count'),
+        ('qwen25_0_5b', WINDOWS | {'max_window_layers': None}, 'max_window_layers=None must be a count'),
+        ('qwen25_0_5b', WINDOWS | {'layer_types': ['sliding_attention']}, 'layer_types=.* for each of 24'),
+        ('qwen25_0_5b', WINDOWS | {'layer_types': ['chunked_attention'] * 24}, 'layer_types=.* must be one'),
         ('qwen25_0_5b', {'use_mrope': True}, 'use_mrope=True must be False'),
         ('qwen3_8b', {'attention_bias': True}, 'attention_bias=True must be False'),
         ('qwen3_8b', {'layer_types': ['sliding_attention'] * 36}, 'layer_types='),
@@ -171,6 +179,14 @@ def test_what_other_families_refuse(name, changes, message):
         ('glm45_air', {'partial_rotary_factor': 0.25}, {'qk_rope_head_dim': 32, 'qk_nope_head_dim': 96}),
         ('v2_lite', {'n_group': None, 'topk_method': None}, {'n_expert_groups': 1, 'topk_method': 'greedy'}),
         ('v2_lite', {'q_lora_rank': 1536}, {'q_lora_rank': 1536}),
+        ('mistral_7b_v03', {'sliding_window': 4096},
+         {'window_layers': tuple(range(32)), 'sliding_window': 4096}),
+        ('qwen25_0_5b', WINDOWS | {'sliding_window': 512, 'max_window_layers': 21},
+         {'window_layers': (21, 22, 23), 'sliding_window': 512}),
+        ('qwen25_0_5b', WINDOWS | {'sliding_window': 512, 'max_window_layers': 24}, NO_WINDOWS),
+        ('qwen25_0_5b', WINDOWS | {'sliding_window': None}, NO_WINDOWS),
+        ('qwen3_8b', WINDOWS | {'sliding_window': 512, 'layer_types': ['full_attention', 'sliding_attention'] * 18},
+         {'window_layers': tuple(range(1, 36, 2)), 'sliding_window': 512}),
         ('llama3_8b', INDEXED | {'index_rope_head_dim': 16},
          {'index_n_heads': 4, 'index_head_dim': 32, 'index_topk': 64, 'index_rope_head_dim': 16}),
         ('llama3_8b', INDEXED | {'index_n_heads': 16, 'index_rope_head_dim': 16, 'index_n_selections': 8},
@@ -302,9 +318,16 @@ def test_layers_with_an_mlp_in_any_order(config, first):
   assert 'mlp_layer_types' not in write_config(family, usual, {})
 
 
-def test_a_source_keeps_its_words_for_layers_with_an_mlp():
-  for changes in ({'decoder_sparse_step': 4, 'mlp_only_layers': [3]}, {'mlp_only_layers': [9, 1]}):
-    config = released.CONFIGS['qwen3_30b_a3b'] | changes
+def test_a_source_keeps_its_words_for_kinds_of_layers():
+  windows = WINDOWS | {'sliding_window': 512, 'max_window_layers': 21}
+  for name, changes in (
+      ('qwen3_30b_a3b', {'decoder_sparse_step': 4, 'mlp_only_layers': [3]}),
+      ('qwen3_30b_a3b', {'mlp_only_layers': [9, 1]}),
+      ('qwen25_0_5b', windows),
+      ('qwen25_0_5b', windows | {'use_sliding_window': False}),
+      ('qwen3_8b', windows | {'use_sliding_window': None}),
+  ):
+    config = released.CONFIGS[name] | changes
     family, model = read_config(config)
     written = write_config(family, model, config)
     assert config.items() <= written.items()

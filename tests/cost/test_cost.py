@@ -102,6 +102,30 @@ def test_an_mlp_costs_the_same_wherever_it_stands(n_mtp_layers):
   assert steps[0] == steps[1]
 
 
+def test_windows_cost_what_they_see():
+  """Of 61 layers, 10 have a window of 4096 tokens. Those of neighbouring readers overlap."""
+  cfg = dataclasses.replace(V32, window_layers=range(10), sliding_window=4096)
+  rest = dataclasses.replace(V32, n_layers=51)
+  n = 131_072
+  for sparse in (False, True):
+    windows = of('windows', cfg, sparse=sparse)
+    assert windows.flops == 10 * 4096 * work.row_flops(cfg)
+    assert windows.bytes == 10 * 4096 * work.row_bytes(cfg, 'fp8')
+    assert of('windows', cfg, sparse=sparse, readers=2).bytes == 10 * 4097 * work.row_bytes(cfg, 'fp8') / 2
+    assert of('windows', cfg, sparse=sparse, context=100).flops == 10 * 100 * work.row_flops(cfg)
+    assert of('attention', cfg, sparse=sparse) == of('attention', rest, sparse=sparse)
+    near = sum(min(i, 4096) for i in range(1, n + 1)) / n
+    both = attention_flops(rest, n, sparse=sparse) + 10 * work.mha_flops(cfg) * near
+    assert attention_flops(cfg, n, sparse=sparse) == pytest.approx(both)
+    seen = np.arange(1, n + 1)
+    pairs = lambda cfg: cost.training_flops(cfg, ('backbone',), seen, sparse=sparse)
+    weights = {w.part: w.flops for w in work.token_work(V32, 1, sparse=False, form='mha')}
+    moe = sum(weights[part] for part in ('router', 'shared experts', 'routed experts')) / 58 * 10
+    layers = weights['projections'] / 61 * 10 + moe
+    assert pairs(cfg) - pairs(rest) == pytest.approx(3 * n * (layers + 10 * work.mha_flops(cfg) * near))
+  assert of('index scores', cfg, sparse=True) == of('index scores', rest, sparse=True)
+
+
 def of(part: str, cfg: ModelConfig, *, context=131_072, form='mqa', **kwargs) -> work.Work:
   return next(w for w in work.token_work(cfg, context, form=form, **kwargs) if w.part == part)
 

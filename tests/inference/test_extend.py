@@ -26,6 +26,11 @@ CONFIGS = {
     'mixed': dataclasses.replace(
         GLM, n_mtp_layers=0, n_dense_layers=1, mlp_layers=(3,), nope_layers=(1, 3)
     ),
+    # Selections cross layers with windows.
+    'windows': dataclasses.replace(GLM, n_mtp_layers=0, window_layers=(0, 3), sliding_window=6),
+    'gqa_windows': dataclasses.replace(
+        laws.GQA, n_layers=3, window_layers=(0, 2), sliding_window=9, index_head_dim=16
+    ),
     'gqa': laws.GQA,
     'gqa_each': laws.GQA_EACH,
     'gqa_each_fp8': dataclasses.replace(laws.GQA_EACH, index_head_dim=16),
@@ -104,6 +109,7 @@ NIGHTLY = pytest.mark.nightly
     'name, attention',
     [('deepseek', 'sparse'), ('deepseek', 'masked'), ('deepseek', 'dense'), ('glm', 'sparse')]
     + [('gqa', 'sparse'), ('gqa_each', 'sparse'), ('mixed', 'sparse')]
+    + [('windows', 'sparse'), ('gqa_windows', 'dense'), pytest.param('windows', 'masked', marks=NIGHTLY)]
     + [pytest.param('glm', attention, marks=NIGHTLY) for attention in ('masked', 'dense')]
     + [pytest.param('gqa', attention, marks=NIGHTLY) for attention in ('masked', 'dense')],
 )
@@ -134,6 +140,15 @@ def test_any_rule_in_a_quantised_cache(rule):
   want, _ = read('fp8_all_selected', 'sparse', (8, 9), fmt='fp8', lengths=WHOLE)
   logits, _ = read('fp8_all_selected', 'sparse', (8, 9), rule=rule, **lines)
   np.testing.assert_allclose(logits, want, atol=1e-4, rtol=0)
+
+
+def test_a_window_in_a_quantised_cache_with_whole_lines():
+  """Most of a model's logits move by no more than those of layers that select all."""
+  want, _ = whole_pass('gqa_windows', 'dense')
+  for cuts in ((), tuple(range(1, 27))):
+    logits, _ = read('gqa_windows', 'dense', cuts, lengths=WHOLE, fmt='fp8', whole_lines=True)
+    error = np.sqrt(np.mean((logits - want) ** 2)) / want.std()
+    assert 1e-3 < error < 0.05, error
 
 
 @NIGHTLY
@@ -276,10 +291,11 @@ def test_bad_cache(batch, capacity, fmt, message):
     init_cache(laws.CFG, batch, capacity, fmt=fmt)
 
 
-def test_layers_one_by_one():
+@pytest.mark.parametrize('name', ['mixed', 'windows'])
+def test_layers_one_by_one(name):
   """As a CPU reads them, without a stack."""
-  cfg = CONFIGS['mixed']
-  want, want_selected = whole_pass('mixed', 'sparse')
+  cfg = CONFIGS[name]
+  want, want_selected = whole_pass(name, 'sparse')
 
   @jax.jit
   def run(params):

@@ -9,9 +9,11 @@ import pytest
 
 from dsa_jax.config import ConfigError, ModelConfig
 from dsa_jax.families import SIZES
-from dsa_jax.nn.layers import cut, in_order, layers_of_stacks, plan, scan
+from dsa_jax.nn.layers import STACKS, Kind, layers_of_stacks, plan
+from dsa_jax.nn.scan import cut, in_order, scan
 
-D, M = 'dense_blocks', 'moe_blocks'
+D, M = (Kind(stack) for stack in STACKS[:2])
+KINDS = {'d': D, 'm': M, 'w': Kind(M.stack, 16)}
 
 
 @pytest.mark.parametrize(
@@ -25,20 +27,21 @@ D, M = 'dense_blocks', 'moe_blocks'
         ('mdmdmmm', ['md2', 'm3']),
         ('mmdmmdmmd', ['mmd3']),
         ('mmmd', ['m3', 'd1']),
+        ('wwwmwwwmww', ['wwwm2', 'w2']),
     ],
 )
 def test_plan(layers, sections):
-  stacks = tuple({'d': D, 'm': M}[x] for x in layers)
-  letters = lambda group: ''.join('d' if name == D else 'm' for name in group)
-  assert [f'{letters(x.group)}{x.repeats}' for x in plan(stacks)] == sections
+  letter = {kind: letter for letter, kind in KINDS.items()}
+  planned = plan(tuple(KINDS[x] for x in layers))
+  assert [''.join(letter[kind] for kind in x.group) + str(x.repeats) for x in planned] == sections
 
 
 def test_a_plan_has_every_layer_once_and_no_more_programs_than_layers():
-  for stacks in itertools.product((D, M), repeat=9):
-    sections = plan(stacks)
+  for kinds in itertools.product((D, M), repeat=9):
+    sections = plan(kinds)
     assert [i for section in sections for i in section.layers] == list(range(9))
-    assert [n for x in sections for n in x.group * x.repeats] == list(stacks)
-    runs = sum(a != b for a, b in itertools.pairwise(stacks)) + 1
+    assert [kind for x in sections for kind in x.group * x.repeats] == list(kinds)
+    runs = sum(a != b for a, b in itertools.pairwise(kinds)) + 1
     assert sum(len(x.group) for x in sections) <= runs
 
 
@@ -47,7 +50,7 @@ def test_released_models_have_a_scan_for_each_stack(name):
   """Leading layers with an MLP, then layers with experts."""
   stacks = {stack: layers for stack, layers in layers_of_stacks(SIZES[name]).items() if layers}
   sections = [section for section, _ in cut(SIZES[name], lambda stack: np.zeros(len(stacks[stack])))]
-  assert [(x.group, tuple(x.layers)) for x in sections] == [((k,), v) for k, v in stacks.items()]
+  assert [(x.group, tuple(x.layers)) for x in sections] == [((Kind(k),), v) for k, v in stacks.items()]
 
 
 @pytest.mark.parametrize('mlp_layers', [(1, 3, 4), (2, 5), (3,), (5,), (1, 2, 5, 6), ()], ids=str)

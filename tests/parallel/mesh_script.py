@@ -29,7 +29,9 @@ CFG = dataclasses.replace(laws.CFG, n_heads=4, vocab_size=40, n_mtp_layers=1)
 GQA = dataclasses.replace(laws.GQA, n_heads=8, vocab_size=40)
 GQA_EACH = dataclasses.replace(laws.GQA_EACH, n_heads=8, vocab_size=40)
 SHARING = dataclasses.replace(CFG, indexer_types=('full', 'shared'))
-UNLIKE = dataclasses.replace(laws.MIXED, n_heads=4, vocab_size=40)
+UNLIKE = dataclasses.replace(
+    laws.MIXED, n_heads=4, vocab_size=40, window_layers=(0, 3), sliding_window=7
+)
 BATCH = laws.make_batch(((17, 15), (21, 5), (32,), (3, 9, 14)), 32)  # Packed, uneven, padded.
 losses.LOGITS_AT_ONCE = 256  # So every device goes over its rows in several chunks.
 MIXED = {'fsdp': 2, 'context': 2, 'tensor': 2}

@@ -94,6 +94,15 @@ DEEPSEEK_V2 = MLA | dict(
         mscale_all_dim=0.707,
     ),
 )
+MISTRAL = COMMON | dict(
+    architectures=['MistralForCausalLM'],
+    model_type='mistral',
+    num_key_value_heads=1,
+    rms_norm_eps=2e-3,
+    rope_theta=700.0,
+    sliding_window=None,
+    tie_word_embeddings=False,
+)
 
 DENSE_CASES = {
     'llama': LLAMA | dict(
@@ -114,15 +123,8 @@ DENSE_CASES = {
         tie_word_embeddings=True,
         rope_scaling=dict(type='linear', factor=3.0),
     ),
-    'mistral': COMMON | dict(
-        architectures=['MistralForCausalLM'],
-        model_type='mistral',
-        num_key_value_heads=1,
-        rms_norm_eps=2e-3,
-        rope_theta=700.0,
-        sliding_window=None,
-        tie_word_embeddings=False,
-    ),
+    'mistral': MISTRAL,
+    'mistral_windows': MISTRAL | dict(sliding_window=24),
     'smollm3': LLAMA | dict(
         architectures=['SmolLM3ForCausalLM'],
         model_type='smollm3',
@@ -144,6 +146,9 @@ DENSE_CASES = {
         ),
     ),
     'qwen3': QWEN3,
+    'qwen3_windows': QWEN3 | dict(
+        num_hidden_layers=3, use_sliding_window=True, sliding_window=20, max_window_layers=1
+    ),
     'qwen3_moe': QWEN3_MOE,
     'qwen3_moe_plain': QWEN3_MOE | dict(
         norm_topk_prob=False, mlp_only_layers=[0], num_attention_heads=3, num_key_value_heads=3

@@ -17,7 +17,7 @@ from dsa_jax.kernels import dense_attention, sparse_attention
 from dsa_jax.kernels.xla.rows import map_rows
 from dsa_jax.nn.attention.divergence import Divergence
 from dsa_jax.nn.attention.head_layout import HeadLayout
-from dsa_jax.nn.attention.measured import measure_selections
+from dsa_jax.nn.attention.measured import measure_selections, measure_window
 from dsa_jax.nn.attention.types import (
     AttentionReport,
     Mode,
@@ -51,13 +51,16 @@ def attend(
     end: One past the last.
     key: For rules that draw lots.
     mode: How to attend.
-    shared: The selection of an earlier layer, in models with IndexShare.
+    shared: The selection of an earlier layer, in models with IndexShare. A layer with a window does
+      not use it, and hands it on.
     choice: Which rule selects, where `mode.rule` names several.
   """
   project = lambda: layer.views(x, start, end, zigzag=mode.zigzag)
   views = project()
   inputs = start, end, key, mode, choice
-  if shared is None:
+  if layer.window:
+    index, selections = None, shared.selections if shared else {}
+  elif shared is None:
     index, selections = select(layer, views, *inputs)
   elif layer.indexer is None:
     index, selections = None, shared.selections
@@ -67,13 +70,14 @@ def attend(
     index, selections = jax.lax.cond(shared.is_full, own, lambda: (zeros, shared.selections))
   cfg = layer.cfg
   divergence = Divergence(mode, cfg.sm_scale, cfg.index_n_selections, shared and shared.is_full)
-  if mode.attention == 'sparse':
-    run, indices = attend_sparse, selections[mode.rule]
-  else:
-    run, indices = attend_dense, None if mode.attention == 'dense' else selections[mode.rule]
+  is_dense = mode.attention == 'dense' or layer.window
+  indices = None if is_dense else selections[mode.rule]
+  run = attend_sparse if mode.attention == 'sparse' and not is_dense else attend_dense
   out, kl = run(layer, views, index, start, end, indices, divergence)
   measured = {}
-  if mode.measure:
+  if mode.measure and layer.window:
+    measured = measure_window(layer, start, end, mode)
+  elif mode.measure:
     measured = measure_selections(layer, views, selections, start, end, key, mode)
   return out, selections, AttentionReport(kl, measured)
 
@@ -112,12 +116,12 @@ def attend_sparse(
 def attend_dense(
     layer, views: Views, index: IndexInputs | None, start, end, indices, divergence: Divergence
 ) -> tuple[Float[Array, 'B T D'], Float[Array, 'B T'] | None]:
-  """Attends to all visible keys, or under the mask of `indices`; else as `attend_sparse`."""
+  """Attends to all visible keys in the window, or to `indices` of them; else as `attend_sparse`."""
   heads = HeadLayout(layer.splits_heads)
   q_latent, start_of_all, end_of_all = map(heads.all_tokens, (views.q_latent, start, end))
   out, lse = dense_attention(
       layer.queries(q_latent, layer.positions(start_of_all, end_of_all)), views.k, views.v,
-      start_of_all, end_of_all,
+      layer.first_seen(start_of_all, end_of_all), end_of_all,
       indices=None if indices is None else _own_selections(layer, heads, indices),
       sm_scale=divergence.sm_scale, backend=divergence.mode.backend,
   )  # fmt: skip

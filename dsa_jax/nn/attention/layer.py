@@ -36,6 +36,7 @@ class Attention(Configured):
 
   # Whether the layer rotates queries and keys. None stands for yes; see `transformer.one_each`.
   rotates: LayerFact | None = None
+  window: int = 0  # Queries see the latest so many tokens, and select none. 0: there is no window.
   wo: nnx.Variable  # [H, V, D].
 
   def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs):
@@ -118,6 +119,12 @@ class Attention(Configured):
     """Returns the position of each token in its document, which its rotation depends on."""
     positions = jnp.maximum(end - 1 - start, 0)
     return positions if self.rotates is None else jnp.where(self.rotates[...], positions, 0)
+
+  def first_seen(
+      self, start: Int[Array, 'B T'], end: Int[Array, 'B T']
+  ) -> Int[Array, 'B T']:
+    """Returns the first key that each query sees, within the window if there is one."""
+    return jnp.maximum(start, end - self.window) if self.window else start
 
   def views(
       self,

@@ -49,6 +49,25 @@ def measure_selections(
   return {rule: jax.tree.map(lambda x: x[i], stacked) for i, rule in enumerate(mode.measure)}
 
 
+def measure_window(
+    layer, start: Int[Array, 'B T'], end: Int[Array, 'B T'], mode: Mode
+) -> dict[str, Measures]:
+  """Returns measures of a layer that attends to all that it sees, which is its window.
+
+  It selects nothing, so its indices are -1. It leaves out nothing of its attention.
+  """
+  n_seen = end - layer.first_seen(start, end)
+  sees = (n_seen > 0).astype(jnp.float32)
+  measured = Measures(
+      indices=jnp.full((*end.shape, *layer.cfg.selection_shape), -1, jnp.int32),
+      captured_mass=sees,
+      topk_recall=sees,
+      neighbour_overlap=sees * (n_seen - 1) / jnp.maximum(n_seen, 1),
+      selected_distance=sees * (n_seen - 1) / 2,
+  )
+  return {rule: measured for rule in mode.measure}
+
+
 def _neighbour_overlap(chosen):
   """Returns the overlap for this device's tokens; the one before its first is another device's."""
   overlap = measures.neighbour_overlap(collectives.all_gather(chosen, *TOKENS, dim=1))
