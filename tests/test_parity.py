@@ -57,7 +57,9 @@ def close(got, want):
   np.testing.assert_allclose(got, want, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize('case', ['deepseek_v32', 'glm_moe_dsa', 'glm_moe_dsa_full'])
+@pytest.mark.parametrize(
+    'case', ['deepseek_v32', 'glm_moe_dsa', 'glm_moe_dsa_full', 'glm_moe_dsa_mixed']
+)
 @pytest.mark.parametrize(
     'attention, backend', [('sparse', 'reference'), ('sparse', 'xla'), ('masked', 'xla')]
 )
@@ -73,7 +75,7 @@ def test_parity(converted, case, attention, backend):
   np.testing.assert_array_equal(selected[:, :, -n_steps:], want['incremental_selected'])
 
 
-@pytest.mark.parametrize('case', ['deepseek_v32', 'glm_moe_dsa'])
+@pytest.mark.parametrize('case', ['deepseek_v32', 'glm_moe_dsa', 'glm_moe_dsa_mixed'])
 def test_expert_choice(converted, case):
   want, model = golden(case), converted(case)
   load = forward(model, want['tokens'], 'sparse')[3]['moe_blocks']

@@ -28,10 +28,11 @@ def make_golden():
   return make_golden
 
 
+DSA = 'deepseek_v32', 'glm_moe_dsa', 'glm_moe_dsa_full', 'glm_moe_dsa_mixed'
 DENSE = 'deepseek_v3', *DENSE_CASES
 
 
-@pytest.mark.parametrize('case', ['deepseek_v32', 'glm_moe_dsa', 'glm_moe_dsa_full', *DENSE])
+@pytest.mark.parametrize('case', [*DSA, *DENSE])
 def test_transformers_reads_our_export(case, tmp_path: pathlib.Path, make_golden):
   source = open_source(GOLDEN / case, indexer=FRESH if case in DENSE else None)
   import_checkpoint(source, tmp_path / 'ours', advance=lambda n: None)

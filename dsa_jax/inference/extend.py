@@ -170,10 +170,10 @@ def short_context(n_tokens: int, topk: int, backend: str) -> int:
 class LayerFacts(NamedTuple):
   """What `extend` knows of each layer beside its weights, or of one layer."""
 
-  number: np.ndarray  # Counted from the first layer of the model.
+  number: np.ndarray | int  # Counted from the first layer of the model.
   # Which index keys of the cache are a layer's own, or those of the layer whose selection it shares.
-  slot: np.ndarray
-  is_full: np.ndarray  # Whether a layer selects for itself.
+  slot: np.ndarray | int
+  is_full: np.ndarray | bool  # Whether a layer selects for itself.
   keys: Key[Array, '*L']  # For rules that draw lots. They are those of a pass without a cache.
 
 

@@ -27,7 +27,7 @@ class Section(NamedTuple):
   """Successive layers that one scan runs."""
 
   first: int  # The number of the first layer.
-  group: tuple[Kind, ...]
+  group: tuple[Kind, ...]  # The kinds of its layers, as far as they repeat.
   repeats: int  # The group comes so many times.
 
   @property
@@ -51,6 +51,7 @@ def layers_of_stacks(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def kind_of(cfg: ModelConfig, layer: int) -> Kind:
+  """Returns the kind of a layer, by its number."""
   window = cfg.sliding_window if layer in cfg.window_layers else 0
   return Kind(STACKS[layer not in cfg.dense_layers], window)
 

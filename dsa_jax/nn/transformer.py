@@ -110,7 +110,7 @@ class Transformer(Configured):
     return Output(hidden, following, self.logits(hidden), mtp_logits, tuple(reports))
 
   def sections(self) -> Iterator[tuple[Section, dict[str, Block]]]:
-    """Yields the sections of the layers, each with the weights that `layers.scan` takes for it."""
+    """Yields the sections of the layers, each with its weights as `scan` takes them."""
     layers = layers_of_stacks(self.cfg)
     return cut(self.cfg, lambda name: one_each(getattr(self, name), self.cfg, layers[name]))
 

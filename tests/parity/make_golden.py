@@ -119,6 +119,16 @@ CASES = {
         first_k_dense_replace=1,
         rope_parameters=dict(rope_theta=1_000_000, rope_type='default'),
     ),
+    'glm_moe_dsa_mixed': GLM | dict(
+        num_hidden_layers=4,
+        first_k_dense_replace=0,
+        mlp_layer_types=['sparse', 'dense', 'sparse', 'dense'],
+        indexer_types=['full', 'shared', 'full', 'shared'],
+        n_routed_experts=4,
+        moe_intermediate_size=8,
+        intermediate_size=16,
+        rope_parameters=dict(rope_theta=1_000_000, rope_type='default'),
+    ),
     **DENSE_CASES,
 }
 SAVED_CONFIG = ('glm_moe_dsa_full',)
