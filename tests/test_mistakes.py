@@ -433,7 +433,7 @@ def bias_moves_towards_the_crowd(patch):
 
 # Layers of unlike kinds.
 
-mixed = functools.partial(sparse, cfg=laws.MIXED)
+mixed = functools.partial(dense, cfg=laws.MIXED)
 
 
 @mistake(mixed)

@@ -22,7 +22,7 @@ class LayerReport(NamedTuple):
   """A layer's measures beside its output. The scan over layers stacks them."""
 
   residual_rms: Float[Array, '*L']  # Root mean square of the residual stream after the layer.
-  index_kl: Float[Array, '*L B T'] | None  # In nats; 0 in layers that share another's selection.
+  index_kl: Float[Array, '*L B T'] | None  # In nats; 0 in layers without an indexer of their own.
   expert_load: Float[Array, '*L X'] | None  # Tokens of each expert; None without experts.
   measures: dict[str, Measures]  # One entry for each rule that is measured.
 

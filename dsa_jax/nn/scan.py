@@ -29,7 +29,10 @@ def cut(cfg: ModelConfig, stack: Callable[[str], Any]) -> Iterator[tuple[Section
 
 
 def _split(blocks: Any, sizes: Sequence[int]) -> Iterator[Any]:
-  """Yields the part of a stack that each section takes, of those that take one."""
+  """Yields the part of a stack that each section takes, of those that take one.
+
+  Where several do, the parts are copies, and their gradients are put together again.
+  """
   leaves, structure = jax.tree.flatten(blocks)
   cuts = np.cumsum([size for size in sizes if size])[:-1]
   parts = zip(*(jnp.split(x, cuts) for x in leaves)) if len(cuts) else [leaves]

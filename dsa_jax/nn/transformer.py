@@ -93,7 +93,7 @@ class Transformer(Configured):
     """
     keys = self.layer_keys(key)
     x, reports, selections = self.embedded(tokens), [], None
-    if self.cfg.shares_indexers:  # Nothing is selected before the first layer, which is full.
+    if self.cfg.shares_indexers:  # Nothing is selected before the first full layer.
       nothing = jnp.full((*tokens.shape, *self.cfg.selection_shape), -1, jnp.int32)
       selections = {rule: nothing for rule in mode.rules}
     facts = keys, are_full(self.cfg, range(self.cfg.n_layers))

@@ -93,7 +93,7 @@ class Views(NamedTuple):
   v: Float[Array, 'B S G2 V']
   row_q: Float[Array, 'B T H any']  # As wide as the keys with which rows end.
   rows: Float[Array, 'B S G P']  # A cache holds nothing else of a token.
-  index: IndexInputs | None  # None in a layer that shares the selection of another.
+  index: IndexInputs | None  # None in a layer without an indexer.
 
   def candidates(
       self,
