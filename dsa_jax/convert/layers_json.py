@@ -35,7 +35,7 @@ def read_layers(
       'mlp_layers': dense[leading:],
       'nope_layers': _nope_layers(config, family, depth, problems),
       'indexer_rope_interleave': family.indexer_rope_interleave,
-      **read_windows(config, family, depth, problems),
+      **read_windows(config, family, depth, has_indexer, problems),
   }
   if 'num_nextn_predict_layers' in family.layer_keys:
     fields['n_mtp_layers'] = _mtp_layers(config, problems)

@@ -10,7 +10,9 @@ from dsa_jax.families.family import Family
 WINDOW = 'sliding_attention'  # What layer_types calls a layer with a window.
 
 
-def read_windows(config: dict, family: Family, depth: int, problems: list[str]) -> dict[str, Any]:
+def read_windows(
+    config: dict, family: Family, depth: int, has_indexer: bool, problems: list[str]
+) -> dict[str, Any]:
   """Returns the fields that say which layers attend to a window, and how long it is.
 
   A family whose config.json has no `use_sliding_window` gives all layers a window, or none.
@@ -19,9 +21,10 @@ def read_windows(config: dict, family: Family, depth: int, problems: list[str]) 
     config: The config.json.
     family: The model's family.
     depth: The number of layers.
+    has_indexer: Whether the checkpoint has indexers.
     problems: The list that takes a line for each wrong value.
   """
-  window, names = _window(config, family, problems), (*SPARSE_LAYERS, *DENSE_LAYERS)
+  window, names = _window(config, family, problems), SPARSE_LAYERS if has_indexer else DENSE_LAYERS
   types = config.get('layer_types') if 'layer_types' in family.layer_keys else None
   layers = range(depth)
   if types is not None:
@@ -68,6 +71,6 @@ def write_windows(cfg: ModelConfig, family: Family, base: dict[str, Any]) -> dic
         'max_window_layers': cfg.window_layers[0], 'layer_types': types,
     }  # fmt: skip
   fields = {'window_layers': cfg.window_layers, 'sliding_window': cfg.sliding_window}
-  if read_windows(base, family, cfg.n_layers, []) == (fields if cfg.window_layers else {}):
+  if read_windows(base, family, cfg.n_layers, True, []) == (fields if cfg.window_layers else {}):
     keys |= {key: base[key] for key in keys if key in base}
   return {key: value for key, value in keys.items() if key in family.layer_keys}

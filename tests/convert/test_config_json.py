@@ -111,6 +111,7 @@ INDEXED = {'index_n_heads': 4, 'index_head_dim': 32, 'index_topk': 64}
         ('qwen25_0_5b', WINDOWS | {'max_window_layers': None}, 'max_window_layers=None must be a count'),
         ('qwen25_0_5b', WINDOWS | {'layer_types': ['sliding_attention']}, 'layer_types=.* for each of 24'),
         ('qwen25_0_5b', WINDOWS | {'layer_types': ['chunked_attention'] * 24}, 'layer_types=.* must be one'),
+        ('qwen25_0_5b', {'layer_types': ['indexed_attention'] * 24}, "must be one of .'full_attention',"),
         ('qwen25_0_5b', {'use_mrope': True}, 'use_mrope=True must be False'),
         ('qwen3_8b', {'attention_bias': True}, 'attention_bias=True must be False'),
         ('qwen3_8b', {'layer_types': ['sliding_attention'] * 36}, 'layer_types='),
