@@ -25,8 +25,8 @@ class Cache(NamedTuple):
   """The tokens of a batch of sequences.
 
   All layers lie side by side: row `layer * capacity + position` of `kv` is a token's in that layer.
-  Layers that share another's selection keep no index keys, so `index_key` counts only the F layers
-  with an indexer.
+  Layers that share another's selection or attend within a window keep no index keys, so `index_key`
+  counts only the F layers with an indexer.
   """
 
   # Rows [B, L * S, G * P], the parts of key heads side by side, each maybe with zeros behind it.

@@ -105,8 +105,9 @@ def _candidates(model: Transformer, tokens: jax.Array, layer: int, backend: str)
   start, x = jnp.zeros_like(end), model.embedded(tokens)
   mode = Mode(attention='dense', backend=backend)
   if block.attn.indexer is None:
-    owner = max(i for i in model.cfg.full_layers if i < layer)
-    raise ConfigError(f'{layer=} has no indexer: it shares the selection of layer {owner}.')
+    full = model.cfg.full_layers
+    reason = f'those of layers {list(full)} select' if full else 'no layer selects'
+    raise ConfigError(f'{layer=} has no indexer; {reason}.')
   for i in range(layer):
     x, *_ = model.block(i)(x, start, end, keys[i], mode)
   views = block.attn.views(block.attn_norm(x), start, end)

@@ -69,5 +69,5 @@ def test_what_will_not_do_is_named(model, text, layer, kwargs, message):
 def test_a_layer_without_an_indexer_is_refused():
   cfg = dataclasses.replace(GLM, n_mtp_layers=0)
   shared = next(i for i in range(cfg.n_layers) if not cfg.is_full(i))
-  with pytest.raises(ConfigError, match=f'layer={shared} has no indexer: it shares the selection of layer'):
+  with pytest.raises(ConfigError, match=f'layer={shared} has no indexer; those of layers'):
     inspect(laws.model_of(laws.weights(cfg), cfg), [1, 2, 3], shared)
