@@ -78,20 +78,26 @@ def test_a_selection_for_each_key_head(law, arguments):
     law(*arguments)
 
 
+# What holds whatever the kinds of layers are, and their order.
+ANY_LAYERS = [
+    pytest.param(laws.law_masked_is_sparse, ('xla',), marks=NIGHTLY),
+    pytest.param(laws.law_masked_has_the_gradients_of_sparse, ('xla', 0), marks=NIGHTLY),
+    pytest.param(laws.law_masked_has_the_gradients_of_sparse, ('xla', 1), marks=NIGHTLY),
+    pytest.param(laws.law_all_selected_is_dense, ('xla', 'sparse'), marks=NIGHTLY),
+    pytest.param(laws.law_packed_is_alone, ('xla', 'sparse'), marks=NIGHTLY),
+    pytest.param(laws.law_no_future, ('xla', 'sparse'), marks=NIGHTLY),
+    pytest.param(laws.law_selection_reaches_output, ('xla', 'sparse'), marks=NIGHTLY),
+    pytest.param(laws.law_own_losses_only, ('xla', 'sparse'), marks=NIGHTLY),
+    pytest.param(laws.law_loss_scale, ('unpacked', 'sparse'), marks=NIGHTLY),
+]
+
+
 @pytest.mark.parametrize(
     'law, arguments',
     [
-        pytest.param(laws.law_masked_is_sparse, ('xla',), marks=NIGHTLY),
-        pytest.param(laws.law_masked_has_the_gradients_of_sparse, ('xla', 0), marks=NIGHTLY),
-        pytest.param(laws.law_masked_has_the_gradients_of_sparse, ('xla', 1), marks=NIGHTLY),
-        pytest.param(laws.law_all_selected_is_dense, ('xla', 'sparse'), marks=NIGHTLY),
-        pytest.param(laws.law_packed_is_alone, ('xla', 'sparse'), marks=NIGHTLY),
-        pytest.param(laws.law_no_future, ('xla', 'sparse'), marks=NIGHTLY),
-        pytest.param(laws.law_selection_reaches_output, ('xla', 'sparse'), marks=NIGHTLY),
-        pytest.param(laws.law_own_losses_only, ('xla', 'sparse'), marks=NIGHTLY),
+        *ANY_LAYERS,
         (laws.law_only_trained_parts_move, ('sparse',)),
         (laws.law_bias_balances, ()),
-        pytest.param(laws.law_loss_scale, ('unpacked', 'sparse'), marks=NIGHTLY),
     ],
     ids=lambda x: getattr(x, '__name__', None),
 )
@@ -103,16 +109,8 @@ def test_layers_of_unlike_kinds(law, arguments):
 @pytest.mark.parametrize(
     'law, arguments',
     [
-        pytest.param(laws.law_masked_is_sparse, ('xla',), marks=NIGHTLY),
-        pytest.param(laws.law_masked_has_the_gradients_of_sparse, ('xla', 0), marks=NIGHTLY),
-        pytest.param(laws.law_masked_has_the_gradients_of_sparse, ('xla', 1), marks=NIGHTLY),
-        pytest.param(laws.law_all_selected_is_dense, ('xla', 'sparse'), marks=NIGHTLY),
-        pytest.param(laws.law_packed_is_alone, ('xla', 'sparse'), marks=NIGHTLY),
-        pytest.param(laws.law_no_future, ('xla', 'sparse'), marks=NIGHTLY),
-        pytest.param(laws.law_selection_reaches_output, ('xla', 'sparse'), marks=NIGHTLY),
-        pytest.param(laws.law_own_losses_only, ('xla', 'sparse'), marks=NIGHTLY),
+        *ANY_LAYERS,
         (laws.law_only_trained_parts_move, ('warmup',)),
-        pytest.param(laws.law_loss_scale, ('unpacked', 'sparse'), marks=NIGHTLY),
         pytest.param(laws.law_warmup_is_dense, (), marks=NIGHTLY),
         (laws.law_windows_end_where_they_should, ()),
     ],
