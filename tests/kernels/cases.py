@@ -27,6 +27,11 @@ FAST = {'xla_backend_optimization_level': 0} if jax.default_backend() == 'cpu' e
 jit = functools.partial(jax.jit, compiler_options=FAST)
 
 
+def is_simulated(backend: str) -> bool:
+  """Whether this machine lacks the chip that the backend's kernels are for."""
+  return backend in ('tpu', 'gpu') and backend != jax.default_backend()
+
+
 @contextlib.contextmanager
 def interpreted(backend: str, races: bool = False):
   """Runs the kernels of a backend that this machine lacks by jax's simulation of its memory.
@@ -34,7 +39,7 @@ def interpreted(backend: str, races: bool = False):
   What no one wrote holds NaN, reads out of bounds raise, and so do races, where they are looked
   for: that takes three times as long. A machine that has the chip runs them on it.
   """
-  if backend not in ('tpu', 'gpu') or backend == jax.default_backend():
+  if not is_simulated(backend):
     yield
     return
   if backend == 'gpu':  # The plain interpreter: a program after the other, outputs born as NaN.

@@ -18,6 +18,7 @@ import test_index_topk as topk
 import test_sparse_attention as attention
 
 from dsa_jax.kernels import index_scores
+from dsa_jax.kernels.index_kl import tpu as kl_tpu
 from dsa_jax.kernels.sparse_attention import tpu as attention_tpu
 
 pytestmark = pytest.mark.hostile
@@ -26,6 +27,7 @@ FEW_KEYS = attention_tpu.BlockSizes(
     step_t=2, tile=4, line=4, copied=8, vmem_share=2**-12, step_t_compact=2, block_t_compact=8,
     own_tile=16,
 )  # fmt: skip
+KL_BLOCKS = {('tpu', True): kl_tpu.BlockSizes(step_t=8, tile=6, line=6, copied=16)}
 SHARDS = attention_tpu.BlockSizes(block_t=8, step_t=4, tile=8, line=4, copied=4, vmem_share=2e-3)
 BLOCKS = [('xla', None), ('gpu', None), ('tpu', None), ('tpu', FEW_KEYS)]
 
@@ -39,7 +41,7 @@ def test_sparse_attention(backend, blocks):
   run = lambda: attention.values_and_grads(q, poisoned, x.slots, backend=backend, blocks=blocks)
   actual = run()
   hostile.assert_survived(actual, exact)
-  if blocks is None:  # Once more, and the same to the last bit.
+  if blocks is None and not cases.is_simulated(backend):  # Once more, and the same to the last bit.
     jax.tree.map(np.testing.assert_array_equal, run(), actual)
   empty = np.asarray(x.indices < 0).all(axis=-1)
   assert (np.asarray(actual['lse'])[empty] == -np.inf).all()
@@ -100,7 +102,8 @@ def test_index_topk(backend, n):
   want = topk.brute_force(index_scores(*inputs[:3]), *inputs[3:], n)
   wrong = sorted({(SCORES[b // 2], t) for b, t, _ in np.argwhere(chosen != want).tolist()})
   assert not wrong, f'differs for scores of this kind, at this query: {wrong}'
-  np.testing.assert_array_equal(run(), chosen)
+  if not cases.is_simulated(backend):
+    np.testing.assert_array_equal(run(), chosen)
 
 
 @pytest.mark.parametrize('backend', ['tpu', 'gpu'])
@@ -131,7 +134,8 @@ def test_index_kl(backend, selected):
     spoilt = x.unused & ~np.stack([np.isin(np.arange(S), row) for row in np.asarray(slots)])
     poison = lambda a: jnp.where(spoilt.reshape(2, S, *[1] * (a.ndim - 2)), jnp.nan, a)
     inputs = q, poison(k), inputs[2], index[0], poison(index[1]), index[2]
-  actual = kl.values_and_grads(inputs, x.start, x.end, slots, backend=backend)
+  blocks = KL_BLOCKS.get((backend, selected))
+  actual = kl.values_and_grads(inputs, x.start, x.end, slots, backend=backend, blocks=blocks)
   hostile.assert_survived(actual, exact)
   assert not any(np.any(actual[name]) for name in kl.CONSTANT)
 
