@@ -13,7 +13,7 @@ from configs import base, retrofit
 
 CHECKPOINTS, TEXTS = 'checkpoints/smollm2', 'texts'
 SOURCES = 'linux', 'python', 'faq', 'novels'
-STEPS = {'cpu': (120, 70, 12), 'hopper': (600, 200, 200)}  # Of warmup, of frozen, of the others.
+STEPS = {'cpu': (320, 30, 30), 'hopper': (600, 200, 200)}  # Of warmup, of frozen, of the others.
 INDEXER = dict(index_n_heads=8, index_head_dim=64, index_rope_head_dim=32, index_topk=128)
 # What each variant changes: sizes of the indexer, or fields of its warm-up.
 VARIANTS = {
