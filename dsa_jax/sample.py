@@ -1,41 +1,95 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Continues a text.
+"""Continues a text, or the prompts of a file.
 
     python -m dsa_jax.sample --checkpoint=runs/quickstart/checkpoints/sparse --prompt='def main('
+    python -m dsa_jax.sample --checkpoint=FOLDER --prompts=prompts.jsonl --out=answers.jsonl
+
+A line of `--prompts` is {"prompt": "..."} or, for a checkpoint with a chat template, {"messages":
+[{"role": "user", "content": "..."}]}, maybe with an "id". Answers are added to `--out` as they end;
+the same command goes on where it was stopped.
 """
 
 import logging
 import pathlib
+import statistics
 import sys
 import time
+from typing import Any
 
 from absl import app, flags
+import rich.console
 
 from dsa_jax.config import ConfigError
-from dsa_jax.data.tokenizer import Bytes
+from dsa_jax.inference.batch_file import AnswerFile, read_prompts
 from dsa_jax.inference.cache import FORMATS
-from dsa_jax.inference.sampler import Sampler
+from dsa_jax.inference.sampler import SampleConfig, Sampler
+from dsa_jax.reporting.progress import StepProgress
 from dsa_jax.selection import RULES
 from dsa_jax.training.compilation_cache import compilation_cache
 
 
 def main(_):
   logging.getLogger('absl').setLevel(logging.ERROR)  # Silences orbax's INFO logs.
-  sampler_flags = {name: flag.value for name, flag in SAMPLER.items() if flag.value is not None}
-  drawing = {name: flag.value for name, flag in DRAWING.items() if flag.value is not None}
+  of_sampler, drawing = (
+      {name: flag.value for name, flag in flags_.items() if flag.value is not None}
+      for flags_ in (SAMPLER, DRAWING)
+  )
   try:
+    check_flags()
     with compilation_cache(COMPILATION_CACHE.value):
-      prompt = read_prompt(PROMPT.value)
-      sampler = Sampler.load(CHECKPOINT.value, **sampler_flags)
-      times = [time.monotonic()]
-      for text in sampler.stream(prompt, **drawing):
-        print(text, end='', flush=True)
-        times.append(time.monotonic())
+      if PROMPTS.value:
+        sampler = Sampler.load(CHECKPOINT.value, **of_sampler)
+        continue_file(sampler, drawing)
+      else:
+        prompt = read_prompt(PROMPT.value)
+        continue_one(Sampler.load(CHECKPOINT.value, **of_sampler), prompt, drawing)
   except (ConfigError, OSError) as error:
     sys.exit(f'error: {error}')
-  if isinstance(sampler.tokenizer, Bytes):
-    times.pop()  # Its last piece ends an unfinished character, and is no token.
+
+
+def check_flags():
+  """Raises ConfigError unless the flags ask for one thing."""
+  if bool(PROMPT.value) == bool(PROMPTS.value):
+    raise ConfigError('give either --prompt, or --prompts with --out.')
+  if bool(PROMPTS.value) != bool(OUT.value):
+    raise ConfigError('--prompts and --out need each other: the answers are written to --out.')
+  if PROMPT.value and SAMPLES.value != 1:
+    raise ConfigError(f'--samples={SAMPLES.value} needs --prompts: --prompt is continued once.')
+
+
+def continue_one(sampler: Sampler, prompt: str, drawing: dict[str, Any]):
+  """Prints the continuation of one prompt as it is written."""
+  if CHAT.value:
+    prompt = sampler.prompt_of([{'role': 'user', 'content': prompt}])
+  times = [time.monotonic()]
+  for text in sampler.stream(prompt, **drawing):
+    print(text, end='', flush=True)
+    times.append(time.monotonic())
+  times.pop()  # The last piece is what the end leaves of a text, and no token.
   print(f'\n[{describe(times)}, {sampler.attention} attention]', file=sys.stderr)
+
+
+def continue_file(sampler: Sampler, drawing: dict[str, Any]):
+  """Answers the prompts of a file that have no answer yet."""
+  config = SampleConfig(**({'stop': sampler.tokenizer.stop} | drawing))
+  prompts = read_prompts(pathlib.Path(PROMPTS.value).expanduser(), sampler)
+  out = pathlib.Path(OUT.value).expanduser()
+  answers = AnswerFile(out, sampler, prompts, config, SAMPLES.value)
+  done, began, n_tokens, to_first = len(answers.answered), time.monotonic(), 0, []
+  with StepProgress(rich.console.Console(stderr=True)) as bar:
+    bar.start_stage('answers', done + answers.n_left, done)
+    for i, completion in enumerate(answers.answer(SLOTS.value), done + 1):
+      n_tokens += len(completion.ids)
+      to_first.append(completion.seconds_to_first)
+      bar.update(i, n_tokens / (time.monotonic() - began))
+  seconds = time.monotonic() - began
+  text = f'{len(to_first)} answers, {n_tokens} tokens in {seconds:.1f} s'
+  if to_first:
+    text += (
+        f': {n_tokens / seconds:.1f} tokens/s, the first of a text after '
+        f'{statistics.median(to_first):.1f} s (median; {max(to_first):.1f} s at most)'
+    )
+  print(f'[{text}, {sampler.attention} attention]', file=sys.stderr)
 
 
 def describe(times: list[float]) -> str:
@@ -65,6 +119,13 @@ def read_prompt(prompt: str) -> str:
 if __name__ == '__main__':
   CHECKPOINT = flags.DEFINE_string('checkpoint', None, 'Converted, or RUN/checkpoints/ENTRY.')
   PROMPT = flags.DEFINE_string('prompt', None, 'The text to continue, or @FILE to read it.')
+  CHAT = flags.DEFINE_bool(
+      'chat', False, "Makes --prompt the message of a user, by the checkpoint's chat template."
+  )
+  PROMPTS = flags.DEFINE_string('prompts', None, 'A JSONL file of prompts to continue.')
+  OUT = flags.DEFINE_string('out', None, 'The JSONL file of their continuations.')
+  SAMPLES = flags.DEFINE_integer('samples', 1, 'Continuations of each of --prompts.')
+  SLOTS = flags.DEFINE_integer('slots', 8, 'At most so many of them are written side by side.')
   COMPILATION_CACHE = flags.DEFINE_string(
       'compilation_cache', '', "Folder of compiled programs; default: the user's cache; off: none."
   )
@@ -100,7 +161,10 @@ if __name__ == '__main__':
       'stop': flags.DEFINE_multi_integer(
           'stop', None, "An id that ends the text; may be repeated. Default: the tokenizer's own."
       ),
+      'stop_texts': flags.DEFINE_multi_string(
+          'stop_text', None, 'A text that ends the text; may be repeated.'
+      ),
       'seed': flags.DEFINE_integer('seed', 0, 'Determines what is drawn.'),
   }
-  flags.mark_flags_as_required(['checkpoint', 'prompt'])
+  flags.mark_flags_as_required(['checkpoint'])
   app.run(main)

@@ -24,7 +24,8 @@ from dsa_jax.data.tokenizer import Bytes, Pretrained
 from dsa_jax.inference.draw import draw
 from dsa_jax.inference.extend import extend
 from dsa_jax.inference.load import StoredModel, find_checkpoint, load_checkpoint, load_model
-from dsa_jax.inference.sampler import SampleConfig, Sampler, draw_and_read, read_chunk
+from dsa_jax.inference.programs import draw_and_read, read_chunk
+from dsa_jax.inference.sampler import SampleConfig, Sampler
 from dsa_jax.nn.attention.types import Mode
 from dsa_jax.selection import RULES
 from dsa_jax.training.checkpoint import Checkpoints, Progress
@@ -77,7 +78,7 @@ def test_short_contexts_change_nothing():
   cfg, text = dataclasses.replace(CFG, index_topk=12), PROMPTS[0] * 3
   model = laws.model_of(laws.weights(cfg), cfg)
   short, plain = (Sampler(model, capacity=40, chunk=chunk) for chunk in (10, 4))
-  assert [short._visible(before, 10) for before in (0, 10, 20)] == [12, 24, 0]
+  assert [short._engine.visible(before, 10, 40) for before in (0, 10, 20)] == [12, 24, 0]
   for n in 10, 20, 30:
     want = plain.read([text[:n]]).logits
     np.testing.assert_allclose(short.read([text[:n]]).logits, want, atol=1e-5)

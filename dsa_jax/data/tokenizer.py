@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Turns text into token ids and back, by a checkpoint's tokenizer.json or as plain bytes."""
 
+import abc
 import codecs
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 import hashlib
 import json
 import logging
 import pathlib
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import tokenizers
@@ -16,14 +17,36 @@ from dsa_jax.config import ConfigError
 from dsa_jax.data.formats import POINTER, recognise
 from dsa_jax.data.text import BOS, VOCAB_SIZE
 
-# What decides the ids of a text, beside config.json.
+# What decides the ids of a text or of a conversation, beside config.json.
 TOKENIZER_FILES = (
     'tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.json', 'generation_config.json',
+    'chat_template.jinja',
 )  # fmt: skip
 PROBE = 'a'  # A text, to see what a tokenizer puts around one.
 
 
-class Bytes:
+class Steps(NamedTuple):
+  """Turns the ids of one text into text, as soon as they make whole characters."""
+
+  step: Callable[[int], str]  # Takes the next id.
+  end: Callable[[], str]  # Returns what is left of a character that was never finished.
+
+
+class _Streaming(abc.ABC):
+  """What both tokenizers do with the ids of a text."""
+
+  @abc.abstractmethod
+  def steps(self) -> Steps:
+    """Returns what turns the ids of a new text into text."""
+
+  def stream(self, ids: Iterable[int]) -> Iterator[str]:
+    """Yields a piece of text for each id, which may be empty, and then what the end leaves."""
+    steps = self.steps()
+    yield from map(steps.step, ids)
+    yield steps.end()
+
+
+class Bytes(_Streaming):
   """A tokenizer whose ids are bytes, as in the package's own text data, after BOS."""
 
   stop = (BOS,)  # Ids that end a text, because the next document begins.
@@ -39,15 +62,13 @@ class Bytes:
     """Returns BOS and the bytes of a text."""
     return [BOS, *text.encode()]
 
-  def stream(self, ids: Iterable[int]) -> Iterator[str]:
-    """Yields text as soon as ids make whole characters."""
+  def steps(self) -> Steps:
     decoder = codecs.getincrementaldecoder('utf-8')(errors='replace')
-    for i in ids:
-      yield decoder.decode(bytes([i])) if i < 256 else ''
-    yield decoder.decode(b'', final=True)
+    step = lambda i: decoder.decode(bytes([i])) if i < 256 else ''
+    return Steps(step, lambda: decoder.decode(b'', final=True))
 
 
-class Pretrained:
+class Pretrained(_Streaming):
   """A tokenizer that the `tokenizers` library reads from a tokenizer.json.
 
   What the file was last used for does not count: truncation, padding and random merges are off.
@@ -144,10 +165,9 @@ class Pretrained:
       after.append(self.end)
     return before, after
 
-  def stream(self, ids: Iterable[int]) -> Iterator[str]:
-    steps = tokenizers.decoders.DecodeStream(skip_special_tokens=True)
-    for i in ids:
-      yield steps.step(self._tokenizer, i) or ''
+  def steps(self) -> Steps:
+    stream = tokenizers.decoders.DecodeStream(skip_special_tokens=True)
+    return Steps(lambda i: stream.step(self._tokenizer, i) or '', lambda: '')
 
 
 Tokenizer = Bytes | Pretrained
@@ -203,14 +223,14 @@ def find_tokenizer(folder: pathlib.Path) -> Tokenizer:
   """
   path = folder / 'tokenizer.json'
   if not path.exists():
-    if _read(folder / 'config.json').get('source'):
+    if read_object(folder / 'config.json').get('source'):
       logging.warning(f'{folder} has no tokenizer.json: texts are read and written as bytes.')
     return Bytes()
   tokenizer = Pretrained(path)
   released = released_config(folder)
-  settings = _read(folder / 'tokenizer_config.json')
-  tokens = _read(folder / 'special_tokens_map.json')
-  token = lambda key: _content(settings.get(key)) or _content(tokens.get(key))
+  settings = read_object(folder / 'tokenizer_config.json')
+  tokens = read_object(folder / 'special_tokens_map.json')
+  token = lambda key: text_of_token(settings.get(key)) or text_of_token(tokens.get(key))
   tokenizer.stop = _stop_ids(folder, released)
   if not tokenizer.stop and token('eos_token'):
     ended = tokenizer.id_of(token('eos_token'))
@@ -230,11 +250,11 @@ def find_tokenizer(folder: pathlib.Path) -> Tokenizer:
 
 def released_config(folder: pathlib.Path) -> dict[str, Any]:
   """Returns the config.json of a release, which that of a converted checkpoint holds."""
-  record = _read(folder / 'config.json')
+  record = read_object(folder / 'config.json')
   return record['source'].get('config', {}) if 'source' in record else record
 
 
-def _read(path: pathlib.Path) -> dict[str, Any]:
+def read_object(path: pathlib.Path) -> dict[str, Any]:
   """Returns a JSON object, {} where there is no file."""
   if not path.exists():
     return {}
@@ -247,7 +267,7 @@ def _read(path: pathlib.Path) -> dict[str, Any]:
   return values
 
 
-def _content(token: Any) -> str | None:
+def text_of_token(token: Any) -> str | None:
   """Returns the text of a token, which may be described by an object."""
   token = token.get('content') if isinstance(token, dict) else token
   return token if isinstance(token, str) else None
@@ -255,7 +275,7 @@ def _content(token: Any) -> str | None:
 
 def _stop_ids(folder: pathlib.Path, released: dict[str, Any]) -> tuple[int, ...]:
   """Returns the ids that end a text by config.json or by generation_config.json."""
-  generation = _read(folder / 'generation_config.json')
+  generation = read_object(folder / 'generation_config.json')
   ids = list[int]()
   for name, config in (('config.json', released), ('generation_config.json', generation)):
     stop = config.get('eos_token_id')

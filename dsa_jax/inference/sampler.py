@@ -2,61 +2,36 @@
 """Continues texts with a model: reads prompts into a cache, then draws token after token."""
 
 import collections
-from collections.abc import Iterator, Sequence
-import dataclasses
-import functools
+from collections.abc import Collection, Iterator, Sequence
 import logging
 import pathlib
 import typing
 from typing import NamedTuple
 
-from flax import nnx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Float
 import numpy as np
 
 from dsa_jax.config import ConfigError
+from dsa_jax.data.chat import ChatTemplate, Message, find_chat_template
 from dsa_jax.data.text import VOCAB_SIZE
 from dsa_jax.data.tokenizer import Bytes, Tokenizer, find_tokenizer
-from dsa_jax.inference.cache import FORMATS, Cache, init_cache
-from dsa_jax.inference.draw import draw
-from dsa_jax.inference.extend import extend, short_context
+from dsa_jax.inference.batching import Completion, Text, complete
+from dsa_jax.inference.cache import FORMATS, Cache
 from dsa_jax.inference.load import find_checkpoint, load_checkpoint
+from dsa_jax.inference.programs import (
+    Engine, begin_texts, draw_and_read, make_reader, prepared_for_cpu,
+)  # fmt: skip
+from dsa_jax.inference.sample_config import SampleConfig, padded
+from dsa_jax.inference.stopping import cut
 from dsa_jax.kernels.backend import check_backend, default_backend
-from dsa_jax.nn.attention.mla import MLA
 from dsa_jax.nn.attention.types import Attention
-from dsa_jax.nn.block import Block
 from dsa_jax.nn.transformer import Transformer
-from dsa_jax.params import BackboneParam
 from dsa_jax.selection import check_rule
 
 CHUNK = 512  # Tokens of a prompt that are read at a time.
 TPU_CHUNK = 4096  # The same on a TPU, whose kernels pack all keys anew for each chunk.
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class SampleConfig:
-  """The rule by which tokens are drawn, and when to stop."""
-
-  max_new_tokens: int = 128  # A sequence ends after as many.
-  temperature: float = 0.0  # Divides the logits. 0 always takes the likeliest token.
-  top_k: int = 0  # Tokens are drawn from as many of the likeliest. 0 draws from all.
-  top_p: float = 1.0  # Tokens are drawn from the likeliest that hold this much probability.
-  stop: tuple[int, ...] = ()  # Ids that end a sequence. They are not returned.
-  seed: int = 0  # The draws depend on it and on a text's place in the batch.
-
-  def __post_init__(self):
-    if self.max_new_tokens < 1:
-      raise ConfigError(f'{self.max_new_tokens=} must be at least 1.')
-    if not self.temperature >= 0:
-      raise ConfigError(f'{self.temperature=} must be 0 or more.')
-    if self.top_k < 0:
-      raise ConfigError(f'{self.top_k=} must be 0 or more.')
-    if not 0 < self.top_p <= 1:
-      raise ConfigError(f'{self.top_p=} must be above 0 and at most 1.')
-    if not 0 <= self.seed < 2**32:
-      raise ConfigError(f'{self.seed=} must be within 0 and {2**32 - 1}.')
 
 
 class Prefix(NamedTuple):
@@ -82,6 +57,7 @@ class Sampler:
       model: Transformer,
       tokenizer: Tokenizer | None = None,
       *,
+      chat: ChatTemplate | None = None,
       capacity: int = 0,
       attention: Attention = 'sparse',
       rule: str = 'indexer',
@@ -94,6 +70,7 @@ class Sampler:
     Args:
       model: From `load_checkpoint`, or in training.
       tokenizer: Turns text into ids and back. None reads bytes.
+      chat: Turns a conversation into text. None: the model knows none.
       capacity: Tokens that a sequence may have, its prompt included. 0 stands for the model's
         `max_seq_len`.
       attention: 'sparse', 'masked' or 'dense'; see `extend`.
@@ -109,7 +86,7 @@ class Sampler:
       raise ConfigError(
           f'a Sampler takes a model, not {type(model).__name__}: Sampler.load(FOLDER) makes one.'
       )
-    self.cfg, self.tokenizer = model.cfg, tokenizer or Bytes()
+    self.cfg, self.tokenizer, self.chat = model.cfg, tokenizer or Bytes(), chat
     self.attention, self.rule = attention, rule
     if attention not in typing.get_args(Attention):
       raise ConfigError(f'{attention=} must be one of {typing.get_args(Attention)}.')
@@ -121,17 +98,16 @@ class Sampler:
     self.capacity = capacity or model.cfg.max_seq_len
     if cache not in ('', *FORMATS):
       raise ConfigError(f"{cache=} must be one of {FORMATS}, or '' for the model's dtype.")
-    self._format = cache or model.cfg.dtype
     backend = backend or default_backend()
     check_backend(backend)
-    self._on_tpu = backend == 'tpu'
-    self._chunk = (TPU_CHUNK if self._on_tpu else CHUNK) if chunk is None else chunk
-    if self._chunk < 1:
+    chunk = (TPU_CHUNK if backend == 'tpu' else CHUNK) if chunk is None else chunk
+    if chunk < 1:
       raise ConfigError(f'{chunk=} must be at least 1.')
     on_cpu = jax.default_backend() == 'cpu'
-    weights = prepared_for_cpu(model) if on_cpu else (model, None)
-    self._weights, structure = jax.tree.flatten(weights)
-    self._reader = make_reader(structure, attention, backend, rule, on_cpu)
+    prepared = prepared_for_cpu(model) if on_cpu else (model, None)
+    weights, structure = jax.tree.flatten(prepared)
+    reader = make_reader(structure, attention, backend, rule, on_cpu)
+    self._engine = Engine(model.cfg, weights, reader, chunk, cache or model.cfg.dtype)
 
   @classmethod
   def load(
@@ -178,7 +154,8 @@ class Sampler:
           'Put the tokenizer of the model there, or use ids: `read`, `steps` and `generate`.',
           stored.folder, model.cfg.vocab_size,
       )  # fmt: skip
-    return cls(model, tokenizer, rule=selects, attention=attention, **kwargs)
+    chat = find_chat_template(stored.origin)
+    return cls(model, tokenizer, chat=chat, rule=selects, attention=attention, **kwargs)
 
   def __call__(self, prompt: str, **kwargs) -> str:
     """Returns the continuation of one text; see SampleConfig for the arguments."""
@@ -190,7 +167,63 @@ class Sampler:
       raise ConfigError(f'{prompt=} is empty: there must be something to continue.')
     config = SampleConfig(**({'stop': self.tokenizer.stop} | kwargs))
     steps = self._read_and_continue([self.tokenizer.encode(prompt)], config)
-    return self.tokenizer.stream(ids[0] for ids in steps if ids[0] is not None)
+    pieces = self.tokenizer.stream(ids[0] for ids in steps if ids[0] is not None)
+    return cut(pieces, config.stop_texts)
+
+  def prompt_of(self, messages: Sequence[Message]) -> str:
+    """Returns the text by which the model goes on with a conversation.
+
+    Raises:
+      ConfigError: The checkpoint has no chat template, or its template refuses the messages.
+    """
+    if self.chat is None:
+      raise ConfigError(
+          'the checkpoint has no chat template (chat_template.jinja, or chat_template in '
+          'tokenizer_config.json): give a prompt in place of messages.'
+      )
+    return self.chat(messages)
+
+  def complete(
+      self,
+      prompts: Sequence[str | Sequence[int]],
+      config: SampleConfig | None = None,
+      *,
+      samples: int = 1,
+      slots: int = 8,
+      without: Collection[tuple[int, int]] = (),
+  ) -> Iterator[Completion]:
+    """Yields continuations of many prompts, each as soon as it has ended.
+
+    Texts are written side by side in slots. One that ends leaves, and the next prompt is read, in
+    chunks between the steps of the others. What a prompt has in common with one that a slot still
+    holds is not read again. No continuation depends on the others.
+
+    Args:
+      prompts: Texts or token ids.
+      config: How to continue them. None stands for the likeliest tokens, up to those ids that end a
+        text for the tokenizer.
+      samples: How many continuations each prompt gets.
+      slots: At most so many texts are written at the same time.
+      without: Pairs of a prompt and a sample that are not asked for.
+
+    Raises:
+      ConfigError: A prompt is empty, too long, or holds an id that is no token; or an argument is
+        out of range. Nothing has been read then.
+    """
+    config = config or SampleConfig(stop=self.tokenizer.stop)
+    if samples < 1 or slots < 1:
+      raise ConfigError(f'{samples=} and {slots=} must be at least 1.')
+    self._check_config(config)
+    ids = [self.tokenizer.encode(x) if isinstance(x, str) else list(x) for x in prompts]
+    for i, prompt in enumerate(ids):
+      self._check_prompt(i, prompt, 0, config.max_new_tokens)
+    texts = [
+        Text(i, sample, samples, prompt, self.tokenizer, config)
+        for i, prompt in enumerate(ids)
+        for sample in range(samples)
+        if (i, sample) not in without
+    ]
+    return complete(self._engine, texts, config, slots)
 
   def generate(
       self, prompts: Sequence[Sequence[int]], config: SampleConfig = SampleConfig()
@@ -218,14 +251,12 @@ class Sampler:
     """
     self._check_prompts(prompts, room, after)
     if after is None:
-      cache = init_cache(
-          self.cfg, len(prompts), self.capacity, fmt=self._format, whole_lines=self._on_tpu
-      )
+      cache = self._engine.empty_cache(len(prompts), self.capacity)
       logits = jnp.zeros((len(prompts), self.cfg.vocab_size), jnp.float32)
     else:
       cache, logits = jax.tree.map(jnp.copy, after.cache), after.logits
     longest = max(map(len, prompts))
-    width = min(self._chunk, 1 << (longest - 1).bit_length())  # Few programs for all lengths.
+    width = min(self._engine.chunk, 1 << (longest - 1).bit_length())  # Few programs for all lengths.
     tokens = np.zeros((len(prompts), -(-longest // width) * width), np.int32)
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
     for i, prompt in enumerate(prompts):
@@ -234,19 +265,8 @@ class Sampler:
     for first in range(0, longest, width):
       n_new = np.clip(lengths - first, 0, width).astype(np.int32)
       chunk = tokens[:, first : first + width]
-      logits, cache = read_chunk(
-          self._weights, cache, chunk, n_new, logits,
-          reader=self._reader, visible=self._visible(before + first, width),
-      )  # fmt: skip
+      logits, cache = self._engine.read(cache, logits, chunk, n_new, before=before + first)
     return Prefix(cache, logits)
-
-  def _visible(self, before: int, width: int) -> int:
-    """Returns how many tokens a chunk may see; of a few such numbers, for few programs."""
-    topk, most = self.cfg.index_topk, before + width
-    longest = short_context(width, topk, self._reader.backend)
-    if self.attention != 'sparse' or most > longest:
-      return 0
-    return min(topk if most <= topk else longest, self.capacity)
 
   def steps(self, prefix: Prefix, config: SampleConfig) -> Iterator[list[int | None]]:
     """Yields the next id of every text, step after step, and None for texts that have ended.
@@ -283,12 +303,12 @@ class Sampler:
     cache, logits = prefix
     if keep:
       cache = jax.tree.map(jnp.copy, cache)
-    numbers = np.float32(config.temperature), np.float32(config.top_p), _padded(config.stop)
+    numbers = np.float32(config.temperature), np.float32(config.top_p), padded(config.stop)
     begun = collections.deque()
     for step in range(config.max_new_tokens):
       ids, running, logits, cache = draw_and_read(
-          self._weights, cache, logits, keys, running, *numbers,
-          top_k=config.top_k, reader=self._reader,
+          self._engine.weights, cache, logits, keys, running, *numbers,
+          top_k=config.top_k, reader=self._engine.reader,
       )  # fmt: skip
       begun.append((ids, running))
       if step:
@@ -344,120 +364,9 @@ class Sampler:
       raise ConfigError(f'{config.top_k=} must be at most the vocabulary of {self.cfg.vocab_size}.')
 
 
-def _padded(stop: tuple[int, ...]) -> np.ndarray:
-  """Returns the ids and as many -1 as make a multiple of eight: one program serves most numbers."""
-  ids = np.full(max(-(-len(stop) // 8), 1) * 8, -1, np.int32)
-  ids[: len(stop)] = stop
-  return ids
-
-
 def _read_step(ids: jax.Array, running: jax.Array) -> list[int | None] | None:
   """Returns the id of every text that is running, and None if none is."""
   running = np.asarray(running)
   if not running.any():
     return None
   return [int(i) if alive else None for i, alive in zip(np.asarray(ids), running)]
-
-
-def prepared_for_cpu(model: Transformer) -> tuple[Transformer, list[Block]]:
-  """Returns a model without its layers, and its layers, as XLA:CPU reads them without copies.
-
-  The layers lie by themselves, see `extend`. The head is rounded to the dtype of the activations but
-  kept in float32, because XLA:CPU would do both before every product, at ten times the product's cost.
-  """
-  blocks = [model.block(i) for i in range(model.cfg.n_layers)]
-  for block in blocks:
-    if isinstance(block.attn, MLA):
-      block.attn.split_expansion()
-  rest = jax.tree.map(lambda x: x, model)  # A new module; the given one stays as it is.
-  rest.dense_blocks = rest.moe_blocks = rest.mtp = None
-  if model.cfg.dtype != 'float32':
-    head = model.head_weight.astype(model.cfg.dtype).astype(jnp.float32)
-    rest.head = nnx.data(BackboneParam(head, axes=('embed', 'vocab')))
-  return rest, blocks
-
-
-@dataclasses.dataclass(frozen=True)
-class Reader:
-  """What a program reads tokens with. It knows its hash, because that of a model takes a millisecond."""
-
-  structure: jax.tree_util.PyTreeDef  # The model and its layers, without their weights.
-  attention: Attention
-  backend: str
-  rule: str
-  on_cpu: bool  # Whether they are as `prepared_for_cpu` returns them.
-  known_hash: int
-
-  def __hash__(self) -> int:
-    return self.known_hash
-
-
-@functools.cache  # Samplers of models with one structure have one reader, which equals itself at once.
-def make_reader(
-    structure: jax.tree_util.PyTreeDef, attention: Attention, backend: str, rule: str, on_cpu: bool
-) -> Reader:
-  fields = structure, attention, backend, rule, on_cpu
-  return Reader(*fields, hash(fields))
-
-
-def _read(
-    weights: list[Array],
-    cache: Cache,
-    tokens: Int[Array, 'B T'],
-    n_new: Int[Array, 'B'],
-    logits: Float[Array, 'B W'],
-    *,
-    reader: Reader,
-    visible: int = 0,
-) -> tuple[Float[Array, 'B W'], Cache]:
-  """Reads one chunk of every text; a text without new tokens keeps the logits that it had."""
-  model, layers = jax.tree.unflatten(reader.structure, weights)
-  reading = extend(
-      model, cache, tokens, n_new,
-      attention=reader.attention, backend=reader.backend, rule=reader.rule, layers=layers,
-      visible=visible,
-  )  # fmt: skip
-  last = jnp.maximum(n_new - 1, 0)[:, None, None]
-  hidden = jnp.take_along_axis(reading.hidden, last, axis=1)
-  new = model.logits(hidden.astype(jnp.float32) if reader.on_cpu else hidden)[:, 0]
-  return jnp.where(n_new[:, None] > 0, new, logits), reading.cache
-
-
-# All programs belong to the module, so that all samplers share what is compiled.
-read_chunk = jax.jit(_read, static_argnames=('reader', 'visible'), donate_argnames='cache')
-
-
-@functools.partial(jax.jit, static_argnames='n')
-def begin_texts(
-    seed: Int[Array, ''] | int, n: int
-) -> tuple[Key[Array, '{n}'], Bool[Array, '{n}']]:
-  """Returns the random state of each of n texts, and that all are running."""
-  keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.arange(n))
-  return keys, jnp.ones(n, bool)
-
-
-@functools.partial(jax.jit, static_argnames=('top_k', 'reader'), donate_argnames='cache')
-def draw_and_read(
-    weights: list[Array],
-    cache: Cache,
-    logits: Float[Array, 'B W'],
-    keys: Key[Array, 'B'],
-    running: Bool[Array, 'B'],
-    temperature: Float[Array, ''] | float,
-    top_p: Float[Array, ''] | float,
-    stop: Int[Array, 'N'],
-    *,
-    top_k: int,
-    reader: Reader,
-) -> tuple[Int[Array, 'B'], Bool[Array, 'B'], Float[Array, 'B W'], Cache]:
-  """Draws a token for every text, and reads it where the text is running and does not stop with it.
-
-  Returns:
-    The ids, which texts go on with theirs, and the next logits and cache.
-  """
-  position_keys = jax.vmap(jax.random.fold_in)(keys, cache.length)
-  ids = draw(logits, position_keys, temperature, top_k, top_p)
-  running &= jnp.all(ids[:, None] != stop, axis=1)
-  n_new = running.astype(jnp.int32)
-  logits, cache = _read(weights, cache, ids[:, None], n_new, logits, reader=reader)
-  return ids, running, logits, cache

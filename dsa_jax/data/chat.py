@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Turns a conversation into a text, by the template of a checkpoint."""
+
+from collections.abc import Mapping, Sequence
+import datetime
+import json
+import pathlib
+from typing import Any
+
+import jinja2
+import jinja2.ext
+import jinja2.sandbox
+
+from dsa_jax.config import ConfigError
+from dsa_jax.data.tokenizer import read_object, text_of_token
+
+Message = Mapping[str, Any]  # 'role', such as 'user', and 'content'.
+ROLES = 'bos_token', 'eos_token', 'unk_token', 'pad_token'  # Templates know these tokens by name.
+
+
+class ChatTemplate:
+  """A template in Jinja, as Hugging Face's checkpoints bring it along.
+
+  It comes from whoever made the checkpoint, so it runs in Jinja's sandbox.
+
+  Source:
+    What a template may use: https://huggingface.co/docs/transformers/chat_templating_writing.
+  """
+
+  def __init__(self, source: str, tokens: Mapping[str, str]):
+    """Compiles a template.
+
+    Args:
+      source: The template.
+      tokens: Special tokens that it may name, such as 'bos_token'.
+
+    Raises:
+      ConfigError: The template is no Jinja.
+    """
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols, _Generation]
+    )
+    environment.filters['tojson'] = _to_json
+    environment.globals |= {'raise_exception': _refuse, 'strftime_now': _now}
+    self._tokens = dict(tokens)
+    try:
+      self._template = environment.from_string(source)
+    except jinja2.TemplateError as error:
+      raise ConfigError(f'the chat template is no Jinja template: {error}.') from error
+
+  def __call__(self, messages: Sequence[Message]) -> str:
+    """Returns the text that the assistant is to continue.
+
+    Raises:
+      ConfigError: The template refuses the messages, or they are no messages.
+    """
+    for i, message in enumerate(messages):
+      if not isinstance(message, Mapping) or not isinstance(message.get('role'), str):
+        raise ConfigError(f"message {i} is {message!r}: it must have a 'role' and a 'content'.")
+    if not messages:
+      raise ConfigError('there is no message: there must be one at least.')
+    try:
+      return self._template.render(messages=messages, add_generation_prompt=True, **self._tokens)
+    except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
+      raise ConfigError(f'the chat template refuses the messages: {error}.') from error
+
+
+def find_chat_template(folder: pathlib.Path) -> ChatTemplate | None:
+  """Returns the template of a checkpoint, a release or the origin of a run; None if it has none.
+
+  Raises:
+    ConfigError: A file is damaged.
+  """
+  settings = read_object(folder / 'tokenizer_config.json')
+  path, source = folder / 'chat_template.jinja', settings.get('chat_template')
+  if path.exists():
+    source = path.read_text(encoding='utf-8')
+  elif isinstance(source, list):  # Several, by name.
+    source = {entry['name']: entry['template'] for entry in source}.get('default')
+  if not source:
+    return None
+  others = read_object(folder / 'special_tokens_map.json')
+  tokens = {role: text_of_token(settings.get(role) or others.get(role)) for role in ROLES}
+  return ChatTemplate(source, {role: token for role, token in tokens.items() if token is not None})
+
+
+class _Generation(jinja2.ext.Extension):
+  """Reads what some templates mark as the words of the assistant like any other text."""
+
+  tags = {'generation'}
+
+  def parse(self, parser: Any) -> Any:
+    next(parser.stream)
+    return parser.parse_statements(('name:endgeneration',), drop_needle=True)
+
+
+def _refuse(message: str):
+  raise jinja2.TemplateError(message)
+
+
+def _to_json(value: Any, indent: int | None = None, ensure_ascii: bool = False, **options) -> str:
+  return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **options)
+
+
+def _now(form: str) -> str:
+  return datetime.datetime.now().strftime(form)

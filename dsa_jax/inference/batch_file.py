@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Continues the prompts of a file; what was answered before a run was stopped is never lost."""
+
+from collections.abc import Iterator
+import dataclasses
+import hashlib
+import json
+import pathlib
+from typing import Any, NamedTuple
+
+from dsa_jax.config import ConfigError
+from dsa_jax.inference.batching import Completion
+from dsa_jax.inference.sample_config import SampleConfig
+from dsa_jax.inference.sampler import Sampler
+
+
+class Prompt(NamedTuple):
+  """A line of the file of prompts."""
+
+  text: str
+  name: Any  # The line's own 'id', which its answers carry along. None: it has none.
+
+
+def read_prompts(path: pathlib.Path, sampler: Sampler) -> list[Prompt]:
+  """Reads one prompt of each line of a JSONL file.
+
+  A line is an object with a 'prompt', which is a text, or with 'messages', which the checkpoint's
+  chat template makes into one; and maybe an 'id'.
+
+  Raises:
+    ConfigError: A line is something else.
+  """
+  prompts = []
+  for number, line in enumerate(path.read_bytes().splitlines(), 1):
+    if not line.strip():
+      continue
+    try:
+      prompts.append(_prompt_of(json.loads(line), sampler))
+    except ValueError as error:  # Those of JSON and UTF-8, and ConfigError.
+      raise ConfigError(f'{path}, line {number}: {error}') from error
+  if not prompts:
+    raise ConfigError(f'{path} holds no prompt.')
+  return prompts
+
+
+def _prompt_of(entry: Any, sampler: Sampler) -> Prompt:
+  keys = {*entry} & {'prompt', 'messages'} if isinstance(entry, dict) else set()
+  if len(keys) != 1:
+    raise ConfigError("expected an object with either a 'prompt' or 'messages'.")
+  if 'messages' in keys and not isinstance(entry['messages'], list):
+    raise ConfigError(f"'messages' is {entry['messages']!r}; it must be a list.")
+  text = entry['prompt'] if 'prompt' in keys else sampler.prompt_of(entry['messages'])
+  if not isinstance(text, str) or not text:
+    raise ConfigError(f"'prompt' is {text!r}; it must be a text, and not an empty one.")
+  return Prompt(text, entry.get('id'))
+
+
+class AnswerFile:
+  """A JSONL file to which answers are added, whole lines at a time."""
+
+  def __init__(
+      self, path: pathlib.Path, sampler: Sampler, prompts: list[Prompt], config: SampleConfig, samples: int
+  ):
+    """Reads what the file holds. A line whose writing was interrupted is dropped.
+
+    Args:
+      path: The file, which need not exist.
+      sampler: What answers.
+      prompts: What it answers.
+      config: In which way it does.
+      samples: How many answers each prompt gets.
+
+    Raises:
+      ConfigError: The file holds something else than answers to these prompts, given in this way.
+    """
+    self._path, self._prompts, self._sampler = path, prompts, sampler
+    self._config, self._samples = config, samples
+    settings = [dataclasses.asdict(config), sampler.attention, sampler.rule, sampler.cfg.index_topk]
+    digest = lambda text: hashlib.sha256(json.dumps([text, settings]).encode()).hexdigest()[:16]
+    self._digests = [digest(prompt.text) for prompt in prompts]
+    self.answered: set[tuple[int, int]] = set()  # Prompts and samples.
+    content = path.read_bytes() if path.exists() else b''
+    self._whole = content.rfind(b'\n') + 1
+    for number, line in enumerate(content[: self._whole].splitlines(), 1):
+      if (answer := self._answer_of(line)) is None:
+        raise ConfigError(
+            f'{path}, line {number} answers no prompt of this file, or by other settings: go on with '
+            'the prompts and flags that it was begun with, or name another file.'
+        )
+      self.answered.add(answer)
+
+  def _answer_of(self, line: bytes) -> tuple[int, int] | None:
+    """Returns which prompt a line answers, and as which sample; None if it answers none."""
+    try:
+      entry = json.loads(line)
+      prompt, sample, digest = entry['prompt'], entry['sample'], entry['digest']
+      if 0 <= sample < self._samples and self._digests[prompt] == digest:
+        return prompt, sample
+    except (ValueError, TypeError, KeyError, IndexError):
+      pass
+    return None
+
+  @property
+  def n_left(self) -> int:
+    return len(self._prompts) * self._samples - len(self.answered)
+
+  def answer(self, slots: int) -> Iterator[Completion]:
+    """Writes the missing answers as they come, and yields them.
+
+    Raises:
+      ConfigError: A prompt is too long; nothing has been written then.
+    """
+    texts = [prompt.text for prompt in self._prompts]
+    completions = self._sampler.complete(
+        texts, self._config, samples=self._samples, slots=slots, without=self.answered
+    )
+    self._path.parent.mkdir(parents=True, exist_ok=True)
+    with open(self._path, 'ab', buffering=0) as file:
+      file.truncate(self._whole)
+      for completion in completions:
+        file.write(json.dumps(self._line(completion), ensure_ascii=False).encode() + b'\n')
+        yield completion
+
+  def _line(self, completion: Completion) -> dict[str, Any]:
+    name = self._prompts[completion.prompt].name
+    line = completion._asdict() | {'digest': self._digests[completion.prompt]}
+    return line if name is None else {'id': name} | line

@@ -1,0 +1,216 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Continues many texts in a running batch, which texts join and leave; see `Sampler.complete`."""
+
+import collections
+from collections.abc import Iterator, Sequence
+import time
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from dsa_jax.data.tokenizer import Tokenizer
+from dsa_jax.inference.programs import Engine
+from dsa_jax.inference.sample_config import SampleConfig, padded
+from dsa_jax.inference.slots import Written, copy_of, free_slots, join, write
+from dsa_jax.inference.stopping import StopTexts
+
+LINE = 512  # The capacity of slots is a multiple of it, for few programs.
+CHUNKS = 4  # At most so many chunks of prompts are read between two steps.
+FEWEST = 32  # No chunk is shorter; it may be padding. Others are 4, 16, ... times as long.
+
+
+class Completion(NamedTuple):
+  """A continuation."""
+
+  prompt: int  # The number of the prompt.
+  sample: int  # The number of the continuation among those of its prompt.
+  text: str
+  ids: list[int]  # All that were drawn but those that end a text.
+  log_probs: list[float]  # Of each id, by the model: before temperature, top-k and top-p.
+  ended_by: str  # 'stop' is an id or a text that ends one, 'length' the most tokens that were asked for.
+  prompt_tokens: int
+  reused_tokens: int  # Those tokens of the prompt that had been read with another one.
+  seconds_to_first: float  # From when the prompt was begun to when the first token was there.
+  seconds: float  # To when the last one was.
+
+
+class Text:
+  """A text that is being written."""
+
+  def __init__(
+      self,
+      place: int,
+      sample: int,
+      samples: int,
+      prompt: list[int],
+      tokenizer: Tokenizer,
+      config: SampleConfig,
+  ):
+    self.place, self.sample, self.number = place, sample, place * samples + sample
+    self.prompt = prompt
+    self.ids, self.log_probs, self.ended_by = list[int](), list[float](), ''
+    self._most = config.max_new_tokens
+    self._pieces, self._steps = list[str](), tokenizer.steps()
+    self._stops = StopTexts(config.stop_texts)
+    self._began, self._first = 0.0, 0.0
+
+  def begin(self, n_reused: int):
+    self._began, self.n_reused = time.monotonic(), n_reused
+
+  def add(self, i: int, log_prob: float):
+    """Takes the next id, which may end the text."""
+    self._first = self._first or time.monotonic() - self._began
+    self.ids.append(i)
+    self.log_probs.append(log_prob)
+    self._pieces.append(self._stops.push(self._steps.step(i)))
+    if self._stops.reached:
+      self.ended_by = 'stop'
+    elif len(self.ids) == self._most:
+      self.ended_by = 'length'
+
+  def completion(self) -> Completion:
+    rest = '' if self._stops.reached else self._stops.push(self._steps.end()) + self._stops.end()
+    seconds = time.monotonic() - self._began
+    return Completion(
+        self.place, self.sample, ''.join(self._pieces) + rest, self.ids, self.log_probs,
+        self.ended_by, len(self.prompt), self.n_reused, self._first or seconds, seconds,
+    )  # fmt: skip
+
+
+def complete(
+    engine: Engine, texts: Sequence[Text], config: SampleConfig, n_slots: int
+) -> Iterator[Completion]:
+  """Yields what `Sampler.complete` does, for texts whose prompts have been checked."""
+  if not texts:
+    return
+  longest = max(len(text.prompt) for text in texts) + config.max_new_tokens
+  capacity = min(-(-longest // LINE) * LINE, engine.cfg.max_seq_len)
+  batch = Batch(engine, config, min(n_slots, len(texts)), capacity)
+  for text in batch.run(iter(texts)):
+    yield text.completion()
+
+
+class Batch:
+  """Texts in slots, and one whose prompt is being read beside them."""
+
+  def __init__(self, engine: Engine, config: SampleConfig, n_slots: int, capacity: int):
+    self._engine, self._config = engine, config
+    self._numbers = np.float32(config.temperature), np.float32(config.top_p), padded(config.stop)
+    self._slots = free_slots(engine.empty_cache(n_slots, capacity), engine.cfg.vocab_size)
+    self._texts: list[Text | None] = [None] * n_slots
+    self._held = [list[int]() for _ in range(n_slots)]  # The prompt that each slot last had.
+    self._begun = collections.deque[tuple[list[Text | None], Written]]()
+    self._reader = PromptReader(engine, capacity)
+
+  def run(self, texts: Iterator[Text]) -> Iterator[Text]:
+    """Yields texts as they end. Each step begins before the ids of the one before it are read."""
+    while True:
+      self._read_prompts(texts)
+      if any(self._texts):
+        self._begin_step()
+      if not self._begun:
+        return
+      if len(self._begun) > 1 or not any(self._texts):
+        yield from self._end_step()
+
+  def _read_prompts(self, texts: Iterator[Text]):
+    """Reads a few chunks of the next prompts, as long as there are free slots."""
+    for _ in range(CHUNKS):
+      if None not in self._texts:
+        return
+      if self._reader.text is None:
+        if (text := next(texts, None)) is None:
+          return
+        self._reader.begin(text, self._held, self._slots)
+      if self._reader.read_chunk():
+        self._join(self._texts.index(None))
+
+  def _join(self, slot: int):
+    text, cache, logits = self._reader.finish()
+    self._texts[slot], self._held[slot] = text, text.prompt
+    config = self._config
+    self._slots = join(
+        self._slots, slot, cache, logits, np.uint32(config.seed), text.number, config.max_new_tokens
+    )
+
+  def _begin_step(self):
+    kept = np.array([text is not None for text in self._texts])
+    written, self._slots = write(
+        self._engine.weights, self._slots, kept, *self._numbers,
+        top_k=self._config.top_k, reader=self._engine.reader,
+    )  # fmt: skip
+    self._begun.append((list(self._texts), written))
+
+  def _end_step(self) -> Iterator[Text]:
+    """Yields the texts that have ended with the oldest step whose ids were not read yet."""
+    texts, written = self._begun.popleft()
+    ids, counts, log_probs = map(np.asarray, written)
+    for slot, text in enumerate(texts):
+      if text is None or text.ended_by:
+        continue
+      if counts[slot]:
+        text.add(int(ids[slot]), float(log_probs[slot]))
+      else:
+        text.ended_by = 'stop'
+      if text.ended_by:
+        self._texts[slot] = None
+        yield text
+
+
+class PromptReader:
+  """Reads one prompt after the other, each in chunks, and no token that is at hand."""
+
+  def __init__(self, engine: Engine, capacity: int):
+    self._engine = engine
+    self._cache = engine.empty_cache(1, capacity)
+    self._logits = jnp.zeros((1, engine.cfg.vocab_size), jnp.float32)
+    self._held: list[int] = []  # What the cache holds.
+    self.text: Text | None = None
+
+  def begin(self, text: Text, held: Sequence[list[int]], slots):
+    """Begins a prompt behind what it has in common with the last one or with that of a slot.
+
+    The last token is read in any case, for the logits of the next.
+    """
+    self.text, most = text, len(text.prompt) - 1
+    common = [min(n_common(text.prompt, tokens), most) for tokens in held]
+    own = min(n_common(text.prompt, self._held), most)
+    if max(common) >= own + FEWEST:
+      own, slot = max(common), int(np.argmax(common))
+      self._cache = copy_of(slots, slot)
+    self._held = text.prompt[:own]
+    text.begin(own)
+    self._cache = self._cache._replace(length=jnp.array([own], jnp.int32))
+
+  def read_chunk(self) -> bool:
+    """Reads on; returns whether the prompt has been read."""
+    before, prompt = len(self._held), self.text.prompt
+    width = chunk_width(len(prompt) - before, self._engine.chunk)
+    new = prompt[before : before + width]
+    tokens = np.zeros((1, width), np.int32)
+    tokens[0, : len(new)] = new
+    n_new = np.array([len(new)], np.int32)
+    self._logits, self._cache = self._engine.read(
+        self._cache, self._logits, tokens, n_new, before=before
+    )
+    self._held = prompt[: before + len(new)]
+    return len(self._held) == len(prompt)
+
+  def finish(self):
+    """Returns the text, its cache, which goes on being used here, and its logits."""
+    text, self.text = self.text, None
+    return text, self._cache, self._logits
+
+
+def chunk_width(n_left: int, most: int) -> int:
+  """Returns the width of the chunk in which so many tokens are read, or the first of them."""
+  width = min(FEWEST, most)
+  while width < min(n_left, most):
+    width = min(4 * width, most)
+  return width
+
+
+def n_common(a: Sequence[int], b: Sequence[int]) -> int:
+  """Returns how many tokens two texts have in common, from the first on."""
+  return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))

@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a text is continued."""
+
+import dataclasses
+
+import numpy as np
+
+from dsa_jax.config import ConfigError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SampleConfig:
+  """The rule by which tokens are drawn, and when to stop."""
+
+  max_new_tokens: int = 128  # A sequence ends after as many.
+  temperature: float = 0.0  # Divides the logits. 0 always takes the likeliest token.
+  top_k: int = 0  # Tokens are drawn from as many of the likeliest. 0 draws from all.
+  top_p: float = 1.0  # Tokens are drawn from the likeliest that hold this much probability.
+  stop: tuple[int, ...] = ()  # Ids that end a sequence. They are not returned.
+  stop_texts: tuple[str, ...] = ()  # What ends a text where it is written. It is not returned.
+  seed: int = 0  # The draws depend on it and on a text's place in the batch.
+
+  def __post_init__(self):
+    if self.max_new_tokens < 1:
+      raise ConfigError(f'{self.max_new_tokens=} must be at least 1.')
+    if not self.temperature >= 0:
+      raise ConfigError(f'{self.temperature=} must be 0 or more.')
+    if self.top_k < 0:
+      raise ConfigError(f'{self.top_k=} must be 0 or more.')
+    if not 0 < self.top_p <= 1:
+      raise ConfigError(f'{self.top_p=} must be above 0 and at most 1.')
+    if isinstance(self.stop_texts, str) or '' in self.stop_texts:
+      raise ConfigError(f'{self.stop_texts=} must be texts, none of them empty.')
+    if not 0 <= self.seed < 2**32:
+      raise ConfigError(f'{self.seed=} must be within 0 and {2**32 - 1}.')
+
+
+def padded(stop: tuple[int, ...]) -> np.ndarray:
+  """Returns the ids and as many -1 as make a multiple of eight: one program serves most numbers."""
+  ids = np.full(max(-(-len(stop) // 8), 1) * 8, -1, np.int32)
+  ids[: len(stop)] = stop
+  return ids

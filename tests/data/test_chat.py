@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Conversations become texts by a checkpoint's own template."""
+
+import datetime
+import json
+
+import pytest
+
+from dsa_jax.config import ConfigError
+from dsa_jax.data.chat import ChatTemplate, find_chat_template
+
+CHAT_ML = """{% for message in messages %}
+    {%- if message['role'] not in ['system', 'user', 'assistant'] %}
+        {{ raise_exception('no role is called ' + message['role']) }}
+    {%- endif %}
+<|im_start|>{{ message['role'] }}
+{% generation %}{{ message['content'] }}{% endgeneration %}<|im_end|>
+{% endfor %}
+{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+ASKED = [{'role': 'system', 'content': 'Be <brief>.'}, {'role': 'user', 'content': 'Why?'}]
+WANT = '<|im_start|>system\nBe <brief>.<|im_end|>\n<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n'
+
+
+def test_a_conversation_as_chat_ml():
+  assert ChatTemplate(CHAT_ML, {})(ASKED) == WANT
+
+
+def test_what_templates_may_use():
+  source = (
+      "{{ bos_token }}{% for m in messages %}{% if loop.index > 1 %}{% break %}{% endif %}"
+      "{{ m | tojson }}{% endfor %}{{ strftime_now('%Y') }}{{ eos_token is defined }}"
+  )
+  message = {'role': 'user', 'content': 'é<'}
+  year = datetime.datetime.now().year
+  assert ChatTemplate(source, {'bos_token': '<s>'})([message, message]) == (
+      f'<s>{{"role": "user", "content": "é<"}}{year}False'
+  )
+
+
+@pytest.mark.parametrize('place', ['jinja', 'text', 'list'])
+def test_where_checkpoints_keep_it(tmp_path, place):
+  settings = {'eos_token': {'content': '</s>'}}
+  source = CHAT_ML + '{{ eos_token }}{{ bos_token }}'
+  if place == 'jinja':  # It counts before the other.
+    (tmp_path / 'chat_template.jinja').write_text(source)
+    settings['chat_template'] = 'no'
+  elif place == 'text':
+    settings['chat_template'] = source
+  else:
+    others = [{'name': 'tool_use', 'template': 'no'}, {'name': 'default', 'template': source}]
+    settings['chat_template'] = others
+  (tmp_path / 'tokenizer_config.json').write_text(json.dumps(settings))
+  (tmp_path / 'special_tokens_map.json').write_text(json.dumps({'bos_token': '<s>'}))
+  assert find_chat_template(tmp_path)(ASKED) == WANT + '</s><s>'
+
+
+def test_without_one(tmp_path):
+  assert find_chat_template(tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    'source, messages, message',
+    [
+        ('{% if %}', ASKED, 'is no Jinja template'),
+        (CHAT_ML, [{'role': 'judge', 'content': ''}], 'refuses the messages: no role is called judge'),
+        ('{{ messages[0].content + 1 }}', ASKED, 'refuses the messages'),
+        ('{{ messages.append(1) }}', ASKED, 'refuses the messages'),  # Templates change nothing.
+        (CHAT_ML, [], 'there is no message'),
+        (CHAT_ML, [{'content': 'Why?'}], "message 0 is .*: it must have a 'role'"),
+    ],
+)
+def test_mistakes(source, messages, message):
+  with pytest.raises(ConfigError, match=message):
+    ChatTemplate(source, {})(messages)

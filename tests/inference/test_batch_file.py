@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A file of prompts is answered once, whatever interrupts it."""
+
+import dataclasses
+import json
+
+import laws
+import pytest
+
+from dsa_jax.config import ConfigError
+from dsa_jax.data.chat import ChatTemplate
+from dsa_jax.data.text import VOCAB_SIZE
+from dsa_jax.inference.batch_file import AnswerFile, read_prompts
+from dsa_jax.inference.sampler import SampleConfig, Sampler
+
+CFG = dataclasses.replace(laws.CFG, vocab_size=VOCAB_SIZE, max_seq_len=64)
+DRAWN = SampleConfig(max_new_tokens=6, temperature=1.0)
+LINES = [
+    {'prompt': 'one'},
+    {'prompt': 'and two', 'id': 'b'},
+    {'messages': [{'role': 'user', 'content': 'three'}], 'id': 3},
+]
+
+
+@pytest.fixture(scope='module')
+def sampler():
+  chat = ChatTemplate("{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}<bot>", {})
+  return Sampler(laws.model_of(laws.weights(CFG), CFG), chat=chat)
+
+
+@pytest.fixture
+def prompts(tmp_path, sampler):
+  path = tmp_path / 'prompts.jsonl'
+  path.write_text('\n\n'.join(map(json.dumps, LINES)))
+  return read_prompts(path, sampler)
+
+
+def answers_in(path) -> dict[tuple[int, int], dict]:
+  lines = map(json.loads, path.read_bytes().splitlines())
+  return {(line['prompt'], line['sample']): line for line in lines}
+
+
+def test_answers(tmp_path, sampler, prompts):
+  assert [prompt.text for prompt in prompts] == ['one', 'and two', '<user>three<bot>']
+  out = tmp_path / 'sub' / 'answers.jsonl'
+  answers = AnswerFile(out, sampler, prompts, DRAWN, 2)
+  assert answers.n_left == 6
+  completions = {(x.prompt, x.sample): x for x in answers.answer(slots=2)}
+  written = answers_in(out)
+  assert written.keys() == completions.keys() and len(written) == 6
+  for at, line in written.items():
+    assert line['text'] == completions[at].text and line['ids'] == completions[at].ids
+    assert line.get('id') == LINES[at[0]].get('id') and line['ended_by'] in ('length', 'stop')
+
+
+def test_what_was_answered_is_kept_and_the_rest_is_the_same(tmp_path, sampler, prompts):
+  whole, out = tmp_path / 'whole.jsonl', tmp_path / 'answers.jsonl'
+  list(AnswerFile(whole, sampler, prompts, DRAWN, 2).answer(slots=3))
+  stopped = AnswerFile(out, sampler, prompts, DRAWN, 2).answer(slots=2)
+  next(stopped), next(stopped)
+  stopped.close()
+  kept = out.read_bytes()
+  assert kept.count(b'\n') == 2
+  out.write_bytes(kept + b'{"prompt": 2, "sample": 0, "tex')  # A line that was never finished.
+  again = AnswerFile(out, sampler, prompts, DRAWN, 2)
+  assert again.n_left == 4
+  assert len(list(again.answer(slots=1))) == 4
+  assert out.read_bytes().startswith(kept)
+  texts = lambda path: {at: (line['ids'], line['text']) for at, line in answers_in(path).items()}
+  assert texts(out) == texts(whole)
+  done = AnswerFile(out, sampler, prompts, DRAWN, 2)
+  assert done.n_left == 0 and not list(done.answer(slots=2)) and texts(out) == texts(whole)
+
+
+@pytest.mark.parametrize('change', ['config', 'prompt', 'samples', 'other'])
+def test_answers_to_something_else_are_not_mixed_in(tmp_path, sampler, prompts, change):
+  out = tmp_path / 'answers.jsonl'
+  list(AnswerFile(out, sampler, prompts, DRAWN, 2).answer(slots=3))
+  before, config, samples = out.read_bytes(), DRAWN, 2
+  if change == 'config':
+    config = dataclasses.replace(DRAWN, seed=1)
+  elif change == 'prompt':
+    prompts = [prompts[0], prompts[1]._replace(text='and 2'), prompts[2]]
+  elif change == 'samples':
+    samples = 1
+  else:
+    before = b'{"something": "else"}\n'
+    out.write_bytes(before)
+  with pytest.raises(ConfigError, match='answers.jsonl, line [1-6] answers no prompt of this file'):
+    AnswerFile(out, sampler, prompts, config, samples)
+  assert out.read_bytes() == before
+
+
+def test_a_prompt_that_is_too_long_writes_nothing(tmp_path, sampler, prompts):
+  out = tmp_path / 'answers.jsonl'
+  long = [*prompts, prompts[0]._replace(text='x' * 60)]
+  with pytest.raises(ConfigError, match='prompt 3 has 61 tokens and 6 are to follow'):
+    next(AnswerFile(out, sampler, long, DRAWN, 1).answer(slots=2))
+  assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    'line, message',
+    [
+        ('{"prompt": "a"', 'line 2: '),
+        ('[1]', "line 2: expected an object with either a 'prompt' or 'messages'"),
+        ('{"prompt": "a", "messages": []}', 'line 2: expected an object'),
+        ('{"prompt": ""}', "line 2: 'prompt' is ''; it must be a text"),
+        ('{"prompt": 3}', "line 2: 'prompt' is 3; it must be a text"),
+        ('{"messages": 3}', "line 2: 'messages' is 3; it must be a list"),
+        ('{"messages": [{"content": "a"}]}', "line 2: message 0 is .* must have a 'role'"),
+    ],
+)
+def test_lines_that_are_no_prompts(tmp_path, sampler, line, message):
+  path = tmp_path / 'prompts.jsonl'
+  path.write_text('{"prompt": "a"}\n' + line + '\n')
+  with pytest.raises(ConfigError, match=message):
+    read_prompts(path, sampler)
+
+
+def test_files_without_prompts_and_checkpoints_without_templates(tmp_path, sampler):
+  path = tmp_path / 'prompts.jsonl'
+  path.write_text('\n')
+  with pytest.raises(ConfigError, match='prompts.jsonl holds no prompt'):
+    read_prompts(path, sampler)
+  plain = Sampler(laws.model_of(laws.weights(CFG), CFG))
+  path.write_text(json.dumps(LINES[2]))
+  with pytest.raises(ConfigError, match='line 1: the checkpoint has no chat template'):
+    read_prompts(path, plain)
