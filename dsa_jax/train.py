@@ -31,7 +31,7 @@ from dsa_jax.parallel.processes import (
 from dsa_jax.reporting.compare import group_runs, print_table, read_run
 from dsa_jax.reporting.evaluate import look, look_batch
 from dsa_jax.reporting.meter import Meter
-from dsa_jax.reporting.metrics import MetricsWriter, SilentWriter
+from dsa_jax.reporting.metrics import MetricsWriter, SilentWriter, of_selecting
 from dsa_jax.reporting.progress import StepProgress
 from dsa_jax.reporting.report import print_report, write_report
 from dsa_jax.reporting.results import evaluate_recipe, kept_results, report_programs
@@ -142,11 +142,11 @@ def run_stage(run: Run, name: str, writer: MetricsWriter, bar: StepProgress, ahe
       if step < entry.steps:
         batch = take(step + 1)
       if pending is not None:  # The step before this one; the device is already at work.
-        text = record(*pending, name, checkpoints, writer, recipe.log_every, meter)
+        text = record(*pending, name, checkpoints, writer, recipe, meter)
       pending = step, metrics
       looks = step % recipe.measure_every == 0 or step == entry.steps
       if save or looks:
-        text = record(*pending, name, checkpoints, writer, recipe.log_every, meter)
+        text = record(*pending, name, checkpoints, writer, recipe, meter)
         pending = None
       if looks:
         ahead.wait(f'{name}/look')
@@ -188,10 +188,12 @@ def record(
     name: str,
     checkpoints: Checkpoints,
     writer: MetricsWriter,
-    log_every: int,
+    recipe: Recipe,
     meter: Meter,
 ) -> str:
   """Stops a run that is no longer finite; writes the metrics of every `log_every`-th step.
+
+  Layers with a window have no indexer, so there is no divergence of theirs.
 
   Returns:
     The losses, for the progress bar.
@@ -199,9 +201,13 @@ def record(
   values = jax.tree.map(np.asarray, metrics)
   if not all(np.isfinite(v).all() for v in values.values()):
     raise NotFiniteError(nonfinite_message(name, step, values, checkpoints))
-  if step % log_every == 0:
-    writer.write(name, step, {k: v.tolist() for k, v in values.items()} | meter.read(step))
-  kl = f'  KL {values["index_kl"].mean():.3f}' if 'index_kl' in values else ''
+  lists, kl = {k: v.tolist() for k, v in values.items()}, ''
+  if 'index_kl' in lists:
+    windows = recipe.model.window_layers
+    kl = f'  KL {np.mean(of_selecting(lists["index_kl"], windows)):.3f}'
+    lists['index_kl'] = [None if i in windows else x for i, x in enumerate(lists['index_kl'])]
+  if step % recipe.log_every == 0:
+    writer.write(name, step, lists | meter.read(step))
   return f'loss {values["lm_loss"]:.3f}{kl}'
 
 

@@ -13,6 +13,7 @@ import time
 from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
 from ml_collections import ConfigDict
 import numpy as np
 import orbax.checkpoint as ocp
@@ -22,8 +23,9 @@ from configs import quickstart
 from dsa_jax import train
 from dsa_jax.config import ConfigError
 from dsa_jax.inference.load import load_model
-from dsa_jax.reporting.meter import OF_THE_MACHINE
-from dsa_jax.reporting.metrics import read_metrics
+from dsa_jax.reporting.meter import OF_THE_MACHINE, Meter
+from dsa_jax.reporting.metrics import MetricsWriter, read_metrics
+from dsa_jax.training.checkpoint import Checkpoints
 from dsa_jax.training.recipe import read_recipe
 from dsa_jax.training.run import Run
 from dsa_jax.training.workdir import check_workdir, write_config
@@ -123,6 +125,18 @@ def test_logs_what_a_researcher_wants(undisturbed):
     assert (stage, 'layer_overlap/layer_0') in names
   warmup = [r.value for r in rows if r.stage == 'warmup' and r.name.startswith('index_kl')]
   assert np.mean(warmup[-4:]) < np.mean(warmup[:4])
+
+
+def test_layers_with_a_window_have_no_divergence(tmp_path):
+  config = {'model.n_layers': 3, 'model.window_layers': (1,), 'model.sliding_window': 8}
+  recipe = read_recipe(tiny(tmp_path, **config))
+  metrics = {'lm_loss': jnp.float32(2.5), 'index_kl': jnp.array([0.25, 0.0, 0.75])}
+  meter = Meter(64, 0, lambda batch: 0.0, 1)
+  with Checkpoints(tmp_path / 'checkpoints') as checkpoints, MetricsWriter(tmp_path) as writer:
+    text = train.record(1, metrics, 'warmup', checkpoints, writer, recipe, meter)
+  assert text == 'loss 2.500  KL 0.500'
+  rows = [row[2:] for row in read_metrics(tmp_path / 'metrics.csv') if 'kl' in row.name]
+  assert rows == [('index_kl/layer_0', 0.25), ('index_kl/layer_2', 0.75)]
 
 
 @pytest.mark.nightly

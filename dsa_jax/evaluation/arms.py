@@ -18,6 +18,7 @@ from dsa_jax.nn.attention.types import Mode
 from dsa_jax.reporting.evaluate import Scores, evaluate, measure
 from dsa_jax.reporting.plots import replace_bytes
 from dsa_jax.reporting.progress import StepProgress
+from dsa_jax.reporting.report import finite
 
 SCORES, MEASURES = 'scores', 'measures'  # Folders of what is kept.
 
@@ -71,7 +72,7 @@ def measure_budgets(subject: Subject, bar: StepProgress) -> dict[int, dict[str, 
   Returns:
     For each budget `rules`, `seconds`, and by rule and measure the means for each layer: those over
     all queries in `everywhere`, and those over queries that see more than the budget in `beyond`,
-    which is None if there are none.
+    which is None if there are none. A layer with a window has None.
   """
   measured = {}
   for k in subject.settings.index_topk:
@@ -113,7 +114,7 @@ def _measure(subject: Subject, index_topk: int, bar: StepProgress) -> dict[str, 
     params = subject.params
     batches = _shown(subject, f'measures@{index_topk}', bar)
     means = measure(subject.graph(index_topk), params, batches, mode, beyond=beyond)
-  everywhere, *rest = jax.tree.map(lambda x: x.tolist(), means)
+  everywhere, *rest = finite(jax.tree.map(lambda x: x.tolist(), means))
   return {
       'rules': settings.rules,
       'attention': mode.attention,

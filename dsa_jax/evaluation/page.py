@@ -11,7 +11,16 @@ import rich.console
 
 from dsa_jax.evaluation import pictures
 from dsa_jax.reporting import plots
-from dsa_jax.reporting.report import Table, finite, markdown_table, number, print_table
+from dsa_jax.reporting.report import (
+    WINDOWS_CAPTION,
+    Table,
+    finite,
+    markdown_table,
+    mean_of_selecting,
+    number,
+    of_layer,
+    print_table,
+)
 
 NOT_TRAINED = 'The indexer of this checkpoint was never trained: what it selects is chance.'
 MAIN_CAPTION = (
@@ -37,8 +46,8 @@ TEST_CAPTION = (
 MEASURES_CAPTION = (
     'Means over the queries that see more than the budget, if there are any. Captured is the'
     " share of the true attention on the selected tokens, recall the share of the oracle's"
-    ' selection, the overlaps are those with the previous query and with the next layer, and the'
-    ' distance is in tokens. The model attended {attention} meanwhile.'
+    ' selection, the overlaps are those with the previous query and with the next layer that selects,'
+    ' and the distance is in tokens. The model attended {attention} meanwhile.'
 )
 TASKS_CAPTION = (
     'The share of the answers that an arm gave, as whole words, writing the likeliest token at'
@@ -104,8 +113,12 @@ def warnings(results: Mapping[str, Any]) -> list[str]:
     if topk and (short := [n for n in results['tasks']['lengths'] if n <= topk]):
       texts.append(f'{name}: its tasks of {short} tokens leave nothing out, as dense does.')
   for k, measured in results['measures'].items():
-    mass = {r: np.mean(means['captured_mass']) for r, means in (measured['beyond'] or {}).items()}
-    if 'indexer' in mass and mass['indexer'] <= mass.get('random', -1):
+    mass = {
+        rule: mean_of_selecting(means['captured_mass'], results['window_layers'])
+        for rule, means in (measured['beyond'] or {}).items()
+    }
+    known = plots.is_number(mass.get('indexer')) and plots.is_number(mass.get('random'))
+    if known and mass['indexer'] <= mass['random']:
       texts.append(f'indexer@{k}: it captures no more of the attention than random tokens do.')
   for name, test in results['self_test'].items():
     if test['verdict'] == 'jump':
@@ -195,10 +208,10 @@ def _task_means(results: Mapping[str, Any]) -> list[tuple[str, Table]]:
 
 
 def _left_out(results: Mapping[str, Any], name: str) -> str:
-  """Returns the share of queries that did not select all they saw, averaged over the layers."""
+  """Returns the share of queries that did not select all they saw, a mean over layers."""
   arm = results['arms'][name]
   shares = results['measures'][str(arm['index_topk'])]['everywhere'][arm['rule']]['left_out']
-  return number(float(np.mean(shares)), '{:.1%}')
+  return number(mean_of_selecting(shares, results['window_layers']), '{:.1%}')
 
 
 def _by_context(results: Mapping[str, Any], values: str, edges: str, ends: int) -> Table:
@@ -213,13 +226,14 @@ def _by_context(results: Mapping[str, Any], values: str, edges: str, ends: int) 
   return ['tokens', *names], rows
 
 
-def _layers(means: Mapping[str, Any], n_layers: int) -> Table:
+def _layers(means: Mapping[str, Any], n_layers: int, windows: Sequence[int]) -> Table:
   rows = []
   for rule, of_rule in means.items():
     for layer in range(n_layers):
-      cells = [of_rule[name][layer] if layer < len(of_rule[name]) else None for name in COLUMNS]
+      values = [of_rule[name][layer] if layer < len(of_rule[name]) else None for name in COLUMNS]
       forms = [form for _, form in COLUMNS.values()]
-      rows.append([rule, str(layer), *(number(x, form) for x, form in zip(cells, forms))])
+      cells = (of_layer(x, form, layer, windows) for x, form in zip(values, forms))
+      rows.append([rule, str(layer), *cells])
   return ['rule', 'layer', *(title for title, _ in COLUMNS.values())], rows
 
 
@@ -251,10 +265,11 @@ def _markdown(results: Mapping[str, Any], drawn: Sequence[str]) -> str:
   parts += [f'## Bits per {unit}, by position in the row', markdown_table(places)]
   for k, measured in results['measures'].items():
     means = measured['beyond'] or measured['everywhere']
-    layers = markdown_table(_layers(means, results['n_layers']))
+    layers = markdown_table(_layers(means, results['n_layers'], results['window_layers']))
     attention = 'densely' if measured['attention'] == 'dense' else 'sparsely'
     parts += [f'## What is selected, {k} tokens', layers]
-    parts += [MEASURES_CAPTION.format(attention=attention)]
+    caption = MEASURES_CAPTION.format(attention=attention)
+    parts += [caption + WINDOWS_CAPTION * bool(results['window_layers'])]
   parts += [f'![What each rule selects, by layer]({drawn[1]})', *_times(results)]
   return '\n\n'.join(parts) + '\n'
 

@@ -72,8 +72,9 @@ def _selection(figure: Any, results: Mapping[str, Any]):
     for k, measured in results['measures'].items():
       for rule, means in (measured['beyond'] or measured['everywhere']).items():
         if f'{rule}@{k}' in results['arms']:
-          values = means[measure]
-          axes.plot(range(len(values)), values, **_style(results, f'{rule}@{k}'))
+          layers = [i for i, x in enumerate(means[measure]) if plots.is_number(x)]
+          values = [means[measure][i] for i in layers]
+          axes.plot(layers, values, **_style(results, f'{rule}@{k}'))
     axes.set(title=title, xlabel='layer')
     axes.xaxis.get_major_locator().set_params(integer=True)
   plots.legend_below(figure, 4)

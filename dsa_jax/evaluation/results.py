@@ -44,6 +44,7 @@ def collect(
       'settings': _plain(dataclasses.asdict(settings)),
       'has_trained_indexer': subject.stored.has_trained_indexer,
       'n_layers': subject.cfg.n_layers,
+      'window_layers': list(subject.cfg.window_layers),
       'context': context,
       'targets': len(n_visible),
       'unit': subject.data.unit,

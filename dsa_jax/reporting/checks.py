@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from dsa_jax.reporting.metrics import of_selecting
+
 
 class Verdict(NamedTuple):
   """One line of the report's checks."""
@@ -51,17 +53,17 @@ def _of_baseline(results, model: str) -> float | None:
 
 
 def _captured_mass(results, bar: float) -> Verdict | None:
-  if not results['captured_mass']:
+  if not (mass := _of_selecting(results, results['captured_mass'])):
     return None
-  mean = float(np.mean(results['captured_mass']))
+  mean = float(np.mean(mass))
   return Verdict(f'captured attention mass at least {bar:g} on average', mean >= bar, f'{mean:.3f}')
 
 
 def _mass_above_window(results, bar: float) -> Verdict | None:
   window = results['captured_mass_by_rule'].get('window_sinks')
-  if not results['captured_mass'] or window is None:
+  if not (mass := _of_selecting(results, results['captured_mass'])) or window is None:
     return None
-  margin = float((np.array(results['captured_mass']) - np.array(window)).min())
+  margin = float((np.array(mass) - _of_selecting(results, window)).min())
   name = 'captured mass above window and sinks in every layer' + (f' by {bar:g}' if bar else '')
   return Verdict(name, margin > bar, f'smallest margin {margin:+.3f}')
 
@@ -74,6 +76,10 @@ def _order_of_rules(results, bar: float) -> Verdict | None:
   passed = oracle <= others[0] and min(np.diff(others)) > bar
   name = 'beyond the budget: oracle <= sparse < window and sinks < random'
   return Verdict(name, bool(passed), ', '.join(f'{name} {beyond[name]:.4f}' for name in order))
+
+
+def _of_selecting(results, values):
+  return of_selecting(values, results.get('window_layers', ()))
 
 
 JUDGES = {

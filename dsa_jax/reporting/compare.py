@@ -14,6 +14,7 @@ import rich.table
 
 from dsa_jax.config import ConfigError
 from dsa_jax.reporting import metrics, plots
+from dsa_jax.reporting.report import mean_of_selecting
 from dsa_jax.training.workdir import CHANGEABLE, complete, read_config
 
 SCORES = {'dense_before': 'dense', 'dense_baseline': 'dense baseline', 'sparse': 'sparse'}
@@ -37,8 +38,8 @@ class FinishedRun(NamedTuple):
     numbers = {f'{title}, bits/{unit}': bits.get(name) for name, title in SCORES.items()}
     for name, title in SCORES.items():
       numbers[f'{title}, accuracy'] = results.get('accuracy', {}).get(name)
-    if mass := results.get('captured_mass'):
-      numbers['captured mass'] = float(np.mean(mass))
+    windows = results.get('window_layers', ())
+    numbers['captured mass'] = mean_of_selecting(results.get('captured_mass', ()), windows)
     if tokens := results.get('tokens_by_stage'):
       numbers['tokens'] = sum(tokens.values())
     numbers['seconds'] = results.get('seconds')

@@ -3,6 +3,7 @@
 
 from collections.abc import Iterable, Sequence
 import functools
+import itertools
 from typing import NamedTuple
 
 from flax import nnx
@@ -10,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dsa_jax.config import ModelConfig
 from dsa_jax.data.batch import Batch
 from dsa_jax.nn.attention.types import Mode
 from dsa_jax.nn.transformer import Output
@@ -86,8 +88,9 @@ def measure(
   Returns:
     For each number, by rule and then by measure, the means over queries for each layer.
     `captured_mass`, `topk_recall`, `neighbour_overlap` (with the previous query) and `layer_overlap`
-    (with the next layer, so one number fewer) are shares; `selected_distance` is in tokens.
-    `left_out` is the share of the queries that do not select all that they see.
+    (with the next layer that selects; the last layer has no number) are shares; `selected_distance`
+    is in tokens. `left_out` is the share of the queries that do not select all that they see. A
+    layer with a window selects nothing, so all its numbers are NaN.
 
   Raises:
     ValueError: No query sees that many tokens.
@@ -101,26 +104,32 @@ def measure(
 
 @functools.partial(jax.jit, static_argnums=(0, 3, 4))
 def measure_batch(graph, params, batch, mode, beyond):
-  out = nnx.merge(graph, params)(batch.tokens, batch.start, batch.end, mode)
-  by_rule = _by_rule(out, mode)
+  model = nnx.merge(graph, params)
+  out = model(batch.tokens, batch.start, batch.end, mode)
+  by_rule = _by_rule(out, model.cfg, mode)
   for rule, fields in by_rule.items():
     of_layer = lambda indices: measures.over_key_heads(
         measures.leaves_out(indices, batch.end - batch.start)
     )
-    fields['left_out'] = jax.vmap(of_layer)(out.measures(rule).indices)
+    left_out = jax.vmap(of_layer)(out.measures(rule).indices)
+    fields['left_out'] = _where_selected(left_out, model.cfg)
   return shard.replicate(_totals(by_rule, batch, beyond))
 
 
 def look(
     graph: nnx.GraphDef, params: nnx.State, batch: Batch, mode: Mode
-) -> dict[str, float | list[float]]:
+) -> dict[str, float | list[float | None]]:
   """Looks at a few rows while a model trains.
 
   Returns:
     `validation_loss`, in nats, and for each layer what `measure` returns of the first rule of
-    `mode.measure`, if there is one.
+    `mode.measure`, if there is one, with None in place of NaN.
   """
-  return jax.tree.map(lambda x: np.asarray(x).tolist(), look_batch(graph, params, batch, mode))
+  seen = look_batch(graph, params, batch, mode)
+  loss = float(seen.pop('validation_loss'))
+  of_layers = {name: np.asarray(x).tolist() for name, x in seen.items()}
+  without_nan = lambda values: [None if np.isnan(x) else x for x in values]
+  return {'validation_loss': loss} | {name: without_nan(x) for name, x in of_layers.items()}
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3))
@@ -129,21 +138,40 @@ def look_batch(graph, params, batch, mode):
   out = model(batch.tokens, batch.start, batch.end, mode)
   loss = next_token_loss(out.hidden, model.head_weight, batch.targets, batch.weights)
   loss /= jnp.sum(batch.weights)
-  [by_rule], [count] = _totals(_by_rule(out, mode), batch, (0,))
+  [by_rule], [count] = _totals(_by_rule(out, model.cfg, mode), batch, (0,))
   means = jax.tree.map(lambda x: x / count, by_rule[mode.measure[0]]) if mode.measure else {}
   return shard.replicate({'validation_loss': loss} | means)
 
 
-def _by_rule(out: Output, mode: Mode) -> dict[str, dict[str, jax.Array]]:
+def _by_rule(out: Output, cfg: ModelConfig, mode: Mode) -> dict[str, dict[str, jax.Array]]:
   """Returns the measures of each rule, for each layer and query."""
   by_rule = {}
   for rule in mode.measure:
     fields = out.measures(rule)._asdict()
     indices = fields.pop('indices')
-    overlap = measures.overlap(indices[1:], indices[:-1])
-    fields['layer_overlap'] = jax.vmap(measures.over_key_heads)(overlap)
-    by_rule[rule] = fields
+    fields = {name: _where_selected(x, cfg) for name, x in fields.items()}
+    by_rule[rule] = fields | {'layer_overlap': _layer_overlap(indices, cfg)}
   return by_rule
+
+
+def _layer_overlap(indices: jax.Array, cfg: ModelConfig) -> jax.Array:
+  """Returns what share of its selection the next layer that selects has in common with each layer.
+
+  It is NaN in a layer that does not select, and where no later one does. The last layer is left out.
+  """
+  selecting = [i for i in range(cfg.n_layers) if i not in cfg.window_layers]
+  later = dict(itertools.pairwise(selecting))
+  others = np.array([later.get(i, i) for i in range(cfg.n_layers - 1)], int)
+  overlap = measures.overlap(indices[others], indices[:-1])
+  has_later = np.array([i in later for i in range(cfg.n_layers - 1)], bool)
+  overlap = jax.vmap(measures.over_key_heads)(overlap)
+  return jnp.where(has_later[:, None, None], overlap, jnp.nan)
+
+
+def _where_selected(x: jax.Array, cfg: ModelConfig) -> jax.Array:
+  """Returns numbers [L, B, T] with NaN in the layers that have a window and select nothing."""
+  selects = np.array([i not in cfg.window_layers for i in range(cfg.n_layers)])
+  return jnp.where(selects[:, None, None], x, jnp.nan)
 
 
 def _totals(by_rule: dict[str, dict[str, jax.Array]], batch: Batch, beyond: tuple[int, ...]):

@@ -58,7 +58,11 @@ class MetricsWriter:
     self._tensorboard.clear()
 
   def write(self, stage: str, step: int, scalars: Mapping[str, Any]) -> None:
-    """Records numbers by name. A sequence or array holds one per layer, named `name/layer_<i>`."""
+    """Records numbers by name.
+
+    A sequence or array holds one number per layer, named `name/layer_<i>`. None stands for a layer
+    that has no such number, and is not written.
+    """
     _check_word('stage', stage, r'[\w.-]+')
     flat = {}
     for name, value in scalars.items():
@@ -66,7 +70,8 @@ class MetricsWriter:
       if np.ndim(value) > 1:
         raise ConfigError(f'{name} has shape {np.shape(value)}; expected a number or one per layer')
       if np.ndim(value) == 1:
-        flat |= {f'{name}/layer_{i}': float(v) for i, v in enumerate(value)}
+        of_layers = {f'{name}/layer_{i}': v for i, v in enumerate(value)}
+        flat |= {layer: float(v) for layer, v in of_layers.items() if v is not None}
       else:
         flat[name] = float(value)
     self._file.write(''.join(f'{stage},{step},{n},{v!r}\n' for n, v in flat.items()))
@@ -124,6 +129,14 @@ def series(rows: Sequence[Row], stage: str, name: str) -> tuple[np.ndarray, np.n
   """Returns the steps and the values of one metric of one stage."""
   picked = [row for row in rows if row.stage == stage and row.name == name]
   return np.array([r.step for r in picked], int), np.array([r.value for r in picked], float)
+
+
+def of_selecting(values: Sequence[float | None], windows: Sequence[int]) -> list[float | None]:
+  """Returns the numbers of the layers that select: all but those with a window.
+
+  A window is not a selection, so these layers are in no mean over layers.
+  """
+  return [x for i, x in enumerate(values) if i not in windows]
 
 
 def _whole_lines(path: pathlib.Path) -> list[str]:

@@ -192,13 +192,13 @@ def _draw_positions(part: Any, cell: Any, results: Mapping[str, Any], by_positio
       axes.set_ylim(low - 0.15 * (high - low), high + 0.3 * (high - low))
 
 
-def _draw_mass(axes: Any, mass: Mapping[str, Sequence[float]]) -> None:
+def _draw_mass(axes: Any, mass: Mapping[str, Sequence[float | None]]) -> None:
   rules = ordered([mass], RULES)
   width = 0.8 / len(rules)
   for i, rule in enumerate(rules):
     at = np.arange(len(mass[rule])) + (i - (len(rules) - 1) / 2) * width
     shown, colour, _ = look(RULES.get(rule, rule))
-    axes.bar(at, mass[rule], 0.9 * width, color=colour, label=shown)
+    axes.bar(at, np.array(mass[rule], float), 0.9 * width, color=colour, label=shown)
   axes.set(ylim=(0, 1), xlabel='layer', title='Share of the true attention captured')
   axes.grid(visible=False, axis='x')
   axes.xaxis.get_major_locator().set_params(integer=True)
@@ -326,7 +326,7 @@ def ordered(dicts: Iterable[Mapping[str, Any]], known: Iterable[str]) -> list[st
   return first + [name for name in names if name not in first]
 
 
-def captured_mass(results: Mapping[str, Any]) -> Mapping[str, Sequence[float]]:
+def captured_mass(results: Mapping[str, Any]) -> Mapping[str, Sequence[float | None]]:
   if results.get('captured_mass_by_rule'):
     return results['captured_mass_by_rule']
   return {'indexer': results['captured_mass']} if results.get('captured_mass') else {}

@@ -43,6 +43,7 @@ MASS_CAPTION = (
     'The share of the true (dense) attention that falls on the selected tokens, from 0 to 1: at 1,'
     ' leaving out the other tokens changes nothing. The oracle is the most that can be reached.'
 )
+WINDOWS_CAPTION = ' Layers with a window select nothing, so they are in no mean over layers.'
 FLOPS_CAPTION = (
     'Floating-point operations that attention needs for one token, the indexer included, by the'
     ' number of tokens in the context. The last column says how many times cheaper sparse is.'
@@ -135,13 +136,13 @@ def _excess(values: Mapping[str, float]) -> dict[str, float]:
   return {name: share - 1 for name, share in _share(values).items()}
 
 
-def _mass_table(by_rule: Mapping[str, Sequence[float]]) -> Table:
+def _mass_table(by_rule: Mapping[str, Sequence[float | None]], windows: Sequence[int]) -> Table:
   rules = plots.ordered([by_rule], plots.RULES)
   rows = [
-      [str(layer), *(number(value, '{:.3f}') for value in values)]
+      [str(layer), *(of_layer(value, '{:.3f}', layer, windows) for value in values)]
       for layer, values in enumerate(zip(*(by_rule[rule] for rule in rules), strict=True))
   ]
-  means = [number(float(np.mean(by_rule[rule])), '{:.3f}') for rule in rules]
+  means = [number(mean_of_selecting(by_rule[rule], windows), '{:.3f}') for rule in rules]
   return ['layer', *map(plots.rule_label, rules)], [*rows, ['mean', *means]]
 
 
@@ -199,6 +200,17 @@ def _cost_table(results: Mapping[str, Any], curves: plots.Curves) -> Table:
     cells = [number(total, '{:,}'), number(results['seconds'], '{:.1f}')]
     rows.append(['whole run', *cells, *[''] * (len(columns) - 2)])
   return ['stage', *(title for title, _, _ in columns)], rows
+
+
+def of_layer(value: float | None, form: str, layer: int, windows: Sequence[int]) -> str:
+  """Returns the number of a layer in a format, and 'window' for a layer that has one."""
+  return 'window' if layer in windows else number(value, form)
+
+
+def mean_of_selecting(values: Sequence[float | None], windows: Sequence[int]) -> float | None:
+  """Returns the mean over the layers that select; None if none does."""
+  selecting = metrics.of_selecting(values, windows)
+  return float(np.mean(np.array(selecting, float))) if selecting else None
 
 
 def number(value: float | int | None, form: str) -> str:
@@ -290,11 +302,13 @@ def _mass_section(results: Mapping[str, Any]) -> list[str]:
   everywhere, beyond = plots.captured_mass(results), results.get('captured_mass_beyond_budget')
   if not everywhere:
     return []
-  parts = ['## Attention captured by the selection', MASS_CAPTION]
-  parts += [markdown_table(_mass_table(everywhere))]
+  windows = results.get('window_layers', ())
+  caption = MASS_CAPTION + WINDOWS_CAPTION * bool(windows)
+  parts = ['## Attention captured by the selection', caption]
+  parts += [markdown_table(_mass_table(everywhere, windows))]
   if beyond:
     parts += ['The same, only at positions beyond the budget, where it is harder:']
-    parts += [markdown_table(_mass_table(beyond))]
+    parts += [markdown_table(_mass_table(beyond, windows))]
   return parts
 
 

@@ -112,6 +112,7 @@ def evaluate_recipe(run: Run) -> dict[str, Any]:
       'context': report.seq_len,
       'index_topk': recipe.model.index_topk,
       'n_layers': recipe.model.n_layers,
+      'window_layers': list(recipe.model.window_layers),
       'validation_bits': {n: s.bits() for n, s in scores.items()},
       'bits_beyond_budget': {
           n: s.bits(n_visible_above=recipe.model.index_topk) for n, s in scores.items()

@@ -102,6 +102,25 @@ def test_grouped_queries_and_several_budgets(tmp_path):
   assert len(small) == 2 and max(small) < min(large) < 1
 
 
+def test_layers_with_a_window_have_no_measures(tmp_path):
+  windows = {'n_layers': 2, 'n_dense_layers': 2, 'window_layers': (0,), 'sliding_window': 8}
+  save_run(tmp_path, dataclasses.replace(CFG, **windows))
+  (tmp_path / 'text.txt').write_text('The quick brown fox jumps over the lazy dog. ' * 20)
+  given = settings(tmp_path, tmp_path / 'out', rules=('indexer',))
+  results = evaluate.evaluate(given)
+  again = evaluate.evaluate(given)  # From what the first one has kept.
+  kept = again['measures']['16']['everywhere']
+  assert results['measures']['16']['everywhere'] == kept
+  means = kept['indexer']
+  assert means['left_out'] == [None, pytest.approx(2 / 3)] and means['layer_overlap'] == [None]
+  assert json.loads((tmp_path / 'out' / 'evaluate.json').read_text())['window_layers'] == [0]
+  text = (tmp_path / 'out' / 'evaluate.md').read_text()
+  mass = results['measures']['16']['beyond']['indexer']['captured_mass'][1]
+  assert '| indexer | 0 | window | window | window | window | window |' in text
+  assert f'| indexer | 1 | {mass:.3f} |' in text
+  assert '| indexer@16 | 66.7% | 66.7% |' in text and 'Layers with a window select nothing' in text
+
+
 def test_a_budget_that_leaves_nothing_out_is_said_loudly(place, tmp_path, capsys):
   changes = {'index_topk': (48,), 'rules': ('window_sinks',)}
   results = evaluate.evaluate(settings(place, tmp_path / 'out', **changes))

@@ -64,6 +64,15 @@ def test_seeds_are_one_row_and_the_rest_says_what_differs(runs):
   assert f'2.2000 ± {spread:.4f}' in out.getvalue() and 'differ in their seed alone' in out.getvalue()
 
 
+def test_layers_with_a_window_are_in_no_mean(runs):
+  report = runs[0] / 'report.json'
+  results = json.loads(report.read_text()) | {'captured_mass': [None, 0.5, 0.75], 'window_layers': [0]}
+  report.write_text(json.dumps(results))
+  assert comparison.read_run(runs[0]).numbers()['captured mass'] == 0.625
+  report.write_text(json.dumps(results | {'window_layers': [0, 1, 2]}))
+  assert 'captured mass' not in comparison.read_run(runs[0]).numbers()
+
+
 def test_one_run_is_a_table_too(runs):
   header, [row] = comparison.compare_table(comparison.group_runs([comparison.read_run(runs[0])]))
   assert 'differs in' not in header and row[0] == 'a'

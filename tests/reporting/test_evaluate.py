@@ -133,3 +133,37 @@ def test_a_selection_for_each_key_head_is_measured():
       assert np.all(oracle['captured_mass'] > indexer['captured_mass'])
     else:
       np.testing.assert_allclose(indexer['captured_mass'], 1, atol=1e-5)
+
+
+def test_layers_with_a_window_have_no_numbers():
+  """Layers 0, 2 and 3 select; what they have is as of all layers, and 0 is compared with 2."""
+  cfg = dataclasses.replace(
+      laws.CFG, n_layers=5, n_dense_layers=5, window_layers=(1, 4), sliding_window=7
+  )
+  batch, weights = laws.make_batch(laws.LENGTHS), laws.weights(cfg)
+  mode = Mode(attention='sparse', backend='xla', measure=('indexer',))
+  [by_rule] = evaluate.measure(laws.graph_of(cfg), weights, [batch], mode, beyond=(cfg.index_topk,))
+  counted = np.asarray(batch.end - batch.start) > cfg.index_topk
+  with laws.eager():
+    whole = laws.forward(weights, batch, mode, cfg).measures('indexer')
+  indices = [[set(row[row >= 0]) for row in np.asarray(of_layer)[counted]] for of_layer in whole.indices]
+  pair = lambda a, b: np.mean([len(x & y) / len(y) for x, y in zip(indices[a], indices[b])])
+  overlap = [pair(0, 2), np.nan, pair(2, 3), np.nan]
+  np.testing.assert_allclose(by_rule['indexer'].pop('layer_overlap'), overlap, rtol=1e-5)
+  np.testing.assert_array_equal(by_rule['indexer'].pop('left_out'), [1, np.nan, 1, 1, np.nan])
+  for name, got in by_rule['indexer'].items():
+    want = np.asarray(getattr(whole, name))[:, counted].mean(axis=1)
+    want[[1, 4]] = np.nan
+    np.testing.assert_allclose(got, want, rtol=1e-4, err_msg=name)
+  seen = evaluate.look(laws.graph_of(cfg), weights, batch, mode)
+  assert [x is None for x in seen['captured_mass']] == [False, True, False, False, True]
+  assert [x is None for x in seen['layer_overlap']] == [False, True, False, True]
+  assert math.isfinite(seen['validation_loss'])
+
+
+def test_layers_with_a_window_are_judged_by_nothing():
+  mass = {'indexer': [None, 0.91, 0.87], 'window_sinks': [None, 0.5, 0.8]}
+  several = results(captured_mass=mass['indexer'], captured_mass_by_rule=mass, window_layers=[0])
+  assert passed(several, {'captured_mass': 0.89, 'mass_above_window': 0.06}) == [True, True]
+  assert passed(several, {'captured_mass': 0.9, 'mass_above_window': 0.08}) == [False, False]
+  assert verdicts(several | {'window_layers': [0, 1, 2]}, {'captured_mass': 0.9, 'mass_above_window': 0.0}) == []

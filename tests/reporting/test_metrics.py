@@ -55,6 +55,13 @@ def test_arrays_and_numpy_scalars_are_numbers(tmp_path):
   assert [row.value for row in metrics.read_metrics(tmp_path / 'metrics.csv')] == [0.5, 1, 1, 3]
 
 
+def test_a_layer_without_a_number_is_not_written(tmp_path):
+  with metrics.MetricsWriter(tmp_path) as writer:
+    writer.write('sparse', 1, {'captured_mass': [0.25, None, 0.5]})
+  rows = metrics.read_metrics(tmp_path / 'metrics.csv')
+  assert [row[2:] for row in rows] == [('captured_mass/layer_0', 0.25), ('captured_mass/layer_2', 0.5)]
+
+
 def test_rows_are_on_disk_after_each_write(tmp_path):
   with metrics.MetricsWriter(tmp_path) as writer:
     writer.write('dense', 1, {'lm_loss': 2.0})

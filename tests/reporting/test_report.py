@@ -298,3 +298,18 @@ def test_refuses_lists_of_the_wrong_length_before_writing(tmp_path, key):
   with pytest.raises(ValueError, match=rf"{key}\['oracle'\] has 1 values"):
     report.write_report(tmp_path, results)
   assert not list(tmp_path.iterdir())
+
+
+def test_layers_with_a_window_are_in_no_mean(tmp_path):
+  results = full_results()
+  mass = {'indexer': [None, 0.9, math.nan, 0.7], 'oracle': [None, 0.95, math.nan, 0.85]}
+  keys = 'captured_mass_by_rule', 'captured_mass_beyond_budget'
+  results |= dict.fromkeys(keys, mass) | {'captured_mass': mass['indexer'], 'window_layers': [0, 2]}
+  report.write_report(tmp_path, results, rich.console.Console(file=io.StringIO()))
+  text = (tmp_path / 'report.md').read_text()
+  rows = [[cell.strip() for cell in line.split('|')[1:-1]] for line in text.splitlines()]
+  for row in ['0', 'window', 'window'], ['1', '0.900', '0.950'], ['mean', '0.800', '0.900']:
+    assert rows.count(row) == 2, row
+  assert 'Layers with a window select nothing' in text
+  read = json.loads((tmp_path / 'report.json').read_text())
+  assert read['captured_mass'] == [None, 0.9, None, 0.7] and read['window_layers'] == [0, 2]
