@@ -5,6 +5,7 @@ from collections.abc import Callable
 import contextlib
 import functools
 import logging
+import math
 import os
 import pathlib
 import sys
@@ -18,7 +19,7 @@ from jax.stages import Lowered
 from ml_collections import ConfigDict, config_flags
 import numpy as np
 
-from dsa_jax.config import ConfigError
+from dsa_jax.config import ConfigError, ModelConfig
 from dsa_jax.cost import training_flops
 from dsa_jax.parallel.processes import (
     LOST,
@@ -193,32 +194,52 @@ def record(
 ) -> str:
   """Stops a run that is no longer finite; writes the metrics of every `log_every`-th step.
 
-  Layers with a window have no indexer, so there is no divergence of theirs.
-
   Returns:
     The losses, for the progress bar.
   """
-  values = jax.tree.map(np.asarray, metrics)
-  if not all(np.isfinite(v).all() for v in values.values()):
+  values, cfg = by_layer(metrics, recipe.model), recipe.model
+  if any(nonfinite_layers(x) for x in values.values()):
     raise NotFiniteError(nonfinite_message(name, step, values, checkpoints))
-  lists, kl = {k: v.tolist() for k, v in values.items()}, ''
-  if 'index_kl' in lists:
-    windows = recipe.model.window_layers
-    kl = f'  KL {np.mean(of_selecting(lists["index_kl"], windows)):.3f}'
-    lists['index_kl'] = [None if i in windows else x for i, x in enumerate(lists['index_kl'])]
   if step % recipe.log_every == 0:
-    writer.write(name, step, lists | meter.read(step))
+    writer.write(name, step, values | meter.read(step))
+  kl = ''
+  if 'index_kl' in values:
+    kl = f'  KL {np.mean(of_selecting(values["index_kl"], cfg.window_layers)):.3f}'
   return f'loss {values["lm_loss"]:.3f}{kl}'
 
 
+def by_layer(metrics: dict[str, Any], cfg: ModelConfig) -> dict[str, float | list[float | None]]:
+  """Returns metrics as numbers, and as lists of a number for each layer.
+
+  None stands for the divergence of a layer with a window, which does not select, and for the
+  gradient of an indexer that a layer does not have.
+  """
+  values = {name: np.asarray(x).tolist() for name, x in metrics.items()}
+  if 'index_kl' in values:
+    kl = enumerate(values['index_kl'])
+    values['index_kl'] = [None if i in cfg.window_layers else x for i, x in kl]
+  if 'layer_grad_norm_indexer' in values:
+    norms = dict(zip(cfg.full_layers, values['layer_grad_norm_indexer'], strict=True))
+    values['layer_grad_norm_indexer'] = [norms.get(i) for i in range(cfg.n_layers)]
+  return values
+
+
+def nonfinite_layers(value: float | list[float | None]) -> list[int]:
+  """Returns the layers in which a metric is not finite; a metric without layers counts as one."""
+  of_layers = enumerate(value if isinstance(value, list) else [value])
+  return [i for i, x in of_layers if x is not None and not math.isfinite(x)]
+
+
 def nonfinite_message(
-    name: str, step: int, values: dict[str, np.ndarray], checkpoints: Checkpoints
+    name: str,
+    step: int,
+    values: dict[str, float | list[float | None]],
+    checkpoints: Checkpoints,
 ) -> str:
   """Says what stopped being finite, from which layer on, and where to go back to."""
-  wrong = [k for k, v in values.items() if not np.isfinite(v).all()]
-  layers = lambda k: np.flatnonzero(~np.isfinite(values[k]))
-  forward = [layers(k)[0] for k in ('residual_rms', 'index_kl') if k in wrong]
-  backward = [layers(k)[-1] for k in wrong if k.startswith('layer_grad_norm')]
+  wrong = {k: layers for k, v in values.items() if (layers := nonfinite_layers(v))}
+  forward = [wrong[k][0] for k in ('residual_rms', 'index_kl') if k in wrong]
+  backward = [layers[-1] for k, layers in wrong.items() if k.startswith('layer_grad_norm')]
   if forward:
     where = f'layer {min(forward)}, in the forward pass'
   elif backward:
@@ -228,8 +249,8 @@ def nonfinite_message(
   last = checkpoints.latest_step
   good = f'{checkpoints.folder / str(last)}' if last else 'none of this stage'
   return (
-      f'{wrong} not finite at step {step} of stage {name}, first in {where}. Last good checkpoint: '
-      f'{good}. Try a lower learning rate, or more warmup_steps, in a new workdir.'
+      f'{list(wrong)} not finite at step {step} of stage {name}, first in {where}. '
+      f'Last good checkpoint: {good}. Try a lower learning rate, or more warmup_steps, in a new workdir.'
   )
 
 

@@ -127,16 +127,23 @@ def test_logs_what_a_researcher_wants(undisturbed):
   assert np.mean(warmup[-4:]) < np.mean(warmup[:4])
 
 
-def test_layers_with_a_window_have_no_divergence(tmp_path):
+def test_layers_with_a_window_have_no_divergence_and_no_indexer(tmp_path):
   config = {'model.n_layers': 3, 'model.window_layers': (1,), 'model.sliding_window': 8}
   recipe = read_recipe(tiny(tmp_path, **config))
   metrics = {'lm_loss': jnp.float32(2.5), 'index_kl': jnp.array([0.25, 0.0, 0.75])}
+  metrics['layer_grad_norm_indexer'] = jnp.array([1.5, 2.5])
   meter = Meter(64, 0, lambda batch: 0.0, 1)
   with Checkpoints(tmp_path / 'checkpoints') as checkpoints, MetricsWriter(tmp_path) as writer:
     text = train.record(1, metrics, 'warmup', checkpoints, writer, recipe, meter)
+    metrics['layer_grad_norm_indexer'] *= jnp.array([1, jnp.nan])
+    with pytest.raises(train.NotFiniteError, match='first in layer 2, in the backward pass'):
+      train.record(2, metrics, 'warmup', checkpoints, writer, recipe, meter)
   assert text == 'loss 2.500  KL 0.500'
-  rows = [row[2:] for row in read_metrics(tmp_path / 'metrics.csv') if 'kl' in row.name]
-  assert rows == [('index_kl/layer_0', 0.25), ('index_kl/layer_2', 0.75)]
+  values = {row.name: row.value for row in read_metrics(tmp_path / 'metrics.csv')}
+  numbers = {'index_kl': [0.25, 0.75], 'layer_grad_norm_indexer': [1.5, 2.5]}
+  for name, (first, last) in numbers.items():
+    own = {key: value for key, value in values.items() if key.startswith(name)}
+    assert own == {f'{name}/layer_0': first, f'{name}/layer_2': last}
 
 
 @pytest.mark.nightly
