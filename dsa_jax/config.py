@@ -12,6 +12,7 @@ import re
 ATTENTION = 'mla', 'gqa'
 ROPE_TYPES = 'default', 'linear', 'llama3', 'yarn'
 TOPK_METHODS = 'noaux_tc', 'greedy', 'group_limited_greedy'
+OUTPUT_GATES = '', 'latents'
 
 
 class ConfigError(ValueError):
@@ -53,6 +54,9 @@ class ModelConfig:
   n_mtp_layers: int = 0  # 1 adds a layer that predicts the token after the next one.
   inter_dim: int = 18_432  # The width of the MLP in dense layers.
   norm_eps: float = 1e-6
+  # The rank of the gates of a norm's output, which the norm before attention has in every layer, and
+  # the norm before experts. 0: no norm is gated.
+  gated_norm_rank: int = 0
   tie_embeddings: bool = False  # Whether the head is the embedding's transpose.
 
   # Mixture of experts.
@@ -61,6 +65,8 @@ class ModelConfig:
   n_activated_experts: int = 8
   n_expert_groups: int = 8
   n_limited_groups: int = 4  # A token may choose experts from this many groups.
+  # Whether experts of the other groups get a score of 0, and so come before any with a negative one.
+  zero_dropped_groups: bool = False
   moe_inter_dim: int = 2048
   route_scale: float = 2.5
   score_func: str = 'sigmoid'  # What makes scores of router logits: 'sigmoid' or 'softmax'.
@@ -84,6 +90,10 @@ class ModelConfig:
   # Multi-head latent attention; 0 in GQA.
   q_lora_rank: int = 1536  # 0: queries come from the hidden state without a latent between.
   kv_lora_rank: int = 512
+  latent_eps: float = 0.0  # The eps of the norms of latents. 0: `norm_eps`.
+  # What makes a gate for each channel that a head has read. '': there are no gates. 'latents': the
+  # projection of queries does, which then reads the normed and the raw query latent side by side.
+  output_gate: str = ''
 
   # Grouped-query attention.
   n_kv_heads: int = 0  # Key heads; 0 in MLA.
@@ -147,6 +157,7 @@ class ModelConfig:
     if self.sliding_window < 0 or bool(self.sliding_window) != bool(self.window_layers):
       raise ConfigError(f'{self.sliding_window=} must be above 0 with window_layers, and 0 without.')
     self._check_heads()
+    self._check_gates()
     if self.n_dense_layers < self.n_layers:
       self._check_experts()
     if types := self.indexer_types:
@@ -193,6 +204,16 @@ class ModelConfig:
           f'{self.q_lora_rank=} and {self.kv_lora_rank=} must be 0 in GQA, and '
           f'{self.qk_nope_head_dim=} at least 0.'
       )
+
+  def _check_gates(self):
+    if self.gated_norm_rank < 0:
+      raise ConfigError(f'{self.gated_norm_rank=} must be at least 0.')
+    if self.latent_eps < 0 or (self.latent_eps and self.attention != 'mla'):
+      raise ConfigError(f'{self.latent_eps=} must be at least 0 in MLA, and 0 without latents.')
+    if self.output_gate not in OUTPUT_GATES:
+      raise ConfigError(f'{self.output_gate=} must be one of {OUTPUT_GATES}.')
+    if self.output_gate and not self.q_lora_rank:
+      raise ConfigError(f"{self.output_gate=} must be '' without a query latent: {self.q_lora_rank=}.")
 
   def _check_experts(self):
     if self.score_func not in ('sigmoid', 'softmax'):
@@ -250,8 +271,18 @@ class ModelConfig:
 
   @property
   def q_latent_dim(self) -> int:
-    """The width of what queries are projected from, the indexer's too."""
+    """The width of what the indexer's queries are projected from."""
     return self.q_lora_rank or self.dim
+
+  @property
+  def query_input_dim(self) -> int:
+    """The width of what queries are projected from."""
+    return 2 * self.q_lora_rank if self.output_gate else self.q_latent_dim
+
+  @property
+  def query_output_dim(self) -> int:
+    """The channels of a head that the projection of queries makes: a query, and maybe gates."""
+    return self.head_dim + (self.v_head_dim if self.output_gate else 0)
 
   @property
   def index_rope_dim(self) -> int:

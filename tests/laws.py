@@ -47,6 +47,10 @@ GQA = dataclasses.replace(
     score_func='softmax', norm_topk_prob=False, n_shared_experts=0,
 )  # fmt: skip
 GQA_EACH = dataclasses.replace(GQA, index_n_heads=6, index_n_selections=2)  # For each key head.
+# All that A.X-K2 has and DeepSeek has not.
+GATED = dataclasses.replace(
+    CFG, output_gate='latents', gated_norm_rank=3, latent_eps=0.03, zero_dropped_groups=True
+)
 # Experts and an MLP take turns twice, and an MLP follows: two scans.
 MIXED = dataclasses.replace(CFG, n_layers=5, n_dense_layers=0, mlp_layers=(1, 3, 4))
 # Layer 2 selects. The others have windows, which are longer than its budget.

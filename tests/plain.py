@@ -78,6 +78,15 @@ def rms_norm(x: np.ndarray, scale: np.ndarray, eps: float) -> np.ndarray:
   return x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + eps) * scale
 
 
+def gated_norm(x: np.ndarray, w: Weights, eps: float) -> np.ndarray:
+  """An RMSNorm, whose output a small map of it may scale channel by channel."""
+  y = rms_norm(x, w['scale'], eps)
+  if 'w_down' not in w:
+    return y
+  inner = y @ w['w_down']
+  return y * sigmoid((inner * sigmoid(inner)) @ w['w_up'])
+
+
 def layer_norm(x: np.ndarray, scale: np.ndarray, bias: np.ndarray, eps: float) -> np.ndarray:
   deviation = np.sqrt(x.var(axis=-1, keepdims=True) + eps)
   return (x - x.mean(axis=-1, keepdims=True)) / deviation * scale + bias
@@ -133,10 +142,16 @@ def attention(w: Weights, x, start, end, cfg: ModelConfig, sparse: bool, earlier
   n_tokens, n, r, c = len(x), cfg.qk_nope_head_dim, cfg.qk_rope_head_dim, cfg.kv_lora_rank
   freqs, scale = frequencies(cfg), softmax_scale(cfg)
   positions = [max(e - 1 - s, 0) for s, e in zip(start, end)]
-  c_q = rms_norm(x @ w['wq_a'], w['q_norm']['scale'], cfg.norm_eps)
-  q = np.einsum('tq,qhe->the', c_q, w['wq_b'])
+  eps = cfg.latent_eps or cfg.norm_eps
+  c_q, gates = rms_norm(x @ w['wq_a'], w['q_norm']['scale'], eps), 1.0
+  if cfg.output_gate:  # The first channels that the projection makes are the query.
+    both = np.concatenate([c_q, x @ w['wq_a']], axis=-1)
+    q, logits = np.split(np.einsum('tq,qhe->the', both, w['wq_b']), [n + r], axis=-1)
+    gates = sigmoid(logits)
+  else:
+    q = np.einsum('tq,qhe->the', c_q, w['wq_b'])
   down = x @ w['wkv_a']
-  c_kv, k_rope = rms_norm(down[:, :c], w['kv_norm']['scale'], cfg.norm_eps), down[:, c:]
+  c_kv, k_rope = rms_norm(down[:, :c], w['kv_norm']['scale'], eps), down[:, c:]
   for t, position in enumerate(positions):
     q[t, :, n:] = rotate_pairs(q[t, :, n:], position, freqs)
     k_rope[t] = rotate_pairs(k_rope[t], position, freqs)
@@ -166,7 +181,7 @@ def attention(w: Weights, x, start, end, cfg: ModelConfig, sparse: bool, earlier
     captured[t] = true_mass[chosen].sum()
     selected.append(chosen)
     oracle.append(top_k(true_mass, visible, cfg.index_topk))
-  return np.einsum('thv,hvd->td', out, w['wo']), selected, oracle, kl, captured
+  return np.einsum('thv,hvd->td', gates * out, w['wo']), selected, oracle, kl, captured
 
 
 def route(scores: np.ndarray, bias: np.ndarray, cfg: ModelConfig) -> dict[int, float]:
@@ -177,6 +192,9 @@ def route(scores: np.ndarray, bias: np.ndarray, cfg: ModelConfig) -> dict[int, f
   best_two = [sum(sorted(choice[group])[-2:]) for group in groups]
   kept = top_k(np.array(best_two), range(len(groups)), cfg.n_limited_groups)
   allowed = [expert for g in kept for expert in groups[g]]
+  if cfg.zero_dropped_groups:
+    dropped = [expert for expert in range(cfg.n_routed_experts) if expert not in allowed]
+    choice[dropped], allowed = 0, range(cfg.n_routed_experts)
   if cfg.n_expert_groups == 1:
     allowed = range(cfg.n_routed_experts)
   experts = top_k(choice, allowed, cfg.n_activated_experts)
@@ -196,12 +214,12 @@ def mixture(w: Weights, x, counted, cfg: ModelConfig) -> tuple[np.ndarray, np.nd
 def block(
     w: Weights, x, start, end, cfg: ModelConfig, sparse: bool, earlier=None, window=0
 ) -> tuple[np.ndarray, Layer]:
-  normed = rms_norm(x, w['attn_norm']['scale'], cfg.norm_eps)
+  normed = gated_norm(x, w['attn_norm'], cfg.norm_eps)
   out, selected, oracle, kl, captured = attention(
       w['attn'], normed, start, end, cfg, sparse, earlier, window
   )
   x = x + out
-  normed, ffn, load = rms_norm(x, w['ffn_norm']['scale'], cfg.norm_eps), w['ffn'], None
+  normed, ffn, load = gated_norm(x, w['ffn_norm'], cfg.norm_eps), w['ffn'], None
   if 'gate' in ffn:
     out, load = mixture(ffn, normed, np.asarray(end) > np.asarray(start), cfg)
   else:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from dsa_jax.config import ModelConfig
+from dsa_jax.nn.attention.types import Mode
 from dsa_jax.nn.rope import rope_frequencies
 from dsa_jax.nn.transformer import Transformer
 from dsa_jax.params import IndexerParam
@@ -98,6 +99,31 @@ def test_index_share_gradients():
   cfg = dataclasses.replace(GLM, n_mtp_layers=0)
   with laws.compiled():
     golden.check_gradients('sparse', 'xla', cfg, remat='layer')
+
+
+@pytest.mark.parametrize('attention', ['dense', 'sparse', 'masked'])
+def test_gates(attention):
+  golden.check_forward(attention, 'xla', laws.GATED)
+
+
+@pytest.mark.parametrize('attention', [pytest.param('dense', marks=pytest.mark.nightly), 'sparse'])
+def test_gradients_of_gates(attention):
+  golden.check_gradients(attention, 'xla', laws.GATED)
+
+
+def test_gates_leave_the_target_alone():
+  """A layer's divergence depends on the gates of the layers before it only."""
+  batch, params = laws.make_batch(laws.LENGTHS), laws.weights(laws.GATED)
+  width = laws.GATED.head_dim
+  wq_b = params['moe_blocks']['attn']['wq_b']
+  changed = wq_b.at[..., width:].multiply(3.0)
+  mode = Mode(attention='sparse', backend='xla', index_loss=True, measure=('indexer',))
+  before = laws.forward(params, batch, mode, laws.GATED)
+  params['moe_blocks']['attn']['wq_b'] = changed
+  after = laws.forward(params, batch, mode, laws.GATED)
+  laws.assert_same(after.index_kl, before.index_kl)  # The last layer is the one with these gates.
+  laws.assert_same(after.measures('indexer'), before.measures('indexer'))
+  laws.assert_differs(after.logits, before.logits)
 
 
 def test_shared_layers_own_no_indexer():

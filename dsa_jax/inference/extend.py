@@ -135,7 +135,7 @@ def read_layer(
     index_key = storage.write(index_key, views.index.k, at, index_span)
   if attn.window:
     out = attend_window(attn, views.row_q, kv, span, end, backend)
-    x, _ = block.feed_forward(add(x, attn.from_rows(out)), piece.counted, backend)
+    x, _ = block.feed_forward(add(x, attn.from_rows(out, views.q_latent)), piece.counted, backend)
     return (x, kv, index_key, selected), jnp.full_like(selected, -1)
   if piece.is_one_op:
     out, selected = select_and_attend(views, kv, span, index_key, index_span, end, cfg, backend)
@@ -148,7 +148,8 @@ def read_layer(
     out = attend_short(attn, views.q, kv, (span[0], piece.short), chosen, end, backend)
   elif not piece.is_one_op:
     out = attend(views.row_q, kv, span, selected, end, cfg, piece.attention, backend)
-  out = attn.join_heads(out) if piece.short else attn.from_rows(out)
+  join = attn.join_heads if piece.short else attn.from_rows
+  out = join(out, views.q_latent)
   x, _ = block.feed_forward(add(x, out), piece.counted, backend)
   return (x, kv, index_key, selected), selected
 

@@ -14,7 +14,7 @@ from dsa_jax.nn.attention.mla import MLA
 from dsa_jax.nn.attention.types import Measures, Mode, Selections, Shared
 from dsa_jax.nn.mlp import MLP
 from dsa_jax.nn.moe import MoE
-from dsa_jax.nn.norms import RMSNorm
+from dsa_jax.nn.norms import GatedRMSNorm, RMSNorm
 from dsa_jax.params import BackboneParam, param
 
 
@@ -32,10 +32,10 @@ class Block(nnx.Module):
 
   def __init__(self, cfg: ModelConfig, *, experts: bool, rngs: nnx.Rngs):
     out_scale = (2 * cfg.n_layers) ** -0.5
-    self.attn_norm = RMSNorm(cfg.dim, eps=cfg.norm_eps)
+    self.attn_norm = _norm(cfg, cfg.gated_norm_rank, rngs)
     attention = MLA if cfg.attention == 'mla' else GQA
     self.attn = attention(cfg, out_scale=out_scale, rngs=rngs)
-    self.ffn_norm = RMSNorm(cfg.dim, eps=cfg.norm_eps)
+    self.ffn_norm = _norm(cfg, cfg.gated_norm_rank if experts else 0, rngs)
     if experts:
       self.ffn = MoE(cfg, out_scale=out_scale, rngs=rngs)
     else:
@@ -102,6 +102,13 @@ class MTP(nnx.Module):
     x = x @ self.eh_proj[...].astype(x.dtype)
     x, _, report = self.block(x, start, end, key, mode, choice=choice)
     return self.norm(x), jax.tree.map(lambda a: a[None], report)
+
+
+def _norm(cfg: ModelConfig, rank: int, rngs: nnx.Rngs) -> RMSNorm:
+  """Returns the norm of a layer's input, with gates of this rank unless it is 0."""
+  if rank:
+    return GatedRMSNorm(cfg.dim, rank=rank, eps=cfg.norm_eps, rngs=rngs)
+  return RMSNorm(cfg.dim, eps=cfg.norm_eps)
 
 
 def add(x, y):

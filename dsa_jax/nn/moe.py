@@ -138,11 +138,11 @@ def route(
   """Chooses each token's experts and their weights.
 
   The bias moves the choice, but not the weights. Experts outside the best `n_limited_groups` groups
-  cannot be chosen.
+  cannot be chosen, or come before all whose score is negative (`zero_dropped_groups`).
 
   Source:
     `Gate.forward` in DeepSeek-V3.2-Exp inference/model.py at commit 87e509a2. For softmax scores,
-    the DeepSeek-V2 and Qwen3-MoE models of `transformers` 5.24.
+    the DeepSeek-V2 and Qwen3-MoE models of `transformers` 5.24; for scores of 0, its A.X-K2.
   """
   score = {'sigmoid': jax.nn.sigmoid, 'softmax': jax.nn.softmax}[cfg.score_func]
   scores = score(logits.astype(jnp.float32))
@@ -153,7 +153,8 @@ def route(
     group_scores = jax.lax.top_k(grouped, best)[0].sum(-1)
     groups = jax.lax.top_k(group_scores, cfg.n_limited_groups)[1]
     kept = jax.nn.one_hot(groups, cfg.n_expert_groups, dtype=bool).any(axis=1)
-    choice = jnp.where(kept[..., None], grouped, -jnp.inf).reshape(choice.shape)
+    dropped = 0.0 if cfg.zero_dropped_groups else -jnp.inf
+    choice = jnp.where(kept[..., None], grouped, dropped).reshape(choice.shape)
   experts = jax.lax.top_k(choice, cfg.n_activated_experts)[1]
   gates = jnp.sum(jnp.where(_is_of(experts, cfg), scores[:, None], 0), axis=-1)
   if cfg.norm_topk_prob:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""RMSNorm and LayerNorm, computed in float32."""
+"""RMSNorm, with or without gates, and LayerNorm, computed in float32."""
 
 import functools
 
@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from dsa_jax.params import BackboneParam
+from dsa_jax.params import BackboneParam, param
 
 
 class RMSNorm(nnx.Module):
@@ -20,6 +20,19 @@ class RMSNorm(nnx.Module):
 
   def __call__(self, x: Float[Array, '*any E']) -> Float[Array, '*any E']:
     return _rms_norm(x, self.scale[...], self.eps)
+
+
+class GatedRMSNorm(RMSNorm):
+  """Multiplies each channel of the normed input by a gate, a sigmoid of a low-rank map of all."""
+
+  def __init__(self, width: int, *, rank: int, eps: float, rngs: nnx.Rngs):
+    super().__init__(width, eps=eps)
+    weight = functools.partial(param, BackboneParam, axes=(None, None), rngs=rngs)
+    self.w_down = weight((width, rank), std=width**-0.5)
+    self.w_up = weight((rank, width), std=rank**-0.5)
+
+  def __call__(self, x: Float[Array, '*any E']) -> Float[Array, '*any E']:
+    return _through_gates(super().__call__(x), self.w_down[...], self.w_up[...])
 
 
 class LayerNorm(nnx.Module):
@@ -42,3 +55,10 @@ def _rms_norm(x, scale, eps):
   y = x.astype(jnp.float32)
   y *= jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
   return (y * scale).astype(x.dtype)
+
+
+@jax.checkpoint  # As above.
+def _through_gates(y, w_down, w_up):
+  inner = jax.nn.silu((y @ w_down.astype(y.dtype)).astype(jnp.float32)).astype(y.dtype)
+  gates = jax.nn.sigmoid((inner @ w_up.astype(y.dtype)).astype(jnp.float32))
+  return (y.astype(jnp.float32) * gates).astype(y.dtype)

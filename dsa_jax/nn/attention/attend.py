@@ -99,14 +99,15 @@ def attend_sparse(
 
   def attend_block(rows, keys):
     (q_latent, start, end, indices, index_rows), (key_rows, index_k) = rows, keys
-    q = _row_queries(layer, heads, q_latent, start, end)
+    q_latent, positions = _of_all_tokens(layer, heads, q_latent, start, end)
+    q = layer.row_queries(q_latent, positions)
     out, lse = sparse_attention(
         q, layer.own_key_heads(key_rows), None, _own_selections(layer, heads, indices),
         v_dim=layer.cfg.row_value_dim, sm_scale=divergence.sm_scale, backend=divergence.mode.backend,
     )  # fmt: skip
     constants = heads.all_heads(q), row_keys(key_rows, q), heads.all_heads(lse)
     kl = divergence(*constants, _join(index_rows, index_k), start, end, indices)
-    return heads.own_tokens(layer.from_rows(out)), kl
+    return heads.own_tokens(layer.from_rows(out, q_latent)), kl
 
   index_rows, index_k = _split(index)
   rows = views.q_latent, start, end, indices, index_rows
@@ -125,13 +126,13 @@ def attend_dense(
       indices=None if indices is None else _own_selections(layer, heads, indices),
       sm_scale=divergence.sm_scale, backend=divergence.mode.backend,
   )  # fmt: skip
-  out = heads.own_tokens(layer.join_heads(out))
+  out = heads.own_tokens(layer.join_heads(out, q_latent))
   if not heads.is_split:
     return out, divergence(views.q, views.k, lse, index, start, end, indices)
 
   def compare_block(rows, keys):  # The queries of all heads are less to send than their keys.
     (q_latent, start, end, indices, index_rows, lse), (key_rows, index_k) = rows, keys
-    q = heads.all_heads(_row_queries(layer, heads, q_latent, start, end))
+    q = heads.all_heads(layer.row_queries(*_of_all_tokens(layer, heads, q_latent, start, end)))
     return divergence(q, row_keys(key_rows, q), lse, _join(index_rows, index_k), start, end, indices)
 
   index_rows, index_k = _split(index)
@@ -145,9 +146,9 @@ def _own_selections(layer, heads: HeadLayout, indices):
   return indices if indices.ndim == 3 else layer.own_key_heads(indices)
 
 
-def _row_queries(layer, heads: HeadLayout, q_latent, start, end):
-  """Returns the queries of this device's heads for the tokens of all that share them."""
-  return layer.row_queries(*map(heads.all_tokens, (q_latent, layer.positions(start, end))))
+def _of_all_tokens(layer, heads: HeadLayout, q_latent, start, end):
+  """Returns the query latents and positions of the tokens of all devices that share their heads."""
+  return map(heads.all_tokens, (q_latent, layer.positions(start, end)))
 
 
 def _split(index: IndexInputs | None):

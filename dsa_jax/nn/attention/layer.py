@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int, Key, Shaped
 
 from dsa_jax.config import ModelConfig
 from dsa_jax.nn.attention.attend import attend
+from dsa_jax.nn.attention.gate import gated
 from dsa_jax.nn.attention.types import (
     AttentionReport,
     Mode,
@@ -70,7 +71,15 @@ class Attention(Configured):
 
   @abc.abstractmethod
   def query_latent(self, x: Float[Array, 'B T D']) -> Float[Array, 'B T Q']:
-    """Returns what queries are projected from, the indexer's too."""
+    """Returns what queries are projected from, and the gates of the output."""
+
+  def index_latent(self, q_latent: Float[Array, 'B T Q']) -> Float[Array, 'B T any']:
+    """Returns the part of it that the indexer's queries are projected from."""
+    return q_latent
+
+  def gate_logits(self, q_latent: Float[Array, 'B T Q']) -> Float[Array, 'B T H V'] | None:
+    """Returns the logits of the output's gates for the heads of this device; None without gates."""
+    return None
 
   @abc.abstractmethod
   def queries(
@@ -101,11 +110,17 @@ class Attention(Configured):
     """Returns keys and values in MHA form, for the heads of this device."""
 
   @abc.abstractmethod
-  def from_rows(self, out: Float[Array, 'B T H C']) -> Float[Array, 'B T D']:
+  def from_rows(
+      self, out: Float[Array, 'B T H C'], q_latent: Float[Array, 'B T Q']
+  ) -> Float[Array, 'B T D']:
     """Turns what each head has read of rows into the output."""
 
-  def join_heads(self, out: Float[Array, 'B T H V']) -> Float[Array, 'B T D']:
-    """Projects what each head has read in MHA form into the output."""
+  def join_heads(
+      self, out: Float[Array, 'B T H V'], q_latent: Float[Array, 'B T Q']
+  ) -> Float[Array, 'B T D']:
+    """Projects what each head has read in MHA form into the output, through its gates."""
+    if (logits := self.gate_logits(q_latent)) is not None:
+      out = gated(out, logits)
     return jnp.einsum('BTHV,HVD->BTD', out, self.wo[...].astype(out.dtype))
 
   @property
@@ -143,7 +158,7 @@ class Attention(Configured):
     k, v = self.expanded(rows)
     index = None
     if self.indexer is not None:
-      index = self.indexer(x, q_latent, positions)
+      index = self.indexer(x, self.index_latent(q_latent), positions)
       index = index._replace(k=_of_all_tokens(index.k, zigzag))
     return Views(
         q_latent=q_latent,

@@ -25,13 +25,14 @@ class MLA(Attention):
     d, h, q, c = cfg.dim, cfg.n_heads, cfg.q_latent_dim, cfg.kv_lora_rank
     n, r, v = cfg.qk_nope_head_dim, cfg.qk_rope_head_dim, cfg.v_head_dim
     weight = functools.partial(param, BackboneParam, rngs=rngs)
-    has_latent = cfg.q_lora_rank > 0
+    has_latent, eps = cfg.q_lora_rank > 0, cfg.latent_eps or cfg.norm_eps
+    inward, outward = cfg.query_input_dim, cfg.query_output_dim
     self.wq_a = weight((d, q), ('embed', 'q_lora'), std=d**-0.5) if has_latent else None
-    self.q_norm = RMSNorm(q, eps=cfg.norm_eps) if has_latent else None
+    self.q_norm = RMSNorm(q, eps=eps) if has_latent else None
     axis = 'q_lora' if has_latent else 'embed'
-    self.wq_b = weight((q, h, n + r), (axis, 'heads', None), std=q**-0.5)
+    self.wq_b = weight((inward, h, outward), (axis, 'heads', None), std=inward**-0.5)
     self.wkv_a = weight((d, c + r), ('embed', None), std=d**-0.5)
-    self.kv_norm = RMSNorm(c, eps=cfg.norm_eps)
+    self.kv_norm = RMSNorm(c, eps=eps)
     self.wkv_b = weight((c, h, n + v), (None, 'heads', None), std=c**-0.5)
     self.wo = weight((h, v, d), ('heads', None, 'embed'), std=out_scale * (h * v) ** -0.5)
     super().__init__(cfg, rngs=rngs)
@@ -39,7 +40,12 @@ class MLA(Attention):
   def query_latent(self, x):
     if self.wq_a is None:
       return x
-    return self.q_norm(x @ self.wq_a[...].astype(x.dtype))
+    raw = x @ self.wq_a[...].astype(x.dtype)
+    latent = self.q_norm(raw)
+    return jnp.concatenate([latent, raw], axis=-1) if self.cfg.output_gate else latent
+
+  def index_latent(self, q_latent):
+    return q_latent[..., : self.cfg.q_latent_dim] if self.cfg.output_gate else q_latent
 
   def queries(self, q_latent, positions):
     return jnp.concatenate(self._queries(q_latent, positions), axis=-1)
@@ -51,9 +57,20 @@ class MLA(Attention):
     return jnp.concatenate([absorbed, rope], axis=-1)
 
   def _queries(self, q_latent, positions):
-    q = jnp.einsum('BTQ,QHE->BTHE', q_latent, self.wq_b[...].astype(q_latent.dtype))
+    q = jnp.einsum('BTQ,QHE->BTHE', q_latent, self._query_weights(q_latent.dtype)[0])
     nope, rope = jnp.split(q, [self.cfg.qk_nope_head_dim], axis=-1)
     return nope, self._rotate(rope, positions)
+
+  def gate_logits(self, q_latent):
+    weights = self._query_weights(q_latent.dtype)[1]
+    return None if weights is None else jnp.einsum('BTQ,QHV->BTHV', q_latent, weights)
+
+  def _query_weights(self, dtype):
+    """Returns the weights that make queries [Q, H, E], and those that make gates [Q, H, V] or None."""
+    weights = self.wq_b[...].astype(dtype)
+    if not self.cfg.output_gate:
+      return weights, None
+    return jnp.split(weights, [self.cfg.head_dim], axis=-1)
 
   def rows(self, x, positions):
     """Returns the normed latent and the rotated key of every token."""
@@ -73,9 +90,10 @@ class MLA(Attention):
     keys = jnp.concatenate([k_nope, k_rope_of_heads], axis=-1)
     return keys, jnp.einsum('BSC,CHV->BSHV', latent, w_v)
 
-  def from_rows(self, out):
+  def from_rows(self, out, q_latent):
     """Turns a mean of latents for each head into the output."""
-    return self.join_heads(jnp.einsum('BTHC,CHV->BTHV', out, self._expansion(out.dtype)[1]))
+    values = jnp.einsum('BTHC,CHV->BTHV', out, self._expansion(out.dtype)[1])
+    return self.join_heads(values, q_latent)
 
   def _expansion(self, dtype):
     """Returns the weights that expand a latent into keys [C, H, N] and values [C, H, V]."""

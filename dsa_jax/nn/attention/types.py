@@ -87,7 +87,7 @@ class Views(NamedTuple):
   of this device's tokens and keys those of all tokens. All but the rows are for this device's heads.
   """
 
-  q_latent: Float[Array, 'B T Q']
+  q_latent: Float[Array, 'B T Q']  # Queries are projected from it, and gates of the output.
   q: Float[Array, 'B T H E']
   k: Float[Array, 'B S G2 E']  # In MLA each head has a key of its own.
   v: Float[Array, 'B S G2 V']
