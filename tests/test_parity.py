@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 
 from dsa_jax.convert.importer import import_checkpoint, open_source
+from dsa_jax.inference.cache import init_cache
+from dsa_jax.inference.extend import extend
 from dsa_jax.inference.load import load_checkpoint
 from dsa_jax.nn.attention.types import Mode
 from dsa_jax.nn.transformer import Transformer
@@ -57,9 +59,12 @@ def close(got, want):
   np.testing.assert_allclose(got, want, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize(
-    'case', ['deepseek_v32', 'glm_moe_dsa', 'glm_moe_dsa_full', 'glm_moe_dsa_mixed']
-)
+DSA = (
+    'deepseek_v32', 'glm_moe_dsa', 'glm_moe_dsa_full', 'glm_moe_dsa_mixed', 'axk2', 'axk2_groups',
+)  # fmt: skip
+
+
+@pytest.mark.parametrize('case', DSA)
 @pytest.mark.parametrize(
     'attention, backend', [('sparse', 'reference'), ('sparse', 'xla'), ('masked', 'xla')]
 )
@@ -75,7 +80,33 @@ def test_parity(converted, case, attention, backend):
   np.testing.assert_array_equal(selected[:, :, -n_steps:], want['incremental_selected'])
 
 
-@pytest.mark.parametrize('case', ['deepseek_v32', 'glm_moe_dsa', 'glm_moe_dsa_mixed'])
+@functools.partial(jax.jit, donate_argnums=1)
+def _read(model, cache, tokens):
+  n_new = jnp.full(len(tokens), tokens.shape[1], jnp.int32)
+  reading = extend(model, cache, tokens, n_new, attention='sparse', backend='xla')
+  return model.logits(reading.hidden), reading.selected, reading.cache
+
+
+@pytest.mark.parametrize('case', ['axk2', 'axk2_groups'])
+def test_from_a_cache(converted, case):
+  """A prompt in two pieces, then the last tokens one by one."""
+  want, model = golden(case), converted(case)
+  tokens, n_steps = jnp.asarray(want['tokens']), want['incremental_logits'].shape[1]
+  n_rows, length = tokens.shape
+  cache = init_cache(model.cfg, n_rows, length, fmt='float32')
+  logits, selected = [], []
+  for piece in jnp.split(tokens, [40, *range(length - n_steps, length)], axis=1):
+    of_piece, chosen, cache = _read(model, cache, piece)
+    logits.append(of_piece)
+    selected.append(chosen)
+  close(np.concatenate(logits, axis=1), want['logits'])
+  close(np.concatenate(logits[2:], axis=1), want['incremental_logits'])
+  np.testing.assert_array_equal(np.concatenate(selected, axis=2), want['selected'])
+
+
+@pytest.mark.parametrize(
+    'case', ['deepseek_v32', 'glm_moe_dsa', 'glm_moe_dsa_mixed', 'axk2', 'axk2_groups']
+)
 def test_expert_choice(converted, case):
   want, model = golden(case), converted(case)
   load = forward(model, want['tokens'], 'sparse')[3]['moe_blocks']

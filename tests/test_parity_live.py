@@ -9,7 +9,7 @@ import sys
 
 import numpy as np
 import pytest
-from test_parity import GOLDEN, forward
+from test_parity import DSA, GOLDEN, forward
 from test_parity_dense import DENSE_CASES, FRESH
 
 from dsa_jax.convert.exporter import export_checkpoint, open_checkpoint
@@ -28,7 +28,6 @@ def make_golden():
   return make_golden
 
 
-DSA = 'deepseek_v32', 'glm_moe_dsa', 'glm_moe_dsa_full', 'glm_moe_dsa_mixed'
 DENSE = 'deepseek_v3', *DENSE_CASES
 
 
@@ -52,7 +51,7 @@ def test_transformers_reads_our_export(case, tmp_path: pathlib.Path, make_golden
   np.testing.assert_allclose(logits, want['logits'], atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize('case', ['deepseek_v32', 'glm_moe_dsa', 'smollm3', 'deepseek_v2_groups'])
+@pytest.mark.parametrize('case', ['deepseek_v32', 'glm_moe_dsa', 'smollm3', 'deepseek_v2_groups', 'axk2_groups'])
 def test_golden_numbers_can_be_made_again(case, make_golden):
   """The script beside them gives what is stored."""
   make_golden.check(case, GOLDEN / case)

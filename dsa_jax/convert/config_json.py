@@ -164,7 +164,9 @@ def write_config(
   has_indexer = family.has_indexer if has_indexer is None else has_indexer
   config = {**family.fixed, **base, 'architectures': [family.architecture], 'model_type': name}
   config |= {key: getattr(cfg, field) for key, field in _required(family, has_indexer).items()}
-  config |= {key: _or_null(getattr(cfg, field)) for key, (field, _) in family.optional.items()}
+  for key, (field, meant_by_null) in family.optional.items():
+    value = getattr(cfg, field)
+    config[key] = None if key in family.nulls and value == meant_by_null else _or_null(value)
   config['num_key_value_heads'] = cfg.n_heads
   if cfg.attention == 'gqa':
     config |= {'num_key_value_heads': cfg.n_kv_heads, 'head_dim': cfg.head_dim}

@@ -217,6 +217,7 @@ def _config(source: Checkpoint, outs: list[Out]) -> dict[str, Any]:
     if source.arrays[out.path].quantizable and not out.name.endswith(SCALE):
       modules[out.is_quantized].append(out.name.removesuffix('.weight'))
   if modules[True]:
+    modules[False] += FAMILIES[source.family].tensors.never_quantized
     config['quantization_config'] = quantization.describe(before, modules[True], modules[False])
   return config
 

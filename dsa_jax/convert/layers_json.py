@@ -112,7 +112,8 @@ def _dense_layers(
     return ()
   listed = tuple(i for i, kind in enumerate(types) if kind == 'dense')
   given = [config.get(key) for key in ('first_k_dense_replace', 'moe_layer_freq')]
-  leading, every = (x if y is None else y for x, y in zip((_n_leading(listed), 1), given))
+  usual = _n_leading(listed) if types else family.leading_mlp_layers
+  leading, every = (x if y is None else y for x, y in zip((usual, 1), given))
   if type(leading) is not int or not 0 <= leading <= depth:
     problems.append(f'first_k_dense_replace={leading!r} must be within 0 and {depth}.')
     return ()

@@ -41,6 +41,8 @@ class TensorNames:
   mtp_copies: Mapping[str, str] = dataclasses.field(default_factory=dict)
   # The last part of the names of those matrices that are FP8 in a quantised checkpoint.
   quantized: tuple[str, ...]
+  # The last part of the names of matrices that a quantised checkpoint lists as not quantised.
+  never_quantized: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,6 +57,8 @@ class Family:
   fields: Mapping[str, str]
   # Keys that may be absent or null, each with its field and the value that this means.
   optional: Mapping[str, tuple[str, Any]] = dataclasses.field(default_factory=dict)
+  # Those of them that are written as null where their field has the value that this means.
+  nulls: tuple[str, ...] = ()
   # The fields that have one value in all models of the family.
   constants: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   # Keys whose values the model is built for; a config.json with another value is of another model.
@@ -66,6 +70,7 @@ class Family:
   explicit: tuple[str, ...] = ()
   # Keys that say which layers are of which kind, or are extra ones; see `convert.layers_json`.
   layer_keys: tuple[str, ...] = ()
+  leading_mlp_layers: int = 0  # Leading layers that have an MLP, where config.json says of none.
   # Whether loaders read from mlp_layer_types which layers have an MLP, in any order.
   lists_mlp_layers: bool = False
   # Where config.json is silent, the last of every so many layers rotates nothing. 0: all rotate.
