@@ -37,6 +37,13 @@ GLM = {k: v for k, v in V32.items() if k != 'rope_scaling'} | {
     'topk_group': 1, 'rms_norm_eps': 1e-5, 'indexer_rope_interleave': True, 'v_head_dim': 20,
     'index_topk_freq': 2, 'index_skip_topk_offset': 2, 'architectures': ['GlmMoeDsaForCausalLM'],
 }  # Full layers: 0, 1, 3, 5.  # fmt: skip
+AXK2 = {k: v for k, v in V32.items() if k != 'rope_scaling'} | {
+    'model_type': 'axk2', 'num_nextn_predict_layers': 0, 'gated_norm_rank': 4,
+    'architectures': ['AXK2ForCausalLM'],
+    'quantization_config': {
+        **V32['quantization_config'], 'modules_to_not_convert': ['W_down', 'W_up'],
+    },
+}  # fmt: skip
 
 # The sizes of the released models, as their own config.json files have them.
 CONFIGS = {
@@ -166,6 +173,17 @@ CONFIGS['glm45_air'] = {
     'norm_topk_prob': True, 'routed_scaling_factor': 1.0, 'first_k_dense_replace': 1,
     'num_nextn_predict_layers': 1, 'tie_word_embeddings': False, 'torch_dtype': 'bfloat16',
 }  # fmt: skip
+# The defaults of AXK2Config in `transformers` 5.24.
+CONFIGS['axk2_light'] = {
+    'model_type': 'axk2', 'vocab_size': 163840, 'hidden_size': 2048, 'intermediate_size': 5120,
+    'moe_intermediate_size': 512, 'num_hidden_layers': 48, 'num_attention_heads': 32,
+    'n_shared_experts': 1, 'n_routed_experts': 128, 'routed_scaling_factor': 2.5,
+    'kv_lora_rank': 128, 'q_lora_rank': 384, 'qk_rope_head_dim': 32, 'v_head_dim': 64,
+    'qk_nope_head_dim': 64, 'n_group': None, 'topk_group': None, 'num_experts_per_tok': 8,
+    'norm_topk_prob': True, 'max_position_embeddings': 131072, 'rms_norm_eps': 1e-6,
+    'rope_parameters': None, 'mlp_layer_types': None, 'index_topk': 2048, 'index_head_dim': 128,
+    'index_n_heads': 16, 'gated_norm_rank': 16,
+}  # fmt: skip
 
 # The number of weights that the models' public pages say, without MTP layers.
 PARAMETERS = {
@@ -195,14 +213,13 @@ def layout(c: dict, *, fp8: bool = True, norms: str = 'F32') -> dict[str, tuple[
       'lm_head.weight': ((c['vocab_size'], d), 'BF16'),
       'model.norm.weight': ((d,), norms),
   }
+  gates = c['model_type'] == 'axk2'
   for i in range(depth + c['num_nextn_predict_layers']):
     layer, attn = f'model.layers.{i}.', f'model.layers.{i}.self_attn.'
     tensors |= {
-        layer + 'input_layernorm.weight': ((d,), norms),
-        layer + 'post_attention_layernorm.weight': ((d,), norms),
         attn + 'q_a_proj.weight': ((q, d), wide),
         attn + 'q_a_layernorm.weight': ((q,), norms),
-        attn + 'q_b_proj.weight': ((heads * (nope + rope), q), wide),
+        attn + 'q_b_proj.weight': ((heads * (nope + rope + gates * v), (1 + gates) * q), wide),
         attn + 'kv_a_proj_with_mqa.weight': ((kv + rope, d), wide),
         attn + 'kv_a_layernorm.weight': ((kv,), norms),
         attn + 'kv_b_proj.weight': ((heads * (nope + v), kv), wide),
@@ -220,7 +237,14 @@ def layout(c: dict, *, fp8: bool = True, norms: str = 'F32') -> dict[str, tuple[
           attn + 'indexer.weights_proj.weight': ((n, d), 'BF16'),
       }
     types = dict(enumerate(c.get('mlp_layer_types', ())))
-    if i < c['first_k_dense_replace'] or types.get(i) == 'dense':
+    is_dense = i < c['first_k_dense_replace'] or types.get(i) == 'dense'
+    before_mlp = 'post_attention_layernorm', gates and not is_dense
+    for norm, is_gated in (('input_layernorm', gates), before_mlp):
+      tensors[layer + norm + ('.norm.weight' if is_gated else '.weight')] = (d,), norms
+      if is_gated:
+        tensors[f'{layer}{norm}.W_down.weight'] = (c['gated_norm_rank'], d), 'BF16'
+        tensors[f'{layer}{norm}.W_up.weight'] = (d, c['gated_norm_rank']), 'BF16'
+    if is_dense:
       tensors |= _swiglu(layer + 'mlp.', d, c['intermediate_size'], wide)
     else:
       f, shared = c['moe_intermediate_size'], c['n_shared_experts'] * c['moe_intermediate_size']

@@ -10,15 +10,17 @@ import laws
 import pytest
 
 from dsa_jax.config import ConfigError, ModelConfig
+from dsa_jax.families.axk2 import AXK2_LIGHT
 from dsa_jax.families.deepseek import DEEPSEEK_V32
 from dsa_jax.train import train
 from dsa_jax.training.recipe import read_recipe
 
 ROOT = pathlib.Path(__file__).parents[1]
+RELEASED = {'deepseek_v32': DEEPSEEK_V32, 'axk2': AXK2_LIGHT}  # Configs with a released model.
 NAMES = sorted(p.stem for p in (ROOT / 'configs').glob('*.py') if p.stem != 'base')
 
 
-@pytest.mark.parametrize('name', [n for n in NAMES if n not in ('deepseek_v32', 'own_tokens')])
+@pytest.mark.parametrize('name', [n for n in NAMES if n not in (*RELEASED, 'own_tokens')])
 def test_full_variant_builds(name):
   recipe = read_recipe(importlib.import_module(f'configs.{name}').get_config())
   assert recipe.stages
@@ -40,10 +42,11 @@ def test_unknown_variant_is_refused(name):
     importlib.import_module(f'configs.{name}').get_config('huge')
 
 
-def test_deepseek_v32_is_the_released_model_and_does_not_learn_bytes():
-  config = importlib.import_module('configs.deepseek_v32').get_config()
-  assert ModelConfig(**config.model) == DEEPSEEK_V32
-  with pytest.raises(ConfigError, match='vocab_size=129280 is of another alphabet than the mixture'):
+@pytest.mark.parametrize('name', RELEASED)
+def test_a_released_model_does_not_learn_bytes(name):
+  config = importlib.import_module(f'configs.{name}').get_config()
+  assert ModelConfig(**config.model) == RELEASED[name]
+  with pytest.raises(ConfigError, match=f'vocab_size={RELEASED[name].vocab_size} is of another alphabet than the mixture'):
     read_recipe(config)
 
 

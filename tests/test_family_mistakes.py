@@ -16,13 +16,14 @@ from test_parity import GOLDEN, close, golden
 from dsa_jax.config import ModelConfig
 from dsa_jax.convert.importer import import_checkpoint, open_source
 from dsa_jax.inference.load import load_checkpoint
-from dsa_jax.nn import moe, norms, rope
-from dsa_jax.nn.attention import attend, gqa, layer, mla
+from dsa_jax.nn import block, indexer, moe, norms, rope
+from dsa_jax.nn.attention import attend, gate, gqa, layer, mla
 from dsa_jax.nn.attention.types import Mode
 from dsa_jax.nn.transformer import Transformer
 
 FRESH = {'index_n_heads': 2, 'index_head_dim': 8, 'index_rope_head_dim': 4, 'index_topk': 16}
 SHORT = 48  # Tokens that are compared: the first ones of a text do not depend on the others.
+SPARSE = 'axk2', 'axk2_groups'  # Cases with indexers, whose selections are compared, too.
 MISTAKES = {}
 
 
@@ -45,20 +46,26 @@ def wrap(patch, owner, name: str, make):
 def model_of(case: str) -> Transformer:
   with tempfile.TemporaryDirectory() as folder:
     target = pathlib.Path(folder) / 'ours'
-    source = open_source(GOLDEN / case, indexer=FRESH)
+    source = open_source(GOLDEN / case, indexer=None if case in SPARSE else FRESH)
     import_checkpoint(source, target, advance=lambda nbytes: None)
     return load_checkpoint(target)
 
 
 def check(case: str):
-  """Compares logits. Operations run one by one, so patches are seen and compilations shared."""
+  """Compares logits and selections.
+
+  Operations run one by one, so patches are seen and compilations shared.
+  """
   want, model = golden(case), model_of(case)
   tokens = jnp.asarray(want['tokens'])[:, :SHORT]
   end = jnp.broadcast_to(jnp.arange(1, SHORT + 1, dtype=jnp.int32), tokens.shape)
   with laws.eager():
-    mode = Mode(attention='dense', backend='xla')
-    out = model(tokens, jnp.zeros_like(end), end, mode)
+    kind = dict(attention='sparse', measure=('indexer',)) if case in SPARSE else dict(attention='dense')
+    out = model(tokens, jnp.zeros_like(end), end, Mode(**kind, backend='xla'))
   close(out.logits, want['logits'][:, :SHORT])
+  if case in SPARSE:
+    selected = out.measures('indexer').indices
+    np.testing.assert_array_equal(selected, want['selected'][:, :, :SHORT])
 
 
 # Heads.
@@ -254,6 +261,127 @@ def router_has_sigmoids(patch):
 @mistake('deepseek_v2', 'moonlight')
 def gates_are_not_scaled(patch):
   _route(patch, route_scale=1.0)
+
+
+@mistake('axk2_groups')
+def experts_of_dropped_groups_cannot_be_chosen(patch):
+  _route(patch, zero_dropped_groups=False)
+
+
+# Gates.
+
+
+@mistake('axk2')
+def gates_are_from_the_normed_latent_alone(patch):
+  def query_latent(self, x):
+    latent = self.q_norm(x @ self.wq_a[...])
+    return jnp.concatenate([latent, latent], axis=-1)
+
+  patch.setattr(mla.MLA, 'query_latent', query_latent)
+
+
+@mistake('axk2')
+def the_raw_latent_comes_first(patch):
+  def query_latent(self, x):
+    raw = x @ self.wq_a[...]
+    return jnp.concatenate([raw, self.q_norm(raw)], axis=-1)
+
+  patch.setattr(mla.MLA, 'query_latent', query_latent)
+  last = lambda self, q_latent: q_latent[..., self.cfg.q_latent_dim :]
+  patch.setattr(mla.MLA, 'index_latent', last)  # The indexer reads the normed one as before.
+
+
+@mistake('axk2')
+def the_indexer_reads_the_raw_latent(patch):
+  last = lambda self, q_latent: q_latent[..., self.cfg.q_latent_dim :]
+  patch.setattr(mla.MLA, 'index_latent', last)
+
+
+@mistake('axk2')
+def the_indexer_rotates_neighbours(patch):
+  make = lambda rope: lambda *args, interleaved: rope(*args, interleaved=True)
+  wrap(patch, indexer, 'apply_rope', make)
+
+
+@mistake('axk2')
+def gates_come_before_their_queries(patch):
+  def _query_weights(self, dtype):
+    gates, queries = jnp.split(self.wq_b[...].astype(dtype), [self.cfg.v_head_dim], axis=-1)
+    return queries, gates
+
+  patch.setattr(mla.MLA, '_query_weights', _query_weights)
+
+
+@mistake('axk2')
+def latents_are_gated_in_place_of_values(patch):
+  def from_rows(self, out, q_latent):
+    logits = self.gate_logits(q_latent)
+    wide = jnp.resize(logits, (*logits.shape[:-1], out.shape[-1]))  # There are fewer values.
+    values = jnp.einsum('BTHC,CHV->BTHV', gate.gated(out, wide), self._expansion(out.dtype)[1])
+    return jnp.einsum('BTHV,HVD->BTD', values, self.wo[...])
+
+  patch.setattr(mla.MLA, 'from_rows', from_rows)
+
+
+@mistake('axk2')
+def outputs_have_no_gates(patch):
+  patch.setattr(layer, 'gated', lambda out, logits: out)
+
+
+@mistake('axk2')
+def norms_have_no_gates(patch):
+  patch.setattr(norms, '_through_gates', lambda y, w_down, w_up: y)
+
+
+@mistake('axk2')
+def gates_of_norms_are_linear_inside(patch):
+  def wrong(y, w_down, w_up):
+    return y * jax.nn.sigmoid(y @ w_down @ w_up)
+
+  patch.setattr(norms, '_through_gates', wrong)
+
+
+def _more_gates(patch, applies):
+  """Gates the plain norms that `applies` is true of."""
+
+  def make(call):
+    def wrong(self, x):
+      y = call(self, x)
+      if type(self) is not norms.RMSNorm or not applies(self, x):
+        return y
+      keys = jax.random.split(jax.random.key(0))
+      w_down = jax.random.normal(keys[0], (x.shape[-1], 4)) * x.shape[-1] ** -0.5
+      return norms._through_gates(y, w_down, jax.random.normal(keys[1], w_down.shape[::-1]))
+
+    return wrong
+
+  wrap(patch, norms.RMSNorm, '__call__', make)
+
+
+@mistake('axk2_groups')
+def the_final_norm_has_gates(patch):
+  _more_gates(patch, lambda norm, x: x.shape[-1] == 32)  # No layer of this case has an MLP.
+
+
+@mistake('axk2')
+def norms_before_an_mlp_have_gates(patch):
+  def make(feed_forward):
+    def wrong(self, x, counted, backend):
+      if isinstance(self.ffn, moe.MoE):
+        return feed_forward(self, x, counted, backend)
+      with pytest.MonkeyPatch.context() as inside:
+        _more_gates(inside, lambda norm, x: norm is self.ffn_norm)
+        return feed_forward(self, x, counted, backend)
+
+    return wrong
+
+  wrap(patch, block.Block, 'feed_forward', make)
+
+
+@mistake('axk2')
+def latents_have_the_eps_of_all_norms(patch):
+  make = lambda norm: lambda x, scale, eps: norm(x, scale, max(eps, 1e-3))
+  wrap(patch, norms, '_rms_norm', make)
 
 
 CASES = [pytest.param(seed, c, id=f'{name}-{c}') for name, (seed, cs) in MISTAKES.items() for c in cs]

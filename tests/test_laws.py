@@ -110,6 +110,22 @@ def test_layers_of_unlike_kinds(law, arguments):
     'law, arguments',
     [
         *ANY_LAYERS,
+        (laws.law_only_trained_parts_move, ('sparse',)),
+        pytest.param(laws.law_only_trained_parts_move, ('warmup',), marks=NIGHTLY),
+        (laws.law_warmup_is_dense, ()),
+        pytest.param(laws.law_bias_balances, (), marks=NIGHTLY),
+    ],
+    ids=lambda x: getattr(x, '__name__', None),
+)
+def test_gates_of_outputs_and_norms(law, arguments):
+  with laws.model(laws.GATED):
+    law(*arguments)
+
+
+@pytest.mark.parametrize(
+    'law, arguments',
+    [
+        *ANY_LAYERS,
         (laws.law_only_trained_parts_move, ('warmup',)),
         pytest.param(laws.law_warmup_is_dense, (), marks=NIGHTLY),
         (laws.law_windows_end_where_they_should, ()),

@@ -55,6 +55,8 @@ def read_config(config: Any) -> tuple[str, ModelConfig]:
       problems.append(f'{key}={config[key]!r} must be {right}.')
   missing = [key for key in family.explicit if key not in config]
   problems += [f'{key} is missing: loaders take another value for it than null.' for key in missing]
+  if len({config.get(key) is None for key in family.null_together}) > 1:
+    problems.append(f'{" and ".join(family.null_together)} must be null together, or neither.')
   check = lambda key, value, field: _checked(key, value, _TYPES[field], problems)
   sizes = _sizes(config, family, check, problems)
   rope = read_rope(config, family, sizes, check, problems)
@@ -164,9 +166,10 @@ def write_config(
   has_indexer = family.has_indexer if has_indexer is None else has_indexer
   config = {**family.fixed, **base, 'architectures': [family.architecture], 'model_type': name}
   config |= {key: getattr(cfg, field) for key, field in _required(family, has_indexer).items()}
-  for key, (field, meant_by_null) in family.optional.items():
-    value = getattr(cfg, field)
-    config[key] = None if key in family.nulls and value == meant_by_null else _or_null(value)
+  config |= {key: _or_null(getattr(cfg, field)) for key, (field, _) in family.optional.items()}
+  meant = {family.optional[key] for key in family.null_together}
+  if all(getattr(cfg, field) == meant_by_null for field, meant_by_null in meant):
+    config |= dict.fromkeys(family.null_together)
   config['num_key_value_heads'] = cfg.n_heads
   if cfg.attention == 'gqa':
     config |= {'num_key_value_heads': cfg.n_kv_heads, 'head_dim': cfg.head_dim}

@@ -49,6 +49,8 @@ def layer_parts(cfg: ModelConfig, trains: Collection[str], n_tokens: int) -> lis
           )
       ],
   }
+  if cfg.gated_norm_rank:  # Of attention and of the experts.
+    sums['gated norms'] = [product(d, cfg.gated_norm_rank), product(cfg.gated_norm_rank, d)] * 2
   ops = _sparse_ops(cfg, n_tokens) if learns else _dense_ops(cfg, n_tokens)
   totals = {part: [sum(x) for x in zip(*products)] for part, products in sums.items()} | ops
   return [LayerPart(part, *total) for part, total in totals.items()]
@@ -58,7 +60,7 @@ def _projections(cfg: ModelConfig, absorbed: bool) -> list[tuple[tuple[int, int]
   """Returns the width before and after each projection, and how many there are side by side."""
   heads, nope, latent, value = cfg.n_heads, cfg.qk_nope_head_dim, cfg.kv_lora_rank, cfg.v_head_dim
   projections = [
-      ((cfg.q_latent_dim, heads * cfg.head_dim), 1),
+      ((cfg.query_input_dim, heads * cfg.query_output_dim), 1),
       ((cfg.dim, cfg.row_heads * cfg.row_dim), 1),
       ((heads * value, cfg.dim), 1),
   ]

@@ -82,7 +82,7 @@ FAMILY = dataclasses.replace(
         'topk_group': ('n_limited_groups', 1),
         'norm_topk_prob': ('norm_topk_prob', True),
     },
-    nulls=('n_group', 'topk_group'),
+    null_together=('n_group', 'topk_group'),
     constants={'latent_eps': 1e-6, 'output_gate': 'latents', 'zero_dropped_groups': True},
     fixed={key: _V32.fixed[key] for key in ('hidden_act', 'attention_bias', 'tie_word_embeddings')},
     neutral=_V32.neutral | {

@@ -57,8 +57,8 @@ class Family:
   fields: Mapping[str, str]
   # Keys that may be absent or null, each with its field and the value that this means.
   optional: Mapping[str, tuple[str, Any]] = dataclasses.field(default_factory=dict)
-  # Those of them that are written as null where their field has the value that this means.
-  nulls: tuple[str, ...] = ()
+  # Those of them of which loaders want either all or none. They are null where that says the same.
+  null_together: tuple[str, ...] = ()
   # The fields that have one value in all models of the family.
   constants: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   # Keys whose values the model is built for; a config.json with another value is of another model.

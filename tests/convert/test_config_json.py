@@ -9,7 +9,7 @@ import pytest
 import released
 
 from dsa_jax.config import ConfigError
-from dsa_jax.convert.config_json import read_config, write_config
+from dsa_jax.convert.config_json import has_indexer, read_config, write_config
 from dsa_jax.nn.rope import rope_frequencies
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -68,7 +68,8 @@ def family_of(config: dict):
 GQA = {
     name: family_of(released.CONFIGS[name])
     for name in ('llama3_8b', 'llama32_1b', 'mistral_7b_v03', 'smollm3_3b', 'qwen25_0_5b',
-                 'qwen3_8b', 'qwen3_30b_a3b', 'glm45_air', 'v2_lite', 'moonlight')
+                 'qwen3_8b', 'qwen3_30b_a3b', 'glm45_air', 'v2_lite', 'moonlight',
+                 'axk2_light')
 }  # fmt: skip
 LLAMA3 = released.CONFIGS['llama32_1b']['rope_scaling']
 WINDOWS = {'use_sliding_window': True}
@@ -138,6 +139,11 @@ INDEXED = {'index_n_heads': 4, 'index_head_dim': 32, 'index_topk': 64}
         ('v2_lite', {'topk_method': 'group_limited_greedy', 'n_group': 3}, 'must be a multiple of'),
         ('moonlight', {'topk_method': 'greedy'}, "topk_method='greedy' must be 'noaux_tc'"),
         ('qwen3_8b', {'index_topk': 64}, 'index_n_heads is missing'),
+        ('axk2_light', {'n_group': 4}, 'n_group and topk_group must be null together, or neither'),
+        ('axk2_light', {'q_lora_rank': None}, 'q_lora_rank=None must be a number'),
+        ('axk2_light', {'gated_norm_rank': 0}, 'gated_norm_rank=0 must be positive'),
+        ('axk2_light', {'num_nextn_predict_layers': 1}, 'num_nextn_predict_layers=1 must be 0'),
+        ('axk2_light', {'scoring_func': 'softmax'}, "scoring_func='softmax' must be 'sigmoid'"),
         ('qwen3_8b', INDEXED, 'index_rope_dim=128 must be even and at most'),
     ],
     ids=str,
@@ -180,6 +186,13 @@ def test_what_other_families_refuse(name, changes, message):
         ('glm45_air', {'partial_rotary_factor': 0.25}, {'qk_rope_head_dim': 32, 'qk_nope_head_dim': 96}),
         ('v2_lite', {'n_group': None, 'topk_method': None}, {'n_expert_groups': 1, 'topk_method': 'greedy'}),
         ('v2_lite', {'q_lora_rank': 1536}, {'q_lora_rank': 1536}),
+        ('axk2_light', {'rms_norm_eps': 1e-5}, {'norm_eps': 1e-5, 'latent_eps': 1e-6}),
+        ('axk2_light', {'n_group': 8, 'topk_group': 1}, {'n_expert_groups': 8, 'n_limited_groups': 1}),
+        ('axk2_light', {}, {'n_dense_layers': 1, 'n_expert_groups': 1, 'rope_theta': 10_000.0}),
+        ('axk2_light', {'first_k_dense_replace': 0}, {'n_dense_layers': 0}),
+        ('axk2_light', {'mlp_layer_types': ['dense', 'sparse', 'dense', *['sparse'] * 45]},
+         {'n_dense_layers': 1, 'mlp_layers': (2,)}),
+        ('axk2_light', {'norm_topk_prob': False}, {'norm_topk_prob': False}),
         ('mistral_7b_v03', {'sliding_window': 4096},
          {'window_layers': tuple(range(32)), 'sliding_window': 4096}),
         ('qwen25_0_5b', WINDOWS | {'sliding_window': 512, 'max_window_layers': 21},
@@ -200,7 +213,7 @@ def test_what_other_families_read(name, changes, fields):
   family, model = GQA[name](**changes)
   assert {field: getattr(model, field) for field in fields} == fields
   for base in ({}, {**released.CONFIGS[name], **changes}):
-    written = write_config(family, model, base, has_indexer='index_topk' in changes)
+    written = write_config(family, model, base, has_indexer=has_indexer({**released.CONFIGS[name], **changes}))
     assert read_config(written) == (family, model)
 
 

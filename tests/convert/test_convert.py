@@ -46,6 +46,7 @@ VARIANTS = {
     'v3_odd_scales': (released.V3, {'odd_scales': True, 'norms': 'BF16'}),
     'glm_shared': (released.GLM, {'norms': 'BF16'}),
     'glm_bfloat16': (released.GLM, {'fp8': False, 'norms': 'BF16'}),
+    'axk2_fp8': (released.AXK2, {'norms': 'BF16'}),
 }
 
 
@@ -103,7 +104,8 @@ def test_every_weight_is_in_its_place(variant):
   for i in range(depth):
     block, layer = model.block(i), f'model.layers.{i}.'
     attn = {k.removeprefix(layer + 'self_attn.'): v for k, v in theirs.items() if layer in k}
-    q_b = attn['q_b_proj.weight'].reshape(heads, nope + rope, -1)
+    gates = v * (config['model_type'] == 'axk2')
+    q_b = attn['q_b_proj.weight'].reshape(heads, nope + rope + gates, -1)
     close(block.attn.wq_b, np.moveaxis(q_b, 2, 0))
     kv_b = attn['kv_b_proj.weight'].reshape(heads, nope + v, -1)
     close(block.attn.wkv_b, np.moveaxis(kv_b, 2, 0))
@@ -115,6 +117,11 @@ def test_every_weight_is_in_its_place(variant):
       close(block.attn.indexer.k_norm.bias, attn['indexer.k_norm.bias'])
     elif 'index_n_heads' in config:
       assert block.attn.indexer is None
+    for norm, name in (block.attn_norm, 'input'), (block.ffn_norm, 'post_attention'):
+      if f'{layer}{name}_layernorm.norm.weight' in theirs:
+        close(norm.scale, theirs[f'{layer}{name}_layernorm.norm.weight'])
+        close(norm.w_down, theirs[f'{layer}{name}_layernorm.W_down.weight'].T)
+        close(norm.w_up, theirs[f'{layer}{name}_layernorm.W_up.weight'].T)
     mlp = {k.removeprefix(layer + 'mlp.'): v for k, v in theirs.items() if layer in k}
     if i < config['first_k_dense_replace']:
       close(block.ffn.w2, mlp['down_proj.weight'].T)
@@ -123,6 +130,9 @@ def test_every_weight_is_in_its_place(variant):
       for e in range(config['n_routed_experts']):
         close(block.ffn.w1[e], mlp[f'experts.{e}.gate_proj.weight'].T)
         close(block.ffn.w3[e], mlp[f'experts.{e}.up_proj.weight'].T)
+  if not config['num_nextn_predict_layers']:
+    assert model.mtp is None
+    return
   close(model.mtp.eh_proj, theirs[f'model.layers.{depth}.eh_proj.weight'].T)
   close(model.mtp.norm.scale, theirs[f'model.layers.{depth}.shared_head.norm.weight'])
 

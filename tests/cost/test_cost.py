@@ -69,6 +69,16 @@ def test_grouped_queries_by_hand():
   assert of('projections', llama, sparse=False).flops == 2 * 32 * weights
 
 
+def test_gates_by_hand():
+  """A.X-K2-Light: 32 heads of 64 + 32 + 64 channels out of two latents of 384; 95 norms of rank 16."""
+  light = SIZES['axk2_light']
+  assert work.row_bytes(light, 'bf16') + work.index_key_bytes(light, 'bf16') == 576
+  latents = 2048 * 384 + 2048 * (128 + 32) + 128 * 32 * (64 + 64)
+  weights = latents + 2 * 384 * 32 * (64 + 32 + 64) + 32 * 64 * 2048
+  assert of('projections', light, sparse=False).flops == 2 * 48 * weights
+  assert of('gated norms', light, sparse=False).flops == 2 * (48 + 47) * 2 * 2048 * 16
+
+
 @pytest.mark.parametrize('name', SIZES)
 def test_weights_are_those_of_the_model(name):
   """All matrices of a model of one layer of each kind, against what a token multiplies with."""

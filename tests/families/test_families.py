@@ -48,6 +48,12 @@ def test_sizes_have_the_published_number_of_weights(name):
   assert sum(math.prod(array.shape) for array in arrays.values()) == released.PARAMETERS[name]
 
 
+def test_axk2_light_has_as_many_weights_as_in_transformers():
+  """Parameters of AXK2ForCausalLM(AXK2Config()) in 5.24, and the routers' biases, its buffers."""
+  arrays = arrays_of(SIZES['axk2_light'], 'axk2')
+  assert sum(math.prod(array.shape) for array in arrays.values()) == 20_314_494_976 + 47 * 128
+
+
 @pytest.mark.parametrize('family', FAMILIES)
 def test_every_weight_has_a_name(family):
   """Without indexers, those of an indexer are left out and no others."""
@@ -102,6 +108,7 @@ def few_layers(model: ModelConfig) -> ModelConfig:
   """Returns a model with two layers, of which one has experts where the model has some."""
   leading = min(model.n_dense_layers, 1) if model.n_dense_layers < model.n_layers else 2
   is_mtp = model.attention == 'mla' and model.topk_method == 'noaux_tc' and leading < 2
+  is_mtp = is_mtp and not model.output_gate
   nope = tuple(i for i in model.nope_layers if i < 2)
   return dataclasses.replace(
       model, n_layers=2, n_dense_layers=leading, n_mtp_layers=int(is_mtp), n_routed_experts=16,

@@ -32,6 +32,7 @@ CONFIGS = {
         laws.GQA, n_layers=3, window_layers=(0, 2), sliding_window=9, index_head_dim=16
     ),
     'gqa': laws.GQA,
+    'gated': laws.GATED,
     'gqa_each': laws.GQA_EACH,
     'gqa_each_fp8': dataclasses.replace(laws.GQA_EACH, index_head_dim=16),
     'fp8': dataclasses.replace(laws.CFG, index_head_dim=16),
@@ -108,10 +109,11 @@ NIGHTLY = pytest.mark.nightly
 @pytest.mark.parametrize(
     'name, attention',
     [('deepseek', 'sparse'), ('deepseek', 'masked'), ('deepseek', 'dense'), ('glm', 'sparse')]
-    + [('gqa', 'sparse'), ('gqa_each', 'sparse'), ('mixed', 'sparse')]
+    + [('gqa', 'sparse'), ('gqa_each', 'sparse'), ('mixed', 'sparse'), ('gated', 'sparse')]
     + [('windows', 'sparse'), ('gqa_windows', 'dense'), pytest.param('windows', 'masked', marks=NIGHTLY)]
     + [pytest.param('glm', attention, marks=NIGHTLY) for attention in ('masked', 'dense')]
-    + [pytest.param('gqa', attention, marks=NIGHTLY) for attention in ('masked', 'dense')],
+    + [pytest.param('gqa', attention, marks=NIGHTLY) for attention in ('masked', 'dense')]
+    + [pytest.param('gated', attention, marks=NIGHTLY) for attention in ('masked', 'dense')],
 )
 def test_any_chunking(name, cuts, attention):
   want, want_selected = whole_pass(name, attention)
@@ -152,7 +154,7 @@ def test_a_window_in_a_quantised_cache_with_whole_lines():
 
 
 @NIGHTLY
-@pytest.mark.parametrize('name', ['deepseek', 'glm', 'gqa'])
+@pytest.mark.parametrize('name', ['deepseek', 'glm', 'gqa', 'gated'])
 def test_many_tokens_by_the_kernels_of_a_tpu(name):
   """Layers that select for themselves do so in one op with attention; others share."""
   cfg, length = CONFIGS[name], 8
