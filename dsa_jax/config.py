@@ -54,8 +54,7 @@ class ModelConfig:
   n_mtp_layers: int = 0  # 1 adds a layer that predicts the token after the next one.
   inter_dim: int = 18_432  # The width of the MLP in dense layers.
   norm_eps: float = 1e-6
-  # The rank of the gates of a norm's output, which the norm before attention has in every layer, and
-  # the norm before experts. 0: no norm is gated.
+  # The rank of the gates that norms before attention have, and norms before experts. 0: none has any.
   gated_norm_rank: int = 0
   tie_embeddings: bool = False  # Whether the head is the embedding's transpose.
 
@@ -65,7 +64,7 @@ class ModelConfig:
   n_activated_experts: int = 8
   n_expert_groups: int = 8
   n_limited_groups: int = 4  # A token may choose experts from this many groups.
-  # Whether experts of the other groups get a score of 0, and so come before any with a negative one.
+  # Whether experts of the other groups score 0, and so come before any with a negative score.
   zero_dropped_groups: bool = False
   moe_inter_dim: int = 2048
   route_scale: float = 2.5
@@ -213,7 +212,7 @@ class ModelConfig:
     if self.output_gate not in OUTPUT_GATES:
       raise ConfigError(f'{self.output_gate=} must be one of {OUTPUT_GATES}.')
     if self.output_gate and not self.q_lora_rank:
-      raise ConfigError(f"{self.output_gate=} must be '' without a query latent: {self.q_lora_rank=}.")
+      raise ConfigError(f"{self.output_gate=} must be '' where {self.q_lora_rank=}.")
 
   def _check_experts(self):
     if self.score_func not in ('sigmoid', 'softmax'):

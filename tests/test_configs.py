@@ -46,7 +46,8 @@ def test_unknown_variant_is_refused(name):
 def test_a_released_model_does_not_learn_bytes(name):
   config = importlib.import_module(f'configs.{name}').get_config()
   assert ModelConfig(**config.model) == RELEASED[name]
-  with pytest.raises(ConfigError, match=f'vocab_size={RELEASED[name].vocab_size} is of another alphabet than the mixture'):
+  size = RELEASED[name].vocab_size
+  with pytest.raises(ConfigError, match=f'vocab_size={size} is of another alphabet than the mixture'):
     read_recipe(config)
 
 

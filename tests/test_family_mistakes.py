@@ -60,8 +60,9 @@ def check(case: str):
   tokens = jnp.asarray(want['tokens'])[:, :SHORT]
   end = jnp.broadcast_to(jnp.arange(1, SHORT + 1, dtype=jnp.int32), tokens.shape)
   with laws.eager():
-    kind = dict(attention='sparse', measure=('indexer',)) if case in SPARSE else dict(attention='dense')
-    out = model(tokens, jnp.zeros_like(end), end, Mode(**kind, backend='xla'))
+    attention, measure = ('sparse', ('indexer',)) if case in SPARSE else ('dense', ())
+    mode = Mode(attention=attention, backend='xla', measure=measure)
+    out = model(tokens, jnp.zeros_like(end), end, mode)
   close(out.logits, want['logits'][:, :SHORT])
   if case in SPARSE:
     selected = out.measures('indexer').indices

@@ -185,7 +185,7 @@ def _weight_works(cfg: ModelConfig, pass_tokens: int, chips: int, logits: bool) 
   # A large batch uses every expert of a layer, a small one only some.
   used = experts * (1 - (1 - cfg.n_activated_experts / experts) ** (pass_tokens * chips))
   routed = 2 * moe * cfg.n_activated_experts * expert
-  gates = 2 * cfg.dim * cfg.gated_norm_rank  # Of a norm: those of all layers' attention, and of experts.
+  gates = 2 * cfg.dim * cfg.gated_norm_rank  # Of one norm.
   return [
       _product('projections', cfg.n_layers * _attention_weights(cfg), pass_tokens),
       _product('gated norms', (cfg.n_layers + moe) * gates, pass_tokens, 'bf16'),

@@ -2,12 +2,13 @@
 """SK Telecom's A.X-K2: DeepSeek-V3.2 with gates on norms and on what heads have read.
 
 The projection of queries makes the gates of heads, too, and its matrix stays one, because its FP8
-tiles do. Norms of latents have an eps of 1e-6 whatever `rms_norm_eps` is. Experts of groups that are
-dropped have a score of 0. A.X-K2-Light has no groups, which null means.
+tiles do. Norms of latents have an eps of 1e-6 whatever `rms_norm_eps` is: nothing but the package
+below defines this model, so it is followed in that. Experts of dropped groups score 0. A.X-K2-Light
+has no groups, which null means.
 
 Source:
-  `models/axk2` in `transformers` 5.24.0, whose class defaults are the sizes of A.X-K2-Light. Those of
-  the model of 688B parameters are not known here.
+  `models/axk2` in `transformers` 5.24.0. The defaults of its config are the sizes of A.X-K2-Light.
+  Those of the model of 688B parameters are not known here.
 """
 
 import dataclasses

@@ -213,7 +213,8 @@ def test_what_other_families_read(name, changes, fields):
   family, model = GQA[name](**changes)
   assert {field: getattr(model, field) for field in fields} == fields
   for base in ({}, {**released.CONFIGS[name], **changes}):
-    written = write_config(family, model, base, has_indexer=has_indexer({**released.CONFIGS[name], **changes}))
+    is_sparse = has_indexer({**released.CONFIGS[name], **changes})
+    written = write_config(family, model, base, has_indexer=is_sparse)
     assert read_config(written) == (family, model)
 
 

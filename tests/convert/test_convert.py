@@ -137,6 +137,19 @@ def test_every_weight_is_in_its_place(variant):
   close(model.mtp.norm.scale, theirs[f'model.layers.{depth}.shared_head.norm.weight'])
 
 
+def test_an_fp8_export_of_a_wide_axk2_names_what_it_leaves_wide(tmp_path):
+  tensors = released.random_tensors(released.AXK2, fp8=False, norms='BF16')
+  config = {k: v for k, v in released.AXK2.items() if k != 'quantization_config'}
+  released.write(tmp_path / 'source', config, tensors)
+  import_folder(tmp_path / 'source', tmp_path / 'ours')
+  export_checkpoint(open_checkpoint(tmp_path / 'ours'), tmp_path / 'out', quantized=True)
+  written = json.loads((tmp_path / 'out' / 'config.json').read_text())['quantization_config']
+  assert written['modules_to_not_convert'] == ['W_down', 'W_up']
+  codes = {name: dtype for name, (dtype, *_) in released.read(tmp_path / 'out').items()}
+  assert codes['model.layers.1.self_attn.q_b_proj.weight'] == 'F8_E4M3'
+  assert codes['model.layers.1.input_layernorm.W_up.weight'] == 'BF16'
+
+
 def layout_of(family: str, cfg: ModelConfig):
   source = Checkpoint(pathlib.Path(), family, cfg, True, {}, arrays_of(cfg, family), {}, {})
   return list(_outs(source, quantized=True))

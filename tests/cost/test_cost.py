@@ -70,7 +70,7 @@ def test_grouped_queries_by_hand():
 
 
 def test_gates_by_hand():
-  """A.X-K2-Light: 32 heads of 64 + 32 + 64 channels out of two latents of 384; 95 norms of rank 16."""
+  """A.X-K2-Light: 32 heads of 64 + 32 + 64 channels of two latents of 384; 95 norms of rank 16."""
   light = SIZES['axk2_light']
   assert work.row_bytes(light, 'bf16') + work.index_key_bytes(light, 'bf16') == 576
   latents = 2048 * 384 + 2048 * (128 + 32) + 128 * 32 * (64 + 64)

@@ -66,7 +66,7 @@ class MLA(Attention):
     return None if weights is None else jnp.einsum('BTQ,QHV->BTHV', q_latent, weights)
 
   def _query_weights(self, dtype):
-    """Returns the weights that make queries [Q, H, E], and those that make gates [Q, H, V] or None."""
+    """Returns the weights that make queries [Q, H, E], and those of gates [Q, H, V] or None."""
     weights = self.wq_b[...].astype(dtype)
     if not self.cfg.output_gate:
       return weights, None
