@@ -70,7 +70,7 @@ class Text:
       self.ended_by = 'length'
 
   def completion(self) -> Completion:
-    rest = '' if self._stops.reached else self._stops.push(self._steps.end()) + self._stops.end()
+    rest = self._stops.end(self._steps.end())
     seconds = time.monotonic() - self._began
     return Completion(
         self.place, self.sample, ''.join(self._pieces) + rest, self.ids, self.log_probs,

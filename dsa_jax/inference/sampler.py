@@ -24,7 +24,7 @@ from dsa_jax.inference.programs import (
     Engine, begin_texts, draw_and_read, make_reader, prepared_for_cpu,
 )  # fmt: skip
 from dsa_jax.inference.sample_config import SampleConfig, padded
-from dsa_jax.inference.stopping import cut
+from dsa_jax.inference.stopping import StopTexts
 from dsa_jax.kernels.backend import check_backend, default_backend
 from dsa_jax.nn.attention.types import Attention
 from dsa_jax.nn.transformer import Transformer
@@ -167,8 +167,16 @@ class Sampler:
       raise ConfigError(f'{prompt=} is empty: there must be something to continue.')
     config = SampleConfig(**({'stop': self.tokenizer.stop} | kwargs))
     steps = self._read_and_continue([self.tokenizer.encode(prompt)], config)
-    pieces = self.tokenizer.stream(ids[0] for ids in steps if ids[0] is not None)
-    return cut(pieces, config.stop_texts)
+    return self._pieces((ids[0] for ids in steps if ids[0] is not None), config.stop_texts)
+
+  def _pieces(self, ids: Iterator[int], stop_texts: tuple[str, ...]) -> Iterator[str]:
+    """Yields a piece of text for each id, and one behind the last."""
+    steps, stops = self.tokenizer.steps(), StopTexts(stop_texts)
+    for i in ids:
+      yield stops.push(steps.step(i))
+      if stops.reached:
+        break
+    yield stops.end(steps.end())
 
   def prompt_of(self, messages: Sequence[Message]) -> str:
     """Returns the text by which the model goes on with a conversation.

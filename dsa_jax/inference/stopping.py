@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Texts that end a text."""
 
-from collections.abc import Iterable, Iterator
-
 
 class StopTexts:
   """Cuts a text, as it is written, where the first of some texts begins in it."""
@@ -24,23 +22,12 @@ class StopTexts:
     self._held = text[len(text) - n_held :]
     return text[: len(text) - n_held]
 
-  def end(self) -> str:
-    """Returns what was held back, because the text goes no further."""
-    held, self._held = self._held, ''
-    return held
+  def end(self, rest: str) -> str:
+    """Returns what may be shown after the last token, with `rest` that the tokenizer still had."""
+    return '' if self.reached else self.push(rest) + self._held
 
 
 def _overlap(text: str, stop: str) -> int:
   """Returns how long an end of the text is the beginning of `stop`."""
   longest = min(len(text), len(stop) - 1)
   return next((n for n in range(longest, 0, -1) if stop.startswith(text[-n:])), 0)
-
-
-def cut(pieces: Iterable[str], texts: tuple[str, ...]) -> Iterator[str]:
-  """Yields the pieces of a text up to the first of the stop texts."""
-  stops = StopTexts(texts)
-  for piece in pieces:
-    yield stops.push(piece)
-    if stops.reached:
-      return
-  yield stops.end()
