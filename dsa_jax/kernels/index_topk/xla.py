@@ -114,7 +114,8 @@ def _best_keys(scores, tops, topk):
   groups = best_positions(tops, topk, spare=topk // 8)
   candidates = jnp.take_along_axis(scores, groups[:, :, None], axis=3, mode='clip')
   candidates = jnp.where(groups[:, :, None] >= 0, candidates, -jnp.inf)
-  reached = jnp.take_along_axis(tops, groups[..., :topk], axis=2, mode='clip')
+  # Not by `tops`: XLA may compute a score twice, once for each array, and round it in two ways.
+  reached = jnp.max(candidates[..., :topk], axis=2)
   floor = jnp.where(groups[..., topk - 1] >= 0, jnp.min(reached, axis=-1), -jnp.inf)
   candidates = jnp.swapaxes(candidates, 2, 3).reshape(*groups.shape[:2], -1)  # By position.
   few = best_positions(candidates, topk, spare=topk // 8, floor=floor)  # The cut is exact here.
