@@ -12,7 +12,7 @@ import re
 ATTENTION = 'mla', 'gqa'
 ROPE_TYPES = 'default', 'linear', 'llama3', 'yarn'
 TOPK_METHODS = 'noaux_tc', 'greedy', 'group_limited_greedy'
-OUTPUT_GATES = '', 'latents'
+OUTPUT_GATES = '', 'latents', 'hidden'
 
 
 class ConfigError(ValueError):
@@ -56,6 +56,9 @@ class ModelConfig:
   norm_eps: float = 1e-6
   # The rank of the gates that norms before attention have, and norms before experts. 0: none has any.
   gated_norm_rank: int = 0
+  n_streams: int = 0  # Residual streams, which layers weigh. 0: there is one, and nothing to weigh.
+  streams_magnitude: float = 2.0  # The most that a stream takes of what a layer computes.
+  streams_eps: float = 1e-6  # What is added to each weight of a stream.
   tie_embeddings: bool = False  # Whether the head is the embedding's transpose.
 
   # Mixture of experts.
@@ -72,6 +75,7 @@ class ModelConfig:
   # How experts are chosen. 'noaux_tc' adds a bias that balances their loads, and scores a group by
   # its two best experts. 'group_limited_greedy' scores a group by its best one. 'greedy' has no groups.
   topk_method: str = 'noaux_tc'
+  swiglu_limit: float = 0.0  # The largest magnitude within routed experts. 0: there is no limit.
   norm_topk_prob: bool = True  # Whether the weights of a token's experts are made to add up to one.
 
   # Attention: multi-head latent ('mla') or grouped-query ('gqa').
@@ -92,7 +96,9 @@ class ModelConfig:
   latent_eps: float = 0.0  # The eps of the norms of latents. 0: `norm_eps`.
   # What makes a gate for each channel that a head has read. '': there are no gates. 'latents': the
   # projection of queries does, which then reads the normed and the raw query latent side by side.
+  # 'hidden': a projection of the hidden state does.
   output_gate: str = ''
+  attention_sinks: bool = False  # Whether each head has a logit of its own that no key stands behind.
 
   # Grouped-query attention.
   n_kv_heads: int = 0  # Key heads; 0 in MLA.
@@ -108,6 +114,8 @@ class ModelConfig:
   index_rope_head_dim: int = 0  # Channels that the indexer rotates. 0: as many as `qk_rope_head_dim`.
   # Whether the indexer's rotary embedding pairs neighbouring channels, as GLM-5's does.
   indexer_rope_interleave: bool = False
+  index_rope_last: bool = False  # Whether it rotates its last channels, in place of its first ones.
+  index_norm_eps: float = 1e-6  # The eps of the norm of index keys.
   # 'full' or 'shared' for each layer (IndexShare). A shared layer attends to what the last full one
   # before it selected. () means that every layer has an indexer of its own. Whatever it says of layers
   # with a window, they have none.
@@ -211,8 +219,14 @@ class ModelConfig:
       raise ConfigError(f'{self.latent_eps=} must be at least 0 in MLA, and 0 without latents.')
     if self.output_gate not in OUTPUT_GATES:
       raise ConfigError(f'{self.output_gate=} must be one of {OUTPUT_GATES}.')
-    if self.output_gate and not self.q_lora_rank:
-      raise ConfigError(f"{self.output_gate=} must be '' where {self.q_lora_rank=}.")
+    if self.output_gate == 'latents' and not self.q_lora_rank:
+      raise ConfigError(f'{self.output_gate=} needs a query latent: {self.q_lora_rank=}.')
+    if self.attention != 'mla' and (self.output_gate or self.attention_sinks):
+      raise ConfigError(f'{self.output_gate=} and {self.attention_sinks=} must be unset in GQA.')
+    if self.n_streams < 0 or (self.n_streams and self.n_mtp_layers):
+      raise ConfigError(f'{self.n_streams=} must be at least 0, and 0 with an MTP layer.')
+    if self.swiglu_limit < 0 or self.index_norm_eps <= 0:
+      raise ConfigError(f'{self.swiglu_limit=} must be at least 0, {self.index_norm_eps=} above it.')
 
   def _check_experts(self):
     if self.score_func not in ('sigmoid', 'softmax'):
@@ -276,12 +290,12 @@ class ModelConfig:
   @property
   def query_input_dim(self) -> int:
     """The width of what queries are projected from."""
-    return 2 * self.q_lora_rank if self.output_gate else self.q_latent_dim
+    return 2 * self.q_lora_rank if self.output_gate == 'latents' else self.q_latent_dim
 
   @property
   def query_output_dim(self) -> int:
     """The channels of a head that the projection of queries makes: a query, and maybe gates."""
-    return self.head_dim + (self.v_head_dim if self.output_gate else 0)
+    return self.head_dim + (self.v_head_dim if self.output_gate == 'latents' else 0)
 
   @property
   def index_rope_dim(self) -> int:

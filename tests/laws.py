@@ -51,6 +51,11 @@ GQA_EACH = dataclasses.replace(GQA, index_n_heads=6, index_n_selections=2)  # Fo
 GATED = dataclasses.replace(
     CFG, output_gate='latents', gated_norm_rank=3, latent_eps=0.03, zero_dropped_groups=True
 )
+# Much of what Hy4 has and DeepSeek has not.
+SINKS = dataclasses.replace(
+    CFG, output_gate='hidden', attention_sinks=True, swiglu_limit=0.3, index_rope_last=True,
+    index_norm_eps=0.02, rope_interleave=False, n_streams=3, streams_eps=0.01,
+)  # fmt: skip
 # Experts and an MLP take turns twice, and an MLP follows: two scans.
 MIXED = dataclasses.replace(CFG, n_layers=5, n_dense_layers=0, mlp_layers=(1, 3, 4))
 # Layer 2 selects. The others have windows, which are longer than its budget.

@@ -87,6 +87,29 @@ def gated_norm(x: np.ndarray, w: Weights, eps: float) -> np.ndarray:
   return y * sigmoid((inner * sigmoid(inner)) @ w['w_up'])
 
 
+def stream_weights(x: np.ndarray, w: Weights, cfg: ModelConfig) -> np.ndarray:
+  """The logits of reading [T, N], then those of writing, from all streams x [T, N, D]."""
+  flat = x.reshape(len(x), -1)
+  flat = flat / np.sqrt(np.mean(flat**2, axis=-1, keepdims=True) + cfg.norm_eps)
+  z = flat @ w['map'].reshape(flat.shape[1], -1)
+  return z * np.repeat(w['scale'], cfg.n_streams) + w['base']
+
+
+def read_streams(x: np.ndarray, w: Weights | None, cfg: ModelConfig) -> np.ndarray:
+  if w is None:
+    return x
+  weights = sigmoid(stream_weights(x, w, cfg)[:, : cfg.n_streams]) + cfg.streams_eps
+  return sum(weights[:, i, None] * x[:, i] for i in range(cfg.n_streams))
+
+
+def add_to_streams(x: np.ndarray, out: np.ndarray, w: Weights | None, cfg: ModelConfig) -> np.ndarray:
+  if w is None:
+    return x + out
+  weights = sigmoid(stream_weights(x, w, cfg)[:, cfg.n_streams :])
+  weights = cfg.streams_magnitude * weights + cfg.streams_eps
+  return np.stack([x[:, i] + weights[:, i, None] * out for i in range(cfg.n_streams)], axis=1)
+
+
 def layer_norm(x: np.ndarray, scale: np.ndarray, bias: np.ndarray, eps: float) -> np.ndarray:
   deviation = np.sqrt(x.var(axis=-1, keepdims=True) + eps)
   return (x - x.mean(axis=-1, keepdims=True)) / deviation * scale + bias
@@ -101,9 +124,11 @@ def softmax(x: np.ndarray) -> np.ndarray:
   return e / e.sum()
 
 
-def swiglu(x: np.ndarray, w1: np.ndarray, w3: np.ndarray, w2: np.ndarray) -> np.ndarray:
-  gate = x @ w1
-  return (gate * sigmoid(gate) * (x @ w3)) @ w2
+def swiglu(x: np.ndarray, w1, w3, w2, limit: float = 0) -> np.ndarray:
+  gate, up = x @ w1, x @ w3
+  if limit:
+    gate, up = np.minimum(gate, limit), np.clip(up, -limit, limit)
+  return (gate * sigmoid(gate) * up) @ w2
 
 
 def top_k(scores: np.ndarray, keys: range, k: int) -> list[int]:
@@ -121,11 +146,12 @@ def index_scores(w: Weights, x, c_q, positions, cfg: ModelConfig) -> np.ndarray:
   """The indexer's opinion of every key for every query, [T, S]."""
   freqs, r = frequencies(cfg), cfg.qk_rope_head_dim
   q = np.einsum('tq,qij->tij', c_q, w['wq_b'])
-  k = layer_norm(x @ w['wk'], w['k_norm']['scale'], w['k_norm']['bias'], 1e-6)
+  k = layer_norm(x @ w['wk'], w['k_norm']['scale'], w['k_norm']['bias'], cfg.index_norm_eps)
+  here = slice(-r, None) if cfg.index_rope_last else slice(r)
   rotate = rotate_pairs if cfg.indexer_rope_interleave else rotate_halves
   for t, position in enumerate(positions):
-    q[t, :, :r] = rotate(q[t, :, :r], position, freqs)
-    k[t, :r] = rotate(k[t, :r], position, freqs)
+    q[t, :, here] = rotate(q[t, :, here], position, freqs)
+    k[t, here] = rotate(k[t, here], position, freqs)
   head_weights = x @ w['weights_proj'] / math.sqrt(cfg.index_n_heads * cfg.index_head_dim)
   scores = np.zeros((len(x), len(x)))
   for j in range(cfg.index_n_heads):
@@ -143,18 +169,23 @@ def attention(w: Weights, x, start, end, cfg: ModelConfig, sparse: bool, earlier
   freqs, scale = frequencies(cfg), softmax_scale(cfg)
   positions = [max(e - 1 - s, 0) for s, e in zip(start, end)]
   eps = cfg.latent_eps or cfg.norm_eps
-  c_q, gates = rms_norm(x @ w['wq_a'], w['q_norm']['scale'], eps), 1.0
-  if cfg.output_gate:  # The first channels that the projection makes are the query.
+  c_q, gates = x, 1.0
+  if cfg.q_lora_rank:
+    c_q = rms_norm(x @ w['wq_a'], w['q_norm']['scale'], eps)
+  if cfg.output_gate == 'latents':  # The first channels that the projection makes are the query.
     both = np.concatenate([c_q, x @ w['wq_a']], axis=-1)
     q, logits = np.split(np.einsum('tq,qhe->the', both, w['wq_b']), [n + r], axis=-1)
     gates = sigmoid(logits)
   else:
     q = np.einsum('tq,qhe->the', c_q, w['wq_b'])
+  if cfg.output_gate == 'hidden':
+    gates = sigmoid(np.einsum('td,dhv->thv', x, w['wg']))
   down = x @ w['wkv_a']
   c_kv, k_rope = rms_norm(down[:, :c], w['kv_norm']['scale'], eps), down[:, c:]
   for t, position in enumerate(positions):
-    q[t, :, n:] = rotate_pairs(q[t, :, n:], position, freqs)
-    k_rope[t] = rotate_pairs(k_rope[t], position, freqs)
+    turn = rotate_pairs if cfg.rope_interleave else rotate_halves
+    q[t, :, n:] = turn(q[t, :, n:], position, freqs)
+    k_rope[t] = turn(k_rope[t], position, freqs)
   up = np.einsum('sc,chn->shn', c_kv, w['wkv_b'])
   k_nope, v = up[..., :n], up[..., n:]
   k = np.concatenate([k_nope, np.repeat(k_rope[:, None], cfg.n_heads, axis=1)], axis=-1)
@@ -174,6 +205,9 @@ def attention(w: Weights, x, start, end, cfg: ModelConfig, sparse: bool, earlier
     for h in range(cfg.n_heads if keys else 0):
       probs = softmax(scale * k[keys, h] @ q[t, h])
       out[t, h] = probs @ v[keys, h]
+      if cfg.attention_sinks:
+        logits = np.append(scale * k[keys, h] @ q[t, h], w['sinks'][h])
+        out[t, h] = softmax(logits)[:-1] @ v[keys, h]
       target[keys] += probs  # Sum over heads ...
       true_mass[visible] += softmax(scale * k[visible, h] @ q[t, h]) / cfg.n_heads
     if keys and own:
@@ -205,7 +239,7 @@ def mixture(w: Weights, x, counted, cfg: ModelConfig) -> tuple[np.ndarray, np.nd
   out, load = np.zeros_like(x), np.zeros(cfg.n_routed_experts)
   for t, token in enumerate(x):
     for e, gate in route(sigmoid(token @ w['gate']), w['bias'], cfg).items():
-      out[t] += gate * swiglu(token, w['w1'][e], w['w3'][e], w['w2'][e])
+      out[t] += gate * swiglu(token, w['w1'][e], w['w3'][e], w['w2'][e], cfg.swiglu_limit)
       load[e] += counted[t]
   shared = w['shared']
   return out + swiglu(x, shared['w1'], shared['w3'], shared['w2']), load
@@ -214,17 +248,19 @@ def mixture(w: Weights, x, counted, cfg: ModelConfig) -> tuple[np.ndarray, np.nd
 def block(
     w: Weights, x, start, end, cfg: ModelConfig, sparse: bool, earlier=None, window=0
 ) -> tuple[np.ndarray, Layer]:
-  normed = gated_norm(x, w['attn_norm'], cfg.norm_eps)
+  of_attn, of_ffn = w.get('attn_streams'), w.get('ffn_streams')
+  normed = gated_norm(read_streams(x, of_attn, cfg), w['attn_norm'], cfg.norm_eps)
   out, selected, oracle, kl, captured = attention(
       w['attn'], normed, start, end, cfg, sparse, earlier, window
   )
-  x = x + out
-  normed, ffn, load = gated_norm(x, w['ffn_norm'], cfg.norm_eps), w['ffn'], None
+  x = add_to_streams(x, out, of_attn, cfg)
+  normed = gated_norm(read_streams(x, of_ffn, cfg), w['ffn_norm'], cfg.norm_eps)
+  ffn, load = w['ffn'], None
   if 'gate' in ffn:
     out, load = mixture(ffn, normed, np.asarray(end) > np.asarray(start), cfg)
   else:
     out = swiglu(normed, ffn['w1'], ffn['w3'], ffn['w2'])
-  return x + out, Layer(selected, oracle, kl, captured, load)
+  return add_to_streams(x, out, of_ffn, cfg), Layer(selected, oracle, kl, captured, load)
 
 
 def transformer(
@@ -233,6 +269,8 @@ def transformer(
   """Runs one row of tokens; query t sees start[t] <= s < end[t]."""
   w = _float64(weights)
   x, layers, earlier = w['embed'][tokens], [], None
+  if cfg.n_streams:
+    x = np.stack([x] * cfg.n_streams, axis=1)
   types = cfg.indexer_types or ('full',) * cfg.n_layers
   dense = [i < cfg.n_dense_layers or i in cfg.mlp_layers for i in range(cfg.n_layers)]
   for i in range(cfg.n_layers):
@@ -248,6 +286,7 @@ def transformer(
     x, layer = block(weights, x, start, end, cfg, sparse, earlier, window)
     layers.append(layer)
     earlier = earlier if window else layer.selected
+  x = read_streams(x, w.get('streams'), cfg)
   final, mtp_logits = rms_norm(x, w['norm']['scale'], cfg.norm_eps), None
   if cfg.n_mtp_layers:
     mtp = w['mtp']

@@ -315,7 +315,7 @@ def gates_come_before_their_queries(patch):
 
 @mistake('axk2')
 def latents_are_gated_in_place_of_values(patch):
-  def from_rows(self, out, q_latent):
+  def from_rows(self, out, q_latent, lse):
     logits = self.gate_logits(q_latent)
     wide = jnp.resize(logits, (*logits.shape[:-1], out.shape[-1]))  # There are fewer values.
     values = jnp.einsum('BTHC,CHV->BTHV', gate.gated(out, wide), self._expansion(out.dtype)[1])

@@ -101,14 +101,23 @@ def test_index_share_gradients():
     golden.check_gradients('sparse', 'xla', cfg, remat='layer')
 
 
+GATES = pytest.mark.parametrize('cfg', [laws.GATED, laws.SINKS], ids=['gated', 'sinks'])
+
+
+@GATES
 @pytest.mark.parametrize('attention', ['dense', 'sparse', 'masked'])
-def test_gates(attention):
-  golden.check_forward(attention, 'xla', laws.GATED)
+def test_gates(attention, cfg):
+  golden.check_forward(attention, 'xla', cfg)
 
 
+@GATES
 @pytest.mark.parametrize('attention', [pytest.param('dense', marks=pytest.mark.nightly), 'sparse'])
-def test_gradients_of_gates(attention):
-  golden.check_gradients(attention, 'xla', laws.GATED)
+def test_gradients_of_gates(attention, cfg):
+  golden.check_gradients(attention, 'xla', cfg)
+
+
+def test_gates_without_a_query_latent():
+  golden.check_forward('sparse', 'xla', dataclasses.replace(laws.SINKS, q_lora_rank=0))
 
 
 def test_gates_leave_the_target_alone():

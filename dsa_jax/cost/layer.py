@@ -51,6 +51,8 @@ def layer_parts(cfg: ModelConfig, trains: Collection[str], n_tokens: int) -> lis
   }
   if cfg.gated_norm_rank:  # Of attention and of the experts.
     sums['gated norms'] = [product(d, cfg.gated_norm_rank), product(cfg.gated_norm_rank, d)] * 2
+  if n := cfg.n_streams:  # Both halves of the layer read streams and write them.
+    sums['streams'] = [product(n * d, 2 * n)] * 2
   ops = _sparse_ops(cfg, n_tokens) if learns else _dense_ops(cfg, n_tokens)
   totals = {part: [sum(x) for x in zip(*products)] for part, products in sums.items()} | ops
   return [LayerPart(part, *total) for part, total in totals.items()]
@@ -64,6 +66,8 @@ def _projections(cfg: ModelConfig, absorbed: bool) -> list[tuple[tuple[int, int]
       ((cfg.dim, cfg.row_heads * cfg.row_dim), 1),
       ((heads * value, cfg.dim), 1),
   ]
+  if cfg.output_gate == 'hidden':
+    projections.append(((cfg.dim, heads * value), 1))
   if cfg.q_lora_rank:
     projections.append(((cfg.dim, cfg.q_lora_rank), 1))
   if cfg.attention == 'gqa':

@@ -186,9 +186,12 @@ def _weight_works(cfg: ModelConfig, pass_tokens: int, chips: int, logits: bool) 
   used = experts * (1 - (1 - cfg.n_activated_experts / experts) ** (pass_tokens * chips))
   routed = 2 * moe * cfg.n_activated_experts * expert
   gates = 2 * cfg.dim * cfg.gated_norm_rank  # Of one norm.
+  # Two halves of each layer read and write, and the head reads.
+  streams = (4 * cfg.n_layers + 1) * cfg.n_streams**2 * cfg.dim
   return [
       _product('projections', cfg.n_layers * _attention_weights(cfg), pass_tokens),
       _product('gated norms', (cfg.n_layers + moe) * gates, pass_tokens, 'bf16'),
+      _product('streams', streams, pass_tokens, 'bf16'),
       _product('dense MLPs', dense * 3 * cfg.dim * cfg.inter_dim, pass_tokens),
       _product('router', moe * cfg.dim * experts, pass_tokens, 'bf16'),
       _product('shared experts', moe * cfg.n_shared_experts * expert, pass_tokens),
@@ -201,6 +204,8 @@ def _attention_weights(cfg: ModelConfig) -> int:
   """Returns the number of weights of one attention layer, besides its indexer."""
   outputs = cfg.n_heads * cfg.v_head_dim * cfg.dim
   queries = cfg.dim * cfg.q_lora_rank + cfg.query_input_dim * cfg.n_heads * cfg.query_output_dim
+  if cfg.output_gate == 'hidden':
+    queries += outputs
   rows = cfg.dim * cfg.row_heads * cfg.row_dim
   if cfg.attention == 'gqa':
     return queries + rows + outputs

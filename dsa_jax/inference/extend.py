@@ -20,7 +20,7 @@ from dsa_jax.kernels import dense_attention, index_topk, indexed_attention, spar
 from dsa_jax.kernels.backend import packs_all_keys
 from dsa_jax.nn.attention.layer import Attention as AttentionLayer
 from dsa_jax.nn.attention.types import Attention, Views, row_keys
-from dsa_jax.nn.block import Block, add
+from dsa_jax.nn.block import Block
 from dsa_jax.nn.indexer import IndexInputs
 from dsa_jax.nn.scan import in_order, scan
 from dsa_jax.nn.transformer import Transformer, are_full
@@ -85,12 +85,13 @@ def extend(
       short=visible if attention == 'sparse' and visible <= most else 0,
   )
   x = model.embed[...][tokens].astype(cfg.dtype)  # Casts what is read, not the whole table.
+  x = model.into_streams(x)
   shape = (0,) if attention == 'dense' else cfg.selection_shape
   carry = x, cache.kv, cache.index_key, jnp.full((*tokens.shape, *shape), -1, jnp.int32)
   read = functools.partial(read_layer, piece)
   (x, kv, index_key, _), selections = run_layers(model, layers, read, carry)
   length = cache.length + jnp.sum(counted, axis=1, dtype=jnp.int32)
-  return Reading(model.norm(x), Cache(kv, index_key, length), selections)
+  return Reading(model.final(x), Cache(kv, index_key, length), selections)
 
 
 class Piece(NamedTuple):
@@ -117,7 +118,7 @@ class Piece(NamedTuple):
     topk, n_tokens = self.cfg.index_topk, self.at.shape[1]
     packs = packs_all_keys(self.backend, n_tokens, topk, self.capacity)
     learned = self.attention == 'sparse' and self.rule == 'indexer'
-    return learned and packs and not self.cfg.shares_indexers
+    return learned and packs and not (self.cfg.shares_indexers or self.cfg.attention_sinks)
 
 
 def read_layer(
@@ -128,16 +129,18 @@ def read_layer(
   i, slot, is_full, key = facts
   attn, end, cfg, backend = block.attn, piece.end, piece.cfg, piece.backend
   span, index_span = (i * piece.capacity, piece.capacity), (slot * piece.capacity, piece.capacity)
-  views = attn.views(block.attn_norm(x), jnp.zeros_like(end), end)
+  views = attn.views(block.attention_input(x), jnp.zeros_like(end), end)
   kv = storage.write(kv, flat_rows(views.rows, kv), piece.at, span)
   if attn.indexer is not None:
     at = jnp.where(is_full, piece.at, -1)
     index_key = storage.write(index_key, views.index.k, at, index_span)
   if attn.window:
-    out = attend_window(attn, views.row_q, kv, span, end, backend)
-    x, _ = block.feed_forward(add(x, attn.from_rows(out, views.q_latent)), piece.counted, backend)
+    out, lse = attend_window(attn, views.row_q, kv, span, end, backend)
+    out = attn.from_rows(out, views.q_latent, lse)
+    x, _ = block.feed_forward(block.add_attention(x, out), piece.counted, backend)
     return (x, kv, index_key, selected), jnp.full_like(selected, -1)
   if piece.is_one_op:
+    lse = None
     out, selected = select_and_attend(views, kv, span, index_key, index_span, end, cfg, backend)
   elif piece.attention != 'dense' and attn.indexer is not None:
     args = views, kv, span, index_key, index_span, end, cfg, backend, piece.rule, key
@@ -145,12 +148,12 @@ def read_layer(
     selected = jax.lax.cond(is_full, own, lambda: selected)
   if piece.short:
     chosen = None if piece.sees_all else selected
-    out = attend_short(attn, views.q, kv, (span[0], piece.short), chosen, end, backend)
+    out, lse = attend_short(attn, views.q, kv, (span[0], piece.short), chosen, end, backend)
   elif not piece.is_one_op:
-    out = attend(views.row_q, kv, span, selected, end, cfg, piece.attention, backend)
+    out, lse = attend(views.row_q, kv, span, selected, end, cfg, piece.attention, backend)
   join = attn.join_heads if piece.short else attn.from_rows
-  out = join(out, views.q_latent)
-  x, _ = block.feed_forward(add(x, out), piece.counted, backend)
+  out = join(out, views.q_latent, lse)
+  x, _ = block.feed_forward(block.add_attention(x, out), piece.counted, backend)
   return (x, kv, index_key, selected), selected
 
 
@@ -269,8 +272,8 @@ def attend(
     cfg: ModelConfig,
     attention: Attention,
     backend: str,
-) -> Float[Array, 'B T H C']:
-  """Returns what each head reads from the rows of a layer."""
+) -> tuple[Float[Array, 'B T H C'], Float[Array, 'B T H']]:
+  """Returns what each head reads from the rows of a layer, and the log-sum-exp of its logits."""
   dtype = q.dtype
   q = match_rows(q, store, cfg)
   if attention == 'sparse':
@@ -278,7 +281,7 @@ def attend(
     keys = split_rows(keys, cfg)
     return sparse_attention(
         q, keys, None, indices, v_dim=cfg.row_value_dim, sm_scale=cfg.sm_scale, backend=backend
-    )[0]
+    )
   indices = selected if attention == 'masked' else None
   rows = split_rows(storage.read_layer(store, span).decode(dtype), cfg)
   return attend_rows(q, rows, jnp.zeros_like(end), end, indices, cfg, backend)
@@ -292,15 +295,15 @@ def attend_rows(
     indices: Int[Array, 'B T *G K'] | None,
     cfg: ModelConfig,
     backend: str,
-) -> Float[Array, 'B T H C']:
-  """Returns what each head reads from rows, of all that it sees or of the given ones."""
+) -> tuple[Float[Array, 'B T H C'], Float[Array, 'B T H']]:
+  """Returns, as `attend`, what each head reads from rows: all that it sees, or the given ones."""
   # Latents stand for the values with their rotary keys: cutting them out would copy them all.
   values = rows if cfg.attention == 'mla' else rows[..., : cfg.row_value_dim]
-  out, _ = dense_attention(
+  out, lse = dense_attention(
       q, row_keys(rows, q), values, start, end,
       indices=indices, sm_scale=cfg.sm_scale, backend=backend,
   )  # fmt: skip
-  return out[..., : cfg.row_value_dim]
+  return out[..., : cfg.row_value_dim], lse
 
 
 def attend_window(
@@ -310,8 +313,8 @@ def attend_window(
     span: Span,
     end: Int[Array, 'B T'],
     backend: str,
-) -> Float[Array, 'B T H C']:
-  """Returns what each head reads within the window, and copies the rows of all windows only."""
+) -> tuple[Float[Array, 'B T H C'], Float[Array, 'B T H']]:
+  """Returns, as `attend`, what each head reads in the window; copies the rows of windows only."""
   cfg, first = layer.cfg, layer.first_seen(jnp.zeros_like(end), end)
   n_rows = min(end.shape[1] + layer.window - 1, span[1])
   base = jnp.maximum(jnp.max(end, axis=1, keepdims=True) - n_rows, 0)
@@ -337,12 +340,12 @@ def attend_short(
     selected: Int[Array, 'B T *G K'] | None,
     end: Int[Array, 'B T'],
     backend: str,
-) -> Float[Array, 'B T H V']:
-  """Returns what each head reads in MHA form, from the selection or from all in the span."""
+) -> tuple[Float[Array, 'B T H V'], Float[Array, 'B T H']]:
+  """Returns, as `attend` but in MHA form, what each head reads: the selection, or all in the span."""
   rows = split_rows(storage.read_layer(store, span).decode(q.dtype), layer.cfg)
   k, v = layer.expanded(rows[..., : layer.cfg.row_dim])
   sizes = {'sm_scale': layer.cfg.sm_scale, 'backend': backend}
-  return dense_attention(q, k, v, jnp.zeros_like(end), end, indices=selected, **sizes)[0]
+  return dense_attention(q, k, v, jnp.zeros_like(end), end, indices=selected, **sizes)
 
 
 def keys_of_selected(

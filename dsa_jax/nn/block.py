@@ -15,6 +15,7 @@ from dsa_jax.nn.attention.types import Measures, Mode, Selections, Shared
 from dsa_jax.nn.mlp import MLP
 from dsa_jax.nn.moe import MoE
 from dsa_jax.nn.norms import GatedRMSNorm, RMSNorm
+from dsa_jax.nn.streams import Streams
 from dsa_jax.params import BackboneParam, param
 
 
@@ -36,6 +37,8 @@ class Block(nnx.Module):
     attention = MLA if cfg.attention == 'mla' else GQA
     self.attn = attention(cfg, out_scale=out_scale, rngs=rngs)
     self.ffn_norm = _norm(cfg, cfg.gated_norm_rank if experts else 0, rngs)
+    streams = lambda: Streams(cfg, writes=True, rngs=rngs) if cfg.n_streams else None
+    self.attn_streams, self.ffn_streams = streams(), streams()
     if experts:
       self.ffn = MoE(cfg, out_scale=out_scale, rngs=rngs)
     else:
@@ -43,37 +46,48 @@ class Block(nnx.Module):
 
   def __call__(
       self,
-      x: Float[Array, 'B T D'],
+      x: Float[Array, 'B T *N D'],
       start: Int[Array, 'B T'],
       end: Int[Array, 'B T'],
       key: Key[Array, ''],
       mode: Mode,
       shared: Shared | None = None,
       choice: Int[Array, ''] | None = None,
-  ) -> tuple[Float[Array, 'B T D'], Selections, LayerReport]:
+  ) -> tuple[Float[Array, 'B T *N D'], Selections, LayerReport]:
     with jax.named_scope('attention'):
-      h = self.attn_norm(x)
+      h = self.attention_input(x)
       out, selections, attention = self.attn(h, start, end, key, mode, shared, choice)
-      x = add(x, out)
+      x = self.add_attention(x, out)
     x, load = self.feed_forward(x, end > start, mode.backend)
     rms = jnp.sqrt(jnp.mean(jnp.square(x.astype(jnp.float32))))
     return x, selections, LayerReport(rms, attention.index_kl, load, attention.measures)
 
+  def attention_input(self, x: Float[Array, 'B T *N D']) -> Float[Array, 'B T D']:
+    """Returns what attention reads of the residual stream, or of all streams."""
+    return self.attn_norm(x if self.attn_streams is None else self.attn_streams.read(x))
+
+  def add_attention(
+      self, x: Float[Array, 'B T *N D'], out: Float[Array, 'B T D']
+  ) -> Float[Array, 'B T *N D']:
+    """Returns the residual stream, or all streams, with what attention has computed."""
+    return add(x, out) if self.attn_streams is None else self.attn_streams.add(x, out)
+
   def feed_forward(
-      self, x: Float[Array, 'B T D'], counted: Bool[Array, 'B T'], backend: str
-  ) -> tuple[Float[Array, 'B T D'], Float[Array, 'X'] | None]:
+      self, x: Float[Array, 'B T *N D'], counted: Bool[Array, 'B T'], backend: str
+  ) -> tuple[Float[Array, 'B T *N D'], Float[Array, 'X'] | None]:
     """Applies the second half of the layer.
 
     Returns:
       The residual stream, and the number of counted tokens that each expert received.
     """
     with jax.named_scope('feed_forward'):
-      load, h = None, self.ffn_norm(x)
+      load, streams = None, self.ffn_streams
+      h = self.ffn_norm(x if streams is None else streams.read(x))
       if isinstance(self.ffn, MoE):
         h, load = self.ffn(h, counted.astype(jnp.float32), backend)
       else:
         h = self.ffn(h)
-      return add(x, h), load
+      return add(x, h) if streams is None else streams.add(x, h), load
 
 
 class MTP(nnx.Module):

@@ -36,7 +36,7 @@ class LightningIndexer(Configured):
     axis = 'q_lora' if cfg.q_lora_rank else 'embed'
     self.wq_b = weight((q, i, j), (axis, 'index_heads', None), std=q**-0.5)
     self.wk = weight((d, j), ('embed', None), std=d**-0.5)
-    self.k_norm = LayerNorm(j, kind=IndexerParam, eps=1e-6)
+    self.k_norm = LayerNorm(j, kind=IndexerParam, eps=cfg.index_norm_eps)
     self.weights_proj = weight((d, i), ('embed', 'index_heads'), std=d**-0.5)
     self._cfg = cfg
 
@@ -62,9 +62,10 @@ class LightningIndexer(Configured):
     )
 
   def _rotate(self, x, positions):
-    # The indexer rotates its first channels, MLA its last.
-    width = self.cfg.index_rope_dim
-    rope, nope = jnp.split(x, [width], axis=-1)
+    # The indexer rotates its first channels as a rule, MLA its last.
+    width, is_last = self.cfg.index_rope_dim, self.cfg.index_rope_last
+    parts = jnp.split(x, [x.shape[-1] - width if is_last else width], axis=-1)
+    nope, rope = parts if is_last else reversed(parts)
     frequencies = rope_frequencies(self.cfg, width)
     rope = apply_rope(rope, positions, frequencies, interleaved=self.cfg.indexer_rope_interleave)
-    return jnp.concatenate([rope, nope], axis=-1)
+    return jnp.concatenate([nope, rope] if is_last else [rope, nope], axis=-1)

@@ -91,7 +91,10 @@ def _apply(tokens, experts, gates, w1, w3, w2, cfg: ModelConfig, backend: str):
   most = collectives.axis_size(*OWNERS) * n_tokens * min(n_chosen, len(w1))
   rows = ragged.send(_spread(tokens, order, places), journey.there, most, *OWNERS)
   dot = lambda rows, w: grouped_matmul(rows, w, journey.sizes, backend=backend)
-  rows = dot(swiglu(dot(rows, w1), dot(rows, w3)).astype(tokens.dtype), w2)
+  gate, up = dot(rows, w1), dot(rows, w3)
+  if limit := cfg.swiglu_limit:
+    gate, up = jnp.minimum(gate, limit), jnp.clip(up, -limit, limit)
+  rows = dot(swiglu(gate, up).astype(tokens.dtype), w2)
   rows = ragged.send(rows, journey.back, n_tokens * n_chosen, *OWNERS)
   return _gated_sum(rows, gates, order, places)
 

@@ -19,6 +19,7 @@ from dsa_jax.nn.layers import Section, kind_of, layers_of_stacks
 from dsa_jax.nn.norms import RMSNorm
 from dsa_jax.nn.remat import rematerialized
 from dsa_jax.nn.scan import cut, in_order, of_kind, scan
+from dsa_jax.nn.streams import Streams
 from dsa_jax.parallel import collectives, shard
 from dsa_jax.parallel.mesh import BATCH, HEAD, LOGITS
 from dsa_jax.params import BackboneParam, LayerFact, param
@@ -63,6 +64,7 @@ class Transformer(Configured):
     self.embed = param(BackboneParam, (w, d), ('vocab', 'embed'), std=embed_std, rngs=rngs)
     self.dense_blocks = _stack(cfg, 'dense_blocks', rngs)
     self.moe_blocks = _stack(cfg, 'moe_blocks', rngs)
+    self.streams = Streams(cfg, writes=False, rngs=rngs) if cfg.n_streams else None
     self.norm = RMSNorm(d, eps=cfg.norm_eps)
     head = lambda: param(BackboneParam, (d, w), ('embed', 'vocab'), std=0.02, rngs=rngs)
     self.head = None if cfg.tie_embeddings else head()
@@ -92,7 +94,7 @@ class Transformer(Configured):
       choice: The number of the rule that selects, if `mode.rule` names several.
     """
     keys = self.layer_keys(key)
-    x, reports, selections = self.embedded(tokens), [], None
+    x, reports, selections = self.into_streams(self.embedded(tokens)), [], None
     if self.cfg.shares_indexers:  # Nothing is selected before the first full layer.
       nothing = jnp.full((*tokens.shape, *self.cfg.selection_shape), -1, jnp.int32)
       selections = {rule: nothing for rule in mode.rules}
@@ -101,7 +103,7 @@ class Transformer(Configured):
       inputs = section, weights, section.facts(facts)
       x, selections, report = _run(inputs, x, selections, start, end, mode, choice)
       reports.append(report)
-    hidden, following, mtp_logits = self.norm(x), None, None
+    hidden, following, mtp_logits = self.final(x), None, None
     if self.mtp is not None and next_tokens is not None:
       following = self.embedded(next_tokens)
       following, report = self.mtp(hidden, following, start, end, keys[-1], mode, choice)
@@ -130,6 +132,16 @@ class Transformer(Configured):
   def embedded(self, tokens: Int[Array, 'B T']) -> Float[Array, 'B T D']:
     embed = self.embed[...].astype(self.cfg.dtype)
     return shard.shard_mapped(_embed, (P('tensor', 'fsdp'), BATCH), BATCH)(embed, tokens)
+
+  def into_streams(self, x: Float[Array, 'B T D']) -> Float[Array, 'B T *N D']:
+    """Returns the input of the first layer: embeddings, in a copy for each stream."""
+    if self.streams is None:
+      return x
+    return jnp.broadcast_to(x[:, :, None], (*x.shape[:2], self.cfg.n_streams, x.shape[2]))
+
+  def final(self, x: Float[Array, 'B T *N D']) -> Float[Array, 'B T D']:
+    """Returns the normed hidden states after the last layer, which logits are made of."""
+    return self.norm(x if self.streams is None else self.streams.read(x))
 
   def block(self, i: int) -> Block:
     """Layer `i` on its own, for a notebook: `model.block(3).attn.indexer(...)`."""

@@ -33,6 +33,7 @@ CONFIGS = {
     ),
     'gqa': laws.GQA,
     'gated': laws.GATED,
+    'sinks': dataclasses.replace(laws.SINKS, window_layers=(0,), sliding_window=6),
     'gqa_each': laws.GQA_EACH,
     'gqa_each_fp8': dataclasses.replace(laws.GQA_EACH, index_head_dim=16),
     'fp8': dataclasses.replace(laws.CFG, index_head_dim=16),
@@ -113,7 +114,8 @@ NIGHTLY = pytest.mark.nightly
     + [('windows', 'sparse'), ('gqa_windows', 'dense'), pytest.param('windows', 'masked', marks=NIGHTLY)]
     + [pytest.param('glm', attention, marks=NIGHTLY) for attention in ('masked', 'dense')]
     + [pytest.param('gqa', attention, marks=NIGHTLY) for attention in ('masked', 'dense')]
-    + [pytest.param('gated', attention, marks=NIGHTLY) for attention in ('masked', 'dense')],
+    + [pytest.param('gated', attention, marks=NIGHTLY) for attention in ('masked', 'dense')]
+    + [('sinks', 'sparse'), pytest.param('sinks', 'dense', marks=NIGHTLY)],
 )
 def test_any_chunking(name, cuts, attention):
   want, want_selected = whole_pass(name, attention)

@@ -30,6 +30,7 @@ GQA = dataclasses.replace(laws.GQA, n_heads=8, vocab_size=40)
 GQA_EACH = dataclasses.replace(laws.GQA_EACH, n_heads=8, vocab_size=40)
 SHARING = dataclasses.replace(CFG, indexer_types=('full', 'shared'))
 GATED = dataclasses.replace(laws.GATED, n_heads=4, vocab_size=40)
+SINKS = dataclasses.replace(laws.SINKS, n_heads=4, vocab_size=40)
 UNLIKE = dataclasses.replace(
     laws.MIXED, n_heads=4, vocab_size=40, window_layers=(0, 3), sliding_window=7
 )
@@ -46,6 +47,8 @@ STEPS = [  # Stage, mesh, micro-batches, model, what is computed again (on one d
     ('sparse', {'fsdp': 2, 'expert': 2, 'tensor': 2}, 1, UNLIKE, 'layer'),
     ('warmup', {'tensor': 4, 'context': 2}, 1, GATED, 'products'),
     ('sparse', MIXED, 1, GATED, 'selection'),
+    ('warmup', {'tensor': 2, 'context': 4}, 1, SINKS, 'products'),
+    ('sparse', MIXED, 1, SINKS, 'selection'),
     ('sparse', MIXED, 1, GQA_EACH, 'selection'),
     ('warmup', MIXED, 1, CFG, 'layer'),
     ('sparse', {'fsdp': 2, 'expert': 2, 'context': 2}, 1, SHARING, 'selection'),
@@ -113,7 +116,7 @@ def main(few: bool):
     latent, index_key = CFG.kv_lora_rank + CFG.qk_rope_head_dim, CFG.index_head_dim
     arithmetic = 4 * 4 * 32 * (latent + index_key)
     print_row(case=f'bytes, {stage}', bytes=layer_bytes(stage, {'context': 8}), arithmetic=arithmetic)
-  for stage, sizes, micro_batches, cfg, remat in STEPS[-4:] if few else STEPS:
+  for stage, sizes, micro_batches, cfg, remat in STEPS[-5:] if few else STEPS:
     wanted = step(stage, None, micro_batches, cfg)
     with jax.set_mesh(mesh := make_mesh(**sizes)):
       found = step(stage, mesh, micro_batches, cfg, remat)

@@ -107,7 +107,7 @@ def attend_sparse(
     )  # fmt: skip
     constants = heads.all_heads(q), row_keys(key_rows, q), heads.all_heads(lse)
     kl = divergence(*constants, _join(index_rows, index_k), start, end, indices)
-    return heads.own_tokens(layer.from_rows(out, q_latent)), kl
+    return heads.own_tokens(layer.from_rows(out, q_latent, lse)), kl
 
   index_rows, index_k = _split(index)
   rows = views.q_latent, start, end, indices, index_rows
@@ -126,7 +126,7 @@ def attend_dense(
       indices=None if indices is None else _own_selections(layer, heads, indices),
       sm_scale=divergence.sm_scale, backend=divergence.mode.backend,
   )  # fmt: skip
-  out = heads.own_tokens(layer.join_heads(out, q_latent))
+  out = heads.own_tokens(layer.join_heads(out, q_latent, lse))
   if not heads.is_split:
     return out, divergence(views.q, views.k, lse, index, start, end, indices)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Gates of the output: what a head has read, times a sigmoid of its token."""
+"""What happens to the output of heads: gates, sigmoids of the token; and sinks, which take a share."""
 
 import jax
 import jax.numpy as jnp
@@ -18,3 +18,15 @@ def gated(
   """
   gates = jax.nn.sigmoid(logits.astype(jnp.float32))
   return (out.astype(jnp.float32) * gates).astype(out.dtype)
+
+
+def beside_sinks(
+    out: Float[Array, 'B T H V'], lse: Float[Array, 'B T H'], sinks: Float[Array, 'H']
+) -> Float[Array, 'B T H V']:
+  """Returns what heads read where the softmax has one logit more for each, whose value is zero.
+
+  `lse` is the log-sum-exp without it, so the keys keep the share sigmoid(lse - sink). The target of
+  the indexer's divergence is the attention to keys alone: no selection can change what a sink takes.
+  """
+  share = jax.nn.sigmoid(lse - sinks)[..., None]
+  return (out.astype(jnp.float32) * share).astype(out.dtype)

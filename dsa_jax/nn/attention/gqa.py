@@ -64,8 +64,8 @@ class GQA(Attention):
     value, key = jnp.split(self.own_key_heads(rows), [self.cfg.v_head_dim], axis=-1)
     return key, value
 
-  def from_rows(self, out, q_latent):
-    return self.join_heads(out, q_latent)
+  def from_rows(self, out, q_latent, lse):
+    return self.join_heads(out, q_latent, lse)
 
   def _rotate(self, x, positions):
     """Rotates the first channels of heads."""

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int, Key, Shaped
 
 from dsa_jax.config import ModelConfig
 from dsa_jax.nn.attention.attend import attend
-from dsa_jax.nn.attention.gate import gated
+from dsa_jax.nn.attention.gate import beside_sinks, gated
 from dsa_jax.nn.attention.types import (
     AttentionReport,
     Mode,
@@ -39,6 +39,7 @@ class Attention(Configured):
   rotates: LayerFact | None = None
   window: int = 0  # Queries see the latest so many tokens, and select none. 0: there is no window.
   wo: nnx.Variable  # [H, V, D].
+  sinks: nnx.Variable | None = None  # [H]. None: heads have no sinks.
 
   def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs):
     self.indexer = LightningIndexer(cfg, rngs=rngs)
@@ -111,14 +112,25 @@ class Attention(Configured):
 
   @abc.abstractmethod
   def from_rows(
-      self, out: Float[Array, 'B T H C'], q_latent: Float[Array, 'B T Q']
+      self,
+      out: Float[Array, 'B T H C'],
+      q_latent: Float[Array, 'B T Q'],
+      lse: Float[Array, 'B T H'] | None,
   ) -> Float[Array, 'B T D']:
-    """Turns what each head has read of rows into the output."""
+    """Turns what each head has read of rows into the output; see `join_heads`."""
 
   def join_heads(
-      self, out: Float[Array, 'B T H V'], q_latent: Float[Array, 'B T Q']
+      self,
+      out: Float[Array, 'B T H V'],
+      q_latent: Float[Array, 'B T Q'],
+      lse: Float[Array, 'B T H'] | None,
   ) -> Float[Array, 'B T D']:
-    """Projects what each head has read in MHA form into the output, through its gates."""
+    """Projects what each head has read in MHA form into the output, through its gates.
+
+    Only sinks need the log-sum-exp of what each head attended to.
+    """
+    if self.sinks is not None:
+      out = beside_sinks(out, lse, self.sinks[...])
     if (logits := self.gate_logits(q_latent)) is not None:
       out = gated(out, logits)
     return jnp.einsum('BTHV,HVD->BTD', out, self.wo[...].astype(out.dtype))

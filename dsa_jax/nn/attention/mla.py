@@ -35,6 +35,9 @@ class MLA(Attention):
     self.kv_norm = RMSNorm(c, eps=eps)
     self.wkv_b = weight((c, h, n + v), (None, 'heads', None), std=c**-0.5)
     self.wo = weight((h, v, d), ('heads', None, 'embed'), std=out_scale * (h * v) ** -0.5)
+    has_gate = cfg.output_gate == 'hidden'
+    self.wg = weight((d, h, v), ('embed', 'heads', None), std=d**-0.5) if has_gate else None
+    self.sinks = BackboneParam(jnp.zeros(h), axes=('heads',)) if cfg.attention_sinks else None
     super().__init__(cfg, rngs=rngs)
 
   def query_latent(self, x):
@@ -42,7 +45,9 @@ class MLA(Attention):
       return x
     raw = x @ self.wq_a[...].astype(x.dtype)
     latent = self.q_norm(raw)
-    return jnp.concatenate([latent, raw], axis=-1) if self.cfg.output_gate else latent
+    if not self.cfg.output_gate:
+      return latent
+    return jnp.concatenate([latent, raw if self.wg is None else x], axis=-1)
 
   def index_latent(self, q_latent):
     return q_latent[..., : self.cfg.q_latent_dim] if self.cfg.output_gate else q_latent
@@ -57,18 +62,23 @@ class MLA(Attention):
     return jnp.concatenate([absorbed, rope], axis=-1)
 
   def _queries(self, q_latent, positions):
+    if self.wg is not None:  # The hidden state follows, for the gates.
+      q_latent = q_latent[..., : self.cfg.query_input_dim]
     q = jnp.einsum('BTQ,QHE->BTHE', q_latent, self._query_weights(q_latent.dtype)[0])
     nope, rope = jnp.split(q, [self.cfg.qk_nope_head_dim], axis=-1)
     return nope, self._rotate(rope, positions)
 
   def gate_logits(self, q_latent):
+    if self.wg is not None:
+      hidden = q_latent[..., -self.cfg.dim :]
+      return jnp.einsum('BTD,DHV->BTHV', hidden, self.wg[...].astype(hidden.dtype))
     weights = self._query_weights(q_latent.dtype)[1]
     return None if weights is None else jnp.einsum('BTQ,QHV->BTHV', q_latent, weights)
 
   def _query_weights(self, dtype):
     """Returns the weights that make queries [Q, H, E], and those of gates [Q, H, V] or None."""
     weights = self.wq_b[...].astype(dtype)
-    if not self.cfg.output_gate:
+    if self.cfg.output_gate != 'latents':
       return weights, None
     return jnp.split(weights, [self.cfg.head_dim], axis=-1)
 
@@ -90,10 +100,10 @@ class MLA(Attention):
     keys = jnp.concatenate([k_nope, k_rope_of_heads], axis=-1)
     return keys, jnp.einsum('BSC,CHV->BSHV', latent, w_v)
 
-  def from_rows(self, out, q_latent):
+  def from_rows(self, out, q_latent, lse):
     """Turns a mean of latents for each head into the output."""
     values = jnp.einsum('BTHC,CHV->BTHV', out, self._expansion(out.dtype)[1])
-    return self.join_heads(values, q_latent)
+    return self.join_heads(values, q_latent, lse)
 
   def _expansion(self, dtype):
     """Returns the weights that expand a latent into keys [C, H, N] and values [C, H, V]."""
