@@ -53,6 +53,8 @@ def check_flags():
     raise ConfigError('give either --prompt, or --prompts with --out.')
   if bool(PROMPTS.value) != bool(OUT.value):
     raise ConfigError('--prompts and --out need each other: the answers are written to --out.')
+  if PROMPT.value and SAMPLER['drafts'].value:
+    raise ConfigError('--drafts needs --prompts: --prompt is continued without them.')
   if PROMPT.value and SAMPLES.value != 1:
     raise ConfigError(f'--samples={SAMPLES.value} needs --prompts: --prompt is continued once.')
 
@@ -75,11 +77,11 @@ def continue_file(sampler: Sampler, drawing: dict[str, Any]):
   prompts = read_prompts(pathlib.Path(PROMPTS.value).expanduser(), sampler)
   out = pathlib.Path(OUT.value).expanduser()
   answers = AnswerFile(out, sampler, prompts, config, SAMPLES.value)
-  done, began, n_tokens, to_first = len(answers.answered), time.monotonic(), 0, []
+  done, began, n_tokens, n_steps, to_first = len(answers.answered), time.monotonic(), 0, 0, []
   with StepProgress(rich.console.Console(stderr=True)) as bar:
     bar.start_stage('answers', done + answers.n_left, done)
     for i, completion in enumerate(answers.answer(SLOTS.value), done + 1):
-      n_tokens += len(completion.ids)
+      n_tokens, n_steps = n_tokens + len(completion.ids), n_steps + completion.steps
       to_first.append(completion.seconds_to_first)
       bar.update(i, n_tokens / (time.monotonic() - began))
   seconds = time.monotonic() - began
@@ -89,6 +91,8 @@ def continue_file(sampler: Sampler, drawing: dict[str, Any]):
         f': {n_tokens / seconds:.1f} tokens/s, the first of a text after '
         f'{statistics.median(to_first):.1f} s (median; {max(to_first):.1f} s at most)'
     )
+    if SAMPLER['drafts'].value:
+      text += f', {n_tokens / n_steps:.2f} tokens a step'
   print(f'[{text}, {sampler.attention} attention]', file=sys.stderr)
 
 
@@ -142,6 +146,9 @@ if __name__ == '__main__':
       ),
       'cache': flags.DEFINE_enum(
           'cache', None, FORMATS, "Format of the cache; default: the model's dtype."
+      ),
+      'drafts': flags.DEFINE_bool(
+          'drafts', None, "Lets the model's MTP layer guess tokens of --prompts, for fewer steps."
       ),
       'capacity': flags.DEFINE_integer(
           'capacity', 0, 'Tokens of the cache; 0: all that the model can read.'

@@ -6,13 +6,16 @@ from collections.abc import Iterator, Sequence
 import time
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from dsa_jax.data.tokenizer import Tokenizer
+from dsa_jax.inference.cache import Cache
+from dsa_jax.inference.drafts import Drafts, no_drafts, read_chunk_with_drafts
 from dsa_jax.inference.programs import Engine
 from dsa_jax.inference.sample_config import SampleConfig, padded
-from dsa_jax.inference.slots import Written, copy_of, free_slots, join, write
+from dsa_jax.inference.slots import Slots, Written, copy_of, free_slots, join, write
 from dsa_jax.inference.stopping import StopTexts
 
 LINE = 512  # The capacity of slots is a multiple of it, for few programs.
@@ -31,6 +34,7 @@ class Completion(NamedTuple):
   ended_by: str  # 'stop' is an id or a text that ends one, 'length' the most tokens that were asked for.
   prompt_tokens: int
   reused_tokens: int  # Those tokens of the prompt that had been read with another one.
+  steps: int  # How many steps it took. Drafts make them fewer than tokens.
   seconds_to_first: float  # From when the prompt was begun to when the first token was there.
   seconds: float  # To when the last one was.
 
@@ -50,6 +54,7 @@ class Text:
     self.place, self.sample, self.number = place, sample, place * samples + sample
     self.prompt = prompt
     self.ids, self.log_probs, self.ended_by = list[int](), list[float](), ''
+    self.n_steps, self.n_reused = 0, 0
     self._most = config.max_new_tokens
     self._pieces, self._steps = list[str](), tokenizer.steps()
     self._stops = StopTexts(config.stop_texts)
@@ -58,13 +63,18 @@ class Text:
   def begin(self, n_reused: int):
     self._began, self.n_reused = time.monotonic(), n_reused
 
-  def add(self, i: int, log_prob: float):
-    """Takes the next id, which may end the text."""
+  def add_step(self, ids: np.ndarray, counts: np.ndarray, log_probs: np.ndarray, ends: bool):
+    """Takes what a step has written, which may end the text."""
     self._first = self._first or time.monotonic() - self._began
-    self.ids.append(i)
-    self.log_probs.append(log_prob)
-    self._pieces.append(self._stops.push(self._steps.step(i)))
-    if self._stops.reached:
+    self.n_steps += 1
+    for i, log_prob in zip(ids[counts].tolist(), log_probs[counts].tolist()):
+      self.ids.append(i)
+      self.log_probs.append(log_prob)
+      self._pieces.append(self._stops.push(self._steps.step(i)))
+      if self._stops.reached:
+        self.ended_by = 'stop'
+        return
+    if ends:
       self.ended_by = 'stop'
     elif len(self.ids) == self._most:
       self.ended_by = 'length'
@@ -74,7 +84,7 @@ class Text:
     seconds = time.monotonic() - self._began
     return Completion(
         self.place, self.sample, ''.join(self._pieces) + rest, self.ids, self.log_probs,
-        self.ended_by, len(self.prompt), self.n_reused, self._first or seconds, seconds,
+        self.ended_by, len(self.prompt), self.n_reused, self.n_steps, self._first or seconds, seconds,
     )  # fmt: skip
 
 
@@ -97,7 +107,9 @@ class Batch:
   def __init__(self, engine: Engine, config: SampleConfig, n_slots: int, capacity: int):
     self._engine, self._config = engine, config
     self._numbers = np.float32(config.temperature), np.float32(config.top_p), padded(config.stop)
-    self._slots = free_slots(engine.empty_cache(n_slots, capacity), engine.cfg.vocab_size)
+    self._slots = free_slots(
+        engine.empty_cache(n_slots, capacity), engine.cfg, drafts=engine.drafts
+    )
     self._texts: list[Text | None] = [None] * n_slots
     self._held = [list[int]() for _ in range(n_slots)]  # The prompt that each slot last had.
     self._begun = collections.deque[tuple[list[Text | None], Written]]()
@@ -127,12 +139,13 @@ class Batch:
         self._join(self._texts.index(None))
 
   def _join(self, slot: int):
-    text, cache, logits = self._reader.finish()
+    text, cache, drafts, logits = self._reader.finish()
     self._texts[slot], self._held[slot] = text, text.prompt
     config = self._config
     self._slots = join(
-        self._slots, slot, cache, logits, np.uint32(config.seed), text.number, config.max_new_tokens
-    )
+        self._slots, slot, cache, drafts, logits, np.uint32(config.seed), text.number,
+        config.max_new_tokens,
+    )  # fmt: skip
 
   def _begin_step(self):
     kept = np.array([text is not None for text in self._texts])
@@ -145,14 +158,11 @@ class Batch:
   def _end_step(self) -> Iterator[Text]:
     """Yields the texts that have ended with the oldest step whose ids were not read yet."""
     texts, written = self._begun.popleft()
-    ids, counts, log_probs = map(np.asarray, written)
+    ids, counts, log_probs, ends = map(np.asarray, written)
     for slot, text in enumerate(texts):
       if text is None or text.ended_by:
         continue
-      if counts[slot]:
-        text.add(int(ids[slot]), float(log_probs[slot]))
-      else:
-        text.ended_by = 'stop'
+      text.add_step(ids[slot], counts[slot], log_probs[slot], bool(ends[slot]))
       if text.ended_by:
         self._texts[slot] = None
         yield text
@@ -164,43 +174,62 @@ class PromptReader:
   def __init__(self, engine: Engine, capacity: int):
     self._engine = engine
     self._cache = engine.empty_cache(1, capacity)
+    self._drafts = no_drafts(self._cache, engine.cfg) if engine.drafts else None
     self._logits = jnp.zeros((1, engine.cfg.vocab_size), jnp.float32)
     self._held: list[int] = []  # What the cache holds.
     self.text: Text | None = None
 
-  def begin(self, text: Text, held: Sequence[list[int]], slots):
+  def begin(self, text: Text, held: Sequence[list[int]], slots: Slots):
     """Begins a prompt behind what it has in common with the last one or with that of a slot.
 
-    The last token is read in any case, for the logits of the next.
+    The last token is read in any case, for the logits of the next. So is the last one in common where
+    there are drafts, which depend on the token behind it.
     """
     self.text, most = text, len(text.prompt) - 1
-    common = [min(n_common(text.prompt, tokens), most) for tokens in held]
-    own = min(n_common(text.prompt, self._held), most)
-    if max(common) >= own + FEWEST:
-      own, slot = max(common), int(np.argmax(common))
-      self._cache = copy_of(slots, slot)
+    less = 1 if self._engine.drafts else 0
+    common = lambda tokens: max(min(n_common(text.prompt, tokens) - less, most), 0)
+    own, in_slots = common(self._held), [common(tokens) for tokens in held]
+    if max(in_slots) >= own + FEWEST:
+      own, slot = max(in_slots), int(np.argmax(in_slots))
+      self._cache, self._drafts = copy_of(slots, slot)
     self._held = text.prompt[:own]
     text.begin(own)
-    self._cache = self._cache._replace(length=jnp.array([own], jnp.int32))
+    length = lambda: jnp.array([own], jnp.int32)
+    self._cache = self._cache._replace(length=length())
+    if self._drafts is not None:
+      self._drafts = self._drafts._replace(cache=self._drafts.cache._replace(length=length()))
 
   def read_chunk(self) -> bool:
     """Reads on; returns whether the prompt has been read."""
-    before, prompt = len(self._held), self.text.prompt
-    width = chunk_width(len(prompt) - before, self._engine.chunk)
-    new = prompt[before : before + width]
-    tokens = np.zeros((1, width), np.int32)
-    tokens[0, : len(new)] = new
-    n_new = np.array([len(new)], np.int32)
-    self._logits, self._cache = self._engine.read(
-        self._cache, self._logits, tokens, n_new, before=before
-    )
+    before, prompt, engine = len(self._held), self.text.prompt, self._engine
+    width = chunk_width(len(prompt) - before, engine.chunk)
+    new, behind = prompt[before : before + width], prompt[before + 1 : before + 1 + width]
+    n_new, tokens = _as_row(new, width)
+    if self._drafts is None:
+      self._logits, self._cache = engine.read(
+          self._cache, self._logits, tokens, n_new, before=before
+      )
+    else:
+      n_known, behind = _as_row(behind, width)
+      capacity = self._cache.capacity(engine.cfg)
+      self._logits, self._cache, self._drafts = read_chunk_with_drafts(
+          engine.weights, self._cache, self._drafts, tokens, behind, n_new, n_known,
+          reader=engine.reader, visible=engine.visible(before, width, capacity),
+      )  # fmt: skip
     self._held = prompt[: before + len(new)]
     return len(self._held) == len(prompt)
 
-  def finish(self):
-    """Returns the text, its cache, which goes on being used here, and its logits."""
+  def finish(self) -> tuple[Text, Cache, Drafts | None, jax.Array]:
+    """Returns the text, its caches, which go on being used here, and its logits."""
     text, self.text = self.text, None
-    return text, self._cache, self._logits
+    return text, self._cache, self._drafts, self._logits
+
+
+def _as_row(tokens: list[int], width: int) -> tuple[np.ndarray, np.ndarray]:
+  """Returns the number of tokens [1], and the tokens with padding behind them [1, width]."""
+  row = np.zeros((1, width), np.int32)
+  row[0, : len(tokens)] = tokens
+  return np.array([len(tokens)], np.int32), row
 
 
 def chunk_width(n_left: int, most: int) -> int:

@@ -68,30 +68,73 @@ def extend(
     visible: No new token sees more than so many; 0: than the capacity. Where they are few, 'sparse'
       attends under a mask, in MHA form.
   """
-  _check(attention, rule)
   cfg, capacity = model.cfg, cache.capacity(model.cfg)
-  position = cache.length[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)
-  counted = (jnp.arange(tokens.shape[1]) < n_new[:, None]) & (position < capacity)
-  most = short_context(tokens.shape[1], cfg.index_topk, backend)
-  piece = Piece(
+  sizes = dict(cfg=cfg, capacity=capacity, attention=attention, backend=backend, rule=rule)
+  piece = _piece_of(cache.length, n_new, tokens.shape[1], visible=visible, **sizes)
+  x = model.embed[...][tokens].astype(cfg.dtype)  # Casts what is read, not the whole table.
+  carry = model.into_streams(x), cache.kv, cache.index_key, _nothing_selected(piece)
+  read = functools.partial(read_layer, piece)
+  (x, kv, index_key, _), selections = run_layers(model, layers, read, carry)
+  length = cache.length + jnp.sum(piece.counted, axis=1, dtype=jnp.int32)
+  return Reading(model.final(x), Cache(kv, index_key, length), selections)
+
+
+def extend_mtp(
+    model: Transformer,
+    cache: Cache,
+    hidden: Float[Array, 'B T D'],
+    next_tokens: Int[Array, 'B T'],
+    n_new: Int[Array, 'B'],
+    *,
+    capacity: int,
+    attention: Attention,
+    backend: str,
+    rule: str = 'indexer',
+) -> tuple[Float[Array, 'B T D'], Cache]:
+  """Reads new tokens by the MTP layer, which has a cache of its own.
+
+  Args:
+    model: The model, which has that layer.
+    cache: The rows of one layer.
+    hidden: What `extend` has returned of the tokens.
+    next_tokens: The tokens behind them.
+    n_new: New tokens of each sequence.
+    capacity: Tokens that each sequence of the cache can hold.
+    attention: See `extend`, as for the rest.
+    backend: See there.
+    rule: See there.
+
+  Returns:
+    The hidden states that `Transformer.logits` turns into logits of the tokens behind the next ones, and
+    the cache.
+  """
+  sizes = dict(cfg=model.cfg, capacity=capacity, attention=attention, backend=backend, rule=rule)
+  piece = _piece_of(cache.length, n_new, next_tokens.shape[1], visible=0, **sizes)
+  x = model.mtp.joined(hidden, model.embed[...][next_tokens].astype(model.cfg.dtype))
+  carry = x, cache.kv, cache.index_key, _nothing_selected(piece)
+  facts = LayerFacts(0, 0, True, model.layer_keys()[-1])
+  (x, kv, index_key, _), _ = read_layer(piece, carry, model.mtp.block, facts)
+  length = cache.length + jnp.sum(piece.counted, axis=1, dtype=jnp.int32)
+  return model.mtp.norm(x), Cache(kv, index_key, length)
+
+
+def _piece_of(length, n_new, width: int, *, visible: int, **sizes) -> 'Piece':
+  _check(sizes['attention'], sizes['rule'])
+  position = length[:, None] + jnp.arange(width, dtype=jnp.int32)
+  counted = (jnp.arange(width) < n_new[:, None]) & (position < sizes['capacity'])
+  most = short_context(width, sizes['cfg'].index_topk, sizes['backend'])
+  return Piece(
       counted=counted,
       at=jnp.where(counted, position, -1),
       end=jnp.where(counted, position + 1, 0),
-      cfg=cfg,
-      capacity=capacity,
-      attention=attention,
-      backend=backend,
-      rule=rule,
-      short=visible if attention == 'sparse' and visible <= most else 0,
+      short=visible if sizes['attention'] == 'sparse' and visible <= most else 0,
+      **sizes,
   )
-  x = model.embed[...][tokens].astype(cfg.dtype)  # Casts what is read, not the whole table.
-  x = model.into_streams(x)
-  shape = (0,) if attention == 'dense' else cfg.selection_shape
-  carry = x, cache.kv, cache.index_key, jnp.full((*tokens.shape, *shape), -1, jnp.int32)
-  read = functools.partial(read_layer, piece)
-  (x, kv, index_key, _), selections = run_layers(model, layers, read, carry)
-  length = cache.length + jnp.sum(counted, axis=1, dtype=jnp.int32)
-  return Reading(model.final(x), Cache(kv, index_key, length), selections)
+
+
+def _nothing_selected(piece: 'Piece') -> Int[Array, 'B T *G K']:
+  shape = (0,) if piece.attention == 'dense' else piece.cfg.selection_shape
+  return jnp.full((*piece.at.shape, *shape), -1, jnp.int32)
 
 
 class Piece(NamedTuple):

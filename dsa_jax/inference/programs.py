@@ -3,6 +3,7 @@
 
 import dataclasses
 import functools
+import typing
 from typing import NamedTuple
 
 from flax import nnx
@@ -11,19 +12,26 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 import numpy as np
 
-from dsa_jax.config import ModelConfig
-from dsa_jax.inference.cache import Cache, init_cache
+from dsa_jax.config import ConfigError, ModelConfig
+from dsa_jax.inference.cache import FORMATS, Cache, init_cache
 from dsa_jax.inference.draw import draw
-from dsa_jax.inference.extend import extend, short_context
+from dsa_jax.inference.extend import Reading, extend, short_context
+from dsa_jax.kernels.backend import check_backend, default_backend
 from dsa_jax.nn.attention.mla import MLA
 from dsa_jax.nn.attention.types import Attention
 from dsa_jax.nn.block import Block
 from dsa_jax.nn.transformer import Transformer
 from dsa_jax.params import BackboneParam
+from dsa_jax.selection import check_rule
+
+CHUNK = 512  # Tokens of a prompt that are read at a time.
+TPU_CHUNK = 4096  # The same on a TPU, whose kernels pack all keys anew for each chunk.
 
 
 def prepared_for_cpu(model: Transformer) -> tuple[Transformer, list[Block]]:
   """Returns a model without its layers, and its layers, as XLA:CPU reads them without copies.
+
+  An MTP layer stays with the model.
 
   The layers lie by themselves, see `extend`. The head is rounded to the dtype of the activations but
   kept in float32, because XLA:CPU would do both before every product, at ten times the product's cost.
@@ -33,11 +41,20 @@ def prepared_for_cpu(model: Transformer) -> tuple[Transformer, list[Block]]:
     if isinstance(block.attn, MLA):
       block.attn.split_expansion()
   rest = jax.tree.map(lambda x: x, model)  # A new module; the given one stays as it is.
-  rest.dense_blocks = rest.moe_blocks = rest.mtp = None
+  rest.dense_blocks = rest.moe_blocks = None
+  if rest.mtp is not None and isinstance(rest.mtp.block.attn, MLA):
+    rest.mtp.block.attn.split_expansion()
   if model.cfg.dtype != 'float32':
     head = model.head_weight.astype(model.cfg.dtype).astype(jnp.float32)
     rest.head = nnx.data(BackboneParam(head, axes=('embed', 'vocab')))
   return rest, blocks
+
+
+def without_mtp(model: Transformer) -> Transformer:
+  """Returns the model without its MTP layer; the given one stays as it is."""
+  rest = jax.tree.map(lambda x: x, model)
+  rest.mtp = None
+  return rest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,16 +91,35 @@ def read(
     visible: int = 0,
 ) -> tuple[Float[Array, 'B W'], Cache]:
   """Reads one chunk of every text; a text without new tokens keeps the logits that it had."""
+  model, reading = read_hidden(weights, cache, tokens, n_new, reader=reader, visible=visible)
+  last = jnp.maximum(n_new - 1, 0)[:, None, None]
+  hidden = jnp.take_along_axis(reading.hidden, last, axis=1)
+  new = logits_of(model, hidden, reader)[:, 0]
+  return jnp.where(n_new[:, None] > 0, new, logits), reading.cache
+
+
+def read_hidden(
+    weights: list[Array],
+    cache: Cache,
+    tokens: Int[Array, 'B T'],
+    n_new: Int[Array, 'B'],
+    *,
+    reader: Reader,
+    visible: int = 0,
+) -> tuple[Transformer, Reading]:
+  """Reads one chunk of every text; returns the model and what `extend` does."""
   model, layers = jax.tree.unflatten(reader.structure, weights)
-  reading = extend(
+  return model, extend(
       model, cache, tokens, n_new,
       attention=reader.attention, backend=reader.backend, rule=reader.rule, layers=layers,
       visible=visible,
   )  # fmt: skip
-  last = jnp.maximum(n_new - 1, 0)[:, None, None]
-  hidden = jnp.take_along_axis(reading.hidden, last, axis=1)
-  new = model.logits(hidden.astype(jnp.float32) if reader.on_cpu else hidden)[:, 0]
-  return jnp.where(n_new[:, None] > 0, new, logits), reading.cache
+
+
+def logits_of(
+    model: Transformer, hidden: Float[Array, 'B T D'], reader: Reader
+) -> Float[Array, 'B T W']:
+  return model.logits(hidden.astype(jnp.float32) if reader.on_cpu else hidden)
 
 
 read_chunk = jax.jit(read, static_argnames=('reader', 'visible'), donate_argnames='cache')
@@ -133,6 +169,7 @@ class Engine(NamedTuple):
   reader: Reader
   chunk: int  # At most so many tokens of a prompt are read at a time.
   cache_format: str
+  drafts: bool  # Whether the MTP layer guesses tokens.
 
   def empty_cache(self, batch: int, capacity: int) -> Cache:
     on_tpu = self.reader.backend == 'tpu'
@@ -158,3 +195,38 @@ class Engine(NamedTuple):
     if self.reader.attention != 'sparse' or most > longest:
       return 0
     return min(topk if most <= topk else longest, capacity)
+
+
+def make_engine(
+    model: Transformer,
+    *,
+    attention: Attention,
+    rule: str,
+    cache: str,
+    chunk: int | None,
+    backend: str,
+    drafts: bool,
+) -> Engine:
+  """Makes a model ready to read; see `Sampler` for the arguments.
+
+  Raises:
+    ConfigError: An argument is out of range.
+  """
+  if attention not in typing.get_args(Attention):
+    raise ConfigError(f'{attention=} must be one of {typing.get_args(Attention)}.')
+  check_rule(rule)
+  if attention == 'dense' and rule != 'indexer':
+    raise ConfigError(f"{rule=} selects nothing under {attention=}: use 'sparse' or 'masked'.")
+  if cache not in ('', *FORMATS):
+    raise ConfigError(f"{cache=} must be one of {FORMATS}, or '' for the model's dtype.")
+  backend = backend or default_backend()
+  check_backend(backend)
+  chunk = (TPU_CHUNK if backend == 'tpu' else CHUNK) if chunk is None else chunk
+  if chunk < 1:
+    raise ConfigError(f'{chunk=} must be at least 1.')
+  if drafts and model.mtp is None:
+    raise ConfigError(f'{drafts=} needs an MTP layer, which the model lacks: {model.cfg.n_mtp_layers=}.')
+  model, on_cpu = model if drafts else without_mtp(model), jax.default_backend() == 'cpu'
+  weights, structure = jax.tree.flatten(prepared_for_cpu(model) if on_cpu else (model, None))
+  reader = make_reader(structure, attention, backend, rule, on_cpu)
+  return Engine(model.cfg, weights, reader, chunk, cache or model.cfg.dtype, drafts)

@@ -5,7 +5,6 @@ import collections
 from collections.abc import Collection, Iterator, Sequence
 import logging
 import pathlib
-import typing
 from typing import NamedTuple
 
 import jax
@@ -18,20 +17,15 @@ from dsa_jax.data.chat import ChatTemplate, Message, find_chat_template
 from dsa_jax.data.text import VOCAB_SIZE
 from dsa_jax.data.tokenizer import Bytes, Tokenizer, find_tokenizer
 from dsa_jax.inference.batching import Completion, Text, complete
-from dsa_jax.inference.cache import FORMATS, Cache
+from dsa_jax.inference.cache import Cache
 from dsa_jax.inference.load import find_checkpoint, load_checkpoint
 from dsa_jax.inference.programs import (
-    Engine, begin_texts, draw_and_read, make_reader, prepared_for_cpu,
+    begin_texts, draw_and_read, make_engine,
 )  # fmt: skip
 from dsa_jax.inference.sample_config import SampleConfig, padded
 from dsa_jax.inference.stopping import StopTexts
-from dsa_jax.kernels.backend import check_backend, default_backend
 from dsa_jax.nn.attention.types import Attention
 from dsa_jax.nn.transformer import Transformer
-from dsa_jax.selection import check_rule
-
-CHUNK = 512  # Tokens of a prompt that are read at a time.
-TPU_CHUNK = 4096  # The same on a TPU, whose kernels pack all keys anew for each chunk.
 
 
 class Prefix(NamedTuple):
@@ -64,6 +58,7 @@ class Sampler:
       cache: str = '',
       chunk: int | None = None,
       backend: str = '',
+      drafts: bool = False,
   ):
     """Makes a sampler. Samplers of models with one structure share their compiled programs.
 
@@ -78,6 +73,8 @@ class Sampler:
       cache: The format of the cache, see `init_cache`. '' stands for the dtype of the activations.
       chunk: Tokens of a prompt that are read at a time. None stands for 512, and for 4096 on a TPU.
       backend: Which kernels run. '' stands for the platform's default.
+      drafts: Whether `complete` lets the model's MTP layer guess tokens, so that a step may write two.
+        The texts stay the same.
 
     Raises:
       ConfigError: An argument is out of range.
@@ -86,28 +83,14 @@ class Sampler:
       raise ConfigError(
           f'a Sampler takes a model, not {type(model).__name__}: Sampler.load(FOLDER) makes one.'
       )
-    self.cfg, self.tokenizer, self.chat = model.cfg, tokenizer or Bytes(), chat
-    self.attention, self.rule = attention, rule
-    if attention not in typing.get_args(Attention):
-      raise ConfigError(f'{attention=} must be one of {typing.get_args(Attention)}.')
-    check_rule(rule)
-    if attention == 'dense' and rule != 'indexer':
-      raise ConfigError(f"{rule=} selects nothing under {attention=}: use 'sparse' or 'masked'.")
     if not 0 <= capacity <= model.cfg.max_seq_len:
       raise ConfigError(f'{capacity=} must be within 0 and the {model.cfg.max_seq_len=}.')
+    self.cfg, self.tokenizer, self.chat = model.cfg, tokenizer or Bytes(), chat
+    self.attention, self.rule = attention, rule
     self.capacity = capacity or model.cfg.max_seq_len
-    if cache not in ('', *FORMATS):
-      raise ConfigError(f"{cache=} must be one of {FORMATS}, or '' for the model's dtype.")
-    backend = backend or default_backend()
-    check_backend(backend)
-    chunk = (TPU_CHUNK if backend == 'tpu' else CHUNK) if chunk is None else chunk
-    if chunk < 1:
-      raise ConfigError(f'{chunk=} must be at least 1.')
-    on_cpu = jax.default_backend() == 'cpu'
-    prepared = prepared_for_cpu(model) if on_cpu else (model, None)
-    weights, structure = jax.tree.flatten(prepared)
-    reader = make_reader(structure, attention, backend, rule, on_cpu)
-    self._engine = Engine(model.cfg, weights, reader, chunk, cache or model.cfg.dtype)
+    self._engine = make_engine(
+        model, attention=attention, rule=rule, cache=cache, chunk=chunk, backend=backend, drafts=drafts
+    )
 
   @classmethod
   def load(

@@ -9,9 +9,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key, UInt
 import numpy as np
 
+from dsa_jax.config import ModelConfig
 from dsa_jax.inference.cache import Cache
+from dsa_jax.inference.drafts import Drafts, guess_next, no_drafts
 from dsa_jax.inference.draw import draw
-from dsa_jax.inference.programs import Reader, read
+from dsa_jax.inference.programs import Reader, logits_of, read, read_hidden
 
 
 class Slots(NamedTuple):
@@ -21,21 +23,28 @@ class Slots(NamedTuple):
   logits: Float[Array, 'B W']  # Those of the next token.
   keys: Key[Array, 'B']  # The random state of each text.
   left: Int[Array, 'B']  # How many more tokens each text may get. 0: the slot is free.
+  drafts: Drafts | None
 
 
 class Written(NamedTuple):
-  """What a step has written."""
+  """What a step has written of each text: one token, or two with drafts."""
 
-  ids: Int[Array, 'B']
-  counts: Bool[Array, 'B']  # Whether there is a text that goes on with its id.
-  log_probs: Float[Array, 'B']  # Of the ids, by the model: before temperature, top-k and top-p.
+  ids: Int[Array, 'B N']
+  counts: Bool[Array, 'B N']  # Whether there is a text that goes on with the id.
+  log_probs: Float[Array, 'B N']  # Of the ids, by the model: before temperature, top-k and top-p.
+  ends: Bool[Array, 'B']  # Whether an id that ends a text was drawn.
 
 
-def free_slots(cache: Cache, vocab_size: int) -> Slots:
+def free_slots(cache: Cache, cfg: ModelConfig, *, drafts: bool) -> Slots:
   """Returns as many free slots as an empty cache has sequences."""
   n = len(cache.length)
-  keys = jnp.tile(jax.random.key(0)[None], n)
-  return Slots(cache, jnp.zeros((n, vocab_size), jnp.float32), keys, jnp.zeros(n, jnp.int32))
+  return Slots(
+      cache=cache,
+      logits=jnp.zeros((n, cfg.vocab_size), jnp.float32),
+      keys=jnp.tile(jax.random.key(0)[None], n),
+      left=jnp.zeros(n, jnp.int32),
+      drafts=no_drafts(cache, cfg) if drafts else None,
+  )
 
 
 @functools.partial(jax.jit, donate_argnums=0)
@@ -43,6 +52,7 @@ def join(
     slots: Slots,
     slot: Int[Array, ''] | int,
     cache: Cache,
+    drafts: Drafts | None,
     logits: Float[Array, '1 W'],
     seed: UInt[Array, ''] | np.uint32,
     number: Int[Array, ''] | int,
@@ -54,21 +64,23 @@ def join(
     slots: All slots.
     slot: The number of the one that is free.
     cache: What was read of the text, alone.
+    drafts: What the MTP layer has read of it, if there are drafts.
     logits: Those of its next token.
     seed: Its random state depends on the seed and on `number`, and not on the slot.
     number: What tells the text from all others with this seed.
     left: How many tokens it may get.
   """
   key = jax.random.fold_in(jax.random.key(seed), number)
-  own = Slots(cache, logits, key[None], jnp.asarray(left, jnp.int32)[None])
+  own = Slots(cache, logits, key[None], jnp.asarray(left, jnp.int32)[None], drafts)
   put = lambda every, one: jax.lax.dynamic_update_index_in_dim(every, one[0], slot, 0)
   return jax.tree.map(put, slots, own)
 
 
 @jax.jit
-def copy_of(slots: Slots, slot: Int[Array, ''] | int) -> Cache:
-  """Returns what the cache holds of one slot."""
-  return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, slot, 1), slots.cache)
+def copy_of(slots: Slots, slot: Int[Array, ''] | int) -> tuple[Cache, Drafts | None]:
+  """Returns what the caches hold of one slot."""
+  cut = lambda x: jax.lax.dynamic_slice_in_dim(x, slot, 1)
+  return jax.tree.map(cut, (slots.cache, slots.drafts))
 
 
 @functools.partial(jax.jit, static_argnames=('top_k', 'reader'), donate_argnames='slots')
@@ -85,6 +97,8 @@ def write(
 ) -> tuple[Written, Slots]:
   """Draws the next token of every text, and reads it where the text goes on behind it.
 
+  With drafts, the token behind it is guessed and read, too. It counts if it is what is then drawn.
+
   Args:
     weights: Those of `reader`.
     slots: All slots.
@@ -95,12 +109,47 @@ def write(
     top_k: See there.
     reader: What reads.
   """
-  position_keys = jax.vmap(jax.random.fold_in)(slots.keys, slots.cache.length)
-  ids = draw(slots.logits, position_keys, temperature, top_k, top_p)
-  goes_on = kept & jnp.all(ids[:, None] != stop, axis=1)
-  counts = goes_on & (slots.left > 0)
-  log_probs = jnp.take_along_axis(jax.nn.log_softmax(slots.logits), ids[:, None], axis=1)[:, 0]
+
+  def draw_at(position, logits):
+    keys = jax.vmap(jax.random.fold_in)(slots.keys, position)
+    ids = draw(logits, keys, temperature, top_k, top_p)
+    log_probs = jnp.take_along_axis(jax.nn.log_softmax(logits), ids[:, None], axis=1)[:, 0]
+    return ids, jnp.any(ids[:, None] == stop, axis=1), log_probs
+
+  ids, ends, log_probs = draw_at(slots.cache.length, slots.logits)
+  counts = kept & ~ends & (slots.left > 0)
   left = jnp.where(counts, slots.left - 1, 0)
-  n_new = (left > 0).astype(jnp.int32)
-  logits, cache = read(weights, slots.cache, ids[:, None], n_new, slots.logits, reader=reader)
-  return Written(ids, counts, log_probs), Slots(cache, logits, slots.keys, left)
+  slots = slots._replace(left=left)
+  if slots.drafts is None:
+    n_new = (left > 0).astype(jnp.int32)
+    logits, cache = read(weights, slots.cache, ids[:, None], n_new, slots.logits, reader=reader)
+    written = Written(ids[:, None], counts[:, None], log_probs[:, None], ends)
+    return written, slots._replace(cache=cache, logits=logits)
+  *second, ends_later, slots = _read_with_guess(weights, slots, ids, draw_at, reader)
+  pairs = [jnp.stack(pair, axis=1) for pair in zip((ids, counts, log_probs), second)]
+  return Written(*pairs, ends | ends_later), slots
+
+
+def _read_with_guess(weights, slots, ids, draw_at, reader):
+  """Reads a token of each text, and a guess of the next one.
+
+  Returns:
+    The guess, whether it counts, its log-probability, whether it ends the text, and the slots.
+  """
+  model, _ = jax.tree.unflatten(reader.structure, weights)
+  goes_on, before, drafts = slots.left > 0, slots.cache.length, slots.drafts
+  capacity = slots.cache.capacity(model.cfg)
+  guess, own = guess_next(model, drafts, ids, goes_on, capacity=capacity, reader=reader)
+  both = jnp.stack([ids, guess], axis=1)
+  _, reading = read_hidden(weights, slots.cache, both, jnp.where(goes_on, 2, 0), reader=reader)
+  logits = logits_of(model, reading.hidden, reader)
+  drawn, ends, log_probs = draw_at(before + 1, logits[:, 0])
+  right = goes_on & (drawn == guess)
+  ends &= right
+  logits = jnp.where(right[:, None], logits[:, 1], logits[:, 0])
+  return guess, right & ~ends, log_probs, ends, slots._replace(
+      cache=reading.cache._replace(length=before + jnp.where(goes_on, 1 + right, 0)),
+      logits=jnp.where(goes_on[:, None], logits, slots.logits),
+      left=jnp.where(right, jnp.where(ends, 0, slots.left - 1), slots.left),
+      drafts=Drafts(own, reading.hidden, guess, jnp.where(right, 2, 1)),
+  )

@@ -112,10 +112,16 @@ class MTP(nnx.Module):
     self.norm = RMSNorm(d, eps=cfg.norm_eps)
 
   def __call__(self, hidden, next_embedding, start, end, key, mode: Mode, choice=None):
-    x = jnp.concatenate([self.enorm(next_embedding), self.hnorm(hidden)], axis=-1)
-    x = x @ self.eh_proj[...].astype(x.dtype)
+    x = self.joined(hidden, next_embedding)
     x, _, report = self.block(x, start, end, key, mode, choice=choice)
     return self.norm(x), jax.tree.map(lambda a: a[None], report)
+
+  def joined(
+      self, hidden: Float[Array, 'B T D'], next_embedding: Float[Array, 'B T D']
+  ) -> Float[Array, 'B T D']:
+    """Returns what the layer reads of each token."""
+    x = jnp.concatenate([self.enorm(next_embedding), self.hnorm(hidden)], axis=-1)
+    return x @ self.eh_proj[...].astype(x.dtype)
 
 
 def _norm(cfg: ModelConfig, rank: int, rngs: nnx.Rngs) -> RMSNorm:
