@@ -115,7 +115,7 @@ class ModelConfig:
   # Whether the indexer's rotary embedding pairs neighbouring channels, as GLM-5's does.
   indexer_rope_interleave: bool = False
   index_rope_last: bool = False  # Whether it rotates its last channels, in place of its first ones.
-  index_norm_eps: float = 1e-6  # The eps of the norm of index keys.
+  index_norm_eps: float = 1e-6  # The eps of the norm of index keys. 0: `norm_eps`.
   # 'full' or 'shared' for each layer (IndexShare). A shared layer attends to what the last full one
   # before it selected. () means that every layer has an indexer of its own. Whatever it says of layers
   # with a window, they have none.
@@ -225,8 +225,8 @@ class ModelConfig:
       raise ConfigError(f'{self.output_gate=} and {self.attention_sinks=} must be unset in GQA.')
     if self.n_streams < 0 or (self.n_streams and self.n_mtp_layers):
       raise ConfigError(f'{self.n_streams=} must be at least 0, and 0 with an MTP layer.')
-    if self.swiglu_limit < 0 or self.index_norm_eps <= 0:
-      raise ConfigError(f'{self.swiglu_limit=} must be at least 0, {self.index_norm_eps=} above it.')
+    if self.swiglu_limit < 0 or self.index_norm_eps < 0:
+      raise ConfigError(f'{self.swiglu_limit=} and {self.index_norm_eps=} must be at least 0.')
 
   def _check_experts(self):
     if self.score_func not in ('sigmoid', 'softmax'):

@@ -184,6 +184,17 @@ CONFIGS['axk2_light'] = {
     'rope_parameters': None, 'mlp_layer_types': None, 'index_topk': 2048, 'index_head_dim': 128,
     'index_n_heads': 16, 'gated_norm_rank': 16,
 }  # fmt: skip
+# The defaults of HYV4VLTextConfig in `transformers` 5.24, by the keys of HYV4Config.
+CONFIGS['hy4_preview'] = {
+    'model_type': 'hy_v4', 'vocab_size': 120832, 'hidden_size': 6144, 'intermediate_size': 18432,
+    'moe_intermediate_size': 2048, 'num_hidden_layers': 78, 'num_attention_heads': 64,
+    'n_shared_experts': 1, 'n_routed_experts': 256, 'routed_scaling_factor': 2.827,
+    'kv_lora_rank': 512, 'q_lora_rank': 2048, 'qk_rope_head_dim': 64, 'v_head_dim': 256,
+    'qk_nope_head_dim': 192, 'n_group': 1, 'topk_group': 1, 'num_experts_per_tok': 8,
+    'norm_topk_prob': True, 'max_position_embeddings': 262144, 'rms_norm_eps': 1e-5,
+    'index_topk': 2048, 'index_head_dim': 128, 'index_n_heads': 32, 'hc_mult': 4,
+    'hc_magnitude': 2.0, 'hc_eps': 1e-6, 'learnable_sink_init': 0.0, 'swiglu_limit': 10.0,
+}  # fmt: skip
 
 # The number of weights that the models' public pages say, without MTP layers.
 PARAMETERS = {

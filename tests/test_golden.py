@@ -117,7 +117,9 @@ def test_gradients_of_gates(attention, cfg):
 
 
 def test_gates_without_a_query_latent():
-  golden.check_forward('sparse', 'xla', dataclasses.replace(laws.SINKS, q_lora_rank=0))
+  """And with pairs of neighbours, as the released weights of Hy4 are said to want."""
+  pairs = dict(rope_interleave=True, indexer_rope_interleave=True)
+  golden.check_forward('sparse', 'xla', dataclasses.replace(laws.SINKS, q_lora_rank=0, **pairs))
 
 
 def test_gates_leave_the_target_alone():

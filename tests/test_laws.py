@@ -117,8 +117,9 @@ def test_layers_of_unlike_kinds(law, arguments):
     ],
     ids=lambda x: getattr(x, '__name__', None),
 )
-def test_gates_of_outputs_and_norms(law, arguments):
-  with laws.model(laws.GATED):
+@pytest.mark.parametrize('cfg', [laws.GATED, laws.SINKS], ids=['gated', 'sinks'])
+def test_gates_sinks_and_streams(cfg, law, arguments):
+  with laws.model(cfg):
     law(*arguments)
 
 

@@ -20,6 +20,7 @@ from dsa_jax.kernels.mean_attention import mean_attention
 from dsa_jax.kernels.visibility import selected_keys, visible_keys
 from dsa_jax.nn import indexer, moe, norms, scan, transformer
 from dsa_jax.nn.attention import attend, divergence, mla
+from dsa_jax.params import IndexerParam
 from dsa_jax.selection import lightning
 from dsa_jax.training import stages, step as train_step
 
@@ -240,6 +241,21 @@ def index_query_from_the_raw_latent(patch):
 
   wrap(patch, norms.RMSNorm, '__call__', keep)
   wrap(patch, indexer.LightningIndexer, '__call__', swap)
+
+
+@mistake(functools.partial(golden.check_forward, 'sparse', 'xla', laws.SINKS))
+def index_keys_have_the_usual_eps(patch):
+  """All keys shrink alike, so again only the divergence can tell."""
+
+  def make(norm):
+    def wrong(self, x):
+      usual = norms.LayerNorm(x.shape[-1], kind=IndexerParam, eps=1e-6)
+      usual.scale, usual.bias = self.scale, self.bias
+      return norm(usual, x)
+
+    return wrong
+
+  wrap(patch, norms.LayerNorm, '__call__', make)
 
 
 def _with_weights(patch, change):

@@ -61,6 +61,7 @@ def close(got, want):
 
 DSA = (
     'deepseek_v32', 'glm_moe_dsa', 'glm_moe_dsa_full', 'glm_moe_dsa_mixed', 'axk2', 'axk2_groups',
+    'hy_v4',
 )  # fmt: skip
 
 
@@ -87,7 +88,7 @@ def _read(model, cache, tokens):
   return model.logits(reading.hidden), reading.selected, reading.cache
 
 
-@pytest.mark.parametrize('case', ['axk2', 'axk2_groups'])
+@pytest.mark.parametrize('case', ['axk2', 'axk2_groups', 'hy_v4'])
 def test_from_a_cache(converted, case):
   """A prompt in two pieces, then the last tokens one by one."""
   want, model = golden(case), converted(case)
@@ -105,7 +106,7 @@ def test_from_a_cache(converted, case):
 
 
 @pytest.mark.parametrize(
-    'case', ['deepseek_v32', 'glm_moe_dsa', 'glm_moe_dsa_mixed', 'axk2', 'axk2_groups']
+    'case', ['deepseek_v32', 'glm_moe_dsa', 'glm_moe_dsa_mixed', 'axk2', 'axk2_groups', 'hy_v4']
 )
 def test_expert_choice(converted, case):
   want, model = golden(case), converted(case)

@@ -55,6 +55,7 @@ class Out(NamedTuple):
   shape: tuple[int, ...]
   path: Path
   tensor: Tensor
+  others: tuple[tuple[Path, Tensor], ...] = ()  # The parts behind the first, and their arrays.
 
   @property
   def nbytes(self) -> int:
@@ -152,7 +153,8 @@ def _lost_fields(family: str, model: ModelConfig, stored: StoredModel) -> list[s
     back = read_config(write_config(family, model, base, has_indexer=has_indexer))[1]
   except ConfigError as error:  # What an earlier version imported may be refused today.
     return [] if base else [' '.join(str(error).split())]
-  if traits.has_indexer:  # Other loaders go by the family, whatever config.json says.
+  # Other loaders go by the family, whatever config.json says, unless they are known to disagree.
+  if traits.has_indexer and 'rope_interleave' not in traits.optional:
     back = dataclasses.replace(back, indexer_rope_interleave=traits.indexer_rope_interleave)
   lost = differing_fields(back, model) + ['rope_type'] * (back.rope_kind != model.rope_kind)
   return [name for name in lost if has_indexer or not name.startswith('index')]
@@ -234,11 +236,18 @@ def _outs(source: Checkpoint, quantized: bool | None) -> Iterator[Out]:
   if source.origin.get('repeats_embedding', usual):
     names = copies_of(source.model, source.family)
     copies = {original: name for name, original in names.items()}
-  outs = []
+  outs, parts = [], dict[str, list[tuple[Path, Tensor]]]()
+  for path, array in source.arrays.items():
+    for tensor in array.tensors:
+      if tensor.part:
+        parts.setdefault(tensor.name, []).append((path, tensor))
   for path, array in source.arrays.items():
     dtype = DTYPES[_code(source, path, array, quantized)]
     for tensor in array.tensors:
-      outs.append(Out(tensor.name, dtype, tensor.shape, path, tensor))
+      if tensor.part:
+        continue
+      others = tuple(parts.get(tensor.name, ()))
+      outs.append(Out(tensor.name, dtype, tensor.shape, path, tensor, others))
       if copy := copies.get(tensor.name):
         outs.append(Out(copy, dtype, tensor.shape, path, tensor))
       if CODES[dtype] == 'F8_E4M3':
@@ -287,7 +296,10 @@ def _read(source: Checkpoint, out: Out) -> np.ndarray:
     scale = source.scales[out.path][index].read().result()
     if is_scale:
       return scale
-  weight = out.tensor.to_theirs(source.stores[out.path][index].read().result())
+  read = lambda path, tensor: tensor.to_theirs(source.stores[path][tensor.index].read().result())
+  weight = read(out.path, out.tensor)
+  if out.others:
+    weight = np.concatenate([weight, *(read(*other) for other in out.others)], axis=-2)
   if not is_scale and not out.is_quantized:
     return np.ascontiguousarray(weight.astype(out.dtype, copy=False))
   if out.path not in source.scales:

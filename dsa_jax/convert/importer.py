@@ -24,6 +24,7 @@ from dsa_jax.convert.problems import Problems
 from dsa_jax.convert.stream import Streamed, write_tree
 from dsa_jax.convert.tensors import Array, Path, Tensor, arrays_of, copies_of, weight_shapes
 from dsa_jax.data.seeds import check_seed
+from dsa_jax.families import FAMILIES
 from dsa_jax.nn.indexer import LightningIndexer
 from dsa_jax.nn.layers import STACKS
 
@@ -80,7 +81,10 @@ def open_source(
     if (folder / name).is_file() and is_pointer(folder / name):
       problems.add(f'{name} {IS_POINTER}', 'pointer')
   unused = _unused(model, family)
-  places = {name: place for name, place in places.items() if not _is_unused(name, unused)}
+  places = _renamed(places, family, problems)
+  unread = FAMILIES[family].tensors.unread
+  is_read = lambda name: not (_is_unused(name, unused) or name.startswith(unread))
+  places = {name: place for name, place in places.items() if is_read(name)}
   extra_layer = [name for name in places if name.startswith(_mtp_prefix(model))]
   if mtp and extra_layer and not model.n_mtp_layers:
     problems.add(
@@ -130,6 +134,19 @@ def _unused(model: ModelConfig, family: str) -> set[str]:
   arrays = lambda cfg: arrays_of(cfg, family, has_indexer=True).values()
   names = lambda cfg: {tensor.name for array in arrays(cfg) for tensor in array.tensors}
   return names(dataclasses.replace(model, indexer_types=())) - names(model)
+
+
+def _renamed(places: dict[str, Place], family: str, problems: Problems) -> dict[str, Place]:
+  """Returns tensors under their usual names."""
+  usual, renamed = FAMILIES[family].tensors.aliases, {}
+  for name, place in places.items():
+    own = name
+    for alias, module in usual.items():
+      own = own.replace(f'.{alias}.', f'.{module}.')
+    if own in renamed or (own != name and own in places):
+      problems.add(f'{name} is {own} by another name, and both are there.')
+    renamed[own] = place
+  return renamed
 
 
 def _is_unused(name: str, unused: set[str]) -> bool:
@@ -288,7 +305,7 @@ def _streamed(source: Source, path: Path, wide: np.dtype, advance: Advance) -> S
       if code == 'F8_E4M3':
         x = fp8.dequantize(x, source.places[tensor.name + SCALE].read(), dtype)
       yield tensor.index, tensor.to_ours(x).astype(dtype, copy=False)
-      advance(source.places[tensor.name].nbytes)
+      advance(source.places[tensor.name].nbytes // tensor.n_parts)
 
   return Streamed(array.shape, dtype, array.n_leading, pieces)
 

@@ -40,7 +40,7 @@ def read_layers(
   if 'num_nextn_predict_layers' in family.layer_keys:
     fields['n_mtp_layers'] = _mtp_layers(config, problems)
   if has_indexer:
-    fields['indexer_types'] = _indexer_types(config, depth, problems)
+    fields['indexer_types'] = _indexer_types(config, family, depth, problems)
     fields['indexer_rope_interleave'] = _interleave(config, family, problems)
   return fields
 
@@ -59,7 +59,8 @@ def write_layers(cfg: ModelConfig, family: Family, base: dict[str, Any]) -> dict
       'mlp_only_layers': list(dense),
       'decoder_sparse_step': 1,
   }
-  if family.lists_mlp_layers and cfg.mlp_layers:
+  must_list = cfg.mlp_layers or 'first_k_dense_replace' not in family.layer_keys
+  if family.lists_mlp_layers and must_list:
     keys['mlp_layer_types'] = ['dense' if i in dense else 'sparse' for i in range(depth)]
   if _dense_layers(base, family, depth, []) == dense:
     keys |= {key: base[key] for key in keys if base.get(key) is not None}
@@ -182,7 +183,9 @@ def _nope_layers(config: dict, family: Family, depth: int, problems: list[str]) 
   return tuple(i for i, rotating in enumerate(rotates) if not rotating)
 
 
-def _indexer_types(config: dict, depth: int, problems: list[str]) -> tuple[str, ...]:
+def _indexer_types(
+    config: dict, family: Family, depth: int, problems: list[str]
+) -> tuple[str, ...]:
   """Returns the kind of each layer: as listed, by GLM-5.2's pattern, or by its frequency."""
   schedules: dict[str, list[str]] = {}
   types = config.get('indexer_types')
@@ -200,11 +203,14 @@ def _indexer_types(config: dict, depth: int, problems: list[str]) -> tuple[str, 
           f'index_topk_freq={every!r} and index_skip_topk_offset={offset!r} must be counts.'
       )
       return ()
-    schedules['index_topk_freq'] = [
-        'shared' if max(i - offset + 1, 0) % every else 'full' for i in range(depth)
-    ]
-  (first, types), *others = schedules.items() or [('', ['full'] * depth)]
+    schedules['index_topk_freq'] = _every_few(every, offset, depth)
+  usual = '', _every_few(family.index_topk_freq, 2, depth)
+  (first, types), *others = schedules.items() or [usual]
   for other, theirs in others:
     if theirs != types:
       problems.append(f'{other}={config[other]!r} contradicts {first}={config[first]!r}.')
   return () if set(types) == {'full'} and len(types) == depth else tuple(types)
+
+
+def _every_few(every: int, offset: int, depth: int) -> list[str]:
+  return ['shared' if max(i - offset + 1, 0) % every else 'full' for i in range(depth)]

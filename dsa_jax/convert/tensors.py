@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where every tensor of a released checkpoint belongs, by the table of its family."""
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 import dataclasses
 import functools
@@ -28,6 +29,8 @@ class Tensor:
   index: tuple[int, ...]  # Where the piece lies in our array: its layer, its expert.
   equation: str  # Turns the tensor's axes into those of the piece.
   piece: tuple[int, ...]  # The shape of the piece.
+  part: int = 0  # Which part of the tensor the piece is, along its last axis but one.
+  n_parts: int = 1  # The number of pieces that the tensor holds.
 
   @property
   def shape(self) -> tuple[int, ...]:
@@ -35,12 +38,18 @@ class Tensor:
     sizes, theirs = self._sizes(), self.equation.split(' -> ')[0]
     for group in _groups(theirs):
       theirs = theirs.replace(f'({group})', group.replace(' ', '*'))
-    return tuple(math.prod(sizes[axis] for axis in axes.split('*')) for axes in theirs.split())
+    shape = [math.prod(sizes[axis] for axis in axes.split('*')) for axes in theirs.split()]
+    if self.n_parts > 1:
+      shape[-2] *= self.n_parts
+    return tuple(shape)
 
   def to_ours(self, x: np.ndarray) -> np.ndarray:
+    if self.n_parts > 1:
+      x = np.split(x, self.n_parts, axis=-2)[self.part]
     return einops.rearrange(x, self.equation, **self._grouped())
 
   def to_theirs(self, x: np.ndarray) -> np.ndarray:
+    """Returns the tensor, or this part of it."""
     return einops.rearrange(x, ' -> '.join(reversed(self.equation.split(' -> '))))
 
   def _sizes(self) -> dict[str, int]:
@@ -85,21 +94,21 @@ def arrays_of(
     full = [i for i in layers if cfg.is_full(i)]
     for i in layers:
       scores = cfg.is_full(i) and has_indexer
-      for path, index, name, equation in _layer(cfg, traits, stack == 'moe_blocks', scores):
+      for path, index, name, *rest in _layer(cfg, traits, stack == 'moe_blocks', scores):
         at = (full if 'indexer' in path else layers).index(i)
-        source = (at, *index), f'model.layers.{i}.{name}', equation
+        source = (at, *index), f'model.layers.{i}.{name}', *rest
         sources.setdefault((stack, *path), []).append(source)
   if cfg.n_mtp_layers:
     prefix = f'model.layers.{cfg.n_layers}.'
     for path, (name, equation) in traits.tensors.mtp.items():
       sources['mtp', *path.split('/')] = [((), prefix + name, equation)]
     has_experts = cfg.n_dense_layers < cfg.n_layers
-    for path, index, name, equation in _layer(cfg, traits, has_experts, has_indexer):
-      sources.setdefault(('mtp', 'block', *path), []).append((index, prefix + name, equation))
+    for path, index, name, *rest in _layer(cfg, traits, has_experts, has_indexer):
+      sources.setdefault(('mtp', 'block', *path), []).append((index, prefix + name, *rest))
   return {
       path: Array(
           shapes[path],
-          [Tensor(name, i, equation, shapes[path][len(i) :]) for i, name, equation in pieces],
+          [Tensor(name, i, equation, shapes[path][len(i) :], *of) for i, name, equation, *of in pieces],
           quantizable=_is_quantizable(pieces[0][1], traits),
       )
       for path, pieces in sources.items()
@@ -114,20 +123,26 @@ def _is_quantizable(name: str, family: Family) -> bool:
 
 def _layer(
     cfg: ModelConfig, family: Family, has_experts: bool, has_indexer: bool
-) -> Iterator[tuple[Path, tuple[int, ...], str, str]]:
-  """Yields path, index beyond the layer, name and equation of every tensor of a layer."""
+) -> Iterator[tuple[Path, tuple[int, ...], str, str, int, int]]:
+  """Yields the pieces of a layer's tensors.
+
+  They are paths, indices beyond the layer, names, equations, parts of the tensor and their number.
+  """
   tensors = family.tensors
   attention = {**tensors.layer, **({} if cfg.q_lora_rank else tensors.without_q_latent)}
   names = {**attention, **(tensors.moe if has_experts else tensors.mlp)}
+  of_names, seen = Counter(name for name, _ in names.values()), Counter[str]()
   for path, (name, equation) in names.items():
+    part, n_parts = seen[name], of_names[name]
+    seen[name] += 1
     parts = tuple(path.split('/'))
     if 'indexer' in parts and not has_indexer:
       continue
     if '{}' in name:
       for expert in range(cfg.n_routed_experts):
-        yield parts, (expert,), name.format(expert), equation
+        yield parts, (expert,), name.format(expert), equation, part, n_parts
     else:
-      yield parts, (), name, equation
+      yield parts, (), name, equation, part, n_parts
 
 
 def copies_of(cfg: ModelConfig, family: str) -> dict[str, str]:

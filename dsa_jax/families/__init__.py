@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The families of released models, one file each, by the `model_type` of their config.json."""
 
-from dsa_jax.families import axk2, deepseek, glm, llama, qwen
+from dsa_jax.families import axk2, deepseek, glm, hy4, llama, qwen
 
 FAMILIES = {
     'deepseek_v32': deepseek.V32_FAMILY,
@@ -11,6 +11,7 @@ FAMILIES = {
     'glm_moe_dsa': glm.FAMILY,
     'glm4_moe': glm.FAMILY_4,
     'axk2': axk2.FAMILY,
+    'hy_v4': hy4.FAMILY,
     'llama': llama.LLAMA_FAMILY,
     'mistral': llama.MISTRAL_FAMILY,
     'smollm3': llama.SMOLLM3_FAMILY,

@@ -25,7 +25,8 @@ INDEXER: Names = {
 class TensorNames:
   """Where each weight of the model lies in the family's checkpoints.
 
-  A name may stand for a weight that only some models of the family have, such as a bias.
+  A name may stand for a weight that only some models of the family have, such as a bias. Weights of
+  one layer with one name lie behind each other in that tensor, along its last axis but one.
   """
 
   model: Names  # Weights outside the layers.
@@ -39,6 +40,9 @@ class TensorNames:
   mtp: Names = dataclasses.field(default_factory=dict)
   # Tensors of the MTP layer that repeat tensors of the model, which our MTP layer shares.
   mtp_copies: Mapping[str, str] = dataclasses.field(default_factory=dict)
+  # Other names of modules that a checkpoint may have, each with the usual one.
+  aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)
+  unread: tuple[str, ...] = ()  # How the names of tensors begin that no model here has.
   # The last part of the names of those matrices that are FP8 in a quantised checkpoint.
   quantized: tuple[str, ...]
   # The last part of the names of matrices that a quantised checkpoint lists as not quantised.
@@ -90,6 +94,8 @@ class Family:
   fresh_indexer: Mapping[str, int] = dataclasses.field(default_factory=dict)  # Sizes of fresh ones.
   # Whether the indexer rotates pairs of neighbouring channels, where config.json does not say.
   indexer_rope_interleave: bool = False
+  # Where config.json is silent, every so many layers have an indexer, from layer 1 on, and layer 0 has.
+  index_topk_freq: int = 1
   lists_indexers: bool = False  # Whether config.json lists the layers that have an indexer.
 
   norms: str = 'BF16'  # The dtype of norm weights, where an import does not say.

@@ -36,7 +36,8 @@ class LightningIndexer(Configured):
     axis = 'q_lora' if cfg.q_lora_rank else 'embed'
     self.wq_b = weight((q, i, j), (axis, 'index_heads', None), std=q**-0.5)
     self.wk = weight((d, j), ('embed', None), std=d**-0.5)
-    self.k_norm = LayerNorm(j, kind=IndexerParam, eps=cfg.index_norm_eps)
+    eps = cfg.index_norm_eps or cfg.norm_eps
+    self.k_norm = LayerNorm(j, kind=IndexerParam, eps=eps)
     self.weights_proj = weight((d, i), ('embed', 'index_heads'), std=d**-0.5)
     self._cfg = cfg
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Residual streams: a token has several, and each layer weighs which it reads and which it adds to."""
+"""Residual streams: a token has several, and layers weigh what they read and what they add to."""
 
 import math
 
@@ -13,7 +13,7 @@ from dsa_jax.params import BackboneParam, param
 
 
 class Streams(nnx.Module):
-  """Makes one input of N streams, and adds an output to each of them (independent hyper-connections).
+  """Makes one input of N streams, and adds an output to each (independent hyper-connections).
 
   Both weights of a stream are sigmoids of a map of all streams, which is divided by their root mean
   square. All of it is computed in float32.

@@ -69,7 +69,7 @@ GQA = {
     name: family_of(released.CONFIGS[name])
     for name in ('llama3_8b', 'llama32_1b', 'mistral_7b_v03', 'smollm3_3b', 'qwen25_0_5b',
                  'qwen3_8b', 'qwen3_30b_a3b', 'glm45_air', 'v2_lite', 'moonlight',
-                 'axk2_light')
+                 'axk2_light', 'hy4_preview')
 }  # fmt: skip
 LLAMA3 = released.CONFIGS['llama32_1b']['rope_scaling']
 WINDOWS = {'use_sliding_window': True}
@@ -141,6 +141,8 @@ INDEXED = {'index_n_heads': 4, 'index_head_dim': 32, 'index_topk': 64}
         ('qwen3_8b', {'index_topk': 64}, 'index_n_heads is missing'),
         ('axk2_light', {'n_group': 4}, 'n_group and topk_group must be null together, or neither'),
         ('axk2_light', {'q_lora_rank': None}, 'q_lora_rank=None must be a number'),
+        ('hy4_preview', {'swiglu_limit': 0}, 'swiglu_limit=0 must be positive'),
+        ('hy4_preview', {'hc_sinkhorn_iters': 20}, 'hc_sinkhorn_iters=20 is unknown'),
         ('axk2_light', {'gated_norm_rank': 0}, 'gated_norm_rank=0 must be positive'),
         ('axk2_light', {'num_nextn_predict_layers': 1}, 'num_nextn_predict_layers=1 must be 0'),
         ('axk2_light', {'scoring_func': 'softmax'}, "scoring_func='softmax' must be 'sigmoid'"),
@@ -192,6 +194,10 @@ def test_what_other_families_refuse(name, changes, message):
         ('axk2_light', {'first_k_dense_replace': 0}, {'n_dense_layers': 0}),
         ('axk2_light', {'mlp_layer_types': ['dense', 'sparse', 'dense', *['sparse'] * 45]},
          {'n_dense_layers': 1, 'mlp_layers': (2,)}),
+        ('hy4_preview', {'rope_interleave': False, 'indexer_rope_interleave': False, 'latent_eps': 1e-6},
+         {'rope_interleave': False, 'indexer_rope_interleave': False, 'latent_eps': 1e-6}),
+        ('hy4_preview', {'indexer_types': ['full'] * 78}, {'indexer_types': (), 'index_norm_eps': 0.0}),
+        ('hy4_preview', {'mlp_layer_types': ['sparse'] * 78}, {'n_dense_layers': 0}),
         ('axk2_light', {'norm_topk_prob': False}, {'norm_topk_prob': False}),
         ('mistral_7b_v03', {'sliding_window': 4096},
          {'window_layers': tuple(range(32)), 'sliding_window': 4096}),

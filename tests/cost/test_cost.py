@@ -22,7 +22,7 @@ from dsa_jax.families.deepseek import DEEPSEEK_V32
 ROOT = pathlib.Path(__file__).parents[2]
 EXPERIMENT = ROOT / 'experiments' / 'cost_claim'
 V32 = DEEPSEEK_V32
-NO_KERNELS = 'scale', 'bias', 'bq', 'bk', 'bv'  # Added or multiplied by channel.
+NO_KERNELS = 'scale', 'bias', 'bq', 'bk', 'bv', 'sinks', 'base'  # Added or multiplied by channel.
 ONE = dataclasses.replace(V32, n_layers=1, n_dense_layers=1)
 TINY = 'configs/deepseek_v32.py:tiny'
 CONTEXTS = 1, 1000, 2048, 2049, 7000, 32_768, 131_072

@@ -109,6 +109,32 @@ AXK2 = SIZES | dict(
     rope_parameters=dict(rope_theta=500.0, rope_type='default'),
     dtype='float32',
 )
+HY = {key: value for key, value in SIZES.items() if key != 'moe_layer_freq'} | dict(
+    architectures=['HYV4ForCausalLM'],
+    pad_token_id=2,
+    model_type='hy_v4',
+    num_hidden_layers=4,
+    n_routed_experts=4,
+    n_group=1,
+    topk_group=1,
+    index_topk=8,
+    index_n_heads=16,
+    index_head_dim=16,
+    indexer_types=['full', 'full', 'shared', 'shared'],
+    hc_mult=3,
+    hc_magnitude=1.5,
+    hc_eps=1e-3,
+    learnable_sink_init=0.0,
+    swiglu_limit=0.4,
+    rms_norm_eps=0.02,
+    max_position_embeddings=4096,
+    rope_parameters=dict(rope_theta=500.0, rope_type='default'),
+    dtype='float32',
+    # Ours: what transformers does with these weights, and other engines do not; see README.md.
+    latent_eps=1e-6,
+    rope_interleave=False,
+    indexer_rope_interleave=False,
+)
 
 # config.json of each case, with the released files' keys. 'glm_moe_dsa_full' is the exception:
 # its config.json is what transformers itself writes.
@@ -146,6 +172,7 @@ CASES = {
     ),
     'axk2': AXK2 | dict(n_group=None, topk_group=None),
     'axk2_groups': AXK2 | dict(num_hidden_layers=2, first_k_dense_replace=0, n_group=4, topk_group=3),
+    'hy_v4': HY,
     **DENSE_CASES,
 }
 SAVED_CONFIG = ('glm_moe_dsa_full',)
