@@ -11,8 +11,9 @@ from flax import nnx
 import numpy as np
 
 from dsa_jax.config import ConfigError
+from dsa_jax.data.chat import find_chat_template
 from dsa_jax.data.text import find_files
-from dsa_jax.data.tokenizer import Pretrained, Tokenizer, find_tokenizer, open_tokenizer
+from dsa_jax.data.tokenizer import Tokenizer, find_tokenizer, open_tokenizer, tokenizer_folder
 from dsa_jax.evaluation.arms import Arm, arms_of
 from dsa_jax.evaluation.subject import Subject
 from dsa_jax.evaluation.tasks import ROOM, Haystack, Task, make_task, score
@@ -23,7 +24,6 @@ from dsa_jax.reporting.progress import StepProgress
 ANSWERS = 'answers'  # The folder of what is kept.
 HAYSTACK_BYTES = 2**22  # As much of the files is read.
 SPARE = {'base': ROOM, 'instruct': 4 * ROOM}  # An instruct model may say more than the answer.
-CHAT_ML = '<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n'
 
 
 class Quiz(NamedTuple):
@@ -54,7 +54,7 @@ def make_quizzes(subject: Subject) -> list[Quiz]:
   if not settings.tasks:
     return []
   tokenizer, haystack = tokenizer_of(subject), _read_haystack(settings.haystack)
-  chat = _chat(settings.prompt, settings.chat, tokenizer)
+  chat = _chat(subject)
   empty = len(tokenizer.encode(chat.replace('{prompt}', '')))
   measure = lambda text: len(tokenizer.encode(text)) + empty
   quizzes = []
@@ -140,17 +140,19 @@ def _read_haystack(pattern: str) -> Haystack:
   return Haystack.of('\n'.join(text))
 
 
-def _chat(kind: str, template: str, tokenizer: Tokenizer) -> str:
+def _chat(subject: Subject) -> str:
   """Returns what surrounds a prompt; '{prompt}' alone for a base model."""
-  if kind == 'base':
+  settings = subject.settings
+  if settings.prompt == 'base':
     return '{prompt}'
-  if template:
-    return template
-  if isinstance(tokenizer, Pretrained) and tokenizer.id_of('<|im_start|>') is not None:
-    return CHAT_ML
+  if settings.chat:
+    return settings.chat
+  folder = tokenizer_folder(settings.tokenizer) if settings.tokenizer else subject.stored.origin
+  if folder and (template := find_chat_template(folder)):
+    return template([{'role': 'user', 'content': '{prompt}'}])
   raise ConfigError(
-      "prompt='instruct' needs the marks of the model's turns: give --chat='...{prompt}...', "
-      'because its tokenizer does not have those of ChatML.'
+      "prompt='instruct' needs the marks of the model's turns: give --chat='...{prompt}...', because "
+      'the checkpoint has no chat template.'
   )
 
 

@@ -42,7 +42,7 @@ class Settings:
   lengths: tuple[int, ...] = ()  # Tokens of a task with its answer. () stands for the context.
   examples: int = 10  # Tasks of each kind and length.
   prompt: str = 'base'  # The kind of model that the prompts are for.
-  chat: str = ''  # What surrounds '{prompt}' for an instruct model. '' stands for ChatML's marks.
+  chat: str = ''  # What surrounds '{prompt}' for an instruct model. '' stands for the chat template.
   haystack: str = ''  # A glob of plain text for tasks. '' stands for Python's library.
 
   def __post_init__(self):

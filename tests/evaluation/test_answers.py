@@ -8,6 +8,7 @@ import re
 import laws
 import pytest
 
+from dsa_jax.config import ConfigError
 from dsa_jax.data.sources import DataConfig
 from dsa_jax.data.text import VOCAB_SIZE
 from dsa_jax.data.tokenizer import Bytes
@@ -96,6 +97,20 @@ def test_prompts_of_base_and_of_instruct_models(subject):
   assert text(instruct).startswith('User: ') and text(instruct).endswith(f'{instruct.tasks[0].question}\nModel:')
   assert all(len(p) + t.room <= 700 for p, t in zip(instruct.prompts, instruct.tasks))
   assert instruct.tasks[0].room > base.tasks[0].room
+
+
+def test_an_instruct_model_is_asked_by_its_own_template(subject, tmp_path):
+  settings = dataclasses.replace(subject.settings, prompt='instruct')
+  asked = dataclasses.replace(subject, settings=settings)
+  with pytest.raises(ConfigError, match='the checkpoint has no chat template'):
+    make_quizzes(asked)
+  template = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}<bot>"
+  (tmp_path / 'chat_template.jinja').write_text(template)
+  stored = subject.stored._replace(folder=tmp_path)
+  (tmp_path / 'config.json').write_text('{}')
+  [instruct, *_] = make_quizzes(dataclasses.replace(asked, stored=stored))
+  text = bytes(instruct.prompts[0][1:]).decode()
+  assert text.startswith('<user>') and text.endswith(f'{instruct.tasks[0].question}<bot>')
 
 
 def test_a_model_answers(subject, monkeypatch):
