@@ -117,7 +117,7 @@ if __name__ == '__main__':
       ),
       'prompt': flags.DEFINE_enum('prompt', None, PROMPTS, 'What the model is; default: base.'),
       'chat': flags.DEFINE_string(
-          'chat', None, "What surrounds {prompt} for an instruct model; default: the checkpoint's chat template."
+          'chat', None, "What surrounds {prompt} for an instruct model; default: its chat template."
       ),
       'haystack': flags.DEFINE_string(
           'haystack', None, "A glob of plain text for tasks; default: Python's library."
