@@ -24,8 +24,9 @@ from dsa_jax.data.tokenizer import Bytes, Pretrained
 from dsa_jax.inference.draw import draw
 from dsa_jax.inference.extend import extend
 from dsa_jax.inference.load import StoredModel, find_checkpoint, load_checkpoint, load_model
-from dsa_jax.inference.programs import draw_and_read, read_chunk
+from dsa_jax.inference.programs import read_chunk
 from dsa_jax.inference.sampler import SampleConfig, Sampler
+from dsa_jax.inference.slots import write
 from dsa_jax.nn.attention.types import Mode
 from dsa_jax.selection import RULES
 from dsa_jax.training.checkpoint import Checkpoints, Progress
@@ -120,7 +121,7 @@ def test_streaming_yields_as_it_goes(model):
 
 
 def n_programs() -> tuple[int, int]:
-  return read_chunk._cache_size(), draw_and_read._cache_size()
+  return read_chunk._cache_size(), write._cache_size()
 
 
 def test_no_compilation_as_the_context_grows(model):

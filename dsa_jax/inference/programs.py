@@ -9,12 +9,11 @@ from typing import NamedTuple
 from flax import nnx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Float, Int
 import numpy as np
 
 from dsa_jax.config import ConfigError, ModelConfig
 from dsa_jax.inference.cache import FORMATS, Cache, init_cache
-from dsa_jax.inference.draw import draw
 from dsa_jax.inference.extend import Reading, extend, short_context
 from dsa_jax.kernels.backend import check_backend, default_backend
 from dsa_jax.nn.attention.mla import MLA
@@ -123,42 +122,6 @@ def logits_of(
 
 
 read_chunk = jax.jit(read, static_argnames=('reader', 'visible'), donate_argnames='cache')
-
-
-@functools.partial(jax.jit, static_argnames='n')
-def begin_texts(
-    seed: Int[Array, ''] | int, n: int
-) -> tuple[Key[Array, '{n}'], Bool[Array, '{n}']]:
-  """Returns the random state of each of n texts, and that all are running."""
-  keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.arange(n))
-  return keys, jnp.ones(n, bool)
-
-
-@functools.partial(jax.jit, static_argnames=('top_k', 'reader'), donate_argnames='cache')
-def draw_and_read(
-    weights: list[Array],
-    cache: Cache,
-    logits: Float[Array, 'B W'],
-    keys: Key[Array, 'B'],
-    running: Bool[Array, 'B'],
-    temperature: Float[Array, ''] | float,
-    top_p: Float[Array, ''] | float,
-    stop: Int[Array, 'N'],
-    *,
-    top_k: int,
-    reader: Reader,
-) -> tuple[Int[Array, 'B'], Bool[Array, 'B'], Float[Array, 'B W'], Cache]:
-  """Draws a token for every text, and reads it where the text is running and does not stop with it.
-
-  Returns:
-    The ids, which texts go on with theirs, and the next logits and cache.
-  """
-  position_keys = jax.vmap(jax.random.fold_in)(keys, cache.length)
-  ids = draw(logits, position_keys, temperature, top_k, top_p)
-  running &= jnp.all(ids[:, None] != stop, axis=1)
-  n_new = running.astype(jnp.int32)
-  logits, cache = read(weights, cache, ids[:, None], n_new, logits, reader=reader)
-  return ids, running, logits, cache
 
 
 class Engine(NamedTuple):

@@ -19,10 +19,9 @@ from dsa_jax.data.tokenizer import Bytes, Tokenizer, find_tokenizer
 from dsa_jax.inference.batching import Completion, Text, complete
 from dsa_jax.inference.cache import Cache
 from dsa_jax.inference.load import find_checkpoint, load_checkpoint
-from dsa_jax.inference.programs import (
-    begin_texts, draw_and_read, make_engine,
-)  # fmt: skip
+from dsa_jax.inference.programs import make_engine
 from dsa_jax.inference.sample_config import SampleConfig, padded
+from dsa_jax.inference.slots import Written, filled_slots, write
 from dsa_jax.inference.stopping import StopTexts
 from dsa_jax.nn.attention.types import Attention
 from dsa_jax.nn.transformer import Transformer
@@ -289,24 +288,21 @@ class Sampler:
 
     Each step begins before the ids of the one before it are read, so that the device never waits.
     """
-    n = len(prefix.lengths)
-    keys, running = begin_texts(config.seed, n)
-    cache, logits = prefix
-    if keep:
-      cache = jax.tree.map(jnp.copy, cache)
+    cache, logits = jax.tree.map(jnp.copy, prefix) if keep else prefix
+    slots = filled_slots(cache, logits, np.uint32(config.seed), config.max_new_tokens)
     numbers = np.float32(config.temperature), np.float32(config.top_p), padded(config.stop)
-    begun = collections.deque()
+    begun, every = collections.deque[Written](), np.ones(len(cache.length), bool)
     for step in range(config.max_new_tokens):
-      ids, running, logits, cache = draw_and_read(
-          self._engine.weights, cache, logits, keys, running, *numbers,
+      written, slots = write(
+          self._engine.weights, slots, every, *numbers,
           top_k=config.top_k, reader=self._engine.reader,
       )  # fmt: skip
-      begun.append((ids, running))
+      begun.append(written)
       if step:
-        if (now := _read_step(*begun.popleft())) is None:
+        if (now := _read_step(begun.popleft())) is None:
           return
         yield now
-    if (now := _read_step(*begun.popleft())) is not None:
+    if (now := _read_step(begun.popleft())) is not None:
       yield now
 
   def _check_prompts(self, prompts: Sequence[Sequence[int]], room: int, after: Prefix | None):
@@ -355,9 +351,10 @@ class Sampler:
       raise ConfigError(f'{config.top_k=} must be at most the vocabulary of {self.cfg.vocab_size}.')
 
 
-def _read_step(ids: jax.Array, running: jax.Array) -> list[int | None] | None:
-  """Returns the id of every text that is running, and None if none is."""
-  running = np.asarray(running)
-  if not running.any():
+def _read_step(written: Written) -> list[int | None] | None:
+  """Returns the id of every text that goes on, and None if none does."""
+  counts = np.asarray(written.counts)[:, 0]
+  if not counts.any():
     return None
-  return [int(i) if alive else None for i, alive in zip(np.asarray(ids), running)]
+  ids = np.asarray(written.ids)[:, 0].tolist()
+  return [i if goes_on else None for i, goes_on in zip(ids, counts)]

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.scipy.special import logsumexp
 from jaxtyping import Array, Bool, Float, Int, Key, UInt
 import numpy as np
 
@@ -45,6 +46,22 @@ def free_slots(cache: Cache, cfg: ModelConfig, *, drafts: bool) -> Slots:
       left=jnp.zeros(n, jnp.int32),
       drafts=no_drafts(cache, cfg) if drafts else None,
   )
+
+
+def filled_slots(
+    cache: Cache, logits: Float[Array, 'B W'], seed: UInt[Array, ''] | np.uint32, left: int
+) -> Slots:
+  """Returns slots of texts that have been read together; text i is the one of this number.
+
+  `write` takes the arrays for its own.
+  """
+  n = len(cache.length)
+  return Slots(cache, logits, _keys_of(seed, n), jnp.full(n, left, jnp.int32), None)
+
+
+@functools.partial(jax.jit, static_argnames='n')
+def _keys_of(seed, n):
+  return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.arange(n))
 
 
 @functools.partial(jax.jit, donate_argnums=0)
@@ -113,7 +130,7 @@ def write(
   def draw_at(position, logits):
     keys = jax.vmap(jax.random.fold_in)(slots.keys, position)
     ids = draw(logits, keys, temperature, top_k, top_p)
-    log_probs = jnp.take_along_axis(jax.nn.log_softmax(logits), ids[:, None], axis=1)[:, 0]
+    log_probs = jnp.take_along_axis(logits, ids[:, None], axis=1)[:, 0] - logsumexp(logits, axis=1)
     return ids, jnp.any(ids[:, None] == stop, axis=1), log_probs
 
   ids, ends, log_probs = draw_at(slots.cache.length, slots.logits)
