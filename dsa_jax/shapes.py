@@ -10,6 +10,7 @@
 | D      | model width, `dim`                  | I      | `index_n_heads`               |
 | H      | attention heads                     | J      | `index_head_dim`              |
 | G      | key heads (G divides H)             | L      | layers                        |
+| M      | residual streams                    |        |                               |
 | Q      | `q_lora_rank`                       | W      | vocabulary                    |
 | C      | `kv_lora_rank`                      | F, X   | feed-forward width, experts   |
 """

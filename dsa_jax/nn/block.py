@@ -46,14 +46,14 @@ class Block(nnx.Module):
 
   def __call__(
       self,
-      x: Float[Array, 'B T *N D'],
+      x: Float[Array, 'B T *M D'],
       start: Int[Array, 'B T'],
       end: Int[Array, 'B T'],
       key: Key[Array, ''],
       mode: Mode,
       shared: Shared | None = None,
       choice: Int[Array, ''] | None = None,
-  ) -> tuple[Float[Array, 'B T *N D'], Selections, LayerReport]:
+  ) -> tuple[Float[Array, 'B T *M D'], Selections, LayerReport]:
     with jax.named_scope('attention'):
       h = self.attention_input(x)
       out, selections, attention = self.attn(h, start, end, key, mode, shared, choice)
@@ -62,19 +62,19 @@ class Block(nnx.Module):
     rms = jnp.sqrt(jnp.mean(jnp.square(x.astype(jnp.float32))))
     return x, selections, LayerReport(rms, attention.index_kl, load, attention.measures)
 
-  def attention_input(self, x: Float[Array, 'B T *N D']) -> Float[Array, 'B T D']:
+  def attention_input(self, x: Float[Array, 'B T *M D']) -> Float[Array, 'B T D']:
     """Returns what attention reads of the residual stream, or of all streams."""
     return self.attn_norm(x if self.attn_streams is None else self.attn_streams.read(x))
 
   def add_attention(
-      self, x: Float[Array, 'B T *N D'], out: Float[Array, 'B T D']
-  ) -> Float[Array, 'B T *N D']:
+      self, x: Float[Array, 'B T *M D'], out: Float[Array, 'B T D']
+  ) -> Float[Array, 'B T *M D']:
     """Returns the residual stream, or all streams, with what attention has computed."""
     return add(x, out) if self.attn_streams is None else self.attn_streams.add(x, out)
 
   def feed_forward(
-      self, x: Float[Array, 'B T *N D'], counted: Bool[Array, 'B T'], backend: str
-  ) -> tuple[Float[Array, 'B T *N D'], Float[Array, 'X'] | None]:
+      self, x: Float[Array, 'B T *M D'], counted: Bool[Array, 'B T'], backend: str
+  ) -> tuple[Float[Array, 'B T *M D'], Float[Array, 'X'] | None]:
     """Applies the second half of the layer.
 
     Returns:

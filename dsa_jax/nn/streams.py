@@ -13,7 +13,7 @@ from dsa_jax.params import BackboneParam, param
 
 
 class Streams(nnx.Module):
-  """Makes one input of N streams, and adds an output to each (independent hyper-connections).
+  """Makes one input of M streams, and adds an output to each (independent hyper-connections).
 
   Both weights of a stream are sigmoids of a map of all streams, which is divided by their root mean
   square. All of it is computed in float32.
@@ -23,30 +23,30 @@ class Streams(nnx.Module):
   """
 
   def __init__(self, cfg: ModelConfig, *, writes: bool, rngs: nnx.Rngs):
-    n, d = cfg.n_streams, cfg.dim
+    m, d = cfg.n_streams, cfg.dim
     kinds = 2 if writes else 1  # Weights for reading, and those for writing.
     axes = None, None, None
-    self.map = param(BackboneParam, (n, d, kinds * n), axes, std=(n * d) ** -0.5, rngs=rngs)
-    base = jnp.zeros((kinds, n)).at[0].set(-math.log(max(n - 1, 1)))  # They read the mean at first.
+    self.map = param(BackboneParam, (m, d, kinds * m), axes, std=(m * d) ** -0.5, rngs=rngs)
+    base = jnp.zeros((kinds, m)).at[0].set(-math.log(max(m - 1, 1)))  # They read the mean at first.
     self.base = BackboneParam(base.reshape(-1), axes=(None,))
     self.scale = BackboneParam(jnp.full(kinds, 0.01), axes=(None,))
     self.norm_eps, self.eps, self.magnitude = cfg.norm_eps, cfg.streams_eps, cfg.streams_magnitude
 
-  def read(self, x: Float[Array, 'B T N D']) -> Float[Array, 'B T D']:
+  def read(self, x: Float[Array, 'B T M D']) -> Float[Array, 'B T D']:
     """Returns the weighted sum of the streams."""
     weights = jax.nn.sigmoid(self._logits(x, 0)) + self.eps
-    return jnp.einsum('BTN,BTND->BTD', weights, x.astype(jnp.float32)).astype(x.dtype)
+    return jnp.einsum('BTM,BTMD->BTD', weights, x.astype(jnp.float32)).astype(x.dtype)
 
-  def add(self, x: Float[Array, 'B T N D'], out: Float[Array, 'B T D']) -> Float[Array, 'B T N D']:
+  def add(self, x: Float[Array, 'B T M D'], out: Float[Array, 'B T D']) -> Float[Array, 'B T M D']:
     """Returns the streams, each with its share of what was computed from them."""
     weights = self.magnitude * jax.nn.sigmoid(self._logits(x, 1)) + self.eps
     y = weights[..., None] * out.astype(jnp.float32)[:, :, None]
     return (x.astype(jnp.float32) + y).astype(x.dtype)
 
   def _logits(self, x, kind: int):
-    n = x.shape[2]
-    own = slice(kind * n, (kind + 1) * n)
+    m = x.shape[2]
+    own = slice(kind * m, (kind + 1) * m)
     x = x.astype(jnp.float32)
     rms = jax.lax.rsqrt(jnp.mean(x * x, axis=(2, 3)) + self.norm_eps)
-    logits = jnp.einsum('BTND,NDM->BTM', x, self.map[...][..., own]) * rms[..., None]
+    logits = jnp.einsum('BTMD,MDE->BTE', x, self.map[...][..., own]) * rms[..., None]
     return logits * self.scale[...][kind] + self.base[...][own]

@@ -133,13 +133,13 @@ class Transformer(Configured):
     embed = self.embed[...].astype(self.cfg.dtype)
     return shard.shard_mapped(_embed, (P('tensor', 'fsdp'), BATCH), BATCH)(embed, tokens)
 
-  def into_streams(self, x: Float[Array, 'B T D']) -> Float[Array, 'B T *N D']:
+  def into_streams(self, x: Float[Array, 'B T D']) -> Float[Array, 'B T *M D']:
     """Returns the input of the first layer: embeddings, in a copy for each stream."""
     if self.streams is None:
       return x
     return jnp.broadcast_to(x[:, :, None], (*x.shape[:2], self.cfg.n_streams, x.shape[2]))
 
-  def final(self, x: Float[Array, 'B T *N D']) -> Float[Array, 'B T D']:
+  def final(self, x: Float[Array, 'B T *M D']) -> Float[Array, 'B T D']:
     """Returns the normed hidden states after the last layer, which logits are made of."""
     return self.norm(x if self.streams is None else self.streams.read(x))
 
