@@ -102,7 +102,7 @@ def _candidates(model: Transformer, tokens: jax.Array, layer: int, backend: str)
   """Returns what a rule may look at in a layer, after dense attention in those before it."""
   block, keys = model.block(layer), model.layer_keys()
   end = jnp.arange(1, tokens.shape[1] + 1, dtype=jnp.int32)[None]
-  start, x = jnp.zeros_like(end), model.embedded(tokens)
+  start, x = jnp.zeros_like(end), model.into_streams(model.embedded(tokens))
   mode = Mode(attention='dense', backend=backend)
   if block.attn.indexer is None:
     full = model.cfg.full_layers
@@ -110,7 +110,7 @@ def _candidates(model: Transformer, tokens: jax.Array, layer: int, backend: str)
     raise ConfigError(f'{layer=} has no indexer; {reason}.')
   for i in range(layer):
     x, *_ = model.block(i)(x, start, end, keys[i], mode)
-  views = block.attn.views(block.attn_norm(x), start, end)
+  views = block.attn.views(block.attention_input(x), start, end)
   return views.candidates(start, end, keys[layer], model.cfg, backend)
 
 

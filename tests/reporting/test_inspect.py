@@ -19,10 +19,11 @@ CFG = dataclasses.replace(laws.CFG, vocab_size=VOCAB_SIZE)
 TEXT = 'what a model reads'
 
 
-@pytest.fixture(scope='module')
-def model():
+@pytest.fixture(scope='module', params=[0, 3], ids=['one stream', 'streams'])
+def model(request):
+  cfg = dataclasses.replace(CFG, n_streams=request.param)
   with laws.eager():
-    yield laws.model_of(laws.weights(CFG), CFG)
+    yield laws.model_of(laws.weights(cfg), cfg)
 
 
 @pytest.fixture(scope='module')
