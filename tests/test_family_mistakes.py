@@ -51,6 +51,13 @@ def model_of(case: str) -> Transformer:
     return load_checkpoint(target)
 
 
+@pytest.fixture(scope='module', autouse=True)
+def compiled():
+  """Compiles each operation, which is no test's own time."""
+  for case in ('qwen3', *SPARSE):
+    check(case)
+
+
 def check(case: str):
   """Compares logits and selections.
 
@@ -472,7 +479,7 @@ ALL = {case for _, cases in MISTAKES.values() for case in cases}
 
 
 # Dense cases first: they share what a process does once.
-@pytest.mark.parametrize('case', sorted(ALL, key=lambda case: (case in SPARSE, case)))
+@pytest.mark.parametrize('case', sorted(ALL))
 def test_without_a_mistake(case):
   check(case)
 

@@ -4,6 +4,7 @@
 import dataclasses
 import math
 
+import jax
 import laws
 import numpy as np
 import pytest
@@ -144,8 +145,7 @@ def test_layers_with_a_window_have_no_numbers():
   mode = Mode(attention='sparse', backend='xla', measure=('indexer',))
   [by_rule] = evaluate.measure(laws.graph_of(cfg), weights, [batch], mode, beyond=(cfg.index_topk,))
   counted = np.asarray(batch.end - batch.start) > cfg.index_topk
-  with laws.eager():
-    whole = laws.forward(weights, batch, mode, cfg).measures('indexer')
+  whole = jax.jit(lambda w, b: laws.forward(w, b, mode, cfg).measures('indexer'))(weights, batch)
   indices = [[set(row[row >= 0]) for row in np.asarray(of_layer)[counted]] for of_layer in whole.indices]
   pair = lambda a, b: np.mean([len(x & y) / len(y) for x, y in zip(indices[a], indices[b])])
   overlap = [pair(0, 2), np.nan, pair(2, 3), np.nan]
