@@ -76,7 +76,8 @@ def continue_file(sampler: Sampler, drawing: dict[str, Any]):
   config = SampleConfig(**({'stop': sampler.tokenizer.stop} | drawing))
   prompts = read_prompts(pathlib.Path(PROMPTS.value).expanduser(), sampler)
   out = pathlib.Path(OUT.value).expanduser()
-  answers = AnswerFile(out, sampler, prompts, config, SAMPLES.value)
+  checkpoint = str(pathlib.Path(CHECKPOINT.value).expanduser().resolve())
+  answers = AnswerFile(out, sampler, prompts, config, SAMPLES.value, checkpoint)
   done, began, n_tokens, n_steps, to_first = len(answers.answered), time.monotonic(), 0, 0, []
   with StepProgress(rich.console.Console(stderr=True)) as bar:
     bar.start_stage('answers', done + answers.n_left, done)

@@ -35,7 +35,9 @@ def read_prompts(path: pathlib.Path, sampler: Sampler) -> list[Prompt]:
     if not line.strip():
       continue
     try:
-      prompts.append(_prompt_of(json.loads(line), sampler))
+      entry = json.loads(line)
+      json.dumps(entry, ensure_ascii=False).encode()  # Refuses half a character.
+      prompts.append(_prompt_of(entry, sampler))
     except ValueError as error:  # Those of JSON and UTF-8, and ConfigError.
       raise ConfigError(f'{path}, line {number}: {error}') from error
   if not prompts:
@@ -59,7 +61,13 @@ class AnswerFile:
   """A JSONL file to which answers are added, whole lines at a time."""
 
   def __init__(
-      self, path: pathlib.Path, sampler: Sampler, prompts: list[Prompt], config: SampleConfig, samples: int
+      self,
+      path: pathlib.Path,
+      sampler: Sampler,
+      prompts: list[Prompt],
+      config: SampleConfig,
+      samples: int,
+      checkpoint: str = '',
   ):
     """Reads what the file holds. A line whose writing was interrupted is dropped.
 
@@ -69,13 +77,15 @@ class AnswerFile:
       prompts: What it answers.
       config: In which way it does.
       samples: How many answers each prompt gets.
+      checkpoint: The name of the checkpoint. Answers of one with another name are refused.
 
     Raises:
       ConfigError: The file holds something else than answers to these prompts, given in this way.
     """
     self._path, self._prompts, self._sampler = path, prompts, sampler
     self._config, self._samples = config, samples
-    settings = [dataclasses.asdict(config), sampler.attention, sampler.rule, sampler.cfg.index_topk]
+    selection = sampler.attention, sampler.rule, sampler.cfg.index_topk
+    settings = [checkpoint, dataclasses.asdict(config), *selection]
     digest = lambda text: hashlib.sha256(json.dumps([text, settings]).encode()).hexdigest()[:16]
     self._digests = [digest(prompt.text) for prompt in prompts]
     self.answered: set[tuple[int, int]] = set()  # Prompts and samples.
@@ -84,8 +94,8 @@ class AnswerFile:
     for number, line in enumerate(content[: self._whole].splitlines(), 1):
       if (answer := self._answer_of(line)) is None:
         raise ConfigError(
-            f'{path}, line {number} answers no prompt of this file, or by other settings: go on with '
-            'the prompts and flags that it was begun with, or name another file.'
+            f'{path}, line {number} answers no prompt of this file, or by another checkpoint or settings: '
+            'go on with the prompts and flags that it was begun with, or name another file.'
         )
       self.answered.add(answer)
 
@@ -94,7 +104,7 @@ class AnswerFile:
     try:
       entry = json.loads(line)
       prompt, sample, digest = entry['prompt'], entry['sample'], entry['digest']
-      if 0 <= sample < self._samples and self._digests[prompt] == digest:
+      if prompt >= 0 and 0 <= sample < self._samples and self._digests[prompt] == digest:
         return prompt, sample
     except (ValueError, TypeError, KeyError, IndexError):
       pass

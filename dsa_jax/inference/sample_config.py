@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a text is continued."""
+"""Says how a text is continued."""
 
 import dataclasses
 

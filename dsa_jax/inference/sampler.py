@@ -219,6 +219,7 @@ class Sampler:
       self, prompts: Sequence[Sequence[int]], config: SampleConfig = SampleConfig()
   ) -> list[list[int]]:
     """Returns the continuations of several texts, as ids."""
+    _check_writes_ids(config)
     texts = [[] for _ in prompts]
     for ids in self._read_and_continue(prompts, config):
       for text, i in zip(texts, ids):
@@ -267,6 +268,7 @@ class Sampler:
     Raises:
       ConfigError: The new tokens do not fit into the cache, or `config` does not suit the model.
     """
+    _check_writes_ids(config)
     self._check_config(config)
     self._check_prefix(prefix)
     longest = prefix.lengths.max()
@@ -349,6 +351,14 @@ class Sampler:
   def _check_config(self, config: SampleConfig):
     if config.top_k > self.cfg.vocab_size:
       raise ConfigError(f'{config.top_k=} must be at most the vocabulary of {self.cfg.vocab_size}.')
+
+
+def _check_writes_ids(config: SampleConfig):
+  if config.stop_texts:
+    raise ConfigError(
+        f'{config.stop_texts=} would change nothing, because ids are asked for: `complete` and `stream` '
+        'write text.'
+    )
 
 
 def _read_step(written: Written) -> list[int | None] | None:

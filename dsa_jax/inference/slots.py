@@ -24,7 +24,7 @@ class Slots(NamedTuple):
   logits: Float[Array, 'B W']  # Those of the next token.
   keys: Key[Array, 'B']  # The random state of each text.
   left: Int[Array, 'B']  # How many more tokens each text may get. 0: the slot is free.
-  drafts: Drafts | None
+  drafts: Drafts | None  # None: no token is guessed.
 
 
 class Written(NamedTuple):

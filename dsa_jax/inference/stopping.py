@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Texts that end a text."""
+"""Ends a text where a stop text begins in it."""
 
 
 class StopTexts:

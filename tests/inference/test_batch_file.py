@@ -72,22 +72,24 @@ def test_what_was_answered_is_kept_and_the_rest_is_the_same(tmp_path, sampler, p
   assert done.n_left == 0 and not list(done.answer(slots=2)) and texts(out) == texts(whole)
 
 
-@pytest.mark.parametrize('change', ['config', 'prompt', 'samples', 'other'])
+@pytest.mark.parametrize('change', ['config', 'prompt', 'samples', 'checkpoint', 'other'])
 def test_answers_to_something_else_are_not_mixed_in(tmp_path, sampler, prompts, change):
   out = tmp_path / 'answers.jsonl'
   list(AnswerFile(out, sampler, prompts, DRAWN, 2).answer(slots=3))
-  before, config, samples = out.read_bytes(), DRAWN, 2
+  before, config, samples, checkpoint = out.read_bytes(), DRAWN, 2, ''
   if change == 'config':
     config = dataclasses.replace(DRAWN, seed=1)
   elif change == 'prompt':
     prompts = [prompts[0], prompts[1]._replace(text='and 2'), prompts[2]]
   elif change == 'samples':
     samples = 1
+  elif change == 'checkpoint':
+    checkpoint = 'another'
   else:
     before = b'{"something": "else"}\n'
     out.write_bytes(before)
   with pytest.raises(ConfigError, match='answers.jsonl, line [1-6] answers no prompt of this file'):
-    AnswerFile(out, sampler, prompts, config, samples)
+    AnswerFile(out, sampler, prompts, config, samples, checkpoint)
   assert out.read_bytes() == before
 
 
@@ -105,6 +107,7 @@ def test_a_prompt_that_is_too_long_writes_nothing(tmp_path, sampler, prompts):
         ('{"prompt": "a"', 'line 2: '),
         ('[1]', "line 2: expected an object with either a 'prompt' or 'messages'"),
         ('{"prompt": "a", "messages": []}', 'line 2: expected an object'),
+        (r'{"prompt": "a", "id": "\ud800"}', 'line 2: .*surrogates not allowed'),
         ('{"prompt": ""}', "line 2: 'prompt' is ''; it must be a text"),
         ('{"prompt": 3}', "line 2: 'prompt' is 3; it must be a text"),
         ('{"messages": 3}', "line 2: 'messages' is 3; it must be a list"),

@@ -24,7 +24,9 @@ DRAWN = SampleConfig(max_new_tokens=9, temperature=1.5, seed=3)
 
 @pytest.fixture(scope='module')
 def sampler():
-  return Sampler(laws.model_of(laws.weights(CFG), CFG))
+  sampler = Sampler(laws.model_of(laws.weights(CFG), CFG))
+  list(sampler.complete(PROMPTS, GREEDY, slots=1))  # Compiles.
+  return sampler
 
 
 def ids_by_prompt(completions) -> list[list[int]]:
@@ -122,6 +124,14 @@ def test_nothing_compiles_when_texts_join_and_leave(sampler):
 def test_errors_come_before_anything_is_read(sampler, prompts, options, message):
   with pytest.raises(ConfigError, match=message):
     sampler.complete(prompts, GREEDY, **options)
+
+
+def test_stop_texts_end_texts_and_not_ids(sampler):
+  config = dataclasses.replace(GREEDY, stop_texts=('x',))
+  prefix = sampler.read([[1, 2]], 12)
+  for misuse in (lambda: sampler.generate([[1]], config), lambda: sampler.steps(prefix, config)):
+    with pytest.raises(ConfigError, match=r"stop_texts=\('x',\) would change nothing"):
+      misuse()
 
 
 def test_no_prompts(sampler):
