@@ -2,16 +2,18 @@
 r"""Prints what a token costs on a chip, dense and sparse, by part.
 
 python -m dsa_jax.cost --model=configs/deepseek_v32.py --chip=h800 --context=131072
-python -m dsa_jax.cost --size=qwen3_30b_a3b
+python -m dsa_jax.cost --model=qwen3_30b_a3b
+python -m dsa_jax.cost --model=hy_v4 --context=131072
 """
 
 from collections.abc import Sequence
 import dataclasses
 import math
+import pathlib
+import runpy
 import sys
 
 from absl import app, flags
-from ml_collections import config_flags
 import rich.box
 import rich.console
 import rich.table
@@ -21,9 +23,27 @@ from dsa_jax.cost.calls import cheaper_from, crossover, model_curve
 from dsa_jax.cost.chips import CHIPS
 from dsa_jax.cost.serving import Part, Serving, dollars_per_million, token_parts
 from dsa_jax.cost.work import cache_bytes
-from dsa_jax.families import SIZES
+from dsa_jax.families import FAMILIES, SIZES
 
 PHASES = 'prefill', 'decode'
+
+
+def read_model(name: str) -> ModelConfig:
+  """Returns a released model by its short name or its family's, or the `model` of a file of configs/.
+
+  Of a family it is the first one that is named in dsa_jax/families.
+  """
+  file, _, variant = name.partition(':')
+  if pathlib.Path(file).is_file():
+    config = runpy.run_path(file)['get_config'](*[variant] if variant else [])
+    return ModelConfig(**config.model)
+  of_families = {family: [*x.sizes.values()][0] for family, x in FAMILIES.items() if x.sizes}
+  if name not in SIZES | of_families:
+    raise ConfigError(
+        f'--model={name} must be a file such as configs/deepseek_v32.py, a model ({", ".join(SIZES)}) or a '
+        f'family ({", ".join(of_families)}).'
+    )
+  return (SIZES | of_families)[name]
 
 
 def paragraph(
@@ -126,7 +146,7 @@ def _from(context: float, limit: int) -> str:
 def main(_):
   console = rich.console.Console()
   try:
-    cfg = SIZES[SIZE.value] if SIZE.value else ModelConfig(**MODEL.value.model)
+    cfg = read_model(MODEL.value)
     serving = Serving(
         chip=CHIPS[CHIP.value], cache=CACHE.value, batch=BATCH.value, queries=QUERIES.value
     )
@@ -149,10 +169,9 @@ def main(_):
 
 if __name__ == '__main__':
   DEFAULTS = Serving()
-  MODEL = config_flags.DEFINE_config_file(
-      'model', 'configs/deepseek_v32.py', 'A file of configs/; only its `model` is read.'
+  MODEL = flags.DEFINE_string(
+      'model', 'v32', 'A released model, a family, or a file of configs/, of which only `model` is read.'
   )
-  SIZE = flags.DEFINE_enum('size', '', ['', *SIZES], 'A released model, in place of --model.')
   CHIP = flags.DEFINE_enum('chip', 'h800', [*CHIPS], 'The chip to run on.')
   CONTEXT = flags.DEFINE_integer(
       'context', 131_072, 'The number of tokens that a token sees, itself included.'

@@ -488,8 +488,8 @@ def test_command_prints_tables_and_words():
   assert '48,068 bytes' in text
 
 
-def test_command_takes_the_name_of_a_released_model():
-  done = command('--size=llama3_8b', '--context=8192', '--batch=8')
+def test_command_takes_the_name_of_a_family():
+  done = command('--model=llama', '--context=8192', '--batch=8')
   assert done.returncode == 0, done.stderr
   per_token = 32 * (8 * (128 + 128) + 16 * 4 + 64 + 4)
   assert f'{per_token:,} bytes' in ' '.join(done.stdout.split())
@@ -506,6 +506,7 @@ def test_command_says_small_numbers():
     'flags, message',
     [
         (['--chip=a100'], 'should be one of <h100|h800|h200|v5p|v6e|tpu7x>'),
+        (['--model=gpt'], '--model=gpt must be a file such as configs/deepseek_v32.py, a model (v32, '),
         (['--context=0'], 'context=0 must be within 1 and max_seq_len=163840'),
         ([f'--model={TINY}', '--context=65'], 'context=65 must be within 1 and max_seq_len=64'),
         (['--output_share=2'], 'output_share=2.0 must be within 0 and 1'),
