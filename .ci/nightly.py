@@ -2,15 +2,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs what is slow by nature: the parts whose files have changed, and one part in turn.
 
-python .ci/nightly.py             # what is due
-python .ci/nightly.py --all       # everything
-python .ci/nightly.py --list      # says what is due, and why, and runs nothing
-python .ci/nightly.py --turn=20   # the number of this run, from 1 to 20 and again
+python .ci/nightly.py               # what is due
+python .ci/nightly.py --minutes=8   # what is due, as far as it fits; the rest comes first next time
+python .ci/nightly.py --all         # everything
+python .ci/nightly.py --list        # says what is due, and why, and runs nothing
+python .ci/nightly.py --turn=40     # the number of this run, from 1 to 40 and again
 
 A part is due where this machine has never seen it pass, where its files have changed since the
 commit at which it last passed here, and where it has sat out four runs. A fifth of the parts runs
-each time, those that have sat out longest first. So each part runs at least once in five runs. What
-this machine has seen is kept in the user's cache folder.
+each time, those that have sat out longest first. So each part runs at least once in five runs, if
+the minutes are at least a fifth of what all parts take. What this machine has seen is kept in the
+user's cache folder.
 """
 
 import argparse
@@ -42,46 +44,47 @@ class Part(NamedTuple):
 
 
 KERNELS = ('dsa_jax/kernels', 'tests/kernels/cases.py')
+MODELS = ('dsa_jax/kernels', 'dsa_jax/nn', 'dsa_jax/parallel')
 TRAINING = ('dsa_jax/train.py', 'dsa_jax/training', 'dsa_jax/parallel', 'configs')
+CHECKPOINTS = ('dsa_jax/convert', 'dsa_jax/families', 'dsa_jax/training')
 PARTS = {
     'selection': Part(('tests/kernels/test_index_topk.py', 'tests/kernels/test_index_kl.py'), KERNELS),
-    'attention': Part(
-        (
-            'tests/kernels/test_sparse_attention.py', 'tests/kernels/test_dense_attention.py',
-            'tests/kernels/test_indexed_attention.py',
-        ),
-        KERNELS,
+    'sparse attention': Part(('tests/kernels/test_sparse_attention.py',), KERNELS),
+    'other attention': Part(
+        ('tests/kernels/test_dense_attention.py', 'tests/kernels/test_indexed_attention.py'), KERNELS
     ),
-    'models': Part(
+    'models on chips': Part(('tests/nn/test_tpu_model.py', 'tests/test_bench_gpu.py'), MODELS),
+    'caches': Part(
         (
-            'tests/nn/test_tpu_model.py', 'tests/inference/test_extend.py', 'tests/test_bench_gpu.py',
-            'tests/parallel/test_meshes.py', 'tests/test_configs.py', 'tests/test_golden.py',
-            'tests/test_laws.py',
+            'tests/inference/test_extend.py', 'tests/inference/test_drafts.py',
+            'tests/inference/test_batching.py', 'tests/reporting/test_inspect.py',
         ),
-        ('dsa_jax/kernels', 'dsa_jax/nn', 'dsa_jax/parallel', 'configs'),
+        (*MODELS, 'dsa_jax/inference'),
     ),
-    'lost work': Part(
-        (
-            'tests/test_train.py', 'tests/parallel/test_processes.py', 'tests/data/test_streaming.py',
-            'tests/data/test_tokenizing.py', 'tests/test_own_tokens.py',
-        ),
-        (*TRAINING, 'dsa_jax/data'),
-    ),
-    'checkpoints': Part(
+    'meshes': Part(('tests/parallel/test_meshes.py',), MODELS),
+    'configs': Part(('tests/test_configs.py',), (*MODELS, 'configs')),
+    'golden numbers': Part(('tests/test_golden.py', 'tests/test_parity.py'), MODELS),
+    'laws': Part(('tests/test_laws.py',), MODELS),
+    'kills': Part(('tests/test_train.py', 'tests/data/test_streaming.py'), (*TRAINING, 'dsa_jax/data')),
+    'processes': Part(('tests/parallel/test_processes.py',), (*TRAINING, 'dsa_jax/data')),
+    'tokens': Part(('tests/data/test_tokenizing.py', 'tests/test_own_tokens.py'), ('dsa_jax/data',)),
+    'conversion': Part(
         (
             'tests/convert/test_convert.py', 'tests/convert/test_convert_faults.py',
-            'tests/convert/test_convert_scale.py', 'tests/convert/test_gguf.py',
-            'tests/test_notebooks.py',
-            'tests/compile/test_compile_report.py', 'tests/compile/test_compile_gpu.py',
-            'tests/test_wheel.py', 'tests/test_sample.py',
+            'tests/convert/test_convert_scale.py', 'tests/convert/test_export.py',
+            'tests/convert/test_gguf.py', 'tests/test_parity_dense.py',
         ),
-        (
-            'dsa_jax/convert', 'dsa_jax/families', 'dsa_jax/training', 'dsa_jax/inference', 'notebooks',
-            'setup.cfg', 'pyproject.toml',
-        ),
+        CHECKPOINTS,
     ),
+    'sampling': Part(('tests/test_sample.py',), (*CHECKPOINTS, 'dsa_jax/inference')),
+    'notebooks': Part(('tests/test_notebooks.py',), (*TRAINING, 'dsa_jax/inference', 'notebooks')),
+    'compile reports': Part(
+        ('tests/compile/test_compile_report.py', 'tests/compile/test_compile_gpu.py'),
+        ('dsa_jax/kernels', 'dsa_jax/compile'),
+    ),
+    'wheel': Part(('tests/test_wheel.py',), ('setup.cfg', 'pyproject.toml')),
     'pods': Part(
-        ('experiments/pod_plan',), ('dsa_jax/kernels', 'dsa_jax/nn', 'dsa_jax/parallel'),
+        ('experiments/pod_plan',), MODELS,
         (sys.executable, 'experiments/pod_plan/plan.py', '--stage=warmup'),
     ),
 }  # fmt: skip
@@ -91,30 +94,42 @@ def main():
   parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
   parser.add_argument('--all', action='store_true', help='everything, due or not')
   parser.add_argument('--list', action='store_true', help='only say what is due')
+  parser.add_argument('--minutes', type=float, default=float('inf'), help='start no part that takes longer')
   parser.add_argument('--turn', type=int, metavar='N', help='only say which of N turns this is')
   args = parser.parse_args()
   seen = json.loads(SEEN.read_text()) if SEEN.exists() else {}
   if args.turn:
     print(seen.get('runs', 0) % args.turn + 1)
     return
-  due = {name: 'asked for' for name in PARTS} if args.all else due_parts(seen)
+  due = dict.fromkeys(PARTS, 'asked for') if args.all else due_parts(seen)
   for name in PARTS:
     print(f'nightly: {name}: {due.get(name, "sits out")}', flush=True)
   if args.list:
     return
-  failed = []
-  for name, part in PARTS.items():
-    if name not in due:
-      seen[name]['sat_out'] += 1
-    elif run(part):
-      seen[name] = {'commit': head(), 'sat_out': 0}
+  failed = run_parts(due, seen, args.minutes * 60)
+  remember(seen | {'runs': seen.get('runs', 0) + 1})
+  if failed:
+    sys.exit(f'nightly: failed: {", ".join(failed)}')
+
+
+def run_parts(due: dict[str, str], seen: dict, seconds: float) -> list[str]:
+  """Runs the due parts that fit into the seconds, at least one, and returns those that failed."""
+  ends, failed, ran = time.monotonic() + seconds, [], set()
+  for name in due:
+    if ran and time.monotonic() + seen.get(name, {}).get('seconds', 0) > ends:
+      print(f'nightly: {name}: waits for the next run', flush=True)
+      continue
+    ran.add(name)
+    began = time.monotonic()
+    if run(PARTS[name]):
+      seen[name] = {'commit': head(), 'sat_out': 0, 'seconds': round(time.monotonic() - began)}
     else:
       failed.append(name)
       seen.pop(name, None)
     remember(seen)
-  remember(seen | {'runs': seen.get('runs', 0) + 1})
-  if failed:
-    sys.exit(f'nightly: failed: {", ".join(failed)}')
+  for name in seen.keys() & (PARTS.keys() - ran):
+    seen[name]['sat_out'] += 1
+  return failed
 
 
 def remember(seen: dict):
@@ -123,12 +138,14 @@ def remember(seen: dict):
 
 
 def due_parts(seen: dict) -> dict[str, str]:
-  """Returns the parts to run, each with the reason."""
-  due = {name: why for name, part in PARTS.items() if (why := reason(seen.get(name), part))}
-  others = [name for name in PARTS if name not in due]
-  others.sort(key=lambda name: -seen[name]['sat_out'])
+  """Returns the parts to run, each with the reason; those that have sat out longest come first."""
+  sat_out = lambda name: seen[name]['sat_out'] if name in seen else float('inf')
+  in_turn = sorted(PARTS, key=sat_out, reverse=True)
+  reasons = {name: reason(seen.get(name), PARTS[name]) for name in in_turn}
+  n_due = sum(map(bool, reasons.values()))
   fair_share = -(-len(PARTS) // (SITS_OUT + 1))
-  return due | {name: 'sat out longest' for name in others[: max(fair_share - len(due), 0)]}
+  others = [name for name in in_turn if not reasons[name]][: max(fair_share - n_due, 0)]
+  return {name: reasons[name] or 'sat out longest' for name in in_turn if reasons[name] or name in others}
 
 
 def reason(last: dict | None, part: Part) -> str:

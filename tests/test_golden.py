@@ -35,8 +35,12 @@ def test_gradients(attention):
     [
         dict(n_mtp_layers=1),
         # No YaRN, no groups, and expert layers only.
-        dict(max_seq_len=32, n_expert_groups=1, n_limited_groups=1, n_layers=3, n_dense_layers=0),
-        dict(indexer_types=('full', 'shared')),  # No indexer at all among the expert layers.
+        pytest.param(
+            dict(max_seq_len=32, n_expert_groups=1, n_limited_groups=1, n_layers=3, n_dense_layers=0),
+            marks=pytest.mark.nightly,
+        ),
+        # No indexer at all among the expert layers.
+        pytest.param(dict(indexer_types=('full', 'shared')), marks=pytest.mark.nightly),
         dict(n_layers=5, n_dense_layers=0, mlp_layers=(1, 3, 4)),  # As laws.MIXED.
         # A group of three layers, two of them of one kind, which selections cross; and the MTP layer.
         pytest.param(
@@ -68,7 +72,9 @@ GLM = dataclasses.replace(
 )
 
 
-@pytest.mark.parametrize('attention', ['dense', 'sparse', 'masked'])
+@pytest.mark.parametrize(
+    'attention', ['sparse', *(pytest.param(x, marks=pytest.mark.nightly) for x in ('dense', 'masked'))]
+)
 def test_index_share(attention):
   types = 'full', 'shared', 'full', 'shared'
   cfg = dataclasses.replace(GLM, n_layers=4, n_dense_layers=1, indexer_types=types)
@@ -105,7 +111,7 @@ GATES = pytest.mark.parametrize('cfg', [laws.GATED, laws.SINKS], ids=['gated', '
 
 
 @GATES
-@pytest.mark.parametrize('attention', ['dense', 'sparse', 'masked'])
+@pytest.mark.parametrize('attention', ['dense', 'sparse', pytest.param('masked', marks=pytest.mark.nightly)])
 def test_gates(attention, cfg):
   golden.check_forward(attention, 'xla', cfg)
 

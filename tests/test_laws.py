@@ -31,7 +31,9 @@ def test_masked_is_sparse(backend):
   laws.law_masked_is_sparse(backend)
 
 
-@pytest.mark.parametrize('which', [0, 1], ids=['language model', 'indexer'])
+@pytest.mark.parametrize(
+    'which', [pytest.param(0, marks=NIGHTLY), 1], ids=['language model', 'indexer']
+)
 def test_masked_has_the_gradients_of_sparse(which):
   laws.law_masked_has_the_gradients_of_sparse('xla', which)
 
@@ -50,10 +52,10 @@ def test_all_selected_is_dense():
         pytest.param(laws.law_packed_is_alone, ('xla', 'sparse'), marks=NIGHTLY),
         (laws.law_positions_restart, ()),
         pytest.param(laws.law_no_future, ('xla', 'sparse'), marks=NIGHTLY),
-        (laws.law_selection_reaches_output, ('xla', 'sparse')),
+        pytest.param(laws.law_selection_reaches_output, ('xla', 'sparse'), marks=NIGHTLY),
         pytest.param(laws.law_own_losses_only, ('xla', 'sparse'), marks=NIGHTLY),
         (laws.law_only_trained_parts_move, ('sparse',)),
-        (laws.law_warmup_is_dense, ()),
+        pytest.param(laws.law_warmup_is_dense, (), marks=NIGHTLY),
     ],
     ids=lambda x: getattr(x, '__name__', None),
 )
@@ -97,7 +99,7 @@ ANY_LAYERS = [
     [
         *ANY_LAYERS,
         (laws.law_only_trained_parts_move, ('sparse',)),
-        (laws.law_bias_balances, ()),
+        pytest.param(laws.law_bias_balances, (), marks=NIGHTLY),
     ],
     ids=lambda x: getattr(x, '__name__', None),
 )
@@ -112,7 +114,7 @@ def test_layers_of_unlike_kinds(law, arguments):
         *ANY_LAYERS,
         (laws.law_only_trained_parts_move, ('sparse',)),
         pytest.param(laws.law_only_trained_parts_move, ('warmup',), marks=NIGHTLY),
-        (laws.law_warmup_is_dense, ()),
+        pytest.param(laws.law_warmup_is_dense, (), marks=NIGHTLY),
         pytest.param(laws.law_bias_balances, (), marks=NIGHTLY),
     ],
     ids=lambda x: getattr(x, '__name__', None),
@@ -215,7 +217,10 @@ def test_warmup_is_dense():
   laws.law_warmup_is_dense()
 
 
-@pytest.mark.parametrize('layout', ['padded_rows', 'unpacked', 'unpacked_and_padded'])
+@pytest.mark.parametrize(
+    'layout',
+    ['unpacked_and_padded', *(pytest.param(x, marks=NIGHTLY) for x in ('padded_rows', 'unpacked'))],
+)
 def test_loss_scale(layout):
   laws.law_loss_scale(layout, 'sparse')
 
@@ -291,10 +296,10 @@ def test_remat_by_a_name_that_is_none():
     Mode(attention='dense', backend='xla', remat='all')
 
 
+@pytest.mark.parametrize('types', [pytest.param((), marks=NIGHTLY), ('full', 'shared')], ids=str)
 @pytest.mark.parametrize(
-    'types', [pytest.param((), marks=pytest.mark.nightly), ('full', 'shared')], ids=str
+    'which', [pytest.param(0, marks=NIGHTLY), 1], ids=['language model', 'indexer']
 )
-@pytest.mark.parametrize('which', [0, 1], ids=['language model', 'indexer'])
 def test_blocks_of_queries_are_invisible(types, which, monkeypatch):
   cfg = dataclasses.replace(laws.CFG, indexer_types=types)
   batch, params = laws.make_batch(laws.LENGTHS), laws.weights(cfg)

@@ -39,43 +39,74 @@ def test_parts_depend_on_files_that_there_are(nightly):
       assert (ROOT / name).exists(), name
 
 
-@pytest.mark.skipif(not shutil.which('git'), reason='makes a git repository')
+class Repository:
+  """A repository of its own, in which each part has one file; `ran` has the parts of each run."""
+
+  def __init__(self, nightly, folder, monkeypatch, names: str):
+    self.nightly, self.folder, self.ran = nightly, folder, []
+    self.seconds, self.fails = 0, ''  # What each part takes; those that fail.
+    monkeypatch.setattr(nightly, 'ROOT', folder)
+    monkeypatch.setattr(nightly, 'PARTS', {name: nightly.Part((f'{name}.py',), ()) for name in names})
+    monkeypatch.setattr(nightly, 'run', self._pass_test)
+    monkeypatch.setattr(nightly.time, 'monotonic', lambda: self._clock)
+    self._clock, self._monkeypatch = 0, monkeypatch
+    self._git('init')
+    for name in names:
+      self.change(name)
+
+  def change(self, name: str):
+    (self.folder / f'{name}.py').write_text(str(len(self.ran)))
+    self._git('add', '.')
+    self._git('-c', 'user.name=x', '-c', 'user.email=x', 'commit', '-m', name)
+
+  def run(self, *arguments: str) -> str:
+    self.ran.append('')
+    self._monkeypatch.setattr(self.nightly.sys, 'argv', ['nightly', *arguments])
+    self.nightly.main()
+    return self.ran[-1]
+
+  def _pass_test(self, part):
+    name = part.tests[0][0]
+    self.ran[-1] += name
+    self._clock += self.seconds
+    return name not in self.fails
+
+  def _git(self, *arguments: str):
+    subprocess.run(['git', *arguments], cwd=self.folder, check=True, capture_output=True)
+
+
+needs_git = pytest.mark.skipif(not shutil.which('git'), reason='makes a git repository')
+
+
+@needs_git
 def test_each_part_runs_once_in_five_runs_and_where_its_files_change(nightly, tmp_path, monkeypatch):
-  """A repository of its own, in which each part has one file."""
-  parts = {name: nightly.Part((f'{name}.py',), ()) for name in 'abcdefg'}
-  run_git = lambda *x: subprocess.run(['git', *x], cwd=tmp_path, check=True, capture_output=True)
-  ran = []
-
-  def pass_test(part):
-    ran[-1].add(part.tests[0][0])
-    return part.tests[0][0] != 'g' or len(ran) > 1  # The first time, g fails.
-
-  def change(name):
-    (tmp_path / f'{name}.py').write_text(str(len(ran)))
-    run_git('add', '.')
-    run_git('-c', 'user.name=x', '-c', 'user.email=x', 'commit', '-m', name)
-
-  def run_nightly():
-    ran.append(set())
-    nightly.main()
-
-  run_git('init')
-  for name in parts:
-    change(name)
-  monkeypatch.setattr(nightly, 'ROOT', tmp_path)
-  monkeypatch.setattr(nightly, 'PARTS', parts)
-  monkeypatch.setattr(nightly, 'run', pass_test)
-  monkeypatch.setattr(nightly.sys, 'argv', ['nightly'])
+  repository = Repository(nightly, tmp_path, monkeypatch, 'abcdefg')
+  repository.fails = 'g'
   with pytest.raises(SystemExit, match='nightly: failed: g'):
-    run_nightly()
-  assert ran[0] == set(parts)  # None was ever seen to pass.
-  run_nightly()
-  assert 'g' in ran[1] and len(ran[1]) == 2  # What failed is not forgotten; a fifth, rounded up, runs.
-  change('c')
-  run_nightly()
-  assert 'c' in ran[2]
+    repository.run()
+  assert set(repository.ran[0]) == set('abcdefg')  # None was ever seen to pass.
+  repository.fails = ''
+  ran = repository.run()
+  assert 'g' in ran and len(ran) == 2  # What failed is not forgotten; a fifth, rounded up, runs.
+  repository.change('c')
+  assert 'c' in repository.run()
   for _ in range(12):
-    run_nightly()
-  for first in range(len(ran) - 4):
-    assert set().union(*ran[first : first + 5]) == set(parts), (first, ran)
-  assert max(map(len, ran[3:])) <= 3
+    repository.run()
+  for first in range(len(repository.ran) - 4):
+    assert set(''.join(repository.ran[first : first + 5])) == set('abcdefg'), (first, repository.ran)
+  assert max(map(len, repository.ran[3:])) <= 3
+
+
+@needs_git
+def test_what_does_not_fit_into_the_minutes_comes_first_next_time(nightly, tmp_path, monkeypatch, capsys):
+  repository = Repository(nightly, tmp_path, monkeypatch, 'abcdefg')
+  repository.seconds = 120
+  repository.run()
+  for name in 'abcdefg':
+    repository.change(name)
+  assert repository.run('--minutes=7') == 'abc'  # Each takes 2 minutes, so a fourth would end too late.
+  assert 'nightly: d: waits for the next run' in capsys.readouterr().out
+  repository.change('a')
+  assert repository.run('--minutes=4') == 'de'
+  assert repository.run('--minutes=1') == 'f'  # One runs, however long it takes.
+  assert repository.run('--minutes=7') == 'ga'

@@ -65,10 +65,16 @@ DSA = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize('case', DSA)
-@pytest.mark.parametrize(
-    'attention, backend', [('sparse', 'reference'), ('sparse', 'xla'), ('masked', 'xla')]
-)
+def parities():
+  for attention, backend, by_day in (
+      ('sparse', 'xla', DSA), ('sparse', 'reference', ('deepseek_v32',)), ('masked', 'xla', ('hy_v4',))
+  ):
+    for case in DSA:
+      marks = () if case in by_day else pytest.mark.nightly
+      yield pytest.param(case, attention, backend, marks=marks)
+
+
+@pytest.mark.parametrize('case, attention, backend', list(parities()))
 def test_parity(converted, case, attention, backend):
   """Logits, and the selected set of every layer and query; in one pass and token by token."""
   want, model = golden(case), converted(case)

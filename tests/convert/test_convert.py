@@ -174,8 +174,10 @@ def v3(tmp_path_factory):
 @pytest.mark.parametrize(
     'config, billions, full',
     [
-        (released.CONFIGS['glm5'], 753.9, 78),
-        (released.CONFIGS['glm5'] | {'num_nextn_predict_layers': 0}, 743.9, 78),
+        pytest.param(released.CONFIGS['glm5'], 753.9, 78, marks=pytest.mark.nightly),
+        pytest.param(
+            released.CONFIGS['glm5'] | {'num_nextn_predict_layers': 0}, 743.9, 78, marks=pytest.mark.nightly
+        ),
         (released.CONFIGS['glm52'], 753.3, 21),
     ],
     ids=['5', '5_without_mtp', '5.2'],

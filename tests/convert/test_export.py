@@ -194,9 +194,9 @@ def test_trained_indexers_are_exported_whatever_the_origin(tmp_path, stage, fami
     'vocab_size, data, ids',
     [
         (VOCAB_SIZE, {'source': 'text'}, (256, 256)),
-        (VOCAB_SIZE, {}, (256, 256)),
+        pytest.param(VOCAB_SIZE, {}, (256, 256), marks=pytest.mark.nightly),
         (300, {'source': 'recall'}, (None, None)),
-        (48, {'source': 'text'}, (None, None)),
+        pytest.param(48, {'source': 'text'}, (None, None), marks=pytest.mark.nightly),
     ],
 )
 def test_a_run_without_an_origin_has_the_ids_of_its_data(tmp_path, vocab_size, data, ids):

@@ -33,7 +33,7 @@ def ids_by_prompt(completions) -> list[list[int]]:
   return [x.ids for x in sorted(completions, key=lambda x: (x.prompt, x.sample))]
 
 
-@pytest.mark.parametrize('n_slots', [1, 2, 8])
+@pytest.mark.parametrize('n_slots', [2, *(pytest.param(n, marks=pytest.mark.nightly) for n in (1, 8))])
 @pytest.mark.parametrize('config', [GREEDY, DRAWN], ids=['greedy', 'drawn'])
 def test_is_what_each_text_is_in_a_batch_of_its_own(sampler, config, n_slots):
   completions = list(sampler.complete(PROMPTS, config, slots=n_slots))

@@ -62,7 +62,7 @@ def by_prompt(completions):
   return sorted(completions, key=lambda x: (x.prompt, x.sample))
 
 
-@pytest.mark.parametrize('n_slots', [1, 3])
+@pytest.mark.parametrize('n_slots', [pytest.param(1, marks=pytest.mark.nightly), 3])
 @pytest.mark.parametrize('config', [GREEDY, DRAWN], ids=['greedy', 'drawn'])
 def test_texts_are_those_without_drafts(plain, drafting, config, n_slots):
   want = by_prompt(plain.complete(PROMPTS, config, slots=n_slots))

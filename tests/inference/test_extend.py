@@ -106,18 +106,20 @@ CUTS = {
 NIGHTLY = pytest.mark.nightly
 
 
-@pytest.mark.parametrize('cuts', CUTS)
-@pytest.mark.parametrize(
-    'name, attention',
-    [('deepseek', 'sparse'), ('deepseek', 'masked'), ('deepseek', 'dense'), ('glm', 'sparse')]
-    + [('gqa', 'sparse'), ('gqa_each', 'sparse'), ('mixed', 'sparse'), ('gated', 'sparse')]
-    + [('windows', 'sparse'), ('gqa_windows', 'dense'), pytest.param('windows', 'masked', marks=NIGHTLY)]
-    + [pytest.param('glm', attention, marks=NIGHTLY) for attention in ('masked', 'dense')]
-    + [pytest.param('gqa', attention, marks=NIGHTLY) for attention in ('masked', 'dense')]
-    + [pytest.param('gated', attention, marks=NIGHTLY) for attention in ('masked', 'dense')]
-    + [('sinks', 'sparse'), pytest.param('sinks', 'dense', marks=NIGHTLY)],
-)
-def test_any_chunking(name, cuts, attention):
+def chunkings():
+  """One model is read in every way; the others in chunks, and in every way at night."""
+  for name in ('deepseek', 'glm', 'gqa', 'gqa_each', 'mixed', 'gated', 'sinks', 'windows', 'gqa_windows'):
+    for attention in ('sparse', 'masked', 'dense'):
+      for cuts in CUTS:
+        by_day = {
+            'deepseek': attention == 'sparse' or cuts == 'chunks_then_tokens',
+            'gqa_windows': (attention, cuts) == ('dense', 'chunks_then_tokens'),
+        }.get(name, (attention, cuts) == ('sparse', 'chunks_then_tokens'))
+        yield pytest.param(name, attention, cuts, marks=() if by_day else NIGHTLY)
+
+
+@pytest.mark.parametrize('name, attention, cuts', list(chunkings()))
+def test_any_chunking(name, attention, cuts):
   want, want_selected = whole_pass(name, attention)
   logits, selected = read(name, attention, CUTS[cuts])
   for row, n in enumerate(LENGTHS):
@@ -126,7 +128,9 @@ def test_any_chunking(name, cuts, attention):
       np.testing.assert_array_equal(selected[:, row, :n], want_selected[:, row, :n])
 
 
-@pytest.mark.parametrize('name', ['deepseek', 'gqa_each', pytest.param('glm', marks=NIGHTLY)])
+@pytest.mark.parametrize(
+    'name', ['deepseek', *(pytest.param(name, marks=NIGHTLY) for name in ('gqa_each', 'glm'))]
+)
 @pytest.mark.parametrize('rule', [rule for rule in RULES if rule != 'indexer'])
 def test_any_rule(name, rule):
   """Those that draw lots do so by position, and the oracle sees the attention as the cache has it."""
@@ -137,7 +141,9 @@ def test_any_rule(name, rule):
     np.testing.assert_allclose(logits[row, :n], want[row, :n], atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize('rule', [rule for rule in RULES if rule != 'indexer'])
+@pytest.mark.parametrize(
+    'rule', ['window_sinks', *(pytest.param(rule, marks=NIGHTLY) for rule in ('random', 'oracle'))]
+)
 def test_any_rule_in_a_quantised_cache(rule):
   """Zeros behind the rows, as a TPU keeps them, change nothing; where all is selected, nor do rules."""
   lines = {'fmt': 'fp8', 'lengths': WHOLE, 'whole_lines': True}
@@ -169,7 +175,7 @@ def test_many_tokens_by_the_kernels_of_a_tpu(name):
   np.testing.assert_array_equal(selected[:, 0], want_selected[:, 0, :length])
 
 
-@pytest.mark.parametrize('rows', [(0,), pytest.param((2, 0), marks=NIGHTLY), (1, 1, 2, 0)])
+@pytest.mark.parametrize('rows', [(1, 1, 2, 0), *(pytest.param(rows, marks=NIGHTLY) for rows in ((0,), (2, 0)))])
 def test_any_batch(rows):
   """A sequence does not feel its neighbours, nor how much room there is."""
   want, want_selected = read('deepseek', 'sparse', (8, 9))
@@ -184,7 +190,7 @@ def test_any_batch(rows):
 @pytest.mark.parametrize(
     'name, attention, fmt',
     [('deepseek', 'sparse', 'float32'), pytest.param('deepseek', 'dense', 'float32', marks=NIGHTLY),
-     ('fp8', 'sparse', 'fp8'), ('gqa', 'sparse', 'float32'),
+     ('fp8', 'sparse', 'fp8'), pytest.param('gqa', 'sparse', 'float32', marks=NIGHTLY),
      pytest.param('gqa_each_fp8', 'sparse', 'fp8', marks=NIGHTLY)],
 )  # fmt: skip
 def test_whole_lines_change_nothing(name, attention, fmt):
@@ -295,7 +301,7 @@ def test_bad_cache(batch, capacity, fmt, message):
     init_cache(laws.CFG, batch, capacity, fmt=fmt)
 
 
-@pytest.mark.parametrize('name', ['mixed', 'windows'])
+@pytest.mark.parametrize('name', ['mixed', pytest.param('windows', marks=NIGHTLY)])
 def test_layers_one_by_one(name):
   """As a CPU reads them, without a stack."""
   cfg = CONFIGS[name]

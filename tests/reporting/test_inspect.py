@@ -19,7 +19,9 @@ CFG = dataclasses.replace(laws.CFG, vocab_size=VOCAB_SIZE)
 TEXT = 'what a model reads'
 
 
-@pytest.fixture(scope='module', params=[0, 3], ids=['one stream', 'streams'])
+@pytest.fixture(
+    scope='module', params=[0, pytest.param(3, marks=pytest.mark.nightly)], ids=['one stream', 'streams']
+)
 def model(request):
   cfg = dataclasses.replace(CFG, n_streams=request.param)
   with laws.eager():
