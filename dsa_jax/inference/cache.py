@@ -91,16 +91,16 @@ def flat_rows(rows: Float[Array, 'B T G P'], store: Store) -> Float[Array, 'B T 
   return wide.reshape(*wide.shape[:2], -1)
 
 
-def split_rows(flat: Float[Array, '*rows W'], cfg: ModelConfig) -> Float[Array, '*rows G P']:
-  """Returns stored rows as attention reads them."""
-  return flat.reshape(*flat.shape[:-1], cfg.row_heads, -1)
+def split_rows(flat: Float[Array, '*rows W'], n_heads: int) -> Float[Array, '*rows G P']:
+  """Returns stored rows of so many key heads as attention reads them."""
+  return flat.reshape(*flat.shape[:-1], n_heads, -1)
 
 
 def match_rows(
-    q: Float[Array, 'B T H E'], store: Store, cfg: ModelConfig
+    q: Float[Array, 'B T H E'], store: Store, row_dim: int, n_heads: int
 ) -> Float[Array, 'B T H E2']:
   """Appends as many zeros to queries as stand behind the keys of stored rows."""
-  return widen(q, q.shape[-1] + store.width // cfg.row_heads - cfg.row_dim)
+  return widen(q, q.shape[-1] + store.width // n_heads - row_dim)
 
 
 def bytes_per_token(cfg: ModelConfig, fmt: str = 'bfloat16') -> int:

@@ -14,7 +14,8 @@ import numpy as np
 
 from dsa_jax.config import ConfigError, ModelConfig
 from dsa_jax.inference.cache import FORMATS, Cache, init_cache
-from dsa_jax.inference.extend import Reading, extend, short_context
+from dsa_jax.inference.extend import Reading, extend
+from dsa_jax.inference.piece import short_context
 from dsa_jax.kernels.backend import check_backend, default_backend
 from dsa_jax.nn.attention.mla import MLA
 from dsa_jax.nn.attention.types import Attention
