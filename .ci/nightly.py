@@ -73,11 +73,11 @@ PARTS = {
             'tests/convert/test_convert_scale.py', 'tests/convert/test_gguf.py',
             'tests/test_notebooks.py',
             'tests/compile/test_compile_report.py', 'tests/compile/test_compile_gpu.py',
-            'tests/test_wheel.py', 'tests/test_sample.py',
+            'tests/test_wheel.py', 'tests/test_sample.py', 'tests/inference/test_sampler_meshes.py',
         ),
         (
-            'dsa_jax/convert', 'dsa_jax/families', 'dsa_jax/training', 'dsa_jax/inference', 'notebooks',
-            'setup.cfg', 'pyproject.toml',
+            'dsa_jax/convert', 'dsa_jax/families', 'dsa_jax/training', 'dsa_jax/inference',
+            'dsa_jax/parallel', 'notebooks', 'setup.cfg', 'pyproject.toml',
         ),
     ),
     'pods': Part(
