@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from dsa_jax.data.tokenizer import Tokenizer
-from dsa_jax.inference.cache import Cache
+from dsa_jax.inference.cache import Cache, shapes_of
 from dsa_jax.inference.drafts import Drafts, no_drafts, read_chunk_with_drafts
 from dsa_jax.inference.programs import Engine
 from dsa_jax.inference.sample_config import SampleConfig, padded
@@ -180,7 +180,8 @@ class PromptReader:
     self._cache = engine.empty_cache(1, capacity)
     shares, self._drafts = engine.reader.shares, None
     if engine.drafts:
-      self._drafts = make_texts(lambda: no_drafts(self._cache, engine.cfg), shares, 1)
+      shapes = shapes_of(self._cache)
+      self._drafts = make_texts(no_drafts, shapes, engine.cfg, n_texts=1, shares=shares)
     self._logits = engine.empty_logits(1)
     self._held: list[int] = []  # What the cache holds.
     self.text: Text | None = None

@@ -95,6 +95,11 @@ def init_cache(
   return Cache(repeat(kv, n_rows), repeat(index_key, n_index_rows), length)
 
 
+def shapes_of(cache: Cache) -> Cache:
+  """Returns the shapes and dtypes of a cache, which are hashable."""
+  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), cache)
+
+
 def flat_rows(rows: Float[Array, 'B T G P'], store: Store) -> Float[Array, 'B T W']:
   """Returns rows as a cache stores them."""
   wide = widen(rows, store.width // rows.shape[2])

@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 from dsa_jax.config import ModelConfig
 from dsa_jax.inference.cache import Cache
 from dsa_jax.inference.extend import extend_mtp
-from dsa_jax.inference.programs import Reader, logits_of, of_texts, read_hidden
+from dsa_jax.inference.programs import Reader, agreed, logits_of, of_texts, read_hidden
 from dsa_jax.nn.transformer import Transformer
 
 
@@ -61,7 +61,8 @@ def guess_next(
   n_new = jnp.where(goes_on, drafts.waiting, 0)
   hidden, cache = _read(model, drafts.cache, drafts.hidden, behind, n_new, capacity, reader)
   last = jnp.take_along_axis(hidden, (drafts.waiting - 1)[:, None, None], axis=1)
-  return jnp.argmax(logits_of(model, last, reader)[:, 0], axis=-1).astype(jnp.int32), cache
+  guess = jnp.argmax(logits_of(model, last, reader)[:, 0], axis=-1).astype(jnp.int32)
+  return agreed(guess, reader), cache
 
 
 @functools.partial(

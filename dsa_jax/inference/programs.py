@@ -135,6 +135,11 @@ def logits_of(
   return collectives.all_gather(logits, 'tensor', dim=2)
 
 
+def agreed(ids: Int[Array, 'B'], reader: Reader) -> Int[Array, 'B']:
+  """Returns ids that devices have each drawn for the same texts, whose logits may differ in a last bit."""
+  return ids if reader.shares is None else collectives.pmax(ids, *reader.shared)
+
+
 def of_texts(reader: Reader, n_texts: int) -> Reader:
   """Returns what reads so many texts, within a program of all devices."""
   return dataclasses.replace(reader, shared=reader.shares.shared(n_texts))
@@ -178,15 +183,11 @@ class Engine(NamedTuple):
     on_tpu, shares, n_heads = self.reader.backend == 'tpu', self.reader.shares, 0
     if shares is not None and shares.splits_heads:
       n_heads = max(self.cfg.row_heads, self.mesh.tensor)
-    make = functools.partial(
-        init_cache, self.cfg, batch, capacity,
-        fmt=self.cache_format, whole_lines=on_tpu, n_heads=n_heads,
-    )  # fmt: skip
-    return make_texts(make, shares, batch)
+    args = self.cfg, batch, capacity, self.cache_format, on_tpu, n_heads
+    return make_texts(_empty_cache, *args, n_texts=batch, shares=shares)
 
   def empty_logits(self, batch: int) -> Float[Array, 'B W']:
-    make = lambda: jnp.zeros((batch, self.cfg.vocab_size), jnp.float32)
-    return make_texts(make, self.reader.shares, batch)
+    return make_texts(jnp.zeros, (batch, self.cfg.vocab_size), n_texts=batch, shares=self.reader.shares)
 
   def read(
       self,
@@ -208,6 +209,10 @@ class Engine(NamedTuple):
     if self.reader.attention != 'sparse' or most > longest:
       return 0
     return min(topk if most <= topk else longest, capacity)
+
+
+def _empty_cache(cfg, batch: int, capacity: int, fmt: str, whole_lines: bool, n_heads: int) -> Cache:
+  return init_cache(cfg, batch, capacity, fmt=fmt, whole_lines=whole_lines, n_heads=n_heads)
 
 
 def make_engine(

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float
 import numpy as np
 
-from dsa_jax.config import ConfigError
+from dsa_jax.config import ConfigError, ModelConfig
 from dsa_jax.data.chat import ChatTemplate, Message, find_chat_template
 from dsa_jax.data.text import VOCAB_SIZE
 from dsa_jax.data.tokenizer import Bytes, Tokenizer, find_tokenizer
@@ -89,13 +89,9 @@ class Sampler:
       raise ConfigError(
           f'a Sampler takes a model, not {type(model).__name__}: Sampler.load(FOLDER) makes one.'
       )
-    if not 0 <= capacity <= model.cfg.max_seq_len:
-      raise ConfigError(f'{capacity=} must be within 0 and the {model.cfg.max_seq_len=}.')
     self.cfg, self.tokenizer, self.chat = model.cfg, tokenizer or Bytes(), chat
     self.attention, self.rule = attention, rule
-    sizes = mesh_config(mesh)
-    self.capacity = capacity or whole_rows(model.cfg.max_seq_len, sizes)
-    check_mesh(sizes, model.cfg, capacity=self.capacity, rule=rule)
+    self.capacity = _check_sizes(model.cfg, capacity, rule, mesh)
     self._engine = make_engine(
         model, attention=attention, rule=rule, cache=cache, chunk=chunk, backend=backend,
         drafts=drafts, mesh=mesh,
@@ -141,10 +137,7 @@ class Sampler:
             'that needs no training.'
         )
     selects = 'indexer' if attention == 'dense' else rule or stored.rule
-    cfg, sizes = config_of(stored, index_topk), mesh_config(mesh)
-    check_mesh(
-        sizes, cfg, capacity=capacity or whole_rows(cfg.max_seq_len, sizes), rule=selects
-    )
+    _check_sizes(config_of(stored, index_topk), capacity, selects, mesh)
     model = load_checkpoint(folder, index_topk=index_topk, mesh=mesh)
     tokenizer = find_tokenizer(stored.origin)
     is_foreign = model.cfg.vocab_size != VOCAB_SIZE and not stored.source
@@ -377,6 +370,16 @@ class Sampler:
   def _check_config(self, config: SampleConfig):
     if config.top_k > self.cfg.vocab_size:
       raise ConfigError(f'{config.top_k=} must be at most the vocabulary of {self.cfg.vocab_size}.')
+
+
+def _check_sizes(cfg: ModelConfig, capacity: int, rule: str, mesh: Mesh | None) -> int:
+  """Returns the capacity. Raises a ConfigError if it is out of range, or a mesh does not fit the model."""
+  if not 0 <= capacity <= cfg.max_seq_len:
+    raise ConfigError(f'{capacity=} must be within 0 and the {cfg.max_seq_len=}.')
+  sizes = mesh_config(mesh)
+  capacity = capacity or whole_rows(cfg.max_seq_len, sizes)
+  check_mesh(sizes, cfg, capacity=capacity, rule=rule)
+  return capacity
 
 
 def _check_writes_ids(config: SampleConfig):

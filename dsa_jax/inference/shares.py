@@ -3,6 +3,7 @@
 
 from collections.abc import Callable
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -65,13 +66,24 @@ def shares_of(model: Transformer, mesh: Mesh | None) -> Shares | None:
   return Shares(mesh, splits_heads, tuple(specs))
 
 
-def make_texts(make: Callable[[], Any], shares: Shares | None, n_texts: int) -> Any:
-  """Returns what `make` returns of so many texts, on the devices that share them."""
+def make_texts(
+    make: Callable, *args: Any, n_texts: int, shares: Shares | None, numbers: tuple = ()
+) -> Any:
+  """Returns `make(*args, *numbers)`, which is of so many texts, on the devices that share them.
+
+  The arguments are hashable. Only the numbers may change without another program.
+  """
   if shares is None:
-    return make()
-  specs = shares.specs(jax.eval_shape(make), n_texts)
+    return make(*args, *numbers)
+  return _program(make, args, n_texts, shares, len(numbers))(*numbers)
+
+
+@functools.cache
+def _program(make: Callable, args: tuple, n_texts: int, shares: Shares, n_numbers: int) -> Callable:
+  run = functools.partial(make, *args)
+  specs = shares.specs(jax.eval_shape(run, *[jnp.uint32(0)] * n_numbers), n_texts)
   places = jax.tree.map(lambda spec: NamedSharding(shares.mesh, spec), specs)
-  return jax.jit(make, out_shardings=places)()
+  return jax.jit(run, out_shardings=places)
 
 
 def place_text(x: np.ndarray, shares: Shares | None) -> jax.Array:
@@ -118,5 +130,15 @@ def check_texts(mesh: MeshConfig, name: str, n: int):
 
 
 def mesh_config(mesh: Mesh | None) -> MeshConfig:
-  """Returns the sizes of a mesh."""
-  return MeshConfig(**(mesh.shape if mesh is not None else {}))
+  """Returns the sizes of a mesh.
+
+  Raises:
+    ConfigError: It has other axes than those of `make_mesh`.
+  """
+  if mesh is None:
+    return MeshConfig()
+  if mesh.axis_names != MESH_AXES:
+    raise ConfigError(
+        f'the mesh has the axes {mesh.axis_names}; they must be {MESH_AXES}: make_mesh makes such a one.'
+    )
+  return MeshConfig(**mesh.shape)

@@ -12,14 +12,13 @@ from jaxtyping import Array, Bool, Float, Int, Key, UInt
 import numpy as np
 
 from dsa_jax.config import ModelConfig
-from dsa_jax.inference.cache import Cache
+from dsa_jax.inference.cache import Cache, shapes_of
 from dsa_jax.inference.drafts import Drafts, guess_next, no_drafts
 from dsa_jax.inference.draw import draw
-from dsa_jax.inference.programs import Reader, logits_of, of_texts, read, read_hidden
+from dsa_jax.inference.programs import Reader, agreed, logits_of, of_texts, read, read_hidden
 from dsa_jax.inference.shares import Shares, make_texts
 from dsa_jax.inference.storage import as_bits, from_bits
 from dsa_jax.parallel import collectives
-from dsa_jax.parallel.mesh import TOKENS
 
 
 class Slots(NamedTuple):
@@ -46,17 +45,14 @@ def free_slots(
 ) -> Slots:
   """Returns as many free slots as an empty cache has sequences."""
   n = len(cache.length)
-  logits, keys, left, own = make_texts(
-      lambda: (
-          jnp.zeros((n, cfg.vocab_size), jnp.float32),
-          jnp.tile(jax.random.key(0)[None], n),
-          jnp.zeros(n, jnp.int32),
-          no_drafts(cache, cfg) if drafts else None,
-      ),
-      shares,
-      n,
-  )
-  return Slots(cache, logits, keys, left, own)
+  return Slots(cache, *make_texts(_nothing, cfg, shapes_of(cache), drafts, n_texts=n, shares=shares))
+
+
+def _nothing(cfg: ModelConfig, cache: Cache, drafts: bool):
+  """Returns what free slots have beside their cache."""
+  n = len(cache.length)
+  logits, keys = jnp.zeros((n, cfg.vocab_size), jnp.float32), jnp.tile(jax.random.key(0)[None], n)
+  return logits, keys, jnp.zeros(n, jnp.int32), no_drafts(cache, cfg) if drafts else None
 
 
 def filled_slots(
@@ -72,13 +68,15 @@ def filled_slots(
   `write` takes the arrays for its own.
   """
   n = len(cache.length)
-  make = lambda: (_keys_of(seed, n), jnp.full(n, left, jnp.int32))
-  return Slots(cache, logits, *make_texts(make, shares, n), None)
+  numbers = np.uint32(seed), np.uint32(left)
+  return Slots(cache, logits, *make_texts(_begun, n, n_texts=n, shares=shares, numbers=numbers), None)
 
 
 @functools.partial(jax.jit, static_argnames='n')
-def _keys_of(seed, n):
-  return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.arange(n))
+def _begun(n: int, seed, left):
+  """Returns the random states of texts, and how many tokens each may get."""
+  keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.arange(n))
+  return keys, jnp.full(n, left, jnp.int32)
 
 
 @functools.partial(jax.jit, static_argnames='shares', donate_argnums=0)
@@ -196,9 +194,7 @@ def _write(weights, slots, kept, temperature, top_p, stop, *, top_k: int, reader
 
   def draw_at(position, logits):
     keys = jax.vmap(jax.random.fold_in)(slots.keys, position)
-    ids = draw(logits, keys, temperature, top_k, top_p)
-    if reader.shares is not None:  # What differs in the last bit must not part the devices of a text.
-      ids = collectives.pmax(ids, *reader.shared)
+    ids = agreed(draw(logits, keys, temperature, top_k, top_p), reader)
     log_probs = jnp.take_along_axis(logits, ids[:, None], axis=1)[:, 0] - logsumexp(logits, axis=1)
     return ids, jnp.any(ids[:, None] == stop, axis=1), log_probs
 

@@ -9,12 +9,14 @@ import socket
 import subprocess
 import sys
 
+import jax
 import laws
 import pytest
 
 from dsa_jax.config import ConfigError
 from dsa_jax.data.text import VOCAB_SIZE
-from dsa_jax.inference import shares
+from dsa_jax.inference import sampler, shares
+from dsa_jax.inference.sampler import Sampler
 from dsa_jax.parallel.mesh import MeshConfig
 from dsa_jax.training.checkpoint import Checkpoints, Progress
 from dsa_jax.training.optim import OptimConfig
@@ -30,6 +32,21 @@ def environment(n_devices: int, **variables: str) -> dict[str, str]:
   flags = f'{COUNT}={n_devices} --xla_cpu_collective_call_terminate_timeout_seconds=600'
   own = {'XLA_FLAGS': flags, 'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': f'{TESTS}:{ROOT}'}
   return os.environ | own | variables
+
+
+@pytest.fixture(scope='module')
+def checkpoint(tmp_path_factory):
+  folder = tmp_path_factory.mktemp('run')
+  state = new_state(laws.weights(CFG), ('backbone',), OptimConfig(), seed=0)
+  with Checkpoints(folder / 'checkpoints' / 'sparse') as checkpoints:
+    checkpoints.save(1, state, Progress({}, 0.0))
+  (folder / 'config.json').write_text(json.dumps({'model': dataclasses.asdict(CFG)}))
+  return folder / 'checkpoints' / 'sparse'
+
+
+def start(checkpoint, *flags: str, env: dict[str, str]) -> subprocess.Popen:
+  command = [sys.executable, '-m', 'dsa_jax.sample', f'--checkpoint={checkpoint}', *flags]
+  return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 @pytest.fixture(scope='module', params=['few', pytest.param('all', marks=pytest.mark.nightly)])
@@ -79,22 +96,20 @@ def test_texts_that_cannot_be_split_are_refused():
   shares.check_texts(MeshConfig(tensor=8), 'slots', 5)
 
 
+def test_nothing_is_loaded_where_a_mesh_does_not_fit(checkpoint, monkeypatch):
+  monkeypatch.setattr(sampler, 'load_checkpoint', None)
+  mesh = jax.make_mesh((1,), ('x',), (jax.sharding.AxisType.Auto,))
+  with pytest.raises(ConfigError, match=r"the mesh has the axes \('x',\); they must be"):
+    Sampler.load(checkpoint, mesh=mesh)
+  with pytest.raises(ConfigError, match='capacity=65 must be within 0 and the cfg.max_seq_len=64'):
+    Sampler.load(checkpoint, capacity=65)
+  done = start(
+      checkpoint, '--prompts=x', '--out=y', '--slots=3', '--mesh.expert=2', env=environment(2)
+  )
+  assert 'error: fsdp=1 times expert=2 must divide --slots=3' in done.communicate()[1]
+
+
 # The command.
-
-
-@pytest.fixture(scope='module')
-def checkpoint(tmp_path_factory):
-  folder = tmp_path_factory.mktemp('run')
-  state = new_state(laws.weights(CFG), ('backbone',), OptimConfig(), seed=0)
-  with Checkpoints(folder / 'checkpoints' / 'sparse') as checkpoints:
-    checkpoints.save(1, state, Progress({}, 0.0))
-  (folder / 'config.json').write_text(json.dumps({'model': dataclasses.asdict(CFG)}))
-  return folder / 'checkpoints' / 'sparse'
-
-
-def start(checkpoint, *flags: str, env: dict[str, str]) -> subprocess.Popen:
-  command = [sys.executable, '-m', 'dsa_jax.sample', f'--checkpoint={checkpoint}', *flags]
-  return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def start_two(checkpoint, *flags: str) -> list[subprocess.Popen]:
