@@ -33,7 +33,7 @@ SHARING = dataclasses.replace(CFG, indexer_types=('full', 'shared'))
 SINKS = dataclasses.replace(laws.SINKS, n_heads=4, vocab_size=40)
 WINDOWED = dataclasses.replace(laws.WINDOWED, n_heads=4, vocab_size=40)
 FP8 = dataclasses.replace(CFG, index_head_dim=16)
-GQA_FP8 = dataclasses.replace(GQA, index_head_dim=16)
+GQA_FP8 = dataclasses.replace(GQA, index_head_dim=16, v_head_dim=10)
 
 MIXED = {'fsdp': 2, 'context': 2, 'tensor': 2}
 DATA = {'fsdp': 2, 'expert': 2, 'context': 2}
