@@ -21,7 +21,6 @@ from dsa_jax.inference.load import load_checkpoint
 from dsa_jax.inference.programs import logits_of, make_engine, of_texts, read_hidden
 from dsa_jax.inference.sampler import SampleConfig, Sampler
 from dsa_jax.inference.slots import filled_slots, write
-from dsa_jax.inference.split_selection import FEW
 from dsa_jax.parallel.mesh import make_mesh
 from dsa_jax.training import checkpoint
 from dsa_jax.training.state import new_state
@@ -32,6 +31,8 @@ GQA_EACH = dataclasses.replace(laws.GQA_EACH, n_heads=8, vocab_size=40)
 SHARING = dataclasses.replace(CFG, indexer_types=('full', 'shared'))
 SINKS = dataclasses.replace(laws.SINKS, n_heads=4, vocab_size=40)
 WINDOWED = dataclasses.replace(laws.WINDOWED, n_heads=4, vocab_size=40)
+SHORT = dataclasses.replace(CFG, index_topk=12)  # The first piece attends under a mask.
+SHORTER = dataclasses.replace(GQA_EACH, index_topk=20)  # It selects all.
 FP8 = dataclasses.replace(CFG, index_head_dim=16)
 GQA_FP8 = dataclasses.replace(GQA, index_head_dim=16, v_head_dim=10)
 
@@ -50,12 +51,14 @@ READ = [  # Mesh, model, attention, texts, format of the cache.
     ({'tensor': 8}, GQA, 'sparse', 1, 'float32'),  # Four devices share each of two key heads.
     (MIXED, GQA_FP8, 'sparse', 2, 'fp8'),
     ({'context': 4}, FP8, 'sparse', 2, 'fp8'),
+    (MIXED, SHORT, 'sparse', 2, 'float32'),
+    (OWNERS, SHORTER, 'sparse', 2, 'float32'),
     (DATA, WINDOWED, 'sparse', 1, 'float32'),
     (MIXED, GQA_EACH, 'sparse', 2, 'float32'),
 ]  # fmt: skip
 WRITTEN = [(sizes, drafts) for sizes in (MIXED, DATA, OWNERS) for drafts in (False, True)]
 LENGTHS = (26, 3, 26, 21)
-PIECES = (0, 16, 19, 20), (16, 19, 20, 26)  # Many tokens, some, one, and some that fill up eight.
+PIECES = (0, 16, 19, 20), (16, 19, 20, 26)  # Many tokens, few, and one.
 CAPACITY = 32
 
 
@@ -63,12 +66,12 @@ def model_of(cfg):
   return laws.model_of(laws.weights(cfg), cfg)
 
 
-@functools.partial(jax.jit, static_argnames='reader')
-def read_piece(weights, cache, tokens, n_new, *, reader):
+@functools.partial(jax.jit, static_argnames=('reader', 'visible'))
+def read_piece(weights, cache, tokens, n_new, *, reader, visible):
   """The logits and selections of all tokens, and the cache."""
 
   def run(weights, cache, tokens, n_new, reader):
-    model, reading = read_hidden(weights, cache, tokens, n_new, reader=reader)
+    model, reading = read_hidden(weights, cache, tokens, n_new, reader=reader, visible=visible)
     return logits_of(model, reading.hidden, reader), reading.selected, reading.cache
 
   args = cache, tokens, n_new
@@ -91,9 +94,12 @@ def read(cfg, attention: str, texts: int, fmt: str, mesh=None):
   tokens = np.random.default_rng(0).integers(cfg.vocab_size, size=(texts, 26)).astype(np.int32)
   cache, logits, selected = engine.empty_cache(texts, CAPACITY), [], []
   for first, last in zip(*PIECES):
-    width = 16 if last - first > FEW else last - first
-    n_new = np.clip(np.array(LENGTHS[:texts]) - first, 0, last - first).astype(np.int32)
-    *new, cache = read_piece(engine.weights, cache, tokens[:, first:last], n_new, reader=engine.reader)
+    width = last - first
+    n_new = np.clip(np.array(LENGTHS[:texts]) - first, 0, width).astype(np.int32)
+    *new, cache = read_piece(
+        engine.weights, cache, tokens[:, first:last], n_new,
+        reader=engine.reader, visible=engine.visible(first, width, CAPACITY),
+    )  # fmt: skip
     counted = np.arange(width) < n_new[:, None]
     logits.append(np.where(counted[..., None], new[0], 0))
     of_layers = counted[None, ..., *[None] * (new[1].ndim - 3)]
