@@ -11,6 +11,7 @@ from dsa_jax.config import ModelConfig
 from dsa_jax.inference import positions, storage
 from dsa_jax.inference.storage import Span, Store
 from dsa_jax.kernels import index_scores, index_topk
+from dsa_jax.kernels.xla.rows import pad_axis
 from dsa_jax.nn.indexer import IndexInputs
 from dsa_jax.parallel import collectives
 
@@ -37,10 +38,9 @@ def select_by_scores(
     backend: Which kernels run.
     shared: Axes of the mesh along which devices have the same queries.
   """
-  n = collectives.axis_size(*shared)
-  if n == 1:
+  if collectives.axis_size(*shared) == 1:
     return _topk(index, store, span, end, cfg, backend)
-  if end.shape[1] > FEW and end.shape[1] % n == 0:
+  if end.shape[1] > FEW:
     return _select_for_own_queries(index, store, span, end, cfg, backend, shared)
   return _select_among_own_keys(index, store, span, end, cfg, backend, shared)
 
@@ -64,11 +64,12 @@ def _select_for_own_queries(index, store, span, end, cfg, backend, shared):
   Where there are many queries, the keys are less than the scores.
   """
   keys = jax.tree.map(positions.in_order, storage.read_layer(store, span))
-  own = lambda x: collectives.own_shard(x, *shared, dim=1)
+  n = collectives.axis_size(*shared)  # What fills up the shares sees no key.
+  own = lambda x: collectives.own_shard(pad_axis(x, 1, n), *shared, dim=1)
   index = index._replace(q=own(index.q), weights=own(index.weights))
   whole = 0, jax.tree.leaves(keys)[0].shape[1]
   selected = _topk(index, keys, whole, own(end), cfg, backend)
-  return collectives.all_gather(selected, *shared, dim=1)
+  return collectives.all_gather(selected, *shared, dim=1)[:, : end.shape[1]]
 
 
 def _select_among_own_keys(index, store, span, end, cfg, backend, shared):

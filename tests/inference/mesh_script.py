@@ -59,7 +59,7 @@ READ = [  # Mesh, model, attention, texts, format of the cache.
 ]  # fmt: skip
 WRITTEN = [(sizes, drafts) for sizes in (MIXED, DATA, OWNERS) for drafts in (False, True)]
 LENGTHS = (26, 3, 26, 21)
-PIECES = {'all': (0, 16, 19, 20, 26), 'few': (0, 16, 20)}  # Of many tokens, few, and one.
+PIECES = {'all': (0, 15, 19, 20, 26), 'few': (0, 16, 20)}  # Of many tokens, few, and one.
 CAPACITY = 32
 
 
