@@ -137,9 +137,12 @@ def write(
 
   def put(old, new):
     where = jnp.where(rows >= 0, rows, old.shape[1])
-    old_bits, new_bits = as_bits(old), as_bits(new)
-    bits = jax.vmap(lambda o, w, n: o.at[w].set(n, mode='drop'))(old_bits, where, new_bits)
-    return from_bits(bits, old.dtype)
+    scatter = jax.vmap(lambda o, w, n: o.at[w].set(n, mode='drop'))
+
+    def scatter_bits(old, where, new):
+      return from_bits(scatter(as_bits(old), where, as_bits(new)), old.dtype)
+
+    return jax.lax.platform_dependent(old, where, new, cpu=scatter_bits, default=scatter)
 
   return jax.tree.map(put, store, store.encode(new))
 
