@@ -57,7 +57,8 @@ PARTS = {
     'caches': Part(
         (
             'tests/inference/test_extend.py', 'tests/inference/test_drafts.py',
-            'tests/inference/test_batching.py', 'tests/reporting/test_inspect.py',
+            'tests/inference/test_batching.py', 'tests/inference/test_sampler_meshes.py',
+            'tests/reporting/test_inspect.py', 'tests/compile/test_decode.py',
         ),
         (*MODELS, 'dsa_jax/inference'),
     ),

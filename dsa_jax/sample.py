@@ -7,25 +7,40 @@
 A line of `--prompts` is {"prompt": "..."} or, for a checkpoint with a chat template, {"messages":
 [{"role": "user", "content": "..."}]}, maybe with an "id". Answers are added to `--out` as they end;
 the same command goes on where it was stopped.
+
+A model that is too large for one device is split over several by `--mesh.expert=8` and the like, as in
+training. On several hosts, each of them runs the same command.
 """
 
 import logging
+import os
 import pathlib
+import resource
 import statistics
 import sys
 import time
+import traceback
 from typing import Any
 
 from absl import app, flags
+import jax
 import rich.console
 
 from dsa_jax.config import ConfigError
 from dsa_jax.inference.batch_file import AnswerFile, read_prompts
 from dsa_jax.inference.cache import FORMATS
 from dsa_jax.inference.sampler import SampleConfig, Sampler
+from dsa_jax.inference.shares import check_texts
+from dsa_jax.parallel.mesh import MeshConfig, make_mesh
+from dsa_jax.parallel.processes import has_lost_a_process, is_first, join_job
 from dsa_jax.reporting.progress import StepProgress
 from dsa_jax.selection import RULES
 from dsa_jax.training.compilation_cache import compilation_cache
+
+LOST = (
+    'another process of this job has gone. Start the same command again, on each host; with --out it '
+    'goes on where it was stopped.'
+)
 
 
 def main(_):
@@ -36,15 +51,42 @@ def main(_):
   )
   try:
     check_flags()
+    join_job()
     with compilation_cache(COMPILATION_CACHE.value):
       if PROMPTS.value:
-        sampler = Sampler.load(CHECKPOINT.value, **of_sampler)
-        continue_file(sampler, drawing)
+        continue_file(load(of_sampler), drawing)
       else:
         prompt = read_prompt(PROMPT.value)
-        continue_one(Sampler.load(CHECKPOINT.value, **of_sampler), prompt, drawing)
+        continue_one(load(of_sampler), prompt, drawing)
   except (ConfigError, OSError) as error:
     sys.exit(f'error: {error}')
+  except jax.errors.JaxRuntimeError as error:
+    if jax.process_count() == 1:
+      raise
+    traceback.print_exc()
+    if has_lost_a_process(error):
+      print(f'error: {LOST}', file=sys.stderr)
+    sys.stderr.flush()
+    os._exit(1)  # The way out of jax waits for processes that have gone, and then aborts.
+
+
+def load(of_sampler: dict[str, Any]) -> Sampler:
+  """Loads the sampler, and says how long it took and how much memory of the host."""
+  sizes = MeshConfig(**{name: flag.value for name, flag in MESH.items()})
+  if PROMPTS.value:
+    check_texts(sizes, '--slots', SLOTS.value)
+  mesh, began = make_mesh(**sizes.sizes) if sizes.n_devices > 1 else None, time.monotonic()
+  sampler = Sampler.load(CHECKPOINT.value, mesh=mesh, **of_sampler)
+  seconds, unit = time.monotonic() - began, 1 if sys.platform == 'darwin' else 1024
+  gib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+  report(f'loaded in {seconds:.1f} s, with at most {gib:.2f} GiB of memory on this host')
+  return sampler
+
+
+def report(text: str):
+  """Prints a line beside the answers; of several processes, the first does."""
+  if is_first():
+    print(f'[{text}]', file=sys.stderr, flush=True)
 
 
 def check_flags():
@@ -65,10 +107,13 @@ def continue_one(sampler: Sampler, prompt: str, drawing: dict[str, Any]):
     prompt = sampler.prompt_of([{'role': 'user', 'content': prompt}])
   times = [time.monotonic()]
   for text in sampler.stream(prompt, **drawing):
-    print(text, end='', flush=True)
+    if is_first():
+      print(text, end='', flush=True)
     times.append(time.monotonic())
   times.pop()  # The last piece is what the end leaves of a text, and no token.
-  print(f'\n[{describe(times)}, {sampler.attention} attention]', file=sys.stderr)
+  if is_first():
+    print(file=sys.stderr)
+  report(f'{describe(times)}, {sampler.attention} attention')
 
 
 def continue_file(sampler: Sampler, drawing: dict[str, Any]):
@@ -79,7 +124,7 @@ def continue_file(sampler: Sampler, drawing: dict[str, Any]):
   checkpoint = str(pathlib.Path(CHECKPOINT.value).expanduser().resolve())
   answers = AnswerFile(out, sampler, prompts, config, SAMPLES.value, checkpoint)
   done, began, n_tokens, n_steps, to_first = len(answers.answered), time.monotonic(), 0, 0, []
-  with StepProgress(rich.console.Console(stderr=True)) as bar:
+  with StepProgress(rich.console.Console(stderr=True, quiet=not is_first())) as bar:
     bar.start_stage('answers', done + answers.n_left, done)
     for i, completion in enumerate(answers.answer(SLOTS.value), done + 1):
       n_tokens, n_steps = n_tokens + len(completion.ids), n_steps + completion.steps
@@ -94,7 +139,7 @@ def continue_file(sampler: Sampler, drawing: dict[str, Any]):
     )
     if SAMPLER['drafts'].value:
       text += f', {n_tokens / n_steps:.2f} tokens a step'
-  print(f'[{text}, {sampler.attention} attention]', file=sys.stderr)
+  report(f'{text}, {sampler.attention} attention')
 
 
 def describe(times: list[float]) -> str:
@@ -155,6 +200,12 @@ if __name__ == '__main__':
           'capacity', 0, 'Tokens of the cache; 0: all that the model can read.'
       ),
   }  # fmt: skip
+  MESH = {
+      'fsdp': flags.DEFINE_integer('mesh.fsdp', 1, 'Devices that share texts and weights.'),
+      'context': flags.DEFINE_integer('mesh.context', 1, 'Devices that share the tokens of a text.'),
+      'expert': flags.DEFINE_integer('mesh.expert', 1, 'Devices that share texts and experts.'),
+      'tensor': flags.DEFINE_integer('mesh.tensor', 1, 'Devices that share heads and experts.'),
+  }
   DRAWING = {
       'max_new_tokens': flags.DEFINE_integer('max_new_tokens', 128, 'Tokens to write at most.'),
       'temperature': flags.DEFINE_float(

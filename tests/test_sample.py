@@ -6,8 +6,10 @@ import itertools
 import json
 import pathlib
 import re
+import signal
 import subprocess
 import sys
+import time
 
 import jax
 import jax.numpy as jnp
@@ -296,10 +298,11 @@ def test_a_converted_model_without_indexers_is_dense():
   assert trained == [False, True]
 
 
+COMMAND = [sys.executable, '-m', 'dsa_jax.sample']
+
+
 def command(*flags: str) -> subprocess.CompletedProcess:
-  return subprocess.run(
-      [sys.executable, '-m', 'dsa_jax.sample', *flags], capture_output=True, text=True
-  )
+  return subprocess.run([*COMMAND, *flags], capture_output=True, text=True)
 
 
 @pytest.mark.nightly
@@ -318,6 +321,30 @@ def test_command(tmp_path):
   assert done.stdout == sampler('hello', **drawing, stop=(stop,))
   assert done.stdout != sampler('hello', **drawing, stop=())
   assert 'sparse attention]' in done.stderr
+
+
+@pytest.mark.nightly
+def test_a_killed_command_goes_on_and_loses_no_answer(tmp_path):
+  """It is killed three times; then every prompt has its answers, each of them once."""
+  prompts, out, total = tmp_path / 'prompts.jsonl', tmp_path / 'answers.jsonl', 120
+  prompts.write_text('\n'.join(json.dumps({'prompt': f'hello {i}'}) for i in range(total // 2)))
+  flags = [f'--checkpoint={save_run(tmp_path)}', '--max_new_tokens=30', '--temperature=1', '--slots=2']
+  flags += [f'--prompts={prompts}', '--samples=2']
+  n_lines = lambda: out.read_bytes().count(b'\n') if out.exists() else 0
+  for most in 5, 25, 60:
+    process = subprocess.Popen([*COMMAND, *flags, f'--out={out}'], stderr=subprocess.DEVNULL)
+    while n_lines() < most:
+      assert process.poll() is None
+      time.sleep(0.005)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    assert most <= n_lines() < total
+  done = [command(*flags, f'--out={path}') for path in (out, tmp_path / 'whole.jsonl')]
+  assert [x.returncode for x in done] == [0, 0], done
+  files = out.read_text(), (tmp_path / 'whole.jsonl').read_text()
+  lines = [[json.loads(line) for line in text.splitlines()] for text in files]
+  answers = [{(x['prompt'], x['sample']): x['ids'] for x in of_file} for of_file in lines]
+  assert answers[0] == answers[1] and len(lines[0]) == len(answers[0]) == total
 
 
 def test_the_command_prints_a_mistake_in_one_line(tmp_path):

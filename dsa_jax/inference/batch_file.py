@@ -12,6 +12,7 @@ from dsa_jax.config import ConfigError
 from dsa_jax.inference.batching import Completion
 from dsa_jax.inference.sample_config import SampleConfig
 from dsa_jax.inference.sampler import Sampler
+from dsa_jax.parallel.processes import is_first, wait_for_all
 
 
 class Prompt(NamedTuple):
@@ -115,7 +116,7 @@ class AnswerFile:
     return len(self._prompts) * self._samples - len(self.answered)
 
   def answer(self, slots: int) -> Iterator[Completion]:
-    """Writes the missing answers as they come, and yields them.
+    """Writes the missing answers as they come, and yields them; of several processes, the first writes.
 
     Raises:
       ConfigError: A prompt is too long; nothing has been written then.
@@ -124,6 +125,10 @@ class AnswerFile:
     completions = self._sampler.complete(
         texts, self._config, samples=self._samples, slots=slots, without=self.answered
     )
+    wait_for_all('every process has read the answers')
+    if not is_first():
+      yield from completions
+      return
     self._path.parent.mkdir(parents=True, exist_ok=True)
     with open(self._path, 'ab', buffering=0) as file:
       file.truncate(self._whole)

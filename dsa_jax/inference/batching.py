@@ -3,18 +3,19 @@
 
 import collections
 from collections.abc import Iterator, Sequence
+import math
 import time
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from dsa_jax.data.tokenizer import Tokenizer
-from dsa_jax.inference.cache import Cache
+from dsa_jax.inference.cache import Cache, shapes_of
 from dsa_jax.inference.drafts import Drafts, no_drafts, read_chunk_with_drafts
 from dsa_jax.inference.programs import Engine
 from dsa_jax.inference.sample_config import SampleConfig, padded
+from dsa_jax.inference.shares import make_texts, place_text, whole_rows
 from dsa_jax.inference.slots import Slots, Written, copy_of, free_slots, join, write
 from dsa_jax.inference.stopping import StopTexts
 
@@ -95,8 +96,10 @@ def complete(
   if not texts:
     return
   longest = max(len(text.prompt) for text in texts) + config.max_new_tokens
-  capacity = min(-(-longest // LINE) * LINE, engine.cfg.max_seq_len)
-  batch = Batch(engine, config, min(n_slots, len(texts)), capacity)
+  line, mesh = math.lcm(LINE, engine.mesh.context), engine.mesh
+  capacity = min(-(-longest // line) * line, whole_rows(engine.cfg.max_seq_len, mesh))
+  n_shares = mesh.fsdp * mesh.expert  # Some slots may stay free, for even shares.
+  batch = Batch(engine, config, min(n_slots, -(-len(texts) // n_shares) * n_shares), capacity)
   for text in batch.run(iter(texts)):
     yield text.completion()
 
@@ -108,8 +111,9 @@ class Batch:
     self._engine, self._config = engine, config
     self._numbers = np.float32(config.temperature), np.float32(config.top_p), padded(config.stop)
     self._slots = free_slots(
-        engine.empty_cache(n_slots, capacity), engine.cfg, drafts=engine.drafts
-    )
+        engine.empty_cache(n_slots, capacity), engine.cfg,
+        drafts=engine.drafts, shares=engine.reader.shares,
+    )  # fmt: skip
     self._texts: list[Text | None] = [None] * n_slots
     self._held = [list[int]() for _ in range(n_slots)]  # The prompt that each slot last had.
     self._begun = collections.deque[tuple[list[Text | None], Written]]()
@@ -144,7 +148,7 @@ class Batch:
     config = self._config
     self._slots = join(
         self._slots, slot, cache, drafts, logits, np.uint32(config.seed), text.number,
-        config.max_new_tokens,
+        config.max_new_tokens, shares=self._engine.reader.shares,
     )  # fmt: skip
 
   def _begin_step(self):
@@ -174,8 +178,11 @@ class PromptReader:
   def __init__(self, engine: Engine, capacity: int):
     self._engine = engine
     self._cache = engine.empty_cache(1, capacity)
-    self._drafts = no_drafts(self._cache, engine.cfg) if engine.drafts else None
-    self._logits = jnp.zeros((1, engine.cfg.vocab_size), jnp.float32)
+    shares, self._drafts = engine.reader.shares, None
+    if engine.drafts:
+      shapes = shapes_of(self._cache)
+      self._drafts = make_texts(no_drafts, shapes, engine.cfg, n_texts=1, shares=shares)
+    self._logits = engine.empty_logits(1)
     self._held: list[int] = []  # What the cache holds.
     self.text: Text | None = None
 
@@ -191,10 +198,10 @@ class PromptReader:
     own, in_slots = common(self._held), [common(tokens) for tokens in held]
     if max(in_slots) >= own + FEWEST:
       own, slot = max(in_slots), int(np.argmax(in_slots))
-      self._cache, self._drafts = copy_of(slots, slot)
+      self._cache, self._drafts = copy_of(slots, slot, shares=self._engine.reader.shares)
     self._held = text.prompt[:own]
     text.begin(own)
-    length = lambda: jnp.array([own], jnp.int32)
+    length = lambda: place_text(np.array([own], np.int32), self._engine.reader.shares)
     self._cache = self._cache._replace(length=length())
     if self._drafts is not None:
       self._drafts = self._drafts._replace(cache=self._drafts.cache._replace(length=length()))

@@ -24,7 +24,8 @@ FORMATS = ('float32', 'bfloat16', 'fp8')
 class Cache(NamedTuple):
   """The tokens of a batch of sequences.
 
-  All layers lie side by side: row `layer * capacity + position` of `kv` is a token's in that layer.
+  All layers lie side by side: row `layer * capacity + position` of `kv` is a token's in that layer. On
+  a mesh, that is so of each device's share, see `positions`, and the shares lie side by side.
   Layers that share another's selection or attend within a window keep no index keys, so `index_key`
   counts only the F layers with an indexer.
   """
@@ -40,7 +41,13 @@ class Cache(NamedTuple):
 
 
 def init_cache(
-    cfg: ModelConfig, batch: int, capacity: int, *, fmt: str = 'bfloat16', whole_lines: bool = False
+    cfg: ModelConfig,
+    batch: int,
+    capacity: int,
+    *,
+    fmt: str = 'bfloat16',
+    whole_lines: bool = False,
+    n_heads: int = 0,
 ) -> Cache:
   """Returns an empty cache.
 
@@ -53,6 +60,8 @@ def init_cache(
       sizes. Of GQA it holds all in FP8.
     whole_lines: Appends zeros to the rows of key heads up to a multiple of 128 channels, for a TPU.
       XLA would otherwise save the padding by transposing the whole array, twice in every step.
+    n_heads: The key heads of a row. 0: those of the model. Where several devices need one key head, each
+      has it for itself.
 
   Raises:
     ConfigError: A size or the format is out of range.
@@ -68,7 +77,8 @@ def init_cache(
     )
   if fmt == 'fp8' and cfg.index_head_dim & (cfg.index_head_dim - 1):
     raise ConfigError(f'{fmt=} rotates index keys: {cfg.index_head_dim=} must be a power of two.')
-  width = cfg.row_heads * (cfg.row_dim + (-cfg.row_dim % LINE if whole_lines else 0))
+  n_heads = n_heads or cfg.row_heads
+  width = n_heads * (cfg.row_dim + (-cfg.row_dim % LINE if whole_lines else 0))
   n_rows, n_index_rows = cfg.n_layers * capacity, len(cfg.full_layers) * capacity
   length = jnp.zeros(batch, jnp.int32)
   if fmt != 'fp8':
@@ -79,10 +89,15 @@ def init_cache(
   if cfg.attention == 'mla':
     kv = QuantizedLatents.quantize(kv, cfg.kv_lora_rank)
   else:
-    kv = QuantizedRows.quantize(kv, 2 * cfg.row_heads)
+    kv = QuantizedRows.quantize(kv, 2 * n_heads)
   index_key = QuantizedKeys.quantize(jnp.zeros((1, 1, cfg.index_head_dim)))
   repeat = lambda store, n: jax.tree.map(lambda x: jnp.tile(x, (batch, n, 1)), store)
   return Cache(repeat(kv, n_rows), repeat(index_key, n_index_rows), length)
+
+
+def shapes_of(cache: Cache) -> Cache:
+  """Returns the shapes and dtypes of a cache, which are hashable."""
+  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), cache)
 
 
 def flat_rows(rows: Float[Array, 'B T G P'], store: Store) -> Float[Array, 'B T W']:
@@ -91,16 +106,16 @@ def flat_rows(rows: Float[Array, 'B T G P'], store: Store) -> Float[Array, 'B T 
   return wide.reshape(*wide.shape[:2], -1)
 
 
-def split_rows(flat: Float[Array, '*rows W'], cfg: ModelConfig) -> Float[Array, '*rows G P']:
-  """Returns stored rows as attention reads them."""
-  return flat.reshape(*flat.shape[:-1], cfg.row_heads, -1)
+def split_rows(flat: Float[Array, '*rows W'], n_heads: int) -> Float[Array, '*rows G P']:
+  """Returns stored rows of so many key heads as attention reads them."""
+  return flat.reshape(*flat.shape[:-1], n_heads, -1)
 
 
 def match_rows(
-    q: Float[Array, 'B T H E'], store: Store, cfg: ModelConfig
+    q: Float[Array, 'B T H E'], store: Store, row_dim: int, n_heads: int
 ) -> Float[Array, 'B T H E2']:
   """Appends as many zeros to queries as stand behind the keys of stored rows."""
-  return widen(q, q.shape[-1] + store.width // cfg.row_heads - cfg.row_dim)
+  return widen(q, q.shape[-1] + store.width // n_heads - row_dim)
 
 
 def bytes_per_token(cfg: ModelConfig, fmt: str = 'bfloat16') -> int:

@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 from dsa_jax.config import ModelConfig
 from dsa_jax.inference.cache import Cache
 from dsa_jax.inference.extend import extend_mtp
-from dsa_jax.inference.programs import Reader, logits_of, read_hidden
+from dsa_jax.inference.programs import Reader, agreed, logits_of, of_texts, read_hidden
 from dsa_jax.nn.transformer import Transformer
 
 
@@ -35,7 +35,7 @@ class Drafts(NamedTuple):
 def no_drafts(cache: Cache, cfg: ModelConfig) -> Drafts:
   """Returns the drafts of texts of which nothing was read, beside their cache."""
   capacity, n = cache.capacity(cfg), len(cache.length)
-  one_layer = lambda x: jnp.zeros_like(x[:, :capacity])
+  one_layer = lambda x: jnp.zeros((n, capacity, x.shape[2]), x.dtype)
   kv, index_key = (jax.tree.map(one_layer, store) for store in (cache.kv, cache.index_key))
   own = Cache(kv, index_key, jnp.zeros(n, jnp.int32))
   hidden = jnp.zeros((n, 2, cfg.dim), cfg.dtype)
@@ -61,7 +61,8 @@ def guess_next(
   n_new = jnp.where(goes_on, drafts.waiting, 0)
   hidden, cache = _read(model, drafts.cache, drafts.hidden, behind, n_new, capacity, reader)
   last = jnp.take_along_axis(hidden, (drafts.waiting - 1)[:, None, None], axis=1)
-  return jnp.argmax(logits_of(model, last, reader)[:, 0], axis=-1).astype(jnp.int32), cache
+  guess = jnp.argmax(logits_of(model, last, reader)[:, 0], axis=-1).astype(jnp.int32)
+  return agreed(guess, reader), cache
 
 
 @functools.partial(
@@ -95,6 +96,16 @@ def read_chunk_with_drafts(
   Returns:
     The logits behind the last token, the cache and the drafts.
   """
+  args = cache, drafts, tokens, behind, n_new, n_known
+  if (shares := reader.shares) is None:
+    return _read_chunk(weights, *args, reader=reader, visible=visible)
+  run = functools.partial(_read_chunk, reader=of_texts(reader, len(tokens)), visible=visible)
+  specs = shares.specs(args, len(tokens))
+  out_specs = shares.specs(tokens, len(tokens)), *specs[:2]
+  return shares.run(run, (list(shares.weights), *specs), out_specs)(weights, *args)
+
+
+def _read_chunk(weights, cache, drafts, tokens, behind, n_new, n_known, *, reader, visible):
   model, reading = read_hidden(weights, cache, tokens, n_new, reader=reader, visible=visible)
   capacity = cache.capacity(model.cfg)
   _, own = _read(model, drafts.cache, reading.hidden, behind, n_known, capacity, reader)
@@ -108,4 +119,5 @@ def _read(model, cache, hidden, behind, n_new, capacity, reader):
   return extend_mtp(
       model, cache, hidden, behind, n_new,
       capacity=capacity, attention=reader.attention, backend=reader.backend, rule=reader.rule,
+      shared=reader.shared,
   )  # fmt: skip

@@ -77,7 +77,7 @@ def load_checkpoint(
       is out of range.
   """
   stored = find_checkpoint(folder)
-  cfg = _with_budget(ModelConfig(**stored.record['model']), index_topk)
+  cfg = config_of(stored, index_topk)
   params = restore_params(stored.step or stored.folder, abstract_params(cfg, mesh=mesh, dtype=dtype))
   return nnx.merge(model_graph(cfg), params)
 
@@ -164,7 +164,13 @@ def _refuse_run(folder: pathlib.Path) -> NoReturn:
   )
 
 
-def _with_budget(cfg: ModelConfig, index_topk: int | None) -> ModelConfig:
+def config_of(stored: StoredModel, index_topk: int | None) -> ModelConfig:
+  """Returns the config of a checkpoint's model, with another budget if one is given.
+
+  Raises:
+    ConfigError: The budget is out of range.
+  """
+  cfg = ModelConfig(**stored.record['model'])
   if index_topk is None:
     return cfg
   if not 1 <= index_topk <= cfg.max_seq_len:

@@ -9,17 +9,22 @@ from typing import NamedTuple
 from flax import nnx
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 import numpy as np
 
 from dsa_jax.config import ConfigError, ModelConfig
 from dsa_jax.inference.cache import FORMATS, Cache, init_cache
-from dsa_jax.inference.extend import Reading, extend, short_context
+from dsa_jax.inference.extend import Reading, extend
+from dsa_jax.inference.piece import short_context
+from dsa_jax.inference.shares import Shares, make_texts, mesh_config, shares_of
 from dsa_jax.kernels.backend import check_backend, default_backend
 from dsa_jax.nn.attention.mla import MLA
 from dsa_jax.nn.attention.types import Attention
 from dsa_jax.nn.block import Block
 from dsa_jax.nn.transformer import Transformer
+from dsa_jax.parallel import collectives
+from dsa_jax.parallel.mesh import TOKENS, MeshConfig, shardings_of
 from dsa_jax.params import BackboneParam
 from dsa_jax.selection import check_rule
 
@@ -63,6 +68,8 @@ class Reader:
   backend: str
   rule: str
   on_cpu: bool  # Whether they are as `prepared_for_cpu` returns them.
+  shares: Shares | None  # What each device of a mesh has of them. None: there is one device.
+  shared: tuple[str, ...]  # Axes of the mesh along which devices read the same; see `extend`.
   known_hash: int
 
   def __hash__(self) -> int:
@@ -71,9 +78,14 @@ class Reader:
 
 @functools.cache  # Samplers of models with one structure have one reader, which equals itself at once.
 def make_reader(
-    structure: jax.tree_util.PyTreeDef, attention: Attention, backend: str, rule: str, on_cpu: bool
+    structure: jax.tree_util.PyTreeDef,
+    attention: Attention,
+    backend: str,
+    rule: str,
+    on_cpu: bool,
+    shares: Shares | None,
 ) -> Reader:
-  fields = structure, attention, backend, rule, on_cpu
+  fields = structure, attention, backend, rule, on_cpu, shares, TOKENS
   return Reader(*fields, hash(fields))
 
 
@@ -109,17 +121,48 @@ def read_hidden(
   return model, extend(
       model, cache, tokens, n_new,
       attention=reader.attention, backend=reader.backend, rule=reader.rule, layers=layers,
-      visible=visible,
+      visible=visible, shared=reader.shared,
   )  # fmt: skip
 
 
 def logits_of(
     model: Transformer, hidden: Float[Array, 'B T D'], reader: Reader
 ) -> Float[Array, 'B T W']:
-  return model.logits(hidden.astype(jnp.float32) if reader.on_cpu else hidden)
+  if reader.shares is None:
+    return model.logits(hidden.astype(jnp.float32) if reader.on_cpu else hidden)
+  head = collectives.all_gather(model.head_weight.astype(hidden.dtype), 'fsdp', dim=0)
+  logits = jnp.einsum('BTD,DW->BTW', hidden, head, preferred_element_type=jnp.float32)
+  return collectives.all_gather(logits, 'tensor', dim=2)
 
 
-read_chunk = jax.jit(read, static_argnames=('reader', 'visible'), donate_argnames='cache')
+def agreed(ids: Int[Array, 'B'], reader: Reader) -> Int[Array, 'B']:
+  """Returns ids that devices have each drawn for the same texts, whose logits may differ in a last bit."""
+  return ids if reader.shares is None else collectives.pmax(ids, *reader.shared)
+
+
+def of_texts(reader: Reader, n_texts: int) -> Reader:
+  """Returns what reads so many texts, within a program of all devices."""
+  return dataclasses.replace(reader, shared=reader.shares.shared(n_texts))
+
+
+@functools.partial(jax.jit, static_argnames=('reader', 'visible'), donate_argnames='cache')
+def read_chunk(
+    weights: list[Array],
+    cache: Cache,
+    tokens: Int[Array, 'B T'],
+    n_new: Int[Array, 'B'],
+    logits: Float[Array, 'B W'],
+    *,
+    reader: Reader,
+    visible: int,
+) -> tuple[Float[Array, 'B W'], Cache]:
+  """Compiles `read`."""
+  args = cache, tokens, n_new, logits
+  if (shares := reader.shares) is None:
+    return read(weights, *args, reader=reader, visible=visible)
+  run = functools.partial(read, reader=of_texts(reader, len(tokens)), visible=visible)
+  specs = shares.specs(args, len(tokens))
+  return shares.run(run, (list(shares.weights), *specs), (specs[3], specs[0]))(weights, *args)
 
 
 class Engine(NamedTuple):
@@ -132,9 +175,19 @@ class Engine(NamedTuple):
   cache_format: str
   drafts: bool  # Whether the MTP layer guesses tokens.
 
+  @property
+  def mesh(self) -> MeshConfig:
+    return mesh_config(self.reader.shares and self.reader.shares.mesh)
+
   def empty_cache(self, batch: int, capacity: int) -> Cache:
-    on_tpu = self.reader.backend == 'tpu'
-    return init_cache(self.cfg, batch, capacity, fmt=self.cache_format, whole_lines=on_tpu)
+    on_tpu, shares, n_heads = self.reader.backend == 'tpu', self.reader.shares, 0
+    if shares is not None and shares.splits_heads:
+      n_heads = max(self.cfg.row_heads, self.mesh.tensor)
+    args = self.cfg, batch, capacity, self.cache_format, on_tpu, n_heads
+    return make_texts(_empty_cache, *args, n_texts=batch, shares=shares)
+
+  def empty_logits(self, batch: int) -> Float[Array, 'B W']:
+    return make_texts(jnp.zeros, (batch, self.cfg.vocab_size), n_texts=batch, shares=self.reader.shares)
 
   def read(
       self,
@@ -158,6 +211,10 @@ class Engine(NamedTuple):
     return min(topk if most <= topk else longest, capacity)
 
 
+def _empty_cache(cfg, batch: int, capacity: int, fmt: str, whole_lines: bool, n_heads: int) -> Cache:
+  return init_cache(cfg, batch, capacity, fmt=fmt, whole_lines=whole_lines, n_heads=n_heads)
+
+
 def make_engine(
     model: Transformer,
     *,
@@ -167,6 +224,7 @@ def make_engine(
     chunk: int | None,
     backend: str,
     drafts: bool,
+    mesh: Mesh | None,
 ) -> Engine:
   """Makes a model ready to read; see `Sampler` for the arguments.
 
@@ -187,7 +245,12 @@ def make_engine(
     raise ConfigError(f'{chunk=} must be at least 1.')
   if drafts and model.mtp is None:
     raise ConfigError(f'{drafts=} needs an MTP layer, which the model lacks: {model.cfg.n_mtp_layers=}.')
-  model, on_cpu = model if drafts else without_mtp(model), jax.default_backend() == 'cpu'
-  weights, structure = jax.tree.flatten(prepared_for_cpu(model) if on_cpu else (model, None))
-  reader = make_reader(structure, attention, backend, rule, on_cpu)
+  model = model if drafts else without_mtp(model)
+  shares, on_cpu = shares_of(model, mesh), False
+  if shares is not None:
+    weights, structure = jax.tree.flatten((jax.device_put(model, shardings_of(model, mesh)), None))
+  else:
+    on_cpu = jax.default_backend() == 'cpu'
+    weights, structure = jax.tree.flatten(prepared_for_cpu(model) if on_cpu else (model, None))
+  reader = make_reader(structure, attention, backend, rule, on_cpu, shares)
   return Engine(model.cfg, weights, reader, chunk, cache or model.cfg.dtype, drafts)

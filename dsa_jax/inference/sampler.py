@@ -9,22 +9,25 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jaxtyping import Array, Float
 import numpy as np
 
-from dsa_jax.config import ConfigError
+from dsa_jax.config import ConfigError, ModelConfig
 from dsa_jax.data.chat import ChatTemplate, Message, find_chat_template
 from dsa_jax.data.text import VOCAB_SIZE
 from dsa_jax.data.tokenizer import Bytes, Tokenizer, find_tokenizer
 from dsa_jax.inference.batching import Completion, Text, complete
 from dsa_jax.inference.cache import Cache
-from dsa_jax.inference.load import find_checkpoint, load_checkpoint
+from dsa_jax.inference.load import config_of, find_checkpoint, load_checkpoint
 from dsa_jax.inference.programs import make_engine
 from dsa_jax.inference.sample_config import SampleConfig, padded
+from dsa_jax.inference.shares import check_mesh, check_texts, mesh_config, whole_rows
 from dsa_jax.inference.slots import Written, filled_slots, write
 from dsa_jax.inference.stopping import StopTexts
 from dsa_jax.nn.attention.types import Attention
 from dsa_jax.nn.transformer import Transformer
+from dsa_jax.parallel.processes import to_host
 
 
 class Prefix(NamedTuple):
@@ -35,7 +38,7 @@ class Prefix(NamedTuple):
 
   @property
   def lengths(self) -> np.ndarray:
-    return np.asarray(self.cache.length)
+    return to_host(self.cache.length)
 
 
 class Sampler:
@@ -58,6 +61,7 @@ class Sampler:
       chunk: int | None = None,
       backend: str = '',
       drafts: bool = False,
+      mesh: Mesh | None = None,
   ):
     """Makes a sampler. Samplers of models with one structure share their compiled programs.
 
@@ -74,6 +78,9 @@ class Sampler:
       backend: Which kernels run. '' stands for the platform's default.
       drafts: Whether `complete` lets the model's MTP layer guess tokens, so that a step may write two.
         The texts stay the same.
+      mesh: Devices that share the work, see `make_mesh`. Weights are split as in training, texts over
+        `fsdp` and `expert`, and the positions of each over `context`. A text that is alone is read by
+        all of them. With several processes, each of them makes the same calls. None: one device.
 
     Raises:
       ConfigError: An argument is out of range.
@@ -82,14 +89,13 @@ class Sampler:
       raise ConfigError(
           f'a Sampler takes a model, not {type(model).__name__}: Sampler.load(FOLDER) makes one.'
       )
-    if not 0 <= capacity <= model.cfg.max_seq_len:
-      raise ConfigError(f'{capacity=} must be within 0 and the {model.cfg.max_seq_len=}.')
     self.cfg, self.tokenizer, self.chat = model.cfg, tokenizer or Bytes(), chat
     self.attention, self.rule = attention, rule
-    self.capacity = capacity or model.cfg.max_seq_len
+    self.capacity = _check_sizes(model.cfg, capacity, rule, mesh)
     self._engine = make_engine(
-        model, attention=attention, rule=rule, cache=cache, chunk=chunk, backend=backend, drafts=drafts
-    )
+        model, attention=attention, rule=rule, cache=cache, chunk=chunk, backend=backend,
+        drafts=drafts, mesh=mesh,
+    )  # fmt: skip
 
   @classmethod
   def load(
@@ -99,6 +105,8 @@ class Sampler:
       index_topk: int | None = None,
       rule: str | None = None,
       attention: Attention | None = None,
+      capacity: int = 0,
+      mesh: Mesh | None = None,
       **kwargs,
   ) -> 'Sampler':
     """Returns a sampler for a converted checkpoint, or for RUN/checkpoints/ENTRY.
@@ -109,6 +117,8 @@ class Sampler:
       rule: What selects them. None stands for the rule of the run, or else the indexer.
       attention: None stands for 'sparse', but for 'dense' if what selects is an indexer that was
         never trained.
+      capacity: See the class.
+      mesh: See there. Each device reads its own share of the weights only.
       **kwargs: The other arguments of the class.
 
     Raises:
@@ -127,7 +137,8 @@ class Sampler:
             'that needs no training.'
         )
     selects = 'indexer' if attention == 'dense' else rule or stored.rule
-    model = load_checkpoint(folder, index_topk=index_topk)
+    _check_sizes(config_of(stored, index_topk), capacity, selects, mesh)
+    model = load_checkpoint(folder, index_topk=index_topk, mesh=mesh)
     tokenizer = find_tokenizer(stored.origin)
     is_foreign = model.cfg.vocab_size != VOCAB_SIZE and not stored.source
     if isinstance(tokenizer, Bytes) and is_foreign:
@@ -137,7 +148,10 @@ class Sampler:
           stored.folder, model.cfg.vocab_size,
       )  # fmt: skip
     chat = find_chat_template(stored.origin)
-    return cls(model, tokenizer, chat=chat, rule=selects, attention=attention, **kwargs)
+    return cls(
+        model, tokenizer, chat=chat, rule=selects, attention=attention, capacity=capacity, mesh=mesh,
+        **kwargs,
+    )  # fmt: skip
 
   def __call__(self, prompt: str, **kwargs) -> str:
     """Returns the continuation of one text; see SampleConfig for the arguments."""
@@ -203,6 +217,7 @@ class Sampler:
     config = config or SampleConfig(stop=self.tokenizer.stop)
     if samples < 1 or slots < 1:
       raise ConfigError(f'{samples=} and {slots=} must be at least 1.')
+    check_texts(self._engine.mesh, 'slots', slots)
     self._check_config(config)
     ids = [self.tokenizer.encode(x) if isinstance(x, str) else list(x) for x in prompts]
     for i, prompt in enumerate(ids):
@@ -243,7 +258,7 @@ class Sampler:
     self._check_prompts(prompts, room, after)
     if after is None:
       cache = self._engine.empty_cache(len(prompts), self.capacity)
-      logits = jnp.zeros((len(prompts), self.cfg.vocab_size), jnp.float32)
+      logits = self._engine.empty_logits(len(prompts))
     else:
       cache, logits = jax.tree.map(jnp.copy, after.cache), after.logits
     longest = max(map(len, prompts))
@@ -291,7 +306,10 @@ class Sampler:
     Each step begins before the ids of the one before it are read, so that the device never waits.
     """
     cache, logits = jax.tree.map(jnp.copy, prefix) if keep else prefix
-    slots = filled_slots(cache, logits, np.uint32(config.seed), config.max_new_tokens)
+    slots = filled_slots(
+        cache, logits, np.uint32(config.seed), config.max_new_tokens,
+        shares=self._engine.reader.shares,
+    )  # fmt: skip
     numbers = np.float32(config.temperature), np.float32(config.top_p), padded(config.stop)
     begun, every = collections.deque[Written](), np.ones(len(cache.length), bool)
     for step in range(config.max_new_tokens):
@@ -319,6 +337,7 @@ class Sampler:
           f'{len(prompts)} prompts for {len(before)} texts: there must be one for each, and at '
           'least one.'
       )
+    check_texts(self._engine.mesh, 'prompts', len(prompts))
     for i, prompt in enumerate(prompts):
       self._check_prompt(i, prompt, int(before[i]), room)
 
@@ -351,6 +370,16 @@ class Sampler:
   def _check_config(self, config: SampleConfig):
     if config.top_k > self.cfg.vocab_size:
       raise ConfigError(f'{config.top_k=} must be at most the vocabulary of {self.cfg.vocab_size}.')
+
+
+def _check_sizes(cfg: ModelConfig, capacity: int, rule: str, mesh: Mesh | None) -> int:
+  """Returns the capacity. Raises a ConfigError if it is out of range, or a mesh does not fit the model."""
+  if not 0 <= capacity <= cfg.max_seq_len:
+    raise ConfigError(f'{capacity=} must be within 0 and the {cfg.max_seq_len=}.')
+  sizes = mesh_config(mesh)
+  capacity = capacity or whole_rows(cfg.max_seq_len, sizes)
+  check_mesh(sizes, cfg, capacity=capacity, rule=rule)
+  return capacity
 
 
 def _check_writes_ids(config: SampleConfig):

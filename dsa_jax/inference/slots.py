@@ -7,14 +7,18 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.scipy.special import logsumexp
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int, Key, UInt
 import numpy as np
 
 from dsa_jax.config import ModelConfig
-from dsa_jax.inference.cache import Cache
+from dsa_jax.inference.cache import Cache, shapes_of
 from dsa_jax.inference.drafts import Drafts, guess_next, no_drafts
 from dsa_jax.inference.draw import draw
-from dsa_jax.inference.programs import Reader, logits_of, read, read_hidden
+from dsa_jax.inference.programs import Reader, agreed, logits_of, of_texts, read, read_hidden
+from dsa_jax.inference.shares import Shares, make_texts
+from dsa_jax.inference.storage import as_bits, from_bits
+from dsa_jax.parallel import collectives
 
 
 class Slots(NamedTuple):
@@ -36,35 +40,46 @@ class Written(NamedTuple):
   ends: Bool[Array, 'B']  # Whether an id that ends a text was drawn.
 
 
-def free_slots(cache: Cache, cfg: ModelConfig, *, drafts: bool) -> Slots:
+def free_slots(
+    cache: Cache, cfg: ModelConfig, *, drafts: bool, shares: Shares | None = None
+) -> Slots:
   """Returns as many free slots as an empty cache has sequences."""
   n = len(cache.length)
-  return Slots(
-      cache=cache,
-      logits=jnp.zeros((n, cfg.vocab_size), jnp.float32),
-      keys=jnp.tile(jax.random.key(0)[None], n),
-      left=jnp.zeros(n, jnp.int32),
-      drafts=no_drafts(cache, cfg) if drafts else None,
-  )
+  return Slots(cache, *make_texts(_nothing, cfg, shapes_of(cache), drafts, n_texts=n, shares=shares))
+
+
+def _nothing(cfg: ModelConfig, cache: Cache, drafts: bool):
+  """Returns what free slots have beside their cache."""
+  n = len(cache.length)
+  logits, keys = jnp.zeros((n, cfg.vocab_size), jnp.float32), jnp.tile(jax.random.key(0)[None], n)
+  return logits, keys, jnp.zeros(n, jnp.int32), no_drafts(cache, cfg) if drafts else None
 
 
 def filled_slots(
-    cache: Cache, logits: Float[Array, 'B W'], seed: UInt[Array, ''] | np.uint32, left: int
+    cache: Cache,
+    logits: Float[Array, 'B W'],
+    seed: np.uint32,
+    left: int,
+    *,
+    shares: Shares | None = None,
 ) -> Slots:
   """Returns slots of texts that have been read together; text i is the one of this number.
 
   `write` takes the arrays for its own.
   """
   n = len(cache.length)
-  return Slots(cache, logits, _keys_of(seed, n), jnp.full(n, left, jnp.int32), None)
+  numbers = np.uint32(seed), np.uint32(left)
+  return Slots(cache, logits, *make_texts(_begun, n, n_texts=n, shares=shares, numbers=numbers), None)
 
 
 @functools.partial(jax.jit, static_argnames='n')
-def _keys_of(seed, n):
-  return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.arange(n))
+def _begun(n: int, seed, left):
+  """Returns the random states of texts, and how many tokens each may get."""
+  keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.arange(n))
+  return keys, jnp.full(n, left, jnp.int32)
 
 
-@functools.partial(jax.jit, donate_argnums=0)
+@functools.partial(jax.jit, static_argnames='shares', donate_argnums=0)
 def join(
     slots: Slots,
     slot: Int[Array, ''] | int,
@@ -74,6 +89,8 @@ def join(
     seed: UInt[Array, ''] | np.uint32,
     number: Int[Array, ''] | int,
     left: Int[Array, ''] | int,
+    *,
+    shares: Shares | None = None,
 ) -> Slots:
   """Puts a text into a slot.
 
@@ -86,18 +103,50 @@ def join(
     seed: Its random state depends on the seed and on `number`, and not on the slot.
     number: What tells the text from all others with this seed.
     left: How many tokens it may get.
+    shares: What the devices of a mesh have of the slots, and of the text.
   """
   key = jax.random.fold_in(jax.random.key(seed), number)
   own = Slots(cache, logits, key[None], jnp.asarray(left, jnp.int32)[None], drafts)
   put = lambda every, one: jax.lax.dynamic_update_index_in_dim(every, one[0], slot, 0)
-  return jax.tree.map(put, slots, own)
+  if shares is None:
+    return jax.tree.map(put, slots, own)
+  axes = shares.sequences(len(slots.left))
+
+  def put_here(every, one, slot):
+    place, is_here = _place(every, slot, axes)
+    old = jax.lax.dynamic_index_in_dim(every, place, 0)
+    return jax.lax.dynamic_update_slice_in_dim(every, jnp.where(is_here, one, old), place, 0)
+
+  specs, one = shares.specs(slots, len(slots.left)), shares.specs(own, 1)
+  run = lambda slots, own, slot: jax.tree.map(lambda x, y: put_here(x, y, slot), slots, own)
+  return shares.run(run, (specs, one, P()), specs)(slots, own, jnp.asarray(slot))
 
 
-@jax.jit
-def copy_of(slots: Slots, slot: Int[Array, ''] | int) -> tuple[Cache, Drafts | None]:
+@functools.partial(jax.jit, static_argnames='shares')
+def copy_of(
+    slots: Slots, slot: Int[Array, ''] | int, *, shares: Shares | None = None
+) -> tuple[Cache, Drafts | None]:
   """Returns what the caches hold of one slot."""
-  cut = lambda x: jax.lax.dynamic_slice_in_dim(x, slot, 1)
-  return jax.tree.map(cut, (slots.cache, slots.drafts))
+  caches, cut = (slots.cache, slots.drafts), jax.lax.dynamic_slice_in_dim
+  if shares is None:
+    return jax.tree.map(lambda x: cut(x, slot, 1), caches)
+  n = len(slots.left)
+  axes = shares.sequences(n)
+
+  def copy(every, slot):
+    place, is_here = _place(every, slot, axes)
+    bits = as_bits(cut(every, place, 1))
+    return from_bits(collectives.psum(jnp.where(is_here, bits, 0), *axes), every.dtype)
+
+  run = lambda caches, slot: jax.tree.map(lambda x: copy(x, slot), caches)
+  in_specs = shares.specs(caches, n), P()
+  return shares.run(run, in_specs, shares.specs(caches, 1))(caches, jnp.asarray(slot))
+
+
+def _place(every, slot, axes):
+  """Returns the place of a slot among those of this device, and whether it is one of them."""
+  place = slot - collectives.axis_index(*axes) * len(every)
+  return jnp.clip(place, 0, len(every) - 1), (place >= 0) & (place < len(every))
 
 
 @functools.partial(jax.jit, static_argnames=('top_k', 'reader'), donate_argnames='slots')
@@ -126,10 +175,26 @@ def write(
     top_k: See there.
     reader: What reads.
   """
+  args = slots, kept, temperature, top_p, stop
+  if (shares := reader.shares) is None:
+    return _write(weights, *args, top_k=top_k, reader=reader)
+  n = len(kept)
+  reader, axes = of_texts(reader, n), shares.sequences(n)
+
+  def run(weights, *args):
+    written, slots = _write(weights, *args, top_k=top_k, reader=reader)
+    return jax.tree.map(lambda x: collectives.all_gather(x, *axes, dim=0), written), slots
+
+  specs = shares.specs((slots, kept), n)
+  in_specs = list(shares.weights), *specs, P(), P(), P()
+  return shares.run(run, in_specs, (P(), specs[0]))(weights, *args)
+
+
+def _write(weights, slots, kept, temperature, top_p, stop, *, top_k: int, reader: Reader):
 
   def draw_at(position, logits):
     keys = jax.vmap(jax.random.fold_in)(slots.keys, position)
-    ids = draw(logits, keys, temperature, top_k, top_p)
+    ids = agreed(draw(logits, keys, temperature, top_k, top_p), reader)
     log_probs = jnp.take_along_axis(logits, ids[:, None], axis=1)[:, 0] - logsumexp(logits, axis=1)
     return ids, jnp.any(ids[:, None] == stop, axis=1), log_probs
 

@@ -137,17 +137,25 @@ def write(
 
   def put(old, new):
     where = jnp.where(rows >= 0, rows, old.shape[1])
-    old_bits, new_bits = _bits(old), _bits(new)
-    bits = jax.vmap(lambda o, w, n: o.at[w].set(n, mode='drop'))(old_bits, where, new_bits)
-    return jax.lax.bitcast_convert_type(bits, old.dtype)
+    scatter = jax.vmap(lambda o, w, n: o.at[w].set(n, mode='drop'))
+
+    def scatter_bits(old, where, new):
+      return from_bits(scatter(as_bits(old), where, as_bits(new)), old.dtype)
+
+    return jax.lax.platform_dependent(old, where, new, cpu=scatter_bits, default=scatter)
 
   return jax.tree.map(put, store, store.encode(new))
 
 
-def _bits(x):
+def as_bits(x: jax.Array) -> jax.Array:
   """Returns integers in place of narrow floats: XLA:CPU would widen the store to scatter into it."""
   narrow = {2: jnp.uint16, 1: jnp.uint8}.get(x.dtype.itemsize)
   return x if narrow is None else jax.lax.bitcast_convert_type(x, narrow)
+
+
+def from_bits(bits: jax.Array, dtype: DTypeLike) -> jax.Array:
+  """Undoes `as_bits`."""
+  return jax.lax.bitcast_convert_type(bits, dtype)
 
 
 def read_layer(store: Store, span: Span) -> Store:

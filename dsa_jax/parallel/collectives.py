@@ -32,6 +32,14 @@ def all_gather(x: jax.Array, *axes: str, dim: int) -> jax.Array:
   return shards.reshape(*x.shape[:dim], -1, *rest)
 
 
+def own_shard(x: jax.Array, *axes: str, dim: int) -> jax.Array:
+  """Returns this device's shard of a dimension that every device holds whole; `all_gather` undoes it."""
+  if axis_size(*axes) == 1:
+    return x
+  size = x.shape[dim] // axis_size(*axes)
+  return jax.lax.dynamic_slice_in_dim(x, axis_index(*axes) * size, size, dim)
+
+
 def psum_scatter(x: jax.Array, *axes: str, dim: int) -> jax.Array:
   """Sums over devices and returns this device's shard of a dimension."""
   if axis_size(*axes) == 1:

@@ -84,6 +84,12 @@ def is_first() -> bool:
   return jax.process_index() == 0
 
 
+def to_host(x: jax.Array) -> np.ndarray:
+  """Returns an array of all processes, which all ask for it, as each of them sees it."""
+  is_here = x.is_fully_addressable or x.is_fully_replicated
+  return np.asarray(x) if is_here else multihost_utils.process_allgather(x, tiled=True)
+
+
 def wait_for_all(what: str):
   if jax.process_count() > 1:
     multihost_utils.sync_global_devices(what)

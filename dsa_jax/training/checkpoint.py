@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checkpoints, which appear whole or not at all and are written while training goes on."""
 
+import collections
 from collections.abc import Iterator
 import contextlib
 import json
@@ -226,10 +227,13 @@ def _read_all(stores: dict, targets: dict) -> list[jax.Array]:
 
 
 def _read(store: ts.TensorStore, target: jax.ShapeDtypeStruct) -> jax.Array:
-  shards, places = [], target.sharding.addressable_devices_indices_map(target.shape)
-  for device, index in places.items():
-    shard = store[index].read().result().astype(target.dtype, copy=False)
-    shards.append(jax.block_until_ready(jax.device_put(shard, device)))
+  places, shards = collections.defaultdict(list), []
+  for device, index in target.sharding.addressable_devices_indices_map(target.shape).items():
+    places[tuple((part.start, part.stop) for part in index)].append(device)
+  for index, devices in places.items():  # A shard that several devices hold is read once.
+    shard = store[tuple(slice(*part) for part in index)].read().result()
+    shard = shard.astype(target.dtype, copy=False)
+    shards += [jax.block_until_ready(jax.device_put(shard, device)) for device in devices]
   return jax.make_array_from_single_device_arrays(target.shape, target.sharding, shards)
 
 

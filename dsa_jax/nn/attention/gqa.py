@@ -53,12 +53,16 @@ class GQA(Attention):
     return jnp.concatenate([_project(x, self.wv, self.bv), k], axis=-1)
 
   def own_key_heads(self, x):
-    """Returns the key heads of this device's heads: a share of them, or the one they all read."""
+    """Returns the key heads of this device's heads: a share of them, or the one they all read.
+
+    What holds no others already, as rows of a cache do, is returned as it is.
+    """
     n_heads, per_group = self.wo.shape[0], self.cfg.n_heads // self.cfg.n_kv_heads
-    if n_heads == self.cfg.n_heads:
+    n_own = max(n_heads // per_group, 1)
+    if x.shape[2] == n_own:
       return x
     first = collectives.axis_index('tensor') * n_heads // per_group
-    return jax.lax.dynamic_slice_in_dim(x, first, max(n_heads // per_group, 1), axis=2)
+    return jax.lax.dynamic_slice_in_dim(x, first, n_own, axis=2)
 
   def expanded(self, rows):
     value, key = jnp.split(self.own_key_heads(rows), [self.cfg.v_head_dim], axis=-1)

@@ -2,6 +2,7 @@
 """What attention layers have in common, whatever their geometry of heads."""
 
 import abc
+import functools
 
 from flax import nnx
 import jax.numpy as jnp
@@ -160,18 +161,28 @@ class Attention(Configured):
       end: Int[Array, 'B T'],
       *,
       zigzag: bool = False,
+      gathers: bool = True,
   ) -> Views:
     """Projects the normed `x` into everything that attention and indexer read.
 
     The compiler drops whatever is not used.
+
+    Args:
+      x: The hidden states.
+      start: The first key that each query sees.
+      end: One past the last.
+      zigzag: Whether the tokens of all devices are in zigzag order.
+      gathers: Whether the devices along TOKENS hold different tokens, whose keys are all-gathered. With
+        a cache they hold the same.
     """
+    of_all = functools.partial(_of_all_tokens, zigzag=zigzag) if gathers else lambda keys: keys
     positions, q_latent = self.positions(start, end), self.query_latent(x)
-    rows = _of_all_tokens(self.rows(x, positions), zigzag)
+    rows = of_all(self.rows(x, positions))
     k, v = self.expanded(rows)
     index = None
     if self.indexer is not None:
       index = self.indexer(x, self.index_latent(q_latent), positions)
-      index = index._replace(k=_of_all_tokens(index.k, zigzag))
+      index = index._replace(k=of_all(index.k))
     return Views(
         q_latent=q_latent,
         q=self.queries(q_latent, positions),
