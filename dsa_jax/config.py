@@ -12,7 +12,12 @@ import re
 ATTENTION = 'mla', 'gqa'
 ROPE_TYPES = 'default', 'linear', 'llama3', 'yarn'
 TOPK_METHODS = 'noaux_tc', 'greedy', 'group_limited_greedy'
-OUTPUT_GATES = '', 'latents', 'hidden'
+OUTPUT_GATES = '', 'latents', 'hidden', 'heads'
+# The sizes that layers with a window may have of their own, in fields that begin with `window_`.
+WINDOW_SIZES = (
+    'n_heads', 'q_lora_rank', 'kv_lora_rank', 'qk_nope_head_dim', 'qk_rope_head_dim', 'v_head_dim',
+    'rope_theta',
+)  # fmt: skip
 
 
 class ConfigError(ValueError):
@@ -70,6 +75,7 @@ class ModelConfig:
   # Whether experts of the other groups score 0, and so come before any with a negative score.
   zero_dropped_groups: bool = False
   moe_inter_dim: int = 2048
+  shared_inter_dim: int = 0  # The width of a shared expert. 0: `moe_inter_dim`.
   route_scale: float = 2.5
   score_func: str = 'sigmoid'  # What makes scores of router logits: 'sigmoid' or 'softmax'.
   # How experts are chosen. 'noaux_tc' adds a bias that balances their loads, and scores a group by
@@ -89,14 +95,24 @@ class ModelConfig:
   # Layers that select nothing, but attend to the latest `sliding_window` tokens, their own included.
   window_layers: Sequence[int] = ()
   sliding_window: int = 0  # 0 where no layer has a window.
+  window_n_heads: int = 0  # The heads of a layer with a window. 0: as many as in other layers.
+  window_q_lora_rank: int = 0  # The rank of its query latent. 0: that of other layers.
+  window_kv_lora_rank: int = 0  # The rank of its other latent. 0: that of other layers.
+  window_qk_nope_head_dim: int = 0  # Its channels that are not rotated. 0: as many as in other layers.
+  window_qk_rope_head_dim: int = 0  # Its channels that are rotated. 0: as many as in other layers.
+  window_v_head_dim: int = 0  # The width of its values. 0: that of other layers.
+  window_rope_theta: float = 0.0  # The base of its rotary positions. 0: that of other layers.
 
   # Multi-head latent attention; 0 in GQA.
   q_lora_rank: int = 1536  # 0: queries come from the hidden state without a latent between.
   kv_lora_rank: int = 512
   latent_eps: float = 0.0  # The eps of the norms of latents. 0: `norm_eps`.
+  latent_rescale: bool = False  # Whether normed latents are multiplied by sqrt(dim / rank).
+  rope_key_norm: bool = False  # Whether rotary keys are normed before their rotation.
   # What makes a gate for each channel that a head has read. '': there are no gates. 'latents': the
   # projection of queries does, which then reads the normed and the raw query latent side by side.
-  # 'hidden': a projection of the hidden state does.
+  # 'hidden': a projection of the hidden state does. 'heads': it makes one gate for all channels of
+  # a head.
   output_gate: str = ''
   attention_sinks: bool = False  # Whether each head has a logit of its own that no key stands behind.
 
@@ -141,6 +157,10 @@ class ModelConfig:
   def __post_init__(self):
     for name in ('indexer_types', 'nope_layers', 'mlp_layers', 'window_layers'):
       object.__setattr__(self, name, tuple(getattr(self, name)))  # JSON has lists.
+    others = {f'window_{name}': name for name in WINDOW_SIZES} | {'shared_inter_dim': 'moe_inter_dim'}
+    for name, other in others.items():
+      if (size := getattr(self, name)) == getattr(self, other):  # To say it again says nothing.
+        object.__setattr__(self, name, type(size)(0))
     for name in ('vocab_size', 'dim', 'n_layers', 'n_heads', 'v_head_dim', 'index_n_heads',
                  'index_head_dim', 'index_topk', 'max_seq_len', 'original_seq_len'):
       if getattr(self, name) < 1:
@@ -165,6 +185,7 @@ class ModelConfig:
       raise ConfigError(f'{self.sliding_window=} must be above 0 with window_layers, and 0 without.')
     self._check_heads()
     self._check_gates()
+    self._check_window_sizes()
     if self.n_dense_layers < self.n_layers:
       self._check_experts()
     if types := self.indexer_types:
@@ -223,18 +244,35 @@ class ModelConfig:
       raise ConfigError(f'{self.output_gate=} needs a query latent: {self.q_lora_rank=}.')
     if self.attention != 'mla' and (self.output_gate or self.attention_sinks):
       raise ConfigError(f'{self.output_gate=} and {self.attention_sinks=} must be unset in GQA.')
+    if self.attention != 'mla' and (self.latent_rescale or self.rope_key_norm):
+      raise ConfigError(f'{self.latent_rescale=} and {self.rope_key_norm=} must be False in GQA.')
     if self.n_streams < 0 or (self.n_streams and self.n_mtp_layers):
       raise ConfigError(f'{self.n_streams=} must be at least 0, and 0 with an MTP layer.')
     if self.swiglu_limit < 0 or self.index_norm_eps < 0:
       raise ConfigError(f'{self.swiglu_limit=} and {self.index_norm_eps=} must be at least 0.')
+
+  def _check_window_sizes(self):
+    names = [f'window_{name}' for name in WINDOW_SIZES]
+    given = {name: getattr(self, name) for name in names if getattr(self, name)}
+    if any(size < 0 for size in given.values()):
+      raise ConfigError(f'{given} must be at least 0.')
+    if given and (self.attention != 'mla' or len(self.window_layers) in (0, self.n_layers)):
+      raise ConfigError(
+          f'{given} must be 0 unless some layers have a window, others have none, and attention is '
+          f"'mla': {self.attention=} and {self.window_layers=}."
+      )
+    try:
+      _ = self.of_windows  # It checks itself.
+    except ConfigError as error:
+      raise ConfigError(f'{given}, in layers with a window: {error}') from error
 
   def _check_experts(self):
     if self.score_func not in ('sigmoid', 'softmax'):
       raise ConfigError(f"{self.score_func=} must be 'sigmoid' or 'softmax'.")
     if self.topk_method not in TOPK_METHODS:
       raise ConfigError(f'{self.topk_method=} must be one of {TOPK_METHODS}.')
-    if self.n_shared_experts < 0:
-      raise ConfigError(f'{self.n_shared_experts=} must be at least 0.')
+    if self.n_shared_experts < 0 or self.shared_inter_dim < 0:
+      raise ConfigError(f'{self.n_shared_experts=} and {self.shared_inter_dim=} must be at least 0.')
     if self.n_expert_groups < 1:
       raise ConfigError(f'{self.n_expert_groups=} must be at least 1.')
     if self.n_routed_experts % self.n_expert_groups:
@@ -267,6 +305,30 @@ class ModelConfig:
   def shares_indexers(self) -> bool:
     """Whether layers attend to what an earlier one selected."""
     return len(self.full_layers) + len(self.window_layers) < self.n_layers
+
+  @property
+  def has_window_sizes(self) -> bool:
+    """Whether layers with a window have sizes of their own."""
+    return any(getattr(self, f'window_{name}') for name in WINDOW_SIZES)
+
+  @property
+  def of_windows(self) -> 'ModelConfig':
+    """The model whose layers all have the sizes of those with a window; else the same one.
+
+    Layers that attend in two geometries differ in nothing but numbers. So a layer with a window is
+    made of this config, and no code asks which of two sizes it should take.
+    """
+    if not self.has_window_sizes:
+      return self
+    given = {name: getattr(self, f'window_{name}') for name in WINDOW_SIZES}
+    fields = {name: size for name, size in given.items() if size}
+    fields |= {f'window_{name}': type(size)(0) for name, size in given.items()}
+    return dataclasses.replace(self, **fields, index_rope_head_dim=self.index_rope_dim)
+
+  @property
+  def shared_experts_dim(self) -> int:
+    """The width of all shared experts together."""
+    return self.n_shared_experts * (self.shared_inter_dim or self.moe_inter_dim)
 
   @property
   def rope_kind(self) -> str:

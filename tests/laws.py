@@ -62,6 +62,13 @@ MIXED = dataclasses.replace(CFG, n_layers=5, n_dense_layers=0, mlp_layers=(1, 3,
 WINDOWED = dataclasses.replace(
     CFG, n_layers=4, n_dense_layers=2, window_layers=(0, 1, 3), sliding_window=7
 )
+# Layers of both kinds with windows of other sizes than the layers that select: much of dots3-note.
+TWO_SIZES = dataclasses.replace(
+    CFG, n_layers=4, n_dense_layers=2, window_layers=(1, 2), sliding_window=7, window_n_heads=2,
+    window_q_lora_rank=10, window_kv_lora_rank=14, window_qk_nope_head_dim=4,
+    window_qk_rope_head_dim=6, window_v_head_dim=7, window_rope_theta=5.0, shared_inter_dim=10,
+    latent_rescale=True, rope_key_norm=True, output_gate='heads',
+)
 T = 29
 LENGTHS = ((17, 12), (21, 5))  # Documents of each row; the second ends in padding.
 RATES = {'backbone': 0.1, 'indexer': 0.1}

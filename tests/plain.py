@@ -5,6 +5,7 @@ Nothing here is shared with the package but the names of the sizes. One row of t
 every query walks over its own list of keys.
 """
 
+import dataclasses
 import math
 from typing import Any, NamedTuple
 
@@ -142,6 +143,14 @@ def divergence(target: np.ndarray, scores: np.ndarray) -> float:
   return sum(p * (math.log(p) - math.log(r)) for p, r in zip(target, predicted) if p > 0)
 
 
+def sizes_of_windows(cfg: ModelConfig) -> ModelConfig:
+  """The sizes of a layer with a window, where it has some of its own."""
+  names = 'n_heads q_lora_rank kv_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim rope_theta'
+  own = {name: getattr(cfg, f'window_{name}') for name in names.split()}
+  given = {name: size for name, size in own.items() if size}
+  return dataclasses.replace(cfg, **given, **{f'window_{name}': type(own[name])(0) for name in given})
+
+
 def index_scores(w: Weights, x, c_q, positions, cfg: ModelConfig) -> np.ndarray:
   """The indexer's opinion of every key for every query, [T, S]."""
   freqs, r = frequencies(cfg), cfg.qk_rope_head_dim
@@ -165,6 +174,7 @@ def attention(w: Weights, x, start, end, cfg: ModelConfig, sparse: bool, earlier
   A layer without an indexer reuses the `earlier` selection, and has no divergence. One with a window
   sees its latest keys only, all of which it attends to.
   """
+  cfg = sizes_of_windows(cfg) if window else cfg
   n_tokens, n, r, c = len(x), cfg.qk_nope_head_dim, cfg.qk_rope_head_dim, cfg.kv_lora_rank
   freqs, scale = frequencies(cfg), softmax_scale(cfg)
   positions = [max(e - 1 - s, 0) for s, e in zip(start, end)]
@@ -172,6 +182,8 @@ def attention(w: Weights, x, start, end, cfg: ModelConfig, sparse: bool, earlier
   c_q, gates = x, 1.0
   if cfg.q_lora_rank:
     c_q = rms_norm(x @ w['wq_a'], w['q_norm']['scale'], eps)
+    if cfg.latent_rescale:
+      c_q = c_q * math.sqrt(cfg.dim / cfg.q_lora_rank)
   if cfg.output_gate == 'latents':  # The first channels that the projection makes are the query.
     both = np.concatenate([c_q, x @ w['wq_a']], axis=-1)
     q, logits = np.split(np.einsum('tq,qhe->the', both, w['wq_b']), [n + r], axis=-1)
@@ -180,8 +192,14 @@ def attention(w: Weights, x, start, end, cfg: ModelConfig, sparse: bool, earlier
     q = np.einsum('tq,qhe->the', c_q, w['wq_b'])
   if cfg.output_gate == 'hidden':
     gates = sigmoid(np.einsum('td,dhv->thv', x, w['wg']))
+  if cfg.output_gate == 'heads':
+    gates = sigmoid(x @ w['wg'])[:, :, None]
   down = x @ w['wkv_a']
   c_kv, k_rope = rms_norm(down[:, :c], w['kv_norm']['scale'], eps), down[:, c:]
+  if cfg.latent_rescale:
+    c_kv = c_kv * math.sqrt(cfg.dim / c)
+  if cfg.rope_key_norm:
+    k_rope = rms_norm(k_rope, w['k_rope_norm']['scale'], eps)
   for t, position in enumerate(positions):
     turn = rotate_pairs if cfg.rope_interleave else rotate_halves
     q[t, :, n:] = turn(q[t, :, n:], position, freqs)
@@ -273,9 +291,14 @@ def transformer(
     x = np.stack([x] * cfg.n_streams, axis=1)
   types = cfg.indexer_types or ('full',) * cfg.n_layers
   dense = [i < cfg.n_dense_layers or i in cfg.mlp_layers for i in range(cfg.n_layers)]
+  apart = cfg.window_layers if sizes_of_windows(cfg) != cfg else ()  # They have weights of other shapes.
+  stacks = [
+      ('dense' if dense[i] else 'moe') + ('_window' if i in apart else '') + '_blocks'
+      for i in range(cfg.n_layers)
+  ]
   for i in range(cfg.n_layers):
-    stack = w['dense_blocks' if dense[i] else 'moe_blocks']
-    before = [j for j in range(i) if dense[j] == dense[i]]  # Of the same kind.
+    stack = w[stacks[i]]
+    before = [j for j in range(i) if stacks[j] == stacks[i]]  # Of the same kind.
     attn = dict(stack['attn'])
     indexers = attn.pop('indexer', None)
     weights = _layer({**stack, 'attn': attn}, len(before))

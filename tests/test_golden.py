@@ -116,6 +116,17 @@ def test_gradients_of_gates(attention, cfg):
   golden.check_gradients(attention, 'xla', cfg)
 
 
+@pytest.mark.parametrize('attention', ['dense', 'sparse', pytest.param('masked', marks=pytest.mark.nightly)])
+def test_layers_of_two_sizes(attention):
+  golden.check_forward(attention, 'xla', laws.TWO_SIZES)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize('attention', ['dense', 'sparse'])
+def test_gradients_of_layers_of_two_sizes(attention):
+  golden.check_gradients(attention, 'xla', laws.TWO_SIZES)
+
+
 def test_gates_without_a_query_latent():
   """And with pairs of neighbours, as the released weights of Hy4 are said to want."""
   pairs = dict(rope_interleave=True, indexer_rope_interleave=True)

@@ -72,11 +72,12 @@ def extend(
   sizes = dict(cfg=cfg, capacity=capacity, attention=attention, backend=backend, rule=rule)
   piece = _piece_of(cache.length, n_new, tokens.shape[1], visible=visible, **sizes)
   x = model.embed[...][tokens].astype(cfg.dtype)  # Casts what is read, not the whole table.
-  carry = model.into_streams(x), cache.kv, cache.index_key, _nothing_selected(piece)
+  stores = cache.kv, cache.index_key, cache.window_kv
+  carry = model.into_streams(x), stores, _nothing_selected(piece)
   read = functools.partial(read_layer, piece)
-  (x, kv, index_key, _), selections = run_layers(model, layers, read, carry)
+  (x, (kv, index_key, window_kv), _), selections = run_layers(model, layers, read, carry)
   length = cache.length + jnp.sum(piece.counted, axis=1, dtype=jnp.int32)
-  return Reading(model.final(x), Cache(kv, index_key, length), selections)
+  return Reading(model.final(x), Cache(kv, index_key, length, window_kv), selections)
 
 
 def extend_mtp(
@@ -111,9 +112,9 @@ def extend_mtp(
   sizes = dict(cfg=model.cfg, capacity=capacity, attention=attention, backend=backend, rule=rule)
   piece = _piece_of(cache.length, n_new, next_tokens.shape[1], visible=0, **sizes)
   x = model.mtp.joined(hidden, model.embed[...][next_tokens].astype(model.cfg.dtype))
-  carry = x, cache.kv, cache.index_key, _nothing_selected(piece)
+  carry = x, (cache.kv, cache.index_key, None), _nothing_selected(piece)
   facts = LayerFacts(0, 0, True, model.layer_keys()[-1])
-  (x, kv, index_key, _), _ = read_layer(piece, carry, model.mtp.block, facts)
+  (x, (kv, index_key, _), _), _ = read_layer(piece, carry, model.mtp.block, facts)
   length = cache.length + jnp.sum(piece.counted, axis=1, dtype=jnp.int32)
   return model.mtp.norm(x), Cache(kv, index_key, length)
 
@@ -168,20 +169,24 @@ def read_layer(
     piece: Piece, carry: Any, block: Block, facts: 'LayerFacts'
 ) -> tuple[Any, Int[Array, 'B T *G K']]:
   """Runs a layer, whose new rows it writes into the cache; returns the carry and the selection."""
-  x, kv, index_key, selected = carry
+  x, (kv, index_key, window_kv), selected = carry
   i, slot, is_full, key = facts
   attn, end, cfg, backend = block.attn, piece.end, piece.cfg, piece.backend
   span, index_span = (i * piece.capacity, piece.capacity), (slot * piece.capacity, piece.capacity)
   views = attn.views(block.attention_input(x), jnp.zeros_like(end), end)
-  kv = storage.write(kv, flat_rows(views.rows, kv), piece.at, span)
+  is_apart = attn.window > 0 and window_kv is not None
+  rows = window_kv if is_apart else kv
+  rows = storage.write(rows, flat_rows(views.rows, rows), piece.at, span)
+  kv, window_kv = (kv, rows) if is_apart else (rows, window_kv)
   if attn.indexer is not None:
     at = jnp.where(is_full, piece.at, -1)
     index_key = storage.write(index_key, views.index.k, at, index_span)
+  stores = kv, index_key, window_kv
   if attn.window:
-    out, lse = attend_window(attn, views.row_q, kv, span, end, backend)
+    out, lse = attend_window(attn, views.row_q, rows, span, end, backend)
     out = attn.from_rows(out, views.q_latent, lse)
     x, _ = block.feed_forward(block.add_attention(x, out), piece.counted, backend)
-    return (x, kv, index_key, selected), jnp.full_like(selected, -1)
+    return (x, stores, selected), jnp.full_like(selected, -1)
   if piece.is_one_op:
     lse = None
     out, selected = select_and_attend(views, kv, span, index_key, index_span, end, cfg, backend)
@@ -197,7 +202,7 @@ def read_layer(
   join = attn.join_heads if piece.short else attn.from_rows
   out = join(out, views.q_latent, lse)
   x, _ = block.feed_forward(block.add_attention(x, out), piece.counted, backend)
-  return (x, kv, index_key, selected), selected
+  return (x, stores, selected), selected
 
 
 def _check(attention: str, rule: str):
@@ -217,7 +222,7 @@ def short_context(n_tokens: int, topk: int, backend: str) -> int:
 class LayerFacts(NamedTuple):
   """What `extend` knows of each layer beside its weights, or of one layer."""
 
-  number: np.ndarray | int  # Counted from the first layer of the model.
+  number: np.ndarray | int  # Which rows of its store are a layer's own.
   # Which index keys of the cache are a layer's own, or those of the layer whose selection it shares.
   slot: np.ndarray | int
   is_full: np.ndarray | bool  # Whether a layer selects for itself.
@@ -235,16 +240,19 @@ def run_layers(
       selections.append(in_order(selected))
     return carry, jnp.concatenate(selections)
   for i, block in enumerate(layers):
-    number, slot, is_full = i, int(facts.slot[i]), bool(facts.is_full[i])
+    number, slot, is_full = int(facts.number[i]), int(facts.slot[i]), bool(facts.is_full[i])
     carry, selected = layer(carry, block, LayerFacts(number, slot, is_full, facts.keys[i]))
     selections.append(selected)
   return carry, jnp.stack(selections)
 
 
 def facts_of(model: Transformer) -> LayerFacts:
-  full = are_full(model.cfg, range(model.cfg.n_layers))
+  cfg = model.cfg
+  full = are_full(cfg, range(cfg.n_layers))
+  apart = np.array([cfg.has_window_sizes and i in cfg.window_layers for i in range(cfg.n_layers)])
+  number = np.where(apart, np.cumsum(apart), np.cumsum(~apart)) - 1
   slot = np.maximum(np.cumsum(full) - 1, 0)
-  return LayerFacts(np.arange(len(full)), slot, full, model.layer_keys()[:-1])
+  return LayerFacts(number, slot, full, model.layer_keys()[:-1])
 
 
 def select(

@@ -24,7 +24,8 @@ class LayerReport(NamedTuple):
 
   residual_rms: Float[Array, '*L']  # Root mean square of the residual stream after the layer.
   index_kl: Float[Array, '*L B T'] | None  # In nats; 0 in layers without an indexer of their own.
-  expert_load: Float[Array, '*L X'] | None  # Tokens of each expert; None without experts.
+  # Tokens of each expert; of a section of layers, by the stack that holds them. None without experts.
+  expert_load: Float[Array, '*L X'] | dict[str, Float[Array, 'L X']] | None
   measures: dict[str, Measures]  # One entry for each rule that is measured.
 
 

@@ -13,7 +13,11 @@ import jax
 
 from dsa_jax.config import ModelConfig
 
-STACKS = ('dense_blocks', 'moe_blocks', 'mtp')  # Layers with an MLP, layers with experts, MTP.
+# Layers with an MLP, layers with experts, MTP; and the first two kinds once more with a window, where
+# this comes with sizes of its own: all layers of a stack have weights of one shape.
+STACKS = ('dense_blocks', 'moe_blocks', 'mtp', 'dense_window_blocks', 'moe_window_blocks')
+OF_EXPERTS = ('moe_blocks', 'moe_window_blocks')  # The stacks of layers with experts.
+OF_WINDOWS = ('dense_window_blocks', 'moe_window_blocks')
 
 
 class Kind(NamedTuple):
@@ -46,14 +50,17 @@ class Section(NamedTuple):
 
 def layers_of_stacks(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
   """Returns the numbers of the layers whose weights each stack holds, in order."""
-  experts = tuple(i for i in range(cfg.n_layers) if i not in cfg.dense_layers)
-  return dict(zip(STACKS, (cfg.dense_layers, experts)))
+  stacks: dict[str, tuple[int, ...]] = {name: () for name in STACKS if name != 'mtp'}
+  for i in range(cfg.n_layers):
+    stacks[kind_of(cfg, i).stack] += (i,)
+  return stacks
 
 
 def kind_of(cfg: ModelConfig, layer: int) -> Kind:
   """Returns the kind of a layer, by its number."""
   window = cfg.sliding_window if layer in cfg.window_layers else 0
-  return Kind(STACKS[layer not in cfg.dense_layers], window)
+  stacks = OF_WINDOWS if window and cfg.has_window_sizes else STACKS
+  return Kind(stacks[layer not in cfg.dense_layers], window)
 
 
 @functools.cache

@@ -15,7 +15,7 @@ from dsa_jax.config import ConfigError, ModelConfig
 from dsa_jax.nn.attention.types import Measures, Mode, Shared
 from dsa_jax.nn.block import MTP, Block, LayerReport
 from dsa_jax.nn.fixed import Configured
-from dsa_jax.nn.layers import Section, kind_of, layers_of_stacks
+from dsa_jax.nn.layers import OF_EXPERTS, OF_WINDOWS, Section, kind_of, layers_of_stacks
 from dsa_jax.nn.norms import RMSNorm
 from dsa_jax.nn.remat import rematerialized
 from dsa_jax.nn.scan import cut, in_order, of_kind, scan
@@ -47,7 +47,8 @@ class Output(NamedTuple):
     """Returns the tokens of each expert, for every stack that has experts, in the stack's order."""
     loads = [report.expert_load for report in self.layers if report.expert_load is not None]
     mtp = {'mtp': loads.pop()} if loads and self.mtp_hidden is not None else {}
-    return ({'moe_blocks': jnp.concatenate(loads)} if loads else {}) | mtp
+    of_stacks = {name: [load[name] for load in loads if name in load] for name in OF_EXPERTS}
+    return {name: jnp.concatenate(of_stack) for name, of_stack in of_stacks.items() if of_stack} | mtp
 
   def measures(self, rule: str) -> Measures:
     """Returns one rule's measures, every field with a leading L."""
@@ -64,6 +65,8 @@ class Transformer(Configured):
     self.embed = param(BackboneParam, (w, d), ('vocab', 'embed'), std=embed_std, rngs=rngs)
     self.dense_blocks = _stack(cfg, 'dense_blocks', rngs)
     self.moe_blocks = _stack(cfg, 'moe_blocks', rngs)
+    self.dense_window_blocks = _stack(cfg, 'dense_window_blocks', rngs)
+    self.moe_window_blocks = _stack(cfg, 'moe_window_blocks', rngs)
     self.streams = Streams(cfg, writes=False, rngs=rngs) if cfg.n_streams else None
     self.norm = RMSNorm(d, eps=cfg.norm_eps)
     head = lambda: param(BackboneParam, (d, w), ('embed', 'vocab'), std=0.02, rngs=rngs)
@@ -186,7 +189,8 @@ def _stack(cfg: ModelConfig, name: str, rngs: nnx.Rngs) -> Block | None:
   layers = layers_of_stacks(cfg)[name]
   if not layers:
     return None
-  make: Callable = lambda key: Block(cfg, experts=name == 'moe_blocks', rngs=nnx.Rngs(key))
+  sizes = cfg.of_windows if name in OF_WINDOWS else cfg
+  make: Callable = lambda key: Block(sizes, experts=name in OF_EXPERTS, rngs=nnx.Rngs(key))
   blocks = jax.vmap(make)(jax.random.split(rngs.params(), len(layers)))
   full = np.flatnonzero(are_full(cfg, layers))
   if not len(full):
@@ -227,6 +231,10 @@ def _run(inputs, x, selections, start, end, mode: Mode, choice):
   section, weights, facts = inputs
   layer = rematerialized(layer, mode.remat)
   (x, selections), reports = scan(section, layer, (x, selections), weights, facts)
-  loads = [report.expert_load for report in reports if report.expert_load is not None]
+  loads = dict[str, list]()
+  for kind, report in zip(section.group, reports):
+    if report.expert_load is not None:
+      loads.setdefault(kind.stack, []).append(report.expert_load)
   report = in_order([report._replace(expert_load=None) for report in reports])
-  return x, selections, report._replace(expert_load=in_order(loads) if loads else None)
+  of_stacks = {name: in_order(of_stack) for name, of_stack in loads.items()}
+  return x, selections, report._replace(expert_load=of_stacks or None)

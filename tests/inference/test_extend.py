@@ -34,6 +34,10 @@ CONFIGS = {
     'gqa': laws.GQA,
     'gated': laws.GATED,
     'sinks': dataclasses.replace(laws.SINKS, window_layers=(0,), sliding_window=6),
+    'two_sizes': dataclasses.replace(laws.TWO_SIZES, index_head_dim=16),
+    'two_sizes_all_selected': dataclasses.replace(
+        laws.TWO_SIZES, index_head_dim=16, index_topk=27, n_dense_layers=4
+    ),
     'gqa_each': laws.GQA_EACH,
     'gqa_each_fp8': dataclasses.replace(laws.GQA_EACH, index_head_dim=16),
     'fp8': dataclasses.replace(laws.CFG, index_head_dim=16),
@@ -115,7 +119,8 @@ NIGHTLY = pytest.mark.nightly
     + [pytest.param('glm', attention, marks=NIGHTLY) for attention in ('masked', 'dense')]
     + [pytest.param('gqa', attention, marks=NIGHTLY) for attention in ('masked', 'dense')]
     + [pytest.param('gated', attention, marks=NIGHTLY) for attention in ('masked', 'dense')]
-    + [('sinks', 'sparse'), pytest.param('sinks', 'dense', marks=NIGHTLY)],
+    + [('sinks', 'sparse'), pytest.param('sinks', 'dense', marks=NIGHTLY)]
+    + [('two_sizes', 'sparse')],
 )
 def test_any_chunking(name, cuts, attention):
   want, want_selected = whole_pass(name, attention)
@@ -153,6 +158,21 @@ def test_a_window_in_a_quantised_cache_with_whole_lines():
     logits, _ = read('gqa_windows', 'dense', cuts, lengths=WHOLE, fmt='fp8', whole_lines=True)
     error = np.sqrt(np.mean((logits - want) ** 2)) / want.std()
     assert 1e-3 < error < 0.05, error
+
+
+def test_rows_of_two_widths_in_a_quantised_cache_with_whole_lines():
+  want, _ = whole_pass('two_sizes_all_selected', 'sparse')
+  logits, _ = read(
+      'two_sizes_all_selected', 'sparse', CUTS['chunks_then_tokens'], lengths=WHOLE, fmt='fp8',
+      whole_lines=True,
+  )  # fmt: skip
+  error = np.sqrt(np.mean((logits - want) ** 2)) / want.std()
+  assert 1e-3 < error < 0.05, error
+  cache = init_cache(laws.TWO_SIZES, 1, 8)
+  assert [x.rows.shape[1:] for x in (cache.kv, cache.index_key, cache.window_kv)] == [
+      (2 * 8, 12 + 8), (2 * 8, 12), (2 * 8, 14 + 6)
+  ]  # fmt: skip
+  assert cache.capacity(laws.TWO_SIZES) == 8
 
 
 @NIGHTLY

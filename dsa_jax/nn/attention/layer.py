@@ -78,8 +78,11 @@ class Attention(Configured):
     """Returns the part of it that the indexer's queries are projected from."""
     return q_latent
 
-  def gate_logits(self, q_latent: Float[Array, 'B T Q']) -> Float[Array, 'B T H V'] | None:
-    """Returns the logits of the output's gates for the heads of this device; None without gates."""
+  def gate_logits(self, q_latent: Float[Array, 'B T Q']) -> Float[Array, 'B T H any'] | None:
+    """Returns the logits of the output's gates for the heads of this device; None without gates.
+
+    A head has one for each channel of its values, or one for all.
+    """
     return None
 
   @abc.abstractmethod

@@ -35,8 +35,10 @@ class MLA(Attention):
     self.kv_norm = RMSNorm(c, eps=eps)
     self.wkv_b = weight((c, h, n + v), (None, 'heads', None), std=c**-0.5)
     self.wo = weight((h, v, d), ('heads', None, 'embed'), std=out_scale * (h * v) ** -0.5)
-    has_gate = cfg.output_gate == 'hidden'
-    self.wg = weight((d, h, v), ('embed', 'heads', None), std=d**-0.5) if has_gate else None
+    gates = {'hidden': ((d, h, v), ('embed', 'heads', None)), 'heads': ((d, h), ('embed', 'heads'))}
+    has_gate = cfg.output_gate in gates
+    self.wg = weight(*gates[cfg.output_gate], std=d**-0.5) if has_gate else None
+    self.k_rope_norm = RMSNorm(r, eps=eps) if cfg.rope_key_norm else None
     self.sinks = BackboneParam(jnp.zeros(h), axes=('heads',)) if cfg.attention_sinks else None
     super().__init__(cfg, rngs=rngs)
 
@@ -44,7 +46,7 @@ class MLA(Attention):
     if self.wq_a is None:
       return x
     raw = x @ self.wq_a[...].astype(x.dtype)
-    latent = self.q_norm(raw)
+    latent = self._rescaled(self.q_norm(raw))
     if not self.cfg.output_gate:
       return latent
     return jnp.concatenate([latent, raw if self.wg is None else x], axis=-1)
@@ -71,7 +73,10 @@ class MLA(Attention):
   def gate_logits(self, q_latent):
     if self.wg is not None:
       hidden = q_latent[..., -self.cfg.dim :]
-      return jnp.einsum('BTD,DHV->BTHV', hidden, self.wg[...].astype(hidden.dtype))
+      weights = self.wg[...].astype(hidden.dtype)
+      if self.cfg.output_gate == 'heads':
+        return (hidden @ weights)[..., None]
+      return jnp.einsum('BTD,DHV->BTHV', hidden, weights)
     weights = self._query_weights(q_latent.dtype)[1]
     return None if weights is None else jnp.einsum('BTQ,QHV->BTHV', q_latent, weights)
 
@@ -85,8 +90,10 @@ class MLA(Attention):
   def rows(self, x, positions):
     """Returns the normed latent and the rotated key of every token."""
     latent, rope = jnp.split(x @ self.wkv_a[...].astype(x.dtype), [self.cfg.kv_lora_rank], axis=-1)
+    if self.k_rope_norm is not None:
+      rope = self.k_rope_norm(rope)
     rope = self._rotate(rope[:, :, None], positions)
-    return jnp.concatenate([self.kv_norm(latent)[:, :, None], rope], axis=-1)
+    return jnp.concatenate([self._rescaled(self.kv_norm(latent))[:, :, None], rope], axis=-1)
 
   def own_key_heads(self, x):
     return x
@@ -121,6 +128,12 @@ class MLA(Attention):
     self.w_k = BackboneParam(jnp.transpose(w_k, (1, 2, 0)), axes=('heads', None, None))
     self.w_v = BackboneParam(jnp.swapaxes(w_v, 0, 1), axes=('heads', None, None))
     self.wkv_b = None
+
+  def _rescaled(self, latent):
+    """Returns a normed latent as long as the hidden state is, if the model wants that."""
+    if not self.cfg.latent_rescale:
+      return latent
+    return latent * (self.cfg.dim / latent.shape[-1]) ** 0.5
 
   def _rotate(self, x, positions):
     frequencies = rope_frequencies(self.cfg, self.cfg.qk_rope_head_dim)
