@@ -56,7 +56,7 @@ PARTS = {
         (
             'tests/nn/test_tpu_model.py', 'tests/inference/test_extend.py', 'tests/test_bench_gpu.py',
             'tests/parallel/test_meshes.py', 'tests/test_configs.py', 'tests/test_golden.py',
-            'tests/test_laws.py',
+            'tests/test_laws.py', 'tests/test_family_mistakes.py',
         ),
         ('dsa_jax/kernels', 'dsa_jax/nn', 'dsa_jax/parallel', 'configs'),
     ),

@@ -524,12 +524,13 @@ def law_bias_balances():
   mode, step = stage_step('dense')
   batch, params = make_batch(LENGTHS), weights()
   after, _ = step(params, batch)
-  load = np.asarray(forward(params, batch, mode).expert_load['moe_blocks'])
   n_tokens = float(np.sum(batch.end > batch.start))
-  assert_close(load.sum(-1), np.full(len(load), n_tokens * CFG.n_activated_experts))
-  old, new = (model_of(p).moe_blocks.ffn.bias[...] for p in (params, after))
-  want = OPTIM.bias_rate * np.sign(load.mean(-1, keepdims=True) - load)
-  np.testing.assert_allclose(np.asarray(new - old), want, atol=1e-6)
+  for stack, load in forward(params, batch, mode).expert_load.items():
+    load = np.asarray(load)
+    assert_close(load.sum(-1), np.full(len(load), n_tokens * CFG.n_activated_experts))
+    old, new = (getattr(model_of(p), stack).ffn.bias[...] for p in (params, after))
+    want = OPTIM.bias_rate * np.sign(load.mean(-1, keepdims=True) - load)
+    np.testing.assert_allclose(np.asarray(new - old), want, atol=1e-6)
 
 
 def law_balance_converges():

@@ -121,6 +121,15 @@ def test_layers_of_two_sizes(attention):
   golden.check_forward(attention, 'xla', laws.TWO_SIZES)
 
 
+def test_other_readings_of_dots3_note():
+  """What engines disagree about: see families/dots3.py. The golden case has what transformers reads."""
+  other = dict(
+      latent_rescale=False, latent_eps=0.03, index_rope_last=True, indexer_rope_interleave=True,
+      n_layers=2, n_dense_layers=1, window_layers=(1,),
+  )  # fmt: skip
+  golden.check_forward('sparse', 'xla', dataclasses.replace(laws.TWO_SIZES, **other))
+
+
 @pytest.mark.nightly
 @pytest.mark.parametrize('attention', ['dense', 'sparse'])
 def test_gradients_of_layers_of_two_sizes(attention):

@@ -79,20 +79,38 @@ def test_gates_by_hand():
   assert of('gated norms', light, sparse=False).flops == 2 * (48 + 47) * 2 * 2048 * 16
 
 
+def test_layers_of_two_sizes_by_hand():
+  """dots3-note: 13 layers of 128 heads select, and 33 of 64 heads have windows of 513 tokens."""
+  dots, n = SIZES['dots3_note'], 131_072
+  assert cost.cache_bytes(dots, 'bf16') == 2 * (13 * (512 + 64 + 128) + 33 * (1024 + 64))
+  windows = of('windows', dots, sparse=True, cache='bf16', context=n)
+  assert windows.flops == 33 * 513 * 2 * 64 * (1024 + 64 + 1024)
+  assert windows.bytes == 33 * 513 * 2 * (1024 + 64)
+  assert of('attention', dots, sparse=True, context=n).flops == 13 * 2048 * 2 * 128 * (512 + 64 + 512)
+  selecting = 5120 * (1024 + 576 + 128) + 128 * (1024 * 192 + 512 * 256 + 128 * 5120)
+  near = 5120 * (1024 + 1088 + 64) + 64 * (1024 * 256 + 1024 * 320 + 128 * 5120)
+  assert of('projections', dots, sparse=True).flops == 2 * (13 * selecting + 33 * near)
+  used = sum(w.flops for w in work.token_work(dots, 1, sparse=True, form='mqa') if w.kind == 'weights')
+  assert round(used / 2e9 + dots.vocab_size * dots.dim / 1e9) == 16  # Billions, as the card says.
+
+
 @pytest.mark.parametrize('name', SIZES)
 def test_weights_are_those_of_the_model(name):
   """All matrices of a model of one layer of each kind, against what a token multiplies with."""
   cfg = SIZES[name]
   both = cfg.n_dense_layers < cfg.n_layers
+  windows = (1,) if cfg.window_layers else ()
   cfg = dataclasses.replace(
       cfg, n_layers=2 if both else 1, n_dense_layers=1, indexer_types=(), nope_layers=(),
       n_activated_experts=cfg.n_routed_experts, n_limited_groups=cfg.n_expert_groups,
+      window_layers=windows,
   )  # fmt: skip
   kernels = [shape for path, shape in weight_shapes(cfg).items() if path[-1] not in NO_KERNELS]
   embedding = 0 if cfg.tie_embeddings else cfg.vocab_size * cfg.dim
   wanted = sum(map(math.prod, kernels)) - embedding
   flops = sum(w.flops for w in work.token_work(cfg, 1, form='mha', sparse=True))
-  pairs = cfg.n_layers * (work.mha_flops(cfg) + work.index_flops(cfg))
+  pairs = len(cfg.full_layers) * (work.mha_flops(cfg) + work.index_flops(cfg))
+  pairs += len(windows) * work.mha_flops(cfg.of_windows)
   assert flops - pairs == 2 * wanted
 
 

@@ -45,7 +45,18 @@ def test_a_plan_has_every_layer_once_and_no_more_programs_than_layers():
     assert sum(len(x.group) for x in sections) <= runs
 
 
-@pytest.mark.parametrize('name', SIZES)
+def test_dots3_note_has_a_scan_for_the_group_that_repeats():
+  """Layer 0 has an MLP. From layer 1 on, a layer that selects comes before three with a window."""
+  stacks = {stack: np.array(layers) for stack, layers in layers_of_stacks(SIZES['dots3_note']).items()}
+  assert {stack: len(layers) for stack, layers in stacks.items()} == {
+      'dense_blocks': 1, 'moe_blocks': 12, 'dense_window_blocks': 0, 'moe_window_blocks': 33
+  }  # fmt: skip
+  sections = [section for section, _ in cut(SIZES['dots3_note'], stacks.get)]
+  window = Kind('moe_window_blocks', 513)
+  assert [(x.group, x.repeats) for x in sections] == [((D,), 1), ((M, *[window] * 3), 11), ((M,), 1)]
+
+
+@pytest.mark.parametrize('name', [name for name in SIZES if not SIZES[name].window_layers])
 def test_released_models_have_a_scan_for_each_stack(name):
   """Leading layers with an MLP, then layers with experts."""
   stacks = {stack: layers for stack, layers in layers_of_stacks(SIZES[name]).items() if layers}
