@@ -39,6 +39,8 @@ def plain_keys(config: Mapping[str, Any], problems: list[str]) -> dict[str, Any]
     plain |= _sizes(plain, windows, family, problems)
     plain.pop('per_layer_config', None)
     plain |= _bases(plain, family, problems)
+    if plain.get('rope_parameters') is None:
+      plain.pop('rope_parameters', None)
   return plain
 
 
