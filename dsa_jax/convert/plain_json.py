@@ -29,7 +29,7 @@ def plain_keys(config: Mapping[str, Any], problems: list[str]) -> dict[str, Any]
   name = usual_name(config)
   family, plain = FAMILIES[name], {**config, 'model_type': name}
   if family.towers and isinstance(text := plain.pop('text_config', None), dict):
-    plain = text | plain
+    plain = text | {key: value for key, value in plain.items() if value is not None}
   for other, key in family.renamed.items():
     if (value := plain.pop(other, None)) is not None and plain.setdefault(key, value) != value:
       problems.append(f'{other}={value!r} contradicts {key}={plain[key]!r}.')
