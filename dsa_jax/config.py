@@ -114,6 +114,8 @@ class ModelConfig:
   # 'hidden': a projection of the hidden state does. 'heads': it makes one gate for all channels of
   # a head.
   output_gate: str = ''
+  # Whether a head's queries grow with the logarithm of their position, those of the indexer's, too.
+  query_log_scale: bool = False
   attention_sinks: bool = False  # Whether each head has a logit of its own that no key stands behind.
 
   # Grouped-query attention.
@@ -132,6 +134,8 @@ class ModelConfig:
   indexer_rope_interleave: bool = False
   index_rope_last: bool = False  # Whether it rotates its last channels, in place of its first ones.
   index_norm_eps: float = 1e-6  # The eps of the norm of index keys. 0: `norm_eps`.
+  # Whether the indexer norms what its queries are projected from, as it norms its keys.
+  index_query_norm: bool = False
   # 'full' or 'shared' for each layer (IndexShare). A shared layer attends to what the last full one
   # before it selected. () means that every layer has an indexer of its own. Whatever it says of layers
   # with a window, they have none.
@@ -244,8 +248,9 @@ class ModelConfig:
       raise ConfigError(f'{self.output_gate=} needs a query latent: {self.q_lora_rank=}.')
     if self.attention != 'mla' and (self.output_gate or self.attention_sinks):
       raise ConfigError(f'{self.output_gate=} and {self.attention_sinks=} must be unset in GQA.')
-    if self.attention != 'mla' and (self.latent_rescale or self.rope_key_norm):
-      raise ConfigError(f'{self.latent_rescale=} and {self.rope_key_norm=} must be False in GQA.')
+    of_mla = 'latent_rescale', 'rope_key_norm', 'query_log_scale'
+    if self.attention != 'mla' and any(getattr(self, name) for name in of_mla):
+      raise ConfigError(f'{of_mla} must be False in GQA.')
     if self.n_streams < 0 or (self.n_streams and self.n_mtp_layers):
       raise ConfigError(f'{self.n_streams=} must be at least 0, and 0 with an MTP layer.')
     if self.swiglu_limit < 0 or self.index_norm_eps < 0:

@@ -69,6 +69,8 @@ TWO_SIZES = dataclasses.replace(
     window_qk_rope_head_dim=6, window_v_head_dim=7, window_rope_theta=5.0, shared_inter_dim=10,
     latent_rescale=True, rope_key_norm=True, output_gate='heads',
 )
+# Queries that grow with their position, from hidden states, which the indexer norms.
+GROWING = dataclasses.replace(CFG, q_lora_rank=0, query_log_scale=True, index_query_norm=True)
 T = 29
 LENGTHS = ((17, 12), (21, 5))  # Documents of each row; the second ends in padding.
 RATES = {'backbone': 0.1, 'indexer': 0.1}

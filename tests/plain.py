@@ -151,10 +151,19 @@ def sizes_of_windows(cfg: ModelConfig) -> ModelConfig:
   return dataclasses.replace(cfg, **given, **{f'window_{name}': type(own[name])(0) for name in given})
 
 
+def log_scale(w: Weights, positions) -> np.ndarray:
+  """The factor of every query and head, [T, H, 1]."""
+  return (np.log(np.array(positions) + 1.0)[:, None] * w['scale'] + w['bias'])[:, :, None]
+
+
 def index_scores(w: Weights, x, c_q, positions, cfg: ModelConfig) -> np.ndarray:
   """The indexer's opinion of every key for every query, [T, S]."""
   freqs, r = frequencies(cfg), cfg.qk_rope_head_dim
+  if cfg.index_query_norm:
+    c_q = layer_norm(c_q, w['q_norm']['scale'], w['q_norm']['bias'], cfg.index_norm_eps)
   q = np.einsum('tq,qij->tij', c_q, w['wq_b'])
+  if cfg.query_log_scale:
+    q = q * log_scale(w['q_scale'], positions)
   k = layer_norm(x @ w['wk'], w['k_norm']['scale'], w['k_norm']['bias'], cfg.index_norm_eps)
   here = slice(-r, None) if cfg.index_rope_last else slice(r)
   rotate = rotate_pairs if cfg.indexer_rope_interleave else rotate_halves
@@ -204,6 +213,8 @@ def attention(w: Weights, x, start, end, cfg: ModelConfig, sparse: bool, earlier
     turn = rotate_pairs if cfg.rope_interleave else rotate_halves
     q[t, :, n:] = turn(q[t, :, n:], position, freqs)
     k_rope[t] = turn(k_rope[t], position, freqs)
+  if cfg.query_log_scale:
+    q = q * log_scale(w['q_scale'], positions)
   up = np.einsum('sc,chn->shn', c_kv, w['wkv_b'])
   k_nope, v = up[..., :n], up[..., n:]
   k = np.concatenate([k_nope, np.repeat(k_rope[:, None], cfg.n_heads, axis=1)], axis=-1)

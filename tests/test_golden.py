@@ -136,6 +136,16 @@ def test_gradients_of_layers_of_two_sizes(attention):
   golden.check_gradients(attention, 'xla', laws.TWO_SIZES)
 
 
+def test_queries_that_grow():
+  golden.check_forward('sparse', 'xla', laws.GROWING)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize('attention', ['dense', 'sparse'])
+def test_gradients_of_queries_that_grow(attention):
+  golden.check_gradients(attention, 'xla', laws.GROWING)
+
+
 def test_gates_without_a_query_latent():
   """And with pairs of neighbours, as the released weights of Hy4 are said to want."""
   pairs = dict(rope_interleave=True, indexer_rope_interleave=True)

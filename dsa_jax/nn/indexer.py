@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from dsa_jax.config import ModelConfig
 from dsa_jax.nn.fixed import Configured
+from dsa_jax.nn.log_scale import LogScale
 from dsa_jax.nn.norms import LayerNorm
 from dsa_jax.nn.rope import apply_rope, rope_frequencies
 from dsa_jax.params import IndexerParam, param
@@ -39,6 +40,9 @@ class LightningIndexer(Configured):
     eps = cfg.index_norm_eps or cfg.norm_eps
     self.k_norm = LayerNorm(j, kind=IndexerParam, eps=eps)
     self.weights_proj = weight((d, i), ('embed', 'index_heads'), std=d**-0.5)
+    norms, scales = cfg.index_query_norm, cfg.query_log_scale
+    self.q_norm = LayerNorm(q, kind=IndexerParam, eps=eps) if norms else None
+    self.q_scale = LogScale(i, kind=IndexerParam, axis='index_heads') if scales else None
     self._cfg = cfg
 
   def __call__(
@@ -54,7 +58,9 @@ class LightningIndexer(Configured):
       FP8 quantisation and Hadamard rotation.
     """
     x, q_latent = jax.lax.stop_gradient((x, q_latent))
+    q_latent = q_latent if self.q_norm is None else self.q_norm(q_latent)
     q = jnp.einsum('BTQ,QIJ->BTIJ', q_latent, self.wq_b[...].astype(x.dtype))
+    q = q if self.q_scale is None else self.q_scale(q, positions)
     k = self.k_norm(x @ self.wk[...].astype(x.dtype))
     weights = x.astype(jnp.float32) @ self.weights_proj[...]
     scale = (self.cfg.index_n_heads * self.cfg.index_head_dim) ** -0.5  # The loss depends on it.

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from dsa_jax.config import ModelConfig
 from dsa_jax.nn.attention.layer import Attention
+from dsa_jax.nn.log_scale import LogScale
 from dsa_jax.nn.norms import RMSNorm
 from dsa_jax.nn.rope import apply_rope, rope_frequencies
 from dsa_jax.params import BackboneParam, param
@@ -38,6 +39,8 @@ class MLA(Attention):
     gates = {'hidden': ((d, h, v), ('embed', 'heads', None)), 'heads': ((d, h), ('embed', 'heads'))}
     has_gate = cfg.output_gate in gates
     self.wg = weight(*gates[cfg.output_gate], std=d**-0.5) if has_gate else None
+    has_scale = cfg.query_log_scale
+    self.q_scale = LogScale(h, kind=BackboneParam, axis='heads') if has_scale else None
     self.k_rope_norm = RMSNorm(r, eps=eps) if cfg.rope_key_norm else None
     self.sinks = BackboneParam(jnp.zeros(h), axes=('heads',)) if cfg.attention_sinks else None
     super().__init__(cfg, rngs=rngs)
@@ -68,7 +71,10 @@ class MLA(Attention):
       q_latent = q_latent[..., : self.cfg.query_input_dim]
     q = jnp.einsum('BTQ,QHE->BTHE', q_latent, self._query_weights(q_latent.dtype)[0])
     nope, rope = jnp.split(q, [self.cfg.qk_nope_head_dim], axis=-1)
-    return nope, self._rotate(rope, positions)
+    rope = self._rotate(rope, positions)
+    if self.q_scale is None:
+      return nope, rope
+    return self.q_scale(nope, positions), self.q_scale(rope, positions)
 
   def gate_logits(self, q_latent):
     if self.wg is not None:
