@@ -92,6 +92,8 @@ class ModelConfig:
   v_head_dim: int = 128
   rope_interleave: bool = True  # Whether rotation pairs neighbouring channels or those of two halves.
   nope_layers: Sequence[int] = ()  # The layers that rotate nothing, counted from 0.
+  # Whether these layers have no rotary key: latents make all channels of their keys.
+  nope_layers_expand: bool = False
   # Layers that select nothing, but attend to the latest `sliding_window` tokens, their own included.
   window_layers: Sequence[int] = ()
   sliding_window: int = 0  # 0 where no layer has a window.
@@ -153,6 +155,7 @@ class ModelConfig:
   low_freq_factor: float = 1.0  # Of 'llama3': turns within original_seq_len that still are slow.
   high_freq_factor: float = 4.0  # And from how many turns on a frequency is fast.
   mscale: float = 1.0
+  learned_frequencies: bool = False  # Whether all layers share a learned factor of each frequency.
 
   # The standard deviation of fresh embeddings. That of other weights follows from their fan-in.
   embed_init_std: float = 0.02
@@ -190,6 +193,7 @@ class ModelConfig:
     self._check_heads()
     self._check_gates()
     self._check_window_sizes()
+    self._check_nope_layers()
     if self.n_dense_layers < self.n_layers:
       self._check_experts()
     if types := self.indexer_types:
@@ -210,8 +214,9 @@ class ModelConfig:
       )
 
   def _check_heads(self):
-    if self.qk_rope_head_dim % 2 or self.qk_rope_head_dim < 2:
-      raise ConfigError(f'{self.qk_rope_head_dim=} must be even and at least 2.')
+    least = 0 if self.attention == 'mla' else 2
+    if self.qk_rope_head_dim % 2 or self.qk_rope_head_dim < least:
+      raise ConfigError(f'{self.qk_rope_head_dim=} must be even and at least {least}.')
     if self.index_rope_head_dim % 2 or self.index_head_dim < self.index_rope_dim:
       raise ConfigError(
           f'{self.index_rope_dim=} must be even and at most {self.index_head_dim=}: set '
@@ -248,13 +253,26 @@ class ModelConfig:
       raise ConfigError(f'{self.output_gate=} needs a query latent: {self.q_lora_rank=}.')
     if self.attention != 'mla' and (self.output_gate or self.attention_sinks):
       raise ConfigError(f'{self.output_gate=} and {self.attention_sinks=} must be unset in GQA.')
-    of_mla = 'latent_rescale', 'rope_key_norm', 'query_log_scale'
+    of_mla = 'latent_rescale', 'rope_key_norm', 'query_log_scale', 'learned_frequencies'
     if self.attention != 'mla' and any(getattr(self, name) for name in of_mla):
       raise ConfigError(f'{of_mla} must be False in GQA.')
+    if self.learned_frequencies and (self.n_mtp_layers or self.index_rope_dim != self.qk_rope_head_dim):
+      raise ConfigError(
+          f'{self.learned_frequencies=} must be False with an MTP layer, and where the indexer rotates '
+          f'other widths than heads: {self.index_rope_dim=}, {self.qk_rope_head_dim=}.'
+      )
     if self.n_streams < 0 or (self.n_streams and self.n_mtp_layers):
       raise ConfigError(f'{self.n_streams=} must be at least 0, and 0 with an MTP layer.')
     if self.swiglu_limit < 0 or self.index_norm_eps < 0:
       raise ConfigError(f'{self.swiglu_limit=} and {self.index_norm_eps=} must be at least 0.')
+
+  def _check_nope_layers(self):
+    if self.nope_layers_expand and (self.attention != 'mla' or not self.nope_layers):
+      raise ConfigError(f'{self.nope_layers_expand=} must be False without nope_layers in MLA.')
+    if self.nope_layers_expand and self.has_window_sizes:
+      raise ConfigError(f'{self.nope_layers_expand=} must be False where windows have other sizes.')
+    if self.query_log_scale and self.nope_layers and not self.nope_layers_expand:
+      raise ConfigError(f'{self.query_log_scale=} needs nope_layers_expand where layers do not rotate.')
 
   def _check_window_sizes(self):
     names = [f'window_{name}' for name in WINDOW_SIZES]
@@ -329,6 +347,22 @@ class ModelConfig:
     fields = {name: size for name, size in given.items() if size}
     fields |= {f'window_{name}': type(size)(0) for name, size in given.items()}
     return dataclasses.replace(self, **fields, index_rope_head_dim=self.index_rope_dim)
+
+  @property
+  def of_nope_layers(self) -> 'ModelConfig':
+    """The model whose layers all are as those that rotate nothing, if these have no rotary key."""
+    if not self.nope_layers_expand:
+      return self
+    return dataclasses.replace(
+        self, qk_nope_head_dim=self.head_dim, qk_rope_head_dim=0, index_rope_head_dim=0,
+        nope_layers=(), nope_layers_expand=False,
+    )  # fmt: skip
+
+  def of_layer(self, layer: int) -> 'ModelConfig':
+    """Returns the model whose layers all have the sizes of this one."""
+    if layer in self.window_layers:
+      return self.of_windows
+    return self.of_nope_layers if layer in self.nope_layers else self
 
   @property
   def shared_experts_dim(self) -> int:

@@ -71,6 +71,12 @@ TWO_SIZES = dataclasses.replace(
 )
 # Queries that grow with their position, from hidden states, which the indexer norms.
 GROWING = dataclasses.replace(CFG, q_lora_rank=0, query_log_scale=True, index_query_norm=True)
+# And some of them rotate nothing: much of Mistral Large 4. Where a text begins with one word twice, keys
+# of these layers tie: the batch of another vocabulary has no such text.
+SOME_NOPE = dataclasses.replace(
+    GROWING, vocab_size=40, n_layers=4, n_dense_layers=2, nope_layers=(1, 2), nope_layers_expand=True,
+    indexer_rope_interleave=True, learned_frequencies=True,
+)  # fmt: skip
 T = 29
 LENGTHS = ((17, 12), (21, 5))  # Documents of each row; the second ends in padding.
 RATES = {'backbone': 0.1, 'indexer': 0.1}

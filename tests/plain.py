@@ -36,6 +36,8 @@ class Row(NamedTuple):
 
 def frequencies(cfg: ModelConfig) -> np.ndarray:
   width, length = cfg.qk_rope_head_dim, cfg.original_seq_len
+  if not width:
+    return np.zeros(0)
   correction = lambda turns: (
       width * math.log(length / (turns * 2 * math.pi)) / (2 * math.log(cfg.rope_theta))
   )
@@ -51,6 +53,11 @@ def frequencies(cfg: ModelConfig) -> np.ndarray:
       f = f * (1 - ramp) + f / cfg.rope_factor * ramp
     result.append(f)
   return np.array(result)
+
+
+def layer_frequencies(w: Weights, cfg: ModelConfig) -> np.ndarray:
+  """The same with the learned factors that all layers share."""
+  return frequencies(cfg) * np.exp(w.get('rope_factors', 0)) if cfg.qk_rope_head_dim else np.zeros(0)
 
 
 def softmax_scale(cfg: ModelConfig) -> float:
@@ -158,14 +165,14 @@ def log_scale(w: Weights, positions) -> np.ndarray:
 
 def index_scores(w: Weights, x, c_q, positions, cfg: ModelConfig) -> np.ndarray:
   """The indexer's opinion of every key for every query, [T, S]."""
-  freqs, r = frequencies(cfg), cfg.qk_rope_head_dim
+  freqs, r = layer_frequencies(w, cfg), cfg.qk_rope_head_dim
   if cfg.index_query_norm:
     c_q = layer_norm(c_q, w['q_norm']['scale'], w['q_norm']['bias'], cfg.index_norm_eps)
   q = np.einsum('tq,qij->tij', c_q, w['wq_b'])
   if cfg.query_log_scale:
     q = q * log_scale(w['q_scale'], positions)
   k = layer_norm(x @ w['wk'], w['k_norm']['scale'], w['k_norm']['bias'], cfg.index_norm_eps)
-  here = slice(-r, None) if cfg.index_rope_last else slice(r)
+  here = slice(-r, None) if cfg.index_rope_last and r else slice(r)
   rotate = rotate_pairs if cfg.indexer_rope_interleave else rotate_halves
   for t, position in enumerate(positions):
     q[t, :, here] = rotate(q[t, :, here], position, freqs)
@@ -177,15 +184,21 @@ def index_scores(w: Weights, x, c_q, positions, cfg: ModelConfig) -> np.ndarray:
   return scores
 
 
-def attention(w: Weights, x, start, end, cfg: ModelConfig, sparse: bool, earlier=None, window=0):
+def attention(
+    w: Weights, x, start, end, cfg: ModelConfig, sparse: bool, earlier=None, window=0, nope=False
+):
   """Multi-head latent attention in its MHA form, over all visible keys or the selected ones.
 
   A layer without an indexer reuses the `earlier` selection, and has no divergence. One with a window
   sees its latest keys only, all of which it attends to.
   """
   cfg = sizes_of_windows(cfg) if window else cfg
+  if nope and cfg.nope_layers_expand:  # All channels of keys come from latents.
+    cfg = dataclasses.replace(
+        cfg, qk_nope_head_dim=cfg.head_dim, qk_rope_head_dim=0, nope_layers=(), nope_layers_expand=False
+    )
   n_tokens, n, r, c = len(x), cfg.qk_nope_head_dim, cfg.qk_rope_head_dim, cfg.kv_lora_rank
-  freqs, scale = frequencies(cfg), softmax_scale(cfg)
+  freqs, scale = layer_frequencies(w, cfg), softmax_scale(cfg)
   positions = [max(e - 1 - s, 0) for s, e in zip(start, end)]
   eps = cfg.latent_eps or cfg.norm_eps
   c_q, gates = x, 1.0
@@ -275,12 +288,12 @@ def mixture(w: Weights, x, counted, cfg: ModelConfig) -> tuple[np.ndarray, np.nd
 
 
 def block(
-    w: Weights, x, start, end, cfg: ModelConfig, sparse: bool, earlier=None, window=0
+    w: Weights, x, start, end, cfg: ModelConfig, sparse: bool, earlier=None, window=0, nope=False
 ) -> tuple[np.ndarray, Layer]:
   of_attn, of_ffn = w.get('attn_streams'), w.get('ffn_streams')
   normed = gated_norm(read_streams(x, of_attn, cfg), w['attn_norm'], cfg.norm_eps)
   out, selected, oracle, kl, captured = attention(
-      w['attn'], normed, start, end, cfg, sparse, earlier, window
+      w['attn'], normed, start, end, cfg, sparse, earlier, window, nope
   )
   x = add_to_streams(x, out, of_attn, cfg)
   normed = gated_norm(read_streams(x, of_ffn, cfg), w['ffn_norm'], cfg.norm_eps)
@@ -304,7 +317,8 @@ def transformer(
   dense = [i < cfg.n_dense_layers or i in cfg.mlp_layers for i in range(cfg.n_layers)]
   apart = cfg.window_layers if sizes_of_windows(cfg) != cfg else ()  # They have weights of other shapes.
   stacks = [
-      ('dense' if dense[i] else 'moe') + ('_window' if i in apart else '') + '_blocks'
+      ('dense' if dense[i] else 'moe') + ('_window' if i in apart else '')
+      + ('_nope' if i in cfg.nope_layers and cfg.nope_layers_expand else '') + '_blocks'
       for i in range(cfg.n_layers)
   ]
   for i in range(cfg.n_layers):
@@ -317,7 +331,10 @@ def transformer(
     if types[i] == 'full' and not window:
       full = [j for j in before if types[j] == 'full' and j not in cfg.window_layers]
       weights['attn']['indexer'] = _layer(indexers, len(full))
-    x, layer = block(weights, x, start, end, cfg, sparse, earlier, window)
+    if cfg.learned_frequencies:
+      for owner in (weights['attn'], weights['attn'].get('indexer', {})):
+        owner['rope_factors'] = w['rope_factors']
+    x, layer = block(weights, x, start, end, cfg, sparse, earlier, window, i in cfg.nope_layers)
     layers.append(layer)
     earlier = earlier if window else layer.selected
   x = read_streams(x, w.get('streams'), cfg)

@@ -136,14 +136,16 @@ def test_gradients_of_layers_of_two_sizes(attention):
   golden.check_gradients(attention, 'xla', laws.TWO_SIZES)
 
 
-def test_queries_that_grow():
-  golden.check_forward('sparse', 'xla', laws.GROWING)
+def test_layers_without_a_rotary_key():
+  """And queries that grow, and learned factors of frequencies."""
+  with laws.model(laws.SOME_NOPE):
+    golden.check_forward('sparse', 'xla', laws.SOME_NOPE)
 
 
 @pytest.mark.nightly
 @pytest.mark.parametrize('attention', ['dense', 'sparse'])
-def test_gradients_of_queries_that_grow(attention):
-  golden.check_gradients(attention, 'xla', laws.GROWING)
+def test_gradients_of_layers_without_a_rotary_key(attention):
+  golden.check_gradients(attention, 'xla', laws.SOME_NOPE)
 
 
 def test_gates_without_a_query_latent():

@@ -191,9 +191,10 @@ def _weight_works(cfg: ModelConfig, pass_tokens: int, chips: int, logits: bool) 
   gates = 2 * cfg.dim * cfg.gated_norm_rank  # Of one norm.
   # Two halves of each layer read and write, and the head reads.
   streams = (4 * cfg.n_layers + 1) * cfg.n_streams**2 * cfg.dim
-  n_windows = len(cfg.window_layers)
-  attention = (cfg.n_layers - n_windows) * _attention_weights(cfg)
+  n_windows, n_nope = len(cfg.window_layers), len({*cfg.nope_layers} - {*cfg.window_layers})
+  attention = (cfg.n_layers - n_windows - n_nope) * _attention_weights(cfg)
   attention += n_windows * _attention_weights(cfg.of_windows)
+  attention += n_nope * _attention_weights(cfg.of_nope_layers)
   return [
       _product('projections', attention, pass_tokens),
       _product('gated norms', (cfg.n_layers + moe) * gates, pass_tokens, 'bf16'),

@@ -171,7 +171,7 @@ def read_layer(
   """Runs a layer, whose new rows it writes into the cache; returns the carry and the selection."""
   x, (kv, index_key, window_kv), selected = carry
   i, slot, is_full, key = facts
-  attn, end, cfg, backend = block.attn, piece.end, piece.cfg, piece.backend
+  attn, end, cfg, backend = block.attn, piece.end, block.attn.cfg, piece.backend
   span, index_span = (i * piece.capacity, piece.capacity), (slot * piece.capacity, piece.capacity)
   views = attn.views(block.attention_input(x), jnp.zeros_like(end), end)
   is_apart = attn.window > 0 and window_kv is not None

@@ -13,11 +13,14 @@ import jax
 
 from dsa_jax.config import ModelConfig
 
-# Layers with an MLP, layers with experts, MTP; and the first two kinds once more with a window, where
-# this comes with sizes of its own: all layers of a stack have weights of one shape.
-STACKS = ('dense_blocks', 'moe_blocks', 'mtp', 'dense_window_blocks', 'moe_window_blocks')
-OF_EXPERTS = ('moe_blocks', 'moe_window_blocks')  # The stacks of layers with experts.
-OF_WINDOWS = ('dense_window_blocks', 'moe_window_blocks')
+# Layers with an MLP, layers with experts, MTP; and the first two kinds once more for layers with a
+# window and for layers that rotate nothing, where these have sizes of their own: all layers of a stack
+# have weights of one shape.
+STACKS = (
+    'dense_blocks', 'moe_blocks', 'mtp', 'dense_window_blocks', 'moe_window_blocks',
+    'dense_nope_blocks', 'moe_nope_blocks',
+)  # fmt: skip
+OF_EXPERTS = ('moe_blocks', 'moe_window_blocks', 'moe_nope_blocks')  # The stacks of layers with experts.
 
 
 class Kind(NamedTuple):
@@ -59,8 +62,9 @@ def layers_of_stacks(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
 def kind_of(cfg: ModelConfig, layer: int) -> Kind:
   """Returns the kind of a layer, by its number."""
   window = cfg.sliding_window if layer in cfg.window_layers else 0
-  stacks = OF_WINDOWS if window and cfg.has_window_sizes else STACKS
-  return Kind(stacks[layer not in cfg.dense_layers], window)
+  sizes = '_window' if window and cfg.has_window_sizes else ''
+  sizes = '_nope' if layer in cfg.nope_layers and cfg.nope_layers_expand else sizes
+  return Kind(f'{"dense" if layer in cfg.dense_layers else "moe"}{sizes}_blocks', window)
 
 
 @functools.cache

@@ -15,7 +15,7 @@ from dsa_jax.config import ConfigError, ModelConfig
 from dsa_jax.nn.attention.types import Measures, Mode, Shared
 from dsa_jax.nn.block import MTP, Block, LayerReport
 from dsa_jax.nn.fixed import Configured
-from dsa_jax.nn.layers import OF_EXPERTS, OF_WINDOWS, Section, kind_of, layers_of_stacks
+from dsa_jax.nn.layers import OF_EXPERTS, Section, kind_of, layers_of_stacks
 from dsa_jax.nn.norms import RMSNorm
 from dsa_jax.nn.remat import rematerialized
 from dsa_jax.nn.scan import cut, in_order, of_kind, scan
@@ -67,11 +67,15 @@ class Transformer(Configured):
     self.moe_blocks = _stack(cfg, 'moe_blocks', rngs)
     self.dense_window_blocks = _stack(cfg, 'dense_window_blocks', rngs)
     self.moe_window_blocks = _stack(cfg, 'moe_window_blocks', rngs)
+    self.dense_nope_blocks = _stack(cfg, 'dense_nope_blocks', rngs)
+    self.moe_nope_blocks = _stack(cfg, 'moe_nope_blocks', rngs)
     self.streams = Streams(cfg, writes=False, rngs=rngs) if cfg.n_streams else None
     self.norm = RMSNorm(d, eps=cfg.norm_eps)
     head = lambda: param(BackboneParam, (d, w), ('embed', 'vocab'), std=0.02, rngs=rngs)
     self.head = None if cfg.tie_embeddings else head()
     self.mtp = MTP(cfg, rngs=rngs) if cfg.n_mtp_layers else None
+    factors = jnp.zeros(cfg.qk_rope_head_dim // 2)
+    self.rope_factors = BackboneParam(factors, axes=(None,)) if cfg.learned_frequencies else None
     self._cfg = cfg
 
   def __call__(
@@ -117,7 +121,18 @@ class Transformer(Configured):
   def sections(self) -> Iterator[tuple[Section, dict[str, Block]]]:
     """Yields the sections of the layers, each with its weights as `scan` takes them."""
     layers = layers_of_stacks(self.cfg)
-    return cut(self.cfg, lambda name: one_each(getattr(self, name), self.cfg, layers[name]))
+    return cut(self.cfg, lambda name: self._one_each(name, layers[name]))
+
+  def _one_each(self, stack: str, layers: Sequence[int]) -> Block:
+    """Returns the layers of a stack with all that each of them needs."""
+    blocks = one_each(getattr(self, stack), self.cfg, layers)
+    if self.rope_factors is None:
+      return blocks
+    blocks = jax.tree.map(lambda a: a, blocks)
+    factors = self.rope_factors[...]
+    factors = jnp.broadcast_to(factors, (len(layers), *factors.shape))
+    blocks.attn.rope_factors = nnx.data(BackboneParam(factors, axes=(None,)))
+    return blocks
 
   def layer_keys(self, key: Key[Array, ''] | None = None) -> Key[Array, 'L']:
     """Returns the random state of each layer and, as the last, that of the MTP layer."""
@@ -152,7 +167,7 @@ class Transformer(Configured):
       raise ConfigError(f'layer {i} must be within 0 and {self.cfg.n_layers - 1}.')
     kind = kind_of(self.cfg, i)
     layers = layers_of_stacks(self.cfg)[kind.stack]
-    blocks = one_each(getattr(self, kind.stack), self.cfg, layers)
+    blocks = self._one_each(kind.stack, layers)
     block = of_kind(jax.tree.map(lambda a: a[layers.index(i)], blocks), kind)
     if not self.cfg.is_full(i):
       block.attn.indexer = None
@@ -189,7 +204,7 @@ def _stack(cfg: ModelConfig, name: str, rngs: nnx.Rngs) -> Block | None:
   layers = layers_of_stacks(cfg)[name]
   if not layers:
     return None
-  sizes = cfg.of_windows if name in OF_WINDOWS else cfg
+  sizes = cfg.of_layer(layers[0])
   make: Callable = lambda key: Block(sizes, experts=name in OF_EXPERTS, rngs=nnx.Rngs(key))
   blocks = jax.vmap(make)(jax.random.split(rngs.params(), len(layers)))
   full = np.flatnonzero(are_full(cfg, layers))
@@ -207,13 +222,14 @@ def one_each(blocks: Block, cfg: ModelConfig, layers: Sequence[int]) -> Block:
   """
   full = are_full(cfg, layers)
   repeats = not full.all() and blocks.attn.indexer is not None
-  if not repeats and not cfg.nope_layers:
+  some_rotate = len(cfg.nope_layers) > 0 and not cfg.nope_layers_expand
+  if not repeats and not some_rotate:
     return blocks
   blocks = jax.tree.map(lambda a: a, blocks)
   if repeats:
     owner = np.maximum(np.cumsum(full) - 1, 0)
     blocks.attn.indexer = jax.tree.map(lambda a: a[owner], blocks.attn.indexer)
-  if cfg.nope_layers:
+  if some_rotate:
     rotates = jnp.array([i not in cfg.nope_layers for i in layers])
     blocks.attn.rotates = nnx.data(LayerFact(rotates, axes=()))
   return blocks

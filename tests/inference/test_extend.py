@@ -34,6 +34,10 @@ CONFIGS = {
     'gqa': laws.GQA,
     'gated': laws.GATED,
     'sinks': dataclasses.replace(laws.SINKS, window_layers=(0,), sliding_window=6),
+    'some_nope': dataclasses.replace(laws.SOME_NOPE, index_head_dim=16),
+    'some_nope_all_selected': dataclasses.replace(
+        laws.SOME_NOPE, index_head_dim=16, index_topk=27, n_dense_layers=4, query_log_scale=False
+    ),
     'two_sizes': dataclasses.replace(laws.TWO_SIZES, index_head_dim=16),
     'two_sizes_all_selected': dataclasses.replace(
         laws.TWO_SIZES, index_head_dim=16, index_topk=27, n_dense_layers=4
@@ -120,7 +124,8 @@ NIGHTLY = pytest.mark.nightly
     + [pytest.param('gqa', attention, marks=NIGHTLY) for attention in ('masked', 'dense')]
     + [pytest.param('gated', attention, marks=NIGHTLY) for attention in ('masked', 'dense')]
     + [('sinks', 'sparse'), pytest.param('sinks', 'dense', marks=NIGHTLY)]
-    + [('two_sizes', 'sparse')],
+    + [('two_sizes', 'sparse'), ('some_nope', 'sparse')]
+    + [pytest.param('some_nope', attention, marks=NIGHTLY) for attention in ('masked', 'dense')],
 )
 def test_any_chunking(name, cuts, attention):
   want, want_selected = whole_pass(name, attention)
@@ -160,12 +165,13 @@ def test_a_window_in_a_quantised_cache_with_whole_lines():
     assert 1e-3 < error < 0.05, error
 
 
-def test_rows_of_two_widths_in_a_quantised_cache_with_whole_lines():
-  want, _ = whole_pass('two_sizes_all_selected', 'sparse')
+@pytest.mark.parametrize('name', ['two_sizes', pytest.param('some_nope', marks=NIGHTLY)])
+def test_rows_of_two_widths_in_a_quantised_cache_with_whole_lines(name):
+  want, _ = whole_pass(f'{name}_all_selected', 'sparse')
+  cuts = CUTS['chunks_then_tokens']
   logits, _ = read(
-      'two_sizes_all_selected', 'sparse', CUTS['chunks_then_tokens'], lengths=WHOLE, fmt='fp8',
-      whole_lines=True,
-  )  # fmt: skip
+      f'{name}_all_selected', 'sparse', cuts, lengths=WHOLE, fmt='fp8', whole_lines=True
+  )
   error = np.sqrt(np.mean((logits - want) ** 2)) / want.std()
   assert 1e-3 < error < 0.05, error
   cache = init_cache(laws.TWO_SIZES, 1, 8)

@@ -23,7 +23,7 @@ from dsa_jax.nn.indexer import LightningIndexer
 from dsa_jax.parallel import collectives, shard
 from dsa_jax.parallel.mesh import BATCH, TOKENS
 from dsa_jax.parallel.zigzag import unzigzag
-from dsa_jax.params import LayerFact
+from dsa_jax.params import BackboneParam, LayerFact
 
 
 class Attention(Configured):
@@ -37,6 +37,8 @@ class Attention(Configured):
 
   # Whether the layer rotates queries and keys. None stands for yes; see `transformer.one_each`.
   rotates: LayerFact | None = None
+  # The logarithms of factors of the frequencies, [R / 2], which all layers share. None: there are none.
+  rope_factors: BackboneParam | None = None
   window: int = 0  # Queries see the latest so many tokens, and select none. 0: there is no window.
   wo: nnx.Variable  # [H, V, D].
   sinks: nnx.Variable | None = None  # [H]. None: heads have no sinks.
@@ -173,7 +175,8 @@ class Attention(Configured):
     k, v = self.expanded(rows)
     index = None
     if self.indexer is not None:
-      index = self.indexer(x, self.index_latent(q_latent), positions)
+      factors = None if self.rope_factors is None else self.rope_factors[...]
+      index = self.indexer(x, self.index_latent(q_latent), positions, factors)
       index = index._replace(k=_of_all_tokens(index.k, zigzag))
     return Views(
         q_latent=q_latent,

@@ -10,7 +10,7 @@ from dsa_jax.config import ModelConfig
 from dsa_jax.nn.attention.layer import Attention
 from dsa_jax.nn.log_scale import LogScale
 from dsa_jax.nn.norms import RMSNorm
-from dsa_jax.nn.rope import apply_rope, rope_frequencies
+from dsa_jax.nn.rope import apply_rope, scaled_frequencies
 from dsa_jax.params import BackboneParam, param
 
 
@@ -142,5 +142,8 @@ class MLA(Attention):
     return latent * (self.cfg.dim / latent.shape[-1]) ** 0.5
 
   def _rotate(self, x, positions):
-    frequencies = rope_frequencies(self.cfg, self.cfg.qk_rope_head_dim)
+    if not self.cfg.qk_rope_head_dim:
+      return x
+    factors = None if self.rope_factors is None else self.rope_factors[...]
+    frequencies = scaled_frequencies(self.cfg, self.cfg.qk_rope_head_dim, factors)
     return apply_rope(x, positions, frequencies, interleaved=self.cfg.rope_interleave)
