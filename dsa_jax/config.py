@@ -108,6 +108,8 @@ class ModelConfig:
   # Multi-head latent attention; 0 in GQA.
   q_lora_rank: int = 1536  # 0: queries come from the hidden state without a latent between.
   kv_lora_rank: int = 512
+  # The layer whose latents and rotary keys each layer reads: itself or an earlier one. (): itself.
+  kv_sources: Sequence[int] = ()
   latent_eps: float = 0.0  # The eps of the norms of latents. 0: `norm_eps`.
   latent_rescale: bool = False  # Whether normed latents are multiplied by sqrt(dim / rank).
   rope_key_norm: bool = False  # Whether rotary keys are normed before their rotation.
@@ -162,7 +164,7 @@ class ModelConfig:
   dtype: str = 'bfloat16'  # The dtype of activations. Parameters and reductions are float32.
 
   def __post_init__(self):
-    for name in ('indexer_types', 'nope_layers', 'mlp_layers', 'window_layers'):
+    for name in ('indexer_types', 'nope_layers', 'mlp_layers', 'window_layers', 'kv_sources'):
       object.__setattr__(self, name, tuple(getattr(self, name)))  # JSON has lists.
     others = {f'window_{name}': name for name in WINDOW_SIZES} | {'shared_inter_dim': 'moe_inter_dim'}
     for name, other in others.items():
@@ -194,6 +196,7 @@ class ModelConfig:
     self._check_gates()
     self._check_window_sizes()
     self._check_nope_layers()
+    self._check_kv_sources()
     if self.n_dense_layers < self.n_layers:
       self._check_experts()
     if types := self.indexer_types:
@@ -273,6 +276,22 @@ class ModelConfig:
       raise ConfigError(f'{self.nope_layers_expand=} must be False where windows have other sizes.')
     if self.query_log_scale and self.nope_layers and not self.nope_layers_expand:
       raise ConfigError(f'{self.query_log_scale=} needs nope_layers_expand where layers do not rotate.')
+
+  def _check_kv_sources(self):
+    sources, layers = self.kv_sources, range(self.n_layers)
+    if not sources:
+      return
+    kind = lambda i: (i in self.nope_layers, i in self.window_layers)
+    fits = lambda i, source: source == i or kind(i) == kind(source) == (kind(i)[0], False)
+    is_right = len(sources) == self.n_layers and all(
+        0 <= source <= i and sources[source] == source and fits(i, source)
+        for i, source in zip(layers, sources)
+    )
+    if not is_right or self.attention != 'mla':
+      raise ConfigError(
+          f'kv_sources={sources} must name, in MLA, for each of {self.n_layers} layers itself or an '
+          'earlier layer that names itself, rotates as it does, and has no window, as it has none.'
+      )
 
   def _check_window_sizes(self):
     names = [f'window_{name}' for name in WINDOW_SIZES]
@@ -355,8 +374,17 @@ class ModelConfig:
       return self
     return dataclasses.replace(
         self, qk_nope_head_dim=self.head_dim, qk_rope_head_dim=0, index_rope_head_dim=0,
-        nope_layers=(), nope_layers_expand=False,
+        nope_layers=(), nope_layers_expand=False, kv_sources=(),
     )  # fmt: skip
+
+  def reads_rows(self, layer: int) -> bool:
+    """Returns whether a layer has no latents of its own."""
+    return bool(self.kv_sources) and self.kv_sources[layer] != layer
+
+  @property
+  def n_readers(self) -> int:
+    """The number of layers that read an earlier layer's latents."""
+    return sum(map(self.reads_rows, range(self.n_layers)))
 
   def of_layer(self, layer: int) -> 'ModelConfig':
     """Returns the model whose layers all have the sizes of this one."""

@@ -77,6 +77,8 @@ SOME_NOPE = dataclasses.replace(
     GROWING, vocab_size=40, n_layers=4, n_dense_layers=2, nope_layers=(1, 2), nope_layers_expand=True,
     indexer_rope_interleave=True, learned_frequencies=True,
 )  # fmt: skip
+# Layers 2 and 3 read the rows of others, each of those of its own kind.
+READING = dataclasses.replace(SOME_NOPE, kv_sources=(0, 1, 1, 0))
 T = 29
 LENGTHS = ((17, 12), (21, 5))  # Documents of each row; the second ends in padding.
 RATES = {'backbone': 0.1, 'indexer': 0.1}

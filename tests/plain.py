@@ -24,6 +24,7 @@ class Layer(NamedTuple):
   index_kl: np.ndarray
   captured_mass: np.ndarray
   expert_load: np.ndarray | None
+  rows: tuple[np.ndarray, np.ndarray]  # Latents and rotated keys.
 
 
 class Row(NamedTuple):
@@ -185,7 +186,8 @@ def index_scores(w: Weights, x, c_q, positions, cfg: ModelConfig) -> np.ndarray:
 
 
 def attention(
-    w: Weights, x, start, end, cfg: ModelConfig, sparse: bool, earlier=None, window=0, nope=False
+    w: Weights, x, start, end, cfg: ModelConfig, sparse: bool, earlier=None, window=0, nope=False,
+    source=None,
 ):
   """Multi-head latent attention in its MHA form, over all visible keys or the selected ones.
 
@@ -216,16 +218,20 @@ def attention(
     gates = sigmoid(np.einsum('td,dhv->thv', x, w['wg']))
   if cfg.output_gate == 'heads':
     gates = sigmoid(x @ w['wg'])[:, :, None]
-  down = x @ w['wkv_a']
-  c_kv, k_rope = rms_norm(down[:, :c], w['kv_norm']['scale'], eps), down[:, c:]
-  if cfg.latent_rescale:
-    c_kv = c_kv * math.sqrt(cfg.dim / c)
-  if cfg.rope_key_norm:
-    k_rope = rms_norm(k_rope, w['k_rope_norm']['scale'], eps)
+  turn = rotate_pairs if cfg.rope_interleave else rotate_halves
   for t, position in enumerate(positions):
-    turn = rotate_pairs if cfg.rope_interleave else rotate_halves
     q[t, :, n:] = turn(q[t, :, n:], position, freqs)
-    k_rope[t] = turn(k_rope[t], position, freqs)
+  if source is None:
+    down = x @ w['wkv_a']
+    c_kv, k_rope = rms_norm(down[:, :c], w['kv_norm']['scale'], eps), down[:, c:]
+    if cfg.latent_rescale:
+      c_kv = c_kv * math.sqrt(cfg.dim / c)
+    if cfg.rope_key_norm:
+      k_rope = rms_norm(k_rope, w['k_rope_norm']['scale'], eps)
+    for t, position in enumerate(positions):
+      k_rope[t] = turn(k_rope[t], position, freqs)
+  else:
+    c_kv, k_rope = source
   if cfg.query_log_scale:
     q = q * log_scale(w['q_scale'], positions)
   up = np.einsum('sc,chn->shn', c_kv, w['wkv_b'])
@@ -257,7 +263,8 @@ def attention(
     captured[t] = true_mass[chosen].sum()
     selected.append(chosen)
     oracle.append(top_k(true_mass, visible, cfg.index_topk))
-  return np.einsum('thv,hvd->td', gates * out, w['wo']), selected, oracle, kl, captured
+  out = np.einsum('thv,hvd->td', gates * out, w['wo'])
+  return out, selected, oracle, kl, captured, (c_kv, k_rope)
 
 
 def route(scores: np.ndarray, bias: np.ndarray, cfg: ModelConfig) -> dict[int, float]:
@@ -288,12 +295,13 @@ def mixture(w: Weights, x, counted, cfg: ModelConfig) -> tuple[np.ndarray, np.nd
 
 
 def block(
-    w: Weights, x, start, end, cfg: ModelConfig, sparse: bool, earlier=None, window=0, nope=False
+    w: Weights, x, start, end, cfg: ModelConfig, sparse: bool, earlier=None, window=0, nope=False,
+    source=None,
 ) -> tuple[np.ndarray, Layer]:
   of_attn, of_ffn = w.get('attn_streams'), w.get('ffn_streams')
   normed = gated_norm(read_streams(x, of_attn, cfg), w['attn_norm'], cfg.norm_eps)
-  out, selected, oracle, kl, captured = attention(
-      w['attn'], normed, start, end, cfg, sparse, earlier, window, nope
+  out, selected, oracle, kl, captured, rows = attention(
+      w['attn'], normed, start, end, cfg, sparse, earlier, window, nope, source
   )
   x = add_to_streams(x, out, of_attn, cfg)
   normed = gated_norm(read_streams(x, of_ffn, cfg), w['ffn_norm'], cfg.norm_eps)
@@ -302,7 +310,7 @@ def block(
     out, load = mixture(ffn, normed, np.asarray(end) > np.asarray(start), cfg)
   else:
     out = swiglu(normed, ffn['w1'], ffn['w3'], ffn['w2'])
-  return add_to_streams(x, out, of_ffn, cfg), Layer(selected, oracle, kl, captured, load)
+  return add_to_streams(x, out, of_ffn, cfg), Layer(selected, oracle, kl, captured, load, rows)
 
 
 def transformer(
@@ -318,7 +326,8 @@ def transformer(
   apart = cfg.window_layers if sizes_of_windows(cfg) != cfg else ()  # They have weights of other shapes.
   stacks = [
       ('dense' if dense[i] else 'moe') + ('_window' if i in apart else '')
-      + ('_nope' if i in cfg.nope_layers and cfg.nope_layers_expand else '') + '_blocks'
+      + ('_nope' if i in cfg.nope_layers and cfg.nope_layers_expand else '')
+      + ('_reading' if cfg.kv_sources and cfg.kv_sources[i] != i else '') + '_blocks'
       for i in range(cfg.n_layers)
   ]
   for i in range(cfg.n_layers):
@@ -334,7 +343,11 @@ def transformer(
     if cfg.learned_frequencies:
       for owner in (weights['attn'], weights['attn'].get('indexer', {})):
         owner['rope_factors'] = w['rope_factors']
-    x, layer = block(weights, x, start, end, cfg, sparse, earlier, window, i in cfg.nope_layers)
+    reads = cfg.kv_sources and cfg.kv_sources[i] != i
+    source = layers[cfg.kv_sources[i]].rows if reads else None
+    x, layer = block(
+        weights, x, start, end, cfg, sparse, earlier, window, i in cfg.nope_layers, source
+    )
     layers.append(layer)
     earlier = earlier if window else layer.selected
   x = read_streams(x, w.get('streams'), cfg)

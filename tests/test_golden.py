@@ -148,6 +148,17 @@ def test_gradients_of_layers_without_a_rotary_key(attention):
   golden.check_gradients(attention, 'xla', laws.SOME_NOPE)
 
 
+def test_layers_that_read_the_rows_of_others():
+  with laws.model(laws.READING):
+    golden.check_forward('sparse', 'xla', laws.READING)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize('attention', ['dense', 'sparse'])
+def test_gradients_of_layers_that_read_the_rows_of_others(attention):
+  golden.check_gradients(attention, 'xla', laws.READING, remat='layer')
+
+
 def test_gates_without_a_query_latent():
   """And with pairs of neighbours, as the released weights of Hy4 are said to want."""
   pairs = dict(rope_interleave=True, indexer_rope_interleave=True)

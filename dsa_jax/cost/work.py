@@ -121,11 +121,10 @@ def index_key_bytes(cfg: ModelConfig, cache: str) -> int:
 
 
 def cache_bytes(cfg: ModelConfig, cache: str, *, sparse: bool = True) -> int:
-  """Returns the bytes per cached token, in all layers."""
+  """Returns the bytes per cached token, in all layers that keep something of their own."""
   keys = len(cfg.full_layers) * index_key_bytes(cfg, cache) if sparse else 0
-  n_windows = len(cfg.window_layers)
-  rows = (cfg.n_layers - n_windows) * row_bytes(cfg, cache)
-  return rows + n_windows * row_bytes(cfg.of_windows, cache) + keys
+  own = [i for i in range(cfg.n_layers) if not cfg.reads_rows(i)]
+  return sum(row_bytes(cfg.of_layer(i), cache) for i in own) + keys
 
 
 def token_work(
@@ -195,6 +194,8 @@ def _weight_works(cfg: ModelConfig, pass_tokens: int, chips: int, logits: bool) 
   attention = (cfg.n_layers - n_windows - n_nope) * _attention_weights(cfg)
   attention += n_windows * _attention_weights(cfg.of_windows)
   attention += n_nope * _attention_weights(cfg.of_nope_layers)
+  readers = [cfg.of_layer(i) for i in range(cfg.n_layers) if cfg.reads_rows(i)]
+  attention -= sum(cfg.dim * sizes.row_dim for sizes in readers)  # They make no rows.
   return [
       _product('projections', attention, pass_tokens),
       _product('gated norms', (cfg.n_layers + moe) * gates, pass_tokens, 'bf16'),

@@ -27,7 +27,7 @@ class Cache(NamedTuple):
   All layers lie side by side: row `layer * capacity + position` of `kv` is a token's in that layer.
   Layers that share another's selection or attend within a window keep no index keys, so `index_key`
   counts only the F layers with an indexer. Layers with a window that have sizes of their own are
-  counted apart, and their rows lie in `window_kv`.
+  counted apart, and their rows lie in `window_kv`. Layers that read another's rows have none.
   """
 
   # Rows [B, L * S, G * P], the parts of key heads side by side, each maybe with zeros behind it.
@@ -38,7 +38,7 @@ class Cache(NamedTuple):
 
   def capacity(self, cfg: ModelConfig) -> int:
     """Returns S, the number of tokens that each sequence can hold."""
-    return jax.tree.leaves(self.kv)[0].shape[1] // (cfg.n_layers - _n_apart(cfg))
+    return jax.tree.leaves(self.kv)[0].shape[1] // (cfg.n_layers - _n_apart(cfg) - cfg.n_readers)
 
 
 def init_cache(
@@ -79,7 +79,8 @@ def init_cache(
     index_key = PlainRows(jnp.zeros((batch, n_index_rows, cfg.index_head_dim), fmt))
   window_kv = rows(cfg.of_windows, n_apart) if n_apart else None
   length = jnp.zeros(batch, jnp.int32)
-  return Cache(rows(cfg, cfg.n_layers - n_apart), index_key, length, window_kv)
+  kv = rows(cfg, cfg.n_layers - n_apart - cfg.n_readers)
+  return Cache(kv, index_key, length, window_kv)
 
 
 def _n_apart(cfg: ModelConfig) -> int:

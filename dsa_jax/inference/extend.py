@@ -173,10 +173,13 @@ def read_layer(
   i, slot, is_full, key = facts
   attn, end, cfg, backend = block.attn, piece.end, block.attn.cfg, piece.backend
   span, index_span = (i * piece.capacity, piece.capacity), (slot * piece.capacity, piece.capacity)
-  views = attn.views(block.attention_input(x), jnp.zeros_like(end), end)
+  # A layer that reads an earlier one's rows finds them where that layer has written them.
+  none = None if attn.reads < 0 else jnp.zeros((*end.shape, 1, cfg.row_dim), x.dtype)
+  views = attn.views(block.attention_input(x), jnp.zeros_like(end), end, none)
   is_apart = attn.window > 0 and window_kv is not None
   rows = window_kv if is_apart else kv
-  rows = storage.write(rows, flat_rows(views.rows, rows), piece.at, span)
+  if attn.reads < 0:
+    rows = storage.write(rows, flat_rows(views.rows, rows), piece.at, span)
   kv, window_kv = (kv, rows) if is_apart else (rows, window_kv)
   if attn.indexer is not None:
     at = jnp.where(is_full, piece.at, -1)
@@ -250,7 +253,9 @@ def facts_of(model: Transformer) -> LayerFacts:
   cfg = model.cfg
   full = are_full(cfg, range(cfg.n_layers))
   apart = np.array([cfg.has_window_sizes and i in cfg.window_layers for i in range(cfg.n_layers)])
-  number = np.where(apart, np.cumsum(apart), np.cumsum(~apart)) - 1
+  own = np.array([not (apart[i] or cfg.reads_rows(i)) for i in range(cfg.n_layers)])
+  number = np.where(apart, np.cumsum(apart), np.cumsum(own)) - 1
+  number = number[list(cfg.kv_sources)] if cfg.kv_sources else number
   slot = np.maximum(np.cumsum(full) - 1, 0)
   return LayerFacts(number, slot, full, model.layer_keys()[:-1])
 

@@ -13,7 +13,7 @@ from dsa_jax.config import ModelConfig
 from dsa_jax.nn.fixed import Configured
 from dsa_jax.nn.log_scale import LogScale
 from dsa_jax.nn.norms import LayerNorm
-from dsa_jax.nn.rope import apply_rope, scaled_frequencies
+from dsa_jax.nn.rope import apply_rope, rope_frequencies, scaled
 from dsa_jax.params import IndexerParam, param
 
 
@@ -58,8 +58,9 @@ class LightningIndexer(Configured):
       `Indexer.forward` in DeepSeek-V3.2-Exp inference/model.py at commit 87e509a2, less its
       FP8 quantisation and Hadamard rotation.
     """
-    x, q_latent, rope_factors = jax.lax.stop_gradient((x, q_latent, rope_factors))
-    rotate = functools.partial(self._rotate, positions=positions, rope_factors=rope_factors)
+    x, q_latent = jax.lax.stop_gradient((x, q_latent))
+    factors = () if rope_factors is None else (jax.lax.stop_gradient(rope_factors),)
+    rotate = lambda x: self._rotate(x, positions, *factors)
     q_latent = q_latent if self.q_norm is None else self.q_norm(q_latent)
     q = jnp.einsum('BTQ,QIJ->BTIJ', q_latent, self.wq_b[...].astype(x.dtype))
     q = q if self.q_scale is None else self.q_scale(q, positions)
@@ -68,13 +69,15 @@ class LightningIndexer(Configured):
     scale = (self.cfg.index_n_heads * self.cfg.index_head_dim) ** -0.5  # The loss depends on it.
     return IndexInputs(rotate(q), rotate(k[:, :, None])[:, :, 0], scale * weights)
 
-  def _rotate(self, x, positions, rope_factors):
+  def _rotate(self, x, positions, rope_factors=None):
     # The indexer rotates its first channels as a rule, MLA its last.
     width, is_last = self.cfg.index_rope_dim, self.cfg.index_rope_last
     if not width:
       return x
     parts = jnp.split(x, [x.shape[-1] - width if is_last else width], axis=-1)
     nope, rope = parts if is_last else reversed(parts)
-    frequencies = scaled_frequencies(self.cfg, width, rope_factors)
+    frequencies = rope_frequencies(self.cfg, width)
+    if rope_factors is not None:
+      frequencies = scaled(frequencies, rope_factors)
     rope = apply_rope(rope, positions, frequencies, interleaved=self.cfg.indexer_rope_interleave)
     return jnp.concatenate([nope, rope] if is_last else [rope, nope], axis=-1)

@@ -52,17 +52,12 @@ def _yarn_slowness(cfg: ModelConfig, frequencies: np.ndarray) -> np.ndarray:
   return np.clip((np.arange(width // 2) - low) / (high - low), 0, 1)
 
 
-def scaled_frequencies(
-    cfg: ModelConfig, width: int, log_factors: Float[Array, 'R2'] | None
-) -> np.ndarray | Float[Array, 'R2']:
-  """Returns `rope_frequencies` times the exponentials of these numbers, if there are some.
+def scaled(frequencies: np.ndarray, log_factors: Float[Array, 'R2']) -> Float[Array, 'R2']:
+  """Returns frequencies times learned factors, which are given by their logarithms.
 
   Source:
     `MistralLarge4TextRotaryEmbedding` in `transformers` 5.24.0 (LeRoPE).
   """
-  frequencies = rope_frequencies(cfg, width)
-  if log_factors is None:
-    return frequencies
   return jnp.asarray(frequencies, jnp.float32) * jnp.exp(log_factors)
 
 

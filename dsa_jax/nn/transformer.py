@@ -15,7 +15,7 @@ from dsa_jax.config import ConfigError, ModelConfig
 from dsa_jax.nn.attention.types import Measures, Mode, Shared
 from dsa_jax.nn.block import MTP, Block, LayerReport
 from dsa_jax.nn.fixed import Configured
-from dsa_jax.nn.layers import OF_EXPERTS, Section, kind_of, layers_of_stacks
+from dsa_jax.nn.layers import OF_EXPERTS, Section, kind_of, layers_of_stacks, row_slots
 from dsa_jax.nn.norms import RMSNorm
 from dsa_jax.nn.remat import rematerialized
 from dsa_jax.nn.scan import cut, in_order, of_kind, scan
@@ -69,6 +69,10 @@ class Transformer(Configured):
     self.moe_window_blocks = _stack(cfg, 'moe_window_blocks', rngs)
     self.dense_nope_blocks = _stack(cfg, 'dense_nope_blocks', rngs)
     self.moe_nope_blocks = _stack(cfg, 'moe_nope_blocks', rngs)
+    self.dense_reading_blocks = _stack(cfg, 'dense_reading_blocks', rngs)
+    self.moe_reading_blocks = _stack(cfg, 'moe_reading_blocks', rngs)
+    self.dense_nope_reading_blocks = _stack(cfg, 'dense_nope_reading_blocks', rngs)
+    self.moe_nope_reading_blocks = _stack(cfg, 'moe_nope_reading_blocks', rngs)
     self.streams = Streams(cfg, writes=False, rngs=rngs) if cfg.n_streams else None
     self.norm = RMSNorm(d, eps=cfg.norm_eps)
     head = lambda: param(BackboneParam, (d, w), ('embed', 'vocab'), std=0.02, rngs=rngs)
@@ -106,11 +110,12 @@ class Transformer(Configured):
       nothing = jnp.full((*tokens.shape, *self.cfg.selection_shape), -1, jnp.int32)
       selections = {rule: nothing for rule in mode.rules}
     facts = keys, are_full(self.cfg, range(self.cfg.n_layers))
+    carry = x, selections, self._empty_rows(tokens.shape)
     for section, weights in self.sections():
       inputs = section, weights, section.facts(facts)
-      x, selections, report = _run(inputs, x, selections, start, end, mode, choice)
+      carry, report = _run(inputs, carry, start, end, mode, choice)
       reports.append(report)
-    hidden, following, mtp_logits = self.final(x), None, None
+    hidden, following, mtp_logits = self.final(carry[0]), None, None
     if self.mtp is not None and next_tokens is not None:
       following = self.embedded(next_tokens)
       following, report = self.mtp(hidden, following, start, end, keys[-1], mode, choice)
@@ -133,6 +138,11 @@ class Transformer(Configured):
     factors = jnp.broadcast_to(factors, (len(layers), *factors.shape))
     blocks.attn.rope_factors = nnx.data(BackboneParam(factors, axes=(None,)))
     return blocks
+
+  def _empty_rows(self, shape: tuple[int, int]) -> tuple[Float[Array, 'B T 1 P'], ...]:
+    """Returns slots for the rows that later layers read."""
+    widths = row_slots(self.cfg)[1]
+    return tuple(jnp.zeros((*shape, 1, width), self.cfg.dtype) for width in widths)
 
   def layer_keys(self, key: Key[Array, ''] | None = None) -> Key[Array, 'L']:
     """Returns the random state of each layer and, as the last, that of the MTP layer."""
@@ -205,7 +215,8 @@ def _stack(cfg: ModelConfig, name: str, rngs: nnx.Rngs) -> Block | None:
   if not layers:
     return None
   sizes = cfg.of_layer(layers[0])
-  make: Callable = lambda key: Block(sizes, experts=name in OF_EXPERTS, rngs=nnx.Rngs(key))
+  kind = dict(experts=name in OF_EXPERTS, reads=cfg.reads_rows(layers[0]))
+  make: Callable = lambda key: Block(sizes, **kind, rngs=nnx.Rngs(key))
   blocks = jax.vmap(make)(jax.random.split(rngs.params(), len(layers)))
   full = np.flatnonzero(are_full(cfg, layers))
   if not len(full):
@@ -235,22 +246,26 @@ def one_each(blocks: Block, cfg: ModelConfig, layers: Sequence[int]) -> Block:
   return blocks
 
 
-def _run(inputs, x, selections, start, end, mode: Mode, choice):
-  """Scans a section. Models with IndexShare hand selections on from layer to layer."""
+def _run(inputs, carry, start, end, mode: Mode, choice):
+  """Scans a section. Models with IndexShare hand selections on from layer to layer; some hand on rows."""
 
   def layer(carry, block, facts):
-    (x, selections), (key, is_full) = carry, facts
+    (x, selections, kept), (key, is_full) = carry, facts
     shared = None if selections is None else Shared(selections, is_full)
-    x, own, report = block(shard.constrain_activations(x), start, end, key, mode, shared, choice)
-    return (x, None if selections is None else own), report
+    rows = kept[block.attn.reads] if block.attn.reads >= 0 else None
+    x = shard.constrain_activations(x)
+    x, own, report = block(x, start, end, key, mode, shared, choice, rows)
+    if (slot := block.attn.keeps) >= 0:
+      kept = *kept[:slot], report.rows, *kept[slot + 1 :]
+    return (x, None if selections is None else own, kept), report._replace(rows=None)
 
   section, weights, facts = inputs
   layer = rematerialized(layer, mode.remat)
-  (x, selections), reports = scan(section, layer, (x, selections), weights, facts)
+  carry, reports = scan(section, layer, carry, weights, facts)
   loads = dict[str, list]()
   for kind, report in zip(section.group, reports):
     if report.expert_load is not None:
       loads.setdefault(kind.stack, []).append(report.expert_load)
   report = in_order([report._replace(expert_load=None) for report in reports])
   of_stacks = {name: in_order(of_stack) for name, of_stack in loads.items()}
-  return x, selections, report._replace(expert_load=of_stacks or None)
+  return carry, report._replace(expert_load=of_stacks or None)

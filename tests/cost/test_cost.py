@@ -94,6 +94,19 @@ def test_layers_of_two_sizes_by_hand():
   assert round(used / 2e9 + dots.vocab_size * dots.dim / 1e9) == 16  # Billions, as the card says.
 
 
+def test_layers_without_rotary_keys_and_layers_without_rows_by_hand():
+  """Of 61 layers, four rotate nothing, and one of these and one of the others read earlier rows."""
+  sources = [{60: 50, 59: 49}.get(i, i) for i in range(61)]
+  nope = dict(nope_layers=(10, 20, 50, 60), nope_layers_expand=True)
+  cfg = dataclasses.replace(V32, **nope, kv_sources=sources)
+  key = 132  # Every layer selects for itself.
+  assert cost.cache_bytes(cfg, 'fp8') == 61 * key + 56 * 656 + 3 * (656 - 2 * 64)
+  layer = lambda *parts: 2 * sum(parts)
+  of_all, of_cfg = (of('projections', x, sparse=True).flops for x in (V32, cfg))
+  expansion = 512 * 128 * 64  # Keys of heads have 64 channels more, which latents make.
+  assert of_cfg - of_all == 4 * layer(expansion - 7168 * 64) - layer(7168 * 576, 7168 * 512)
+
+
 @pytest.mark.parametrize('name', SIZES)
 def test_weights_are_those_of_the_model(name):
   """All matrices of a model of one layer of each kind, against what a token multiplies with."""

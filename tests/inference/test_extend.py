@@ -38,6 +38,7 @@ CONFIGS = {
     'some_nope_all_selected': dataclasses.replace(
         laws.SOME_NOPE, index_head_dim=16, index_topk=27, n_dense_layers=4, query_log_scale=False
     ),
+    'reading': dataclasses.replace(laws.READING, index_head_dim=16),
     'two_sizes': dataclasses.replace(laws.TWO_SIZES, index_head_dim=16),
     'two_sizes_all_selected': dataclasses.replace(
         laws.TWO_SIZES, index_head_dim=16, index_topk=27, n_dense_layers=4
@@ -125,6 +126,7 @@ NIGHTLY = pytest.mark.nightly
     + [pytest.param('gated', attention, marks=NIGHTLY) for attention in ('masked', 'dense')]
     + [('sinks', 'sparse'), pytest.param('sinks', 'dense', marks=NIGHTLY)]
     + [('two_sizes', 'sparse'), ('some_nope', 'sparse')]
+    + [('reading', 'sparse')]
     + [pytest.param('some_nope', attention, marks=NIGHTLY) for attention in ('masked', 'dense')],
 )
 def test_any_chunking(name, cuts, attention):

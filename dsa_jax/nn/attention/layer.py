@@ -39,6 +39,8 @@ class Attention(Configured):
   rotates: LayerFact | None = None
   # The logarithms of factors of the frequencies, [R / 2], which all layers share. None: there are none.
   rope_factors: BackboneParam | None = None
+  reads: int = -1  # At least 0: the layer is given the rows of an earlier one, and makes none.
+  keeps: int = -1  # At least 0: it reports its rows, for later layers.
   window: int = 0  # Queries see the latest so many tokens, and select none. 0: there is no window.
   wo: nnx.Variable  # [H, V, D].
   sinks: nnx.Variable | None = None  # [H]. None: heads have no sinks.
@@ -56,21 +58,24 @@ class Attention(Configured):
       mode: Mode,
       shared: Shared | None = None,
       choice: Int[Array, ''] | None = None,
+      rows: Float[Array, 'B T G P'] | None = None,
   ) -> tuple[Float[Array, 'B T D'], Selections, AttentionReport]:
     """Attends from the normed `x`. Query t sees the keys start <= s < end.
 
     Only the rule `random` uses `key`. Without `shared`, the layer selects for itself. Where
-    `mode.rule` names several rules, `choice` is the number of the one that selects.
+    `mode.rule` names several rules, `choice` is the number of the one that selects. A layer that
+    reads an earlier one's rows is given them.
     """
 
-    def attend_here(self, x, start, end, key, shared, choice):
+    def attend_here(self, x, start, end, key, shared, choice, rows):
       whole = shard.gather_weights(self, x.dtype)
-      return attend(whole, x, start, end, key, mode, shared, choice)
+      return attend(whole, x, start, end, key, mode, shared, choice, rows)
 
     weights = shard.weight_specs(self, whole=() if mode.splits_heads else ('tensor',))
     shares = weights, BATCH, BATCH, BATCH, P(), shared and Shared(BATCH, P())
-    shares = *shares, None if choice is None else P()
-    return shard.shard_mapped(attend_here, shares, BATCH)(self, x, start, end, key, shared, choice)
+    shares = *shares, None if choice is None else P(), None if rows is None else BATCH
+    inputs = x, start, end, key, shared, choice, rows
+    return shard.shard_mapped(attend_here, shares, BATCH)(self, *inputs)
 
   @abc.abstractmethod
   def query_latent(self, x: Float[Array, 'B T D']) -> Float[Array, 'B T Q']:
@@ -163,20 +168,21 @@ class Attention(Configured):
       x: Float[Array, 'B T D'],
       start: Int[Array, 'B T'],
       end: Int[Array, 'B T'],
+      rows: Float[Array, 'B T G P'] | None = None,
       *,
       zigzag: bool = False,
   ) -> Views:
     """Projects the normed `x` into everything that attention and indexer read.
 
-    The compiler drops whatever is not used.
+    The compiler drops whatever is not used. Given rows take the place of the layer's own.
     """
     positions, q_latent = self.positions(start, end), self.query_latent(x)
-    rows = _of_all_tokens(self.rows(x, positions), zigzag)
+    rows = _of_all_tokens(self.rows(x, positions) if rows is None else rows, zigzag)
     k, v = self.expanded(rows)
     index = None
     if self.indexer is not None:
-      factors = None if self.rope_factors is None else self.rope_factors[...]
-      index = self.indexer(x, self.index_latent(q_latent), positions, factors)
+      factors = () if self.rope_factors is None else (self.rope_factors[...],)
+      index = self.indexer(x, self.index_latent(q_latent), positions, *factors)
       index = index._replace(k=_of_all_tokens(index.k, zigzag))
     return Views(
         q_latent=q_latent,

@@ -10,7 +10,7 @@ from dsa_jax.config import ModelConfig
 from dsa_jax.nn.attention.layer import Attention
 from dsa_jax.nn.log_scale import LogScale
 from dsa_jax.nn.norms import RMSNorm
-from dsa_jax.nn.rope import apply_rope, scaled_frequencies
+from dsa_jax.nn.rope import apply_rope, rope_frequencies, scaled
 from dsa_jax.params import BackboneParam, param
 
 
@@ -22,7 +22,10 @@ class MLA(Attention):
   gathers latents.
   """
 
-  def __init__(self, cfg: ModelConfig, *, out_scale: float, rngs: nnx.Rngs):
+  def __init__(
+      self, cfg: ModelConfig, *, out_scale: float, reads: bool = False, rngs: nnx.Rngs
+  ):
+    """Makes fresh weights; a layer that `reads` an earlier one's rows has none that make rows."""
     d, h, q, c = cfg.dim, cfg.n_heads, cfg.q_latent_dim, cfg.kv_lora_rank
     n, r, v = cfg.qk_nope_head_dim, cfg.qk_rope_head_dim, cfg.v_head_dim
     weight = functools.partial(param, BackboneParam, rngs=rngs)
@@ -32,8 +35,8 @@ class MLA(Attention):
     self.q_norm = RMSNorm(q, eps=eps) if has_latent else None
     axis = 'q_lora' if has_latent else 'embed'
     self.wq_b = weight((inward, h, outward), (axis, 'heads', None), std=inward**-0.5)
-    self.wkv_a = weight((d, c + r), ('embed', None), std=d**-0.5)
-    self.kv_norm = RMSNorm(c, eps=eps)
+    self.wkv_a = None if reads else weight((d, c + r), ('embed', None), std=d**-0.5)
+    self.kv_norm = None if reads else RMSNorm(c, eps=eps)
     self.wkv_b = weight((c, h, n + v), (None, 'heads', None), std=c**-0.5)
     self.wo = weight((h, v, d), ('heads', None, 'embed'), std=out_scale * (h * v) ** -0.5)
     gates = {'hidden': ((d, h, v), ('embed', 'heads', None)), 'heads': ((d, h), ('embed', 'heads'))}
@@ -41,7 +44,7 @@ class MLA(Attention):
     self.wg = weight(*gates[cfg.output_gate], std=d**-0.5) if has_gate else None
     has_scale = cfg.query_log_scale
     self.q_scale = LogScale(h, kind=BackboneParam, axis='heads') if has_scale else None
-    self.k_rope_norm = RMSNorm(r, eps=eps) if cfg.rope_key_norm else None
+    self.k_rope_norm = RMSNorm(r, eps=eps) if cfg.rope_key_norm and not reads else None
     self.sinks = BackboneParam(jnp.zeros(h), axes=('heads',)) if cfg.attention_sinks else None
     super().__init__(cfg, rngs=rngs)
 
@@ -144,6 +147,7 @@ class MLA(Attention):
   def _rotate(self, x, positions):
     if not self.cfg.qk_rope_head_dim:
       return x
-    factors = None if self.rope_factors is None else self.rope_factors[...]
-    frequencies = scaled_frequencies(self.cfg, self.cfg.qk_rope_head_dim, factors)
+    frequencies = rope_frequencies(self.cfg, self.cfg.qk_rope_head_dim)
+    if self.rope_factors is not None:
+      frequencies = scaled(frequencies, self.rope_factors[...])
     return apply_rope(x, positions, frequencies, interleaved=self.cfg.rope_interleave)
