@@ -287,10 +287,11 @@ class ModelConfig:
         0 <= source <= i and sources[source] == source and fits(i, source)
         for i, source in zip(layers, sources)
     )
-    if not is_right or self.attention != 'mla':
+    if not is_right or self.attention != 'mla' or self.n_mtp_layers:
       raise ConfigError(
           f'kv_sources={sources} must name, in MLA, for each of {self.n_layers} layers itself or an '
-          'earlier layer that names itself, rotates as it does, and has no window, as it has none.'
+          'earlier layer that names itself, rotates as it does, and has no window, as it has none; '
+          'and it must be () with an MTP layer.'
       )
 
   def _check_window_sizes(self):

@@ -46,6 +46,7 @@ def test_rotation_does_not_hang_on_the_context_in_use():
         ({'nope_layers': (1,), 'query_log_scale': True}, 'needs nope_layers_expand'),
         ({'kv_sources': (0, 0, 2)}, 'must name, in MLA, for each of 4 layers'),
         ({'kv_sources': (0, 0, 1, 3)}, 'earlier layer that names itself'),
+        ({'kv_sources': (0, 0, 2, 3), 'n_mtp_layers': 1}, 'must be .. with an MTP layer'),
         ({'kv_sources': (1, 1, 2, 3)}, 'earlier layer that names itself'),
         ({'kv_sources': (0, 0, 2, 3), 'nope_layers': (1,)}, 'rotates as it does'),
         ({'kv_sources': (0, 0, 2, 3), 'window_layers': (1,), 'sliding_window': 8}, 'has no window'),

@@ -52,7 +52,7 @@ def _sizes(
   A size that is not there is that of all layers.
   """
   sections = config.get('per_layer_config')
-  if sections is None or not windows:
+  if sections is None or not (sections or windows):
     return {}
   keys = [key for key in (*family.window_fields, *OF_HEADS) if key != 'rope_theta']
   whole = {str(i): {key: config.get(key) for key in keys} for i in windows}

@@ -61,7 +61,7 @@ def scan(
 
 
 def of_kind(block: Any, kind: Kind) -> Any:
-  """Returns a layer that attends as its kind does. One with a window needs no indexer."""
+  """Returns a layer that attends as its kind does. One with a window has no indexer."""
   if kind == Kind(kind.stack):
     return block
   block = jax.tree.map(lambda x: x, block)  # A new module; the given one stays as it is.

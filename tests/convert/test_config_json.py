@@ -166,6 +166,7 @@ INDEXED = {'index_n_heads': 4, 'index_head_dim': 32, 'index_topk': 64}
         ('dots3_note', {'sliding_window': 512}, 'sliding_window=512 contradicts sliding_window_size=513'),
         ('dots3_note', {'swa_qk_rope_head_dim': 63}, 'window_qk_rope_head_dim.: 63.*must be even'),
         ('dots3_note', DOTS_LAYERS | {'per_layer_config': {'2': {'v_head_dim': 64}}}, 'must give all layers with a window the same'),
+        ('dots3_note', {'per_layer_config': {'1': {'v_head_dim': 64}}}, 'must give all layers with a window the same'),
         ('dots3_note', DOTS_LAYERS | {'per_layer_config': {'1': {}}}, 'must give all layers with a window the same'),
         ('dots3_note', DOTS_LAYERS | {'per_layer_config': {str(i): {'rank': 2} for i in range(2, 46)}}, 'must give all layers'),
         ('dots3_note', {'rope_parameters': {'indexed_attention': {'rope_theta': 5.0, 'rope_type': 'yarn'}}},

@@ -35,6 +35,7 @@ UNLIKE = dataclasses.replace(
     laws.MIXED, n_heads=4, vocab_size=40, window_layers=(0, 3), sliding_window=7
 )
 TWO_SIZES = dataclasses.replace(laws.TWO_SIZES, n_heads=4, vocab_size=40)
+READING = dataclasses.replace(laws.READING, n_heads=4)
 BATCH = laws.make_batch(((17, 15), (21, 5), (32,), (3, 9, 14)), 32)  # Packed, uneven, padded.
 losses.LOGITS_AT_ONCE = 256  # So every device goes over its rows in several chunks.
 MIXED = {'fsdp': 2, 'context': 2, 'tensor': 2}
@@ -48,6 +49,7 @@ STEPS = [  # Stage, mesh, micro-batches, model, what is computed again (on one d
     ('sparse', {'fsdp': 2, 'expert': 2, 'tensor': 2}, 1, UNLIKE, 'layer'),
     ('warmup', {'tensor': 2, 'context': 4}, 1, TWO_SIZES, 'products'),
     ('sparse', MIXED, 1, TWO_SIZES, 'layer'),
+    ('sparse', MIXED, 1, READING, 'layer'),
     ('warmup', {'tensor': 4, 'context': 2}, 1, GATED, 'products'),
     ('sparse', MIXED, 1, GATED, 'selection'),
     ('warmup', {'tensor': 2, 'context': 4}, 1, SINKS, 'products'),
