@@ -142,6 +142,16 @@ def test_layers_of_two_sizes(law, arguments):
 
 @pytest.mark.parametrize(
     'law, arguments',
+    [*ANY_LAYERS, pytest.param(laws.law_only_trained_parts_move, ('sparse',), marks=NIGHTLY)],
+    ids=lambda x: getattr(x, '__name__', None),
+)
+def test_layers_that_read_the_rows_of_others(law, arguments):
+  with laws.model(laws.READING):
+    law(*arguments)
+
+
+@pytest.mark.parametrize(
+    'law, arguments',
     [
         *ANY_LAYERS,
         (laws.law_only_trained_parts_move, ('warmup',)),

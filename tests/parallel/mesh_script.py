@@ -129,7 +129,7 @@ def main(few: bool):
     print_row(
         case=f'{stage} {sizes} {remat}', state=error(found[0][:3], wanted[0][:3]),
         metrics=error(found[1], wanted[1]), same=bool((keys[0] == keys[1]).all()),
-        streams=cfg.n_streams,
+        nearly_cancels=bool(cfg.n_streams or cfg.query_log_scale),
     )
   for attention in ('dense', 'masked', 'sparse'):
     wanted = attend(attention, None)
