@@ -64,7 +64,9 @@ PARTS = {
     ),
     'meshes': Part(('tests/parallel/test_meshes.py',), MODELS),
     'configs': Part(('tests/test_configs.py',), (*MODELS, 'configs')),
-    'golden numbers': Part(('tests/test_golden.py', 'tests/test_parity.py'), MODELS),
+    'golden numbers': Part(
+        ('tests/test_golden.py', 'tests/test_parity.py', 'tests/test_family_mistakes.py'), MODELS
+    ),
     'laws': Part(('tests/test_laws.py',), MODELS),
     'kills': Part(('tests/test_train.py', 'tests/data/test_streaming.py'), (*TRAINING, 'dsa_jax/data')),
     'processes': Part(('tests/parallel/test_processes.py',), (*TRAINING, 'dsa_jax/data')),

@@ -12,7 +12,12 @@ import re
 ATTENTION = 'mla', 'gqa'
 ROPE_TYPES = 'default', 'linear', 'llama3', 'yarn'
 TOPK_METHODS = 'noaux_tc', 'greedy', 'group_limited_greedy'
-OUTPUT_GATES = '', 'latents', 'hidden'
+OUTPUT_GATES = '', 'latents', 'hidden', 'heads'
+# The sizes that layers with a window may have of their own, in fields that begin with `window_`.
+WINDOW_SIZES = (
+    'n_heads', 'q_lora_rank', 'kv_lora_rank', 'qk_nope_head_dim', 'qk_rope_head_dim', 'v_head_dim',
+    'rope_theta',
+)  # fmt: skip
 
 
 class ConfigError(ValueError):
@@ -70,6 +75,7 @@ class ModelConfig:
   # Whether experts of the other groups score 0, and so come before any with a negative score.
   zero_dropped_groups: bool = False
   moe_inter_dim: int = 2048
+  shared_inter_dim: int = 0  # The width of a shared expert. 0: `moe_inter_dim`.
   route_scale: float = 2.5
   score_func: str = 'sigmoid'  # What makes scores of router logits: 'sigmoid' or 'softmax'.
   # How experts are chosen. 'noaux_tc' adds a bias that balances their loads, and scores a group by
@@ -86,18 +92,34 @@ class ModelConfig:
   v_head_dim: int = 128
   rope_interleave: bool = True  # Whether rotation pairs neighbouring channels or those of two halves.
   nope_layers: Sequence[int] = ()  # The layers that rotate nothing, counted from 0.
+  # Whether these layers have no rotary key: latents make all channels of their keys.
+  nope_layers_expand: bool = False
   # Layers that select nothing, but attend to the latest `sliding_window` tokens, their own included.
   window_layers: Sequence[int] = ()
   sliding_window: int = 0  # 0 where no layer has a window.
+  window_n_heads: int = 0  # The heads of a layer with a window. 0: as many as in other layers.
+  window_q_lora_rank: int = 0  # The rank of its query latent. 0: that of other layers.
+  window_kv_lora_rank: int = 0  # The rank of its other latent. 0: that of other layers.
+  window_qk_nope_head_dim: int = 0  # Its channels that are not rotated. 0: as many as in other layers.
+  window_qk_rope_head_dim: int = 0  # Its channels that are rotated. 0: as many as in other layers.
+  window_v_head_dim: int = 0  # The width of its values. 0: that of other layers.
+  window_rope_theta: float = 0.0  # The base of its rotary positions. 0: that of other layers.
 
   # Multi-head latent attention; 0 in GQA.
   q_lora_rank: int = 1536  # 0: queries come from the hidden state without a latent between.
   kv_lora_rank: int = 512
+  # The layer whose latents and rotary keys each layer reads: itself or an earlier one. (): itself.
+  kv_sources: Sequence[int] = ()
   latent_eps: float = 0.0  # The eps of the norms of latents. 0: `norm_eps`.
+  latent_rescale: bool = False  # Whether normed latents are multiplied by sqrt(dim / rank).
+  rope_key_norm: bool = False  # Whether rotary keys are normed before their rotation.
   # What makes a gate for each channel that a head has read. '': there are no gates. 'latents': the
   # projection of queries does, which then reads the normed and the raw query latent side by side.
-  # 'hidden': a projection of the hidden state does.
+  # 'hidden': a projection of the hidden state does. 'heads': it makes one gate for all channels of
+  # a head.
   output_gate: str = ''
+  # Whether a head's queries grow with the logarithm of their position, those of the indexer's, too.
+  query_log_scale: bool = False
   attention_sinks: bool = False  # Whether each head has a logit of its own that no key stands behind.
 
   # Grouped-query attention.
@@ -116,6 +138,8 @@ class ModelConfig:
   indexer_rope_interleave: bool = False
   index_rope_last: bool = False  # Whether it rotates its last channels, in place of its first ones.
   index_norm_eps: float = 1e-6  # The eps of the norm of index keys. 0: `norm_eps`.
+  # Whether the indexer norms what its queries are projected from, as it norms its keys.
+  index_query_norm: bool = False
   # 'full' or 'shared' for each layer (IndexShare). A shared layer attends to what the last full one
   # before it selected. () means that every layer has an indexer of its own. Whatever it says of layers
   # with a window, they have none.
@@ -133,14 +157,19 @@ class ModelConfig:
   low_freq_factor: float = 1.0  # Of 'llama3': turns within original_seq_len that still are slow.
   high_freq_factor: float = 4.0  # And from how many turns on a frequency is fast.
   mscale: float = 1.0
+  learned_frequencies: bool = False  # Whether all layers share a learned factor of each frequency.
 
   # The standard deviation of fresh embeddings. That of other weights follows from their fan-in.
   embed_init_std: float = 0.02
   dtype: str = 'bfloat16'  # The dtype of activations. Parameters and reductions are float32.
 
   def __post_init__(self):
-    for name in ('indexer_types', 'nope_layers', 'mlp_layers', 'window_layers'):
+    for name in ('indexer_types', 'nope_layers', 'mlp_layers', 'window_layers', 'kv_sources'):
       object.__setattr__(self, name, tuple(getattr(self, name)))  # JSON has lists.
+    others = {f'window_{name}': name for name in WINDOW_SIZES} | {'shared_inter_dim': 'moe_inter_dim'}
+    for name, other in others.items():
+      if (size := getattr(self, name)) == getattr(self, other):  # To say it again says nothing.
+        object.__setattr__(self, name, type(size)(0))
     for name in ('vocab_size', 'dim', 'n_layers', 'n_heads', 'v_head_dim', 'index_n_heads',
                  'index_head_dim', 'index_topk', 'max_seq_len', 'original_seq_len'):
       if getattr(self, name) < 1:
@@ -165,6 +194,9 @@ class ModelConfig:
       raise ConfigError(f'{self.sliding_window=} must be above 0 with window_layers, and 0 without.')
     self._check_heads()
     self._check_gates()
+    self._check_window_sizes()
+    self._check_nope_layers()
+    self._check_kv_sources()
     if self.n_dense_layers < self.n_layers:
       self._check_experts()
     if types := self.indexer_types:
@@ -185,8 +217,9 @@ class ModelConfig:
       )
 
   def _check_heads(self):
-    if self.qk_rope_head_dim % 2 or self.qk_rope_head_dim < 2:
-      raise ConfigError(f'{self.qk_rope_head_dim=} must be even and at least 2.')
+    least = 0 if self.attention == 'mla' else 2
+    if self.qk_rope_head_dim % 2 or self.qk_rope_head_dim < least:
+      raise ConfigError(f'{self.qk_rope_head_dim=} must be even and at least {least}.')
     if self.index_rope_head_dim % 2 or self.index_head_dim < self.index_rope_dim:
       raise ConfigError(
           f'{self.index_rope_dim=} must be even and at most {self.index_head_dim=}: set '
@@ -223,18 +256,66 @@ class ModelConfig:
       raise ConfigError(f'{self.output_gate=} needs a query latent: {self.q_lora_rank=}.')
     if self.attention != 'mla' and (self.output_gate or self.attention_sinks):
       raise ConfigError(f'{self.output_gate=} and {self.attention_sinks=} must be unset in GQA.')
+    of_mla = 'latent_rescale', 'rope_key_norm', 'query_log_scale', 'learned_frequencies'
+    if self.attention != 'mla' and any(getattr(self, name) for name in of_mla):
+      raise ConfigError(f'{of_mla} must be False in GQA.')
+    if self.learned_frequencies and (self.n_mtp_layers or self.index_rope_dim != self.qk_rope_head_dim):
+      raise ConfigError(
+          f'{self.learned_frequencies=} must be False with an MTP layer, and where the indexer rotates '
+          f'other widths than heads: {self.index_rope_dim=}, {self.qk_rope_head_dim=}.'
+      )
     if self.n_streams < 0 or (self.n_streams and self.n_mtp_layers):
       raise ConfigError(f'{self.n_streams=} must be at least 0, and 0 with an MTP layer.')
     if self.swiglu_limit < 0 or self.index_norm_eps < 0:
       raise ConfigError(f'{self.swiglu_limit=} and {self.index_norm_eps=} must be at least 0.')
+
+  def _check_nope_layers(self):
+    if self.nope_layers_expand and (self.attention != 'mla' or not self.nope_layers):
+      raise ConfigError(f'{self.nope_layers_expand=} must be False without nope_layers in MLA.')
+    if self.nope_layers_expand and self.has_window_sizes:
+      raise ConfigError(f'{self.nope_layers_expand=} must be False where windows have other sizes.')
+    if self.query_log_scale and self.nope_layers and not self.nope_layers_expand:
+      raise ConfigError(f'{self.query_log_scale=} needs nope_layers_expand where layers do not rotate.')
+
+  def _check_kv_sources(self):
+    sources, layers = self.kv_sources, range(self.n_layers)
+    if not sources:
+      return
+    kind = lambda i: (i in self.nope_layers, i in self.window_layers)
+    fits = lambda i, source: source == i or kind(i) == kind(source) == (kind(i)[0], False)
+    is_right = len(sources) == self.n_layers and all(
+        0 <= source <= i and sources[source] == source and fits(i, source)
+        for i, source in zip(layers, sources)
+    )
+    if not is_right or self.attention != 'mla' or self.n_mtp_layers:
+      raise ConfigError(
+          f'kv_sources={sources} must name, in MLA, for each of {self.n_layers} layers itself or an '
+          'earlier layer that names itself, rotates as it does, and has no window, as it has none; '
+          'and it must be () with an MTP layer.'
+      )
+
+  def _check_window_sizes(self):
+    names = [f'window_{name}' for name in WINDOW_SIZES]
+    given = {name: getattr(self, name) for name in names if getattr(self, name)}
+    if any(size < 0 for size in given.values()):
+      raise ConfigError(f'{given} must be at least 0.')
+    if given and (self.attention != 'mla' or len(self.window_layers) in (0, self.n_layers)):
+      raise ConfigError(
+          f'{given} must be 0 unless some layers have a window, others have none, and attention is '
+          f"'mla': {self.attention=} and {self.window_layers=}."
+      )
+    try:
+      _ = self.of_windows  # It checks itself.
+    except ConfigError as error:
+      raise ConfigError(f'{given}, in layers with a window: {error}') from error
 
   def _check_experts(self):
     if self.score_func not in ('sigmoid', 'softmax'):
       raise ConfigError(f"{self.score_func=} must be 'sigmoid' or 'softmax'.")
     if self.topk_method not in TOPK_METHODS:
       raise ConfigError(f'{self.topk_method=} must be one of {TOPK_METHODS}.')
-    if self.n_shared_experts < 0:
-      raise ConfigError(f'{self.n_shared_experts=} must be at least 0.')
+    if self.n_shared_experts < 0 or self.shared_inter_dim < 0:
+      raise ConfigError(f'{self.n_shared_experts=} and {self.shared_inter_dim=} must be at least 0.')
     if self.n_expert_groups < 1:
       raise ConfigError(f'{self.n_expert_groups=} must be at least 1.')
     if self.n_routed_experts % self.n_expert_groups:
@@ -267,6 +348,55 @@ class ModelConfig:
   def shares_indexers(self) -> bool:
     """Whether layers attend to what an earlier one selected."""
     return len(self.full_layers) + len(self.window_layers) < self.n_layers
+
+  @property
+  def has_window_sizes(self) -> bool:
+    """Whether layers with a window have sizes of their own."""
+    return any(getattr(self, f'window_{name}') for name in WINDOW_SIZES)
+
+  @property
+  def of_windows(self) -> 'ModelConfig':
+    """The model whose layers all have the sizes of those with a window; else the same one.
+
+    Layers that attend in two geometries differ in nothing but numbers. So a layer with a window is
+    made of this config, and no code asks which of two sizes it should take.
+    """
+    if not self.has_window_sizes:
+      return self
+    given = {name: getattr(self, f'window_{name}') for name in WINDOW_SIZES}
+    fields = {name: size for name, size in given.items() if size}
+    fields |= {f'window_{name}': type(size)(0) for name, size in given.items()}
+    return dataclasses.replace(self, **fields, index_rope_head_dim=self.index_rope_dim)
+
+  @property
+  def of_nope_layers(self) -> 'ModelConfig':
+    """The model whose layers all are as those that rotate nothing, if these have no rotary key."""
+    if not self.nope_layers_expand:
+      return self
+    return dataclasses.replace(
+        self, qk_nope_head_dim=self.head_dim, qk_rope_head_dim=0, index_rope_head_dim=0,
+        nope_layers=(), nope_layers_expand=False, kv_sources=(),
+    )  # fmt: skip
+
+  def reads_rows(self, layer: int) -> bool:
+    """Returns whether a layer has no latents of its own."""
+    return bool(self.kv_sources) and self.kv_sources[layer] != layer
+
+  @property
+  def n_readers(self) -> int:
+    """The number of layers that read an earlier layer's latents."""
+    return sum(map(self.reads_rows, range(self.n_layers)))
+
+  def of_layer(self, layer: int) -> 'ModelConfig':
+    """Returns the model whose layers all have the sizes of this one."""
+    if layer in self.window_layers:
+      return self.of_windows
+    return self.of_nope_layers if layer in self.nope_layers else self
+
+  @property
+  def shared_experts_dim(self) -> int:
+    """The width of all shared experts together."""
+    return self.n_shared_experts * (self.shared_inter_dim or self.moe_inter_dim)
 
   @property
   def rope_kind(self) -> str:

@@ -11,6 +11,7 @@ import plain
 
 from dsa_jax.config import ModelConfig
 from dsa_jax.nn.attention.types import Mode
+from dsa_jax.nn.layers import layers_of_stacks
 from dsa_jax.params import BackboneParam, IndexerParam
 
 
@@ -53,8 +54,9 @@ def check_forward(attention: str, backend: str, cfg: ModelConfig = laws.CFG):
     laws.assert_close(found.captured_mass[i], both('captured_mass'), 1e-5)
     load = [layer.expert_load for layer in layers]
     if load[0] is not None:
-      before = [k for k in range(i) if rows[0].layers[k].expert_load is not None]
-      stack, j = ('moe_blocks', len(before)) if i < cfg.n_layers else ('mtp', 0)
+      stacks = [(name, j) for name, of in layers_of_stacks(cfg).items() for j in of]
+      stack = next((name for name, j in stacks if j == i), 'mtp')
+      j = sum(k < i for name, k in stacks if name == stack)
       laws.assert_same(out.expert_load[stack][j], sum(load))
   if cfg.n_mtp_layers:
     laws.assert_close(out.mtp_logits, np.stack([row.mtp_logits for row in rows]), 1e-4)

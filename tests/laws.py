@@ -62,6 +62,23 @@ MIXED = dataclasses.replace(CFG, n_layers=5, n_dense_layers=0, mlp_layers=(1, 3,
 WINDOWED = dataclasses.replace(
     CFG, n_layers=4, n_dense_layers=2, window_layers=(0, 1, 3), sliding_window=7
 )
+# Layers of both kinds with windows of other sizes than the layers that select: much of dots3-note.
+TWO_SIZES = dataclasses.replace(
+    CFG, n_layers=4, n_dense_layers=2, window_layers=(1, 2), sliding_window=7, window_n_heads=2,
+    window_q_lora_rank=10, window_kv_lora_rank=14, window_qk_nope_head_dim=4,
+    window_qk_rope_head_dim=6, window_v_head_dim=7, window_rope_theta=5.0, shared_inter_dim=10,
+    latent_rescale=True, rope_key_norm=True, output_gate='heads',
+)
+# Queries that grow with their position, from hidden states, which the indexer norms.
+GROWING = dataclasses.replace(CFG, q_lora_rank=0, query_log_scale=True, index_query_norm=True)
+# And some of them rotate nothing: much of Mistral Large 4. Where a text begins with one word twice, keys
+# of these layers tie: the batch of another vocabulary has no such text.
+SOME_NOPE = dataclasses.replace(
+    GROWING, vocab_size=40, n_layers=4, n_dense_layers=2, nope_layers=(1, 2), nope_layers_expand=True,
+    indexer_rope_interleave=True, learned_frequencies=True,
+)  # fmt: skip
+# Layers 2 and 3 read the rows of others, each of those of its own kind.
+READING = dataclasses.replace(SOME_NOPE, kv_sources=(0, 1, 1, 0))
 T = 29
 LENGTHS = ((17, 12), (21, 5))  # Documents of each row; the second ends in padding.
 RATES = {'backbone': 0.1, 'indexer': 0.1}
@@ -517,12 +534,13 @@ def law_bias_balances():
   mode, step = stage_step('dense')
   batch, params = make_batch(LENGTHS), weights()
   after, _ = step(params, batch)
-  load = np.asarray(forward(params, batch, mode).expert_load['moe_blocks'])
   n_tokens = float(np.sum(batch.end > batch.start))
-  assert_close(load.sum(-1), np.full(len(load), n_tokens * CFG.n_activated_experts))
-  old, new = (model_of(p).moe_blocks.ffn.bias[...] for p in (params, after))
-  want = OPTIM.bias_rate * np.sign(load.mean(-1, keepdims=True) - load)
-  np.testing.assert_allclose(np.asarray(new - old), want, atol=1e-6)
+  for stack, load in forward(params, batch, mode).expert_load.items():
+    load = np.asarray(load)
+    assert_close(load.sum(-1), np.full(len(load), n_tokens * CFG.n_activated_experts))
+    old, new = (getattr(model_of(p), stack).ffn.bias[...] for p in (params, after))
+    want = OPTIM.bias_rate * np.sign(load.mean(-1, keepdims=True) - load)
+    np.testing.assert_allclose(np.asarray(new - old), want, atol=1e-6)
 
 
 def law_balance_converges():

@@ -5,6 +5,7 @@ Nothing here is shared with the package but the names of the sizes. One row of t
 every query walks over its own list of keys.
 """
 
+import dataclasses
 import math
 from typing import Any, NamedTuple
 
@@ -23,6 +24,7 @@ class Layer(NamedTuple):
   index_kl: np.ndarray
   captured_mass: np.ndarray
   expert_load: np.ndarray | None
+  rows: tuple[np.ndarray, np.ndarray]  # Latents and rotated keys.
 
 
 class Row(NamedTuple):
@@ -35,6 +37,8 @@ class Row(NamedTuple):
 
 def frequencies(cfg: ModelConfig) -> np.ndarray:
   width, length = cfg.qk_rope_head_dim, cfg.original_seq_len
+  if not width:
+    return np.zeros(0)
   correction = lambda turns: (
       width * math.log(length / (turns * 2 * math.pi)) / (2 * math.log(cfg.rope_theta))
   )
@@ -50,6 +54,11 @@ def frequencies(cfg: ModelConfig) -> np.ndarray:
       f = f * (1 - ramp) + f / cfg.rope_factor * ramp
     result.append(f)
   return np.array(result)
+
+
+def layer_frequencies(w: Weights, cfg: ModelConfig) -> np.ndarray:
+  """The same with the learned factors that all layers share."""
+  return frequencies(cfg) * np.exp(w.get('rope_factors', 0)) if cfg.qk_rope_head_dim else np.zeros(0)
 
 
 def softmax_scale(cfg: ModelConfig) -> float:
@@ -142,12 +151,29 @@ def divergence(target: np.ndarray, scores: np.ndarray) -> float:
   return sum(p * (math.log(p) - math.log(r)) for p, r in zip(target, predicted) if p > 0)
 
 
+def sizes_of_windows(cfg: ModelConfig) -> ModelConfig:
+  """The sizes of a layer with a window, where it has some of its own."""
+  names = 'n_heads q_lora_rank kv_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim rope_theta'
+  own = {name: getattr(cfg, f'window_{name}') for name in names.split()}
+  given = {name: size for name, size in own.items() if size}
+  return dataclasses.replace(cfg, **given, **{f'window_{name}': type(own[name])(0) for name in given})
+
+
+def log_scale(w: Weights, positions) -> np.ndarray:
+  """The factor of every query and head, [T, H, 1]."""
+  return (np.log(np.array(positions) + 1.0)[:, None] * w['scale'] + w['bias'])[:, :, None]
+
+
 def index_scores(w: Weights, x, c_q, positions, cfg: ModelConfig) -> np.ndarray:
   """The indexer's opinion of every key for every query, [T, S]."""
-  freqs, r = frequencies(cfg), cfg.qk_rope_head_dim
+  freqs, r = layer_frequencies(w, cfg), cfg.qk_rope_head_dim
+  if cfg.index_query_norm:
+    c_q = layer_norm(c_q, w['q_norm']['scale'], w['q_norm']['bias'], cfg.index_norm_eps)
   q = np.einsum('tq,qij->tij', c_q, w['wq_b'])
+  if cfg.query_log_scale:
+    q = q * log_scale(w['q_scale'], positions)
   k = layer_norm(x @ w['wk'], w['k_norm']['scale'], w['k_norm']['bias'], cfg.index_norm_eps)
-  here = slice(-r, None) if cfg.index_rope_last else slice(r)
+  here = slice(-r, None) if cfg.index_rope_last and r else slice(r)
   rotate = rotate_pairs if cfg.indexer_rope_interleave else rotate_halves
   for t, position in enumerate(positions):
     q[t, :, here] = rotate(q[t, :, here], position, freqs)
@@ -159,19 +185,29 @@ def index_scores(w: Weights, x, c_q, positions, cfg: ModelConfig) -> np.ndarray:
   return scores
 
 
-def attention(w: Weights, x, start, end, cfg: ModelConfig, sparse: bool, earlier=None, window=0):
+def attention(
+    w: Weights, x, start, end, cfg: ModelConfig, sparse: bool, earlier=None, window=0, nope=False,
+    source=None,
+):
   """Multi-head latent attention in its MHA form, over all visible keys or the selected ones.
 
   A layer without an indexer reuses the `earlier` selection, and has no divergence. One with a window
   sees its latest keys only, all of which it attends to.
   """
+  cfg = sizes_of_windows(cfg) if window else cfg
+  if nope and cfg.nope_layers_expand:  # All channels of keys come from latents.
+    cfg = dataclasses.replace(
+        cfg, qk_nope_head_dim=cfg.head_dim, qk_rope_head_dim=0, nope_layers=(), nope_layers_expand=False
+    )
   n_tokens, n, r, c = len(x), cfg.qk_nope_head_dim, cfg.qk_rope_head_dim, cfg.kv_lora_rank
-  freqs, scale = frequencies(cfg), softmax_scale(cfg)
+  freqs, scale = layer_frequencies(w, cfg), softmax_scale(cfg)
   positions = [max(e - 1 - s, 0) for s, e in zip(start, end)]
   eps = cfg.latent_eps or cfg.norm_eps
   c_q, gates = x, 1.0
   if cfg.q_lora_rank:
     c_q = rms_norm(x @ w['wq_a'], w['q_norm']['scale'], eps)
+    if cfg.latent_rescale:
+      c_q = c_q * math.sqrt(cfg.dim / cfg.q_lora_rank)
   if cfg.output_gate == 'latents':  # The first channels that the projection makes are the query.
     both = np.concatenate([c_q, x @ w['wq_a']], axis=-1)
     q, logits = np.split(np.einsum('tq,qhe->the', both, w['wq_b']), [n + r], axis=-1)
@@ -180,12 +216,24 @@ def attention(w: Weights, x, start, end, cfg: ModelConfig, sparse: bool, earlier
     q = np.einsum('tq,qhe->the', c_q, w['wq_b'])
   if cfg.output_gate == 'hidden':
     gates = sigmoid(np.einsum('td,dhv->thv', x, w['wg']))
-  down = x @ w['wkv_a']
-  c_kv, k_rope = rms_norm(down[:, :c], w['kv_norm']['scale'], eps), down[:, c:]
+  if cfg.output_gate == 'heads':
+    gates = sigmoid(x @ w['wg'])[:, :, None]
+  turn = rotate_pairs if cfg.rope_interleave else rotate_halves
   for t, position in enumerate(positions):
-    turn = rotate_pairs if cfg.rope_interleave else rotate_halves
     q[t, :, n:] = turn(q[t, :, n:], position, freqs)
-    k_rope[t] = turn(k_rope[t], position, freqs)
+  if source is None:
+    down = x @ w['wkv_a']
+    c_kv, k_rope = rms_norm(down[:, :c], w['kv_norm']['scale'], eps), down[:, c:]
+    if cfg.latent_rescale:
+      c_kv = c_kv * math.sqrt(cfg.dim / c)
+    if cfg.rope_key_norm:
+      k_rope = rms_norm(k_rope, w['k_rope_norm']['scale'], eps)
+    for t, position in enumerate(positions):
+      k_rope[t] = turn(k_rope[t], position, freqs)
+  else:
+    c_kv, k_rope = source
+  if cfg.query_log_scale:
+    q = q * log_scale(w['q_scale'], positions)
   up = np.einsum('sc,chn->shn', c_kv, w['wkv_b'])
   k_nope, v = up[..., :n], up[..., n:]
   k = np.concatenate([k_nope, np.repeat(k_rope[:, None], cfg.n_heads, axis=1)], axis=-1)
@@ -215,7 +263,8 @@ def attention(w: Weights, x, start, end, cfg: ModelConfig, sparse: bool, earlier
     captured[t] = true_mass[chosen].sum()
     selected.append(chosen)
     oracle.append(top_k(true_mass, visible, cfg.index_topk))
-  return np.einsum('thv,hvd->td', gates * out, w['wo']), selected, oracle, kl, captured
+  out = np.einsum('thv,hvd->td', gates * out, w['wo'])
+  return out, selected, oracle, kl, captured, (c_kv, k_rope)
 
 
 def route(scores: np.ndarray, bias: np.ndarray, cfg: ModelConfig) -> dict[int, float]:
@@ -246,12 +295,13 @@ def mixture(w: Weights, x, counted, cfg: ModelConfig) -> tuple[np.ndarray, np.nd
 
 
 def block(
-    w: Weights, x, start, end, cfg: ModelConfig, sparse: bool, earlier=None, window=0
+    w: Weights, x, start, end, cfg: ModelConfig, sparse: bool, earlier=None, window=0, nope=False,
+    source=None,
 ) -> tuple[np.ndarray, Layer]:
   of_attn, of_ffn = w.get('attn_streams'), w.get('ffn_streams')
   normed = gated_norm(read_streams(x, of_attn, cfg), w['attn_norm'], cfg.norm_eps)
-  out, selected, oracle, kl, captured = attention(
-      w['attn'], normed, start, end, cfg, sparse, earlier, window
+  out, selected, oracle, kl, captured, rows = attention(
+      w['attn'], normed, start, end, cfg, sparse, earlier, window, nope, source
   )
   x = add_to_streams(x, out, of_attn, cfg)
   normed = gated_norm(read_streams(x, of_ffn, cfg), w['ffn_norm'], cfg.norm_eps)
@@ -260,7 +310,7 @@ def block(
     out, load = mixture(ffn, normed, np.asarray(end) > np.asarray(start), cfg)
   else:
     out = swiglu(normed, ffn['w1'], ffn['w3'], ffn['w2'])
-  return add_to_streams(x, out, of_ffn, cfg), Layer(selected, oracle, kl, captured, load)
+  return add_to_streams(x, out, of_ffn, cfg), Layer(selected, oracle, kl, captured, load, rows)
 
 
 def transformer(
@@ -273,9 +323,16 @@ def transformer(
     x = np.stack([x] * cfg.n_streams, axis=1)
   types = cfg.indexer_types or ('full',) * cfg.n_layers
   dense = [i < cfg.n_dense_layers or i in cfg.mlp_layers for i in range(cfg.n_layers)]
+  apart = cfg.window_layers if sizes_of_windows(cfg) != cfg else ()  # They have weights of other shapes.
+  stacks = [
+      ('dense' if dense[i] else 'moe') + ('_window' if i in apart else '')
+      + ('_nope' if i in cfg.nope_layers and cfg.nope_layers_expand else '')
+      + ('_reading' if cfg.kv_sources and cfg.kv_sources[i] != i else '') + '_blocks'
+      for i in range(cfg.n_layers)
+  ]
   for i in range(cfg.n_layers):
-    stack = w['dense_blocks' if dense[i] else 'moe_blocks']
-    before = [j for j in range(i) if dense[j] == dense[i]]  # Of the same kind.
+    stack = w[stacks[i]]
+    before = [j for j in range(i) if stacks[j] == stacks[i]]  # Of the same kind.
     attn = dict(stack['attn'])
     indexers = attn.pop('indexer', None)
     weights = _layer({**stack, 'attn': attn}, len(before))
@@ -283,7 +340,14 @@ def transformer(
     if types[i] == 'full' and not window:
       full = [j for j in before if types[j] == 'full' and j not in cfg.window_layers]
       weights['attn']['indexer'] = _layer(indexers, len(full))
-    x, layer = block(weights, x, start, end, cfg, sparse, earlier, window)
+    if cfg.learned_frequencies:
+      for owner in (weights['attn'], weights['attn'].get('indexer', {})):
+        owner['rope_factors'] = w['rope_factors']
+    reads = cfg.kv_sources and cfg.kv_sources[i] != i
+    source = layers[cfg.kv_sources[i]].rows if reads else None
+    x, layer = block(
+        weights, x, start, end, cfg, sparse, earlier, window, i in cfg.nope_layers, source
+    )
     layers.append(layer)
     earlier = earlier if window else layer.selected
   x = read_streams(x, w.get('streams'), cfg)

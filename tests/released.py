@@ -44,6 +44,27 @@ AXK2 = {k: v for k, v in V32.items() if k != 'rope_scaling'} | {
         **V32['quantization_config'], 'modules_to_not_convert': ['W_down', 'W_up'],
     },
 }  # fmt: skip
+DOTS = {
+    key: value for key, value in V32.items()
+    if key not in ('rope_scaling', 'n_group', 'topk_group', 'num_nextn_predict_layers')
+} | {
+    'model_type': 'dots3_note', 'architectures': ['Dots3NoteForCausalLM'], 'rope_theta': 8e7,
+    'num_hidden_layers': 4, 'moe_shared_expert_intermediate_size': 20, 'sliding_window_size': 9,
+    'layer_types': ['full_attention'] * 2 + ['sliding_attention'] * 2,
+    'swa_num_attention_heads': 2, 'swa_q_lora_rank': 36, 'swa_kv_lora_rank': 132,
+    'swa_qk_nope_head_dim': 10, 'swa_qk_rope_head_dim': 6, 'swa_v_head_dim': 14,
+    'swa_rope_theta': 5e4, 'vision_config': {'adapter_out_dim': 160},
+    'audio_config': {'adapter_out_dim': 160},
+}  # fmt: skip
+
+
+def sizes_of_layer(c: dict, i: int) -> dict:
+  """Returns a config.json in which the sizes of layer i stand under the usual keys."""
+  types = c.get('layer_types')
+  if not types or i >= len(types) or types[i] != 'sliding_attention':
+    return c
+  return c | {key.removeprefix('swa_'): value for key, value in c.items() if key.startswith('swa_')}
+
 
 # The sizes of the released models, as their own config.json files have them.
 CONFIGS = {
@@ -196,6 +217,20 @@ CONFIGS['hy4_preview'] = {
     'hc_magnitude': 2.0, 'hc_eps': 1e-6, 'learnable_sink_init': 0.0, 'swiglu_limit': 10.0,
 }  # fmt: skip
 
+# The defaults of Dots3NoteTextConfig in `transformers` 5.24, by the keys of the release; its window.
+CONFIGS['dots3_note'] = {
+    'model_type': 'dots3_note', 'vocab_size': 152064, 'hidden_size': 5120, 'intermediate_size': 13824,
+    'moe_intermediate_size': 1536, 'num_hidden_layers': 46, 'num_attention_heads': 128,
+    'n_shared_experts': 1, 'n_routed_experts': 256, 'routed_scaling_factor': 1.0,
+    'kv_lora_rank': 512, 'q_lora_rank': 1024, 'qk_rope_head_dim': 64, 'v_head_dim': 128,
+    'qk_nope_head_dim': 128, 'num_experts_per_tok': 8, 'norm_topk_prob': True,
+    'max_position_embeddings': 524288, 'rms_norm_eps': 1e-5, 'rope_theta': 8e7, 'rope_scaling': None,
+    'index_topk': 2048, 'index_head_dim': 128, 'index_n_heads': 64, 'first_k_dense_replace': 1,
+    'sliding_window_size': 513, 'swa_num_attention_heads': 64, 'swa_q_lora_rank': 1024,
+    'swa_kv_lora_rank': 1024, 'swa_qk_nope_head_dim': 192, 'swa_qk_rope_head_dim': 64,
+    'swa_v_head_dim': 128, 'swa_rope_theta': 5e4,
+}  # fmt: skip
+
 # The number of weights that the models' public pages say, without MTP layers.
 PARAMETERS = {
     'v2_lite': 15_706_484_224,
@@ -216,17 +251,17 @@ PARAMETERS = {
 
 def layout(c: dict, *, fp8: bool = True, norms: str = 'F32') -> dict[str, tuple[tuple, str]]:
   """Returns shape and dtype of every tensor but the scales."""
-  d, heads, wide = c['hidden_size'], c['num_attention_heads'], 'F8' if fp8 else 'BF16'
-  q, kv, depth = c['q_lora_rank'], c['kv_lora_rank'], c['num_hidden_layers']
-  nope, rope, v = c['qk_nope_head_dim'], c['qk_rope_head_dim'], c['v_head_dim']
+  d, wide, depth = c['hidden_size'], 'F8' if fp8 else 'BF16', c['num_hidden_layers']
   tensors = {
       'model.embed_tokens.weight': ((c['vocab_size'], d), 'BF16'),
       'lm_head.weight': ((c['vocab_size'], d), 'BF16'),
       'model.norm.weight': ((d,), norms),
   }
   gates = c['model_type'] == 'axk2'
-  for i in range(depth + c['num_nextn_predict_layers']):
-    layer, attn = f'model.layers.{i}.', f'model.layers.{i}.self_attn.'
+  for i in range(depth + c.get('num_nextn_predict_layers', 0)):
+    layer, attn, own = f'model.layers.{i}.', f'model.layers.{i}.self_attn.', sizes_of_layer(c, i)
+    heads, q, kv = own['num_attention_heads'], own['q_lora_rank'], own['kv_lora_rank']
+    nope, rope, v = own['qk_nope_head_dim'], own['qk_rope_head_dim'], own['v_head_dim']
     tensors |= {
         attn + 'q_a_proj.weight': ((q, d), wide),
         attn + 'q_a_layernorm.weight': ((q,), norms),
@@ -238,6 +273,10 @@ def layout(c: dict, *, fp8: bool = True, norms: str = 'F32') -> dict[str, tuple[
     }
     freq, offset = c.get('index_topk_freq', 1), c.get('index_skip_topk_offset', 0)
     owns_indexer = i == depth or max(i - offset + 1, 0) % freq == 0
+    owns_indexer &= own is c  # Layers of other sizes have windows.
+    if c['model_type'] == 'dots3_note':
+      tensors[attn + 'g_proj.weight'] = (heads, d), wide
+      tensors[attn + 'k_rope_only_layernorm.weight'] = (rope,), norms
     if 'index_n_heads' in c and owns_indexer:
       n, width = c['index_n_heads'], c['index_head_dim']
       tensors |= {
@@ -258,7 +297,8 @@ def layout(c: dict, *, fp8: bool = True, norms: str = 'F32') -> dict[str, tuple[
     if is_dense:
       tensors |= _swiglu(layer + 'mlp.', d, c['intermediate_size'], wide)
     else:
-      f, shared = c['moe_intermediate_size'], c['n_shared_experts'] * c['moe_intermediate_size']
+      f = c['moe_intermediate_size']
+      shared = c['n_shared_experts'] * c.get('moe_shared_expert_intermediate_size', f)
       tensors[layer + 'mlp.gate.weight'] = (c['n_routed_experts'], d), 'BF16'
       tensors[layer + 'mlp.gate.e_score_correction_bias'] = (c['n_routed_experts'],), 'F32'
       for e in range(c['n_routed_experts']):

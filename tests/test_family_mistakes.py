@@ -23,15 +23,17 @@ from dsa_jax.nn.transformer import Transformer
 
 FRESH = {'index_n_heads': 2, 'index_head_dim': 8, 'index_rope_head_dim': 4, 'index_topk': 16}
 SHORT = 48  # Tokens that are compared: the first ones of a text do not depend on the others.
-SPARSE = 'axk2', 'axk2_groups', 'hy_v4'  # Cases with indexers, whose selections are compared, too.
+SPARSE = 'axk2', 'axk2_groups', 'hy_v4', 'dots3_note'  # Cases with indexers, whose selections are compared, too.
+NIGHTLY = set()  # Pairs of a mistake and a case.
 MISTAKES = {}
 
 
-def mistake(*cases):
+def mistake(*cases, nightly=()):
   """Registers a function that breaks the package; parity of each of these cases must notice."""
 
   def register(seed):
-    MISTAKES[seed.__name__] = seed, cases
+    MISTAKES[seed.__name__] = seed, (*cases, *nightly)
+    NIGHTLY.update((seed.__name__, case) for case in nightly)
     return seed
 
   return register
@@ -133,7 +135,7 @@ def norms_have_the_usual_eps(patch):
   patch.setattr(norms.RMSNorm, '__call__', wrong)
 
 
-@mistake('mistral_windows', 'qwen3_windows')
+@mistake('mistral_windows', 'qwen3_windows', 'dots3_note')
 def windows_are_longer_by_one(patch):
   wrong = lambda self, start, end: jnp.maximum(start, end - self.window - 1) if self.window else start
   patch.setattr(layer.Attention, 'first_seen', wrong)
@@ -332,7 +334,7 @@ def latents_are_gated_in_place_of_values(patch):
   patch.setattr(mla.MLA, 'from_rows', from_rows)
 
 
-@mistake('axk2')
+@mistake('axk2', nightly=['dots3_note'])
 def outputs_have_no_gates(patch):
   patch.setattr(layer, 'gated', lambda out, logits: out)
 
@@ -472,7 +474,74 @@ def weights_for_writing_come_first(patch):
   wrap(patch, streams.Streams, '_logits', make)
 
 
-CASES = [pytest.param(seed, c, id=f'{name}-{c}') for name, (seed, cs) in MISTAKES.items() for c in cs]
+# Two geometries, and what dots3-note does to latents and rotary keys.
+
+
+@mistake('dots3_note')
+def windows_rotate_as_other_layers_do(patch):
+  make = lambda of: lambda cfg, width: of(dataclasses.replace(cfg, rope_theta=500.0), width)
+  wrap(patch, mla, 'rope_frequencies', make)
+
+
+@mistake(nightly=['dots3_note'])
+def windows_have_the_softmax_scale_of_other_layers(patch):
+  patch.setattr(ModelConfig, 'sm_scale', property(lambda self: 20**-0.5))
+
+
+@mistake('dots3_note')
+def latents_are_not_rescaled(patch):
+  patch.setattr(mla.MLA, '_rescaled', lambda self, latent: latent)
+
+
+@mistake(nightly=['dots3_note'])
+def rotary_keys_are_not_normed(patch):
+  make = lambda norm: lambda self, x: x if x.shape[-1] in (6, 8) else norm(self, x)
+  wrap(patch, norms.RMSNorm, '__call__', make)
+
+
+@mistake('dots3_note')
+def rotary_keys_are_normed_after_their_rotation(patch):
+  def rows(self, x, positions):
+    latent, rope = jnp.split(x @ self.wkv_a[...], [self.cfg.kv_lora_rank], axis=-1)
+    rope = self.k_rope_norm(self._rotate(rope[:, :, None], positions))
+    return jnp.concatenate([self._rescaled(self.kv_norm(latent))[:, :, None], rope], axis=-1)
+
+  patch.setattr(mla.MLA, 'rows', rows)
+
+
+@mistake(nightly=['dots3_note'])
+def latents_have_an_eps_of_their_own(patch):
+  make = lambda norm: lambda x, scale, eps: norm(x, scale, eps if x.shape[-1] == 32 else 1e-6)
+  wrap(patch, norms, '_rms_norm', make)
+
+
+@mistake('dots3_note')
+def all_heads_have_one_gate(patch):
+  mean = lambda logits: jnp.broadcast_to(logits.mean(axis=2, keepdims=True), logits.shape)
+  patch.setattr(layer, 'gated', lambda out, logits: gate.gated(out, mean(logits)))
+
+
+@mistake('dots3_note')
+def the_indexer_rotates_halves(patch):
+  make = lambda rope: lambda *args, interleaved: rope(*args, interleaved=False)
+  wrap(patch, indexer, 'apply_rope', make)
+
+
+@mistake(nightly=['dots3_note'])
+def the_indexer_rotates_its_last_channels(patch):
+  wrong = lambda self: dataclasses.replace(self._cfg, index_rope_last=True)
+  patch.setattr(indexer.LightningIndexer, 'cfg', property(wrong))
+
+
+def marks(name: str, case: str):
+  return [pytest.mark.nightly] if (name, case) in NIGHTLY else []
+
+
+CASES = [
+    pytest.param(seed, c, id=f'{name}-{c}', marks=marks(name, c))
+    for name, (seed, cs) in MISTAKES.items()
+    for c in cs
+]
 
 
 ALL = {case for _, cases in MISTAKES.values() for case in cases}

@@ -122,6 +122,49 @@ def test_gradients_of_gates(attention, cfg):
   golden.check_gradients(attention, 'xla', cfg)
 
 
+@pytest.mark.parametrize('attention', ['dense', 'sparse', pytest.param('masked', marks=pytest.mark.nightly)])
+def test_layers_of_two_sizes(attention):
+  golden.check_forward(attention, 'xla', laws.TWO_SIZES)
+
+
+def test_other_readings_of_dots3_note():
+  """What engines disagree about: see families/dots3.py. The golden case has what transformers reads."""
+  other = dict(
+      latent_rescale=False, latent_eps=0.03, index_rope_last=True, indexer_rope_interleave=True,
+      n_layers=2, n_dense_layers=1, window_layers=(1,),
+  )  # fmt: skip
+  golden.check_forward('sparse', 'xla', dataclasses.replace(laws.TWO_SIZES, **other))
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize('attention', ['dense', 'sparse'])
+def test_gradients_of_layers_of_two_sizes(attention):
+  golden.check_gradients(attention, 'xla', laws.TWO_SIZES)
+
+
+def test_layers_without_a_rotary_key():
+  """And queries that grow, and learned factors of frequencies."""
+  with laws.model(laws.SOME_NOPE):
+    golden.check_forward('sparse', 'xla', laws.SOME_NOPE)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize('attention', ['dense', 'sparse'])
+def test_gradients_of_layers_without_a_rotary_key(attention):
+  golden.check_gradients(attention, 'xla', laws.SOME_NOPE)
+
+
+def test_layers_that_read_the_rows_of_others():
+  with laws.model(laws.READING):
+    golden.check_forward('sparse', 'xla', laws.READING)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize('attention', ['dense', 'sparse'])
+def test_gradients_of_layers_that_read_the_rows_of_others(attention):
+  golden.check_gradients(attention, 'xla', laws.READING, remat='layer')
+
+
 def test_gates_without_a_query_latent():
   """And with pairs of neighbours, as the released weights of Hy4 are said to want."""
   pairs = dict(rope_interleave=True, indexer_rope_interleave=True)

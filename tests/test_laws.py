@@ -129,6 +129,33 @@ def test_gates_sinks_and_streams(cfg, law, arguments):
     'law, arguments',
     [
         *ANY_LAYERS,
+        (laws.law_only_trained_parts_move, ('sparse',)),
+        pytest.param(laws.law_only_trained_parts_move, ('warmup',), marks=NIGHTLY),
+        pytest.param(laws.law_warmup_is_dense, (), marks=NIGHTLY),
+        pytest.param(laws.law_windows_end_where_they_should, (), marks=NIGHTLY),
+        (laws.law_bias_balances, ()),
+    ],
+    ids=lambda x: getattr(x, '__name__', None),
+)
+def test_layers_of_two_sizes(law, arguments):
+  with laws.model(laws.TWO_SIZES):
+    law(*arguments)
+
+
+@pytest.mark.parametrize(
+    'law, arguments',
+    [*ANY_LAYERS, pytest.param(laws.law_only_trained_parts_move, ('sparse',), marks=NIGHTLY)],
+    ids=lambda x: getattr(x, '__name__', None),
+)
+def test_layers_that_read_the_rows_of_others(law, arguments):
+  with laws.model(laws.READING):
+    law(*arguments)
+
+
+@pytest.mark.parametrize(
+    'law, arguments',
+    [
+        *ANY_LAYERS,
         (laws.law_only_trained_parts_move, ('warmup',)),
         pytest.param(laws.law_warmup_is_dense, (), marks=NIGHTLY),
         (laws.law_windows_end_where_they_should, ()),

@@ -243,6 +243,13 @@ def index_query_from_the_raw_latent(patch):
   wrap(patch, indexer.LightningIndexer, '__call__', swap)
 
 
+@mistake(functools.partial(golden.check_forward, 'sparse', 'xla', laws.TWO_SIZES))
+def the_indexer_reads_the_latent_before_it_is_rescaled(patch):
+  """All scores shrink alike, so the divergence alone can tell."""
+  shorter = lambda self, q_latent: q_latent[..., : self.cfg.q_latent_dim] * (16 / 24) ** 0.5
+  patch.setattr(mla.MLA, 'index_latent', shorter)
+
+
 @mistake(functools.partial(golden.check_forward, 'sparse', 'xla', laws.SINKS))
 def index_keys_have_the_usual_eps(patch):
   """All keys shrink alike, so again only the divergence can tell."""

@@ -16,6 +16,7 @@ from dsa_jax.inference.cache import init_cache
 from dsa_jax.inference.extend import extend
 from dsa_jax.inference.load import load_checkpoint
 from dsa_jax.nn.attention.types import Mode
+from dsa_jax.nn.layers import layers_of_stacks
 from dsa_jax.nn.transformer import Transformer
 
 GOLDEN = pathlib.Path(__file__).parent / 'parity'
@@ -61,7 +62,7 @@ def close(got, want):
 
 DSA = (
     'deepseek_v32', 'glm_moe_dsa', 'glm_moe_dsa_full', 'glm_moe_dsa_mixed', 'axk2', 'axk2_groups',
-    'hy_v4',
+    'hy_v4', 'dots3_note',
 )  # fmt: skip
 
 
@@ -94,7 +95,7 @@ def _read(model, cache, tokens):
   return model.logits(reading.hidden), reading.selected, reading.cache
 
 
-@pytest.mark.parametrize('case', ['axk2', 'axk2_groups', 'hy_v4'])
+@pytest.mark.parametrize('case', ['axk2', 'axk2_groups', 'hy_v4', 'dots3_note'])
 def test_from_a_cache(converted, case):
   """A prompt in two pieces, then the last tokens one by one."""
   want, model = golden(case), converted(case)
@@ -112,12 +113,17 @@ def test_from_a_cache(converted, case):
 
 
 @pytest.mark.parametrize(
-    'case', ['deepseek_v32', 'glm_moe_dsa', 'glm_moe_dsa_mixed', 'axk2', 'axk2_groups', 'hy_v4']
+    'case',
+    ['deepseek_v32', 'glm_moe_dsa', 'glm_moe_dsa_mixed', 'axk2', 'axk2_groups', 'hy_v4', 'dots3_note'],
 )
 def test_expert_choice(converted, case):
   want, model = golden(case), converted(case)
-  load = forward(model, want['tokens'], 'sparse')[3]['moe_blocks']
-  for chosen, count in zip(want['experts'], np.asarray(load)):
+  of_stacks = forward(model, want['tokens'], 'sparse')[3]
+  layers = layers_of_stacks(model.cfg)
+  loads = {i: x for name, load in of_stacks.items() if name != 'mtp' for i, x in zip(layers[name], load)}
+  assert len(loads) == len(want['experts'])
+  for chosen, i in zip(want['experts'], sorted(loads)):
+    count = np.asarray(loads[i])
     np.testing.assert_array_equal(np.bincount(chosen.ravel(), minlength=len(count)), count)
 
 

@@ -13,6 +13,7 @@ from dsa_jax.convert.layers_json import (
     write_indexers,
     write_layers,
 )  # fmt: skip
+from dsa_jax.convert.plain_json import plain_keys, usual_name
 from dsa_jax.convert.problems import first_ten
 from dsa_jax.convert.rope_json import (
     KEYS as ROPE_KEYS,
@@ -32,6 +33,7 @@ KINDS = {bool: 'true or false', str: 'a name'}
 # The keys that are read beside those that a family lists.
 ANY_KEYS = ('model_type', 'dtype', 'torch_dtype', 'quantization_config', 'compression_config')
 ALIASES = {'num_experts': 'num_local_experts'}  # Other names of keys, which `transformers` writes.
+MEANS = {'shared_inter_dim': 'moe_inter_dim'}  # Fields in which 0 means the value of another one.
 HEAD_KEYS = ('num_key_value_heads', 'head_dim')  # Those of grouped-query attention.
 
 
@@ -44,11 +46,12 @@ def read_config(config: Any) -> tuple[str, ModelConfig]:
     ConfigError: Keys are missing or unknown, or the file is of another model; the message names
       every reason.
   """
-  name = config.get('model_type') if isinstance(config, dict) else None
+  name = usual_name(config) if isinstance(config, dict) else None
   if not isinstance(name, str) or name not in FAMILIES:
     raise ConfigError(f'config.json: model_type={name!r} must be one of {tuple(FAMILIES)}.')
   check_quantization(config)
   family, problems = FAMILIES[name], list[str]()
+  config = plain_keys(config, problems)
   for key, value in family.fixed.items():
     if config.get(key) not in (None, value):
       right = 'null' if value is None else repr(value)
@@ -66,6 +69,8 @@ def read_config(config: Any) -> tuple[str, ModelConfig]:
   layers = read_layers(config, family, sizes['n_layers'], has_indexer(config), problems)
   dtype = _dtype(config, problems)
   _refuse(problems)
+  if 'window_layers' not in layers:  # No layer has these sizes.
+    sizes = {field: size for field, size in sizes.items() if not field.startswith('window_')}
   try:
     return name, ModelConfig(**family.constants | sizes | rope | layers, dtype=dtype)
   except (TypeError, ValueError) as error:
@@ -74,7 +79,7 @@ def read_config(config: Any) -> tuple[str, ModelConfig]:
 
 def has_indexer(config: dict[str, Any]) -> bool:
   """Returns whether a checkpoint has indexers, by its config.json."""
-  family = FAMILIES[config['model_type']]
+  family = FAMILIES[usual_name(config)]
   added = family.may_have_indexer and any(key in config for key in family.indexer_fields)
   return family.has_indexer or added
 
@@ -117,7 +122,8 @@ def _required(family: Family, has_indexer: bool) -> dict[str, str]:
 
 def _optional(family: Family, has_indexer: bool) -> dict[str, tuple[str, Any]]:
   added = {name: (name, value) for name, value in ADDED_INDEX_KEYS.items()}
-  return {**family.optional, **(added if has_indexer else {})}
+  windows = {family.window_prefix + key: pair for key, pair in family.window_fields.items()}
+  return {**family.optional, **windows, **(added if has_indexer else {})}
 
 
 def _known(family: Family, has_indexer: bool) -> set[str]:
@@ -125,7 +131,7 @@ def _known(family: Family, has_indexer: bool) -> set[str]:
   heads = HEAD_KEYS if family.constants.get('attention') == 'gqa' else ()
   indexer = INDEXER_KEYS if has_indexer else ()
   lists = ROPE_KEYS, ANY_KEYS, family.layer_keys, family.ignored, family.explicit, heads, indexer
-  return set().union(*tables, *lists)
+  return set().union(*tables, *lists, family.towers)
 
 
 def _checked(key: str, value: Any, kind: type, problems: list[str]) -> Any:
@@ -164,9 +170,11 @@ def write_config(
   """
   family = FAMILIES[name]
   has_indexer = family.has_indexer if has_indexer is None else has_indexer
+  base = plain_keys(base, []) if usual_name(base) in FAMILIES else base
   config = {**family.fixed, **base, 'architectures': [family.architecture], 'model_type': name}
   config |= {key: getattr(cfg, field) for key, field in _required(family, has_indexer).items()}
-  config |= {key: _or_null(getattr(cfg, field)) for key, (field, _) in family.optional.items()}
+  config |= {key: _or_null(_meant(cfg, field)) for key, (field, _) in family.optional.items()}
+  config |= {key: config.get(key) or {'adapter_out_dim': cfg.dim} for key in family.towers}
   meant = {family.optional[key] for key in family.null_together}
   if all(getattr(cfg, field) == meant_by_null for field, meant_by_null in meant):
     config |= dict.fromkeys(family.null_together)
@@ -186,6 +194,10 @@ def write_config(
     return config  # What it says of rotation stays as it came.
   config = {key: value for key, value in config.items() if key not in ROPE_KEYS}
   return config | write_rope(cfg, family)
+
+
+def _meant(cfg: ModelConfig, field: str) -> Any:
+  return getattr(cfg, field) or getattr(cfg, MEANS.get(field, field))
 
 
 def _or_null(value: Any) -> Any:

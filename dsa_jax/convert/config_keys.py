@@ -38,6 +38,7 @@ NEUTRAL = {
 
 # The names that `transformers` has had for attention over all or over selected tokens.
 DENSE_LAYERS = ('full_attention',)
+WINDOW = 'sliding_attention'  # What layer_types calls a layer with a window.
 SPARSE_LAYERS = ('full_attention', 'deepseek_sparse_attention', 'indexed_attention')
 
 
@@ -83,12 +84,15 @@ def _implied(sizes: dict[str, Any]) -> dict[str, tuple[Any, ...]]:
   """Returns the values of keys that other keys determine."""
   names = 'qk_rope_head_dim', 'qk_nope_head_dim', 'v_head_dim'
   rope, nope, v = (sizes.get(name) or 0 for name in names)
+  near = [sizes.get(f'window_{name}') or 0 for name in names[:2]]
   values = {
       'head_dim': (rope, nope + rope, v),
       'qk_head_dim': (nope + rope,),
       'num_key_value_heads': (sizes.get('n_heads'),),
       'num_experts': (sizes.get('n_routed_experts'),),
       'num_local_experts': (sizes.get('n_routed_experts'),),
+      'swa_head_dim': (sum(near),),
+      'swa_num_key_value_heads': (sizes.get('window_n_heads'),),
   }
   return {key: allowed for key, allowed in values.items() if None not in allowed}
 

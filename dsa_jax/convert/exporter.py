@@ -154,7 +154,7 @@ def _lost_fields(family: str, model: ModelConfig, stored: StoredModel) -> list[s
   except ConfigError as error:  # What an earlier version imported may be refused today.
     return [] if base else [' '.join(str(error).split())]
   # Other loaders go by the family, whatever config.json says, unless they are known to disagree.
-  if traits.has_indexer and 'rope_interleave' not in traits.optional:
+  if traits.has_indexer and not traits.disputes_rotation:
     back = dataclasses.replace(back, indexer_rope_interleave=traits.indexer_rope_interleave)
   lost = differing_fields(back, model) + ['rope_type'] * (back.rope_kind != model.rope_kind)
   return [name for name in lost if has_indexer or not name.startswith('index')]

@@ -76,8 +76,9 @@ def write_indexers(cfg: ModelConfig, family: Family) -> dict[str, Any]:
   """Returns the keys that say how a model's indexers are, besides their sizes."""
   fields = {name: getattr(cfg, name) for name in ADDED_INDEX_KEYS}
   keys = {name: value for name, value in fields.items() if value != ADDED_INDEX_KEYS[name]}
-  if family.lists_indexers:
+  if family.lists_indexers or family.disputes_rotation:
     keys['indexer_rope_interleave'] = cfg.indexer_rope_interleave
+  if family.lists_indexers:
     keys['indexer_types'] = list(cfg.indexer_types or ('full',) * cfg.n_layers)
   return keys
 

@@ -177,6 +177,8 @@ def write_rope(cfg: ModelConfig, family: Family) -> dict[str, Any]:
     share = {}
   else:
     share = {'partial_rotary_factor': cfg.qk_rope_head_dim / cfg.head_dim}
+  if kind == 'default' and family.window_fields:  # A section would be of all layers.
+    return {'rope_theta': cfg.rope_theta}
   if kind == 'default':
     return {'rope_parameters': {'rope_type': kind, 'rope_theta': cfg.rope_theta, **share}}
   section = {key: getattr(cfg, field) for key, field in family.ropes.get(kind, {}).items()}

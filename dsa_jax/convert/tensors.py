@@ -15,7 +15,7 @@ import numpy as np
 from dsa_jax.config import ModelConfig
 from dsa_jax.families import FAMILIES
 from dsa_jax.families.family import Family
-from dsa_jax.nn.layers import layers_of_stacks
+from dsa_jax.nn.layers import OF_EXPERTS, layers_of_stacks
 from dsa_jax.nn.transformer import Transformer
 
 Path = tuple[str, ...]  # The path of a weight in our tree.
@@ -94,7 +94,7 @@ def arrays_of(
     full = [i for i in layers if cfg.is_full(i)]
     for i in layers:
       scores = cfg.is_full(i) and has_indexer
-      for path, index, name, *rest in _layer(cfg, traits, stack == 'moe_blocks', scores):
+      for path, index, name, *rest in _layer(cfg, traits, stack in OF_EXPERTS, scores):
         at = (full if 'indexer' in path else layers).index(i)
         source = (at, *index), f'model.layers.{i}.{name}', *rest
         sources.setdefault((stack, *path), []).append(source)

@@ -34,7 +34,7 @@ def layer_parts(cfg: ModelConfig, trains: Collection[str], n_tokens: int) -> lis
   product = lambda *sizes, **options: _product(n_tokens, *sizes, learns=learns, **options)
   expert, chosen = cfg.moe_inter_dim, cfg.n_activated_experts
   routed = dict(rows=chosen, matrices=cfg.n_routed_experts)
-  shared = cfg.n_shared_experts * expert
+  shared = cfg.shared_experts_dim
   sums = {
       'projections': [product(*sizes, matrices=n, rows=n) for sizes, n in _projections(cfg, learns)],
       'router': [product(d, cfg.n_routed_experts)],
@@ -66,8 +66,8 @@ def _projections(cfg: ModelConfig, absorbed: bool) -> list[tuple[tuple[int, int]
       ((cfg.dim, cfg.row_heads * cfg.row_dim), 1),
       ((heads * value, cfg.dim), 1),
   ]
-  if cfg.output_gate == 'hidden':
-    projections.append(((cfg.dim, heads * value), 1))
+  if cfg.output_gate in ('hidden', 'heads'):
+    projections.append(((cfg.dim, heads * (value if cfg.output_gate == 'hidden' else 1)), 1))
   if cfg.q_lora_rank:
     projections.append(((cfg.dim, cfg.q_lora_rank), 1))
   if cfg.attention == 'gqa':

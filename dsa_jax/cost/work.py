@@ -30,7 +30,7 @@ def attention_flops(cfg: ModelConfig, context: int, *, sparse: bool) -> float:
   out.
   """
   visible, n_windows = (context + 1) / 2, len(cfg.window_layers)
-  windows = n_windows * mha_flops(cfg) * _mean_up_to(cfg.sliding_window, context)
+  windows = n_windows * mha_flops(cfg.of_windows) * _mean_up_to(cfg.sliding_window, context)
   if not sparse:
     return windows + (cfg.n_layers - n_windows) * mha_flops(cfg) * visible
   selected = (cfg.n_layers - n_windows) * _mean_up_to(cfg.index_topk, context)
@@ -74,7 +74,7 @@ def training_flops(
   n_windows, n_indexers = len(cfg.window_layers), len(cfg.full_layers) + cfg.n_mtp_layers
   pairs = row_flops(cfg) * chosen if sparse else mha_flops(cfg) * seen
   pairs *= cfg.n_layers + cfg.n_mtp_layers - n_windows
-  pairs += n_windows * mha_flops(cfg) * near
+  pairs += n_windows * mha_flops(cfg.of_windows) * near
   flops = (3 if backbone else 1) * (np.size(n_visible) * weights + pairs)
   products = 2 * np.size(n_visible) * _index_weights(cfg)
   if indexer:  # A warm-up differentiates all scores, the sparse stage those of selected keys.
@@ -121,9 +121,10 @@ def index_key_bytes(cfg: ModelConfig, cache: str) -> int:
 
 
 def cache_bytes(cfg: ModelConfig, cache: str, *, sparse: bool = True) -> int:
-  """Returns the bytes per cached token, in all layers."""
+  """Returns the bytes per cached token, in all layers that keep something of their own."""
   keys = len(cfg.full_layers) * index_key_bytes(cfg, cache) if sparse else 0
-  return cfg.n_layers * row_bytes(cfg, cache) + keys
+  own = [i for i in range(cfg.n_layers) if not cfg.reads_rows(i)]
+  return sum(row_bytes(cfg.of_layer(i), cache) for i in own) + keys
 
 
 def token_work(
@@ -160,12 +161,13 @@ def token_work(
   works = _weight_works(cfg, pass_tokens, chips, logits)
   if sparse:
     works += _index_works(cfg, context, cache, readers, pass_tokens, scores)
-  entry, pairs = row_bytes(cfg, cache), mha_flops(cfg) if form == 'mha' else row_flops(cfg)
+  pair_flops = mha_flops if form == 'mha' else row_flops
+  entry, pairs = row_bytes(cfg, cache), pair_flops(cfg)
   n_windows, window = len(cfg.window_layers), cfg.sliding_window
   selecting = cfg.n_layers - n_windows
-  rows = n_windows * min(context, window + readers - 1) * entry / readers
+  rows = n_windows * min(context, window + readers - 1) * row_bytes(cfg.of_windows, cache) / readers
   near = n_windows * min(context, window)
-  works.append(Work('windows', near * pairs, rows, 'bf16', 'context'))
+  works.append(Work('windows', near * pair_flops(cfg.of_windows), rows, 'bf16', 'context'))
   if sparse and form == 'mqa':  # Each query gathers its own keys.
     seen = selecting * min(context, cfg.index_topk)
     kind = 'gather' if cache == 'fp8' else 'context'
@@ -188,13 +190,19 @@ def _weight_works(cfg: ModelConfig, pass_tokens: int, chips: int, logits: bool) 
   gates = 2 * cfg.dim * cfg.gated_norm_rank  # Of one norm.
   # Two halves of each layer read and write, and the head reads.
   streams = (4 * cfg.n_layers + 1) * cfg.n_streams**2 * cfg.dim
+  n_windows, n_nope = len(cfg.window_layers), len({*cfg.nope_layers} - {*cfg.window_layers})
+  attention = (cfg.n_layers - n_windows - n_nope) * _attention_weights(cfg)
+  attention += n_windows * _attention_weights(cfg.of_windows)
+  attention += n_nope * _attention_weights(cfg.of_nope_layers)
+  readers = [cfg.of_layer(i) for i in range(cfg.n_layers) if cfg.reads_rows(i)]
+  attention -= sum(cfg.dim * sizes.row_dim for sizes in readers)  # They make no rows.
   return [
-      _product('projections', cfg.n_layers * _attention_weights(cfg), pass_tokens),
+      _product('projections', attention, pass_tokens),
       _product('gated norms', (cfg.n_layers + moe) * gates, pass_tokens, 'bf16'),
       _product('streams', streams, pass_tokens, 'bf16'),
       _product('dense MLPs', dense * 3 * cfg.dim * cfg.inter_dim, pass_tokens),
       _product('router', moe * cfg.dim * experts, pass_tokens, 'bf16'),
-      _product('shared experts', moe * cfg.n_shared_experts * expert, pass_tokens),
+      _product('shared experts', moe * 3 * cfg.dim * cfg.shared_experts_dim, pass_tokens),
       Work('routed experts', routed, moe * used * expert / chips / pass_tokens, 'fp8', 'weights'),
       _product('head', cfg.dim * cfg.vocab_size if logits else 0, pass_tokens, 'bf16'),
   ]
@@ -204,8 +212,8 @@ def _attention_weights(cfg: ModelConfig) -> int:
   """Returns the number of weights of one attention layer, besides its indexer."""
   outputs = cfg.n_heads * cfg.v_head_dim * cfg.dim
   queries = cfg.dim * cfg.q_lora_rank + cfg.query_input_dim * cfg.n_heads * cfg.query_output_dim
-  if cfg.output_gate == 'hidden':
-    queries += outputs
+  gates = {'hidden': outputs, 'heads': cfg.dim * cfg.n_heads}
+  queries += gates.get(cfg.output_gate, 0)
   rows = cfg.dim * cfg.row_heads * cfg.row_dim
   if cfg.attention == 'gqa':
     return queries + rows + outputs

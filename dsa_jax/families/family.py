@@ -54,9 +54,14 @@ class Family:
   """What tells the checkpoints of one `model_type` from those of another."""
 
   architecture: str  # The class in the `transformers` package.
+  other_names: tuple[str, ...] = ()  # Other values of `model_type` that a config.json may have.
   sizes: Mapping[str, ModelConfig]  # The released models, by short names; without an MTP layer.
   tensors: TensorNames
 
+  # Keys that `transformers` saves, each with the key that the release has in its place.
+  renamed: Mapping[str, str] = dataclasses.field(default_factory=dict)
+  # Sections of parts that are left out. Loaders check that they fit the width of the model.
+  towers: tuple[str, ...] = ()
   # The keys of config.json, each with the field of ModelConfig that has the same value.
   fields: Mapping[str, str]
   # Keys that may be absent or null, each with its field and the value that this means.
@@ -77,6 +82,14 @@ class Family:
   leading_mlp_layers: int = 0  # Leading layers that have an MLP, where config.json says of none.
   # Whether loaders read from mlp_layer_types which layers have an MLP, in any order.
   lists_mlp_layers: bool = False
+  usual_window: int = 0  # The window, where config.json is silent. 0: there is none.
+  # Where config.json is silent, every so many layers has no window, from layer 1 on, and layer 0 has
+  # none. 0: all layers have one.
+  windows_between: int = 0
+  # The keys of sizes that layers with a window have of their own, without the prefix that tells them
+  # from those of other layers; each with its field and what it means that it is absent.
+  window_fields: Mapping[str, tuple[str, Any]] = dataclasses.field(default_factory=dict)
+  window_prefix: str = ''
   # Where config.json is silent, the last of every so many layers rotates nothing. 0: all rotate.
   nope_interval: int = 0
 
@@ -94,6 +107,8 @@ class Family:
   fresh_indexer: Mapping[str, int] = dataclasses.field(default_factory=dict)  # Sizes of fresh ones.
   # Whether the indexer rotates pairs of neighbouring channels, where config.json does not say.
   indexer_rope_interleave: bool = False
+  # Whether loaders disagree about what the indexer rotates, so that config.json has to say it.
+  disputes_rotation: bool = False
   # Where config.json is silent, every so many layers have an indexer, from layer 1 on, and layer 0 has.
   index_topk_freq: int = 1
   lists_indexers: bool = False  # Whether config.json lists the layers that have an indexer.

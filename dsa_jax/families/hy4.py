@@ -129,6 +129,7 @@ FAMILY = dataclasses.replace(
     leading_mlp_layers=1,
     rope_theta=10_000.0,
     indexer_rope_interleave=True,
+    disputes_rotation=True,
     index_topk_freq=4,
     lists_indexers=True,
     norms='BF16',

@@ -27,17 +27,19 @@ class Cache(NamedTuple):
   All layers lie side by side: row `layer * capacity + position` of `kv` is a token's in that layer. On
   a mesh, that is so of each device's share, see `positions`, and the shares lie side by side.
   Layers that share another's selection or attend within a window keep no index keys, so `index_key`
-  counts only the F layers with an indexer.
+  counts only the F layers with an indexer. Layers with a window that have sizes of their own are
+  counted apart, and their rows lie in `window_kv`. Layers that read another's rows have none.
   """
 
   # Rows [B, L * S, G * P], the parts of key heads side by side, each maybe with zeros behind it.
   kv: PlainRows | QuantizedLatents | QuantizedRows
   index_key: PlainRows | QuantizedKeys  # Rows [B, F * S, J].
   length: Int[Array, 'B']  # Tokens that each sequence holds.
+  window_kv: PlainRows | QuantizedLatents | None = None  # Rows as those of `kv`, of another width.
 
   def capacity(self, cfg: ModelConfig) -> int:
     """Returns S, the number of tokens that each sequence can hold."""
-    return jax.tree.leaves(self.kv)[0].shape[1] // cfg.n_layers
+    return jax.tree.leaves(self.kv)[0].shape[1] // (cfg.n_layers - _n_apart(cfg) - cfg.n_readers)
 
 
 def init_cache(
@@ -77,22 +79,40 @@ def init_cache(
     )
   if fmt == 'fp8' and cfg.index_head_dim & (cfg.index_head_dim - 1):
     raise ConfigError(f'{fmt=} rotates index keys: {cfg.index_head_dim=} must be a power of two.')
-  n_heads = n_heads or cfg.row_heads
-  width = n_heads * (cfg.row_dim + (-cfg.row_dim % LINE if whole_lines else 0))
-  n_rows, n_index_rows = cfg.n_layers * capacity, len(cfg.full_layers) * capacity
-  length = jnp.zeros(batch, jnp.int32)
-  if fmt != 'fp8':
-    kv = PlainRows(jnp.zeros((batch, n_rows, width), fmt))
-    index_key = PlainRows(jnp.zeros((batch, n_index_rows, cfg.index_head_dim), fmt))
-    return Cache(kv, index_key, length)
-  kv = jnp.zeros((1, 1, width))
-  if cfg.attention == 'mla':
-    kv = QuantizedLatents.quantize(kv, cfg.kv_lora_rank)
+  n_apart, n_index_rows = _n_apart(cfg), len(cfg.full_layers) * capacity
+  rows = lambda cfg, n, n_heads: _empty_rows(
+      cfg, batch, n * capacity, fmt, whole_lines, n_heads or cfg.row_heads
+  )
+  if fmt == 'fp8':
+    index_key = QuantizedKeys.quantize(jnp.zeros((1, 1, cfg.index_head_dim)))
+    index_key = _repeated(index_key, batch, n_index_rows)
   else:
-    kv = QuantizedRows.quantize(kv, 2 * n_heads)
-  index_key = QuantizedKeys.quantize(jnp.zeros((1, 1, cfg.index_head_dim)))
-  repeat = lambda store, n: jax.tree.map(lambda x: jnp.tile(x, (batch, n, 1)), store)
-  return Cache(repeat(kv, n_rows), repeat(index_key, n_index_rows), length)
+    index_key = PlainRows(jnp.zeros((batch, n_index_rows, cfg.index_head_dim), fmt))
+  window_kv = rows(cfg.of_windows, n_apart, 0) if n_apart else None
+  length = jnp.zeros(batch, jnp.int32)
+  kv = rows(cfg, cfg.n_layers - n_apart - cfg.n_readers, n_heads)
+  return Cache(kv, index_key, length, window_kv)
+
+
+def _n_apart(cfg: ModelConfig) -> int:
+  """Returns the number of layers whose rows lie in a store of their own."""
+  return len(cfg.window_layers) if cfg.has_window_sizes else 0
+
+
+def _empty_rows(
+    cfg: ModelConfig, batch: int, n_rows: int, fmt: str, whole_lines: bool, n_heads: int
+) -> PlainRows | QuantizedLatents | QuantizedRows:
+  width = n_heads * (cfg.row_dim + (-cfg.row_dim % LINE if whole_lines else 0))
+  if fmt != 'fp8':
+    return PlainRows(jnp.zeros((batch, n_rows, width), fmt))
+  row = jnp.zeros((1, 1, width))
+  if cfg.attention == 'mla':
+    return _repeated(QuantizedLatents.quantize(row, cfg.kv_lora_rank), batch, n_rows)
+  return _repeated(QuantizedRows.quantize(row, 2 * n_heads), batch, n_rows)
+
+
+def _repeated(store: Store, batch: int, n: int) -> Store:
+  return jax.tree.map(lambda x: jnp.tile(x, (batch, n, 1)), store)
 
 
 def shapes_of(cache: Cache) -> Cache:
@@ -121,4 +141,5 @@ def match_rows(
 def bytes_per_token(cfg: ModelConfig, fmt: str = 'bfloat16') -> int:
   """Returns the bytes that one token takes in all layers."""
   cache = jax.eval_shape(lambda: init_cache(cfg, 1, 1, fmt=fmt))
-  return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((cache.kv, cache.index_key)))
+  stores = cache.kv, cache.index_key, cache.window_kv
+  return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(stores))

@@ -78,11 +78,13 @@ def extend(
   )  # fmt: skip
   piece = piece_of(cache.length, n_new, tokens.shape[1], visible=visible, **sizes)
   x = embedded(model, piece.own(tokens))
-  carry = model.into_streams(x), cache.kv, cache.index_key, _nothing_selected(piece)
+  stores = cache.kv, cache.index_key, cache.window_kv
+  carry = model.into_streams(x), stores, _nothing_selected(piece)
   read = functools.partial(read_layer, piece)
-  (x, kv, index_key, _), selections = run_layers(model, layers, read, carry)
+  (x, (kv, index_key, window_kv), _), selections = run_layers(model, layers, read, carry)
   selections = collectives.all_gather(selections, *piece.spread, dim=2)
-  return Reading(piece.all(model.final(x)), Cache(kv, index_key, piece.length), selections)
+  cache = Cache(kv, index_key, piece.length, window_kv)
+  return Reading(piece.all(model.final(x)), cache, selections)
 
 
 def extend_mtp(
@@ -125,9 +127,9 @@ def extend_mtp(
   join.block = None
   join, hidden = shard.gather_weights(join, hidden.dtype), piece.own(hidden)
   x = join.joined(hidden, embedded(model, piece.own(next_tokens)))
-  carry = x, cache.kv, cache.index_key, _nothing_selected(piece)
+  carry = x, (cache.kv, cache.index_key, None), _nothing_selected(piece)
   facts = LayerFacts(0, 0, True, model.layer_keys()[-1])
-  (x, kv, index_key, _), _ = read_layer(piece, carry, model.mtp.block, facts)
+  (x, (kv, index_key, _), _), _ = read_layer(piece, carry, model.mtp.block, facts)
   return piece.all(model.mtp.norm(x)), Cache(kv, index_key, piece.length)
 
 
@@ -153,17 +155,23 @@ def read_layer(
     piece: Piece, carry: Any, block: Block, facts: 'LayerFacts'
 ) -> tuple[Any, Int[Array, 'B T *G K']]:
   """Runs a layer, whose new rows it writes into the cache; returns the carry and the selection."""
-  x, kv, index_key, selected = carry
+  x, (kv, index_key, window_kv), selected = carry
   i, slot, is_full, key = facts
   attn, end = shard.gather_weights(block.attn, x.dtype), piece.end
-  views = attn.views(block.attention_input(x), jnp.zeros_like(end), end, gathers=False)
+  # A layer that reads an earlier one's rows finds them where that layer has written them.
+  none = None if attn.reads < 0 else jnp.zeros((*end.shape, 1, attn.cfg.row_dim), x.dtype)
+  views = attn.views(block.attention_input(x), jnp.zeros_like(end), end, none, gathers=False)
   at, rows = positions.row_of(piece.all(piece.at)), attn.own_key_heads(piece.all(views.rows))
   span, index_span = (i * piece.capacity, piece.capacity), (slot * piece.capacity, piece.capacity)
-  kv = storage.write(kv, flat_rows(rows, kv), at, span)
+  is_apart = attn.window > 0 and window_kv is not None
+  store = window_kv if is_apart else kv
+  if attn.reads < 0:
+    store = storage.write(store, flat_rows(rows, store), at, span)
+  kv, window_kv = (kv, store) if is_apart else (store, window_kv)
   if attn.indexer is not None:
     new, at = piece.all(views.index.k), jnp.where(is_full, at, -1)
     index_key = storage.write(index_key, new, at, index_span)
-  held = Held(kv, span, index_key, index_span, rows.shape[2])
+  held = Held(store, span, index_key, index_span, rows.shape[2])
   if attn.window:
     out, chosen = attend_window(attn, views, held, piece), jnp.full_like(selected, -1)
   elif piece.is_one_op:
@@ -178,7 +186,7 @@ def read_layer(
   if attn.splits_heads:
     out = collectives.psum(out, 'tensor')
   x = feed_forward(piece, block, block.add_attention(x, out))
-  return (x, kv, index_key, selected), chosen
+  return (x, (kv, index_key, window_kv), selected), chosen
 
 
 def feed_forward(
@@ -202,7 +210,7 @@ def feed_forward(
 class LayerFacts(NamedTuple):
   """What `extend` knows of each layer beside its weights, or of one layer."""
 
-  number: np.ndarray | int  # Counted from the first layer of the model.
+  number: np.ndarray | int  # Which rows of its store are a layer's own.
   # Which index keys of the cache are a layer's own, or those of the layer whose selection it shares.
   slot: np.ndarray | int
   is_full: np.ndarray | bool  # Whether a layer selects for itself.
@@ -220,13 +228,18 @@ def run_layers(
       selections.append(in_order(selected))
     return carry, jnp.concatenate(selections)
   for i, block in enumerate(layers):
-    number, slot, is_full = i, int(facts.slot[i]), bool(facts.is_full[i])
+    number, slot, is_full = int(facts.number[i]), int(facts.slot[i]), bool(facts.is_full[i])
     carry, selected = layer(carry, block, LayerFacts(number, slot, is_full, facts.keys[i]))
     selections.append(selected)
   return carry, jnp.stack(selections)
 
 
 def facts_of(model: Transformer) -> LayerFacts:
-  full = are_full(model.cfg, range(model.cfg.n_layers))
+  cfg = model.cfg
+  full = are_full(cfg, range(cfg.n_layers))
+  apart = np.array([cfg.has_window_sizes and i in cfg.window_layers for i in range(cfg.n_layers)])
+  own = np.array([not (apart[i] or cfg.reads_rows(i)) for i in range(cfg.n_layers)])
+  number = np.where(apart, np.cumsum(apart), np.cumsum(own)) - 1
+  number = number[list(cfg.kv_sources)] if cfg.kv_sources else number
   slot = np.maximum(np.cumsum(full) - 1, 0)
-  return LayerFacts(np.arange(len(full)), slot, full, model.layer_keys()[:-1])
+  return LayerFacts(number, slot, full, model.layer_keys()[:-1])

@@ -22,6 +22,7 @@ from dsa_jax.kernels.backend import check_backend, default_backend
 from dsa_jax.nn.attention.mla import MLA
 from dsa_jax.nn.attention.types import Attention
 from dsa_jax.nn.block import Block
+from dsa_jax.nn.layers import layers_of_stacks
 from dsa_jax.nn.transformer import Transformer
 from dsa_jax.parallel import collectives
 from dsa_jax.parallel.mesh import TOKENS, MeshConfig, shardings_of
@@ -43,7 +44,8 @@ def prepared_for_cpu(model: Transformer) -> tuple[Transformer, list[Block]]:
     if isinstance(block.attn, MLA):
       block.attn.split_expansion()
   rest = jax.tree.map(lambda x: x, model)  # A new module; the given one stays as it is.
-  rest.dense_blocks = rest.moe_blocks = None
+  for name in layers_of_stacks(model.cfg):
+    setattr(rest, name, None)
   if rest.mtp is not None and isinstance(rest.mtp.block.attn, MLA):
     rest.mtp.block.attn.split_expansion()
   if model.cfg.dtype != 'float32':

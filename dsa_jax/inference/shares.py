@@ -46,7 +46,8 @@ class Shares:
       if not isinstance(x, Cache):
         return P(texts)
       fill = lambda part, spec: jax.tree.map(lambda _: spec, part)
-      return Cache(fill(x.kv, store), fill(x.index_key, P(texts, 'context')), P(texts))
+      index_key, window_kv = fill(x.index_key, P(texts, 'context')), fill(x.window_kv, store)
+      return Cache(fill(x.kv, store), index_key, P(texts), window_kv)
 
     return jax.tree.map(specs_of, tree, is_leaf=lambda x: isinstance(x, Cache))
 

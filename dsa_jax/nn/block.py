@@ -24,18 +24,22 @@ class LayerReport(NamedTuple):
 
   residual_rms: Float[Array, '*L']  # Root mean square of the residual stream after the layer.
   index_kl: Float[Array, '*L B T'] | None  # In nats; 0 in layers without an indexer of their own.
-  expert_load: Float[Array, '*L X'] | None  # Tokens of each expert; None without experts.
+  # Tokens of each expert; of a section of layers, by the stack that holds them. None without experts.
+  expert_load: Float[Array, '*L X'] | dict[str, Float[Array, 'L X']] | None
   measures: dict[str, Measures]  # One entry for each rule that is measured.
+  rows: Float[Array, 'B T G P'] | None = None  # What later layers read of this one, if they do.
 
 
 class Block(nnx.Module):
   """Attention, then an MLP or experts. Each reads the normed residual stream and adds to it."""
 
-  def __init__(self, cfg: ModelConfig, *, experts: bool, rngs: nnx.Rngs):
+  def __init__(self, cfg: ModelConfig, *, experts: bool, reads: bool = False, rngs: nnx.Rngs):
     out_scale = (2 * cfg.n_layers) ** -0.5
     self.attn_norm = _norm(cfg, cfg.gated_norm_rank, rngs)
-    attention = MLA if cfg.attention == 'mla' else GQA
-    self.attn = attention(cfg, out_scale=out_scale, rngs=rngs)
+    if cfg.attention == 'mla':
+      self.attn = MLA(cfg, out_scale=out_scale, reads=reads, rngs=rngs)
+    else:
+      self.attn = GQA(cfg, out_scale=out_scale, rngs=rngs)
     self.ffn_norm = _norm(cfg, cfg.gated_norm_rank if experts else 0, rngs)
     streams = lambda: Streams(cfg, writes=True, rngs=rngs) if cfg.n_streams else None
     self.attn_streams, self.ffn_streams = streams(), streams()
@@ -53,14 +57,16 @@ class Block(nnx.Module):
       mode: Mode,
       shared: Shared | None = None,
       choice: Int[Array, ''] | None = None,
+      rows: Float[Array, 'B T G P'] | None = None,
   ) -> tuple[Float[Array, 'B T *M D'], Selections, LayerReport]:
     with jax.named_scope('attention'):
       h = self.attention_input(x)
-      out, selections, attention = self.attn(h, start, end, key, mode, shared, choice)
+      out, selections, attention = self.attn(h, start, end, key, mode, shared, choice, rows)
       x = self.add_attention(x, out)
     x, load = self.feed_forward(x, end > start, mode.backend)
     rms = jnp.sqrt(jnp.mean(jnp.square(x.astype(jnp.float32))))
-    return x, selections, LayerReport(rms, attention.index_kl, load, attention.measures)
+    report = LayerReport(rms, attention.index_kl, load, attention.measures, attention.rows)
+    return x, selections, report
 
   def attention_input(self, x: Float[Array, 'B T *M D']) -> Float[Array, 'B T D']:
     """Returns what attention reads of the residual stream, or of all streams."""

@@ -9,7 +9,8 @@ from dsa_jax.config import ConfigError, ModelConfig
 class Configured(nnx.Module):
   """A module that reads its config while it runs.
 
-  All modules of a model hold one config. They refuse another, which would reach one of them only.
+  All modules of a model hold one config, or what `ModelConfig.of_layer` makes of it. They refuse
+  another, which would reach one of them only.
   """
 
   @property

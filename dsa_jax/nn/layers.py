@@ -13,7 +13,15 @@ import jax
 
 from dsa_jax.config import ModelConfig
 
-STACKS = ('dense_blocks', 'moe_blocks', 'mtp')  # Layers with an MLP, layers with experts, MTP.
+# Layers with an MLP, layers with experts, MTP; and the first two kinds once more for layers with a
+# window and for layers that rotate nothing, where these have sizes of their own, and for layers that
+# read another's latents: all layers of a stack have weights of the same shapes.
+STACKS = (
+    'dense_blocks', 'moe_blocks', 'mtp', 'dense_window_blocks', 'moe_window_blocks',
+    'dense_nope_blocks', 'moe_nope_blocks', 'dense_reading_blocks', 'moe_reading_blocks',
+    'dense_nope_reading_blocks', 'moe_nope_reading_blocks',
+)  # fmt: skip
+OF_EXPERTS = tuple(name for name in STACKS if name.startswith('moe'))  # Stacks of layers with experts.
 
 
 class Kind(NamedTuple):
@@ -21,6 +29,8 @@ class Kind(NamedTuple):
 
   stack: str  # It holds the weights of the layer, behind those of the layers before it.
   window: int = 0  # The layer attends to the latest so many tokens. 0: it selects among all.
+  reads: int = -1  # The slot of the rows that it reads. -1: it makes its own.
+  keeps: int = -1  # The slot in which it keeps its rows for later layers. -1: none needs them.
 
 
 class Section(NamedTuple):
@@ -46,14 +56,45 @@ class Section(NamedTuple):
 
 def layers_of_stacks(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
   """Returns the numbers of the layers whose weights each stack holds, in order."""
-  experts = tuple(i for i in range(cfg.n_layers) if i not in cfg.dense_layers)
-  return dict(zip(STACKS, (cfg.dense_layers, experts)))
+  stacks: dict[str, tuple[int, ...]] = {name: () for name in STACKS if name != 'mtp'}
+  for i in range(cfg.n_layers):
+    stacks[kind_of(cfg, i).stack] += (i,)
+  return stacks
 
 
 def kind_of(cfg: ModelConfig, layer: int) -> Kind:
   """Returns the kind of a layer, by its number."""
   window = cfg.sliding_window if layer in cfg.window_layers else 0
-  return Kind(STACKS[layer not in cfg.dense_layers], window)
+  sizes = '_window' if window and cfg.has_window_sizes else ''
+  sizes = '_nope' if layer in cfg.nope_layers and cfg.nope_layers_expand else sizes
+  sizes += '_reading' if cfg.reads_rows(layer) else ''
+  stack = f'{"dense" if layer in cfg.dense_layers else "moe"}{sizes}_blocks'
+  if not cfg.n_readers:
+    return Kind(stack, window)
+  slots, source = row_slots(cfg)[0], cfg.kv_sources[layer]
+  return Kind(stack, window, *((-1, slots[layer]) if source == layer else (slots[source], -1)))
+
+
+@functools.cache
+def row_slots(cfg: ModelConfig) -> tuple[tuple[int, ...], tuple[int, ...]]:
+  """Returns where the rows are kept that later layers read.
+
+  Rows leave their slot after their last reader, so that layers which take turns are of few kinds.
+
+  Returns:
+    The slot of each layer, -1 where no later one reads its rows; and the width of each slot's rows.
+  """
+  slots, widths, busy = [-1] * cfg.n_layers, list[int](), dict[int, int]()  # Slots, until which layer.
+  for i in range(cfg.n_layers if cfg.n_readers else 0):
+    readers = [j for j in range(i + 1, cfg.n_layers) if cfg.kv_sources[j] == i]
+    if not readers:
+      continue
+    width = cfg.of_layer(i).row_dim
+    free = [slot for slot, last in busy.items() if last < i and widths[slot] == width]
+    slots[i] = free[0] if free else len(widths)
+    widths += [] if free else [width]
+    busy[slots[i]] = readers[-1]
+  return tuple(slots), tuple(widths)
 
 
 @functools.cache

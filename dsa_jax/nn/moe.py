@@ -33,7 +33,7 @@ class MoE(Configured):
     self.w1 = param(BackboneParam, (x, d, f), inward, std=d**-0.5, rngs=rngs)
     self.w3 = param(BackboneParam, (x, d, f), inward, std=d**-0.5, rngs=rngs)
     self.w2 = param(BackboneParam, (x, f, d), outward, std=out_scale * f**-0.5, rngs=rngs)
-    shared = cfg.n_shared_experts * f
+    shared = cfg.shared_experts_dim
     make_shared = lambda: MLP(d, shared, out_std=out_scale * shared**-0.5, rngs=rngs)
     self.shared = make_shared() if shared else None
     self._cfg = cfg

@@ -52,13 +52,22 @@ def _yarn_slowness(cfg: ModelConfig, frequencies: np.ndarray) -> np.ndarray:
   return np.clip((np.arange(width // 2) - low) / (high - low), 0, 1)
 
 
+def scaled(frequencies: np.ndarray, log_factors: Float[Array, 'R2']) -> Float[Array, 'R2']:
+  """Returns frequencies times learned factors, which are given by their logarithms.
+
+  Source:
+    `MistralLarge4TextRotaryEmbedding` in `transformers` 5.24.0 (LeRoPE).
+  """
+  return jnp.asarray(frequencies, jnp.float32) * jnp.exp(log_factors)
+
+
 SLOWNESS = {'linear': _all_slow, 'llama3': _llama3_slowness, 'yarn': _yarn_slowness}
 
 
 def apply_rope(
     x: Float[Array, 'B T H R'],
     positions: Int[Array, 'B T'],
-    frequencies: np.ndarray,
+    frequencies: np.ndarray | Float[Array, 'R2'],
     *,
     interleaved: bool,
 ) -> Float[Array, 'B T H R']:

@@ -61,9 +61,12 @@ def scan(
 
 
 def of_kind(block: Any, kind: Kind) -> Any:
-  """Returns a layer that attends as its kind does. One with a window needs no indexer."""
+  """Returns a layer that attends as its kind does. One with a window has no indexer."""
+  if kind == Kind(kind.stack):
+    return block
+  block = jax.tree.map(lambda x: x, block)  # A new module; the given one stays as it is.
+  block.attn.reads, block.attn.keeps = kind.reads, kind.keeps
   if kind.window:
-    block = jax.tree.map(lambda x: x, block)  # A new module; the given one stays as it is.
     block.attn.indexer, block.attn.window = None, kind.window
   return block
 

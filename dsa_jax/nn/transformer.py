@@ -15,7 +15,7 @@ from dsa_jax.config import ConfigError, ModelConfig
 from dsa_jax.nn.attention.types import Measures, Mode, Shared
 from dsa_jax.nn.block import MTP, Block, LayerReport
 from dsa_jax.nn.fixed import Configured
-from dsa_jax.nn.layers import Section, kind_of, layers_of_stacks
+from dsa_jax.nn.layers import OF_EXPERTS, Section, kind_of, layers_of_stacks, row_slots
 from dsa_jax.nn.norms import RMSNorm
 from dsa_jax.nn.remat import rematerialized
 from dsa_jax.nn.scan import cut, in_order, of_kind, scan
@@ -47,7 +47,8 @@ class Output(NamedTuple):
     """Returns the tokens of each expert, for every stack that has experts, in the stack's order."""
     loads = [report.expert_load for report in self.layers if report.expert_load is not None]
     mtp = {'mtp': loads.pop()} if loads and self.mtp_hidden is not None else {}
-    return ({'moe_blocks': jnp.concatenate(loads)} if loads else {}) | mtp
+    of_stacks = {name: [load[name] for load in loads if name in load] for name in OF_EXPERTS}
+    return {name: jnp.concatenate(of_stack) for name, of_stack in of_stacks.items() if of_stack} | mtp
 
   def measures(self, rule: str) -> Measures:
     """Returns one rule's measures, every field with a leading L."""
@@ -64,11 +65,21 @@ class Transformer(Configured):
     self.embed = param(BackboneParam, (w, d), ('vocab', 'embed'), std=embed_std, rngs=rngs)
     self.dense_blocks = _stack(cfg, 'dense_blocks', rngs)
     self.moe_blocks = _stack(cfg, 'moe_blocks', rngs)
+    self.dense_window_blocks = _stack(cfg, 'dense_window_blocks', rngs)
+    self.moe_window_blocks = _stack(cfg, 'moe_window_blocks', rngs)
+    self.dense_nope_blocks = _stack(cfg, 'dense_nope_blocks', rngs)
+    self.moe_nope_blocks = _stack(cfg, 'moe_nope_blocks', rngs)
+    self.dense_reading_blocks = _stack(cfg, 'dense_reading_blocks', rngs)
+    self.moe_reading_blocks = _stack(cfg, 'moe_reading_blocks', rngs)
+    self.dense_nope_reading_blocks = _stack(cfg, 'dense_nope_reading_blocks', rngs)
+    self.moe_nope_reading_blocks = _stack(cfg, 'moe_nope_reading_blocks', rngs)
     self.streams = Streams(cfg, writes=False, rngs=rngs) if cfg.n_streams else None
     self.norm = RMSNorm(d, eps=cfg.norm_eps)
     head = lambda: param(BackboneParam, (d, w), ('embed', 'vocab'), std=0.02, rngs=rngs)
     self.head = None if cfg.tie_embeddings else head()
     self.mtp = MTP(cfg, rngs=rngs) if cfg.n_mtp_layers else None
+    factors = jnp.zeros(cfg.qk_rope_head_dim // 2)
+    self.rope_factors = BackboneParam(factors, axes=(None,)) if cfg.learned_frequencies else None
     self._cfg = cfg
 
   def __call__(
@@ -99,11 +110,12 @@ class Transformer(Configured):
       nothing = jnp.full((*tokens.shape, *self.cfg.selection_shape), -1, jnp.int32)
       selections = {rule: nothing for rule in mode.rules}
     facts = keys, are_full(self.cfg, range(self.cfg.n_layers))
+    carry = x, selections, self._empty_rows(tokens.shape)
     for section, weights in self.sections():
       inputs = section, weights, section.facts(facts)
-      x, selections, report = _run(inputs, x, selections, start, end, mode, choice)
+      carry, report = _run(inputs, carry, start, end, mode, choice)
       reports.append(report)
-    hidden, following, mtp_logits = self.final(x), None, None
+    hidden, following, mtp_logits = self.final(carry[0]), None, None
     if self.mtp is not None and next_tokens is not None:
       following = self.embedded(next_tokens)
       following, report = self.mtp(hidden, following, start, end, keys[-1], mode, choice)
@@ -114,7 +126,23 @@ class Transformer(Configured):
   def sections(self) -> Iterator[tuple[Section, dict[str, Block]]]:
     """Yields the sections of the layers, each with its weights as `scan` takes them."""
     layers = layers_of_stacks(self.cfg)
-    return cut(self.cfg, lambda name: one_each(getattr(self, name), self.cfg, layers[name]))
+    return cut(self.cfg, lambda name: self._one_each(name, layers[name]))
+
+  def _one_each(self, stack: str, layers: Sequence[int]) -> Block:
+    """Returns the layers of a stack with all that each of them needs."""
+    blocks = one_each(getattr(self, stack), self.cfg, layers)
+    if self.rope_factors is None:
+      return blocks
+    blocks = jax.tree.map(lambda a: a, blocks)
+    factors = self.rope_factors[...]
+    factors = jnp.broadcast_to(factors, (len(layers), *factors.shape))
+    blocks.attn.rope_factors = nnx.data(BackboneParam(factors, axes=(None,)))
+    return blocks
+
+  def _empty_rows(self, shape: tuple[int, int]) -> tuple[Float[Array, 'B T 1 P'], ...]:
+    """Returns slots for the rows that later layers read."""
+    widths = row_slots(self.cfg)[1]
+    return tuple(jnp.zeros((*shape, 1, width), self.cfg.dtype) for width in widths)
 
   def layer_keys(self, key: Key[Array, ''] | None = None) -> Key[Array, 'L']:
     """Returns the random state of each layer and, as the last, that of the MTP layer."""
@@ -149,7 +177,7 @@ class Transformer(Configured):
       raise ConfigError(f'layer {i} must be within 0 and {self.cfg.n_layers - 1}.')
     kind = kind_of(self.cfg, i)
     layers = layers_of_stacks(self.cfg)[kind.stack]
-    blocks = one_each(getattr(self, kind.stack), self.cfg, layers)
+    blocks = self._one_each(kind.stack, layers)
     block = of_kind(jax.tree.map(lambda a: a[layers.index(i)], blocks), kind)
     if not self.cfg.is_full(i):
       block.attn.indexer = None
@@ -186,7 +214,9 @@ def _stack(cfg: ModelConfig, name: str, rngs: nnx.Rngs) -> Block | None:
   layers = layers_of_stacks(cfg)[name]
   if not layers:
     return None
-  make: Callable = lambda key: Block(cfg, experts=name == 'moe_blocks', rngs=nnx.Rngs(key))
+  sizes = cfg.of_layer(layers[0])
+  kind = dict(experts=name in OF_EXPERTS, reads=cfg.reads_rows(layers[0]))
+  make: Callable = lambda key: Block(sizes, **kind, rngs=nnx.Rngs(key))
   blocks = jax.vmap(make)(jax.random.split(rngs.params(), len(layers)))
   full = np.flatnonzero(are_full(cfg, layers))
   if not len(full):
@@ -203,30 +233,39 @@ def one_each(blocks: Block, cfg: ModelConfig, layers: Sequence[int]) -> Block:
   """
   full = are_full(cfg, layers)
   repeats = not full.all() and blocks.attn.indexer is not None
-  if not repeats and not cfg.nope_layers:
+  some_rotate = len(cfg.nope_layers) > 0 and not cfg.nope_layers_expand
+  if not repeats and not some_rotate:
     return blocks
   blocks = jax.tree.map(lambda a: a, blocks)
   if repeats:
     owner = np.maximum(np.cumsum(full) - 1, 0)
     blocks.attn.indexer = jax.tree.map(lambda a: a[owner], blocks.attn.indexer)
-  if cfg.nope_layers:
+  if some_rotate:
     rotates = jnp.array([i not in cfg.nope_layers for i in layers])
     blocks.attn.rotates = nnx.data(LayerFact(rotates, axes=()))
   return blocks
 
 
-def _run(inputs, x, selections, start, end, mode: Mode, choice):
-  """Scans a section. Models with IndexShare hand selections on from layer to layer."""
+def _run(inputs, carry, start, end, mode: Mode, choice):
+  """Scans a section. Models with IndexShare hand selections on from layer to layer; some hand on rows."""
 
   def layer(carry, block, facts):
-    (x, selections), (key, is_full) = carry, facts
+    (x, selections, kept), (key, is_full) = carry, facts
     shared = None if selections is None else Shared(selections, is_full)
-    x, own, report = block(shard.constrain_activations(x), start, end, key, mode, shared, choice)
-    return (x, None if selections is None else own), report
+    rows = kept[block.attn.reads] if block.attn.reads >= 0 else None
+    x = shard.constrain_activations(x)
+    x, own, report = block(x, start, end, key, mode, shared, choice, rows)
+    if (slot := block.attn.keeps) >= 0:
+      kept = *kept[:slot], report.rows, *kept[slot + 1 :]
+    return (x, None if selections is None else own, kept), report._replace(rows=None)
 
   section, weights, facts = inputs
   layer = rematerialized(layer, mode.remat)
-  (x, selections), reports = scan(section, layer, (x, selections), weights, facts)
-  loads = [report.expert_load for report in reports if report.expert_load is not None]
+  carry, reports = scan(section, layer, carry, weights, facts)
+  loads = dict[str, list]()
+  for kind, report in zip(section.group, reports):
+    if report.expert_load is not None:
+      loads.setdefault(kind.stack, []).append(report.expert_load)
   report = in_order([report._replace(expert_load=None) for report in reports])
-  return x, selections, report._replace(expert_load=in_order(loads) if loads else None)
+  of_stacks = {name: in_order(of_stack) for name, of_stack in loads.items()}
+  return carry, report._replace(expert_load=of_stacks or None)

@@ -57,7 +57,7 @@ class MeshConfig:
 
   def check_model(self, cfg: ModelConfig):
     """Raises a ConfigError if an axis of a weight cannot be split evenly."""
-    divided = {('tensor',): ['n_heads', 'vocab_size'], ('fsdp',): ['dim'], OWNERS: []}
+    divided = {('tensor',): ['n_heads', 'window_n_heads', 'vocab_size'], ('fsdp',): ['dim'], OWNERS: []}
     if cfg.row_heads > 1 and cfg.row_heads % self.tensor and self.tensor % cfg.row_heads:
       raise ConfigError(
           f'tensor={self.tensor} must divide n_kv_heads={cfg.row_heads}, or be a multiple of it.'
@@ -65,7 +65,7 @@ class MeshConfig:
     if cfg.dense_layers:
       divided['tensor',] += ['inter_dim']
     if cfg.n_dense_layers < cfg.n_layers:
-      divided['tensor',] += ['moe_inter_dim']
+      divided['tensor',] += ['moe_inter_dim', 'shared_inter_dim']
       divided[OWNERS] += ['n_routed_experts']
     for axes, names in divided.items():
       split = ' times '.join(f'{axis}={self.sizes[axis]}' for axis in axes)

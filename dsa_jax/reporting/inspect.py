@@ -108,9 +108,13 @@ def _candidates(model: Transformer, tokens: jax.Array, layer: int, backend: str)
     full = model.cfg.full_layers
     reason = f'those of layers {list(full)} select' if full else 'no layer selects'
     raise ConfigError(f'{layer=} has no indexer; {reason}.')
+  kept = {}  # The rows that later layers read.
   for i in range(layer):
-    x, *_ = model.block(i)(x, start, end, keys[i], mode)
-  views = block.attn.views(block.attention_input(x), start, end)
+    before = model.block(i)
+    rows = kept.get(before.attn.reads)
+    x, _, report = before(x, start, end, keys[i], mode, rows=rows)
+    kept[before.attn.keeps] = report.rows
+  views = block.attn.views(block.attention_input(x), start, end, kept.get(block.attn.reads))
   return views.candidates(start, end, keys[layer], model.cfg, backend)
 
 

@@ -28,7 +28,7 @@ OF_ROPE_KINDS = {
 OF_EXPERTS = frozenset((
     'n_routed_experts', 'n_shared_experts', 'n_activated_experts', 'n_expert_groups',
     'n_limited_groups', 'moe_inter_dim', 'route_scale', 'score_func', 'topk_method', 'norm_topk_prob',
-    'zero_dropped_groups', 'swiglu_limit',
+    'zero_dropped_groups', 'swiglu_limit', 'shared_inter_dim',
 ))  # fmt: skip
 
 

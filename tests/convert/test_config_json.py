@@ -48,6 +48,20 @@ def test_released_files_are_read(name):
   assert read_config(config | BESIDE | heads | more) == read_config(config)
 
 
+def test_what_transformers_saves_of_dots3_note_is_read():
+  """Sections for kinds of layers, of the text alone or beside the other parts."""
+  folder = ROOT / 'parity' / 'dots3_note'
+  ours, saved = (json.loads((folder / name).read_text()) for name in ('config.json', 'saved_config.json'))
+  assert {'per_layer_config', 'rope_parameters'} <= saved.keys() - ours.keys()
+  assert read_config(saved) == read_config(ours)
+  whole = {'model_type': 'dots3_note', 'rope_parameters': None, 'vision_config': {}, 'audio_config': {}}
+  whole['text_config'] = saved
+  assert read_config(whole) == read_config(ours)
+  written = write_config('dots3_note', read_config(saved)[1], saved)
+  assert read_config(written) == read_config(ours) and has_indexer(saved)
+  assert not {'per_layer_config', 'rope_parameters', 'sliding_window'} & written.keys()
+
+
 @pytest.mark.parametrize('name', released.CONFIGS)
 def test_keys_that_change_nothing(name):
   config = released.CONFIGS[name]
@@ -58,6 +72,8 @@ def test_keys_that_change_nothing(name):
       'transformers_version': '4.44.2', 'use_cache': True, '_name_or_path': 'x',
       'layer_types': ['full_attention'] * config['num_hidden_layers'],
   }  # fmt: skip
+  for i in read()[1].window_layers:
+    beside['layer_types'][i] = 'sliding_attention'
   assert read(**beside) == read()
 
 
@@ -69,8 +85,9 @@ GQA = {
     name: family_of(released.CONFIGS[name])
     for name in ('llama3_8b', 'llama32_1b', 'mistral_7b_v03', 'smollm3_3b', 'qwen25_0_5b',
                  'qwen3_8b', 'qwen3_30b_a3b', 'glm45_air', 'v2_lite', 'moonlight',
-                 'axk2_light', 'hy4_preview')
+                 'axk2_light', 'hy4_preview', 'dots3_note')
 }  # fmt: skip
+DOTS_LAYERS = {'layer_types': ['indexed_attention'] * 2 + ['sliding_attention'] * 44}
 LLAMA3 = released.CONFIGS['llama32_1b']['rope_scaling']
 WINDOWS = {'use_sliding_window': True}
 NO_WINDOWS = {'window_layers': (), 'sliding_window': 0}
@@ -142,6 +159,20 @@ INDEXED = {'index_n_heads': 4, 'index_head_dim': 32, 'index_topk': 64}
         ('axk2_light', {'n_group': 4}, 'n_group and topk_group must be null together, or neither'),
         ('axk2_light', {'q_lora_rank': None}, 'q_lora_rank=None must be a number'),
         ('hy4_preview', {'swiglu_limit': 0}, 'swiglu_limit=0 must be positive'),
+        ('dots3_note', {'use_dsa': False}, 'use_dsa=False must be True'),
+        ('dots3_note', {'attention_gate_type': 'elementwise'}, "attention_gate_type='elementwise' must be 'headwise'"),
+        ('dots3_note', {'swa_head_dim': 192}, 'swa_head_dim=192 must be 256'),
+        ('dots3_note', {'swa_kv_lora_rank': 0}, 'swa_kv_lora_rank=0 must be positive'),
+        ('dots3_note', {'sliding_window': 512}, 'sliding_window=512 contradicts sliding_window_size=513'),
+        ('dots3_note', {'swa_qk_rope_head_dim': 63}, 'window_qk_rope_head_dim.: 63.*must be even'),
+        ('dots3_note', DOTS_LAYERS | {'per_layer_config': {'2': {'v_head_dim': 64}}}, 'must give all layers with a window the same'),
+        ('dots3_note', {'per_layer_config': {'1': {'v_head_dim': 64}}}, 'must give all layers with a window the same'),
+        ('dots3_note', DOTS_LAYERS | {'per_layer_config': {'1': {}}}, 'must give all layers with a window the same'),
+        ('dots3_note', DOTS_LAYERS | {'per_layer_config': {str(i): {'rank': 2} for i in range(2, 46)}}, 'must give all layers'),
+        ('dots3_note', {'rope_parameters': {'indexed_attention': {'rope_theta': 5.0, 'rope_type': 'yarn'}}},
+         "rope_parameters: 'indexed_attention'"),
+        ('dots3_note', {'rope_parameters': {'sliding_attention': {'rope_theta': 5.0, 'partial_rotary_factor': 0.5}}},
+         "rope_parameters: 'sliding_attention'"),
         ('hy4_preview', {'hc_sinkhorn_iters': 20}, 'hc_sinkhorn_iters=20 is unknown'),
         ('axk2_light', {'gated_norm_rank': 0}, 'gated_norm_rank=0 must be positive'),
         ('axk2_light', {'num_nextn_predict_layers': 1}, 'num_nextn_predict_layers=1 must be 0'),
@@ -198,6 +229,18 @@ def test_what_other_families_refuse(name, changes, message):
          {'rope_interleave': False, 'indexer_rope_interleave': False, 'latent_eps': 1e-6}),
         ('hy4_preview', {'indexer_types': ['full'] * 78}, {'indexer_types': (), 'index_norm_eps': 0.0}),
         ('hy4_preview', {'mlp_layer_types': ['sparse'] * 78}, {'n_dense_layers': 0}),
+        ('dots3_note', {'indexer_rope_interleave': False, 'index_rope_last': True, 'latent_eps': 1e-6},
+         {'indexer_rope_interleave': False, 'index_rope_last': True, 'latent_eps': 1e-6}),
+        ('dots3_note', {'apply_mla_qkv_lora_rescale': False}, {'latent_rescale': False}),
+        ('dots3_note', {'sliding_window_size': None, 'first_k_dense_replace': None},
+         {'sliding_window': 512, 'n_dense_layers': 1, 'window_layers': tuple(i for i in range(2, 46) if i % 4 != 1)}),
+        ('dots3_note', {'use_sliding_window': False},
+         {'window_layers': (), 'sliding_window': 0, 'window_n_heads': 0, 'window_rope_theta': 0.0}),
+        ('dots3_note', DOTS_LAYERS, {'window_layers': tuple(range(2, 46))}),
+        ('dots3_note', {'swa_v_head_dim': 64}, {'window_v_head_dim': 64, 'window_q_lora_rank': 0}),
+        ('dots3_note', {'moe_shared_expert_intermediate_size': 64}, {'shared_inter_dim': 64}),
+        ('dots3_note', {'rope_parameters': {'rope_theta': 5.0, 'rope_type': 'default'}, 'rope_theta': None},
+         {'rope_theta': 5.0, 'window_rope_theta': 0.0}),  # A section without kinds is of all layers.
         ('axk2_light', {'norm_topk_prob': False}, {'norm_topk_prob': False}),
         ('mistral_7b_v03', {'sliding_window': 4096},
          {'window_layers': tuple(range(32)), 'sliding_window': 4096}),

@@ -47,6 +47,7 @@ VARIANTS = {
     'glm_shared': (released.GLM, {'norms': 'BF16'}),
     'glm_bfloat16': (released.GLM, {'fp8': False, 'norms': 'BF16'}),
     'axk2_fp8': (released.AXK2, {'norms': 'BF16'}),
+    'dots3_fp8': (released.DOTS, {'norms': 'BF16'}),
 }
 
 
@@ -97,13 +98,15 @@ def test_every_weight_is_in_its_place(variant):
     for i, j in np.ndindex(weight.shape):
       weight[i, j] *= theirs[name][i // 128, j // 128]
   model = load_checkpoint(folder / 'ours')
-  heads, depth = config['num_attention_heads'], config['num_hidden_layers']
-  nope, rope, v = config['qk_nope_head_dim'], config['qk_rope_head_dim'], config['v_head_dim']
+  depth = config['num_hidden_layers']
   close = lambda a, b: np.testing.assert_allclose(np.asarray(a[...]), b, rtol=2**-8)
   close(model.head, theirs['lm_head.weight'].T)
   for i in range(depth):
     block, layer = model.block(i), f'model.layers.{i}.'
     attn = {k.removeprefix(layer + 'self_attn.'): v for k, v in theirs.items() if layer in k}
+    own = released.sizes_of_layer(config, i)
+    heads, nope, rope = (own[key] for key in ('num_attention_heads', 'qk_nope_head_dim', 'qk_rope_head_dim'))
+    v = own['v_head_dim']
     gates = v * (config['model_type'] == 'axk2')
     q_b = attn['q_b_proj.weight'].reshape(heads, nope + rope + gates, -1)
     close(block.attn.wq_b, np.moveaxis(q_b, 2, 0))
@@ -111,6 +114,9 @@ def test_every_weight_is_in_its_place(variant):
     close(block.attn.wkv_b, np.moveaxis(kv_b, 2, 0))
     close(block.attn.wkv_a, attn['kv_a_proj_with_mqa.weight'].T)
     close(block.attn.wo, attn['o_proj.weight'].T.reshape(heads, v, -1))
+    if config['model_type'] == 'dots3_note':
+      close(block.attn.wg, attn['g_proj.weight'].T)
+      close(block.attn.k_rope_norm.scale, attn['k_rope_only_layernorm.weight'])
     if 'indexer.wq_b.weight' in attn:
       wq_b = attn['indexer.wq_b.weight'].reshape(config['index_n_heads'], -1, config['q_lora_rank'])
       close(block.attn.indexer.wq_b, np.moveaxis(wq_b, 2, 0))
@@ -130,7 +136,7 @@ def test_every_weight_is_in_its_place(variant):
       for e in range(config['n_routed_experts']):
         close(block.ffn.w1[e], mlp[f'experts.{e}.gate_proj.weight'].T)
         close(block.ffn.w3[e], mlp[f'experts.{e}.up_proj.weight'].T)
-  if not config['num_nextn_predict_layers']:
+  if not config.get('num_nextn_predict_layers'):
     assert model.mtp is None
     return
   close(model.mtp.eh_proj, theirs[f'model.layers.{depth}.eh_proj.weight'].T)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tensors that hold several weights, tensors with other names, and tensors that no model has: Hy4's."""
+"""Tensors that hold several weights, tensors with other names, and tensors that no model has."""
 
 import json
 import pathlib
@@ -70,6 +70,17 @@ def test_tensors_of_mtp_layers_are_passed_over(tmp_path):
   extra = {'model.mtp_layers.0.eh_proj.weight': np.zeros((2, 2), np.float32)}
   source = open_source(copied(tmp_path / 'mtp', extra))
   assert not source.model.n_mtp_layers and not any('mtp' in name for name in source.places)
+
+
+def test_parts_for_pictures_and_sound_are_passed_over(tmp_path):
+  folder = HY4.parent / 'dots3_note'
+  extra = [
+      'vision_encoder.norm.weight', 'audio_encoder.dots_encoder.x.bias', 'model.mtp.norm.weight',
+      'model.layers.46.input_layernorm.weight',
+  ]  # fmt: skip
+  tensors = tensors_of(folder) | dict.fromkeys(extra, np.zeros(2, np.float32))
+  released.write(tmp_path / 'all', json.loads((folder / 'config.json').read_text()), tensors)
+  assert not set(extra) & open_source(tmp_path / 'all').places.keys()
 
 
 def test_a_joined_tensor_of_another_width(tmp_path):

@@ -79,20 +79,51 @@ def test_gates_by_hand():
   assert of('gated norms', light, sparse=False).flops == 2 * (48 + 47) * 2 * 2048 * 16
 
 
+def test_layers_of_two_sizes_by_hand():
+  """dots3-note: 13 layers of 128 heads select, and 33 of 64 heads have windows of 513 tokens."""
+  dots, n = SIZES['dots3_note'], 131_072
+  assert cost.cache_bytes(dots, 'bf16') == 2 * (13 * (512 + 64 + 128) + 33 * (1024 + 64))
+  windows = of('windows', dots, sparse=True, cache='bf16', context=n)
+  assert windows.flops == 33 * 513 * 2 * 64 * (1024 + 64 + 1024)
+  assert windows.bytes == 33 * 513 * 2 * (1024 + 64)
+  assert of('attention', dots, sparse=True, context=n).flops == 13 * 2048 * 2 * 128 * (512 + 64 + 512)
+  selecting = 5120 * (1024 + 576 + 128) + 128 * (1024 * 192 + 512 * 256 + 128 * 5120)
+  near = 5120 * (1024 + 1088 + 64) + 64 * (1024 * 256 + 1024 * 320 + 128 * 5120)
+  assert of('projections', dots, sparse=True).flops == 2 * (13 * selecting + 33 * near)
+  used = sum(w.flops for w in work.token_work(dots, 1, sparse=True, form='mqa') if w.kind == 'weights')
+  assert round(used / 2e9 + dots.vocab_size * dots.dim / 1e9) == 16  # Billions, as the card says.
+
+
+def test_layers_without_rotary_keys_and_layers_without_rows_by_hand():
+  """Of 61 layers, four rotate nothing, and one of these and one of the others read earlier rows."""
+  sources = [{60: 50, 59: 49}.get(i, i) for i in range(61)]
+  nope = dict(nope_layers=(10, 20, 50, 60), nope_layers_expand=True)
+  cfg = dataclasses.replace(V32, **nope, kv_sources=sources)
+  key = 132  # Every layer selects for itself.
+  assert cost.cache_bytes(cfg, 'fp8') == 61 * key + 56 * 656 + 3 * (656 - 2 * 64)
+  layer = lambda *parts: 2 * sum(parts)
+  of_all, of_cfg = (of('projections', x, sparse=True).flops for x in (V32, cfg))
+  expansion = 512 * 128 * 64  # Keys of heads have 64 channels more, which latents make.
+  assert of_cfg - of_all == 4 * layer(expansion - 7168 * 64) - layer(7168 * 576, 7168 * 512)
+
+
 @pytest.mark.parametrize('name', SIZES)
 def test_weights_are_those_of_the_model(name):
   """All matrices of a model of one layer of each kind, against what a token multiplies with."""
   cfg = SIZES[name]
   both = cfg.n_dense_layers < cfg.n_layers
+  windows = (1,) if cfg.window_layers else ()
   cfg = dataclasses.replace(
       cfg, n_layers=2 if both else 1, n_dense_layers=1, indexer_types=(), nope_layers=(),
       n_activated_experts=cfg.n_routed_experts, n_limited_groups=cfg.n_expert_groups,
+      window_layers=windows,
   )  # fmt: skip
   kernels = [shape for path, shape in weight_shapes(cfg).items() if path[-1] not in NO_KERNELS]
   embedding = 0 if cfg.tie_embeddings else cfg.vocab_size * cfg.dim
   wanted = sum(map(math.prod, kernels)) - embedding
   flops = sum(w.flops for w in work.token_work(cfg, 1, form='mha', sparse=True))
-  pairs = cfg.n_layers * (work.mha_flops(cfg) + work.index_flops(cfg))
+  pairs = len(cfg.full_layers) * (work.mha_flops(cfg) + work.index_flops(cfg))
+  pairs += len(windows) * work.mha_flops(cfg.of_windows)
   assert flops - pairs == 2 * wanted
 
 

@@ -60,6 +60,15 @@ def test_axk2_light_has_as_many_weights_as_in_transformers():
   assert sum(math.prod(array.shape) for array in arrays.values()) == 20_314_494_976 + 47 * 128
 
 
+def test_dots3_note_has_the_published_size():
+  """Parameters of Dots3NoteForCausalLM(Dots3NoteTextConfig()) in 5.24, and the routers' biases.
+
+  The model's card says 280 billion, of which 16 are used for a token.
+  """
+  arrays = arrays_of(SIZES['dots3_note'], 'dots3_note')
+  assert sum(math.prod(array.shape) for array in arrays.values()) == 279_551_718_016 + 45 * 256
+
+
 @pytest.mark.parametrize('family', FAMILIES)
 def test_every_weight_has_a_name(family):
   """Without indexers, those of an indexer are left out and no others."""
@@ -118,9 +127,10 @@ def few_layers(model: ModelConfig) -> ModelConfig:
   is_mtp = model.attention == 'mla' and model.topk_method == 'noaux_tc' and leading < 2
   is_mtp = is_mtp and not model.output_gate
   nope = tuple(i for i in model.nope_layers if i < 2)
+  windows = (1,) if model.window_layers else ()
   return dataclasses.replace(
       model, n_layers=2, n_dense_layers=leading, n_mtp_layers=int(is_mtp), n_routed_experts=16,
-      nope_layers=nope, indexer_types=(),
+      nope_layers=nope, window_layers=windows, indexer_types=(),
   )  # fmt: skip
 
 

@@ -34,6 +34,15 @@ CONFIGS = {
     'gqa': laws.GQA,
     'gated': laws.GATED,
     'sinks': dataclasses.replace(laws.SINKS, window_layers=(0,), sliding_window=6),
+    'some_nope': dataclasses.replace(laws.SOME_NOPE, index_head_dim=16),
+    'some_nope_all_selected': dataclasses.replace(
+        laws.SOME_NOPE, index_head_dim=16, index_topk=27, n_dense_layers=4, query_log_scale=False
+    ),
+    'reading': dataclasses.replace(laws.READING, index_head_dim=16),
+    'two_sizes': dataclasses.replace(laws.TWO_SIZES, index_head_dim=16),
+    'two_sizes_all_selected': dataclasses.replace(
+        laws.TWO_SIZES, index_head_dim=16, index_topk=27, n_dense_layers=4
+    ),
     'gqa_each': laws.GQA_EACH,
     'gqa_each_fp8': dataclasses.replace(laws.GQA_EACH, index_head_dim=16),
     'fp8': dataclasses.replace(laws.CFG, index_head_dim=16),
@@ -108,7 +117,8 @@ NIGHTLY = pytest.mark.nightly
 
 def chunkings():
   """One model is read in every way; the others in chunks, and in every way at night."""
-  for name in ('deepseek', 'glm', 'gqa', 'gqa_each', 'mixed', 'gated', 'sinks', 'windows', 'gqa_windows'):
+  names = 'glm', 'gqa', 'gqa_each', 'mixed', 'gated', 'sinks', 'windows', 'two_sizes', 'some_nope', 'reading'
+  for name in ('deepseek', *names, 'gqa_windows'):
     for attention in ('sparse', 'masked', 'dense'):
       for cuts in CUTS:
         by_day = {
@@ -159,6 +169,22 @@ def test_a_window_in_a_quantised_cache_with_whole_lines():
     logits, _ = read('gqa_windows', 'dense', cuts, lengths=WHOLE, fmt='fp8', whole_lines=True)
     error = np.sqrt(np.mean((logits - want) ** 2)) / want.std()
     assert 1e-3 < error < 0.05, error
+
+
+@pytest.mark.parametrize('name', ['two_sizes', pytest.param('some_nope', marks=NIGHTLY)])
+def test_rows_of_two_widths_in_a_quantised_cache_with_whole_lines(name):
+  want, _ = whole_pass(f'{name}_all_selected', 'sparse')
+  cuts = CUTS['chunks_then_tokens']
+  logits, _ = read(
+      f'{name}_all_selected', 'sparse', cuts, lengths=WHOLE, fmt='fp8', whole_lines=True
+  )
+  error = np.sqrt(np.mean((logits - want) ** 2)) / want.std()
+  assert 1e-3 < error < 0.05, error
+  cache = init_cache(laws.TWO_SIZES, 1, 8)
+  assert [x.rows.shape[1:] for x in (cache.kv, cache.index_key, cache.window_kv)] == [
+      (2 * 8, 12 + 8), (2 * 8, 12), (2 * 8, 14 + 6)
+  ]  # fmt: skip
+  assert cache.capacity(laws.TWO_SIZES) == 8
 
 
 @NIGHTLY

@@ -9,7 +9,7 @@ import pytest
 
 from dsa_jax.config import ConfigError, ModelConfig
 from dsa_jax.families import SIZES
-from dsa_jax.nn.layers import STACKS, Kind, layers_of_stacks, plan
+from dsa_jax.nn.layers import STACKS, Kind, kind_of, layers_of_stacks, plan, row_slots
 from dsa_jax.nn.scan import cut, in_order, scan
 
 D, M = (Kind(stack) for stack in STACKS[:2])
@@ -45,7 +45,32 @@ def test_a_plan_has_every_layer_once_and_no_more_programs_than_layers():
     assert sum(len(x.group) for x in sections) <= runs
 
 
-@pytest.mark.parametrize('name', SIZES)
+def test_dots3_note_has_a_scan_for_the_group_that_repeats():
+  """Layer 0 has an MLP. From layer 1 on, a layer that selects comes before three with a window."""
+  stacks = {stack: np.array(layers) for stack, layers in layers_of_stacks(SIZES['dots3_note']).items()}
+  assert {stack: len(layers) for stack, layers in stacks.items() if len(layers)} == {
+      'dense_blocks': 1, 'moe_blocks': 12, 'moe_window_blocks': 33
+  }  # fmt: skip
+  sections = [section for section, _ in cut(SIZES['dots3_note'], stacks.get)]
+  window = Kind('moe_window_blocks', 513)
+  assert [(x.group, x.repeats) for x in sections] == [((D,), 1), ((M, *[window] * 3), 11), ((M,), 1)]
+
+
+def test_rows_leave_their_slot_after_their_last_reader():
+  cfg = ModelConfig(n_layers=6, n_dense_layers=0, kv_sources=(0, 0, 2, 2, 4, 4))
+  assert row_slots(cfg) == ((0, -1, 0, -1, 0, -1), (576,))
+  kinds = [kind_of(cfg, i) for i in range(6)]
+  assert kinds[::2] == [Kind('moe_blocks', keeps=0)] * 3
+  assert kinds[1::2] == [Kind('moe_reading_blocks', reads=0)] * 3
+  assert [(len(x.group), x.repeats) for x in plan(tuple(kinds))] == [(2, 3)]
+  crossed = ModelConfig(
+      n_layers=6, n_dense_layers=0, kv_sources=(0, 1, 0, 1, 4, 4), nope_layers=(1, 3),
+      nope_layers_expand=True,
+  )  # fmt: skip
+  assert row_slots(crossed) == ((0, 1, -1, -1, 0, -1), (576, 512))
+
+
+@pytest.mark.parametrize('name', [name for name in SIZES if not SIZES[name].window_layers])
 def test_released_models_have_a_scan_for_each_stack(name):
   """Leading layers with an MLP, then layers with experts."""
   stacks = {stack: layers for stack, layers in layers_of_stacks(SIZES[name]).items() if layers}

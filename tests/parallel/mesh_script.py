@@ -35,6 +35,8 @@ SINKS = dataclasses.replace(laws.SINKS, n_heads=4, vocab_size=40)
 UNLIKE = dataclasses.replace(
     laws.MIXED, n_heads=4, vocab_size=40, window_layers=(0, 3), sliding_window=7
 )
+TWO_SIZES = dataclasses.replace(laws.TWO_SIZES, n_heads=4, vocab_size=40)
+READING = dataclasses.replace(laws.READING, n_heads=4)
 BATCH = laws.make_batch(((17, 15), (21, 5), (32,), (3, 9, 14)), 32)  # Packed, uneven, padded.
 losses.LOGITS_AT_ONCE = 256  # So every device goes over its rows in several chunks.
 MIXED = {'fsdp': 2, 'context': 2, 'tensor': 2}
@@ -46,6 +48,9 @@ STEPS = [  # Stage, mesh, micro-batches, model, what is computed again (on one d
     ('dense', {'expert': 4, 'tensor': 2}, 1, CFG, 'none'),
     ('warmup', {'tensor': 4, 'fsdp': 2}, 1, GQA, 'none'),
     ('sparse', {'fsdp': 2, 'expert': 2, 'tensor': 2}, 1, UNLIKE, 'layer'),
+    ('warmup', {'tensor': 2, 'context': 4}, 1, TWO_SIZES, 'products'),
+    ('sparse', MIXED, 1, TWO_SIZES, 'layer'),
+    ('sparse', MIXED, 1, READING, 'layer'),
     ('warmup', {'tensor': 4, 'context': 2}, 1, GATED, 'products'),
     ('sparse', MIXED, 1, GATED, 'selection'),
     ('warmup', {'tensor': 2, 'context': 4}, 1, SINKS, 'products'),
@@ -124,7 +129,7 @@ def main(few: bool):
     print_row(
         case=f'{stage} {sizes} {remat}', state=error(found[0][:3], wanted[0][:3]),
         metrics=error(found[1], wanted[1]), same=bool((keys[0] == keys[1]).all()),
-        streams=cfg.n_streams,
+        nearly_cancels=bool(cfg.n_streams or cfg.query_log_scale),
     )
   for attention in ('dense', 'masked', 'sparse'):
     wanted = attend(attention, None)

@@ -43,14 +43,14 @@ def found_by(script: str, *flags: str) -> list[dict]:
 
 def test_meshes_change_no_number(rows):
   counts = tuple(sum(name in row for row in rows) for name in ('state', 'layer', 'bytes'))
-  assert counts in [(2, 3, 1), (14, 9, 2)]
+  assert counts in [(2, 3, 1), (17, 9, 2)]
   for row in rows:
     if 'bytes' in row:
       continue
     assert all(row[name] < 1e-5 for name in ('metrics', 'layer') if name in row) and row['same'], row
     # The gradient of a stream's scale is a sum over all tokens and channels that nearly cancels: the
-    # order of its terms changes it by 1.3e-5 with jax 0.12.
-    assert row.get('state', 0) < (3e-5 if row.get('streams') else 1e-5), row
+    # order of its terms changes it by 1.3e-5 with jax 0.12. That of a query's scale changes by 1.9e-5.
+    assert row.get('state', 0) < (3e-5 if row.get('nearly_cancels') else 1e-5), row
 
 
 def test_a_layer_gathers_its_latents_and_index_keys_and_no_more(rows):

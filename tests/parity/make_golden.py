@@ -136,6 +136,42 @@ HY = {key: value for key, value in SIZES.items() if key != 'moe_layer_freq'} | d
     indexer_rope_interleave=False,
 )
 
+DOTS = {key: value for key, value in SIZES.items() if key not in ('num_nextn_predict_layers', 'ep_size')} | dict(
+    architectures=['Dots3NoteForCausalLM'],
+    pad_token_id=2,
+    model_type='dots3_note',
+    num_hidden_layers=5,
+    first_k_dense_replace=1,
+    n_routed_experts=4,
+    moe_shared_expert_intermediate_size=24,
+    routed_scaling_factor=1.5,
+    layer_types=['full_attention'] * 2 + ['sliding_attention'] * 2 + ['full_attention'],
+    sliding_window_size=21,
+    swa_num_attention_heads=2,
+    swa_num_key_value_heads=2,
+    swa_q_lora_rank=20,
+    swa_kv_lora_rank=12,
+    swa_head_dim=16,
+    swa_qk_nope_head_dim=10,
+    swa_qk_rope_head_dim=6,
+    swa_v_head_dim=14,
+    swa_rope_theta=60.0,
+    attention_gate_type='headwise',
+    swa_attention_gate_type='headwise',
+    apply_mla_qkv_lora_rescale=True,
+    index_topk=8,
+    index_n_heads=16,
+    index_head_dim=16,
+    rms_norm_eps=0.02,
+    max_position_embeddings=4096,
+    rope_theta=500.0,
+    rope_scaling=None,
+    dtype='float32',
+    # Parts that are left out must fit the width all the same.
+    vision_config=dict(adapter_out_dim=32),
+    audio_config=dict(adapter_out_dim=32),
+)
+
 # config.json of each case, with the released files' keys. 'glm_moe_dsa_full' is the exception:
 # its config.json is what transformers itself writes.
 CASES = {
@@ -173,6 +209,7 @@ CASES = {
     'axk2': AXK2 | dict(n_group=None, topk_group=None),
     'axk2_groups': AXK2 | dict(num_hidden_layers=2, first_k_dense_replace=0, n_group=4, topk_group=3),
     'hy_v4': HY,
+    'dots3_note': DOTS,
     **DENSE_CASES,
 }
 SAVED_CONFIG = ('glm_moe_dsa_full',)
@@ -202,6 +239,12 @@ class Watch(TorchFunctionMode):
         self._watch(indexer, lambda out: self.selected.append(out.numpy()))
       elif hasattr(layer.self_attn, 'skip_topk'):
         self._watch(layer.self_attn, lambda out: self.selected.append(out[2].numpy()))
+      elif hasattr(layer.self_attn, 'indexer'):  # A layer with a window, among those that select.
+        nothing = np.full(layer.self_attn.config.index_topk, -1)
+        self._watch(
+            layer.self_attn,
+            lambda out: self.selected.append(np.broadcast_to(nothing, (*out[0].shape[:2], len(nothing)))),
+        )
       if hasattr(layer.mlp, 'gate'):
         self._watch(layer.mlp.gate, lambda out: self.experts.append(out[1:]))
     return super().__enter__()

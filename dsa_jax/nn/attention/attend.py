@@ -41,6 +41,7 @@ def attend(
     mode: Mode,
     shared: Shared | None,
     choice: Int[Array, ''] | None,
+    rows: Float[Array, 'B T G P'] | None = None,
 ) -> tuple[Float[Array, 'B T D'], Selections, AttentionReport]:
   """Runs a layer's attention on each device: for its own tokens and, of split heads, for others' too.
 
@@ -54,8 +55,9 @@ def attend(
     shared: The selection of an earlier layer, in models with IndexShare. A layer with a window does
       not use it, and hands it on.
     choice: Which rule selects, where `mode.rule` names several.
+    rows: Those of this device's tokens by an earlier layer, if the layer reads them.
   """
-  project = lambda: layer.views(x, start, end, zigzag=mode.zigzag)
+  project = lambda: layer.views(x, start, end, rows, zigzag=mode.zigzag)
   views = project()
   inputs = start, end, key, mode, choice
   if layer.window:
@@ -79,7 +81,8 @@ def attend(
     measured = measure_window(layer, start, end, mode)
   elif mode.measure:
     measured = measure_selections(layer, views, selections, start, end, key, mode)
-  return out, selections, AttentionReport(kl, measured)
+  kept = layer.rows(x, layer.positions(start, end)) if layer.keeps >= 0 else None
+  return out, selections, AttentionReport(kl, measured, kept)
 
 
 def select(

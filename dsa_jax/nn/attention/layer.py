@@ -24,7 +24,7 @@ from dsa_jax.nn.indexer import LightningIndexer
 from dsa_jax.parallel import collectives, shard
 from dsa_jax.parallel.mesh import BATCH, TOKENS
 from dsa_jax.parallel.zigzag import unzigzag
-from dsa_jax.params import LayerFact
+from dsa_jax.params import BackboneParam, LayerFact
 
 
 class Attention(Configured):
@@ -38,6 +38,10 @@ class Attention(Configured):
 
   # Whether the layer rotates queries and keys. None stands for yes; see `transformer.one_each`.
   rotates: LayerFact | None = None
+  # The logarithms of factors of the frequencies, [R / 2], which all layers share. None: there are none.
+  rope_factors: BackboneParam | None = None
+  reads: int = -1  # At least 0: the layer is given the rows of an earlier one, and makes none.
+  keeps: int = -1  # At least 0: it reports its rows, for later layers.
   window: int = 0  # Queries see the latest so many tokens, and select none. 0: there is no window.
   wo: nnx.Variable  # [H, V, D].
   sinks: nnx.Variable | None = None  # [H]. None: heads have no sinks.
@@ -55,21 +59,24 @@ class Attention(Configured):
       mode: Mode,
       shared: Shared | None = None,
       choice: Int[Array, ''] | None = None,
+      rows: Float[Array, 'B T G P'] | None = None,
   ) -> tuple[Float[Array, 'B T D'], Selections, AttentionReport]:
     """Attends from the normed `x`. Query t sees the keys start <= s < end.
 
     Only the rule `random` uses `key`. Without `shared`, the layer selects for itself. Where
-    `mode.rule` names several rules, `choice` is the number of the one that selects.
+    `mode.rule` names several rules, `choice` is the number of the one that selects. A layer that
+    reads an earlier one's rows is given them.
     """
 
-    def attend_here(self, x, start, end, key, shared, choice):
+    def attend_here(self, x, start, end, key, shared, choice, rows):
       whole = shard.gather_weights(self, x.dtype)
-      return attend(whole, x, start, end, key, mode, shared, choice)
+      return attend(whole, x, start, end, key, mode, shared, choice, rows)
 
     weights = shard.weight_specs(self, whole=() if mode.splits_heads else ('tensor',))
     shares = weights, BATCH, BATCH, BATCH, P(), shared and Shared(BATCH, P())
-    shares = *shares, None if choice is None else P()
-    return shard.shard_mapped(attend_here, shares, BATCH)(self, x, start, end, key, shared, choice)
+    shares = *shares, None if choice is None else P(), None if rows is None else BATCH
+    inputs = x, start, end, key, shared, choice, rows
+    return shard.shard_mapped(attend_here, shares, BATCH)(self, *inputs)
 
   @abc.abstractmethod
   def query_latent(self, x: Float[Array, 'B T D']) -> Float[Array, 'B T Q']:
@@ -79,8 +86,11 @@ class Attention(Configured):
     """Returns the part of it that the indexer's queries are projected from."""
     return q_latent
 
-  def gate_logits(self, q_latent: Float[Array, 'B T Q']) -> Float[Array, 'B T H V'] | None:
-    """Returns the logits of the output's gates for the heads of this device; None without gates."""
+  def gate_logits(self, q_latent: Float[Array, 'B T Q']) -> Float[Array, 'B T H any'] | None:
+    """Returns the logits of the output's gates for the heads of this device; None without gates.
+
+    A head has one for each channel of its values, or one for all.
+    """
     return None
 
   @abc.abstractmethod
@@ -159,6 +169,7 @@ class Attention(Configured):
       x: Float[Array, 'B T D'],
       start: Int[Array, 'B T'],
       end: Int[Array, 'B T'],
+      rows: Float[Array, 'B T G P'] | None = None,
       *,
       zigzag: bool = False,
       gathers: bool = True,
@@ -171,17 +182,19 @@ class Attention(Configured):
       x: The hidden states.
       start: The first key that each query sees.
       end: One past the last.
+      rows: Those of an earlier layer, which take the place of the layer's own.
       zigzag: Whether the tokens of all devices are in zigzag order.
       gathers: Whether the devices along TOKENS hold different tokens, whose keys are all-gathered. With
         a cache they hold the same.
     """
     of_all = functools.partial(_of_all_tokens, zigzag=zigzag) if gathers else lambda keys: keys
     positions, q_latent = self.positions(start, end), self.query_latent(x)
-    rows = of_all(self.rows(x, positions))
+    rows = of_all(self.rows(x, positions) if rows is None else rows)
     k, v = self.expanded(rows)
     index = None
     if self.indexer is not None:
-      index = self.indexer(x, self.index_latent(q_latent), positions)
+      factors = () if self.rope_factors is None else (self.rope_factors[...],)
+      index = self.indexer(x, self.index_latent(q_latent), positions, *factors)
       index = index._replace(k=of_all(index.k))
     return Views(
         q_latent=q_latent,

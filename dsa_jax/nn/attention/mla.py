@@ -8,8 +8,9 @@ import jax.numpy as jnp
 
 from dsa_jax.config import ModelConfig
 from dsa_jax.nn.attention.layer import Attention
+from dsa_jax.nn.log_scale import LogScale
 from dsa_jax.nn.norms import RMSNorm
-from dsa_jax.nn.rope import apply_rope, rope_frequencies
+from dsa_jax.nn.rope import apply_rope, rope_frequencies, scaled
 from dsa_jax.params import BackboneParam, param
 
 
@@ -21,7 +22,10 @@ class MLA(Attention):
   gathers latents.
   """
 
-  def __init__(self, cfg: ModelConfig, *, out_scale: float, rngs: nnx.Rngs):
+  def __init__(
+      self, cfg: ModelConfig, *, out_scale: float, reads: bool = False, rngs: nnx.Rngs
+  ):
+    """Makes fresh weights; a layer that `reads` an earlier one's rows has none that make rows."""
     d, h, q, c = cfg.dim, cfg.n_heads, cfg.q_latent_dim, cfg.kv_lora_rank
     n, r, v = cfg.qk_nope_head_dim, cfg.qk_rope_head_dim, cfg.v_head_dim
     weight = functools.partial(param, BackboneParam, rngs=rngs)
@@ -31,12 +35,16 @@ class MLA(Attention):
     self.q_norm = RMSNorm(q, eps=eps) if has_latent else None
     axis = 'q_lora' if has_latent else 'embed'
     self.wq_b = weight((inward, h, outward), (axis, 'heads', None), std=inward**-0.5)
-    self.wkv_a = weight((d, c + r), ('embed', None), std=d**-0.5)
-    self.kv_norm = RMSNorm(c, eps=eps)
+    self.wkv_a = None if reads else weight((d, c + r), ('embed', None), std=d**-0.5)
+    self.kv_norm = None if reads else RMSNorm(c, eps=eps)
     self.wkv_b = weight((c, h, n + v), (None, 'heads', None), std=c**-0.5)
     self.wo = weight((h, v, d), ('heads', None, 'embed'), std=out_scale * (h * v) ** -0.5)
-    has_gate = cfg.output_gate == 'hidden'
-    self.wg = weight((d, h, v), ('embed', 'heads', None), std=d**-0.5) if has_gate else None
+    gates = {'hidden': ((d, h, v), ('embed', 'heads', None)), 'heads': ((d, h), ('embed', 'heads'))}
+    has_gate = cfg.output_gate in gates
+    self.wg = weight(*gates[cfg.output_gate], std=d**-0.5) if has_gate else None
+    has_scale = cfg.query_log_scale
+    self.q_scale = LogScale(h, kind=BackboneParam, axis='heads') if has_scale else None
+    self.k_rope_norm = RMSNorm(r, eps=eps) if cfg.rope_key_norm and not reads else None
     self.sinks = BackboneParam(jnp.zeros(h), axes=('heads',)) if cfg.attention_sinks else None
     super().__init__(cfg, rngs=rngs)
 
@@ -44,7 +52,7 @@ class MLA(Attention):
     if self.wq_a is None:
       return x
     raw = x @ self.wq_a[...].astype(x.dtype)
-    latent = self.q_norm(raw)
+    latent = self._rescaled(self.q_norm(raw))
     if not self.cfg.output_gate:
       return latent
     return jnp.concatenate([latent, raw if self.wg is None else x], axis=-1)
@@ -66,12 +74,18 @@ class MLA(Attention):
       q_latent = q_latent[..., : self.cfg.query_input_dim]
     q = jnp.einsum('BTQ,QHE->BTHE', q_latent, self._query_weights(q_latent.dtype)[0])
     nope, rope = jnp.split(q, [self.cfg.qk_nope_head_dim], axis=-1)
-    return nope, self._rotate(rope, positions)
+    rope = self._rotate(rope, positions)
+    if self.q_scale is None:
+      return nope, rope
+    return self.q_scale(nope, positions), self.q_scale(rope, positions)
 
   def gate_logits(self, q_latent):
     if self.wg is not None:
       hidden = q_latent[..., -self.cfg.dim :]
-      return jnp.einsum('BTD,DHV->BTHV', hidden, self.wg[...].astype(hidden.dtype))
+      weights = self.wg[...].astype(hidden.dtype)
+      if self.cfg.output_gate == 'heads':
+        return (hidden @ weights)[..., None]
+      return jnp.einsum('BTD,DHV->BTHV', hidden, weights)
     weights = self._query_weights(q_latent.dtype)[1]
     return None if weights is None else jnp.einsum('BTQ,QHV->BTHV', q_latent, weights)
 
@@ -85,8 +99,10 @@ class MLA(Attention):
   def rows(self, x, positions):
     """Returns the normed latent and the rotated key of every token."""
     latent, rope = jnp.split(x @ self.wkv_a[...].astype(x.dtype), [self.cfg.kv_lora_rank], axis=-1)
+    if self.k_rope_norm is not None:
+      rope = self.k_rope_norm(rope)
     rope = self._rotate(rope[:, :, None], positions)
-    return jnp.concatenate([self.kv_norm(latent)[:, :, None], rope], axis=-1)
+    return jnp.concatenate([self._rescaled(self.kv_norm(latent))[:, :, None], rope], axis=-1)
 
   def own_key_heads(self, x):
     return x
@@ -122,6 +138,16 @@ class MLA(Attention):
     self.w_v = BackboneParam(jnp.swapaxes(w_v, 0, 1), axes=('heads', None, None))
     self.wkv_b = None
 
+  def _rescaled(self, latent):
+    """Returns a normed latent as long as the hidden state is, if the model wants that."""
+    if not self.cfg.latent_rescale:
+      return latent
+    return latent * (self.cfg.dim / latent.shape[-1]) ** 0.5
+
   def _rotate(self, x, positions):
+    if not self.cfg.qk_rope_head_dim:
+      return x
     frequencies = rope_frequencies(self.cfg, self.cfg.qk_rope_head_dim)
+    if self.rope_factors is not None:
+      frequencies = scaled(frequencies, self.rope_factors[...])
     return apply_rope(x, positions, frequencies, interleaved=self.cfg.rope_interleave)

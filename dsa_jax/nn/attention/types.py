@@ -78,6 +78,8 @@ class AttentionReport(NamedTuple):
 
   index_kl: Float[Array, 'B T'] | None  # In nats. None if the mode does not ask for it.
   measures: dict[str, Measures]
+  # Those of this device's tokens, of a layer that keeps them for later ones; else None.
+  rows: Float[Array, 'B T G P'] | None = None
 
 
 class Views(NamedTuple):
