@@ -1,50 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 r"""A.X-K2-Light, 20B: the released sparse model goes on with its training, indexers included.
 
-python -m dsa_jax.convert A.X-K2-Light checkpoints/axk2_light
-python -m dsa_jax.train --config=configs/axk2.py --config.workdir=runs/axk2
+python -m dsa_jax.convert A.X-K2-Light checkpoints/axk2
+python -m dsa_jax.train --config=configs/axk2.py
 
-The first command reads the release. How it was trained has not been published, so the rate and the
-size of the steps are ours. The text is yours: put `--config.data.sources.text.files=...` behind the
-second command, which reads it with the tokenizer of the checkpoint. Variant `:tiny` starts from a
-dense stage of its own.
+The first command reads the release; `configs/released.py` says the rest. Variant `:tiny` is for tests.
 """
 
-import dataclasses
-
-from configs import base
+from configs import released
 from dsa_jax.families.axk2 import AXK2_LIGHT
 
 
 def get_config(variant: str = 'full'):
-  c = base.get_config()
-  c.workdir = 'runs/axk2'
-  c.model.update(dataclasses.asdict(AXK2_LIGHT))
-  c.recipe = ('sparse',)
-  c.stages.sparse = base.stage(
-      stage='sparse', init_from='checkpoints/axk2_light', steps=1000, batch_size=64,
-      micro_batches=64, seq_len=32_768, backbone_lr=7e-6, indexer_lr=7e-6, end_share=1.0,
-  )
-  c.report.update(seq_len=32_768, batch_size=1)
-  c.data.source, c.data.packing = 'mixture', 'best_fit'
-  c.data.sources.text = dict(format='jsonl', files='corpus/*.jsonl*', field='text', weight=1.0)
-  if variant == 'tiny':
-    c.workdir = 'runs/axk2_tiny'
-    c.data = base.get_config().data
-    c.model.update(
-        vocab_size=258, dim=32, n_layers=2, inter_dim=32, gated_norm_rank=4, moe_inter_dim=16,
-        n_routed_experts=4, n_activated_experts=2, n_expert_groups=2, n_heads=2, q_lora_rank=16,
-        kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=8, index_n_heads=2,
-        index_head_dim=8, index_topk=8, original_seq_len=64, max_seq_len=64,
-    )
-    c.recipe = ('dense', 'warmup', 'sparse')
-    c.stages.dense = base.stage(stage='dense', backbone_lr=1e-3)
-    c.stages.warmup = base.stage(stage='warmup', init_from='dense', indexer_lr=1e-3)
-    c.stages.sparse.init_from = 'warmup'
-    for entry in c.stages.values():
-      entry.update(steps=2, batch_size=2, seq_len=64, micro_batches=2)
-    c.report.update(seq_len=64, batch_size=2, batches=1)
-    c.measure_rows = 2
-  elif variant != 'full':
-    raise ValueError(f'Unknown variant {variant!r}; expected full or tiny.')
-  return c
+  return released.go_on_with(
+      'axk2', AXK2_LIGHT, variant,
+      tiny=dict(gated_norm_rank=4, n_expert_groups=2),
+  )  # fmt: skip
