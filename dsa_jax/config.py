@@ -274,6 +274,11 @@ class ModelConfig:
       raise ConfigError(f'{self.nope_layers_expand=} must be False without nope_layers in MLA.')
     if self.nope_layers_expand and self.has_window_sizes:
       raise ConfigError(f'{self.nope_layers_expand=} must be False where windows have other sizes.')
+    if self.nope_layers_expand and set(self.nope_layers) & set(self.window_layers):
+      raise ConfigError(
+          f'{self.nope_layers_expand=} must be False where nope_layers={self.nope_layers} and '
+          f'window_layers={self.window_layers} share a layer.'
+      )
     if self.query_log_scale and self.nope_layers and not self.nope_layers_expand:
       raise ConfigError(f'{self.query_log_scale=} needs nope_layers_expand where layers do not rotate.')
 

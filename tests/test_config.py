@@ -43,6 +43,8 @@ def test_rotation_does_not_hang_on_the_context_in_use():
         ({'sliding_window': 8, 'window_layers': (1,), 'window_n_heads': -1}, 'must be at least 0'),
         ({'sliding_window': 8, 'window_layers': (1,), 'window_qk_rope_head_dim': 3}, 'in layers with a window'),
         ({'nope_layers_expand': True}, 'must be False without nope_layers'),
+        ({'nope_layers_expand': True, 'nope_layers': (1, 3), 'window_layers': (1,), 'sliding_window': 4},
+         'window_layers=.1,. share a layer'),
         ({'nope_layers': (1,), 'query_log_scale': True}, 'needs nope_layers_expand'),
         ({'kv_sources': (0, 0, 2)}, 'must name, in MLA, for each of 4 layers'),
         ({'kv_sources': (0, 0, 1, 3)}, 'earlier layer that names itself'),

@@ -30,6 +30,7 @@ from dsa_jax.inference.programs import read_chunk
 from dsa_jax.inference.sampler import SampleConfig, Sampler
 from dsa_jax.inference.slots import write
 from dsa_jax.nn.attention.types import Mode
+from dsa_jax.parallel.mesh import MeshConfig
 from dsa_jax.selection import RULES
 from dsa_jax.training.checkpoint import Checkpoints, Progress
 from dsa_jax.training.optim import OptimConfig
@@ -398,6 +399,9 @@ def test_prefixes_that_do_not_match(model, sampler):
   ):
     with pytest.raises(ValueError, match='a cache of 40 tokens(.|\n)*capacity, 41'):
       misuse()
+  elsewhere = dataclasses.replace(prefix, mesh=MeshConfig(context=2))
+  with pytest.raises(ValueError, match="on the mesh .*'context': 2.* on this one, .*'context': 1"):
+    sampler.steps(elsewhere, SampleConfig(max_new_tokens=1))
 
 
 @pytest.mark.parametrize(

@@ -49,9 +49,9 @@ def read_config(config: Any) -> tuple[str, ModelConfig]:
   name = usual_name(config) if isinstance(config, dict) else None
   if not isinstance(name, str) or name not in FAMILIES:
     raise ConfigError(f'config.json: model_type={name!r} must be one of {tuple(FAMILIES)}.')
-  check_quantization(config)
   family, problems = FAMILIES[name], list[str]()
   config = plain_keys(config, problems)
+  check_quantization(config)
   for key, value in family.fixed.items():
     if config.get(key) not in (None, value):
       right = 'null' if value is None else repr(value)

@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 from dsa_jax.convert.config_keys import SPARSE_LAYERS, WINDOW
+from dsa_jax.convert.rope_json import is_number
 from dsa_jax.families import FAMILIES
 from dsa_jax.families.family import Family
 
@@ -28,8 +29,11 @@ def plain_keys(config: Mapping[str, Any], problems: list[str]) -> dict[str, Any]
   """
   name = usual_name(config)
   family, plain = FAMILIES[name], {**config, 'model_type': name}
-  if family.towers and isinstance(text := plain.pop('text_config', None), dict):
+  text = plain.pop('text_config', None) if family.towers else None
+  if isinstance(text, dict):
     plain = text | {key: value for key, value in plain.items() if value is not None}
+  elif text is not None:
+    problems.append(f'text_config={text!r} must be a section.')
   for other, key in family.renamed.items():
     if (value := plain.pop(other, None)) is not None and plain.setdefault(key, value) != value:
       problems.append(f'{other}={value!r} contradicts {key}={plain[key]!r}.')
@@ -100,5 +104,6 @@ def _is_plain(section: dict[str, Any], config: dict[str, Any], prefix: str) -> b
   width, head = (config.get(prefix + key, 0) for key in ('qk_rope_head_dim', 'head_dim'))
   share = section.get('partial_rotary_factor')
   rest = {key: x for key, x in section.items() if key not in ('partial_rotary_factor', 'rope_theta')}
-  fits = share is None or math.isclose(share * head, width)
+  numbers = is_number(share) and is_number(head) and is_number(width)
+  fits = share is None or numbers and math.isclose(share * head, width)
   return 'rope_theta' in section and rest in ({}, {'rope_type': 'default'}) and fits

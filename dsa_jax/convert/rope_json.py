@@ -54,7 +54,7 @@ def read_rope(
   for key, value in rope.items():
     if key not in neutral:
       problems.append(f'rope_scaling: {key}={value!r} is unknown for {kind!r} positions.')
-    elif not _is_number(value) or not math.isclose(value, neutral[key], rel_tol=1e-6):
+    elif not is_number(value) or not math.isclose(value, neutral[key], rel_tol=1e-6):
       problems.append(f'rope_scaling: {key}={value!r} must be {neutral[key]!r}.')
   return fields
 
@@ -129,7 +129,7 @@ def _split_heads(
     share: Any, sizes: dict[str, Any], kind: str, problems: list[str]
 ) -> dict[str, Any]:
   """Returns how many channels of a head are rotated, and how many are not."""
-  if not _is_number(share) or not 0 < share <= 1:
+  if not is_number(share) or not 0 < share <= 1:
     problems.append(f'partial_rotary_factor={share!r} must be above 0 and at most 1.')
     return {}
   if share < 1 and kind == 'yarn':
@@ -142,14 +142,14 @@ def _split_heads(
   return {'qk_rope_head_dim': rotated, 'qk_nope_head_dim': head - rotated}
 
 
-def _is_number(x: Any) -> bool:
+def is_number(x: Any) -> bool:
   return isinstance(x, (int, float)) and math.isfinite(x)
 
 
 def _check_width(factor: Any, config: dict[str, Any], problems: list[str]):
   width = config.get('qk_rope_head_dim')
   head = config.get('head_dim') or width
-  numbers = all(map(_is_number, (factor, head, width)))
+  numbers = all(map(is_number, (factor, head, width)))
   if factor != 1 and not (numbers and round(factor * head) == width):
     problems.append(
         f'partial_rotary_factor={factor!r} must be 1: qk_rope_head_dim channels of a head are '

@@ -124,7 +124,8 @@ def cache_bytes(cfg: ModelConfig, cache: str, *, sparse: bool = True) -> int:
   """Returns the bytes per cached token, in all layers that keep something of their own."""
   keys = len(cfg.full_layers) * index_key_bytes(cfg, cache) if sparse else 0
   own = [i for i in range(cfg.n_layers) if not cfg.reads_rows(i)]
-  return sum(row_bytes(cfg.of_layer(i), cache) for i in own) + keys
+  sizes = lambda i: cfg.of_windows if i in cfg.window_layers else cfg
+  return sum(row_bytes(sizes(i), cache) for i in own) + keys
 
 
 def token_work(

@@ -24,14 +24,14 @@ from dsa_jax.selection import Candidates, find_rule
 
 
 def select(
-    views: Views, held: Held, piece: Piece, key: Key[Array, '']
+    layer: AttentionLayer, views: Views, held: Held, piece: Piece, key: Key[Array, '']
 ) -> Int[Array, 'B T *G K']:
   """Returns the positions that the rule selects from what the cache holds of a layer.
 
   The main attention is shown to the rule as rows, the only form that the cache has. Rules other than
   the indexer need all keys and heads on this device.
   """
-  index, cfg, end = views.index, piece.cfg, piece.end
+  index, cfg, end = views.index, layer.cfg, piece.end
   if piece.rule == 'indexer':
     return select_by_scores(
         index, held.index_key, held.index_span, end, cfg, piece.backend, piece.shared
@@ -168,7 +168,7 @@ def select_and_attend(
     layer: AttentionLayer, views: Views, held: Held, piece: Piece
 ) -> tuple[Float[Array, 'B T D'], Int[Array, 'B T *G K']]:
   """Returns what `attend` and `select` return, from one op that may do both at one time."""
-  cfg, index, end = piece.cfg, views.index, piece.end
+  cfg, index, end = layer.cfg, views.index, piece.end
   keys = storage.read_layer(held.kv, held.span).decode(views.rows.dtype)
   index_keys = storage.read_layer(held.index_key, held.index_span).decode(index.q.dtype)
   out, selected = indexed_attention(

@@ -7,12 +7,13 @@ import hashlib
 import json
 import pathlib
 from typing import Any, NamedTuple
+import zlib
 
 from dsa_jax.config import ConfigError
 from dsa_jax.inference.batching import Completion
 from dsa_jax.inference.sample_config import SampleConfig
 from dsa_jax.inference.sampler import Sampler
-from dsa_jax.parallel.processes import is_first, wait_for_all
+from dsa_jax.parallel.processes import are_same, is_first, wait_for_all
 
 
 class Prompt(NamedTuple):
@@ -121,6 +122,10 @@ class AnswerFile:
     Raises:
       ConfigError: A prompt is too long; nothing has been written then.
     """
+    if not are_same(zlib.crc32(repr(sorted(self.answered)).encode()) >> 1):
+      raise ConfigError(
+          f'{self._path} must lie on a disk that all processes of the job see: they find other answers.'
+      )
     texts = [prompt.text for prompt in self._prompts]
     completions = self._sampler.complete(
         texts, self._config, samples=self._samples, slots=slots, without=self.answered

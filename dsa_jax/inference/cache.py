@@ -24,21 +24,22 @@ FORMATS = ('float32', 'bfloat16', 'fp8')
 class Cache(NamedTuple):
   """The tokens of a batch of sequences.
 
-  All layers lie side by side: row `layer * capacity + position` of `kv` is a token's in that layer. On
-  a mesh, that is so of each device's share, see `positions`, and the shares lie side by side.
+  Layers lie side by side: row `i * capacity + position` of `kv` is a token's in the i-th layer that has
+  rows there. On a mesh, that is so of each device's share, see `positions`, and the shares lie side by
+  side.
   Layers that share another's selection or attend within a window keep no index keys, so `index_key`
   counts only the F layers with an indexer. Layers with a window that have sizes of their own are
   counted apart, and their rows lie in `window_kv`. Layers that read another's rows have none.
   """
 
-  # Rows [B, L * S, G * P], the parts of key heads side by side, each maybe with zeros behind it.
+  # Rows [B, any * S, G * P], the parts of key heads side by side, each maybe with zeros behind it.
   kv: PlainRows | QuantizedLatents | QuantizedRows
   index_key: PlainRows | QuantizedKeys  # Rows [B, F * S, J].
   length: Int[Array, 'B']  # Tokens that each sequence holds.
   window_kv: PlainRows | QuantizedLatents | None = None  # Rows as those of `kv`, of another width.
 
   def capacity(self, cfg: ModelConfig) -> int:
-    """Returns S, the number of tokens that each sequence can hold."""
+    """Returns S, the number of tokens that each sequence can hold, or of those on this device."""
     return jax.tree.leaves(self.kv)[0].shape[1] // (cfg.n_layers - _n_apart(cfg) - cfg.n_readers)
 
 

@@ -108,7 +108,7 @@ def extend_mtp(
     hidden: What `extend` has returned of the tokens.
     next_tokens: The tokens behind them.
     n_new: New tokens of each sequence.
-    capacity: Rows that the cache has for each sequence.
+    capacity: Rows that this device's cache has for each sequence.
     attention: See `extend`, as for the rest.
     backend: See there.
     rule: See there.
@@ -146,7 +146,7 @@ def embedded(model: Transformer, tokens: Int[Array, 'B T']) -> Float[Array, 'B T
   return collectives.all_to_all(collectives.psum(x, 'tensor'), 'fsdp', split=0, join=2)
 
 
-def _nothing_selected(piece: 'Piece') -> Int[Array, 'B T *G K']:
+def _nothing_selected(piece: Piece) -> Int[Array, 'B T *G K']:
   shape = (0,) if piece.attention == 'dense' else piece.cfg.selection_shape
   return jnp.full((*piece.at.shape, *shape), -1, jnp.int32)
 
@@ -179,7 +179,7 @@ def read_layer(
     selected = chosen
   else:
     if piece.attention != 'dense' and attn.indexer is not None:
-      own = lambda: all_visible(end, piece.cfg) if piece.sees_all else select(views, held, piece, key)
+      own = lambda: all_visible(end, piece.cfg) if piece.sees_all else select(attn, views, held, piece, key)
       selected = jax.lax.cond(is_full, own, lambda: selected)
     run = attend_short if piece.short else attend
     out, chosen = run(attn, views, held, piece, selected), selected
@@ -235,6 +235,7 @@ def run_layers(
 
 
 def facts_of(model: Transformer) -> LayerFacts:
+  """Returns what `extend` knows of all layers."""
   cfg = model.cfg
   full = are_full(cfg, range(cfg.n_layers))
   apart = np.array([cfg.has_window_sizes and i in cfg.window_layers for i in range(cfg.n_layers)])

@@ -36,8 +36,9 @@ TPU_CHUNK = 4096  # The same on a TPU, whose kernels pack all keys anew for each
 def prepared_for_cpu(model: Transformer) -> tuple[Transformer, list[Block]]:
   """Returns a model without its layers, and its layers, as XLA:CPU reads them without copies.
 
-  The layers lie by themselves, see `extend`; an MTP layer stays with the model. The head is rounded to the dtype of the activations but
-  kept in float32, because XLA:CPU would do both before every product, at ten times the product's cost.
+  The layers lie by themselves, see `extend`; an MTP layer stays with the model. The head is rounded
+  to the dtype of the activations but kept in float32, because XLA:CPU would do both before every
+  product, at ten times the product's cost.
   """
   blocks = [model.block(i) for i in range(model.cfg.n_layers)]
   for block in blocks:

@@ -3,9 +3,10 @@
 
 import collections
 from collections.abc import Collection, Iterator, Sequence
+import dataclasses
+import functools
 import logging
 import pathlib
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,14 +28,20 @@ from dsa_jax.inference.slots import Written, filled_slots, write
 from dsa_jax.inference.stopping import StopTexts
 from dsa_jax.nn.attention.types import Attention
 from dsa_jax.nn.transformer import Transformer
+from dsa_jax.parallel.mesh import MeshConfig
 from dsa_jax.parallel.processes import to_host
 
 
-class Prefix(NamedTuple):
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=('cache', 'logits'), meta_fields=('mesh',)
+)
+@dataclasses.dataclass(frozen=True)
+class Prefix:
   """Texts that have been read. Any number of continuations may start from one."""
 
   cache: Cache
   logits: Float[Array, 'B W']  # Those of the next token.
+  mesh: MeshConfig  # The devices that have them: each mesh deals positions out in its own way.
 
   @property
   def lengths(self) -> np.ndarray:
@@ -272,7 +279,7 @@ class Sampler:
       n_new = np.clip(lengths - first, 0, width).astype(np.int32)
       chunk = tokens[:, first : first + width]
       logits, cache = self._engine.read(cache, logits, chunk, n_new, before=before + first)
-    return Prefix(cache, logits)
+    return Prefix(cache, logits, self._engine.mesh)
 
   def steps(self, prefix: Prefix, config: SampleConfig) -> Iterator[list[int | None]]:
     """Yields the next id of every text, step after step, and None for texts that have ended.
@@ -305,7 +312,8 @@ class Sampler:
 
     Each step begins before the ids of the one before it are read, so that the device never waits.
     """
-    cache, logits = jax.tree.map(jnp.copy, prefix) if keep else prefix
+    own = jnp.copy if keep else lambda x: x
+    cache, logits = jax.tree.map(own, (prefix.cache, prefix.logits))
     slots = filled_slots(
         cache, logits, np.uint32(config.seed), config.max_new_tokens,
         shares=self._engine.reader.shares,
@@ -360,6 +368,11 @@ class Sampler:
       )
 
   def _check_prefix(self, prefix: Prefix):
+    if prefix.mesh != self._engine.mesh:
+      raise ConfigError(
+          f'the prefix lies on the mesh {prefix.mesh.sizes}: it must come from a sampler on this one, '
+          f'{self._engine.mesh.sizes}.'
+      )
     capacity = prefix.cache.capacity(self.cfg)
     if capacity != self.capacity:
       raise ConfigError(

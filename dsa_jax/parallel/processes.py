@@ -95,6 +95,13 @@ def wait_for_all(what: str):
     multihost_utils.sync_global_devices(what)
 
 
+def are_same(x: int) -> bool:
+  """Returns whether all processes of the job, which all ask, have the same number."""
+  if jax.process_count() == 1:
+    return True
+  return len(set(multihost_utils.process_allgather(np.int32(x)).tolist())) == 1
+
+
 def own_share(batch_size: int, mesh: Mesh | None) -> tuple[int, int]:
   """Returns (i, n): this process reads the i-th of n equal shares of a batch's sequences."""
   if mesh is None or jax.process_count() == 1:

@@ -139,7 +139,7 @@ def test_any_chunking(name, attention, cuts):
 
 
 @pytest.mark.parametrize(
-    'name', ['deepseek', *(pytest.param(name, marks=NIGHTLY) for name in ('gqa_each', 'glm'))]
+    'name', ['deepseek', *(pytest.param(name, marks=NIGHTLY) for name in ('gqa_each', 'glm', 'some_nope'))]
 )
 @pytest.mark.parametrize('rule', [rule for rule in RULES if rule != 'indexer'])
 def test_any_rule(name, rule):
@@ -188,7 +188,7 @@ def test_rows_of_two_widths_in_a_quantised_cache_with_whole_lines(name):
 
 
 @NIGHTLY
-@pytest.mark.parametrize('name', ['deepseek', 'glm', 'gqa', 'gated'])
+@pytest.mark.parametrize('name', ['deepseek', 'glm', 'gqa', 'gated', 'some_nope'])
 def test_many_tokens_by_the_kernels_of_a_tpu(name):
   """Layers that select for themselves do so in one op with attention; others share."""
   cfg, length = CONFIGS[name], 8
