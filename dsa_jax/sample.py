@@ -13,13 +13,11 @@ training. On several hosts, each of them runs the same command.
 """
 
 import logging
-import os
 import pathlib
 import resource
 import statistics
 import sys
 import time
-import traceback
 from typing import Any
 
 from absl import app, flags
@@ -32,7 +30,7 @@ from dsa_jax.inference.cache import FORMATS
 from dsa_jax.inference.sampler import SampleConfig, Sampler
 from dsa_jax.inference.shares import check_texts
 from dsa_jax.parallel.mesh import MeshConfig, make_mesh
-from dsa_jax.parallel.processes import has_lost_a_process, is_first, join_job
+from dsa_jax.parallel.processes import end_process, is_first, join_job
 from dsa_jax.reporting.progress import StepProgress
 from dsa_jax.selection import RULES
 from dsa_jax.training.compilation_cache import compilation_cache
@@ -61,13 +59,7 @@ def main(_):
   except (ConfigError, OSError) as error:
     sys.exit(f'error: {error}')
   except jax.errors.JaxRuntimeError as error:
-    if jax.process_count() == 1:
-      raise
-    traceback.print_exc()
-    if has_lost_a_process(error):
-      print(f'error: {LOST}', file=sys.stderr)
-    sys.stderr.flush()
-    os._exit(1)  # The way out of jax waits for processes that have gone, and then aborts.
+    end_process(error, LOST)
 
 
 def load(of_sampler: dict[str, Any]) -> Sampler:

@@ -6,11 +6,9 @@ import contextlib
 import functools
 import logging
 import math
-import os
 import pathlib
 import sys
 import time
-import traceback
 from typing import Any
 
 from absl import app, flags
@@ -23,7 +21,7 @@ from dsa_jax.config import ConfigError, ModelConfig
 from dsa_jax.cost import training_flops
 from dsa_jax.parallel.processes import (
     LOST,
-    has_lost_a_process,
+    end_process,
     is_first,
     join_job,
     place_batch,
@@ -278,13 +276,7 @@ def main(_):
   except (ConfigError, NotFiniteError) as error:
     sys.exit(f'error: {error}')
   except jax.errors.JaxRuntimeError as error:
-    if jax.process_count() == 1:
-      raise
-    traceback.print_exc()
-    if has_lost_a_process(error):
-      print(f'error: {LOST}', file=sys.stderr)
-    sys.stderr.flush()
-    os._exit(1)  # The way out of jax waits for processes that have gone, and then aborts.
+    end_process(error, LOST)
 
 
 def _print_unraisable(unraisable: Any):

@@ -6,6 +6,8 @@ import importlib.util
 import logging
 import os
 import re
+import sys
+import traceback
 
 import jax
 from jax.experimental import multihost_utils
@@ -39,6 +41,20 @@ _GONE = re.compile(
 def has_lost_a_process(error: Exception) -> bool:
   """Returns whether a runtime error of this process says that another one has gone."""
   return 'RESOURCE_EXHAUSTED' not in str(error) and bool(_GONE.search(str(error)))
+
+
+def end_process(error: jax.errors.JaxRuntimeError, advice: str):
+  """Ends a process of several by a runtime error, with the advice if another process has gone.
+
+  A process that is alone raises the error.
+  """
+  if jax.process_count() == 1:
+    raise error
+  traceback.print_exception(error)
+  if has_lost_a_process(error):
+    print(f'error: {advice}', file=sys.stderr)
+  sys.stderr.flush()
+  os._exit(1)  # The way out of jax waits for processes that have gone, and then aborts.
 
 
 def join_job():

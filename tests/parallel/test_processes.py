@@ -119,7 +119,7 @@ def test_a_process_is_called_gone_only_where_it_is(message, gone, monkeypatch, c
   monkeypatch.setattr(train, 'join_job', lambda: None)
   monkeypatch.setattr(train, 'train_all', fail)
   monkeypatch.setattr(jax, 'process_count', lambda: 2)
-  monkeypatch.setattr(train.os, '_exit', codes.append)
+  monkeypatch.setattr(processes.os, '_exit', codes.append)
   train.main(None)
   shown = capsys.readouterr().err
   assert 'Traceback' in shown and message in shown and codes == [1]
