@@ -169,19 +169,20 @@ def n_shards(x: jax.Array) -> int:
   return x.size // x.addressable_shards[0].data.size
 
 
-def main(few: bool):
+def main(few: bool, part: int, n_parts: int):
+  """Runs one part of n of the cases."""
   print_row(case='loading', same=all(loading().values()))
   for attention in ('sparse',) if few else ('sparse', 'dense'):
     (short, size), (long, _) = (step_bytes(n, attention) for n in (512, 4096))
     print_row(case=f'bytes, {attention}', short=short, long=long, size=size)
-  for sizes, cfg, attention, texts, fmt in READ[-2:] if few else READ:
+  for sizes, cfg, attention, texts, fmt in READ[-2:] if few else READ[part::n_parts]:
     case = 'few' if few else 'all', cfg, attention, texts, fmt
     wanted, (logits, selected) = read(*case), read(*case, make_mesh(**sizes))
     print_row(
         case=f'{attention} {sizes} {cfg.attention} {texts} {fmt}',
         logits=float(np.abs(logits - wanted[0]).max()), same=np.array_equal(selected, wanted[1]),
     )  # fmt: skip
-  for sizes, drafts in WRITTEN[-1:] if few else WRITTEN:
+  for sizes, drafts in WRITTEN[-1:] if few else WRITTEN[part::n_parts]:
     same = written(drafts, make_mesh(**sizes)) == written(drafts)
     print_row(case=f'written {sizes} {drafts=}', same=same)
 
@@ -192,4 +193,5 @@ def print_row(**row):
 
 if __name__ == '__main__':
   jax.config.update('jax_disable_most_optimizations', True)
-  main(few='--few' in sys.argv)
+  few = '--few' in sys.argv
+  main(few, *(0, 1) if few else map(int, sys.argv[1:]))

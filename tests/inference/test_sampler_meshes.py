@@ -49,9 +49,14 @@ def start(checkpoint, *flags: str, env: dict[str, str]) -> subprocess.Popen:
   return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-@pytest.fixture(scope='module', params=['few', pytest.param('all', marks=pytest.mark.nightly)])
+# One process for all cases was ended by a fault within libgcc (jax 0.10.2).
+PARTS = 5
+NIGHTLY = [pytest.param((i, PARTS), marks=pytest.mark.nightly, id=f'part {i}') for i in range(PARTS)]
+
+
+@pytest.fixture(scope='module', params=[pytest.param(('--few',), id='few'), *NIGHTLY])
 def rows(request):
-  command = [sys.executable, str(HERE / 'mesh_script.py'), *(['--few'] if request.param == 'few' else [])]
+  command = [sys.executable, str(HERE / 'mesh_script.py'), *map(str, request.param)]
   done = subprocess.run(command, env=environment(8), capture_output=True, text=True)
   assert done.returncode == 0, done.stderr
   return [json.loads(line) for line in done.stdout.splitlines()]
@@ -59,7 +64,7 @@ def rows(request):
 
 def test_meshes_change_neither_selections_nor_logits_nor_texts(rows):
   counts = tuple(sum(name in row for row in rows) for name in ('logits', 'same'))
-  assert counts in [(2, 4), (26, 33)]
+  assert counts in [(2, 4), (6, 9), (5, 7)]  # Few; the first part; another part.
   for row in rows:
     assert row.get('same', True) and row.get('logits', 0) < 1e-4, row
 
