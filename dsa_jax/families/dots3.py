@@ -7,8 +7,8 @@ hidden state is, rotary keys are normed, and each head has a gate from the hidde
 
 Three readings differ between engines, and each is a field that config.json may set:
   `indexer_rope_interleave`, `index_rope_last`: `transformers` 5.24.0 rotates neighbouring channels of
-    the indexer, the first ones. So does vLLM with neighbours, but it is said to rotate the last ones,
-    and llama.cpp rotates halves. The default is what `transformers` does, since most agree with it.
+    the indexer, the first ones. vLLM rotates neighbours, too, but is said to take the last channels.
+    llama.cpp rotates halves. The default is what `transformers` does, since most agree with it.
   `latent_rescale`: `transformers` rescales latents whatever config.json says. Others read the key
     `apply_mla_qkv_lora_rescale`, which the release sets. So do we, and without it we rescale.
 `latent_eps` is another such key, as for Hy4: here all engines norm latents with `rms_norm_eps`.

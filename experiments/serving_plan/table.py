@@ -3,9 +3,13 @@
 
 import json
 import pathlib
+import sys
 
 HERE = pathlib.Path(__file__).parent
-GRANTED = {'v5p': 95.7, 'tpu7x': 94.8, '1x2x8': 131.3, 'v6e': 31.2}  # GiB of a device.
+sys.path.insert(0, str(HERE))
+from plan import TOPOLOGIES, granted_gib  # noqa: E402
+
+CHIPS = {topology: chip for chip, topology in TOPOLOGIES.items()}
 HEAD = (
     'model', 'devices', 'step', 'texts', 'cache', 'weights, GiB', 'cache, GiB', 'temporaries, GiB',
     'all, GiB', 'fits', 'sent, MiB', 'tokens per second', 'dollars per million',
@@ -21,14 +25,14 @@ def main():
 
 
 def cells_of(x: dict) -> list[str]:
-  gib, chip = x['gib'], x['topology'].split(':')[0]
+  gib, chip = x['gib'], CHIPS[x['topology']]
   mesh = ', '.join(f'{axis} {n}' for axis, n in x['mesh'].items() if n > 1)
-  name = {'1x2x8': 'H200'}.get(chip, chip)
-  fits = 'yes' if gib['total'] <= GRANTED[chip] else f'no, of {GRANTED[chip]}'
+  granted = granted_gib(chip)
+  fits = 'yes' if gib['total'] <= granted else f'no, of {granted:.1f}'
   sizes = [f'{gib[part]:.1f}' for part in ('weights', 'cache', 'temporaries', 'total')]
   sent, speed = sum(x['collective_mib'].values()), x['by_roofline']
   return [
-      x['model'], f'{x["devices"]} {name} ({mesh})', x['phase'], str(x['batch']), x['cache'], *sizes,
+      x['model'], f'{x["devices"]} {chip} ({mesh})', x['phase'], str(x['batch']), x['cache'], *sizes,
       fits, f'{sent:,.0f}', f'{speed["tokens_per_second"]:,}', f'{speed["dollars_per_million"]:.2f}',
   ]  # fmt: skip
 
