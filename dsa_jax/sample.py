@@ -29,6 +29,7 @@ from dsa_jax.inference.batch_file import AnswerFile, read_prompts
 from dsa_jax.inference.cache import FORMATS
 from dsa_jax.inference.sampler import SampleConfig, Sampler
 from dsa_jax.inference.shares import check_texts
+from dsa_jax.inference.weights import FORMATS as WEIGHTS
 from dsa_jax.parallel.mesh import MeshConfig, make_mesh
 from dsa_jax.parallel.processes import end_process, is_first, join_job
 from dsa_jax.reporting.progress import StepProgress
@@ -184,6 +185,10 @@ if __name__ == '__main__':
       ),
       'cache': flags.DEFINE_enum(
           'cache', None, FORMATS, "Format of the cache; default: the model's dtype."
+      ),
+      'weights': flags.DEFINE_enum(
+          'weights', '', ['', *WEIGHTS],
+          'Format of the weights; default: fp8 if the released checkpoint was, or float32.',
       ),
       'drafts': flags.DEFINE_bool(
           'drafts', None, "Lets the model's MTP layer guess tokens of --prompts, for fewer steps."

@@ -14,10 +14,10 @@ from ml_collections import ConfigDict
 from dsa_jax.config import ConfigError, ModelConfig, local_path
 from dsa_jax.nn.transformer import Transformer
 from dsa_jax.selection import check_rule
-from dsa_jax.training.checkpoint import restore_params
+from dsa_jax.inference.weights import load_weights
 from dsa_jax.training.origin import ORIGIN
 from dsa_jax.training.recipe import Recipe, read_recipe
-from dsa_jax.training.state import abstract_params, model_graph
+from dsa_jax.training.state import model_graph
 from dsa_jax.training.workdir import read_config
 
 Folder = str | pathlib.Path
@@ -48,6 +48,11 @@ class StoredModel(NamedTuple):
     return self.record.get('selection', 'indexer')
 
   @property
+  def was_fp8(self) -> bool:
+    """Whether the large matrices of the released checkpoint were FP8."""
+    return 'F8_E4M3' in self.source.get('dtypes', {}).values()
+
+  @property
   def has_trained_indexer(self) -> bool:
     """Whether a converted checkpoint had an indexer, or a run's stage is not `dense`."""
     if 'source' in self.record:
@@ -69,8 +74,9 @@ def load_checkpoint(
     index_topk: How many tokens each token selects. None stands for what the model was trained with.
     mesh: Devices to split the weights over. Each reads its own share only. None stands for the
       first device.
-    dtype: The dtype of matrices, whatever they are stored in. Norms and the router's bias are
-      float32.
+    dtype: The dtype of matrices, whatever they are stored in: 'float32' or 'bfloat16'. Or 'fp8' or
+      'int8': then large ones are codes with a scale for each block, which products widen, and the
+      others keep the dtype that they are stored in. Norms and the router's bias are float32.
 
   Raises:
     ConfigError: The folder holds no checkpoint, the mesh does not divide its weights, or an argument
@@ -78,7 +84,7 @@ def load_checkpoint(
   """
   stored = find_checkpoint(folder)
   cfg = config_of(stored, index_topk)
-  params = restore_params(stored.step or stored.folder, abstract_params(cfg, mesh=mesh, dtype=dtype))
+  params = load_weights(stored.step or stored.folder, cfg, dtype, mesh=mesh)
   return nnx.merge(model_graph(cfg), params)
 
 

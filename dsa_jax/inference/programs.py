@@ -19,6 +19,7 @@ from dsa_jax.inference.extend import Reading, extend
 from dsa_jax.inference.piece import short_context
 from dsa_jax.inference.shares import Shares, make_texts, mesh_config, shares_of
 from dsa_jax.kernels.backend import check_backend, default_backend
+from dsa_jax.kernels.block_scaled import BlockScaled
 from dsa_jax.nn.attention.mla import MLA
 from dsa_jax.nn.attention.types import Attention
 from dsa_jax.nn.block import Block
@@ -42,17 +43,29 @@ def prepared_for_cpu(model: Transformer) -> tuple[Transformer, list[Block]]:
   """
   blocks = [model.block(i) for i in range(model.cfg.n_layers)]
   for block in blocks:
-    if isinstance(block.attn, MLA):
-      block.attn.split_expansion()
+    _split_expansion(block)
   rest = jax.tree.map(lambda x: x, model)  # A new module; the given one stays as it is.
   for name in layers_of_stacks(model.cfg):
     setattr(rest, name, None)
-  if rest.mtp is not None and isinstance(rest.mtp.block.attn, MLA):
-    rest.mtp.block.attn.split_expansion()
+  if rest.mtp is not None:
+    _split_expansion(rest.mtp.block)
   if model.cfg.dtype != 'float32':
     head = model.head_weight.astype(model.cfg.dtype).astype(jnp.float32)
     rest.head = nnx.data(BackboneParam(head, axes=('embed', 'vocab')))
   return rest, blocks
+
+
+def widened_by(model: Transformer, backend: str) -> Transformer:
+  """Returns the model with codes, where it has some, that the kernels of a backend widen."""
+  is_scaled = lambda x: isinstance(x, BlockScaled)
+  choose = lambda x: dataclasses.replace(x, backend=backend) if is_scaled(x) else x
+  return jax.tree.map(choose, model, is_leaf=is_scaled)
+
+
+def _split_expansion(block: Block):
+  """Turns the expansion of latents around, unless it is codes, which every product widens anyway."""
+  if isinstance(block.attn, MLA) and not isinstance(block.attn.wkv_b[...], BlockScaled):
+    block.attn.split_expansion()
 
 
 def without_mtp(model: Transformer) -> Transformer:
@@ -248,7 +261,7 @@ def make_engine(
     raise ConfigError(f'{chunk=} must be at least 1.')
   if drafts and model.mtp is None:
     raise ConfigError(f'{drafts=} needs an MTP layer, which the model lacks: {model.cfg.n_mtp_layers=}.')
-  model = model if drafts else without_mtp(model)
+  model = widened_by(model if drafts else without_mtp(model), backend)
   shares, on_cpu = shares_of(model, mesh), False
   if shares is not None:
     weights, structure = jax.tree.flatten((jax.device_put(model, shardings_of(model, mesh)), None))

@@ -113,6 +113,7 @@ class Sampler:
       rule: str | None = None,
       attention: Attention | None = None,
       capacity: int = 0,
+      weights: str = '',
       mesh: Mesh | None = None,
       **kwargs,
   ) -> 'Sampler':
@@ -125,6 +126,8 @@ class Sampler:
       attention: None stands for 'sparse', but for 'dense' if what selects is an indexer that was
         never trained.
       capacity: See the class.
+      weights: 'float32', 'bfloat16', 'fp8' or 'int8', see `load_checkpoint`. '' stands for 'fp8' where the
+        released checkpoint was in FP8, and for 'float32' elsewhere.
       mesh: See there. Each device reads its own share of the weights only.
       **kwargs: The other arguments of the class.
 
@@ -145,7 +148,8 @@ class Sampler:
         )
     selects = 'indexer' if attention == 'dense' else rule or stored.rule
     _check_sizes(config_of(stored, index_topk), capacity, selects, mesh)
-    model = load_checkpoint(folder, index_topk=index_topk, mesh=mesh)
+    weights = weights or ('fp8' if stored.was_fp8 else 'float32')
+    model = load_checkpoint(folder, index_topk=index_topk, mesh=mesh, dtype=weights)
     tokenizer = find_tokenizer(stored.origin)
     is_foreign = model.cfg.vocab_size != VOCAB_SIZE and not stored.source
     if isinstance(tokenizer, Bytes) and is_foreign:

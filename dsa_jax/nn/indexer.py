@@ -13,6 +13,7 @@ from dsa_jax.config import ModelConfig
 from dsa_jax.nn.fixed import Configured
 from dsa_jax.nn.log_scale import LogScale
 from dsa_jax.nn.norms import LayerNorm
+from dsa_jax.nn.project import project
 from dsa_jax.nn.rope import apply_rope, rope_frequencies, scaled
 from dsa_jax.params import IndexerParam, param
 
@@ -62,9 +63,9 @@ class LightningIndexer(Configured):
     factors = () if rope_factors is None else (jax.lax.stop_gradient(rope_factors),)
     rotate = lambda x: self._rotate(x, positions, *factors)
     q_latent = q_latent if self.q_norm is None else self.q_norm(q_latent)
-    q = jnp.einsum('BTQ,QIJ->BTIJ', q_latent, self.wq_b[...].astype(x.dtype))
+    q = project(q_latent, self.wq_b[...])
     q = q if self.q_scale is None else self.q_scale(q, positions)
-    k = self.k_norm(x @ self.wk[...].astype(x.dtype))
+    k = self.k_norm(project(x, self.wk[...]))
     weights = x.astype(jnp.float32) @ self.weights_proj[...]
     scale = (self.cfg.index_n_heads * self.cfg.index_head_dim) ** -0.5  # The loss depends on it.
     return IndexInputs(rotate(q), rotate(k[:, :, None])[:, :, 0], scale * weights)

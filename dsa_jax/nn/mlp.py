@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from dsa_jax.nn.project import project
 from dsa_jax.parallel import collectives, shard
 from dsa_jax.parallel.mesh import BATCH
 from dsa_jax.params import BackboneParam, param
@@ -29,9 +30,10 @@ class MLP(nnx.Module):
     Devices that split the width gather each other's tokens, and reduce-scatter the sum.
     """
     weights = shard.gather_weights(self, x.dtype)
-    w1, w3, w2 = (w[...].astype(x.dtype) for w in (weights.w1, weights.w3, weights.w2))
+    w1, w3, w2 = (w[...] for w in (weights.w1, weights.w3, weights.w2))
     x = collectives.all_gather(x, 'tensor', dim=1)
-    return collectives.psum_scatter(swiglu(x @ w1, x @ w3).astype(x.dtype) @ w2, 'tensor', dim=1)
+    inner = swiglu(project(x, w1), project(x, w3)).astype(x.dtype)
+    return collectives.psum_scatter(project(inner, w2), 'tensor', dim=1)
 
 
 @jax.checkpoint  # The backward pass computes it again more cheaply than it could keep it.

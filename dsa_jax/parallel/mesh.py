@@ -132,6 +132,9 @@ def shardings_of(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
   def place(leaf):
     if not isinstance(leaf, nnx.Variable):
       return NamedSharding(mesh, P())
-    return leaf.replace(weight_sharding(leaf.shape, leaf.get_metadata()['axes'], mesh))
+    axes = leaf.get_metadata()['axes']
+    return leaf.replace(
+        jax.tree.map(lambda x: weight_sharding(x.shape, axes, mesh), leaf.get_value())
+    )
 
   return jax.tree.map(place, tree, is_leaf=lambda x: isinstance(x, nnx.Variable))

@@ -223,18 +223,27 @@ def _names(path: tuple) -> tuple[str, ...]:
 
 def _read_all(stores: dict, targets: dict) -> list[jax.Array]:
   """Reads arrays, the shards of each device only, one shard of one array after another."""
-  return [_read(stores[path], target) for path, target in targets.items()]
+  return [read_array(stores[path], target) for path, target in targets.items()]
 
 
-def _read(store: ts.TensorStore, target: jax.ShapeDtypeStruct) -> jax.Array:
-  places, shards = collections.defaultdict(list), []
-  for device, index in target.sharding.addressable_devices_indices_map(target.shape).items():
-    places[tuple((part.start, part.stop) for part in index)].append(device)
-  for index, devices in places.items():  # A shard that several devices hold is read once.
-    shard = store[tuple(slice(*part) for part in index)].read().result()
-    shard = shard.astype(target.dtype, copy=False)
+def read_array(store: ts.TensorStore, target: jax.ShapeDtypeStruct) -> jax.Array:
+  """Reads an array, the shards of this process's devices only."""
+  shards = []
+  for share, devices in shares_of(store, target):
+    shard = share.read().result().astype(target.dtype, copy=False)
     shards += [jax.block_until_ready(jax.device_put(shard, device)) for device in devices]
   return jax.make_array_from_single_device_arrays(target.shape, target.sharding, shards)
+
+
+def shares_of(
+    store: ts.TensorStore, target: jax.ShapeDtypeStruct
+) -> Iterator[tuple[ts.TensorStore, list[jax.Device]]]:
+  """Yields the shards of this process's devices, each once, with the devices that hold it."""
+  places = collections.defaultdict(list)
+  for device, index in target.sharding.addressable_devices_indices_map(target.shape).items():
+    places[tuple((part.start, part.stop) for part in index)].append(device)
+  for index, devices in places.items():
+    yield store[tuple(slice(*part) for part in index)], devices
 
 
 def open_tree(folder: pathlib.Path) -> dict[tuple[str, ...], ts.TensorStore]:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from dsa_jax.kernels import grouped_matmul
+from dsa_jax.kernels.block_scaled import block_sizes, quantize
 from dsa_jax.kernels.grouped_matmul import turns
 
 SIZES = {
@@ -128,3 +129,18 @@ def test_what_does_not_fit_is_refused(rows, weights, sizes, message):
   sizes = jnp.zeros(2, jnp.int32)
   with pytest.raises(ValueError, match='must share a dtype'):
     grouped_matmul(jnp.zeros((5, 4)), jnp.zeros((2, 4, 3), jnp.bfloat16), sizes, backend='xla')
+
+
+@pytest.mark.parametrize('widths', [(256, 300), (24, 40)], ids=['blocks of 128', 'blocks of 8'])
+@pytest.mark.parametrize('dtype', ['float8_e4m3fn', 'int8'])
+@pytest.mark.parametrize('backend', BACKENDS)
+def test_widens_codes(backend, dtype, widths):
+  sizes = (100, 0, 150, 13)
+  rows, weights, _ = draw(300, len(sizes), widths)
+  weights *= jnp.geomspace(1e-3, 1e3, widths[0])[:, None]  # Blocks of unlike scales.
+  codes = quantize(weights, block_sizes(weights.shape, ('expert', None, None)), dtype)
+  want = by_loop(rows, codes.astype(jnp.float32), sizes)
+  with cases.interpreted(backend):
+    run = jax.jit(grouped_matmul, static_argnames='backend')
+    out = run(rows, codes, jnp.asarray(sizes, jnp.int32), backend=backend)
+  np.testing.assert_allclose(out, want, rtol=1e-4, atol=1e-3 * np.abs(want).max())

@@ -14,7 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 import jax.numpy as jnp
 
-DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
+DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32, jnp.float8_e4m3fn)
 LOG2_E = 1.4426950408889634
 LEAST = 16  # The least side of a product's tile.
 
@@ -36,7 +36,7 @@ def call(
   """
   for x in jax.tree.leaves(args):
     if jnp.issubdtype(x.dtype, jnp.floating) and x.dtype not in DTYPES:
-      raise ValueError(f'on a GPU must be bfloat16, float16 or float32; got {x.dtype}.')
+      raise ValueError(f'on a GPU must be bfloat16, float16, float32 or float8_e4m3fn; got {x.dtype}.')
   params = pltriton.CompilerParams(num_warps=warps, num_stages=stages)
   run = pl.pallas_call(
       kernel, out_shape=list(out), grid=(programs,), name=name, compiler_params=params,

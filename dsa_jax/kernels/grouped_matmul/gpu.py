@@ -12,8 +12,11 @@ import jax
 from jax.experimental import pallas as pl
 import jax.numpy as jnp
 
+from dsa_jax.kernels.block_scaled import BlockScaled
 from dsa_jax.kernels.gpu import triton
-from dsa_jax.kernels.gpu.triton import dot, gather, load_tile, some_tiles, store, tile_side
+from dsa_jax.kernels.gpu.triton import (
+    LEAST, dot, gather, load_row, load_tile, some_tiles, store, tile_side,
+)  # fmt: skip
 from dsa_jax.kernels.grouped_matmul.turns import cut
 
 WARPS, STAGES = 8, 3
@@ -37,9 +40,27 @@ class Tiles(NamedTuple):
 
 def product(rows, weights, sizes, *, transposed: bool):
   """Returns each row times its group's matrix, or times the transposed matrix."""
+  return _product(rows, weights, None, sizes, transposed=transposed)
+
+
+def scaled_product(rows, weights: BlockScaled, sizes):
+  """Returns each row times its group's matrix, whose codes are widened and scaled tile by tile."""
+  n_groups, n_bands, n_blocks = weights.scale.shape
+  if rows.shape[1] // n_bands < LEAST:  # A product has no smaller tile.
+    return product(rows, weights.astype(rows.dtype), sizes, transposed=False)
+  scale = jnp.repeat(weights.scale, weights.shape[2] // n_blocks, axis=2)
+  return _product(rows, weights.codes, scale, sizes, transposed=False)
+
+
+def _product(rows, weights, scale, sizes, *, transposed: bool):
+  """Returns the products; `scale` [X, bands of rows, columns] is that of codes, or None."""
   n_rows, n_inner = rows.shape
   n_groups, n_columns = len(sizes), weights.shape[1 if transposed else 2]
   tiles = Tiles.of(n_rows, n_columns, n_inner, rows.dtype)
+  if scale is not None:  # A step lies within a band.
+    n_bands = scale.shape[1]
+    scale, band = scale.reshape(-1, n_columns), n_inner // n_bands
+    tiles = tiles._replace(inner=min(tiles.inner, band & -band))
   # Rows behind the last group are a group of their own, whose result is zero.
   of_all = jnp.append(sizes, n_rows - jnp.sum(sizes)).astype(jnp.int32)
   turns = cut(of_all, n_rows, tiles.rows)
@@ -47,7 +68,7 @@ def product(rows, weights, sizes, *, transposed: bool):
   steps = jnp.where(has_products, pl.cdiv(n_inner, tiles.inner), 0).astype(jnp.int32)
   n_turns, across = len(turns.group), pl.cdiv(n_columns, tiles.columns)
 
-  def grouped_matmul(steps, group, first, end, rows, weights, out):
+  def grouped_matmul(steps, group, first, end, rows, weights, scale, out):
     turn, column = _place(pl.program_id(0), n_turns, across)
     own, start = group[turn], column * tiles.columns
     row = first[turn] + jnp.arange(tiles.rows)
@@ -58,8 +79,12 @@ def product(rows, weights, sizes, *, transposed: bool):
       x = gather(rows, readable, at, tiles.inner, n_inner)
       where = (start, at) if transposed else (at, start)
       sides = (tiles.columns, tiles.inner) if transposed else (tiles.inner, tiles.columns)
-      weight = load_tile(weights, own, where, sides, weights.shape[1:])
-      return total + dot(x, weight, 1, 1 if transposed else 0)
+      weight = load_tile(weights, own, where, sides, weights.shape[1:]).astype(x.dtype)
+      new = dot(x, weight, 1, 1 if transposed else 0)
+      if scale is None:
+        return total + new
+      of_band = own * n_bands + jax.lax.div(at, band)
+      return total + new * load_row(scale, of_band, start, tiles.columns, n_columns)[None]
 
     total = some_tiles(steps[turn], add, jnp.zeros((tiles.rows, tiles.columns), jnp.float32))
     columns = start + jnp.arange(tiles.columns)
@@ -69,7 +94,7 @@ def product(rows, weights, sizes, *, transposed: bool):
   (out,) = triton.call(
       grouped_matmul, 'grouped_matmul', n_turns * across,
       [jax.ShapeDtypeStruct((n_rows, n_columns), rows.dtype)],
-      [steps, turns.group, turns.first, turns.end, rows, weights], warps=WARPS, stages=STAGES,
+      [steps, turns.group, turns.first, turns.end, rows, weights, scale], warps=WARPS, stages=STAGES,
   )  # fmt: skip
   return out
 

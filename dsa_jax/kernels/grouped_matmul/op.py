@@ -7,6 +7,7 @@ import jax
 from jaxtyping import Array, Float, Int
 
 from dsa_jax.kernels.backend import check_backend, load_kernels
+from dsa_jax.kernels.block_scaled import BlockScaled
 from dsa_jax.kernels.grouped_matmul.reference import grouped_matmul_reference
 
 KERNELS = {
@@ -19,7 +20,7 @@ KERNELS = {
 @jax.named_scope('grouped_matmul')
 def grouped_matmul(
     rows: Float[Array, 'N D'],
-    weights: Float[Array, 'X D F'],
+    weights: Float[Array, 'X D F'] | BlockScaled,
     sizes: Int[Array, 'X'],
     *,
     backend: str,
@@ -32,7 +33,8 @@ def grouped_matmul(
   Args:
     rows: The rows of group 0, then those of group 1, and so on. Rows behind the last group may hold
       NaN, and their gradients are zero.
-    weights: One matrix for each group, of the rows' dtype.
+    weights: One matrix for each group, of the rows' dtype; or their codes and scales, which are
+      widened tile by tile and have no gradients.
     sizes: int32; how many rows each group has. It may have none. Their sum is at most N.
     backend: Which implementation. `tpu` is jax's own `ragged_dot`.
   """
@@ -41,15 +43,19 @@ def grouped_matmul(
     raise ValueError(
         f'must be rows [N, D], weights [X, D, F]; got {rows.shape}, {weights.shape}.'
     )
-  if rows.dtype != weights.dtype:
+  is_scaled = isinstance(weights, BlockScaled)
+  if not is_scaled and rows.dtype != weights.dtype:
     raise ValueError(f'rows and weights must share a dtype; got {rows.dtype}, {weights.dtype}.')
   if sizes.shape != weights.shape[:1] or sizes.dtype != 'int32':
     raise ValueError(
         f'sizes must be int32 {weights.shape[:1]}, one per group; got {sizes.dtype} {sizes.shape}.'
     )
   if backend == 'reference':
-    return grouped_matmul_reference(rows, weights, sizes)
-  return _op(rows, weights, sizes, load_kernels(KERNELS[backend]))
+    return grouped_matmul_reference(rows, weights.astype(rows.dtype), sizes)
+  kernels = load_kernels(KERNELS[backend])
+  if is_scaled:
+    return kernels.scaled_product(rows, weights, sizes)
+  return _op(rows, weights, sizes, kernels)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))

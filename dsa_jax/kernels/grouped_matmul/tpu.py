@@ -4,6 +4,9 @@
 import jax
 import jax.numpy as jnp
 
+from dsa_jax.kernels.block_scaled import BlockScaled
+from dsa_jax.kernels.grouped_matmul import tpu_codes
+
 ROWS_IN_GROUPS = jax.lax.RaggedDotDimensionNumbers(
     dot_dimension_numbers=(((0,), (0,)), ((), ())),
     lhs_ragged_dimensions=[0],
@@ -19,6 +22,11 @@ def product(rows, weights, sizes, *, transposed: bool):
       rhs_group_dimensions=[0],
   )
   return jax.lax.ragged_dot_general(rows, weights, sizes, numbers)
+
+
+def scaled_product(rows, weights: BlockScaled, sizes):
+  """Returns each row times its group's matrix, whose codes are widened and scaled tile by tile."""
+  return tpu_codes.product(rows, weights, sizes)
 
 
 def weight_gradients(rows, dout, sizes):

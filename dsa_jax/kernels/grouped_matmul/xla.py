@@ -5,10 +5,16 @@ import jax
 from jax.experimental import pallas as pl
 import jax.numpy as jnp
 
+from dsa_jax.kernels.block_scaled import BlockScaled
 from dsa_jax.kernels.grouped_matmul.turns import cut
 
 TILE = 256  # Rows of one product at most; fewer where groups are small.
 LEAST = 16
+
+
+def scaled_product(rows, weights: BlockScaled, sizes):
+  """Returns each row times its group's matrix, which is widened for every tile of rows."""
+  return product(rows, weights, sizes, transposed=False)
 
 
 def product(rows, weights, sizes, *, transposed: bool):
@@ -18,7 +24,8 @@ def product(rows, weights, sizes, *, transposed: bool):
 
   def multiply(i, out):
     x, own, at = _take(rows, turns, tile, i)
-    weight = jax.lax.dynamic_index_in_dim(weights, turns.group[i], keepdims=False)
+    of_group = lambda x: jax.lax.dynamic_index_in_dim(x, turns.group[i], keepdims=False)
+    weight = jax.tree.map(of_group, weights).astype(x.dtype)
     new = _dot(x, weight, 1, of_weights).astype(out.dtype)
     old = jax.lax.dynamic_slice_in_dim(out, at, tile)
     return jax.lax.dynamic_update_slice_in_dim(out, jnp.where(own, new, old), at, 0)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from dsa_jax.config import ModelConfig
 from dsa_jax.nn.attention.layer import Attention
 from dsa_jax.nn.norms import RMSNorm
+from dsa_jax.nn.project import project
 from dsa_jax.nn.rope import apply_rope, rope_frequencies
 from dsa_jax.parallel import collectives
 from dsa_jax.params import BackboneParam, param
@@ -82,5 +83,5 @@ class GQA(Attention):
 
 def _project(x, weight, bias):
   """Returns the channels of heads, with their biases where there are some."""
-  y = jnp.einsum('BTD,DHE->BTHE', x, weight[...].astype(x.dtype))
+  y = project(x, weight[...])
   return y if bias is None else y + bias[...].astype(x.dtype)

@@ -21,6 +21,7 @@ from dsa_jax.nn.attention.types import (
 )  # fmt: skip
 from dsa_jax.nn.fixed import Configured
 from dsa_jax.nn.indexer import LightningIndexer
+from dsa_jax.nn.project import project
 from dsa_jax.parallel import collectives, shard
 from dsa_jax.parallel.mesh import BATCH, TOKENS
 from dsa_jax.parallel.zigzag import unzigzag
@@ -144,7 +145,7 @@ class Attention(Configured):
       out = beside_sinks(out, lse, self.sinks[...])
     if (logits := self.gate_logits(q_latent)) is not None:
       out = gated(out, logits)
-    return jnp.einsum('BTHV,HVD->BTD', out, self.wo[...].astype(out.dtype))
+    return project(out, self.wo[...], n_axes=2)
 
   @property
   def splits_heads(self) -> bool:

@@ -10,6 +10,7 @@ from dsa_jax.config import ModelConfig
 from dsa_jax.nn.attention.layer import Attention
 from dsa_jax.nn.log_scale import LogScale
 from dsa_jax.nn.norms import RMSNorm
+from dsa_jax.nn.project import project
 from dsa_jax.nn.rope import apply_rope, rope_frequencies, scaled
 from dsa_jax.params import BackboneParam, param
 
@@ -51,7 +52,7 @@ class MLA(Attention):
   def query_latent(self, x):
     if self.wq_a is None:
       return x
-    raw = x @ self.wq_a[...].astype(x.dtype)
+    raw = project(x, self.wq_a[...])
     latent = self._rescaled(self.q_norm(raw))
     if not self.cfg.output_gate:
       return latent
@@ -72,7 +73,7 @@ class MLA(Attention):
   def _queries(self, q_latent, positions):
     if self.wg is not None:  # The hidden state follows, for the gates.
       q_latent = q_latent[..., : self.cfg.query_input_dim]
-    q = jnp.einsum('BTQ,QHE->BTHE', q_latent, self._query_weights(q_latent.dtype)[0])
+    q = project(q_latent, self._query_weights(q_latent.dtype)[0])
     nope, rope = jnp.split(q, [self.cfg.qk_nope_head_dim], axis=-1)
     rope = self._rotate(rope, positions)
     if self.q_scale is None:
@@ -82,23 +83,20 @@ class MLA(Attention):
   def gate_logits(self, q_latent):
     if self.wg is not None:
       hidden = q_latent[..., -self.cfg.dim :]
-      weights = self.wg[...].astype(hidden.dtype)
-      if self.cfg.output_gate == 'heads':
-        return (hidden @ weights)[..., None]
-      return jnp.einsum('BTD,DHV->BTHV', hidden, weights)
+      logits = project(hidden, self.wg[...])
+      return logits[..., None] if self.cfg.output_gate == 'heads' else logits
     weights = self._query_weights(q_latent.dtype)[1]
-    return None if weights is None else jnp.einsum('BTQ,QHV->BTHV', q_latent, weights)
+    return None if weights is None else project(q_latent, weights)
 
   def _query_weights(self, dtype):
     """Returns the weights that make queries [Q, H, E], and those of gates [Q, H, V] or None."""
-    weights = self.wq_b[...].astype(dtype)
     if self.cfg.output_gate != 'latents':
-      return weights, None
-    return jnp.split(weights, [self.cfg.head_dim], axis=-1)
+      return self.wq_b[...], None
+    return jnp.split(self.wq_b[...].astype(dtype), [self.cfg.head_dim], axis=-1)
 
   def rows(self, x, positions):
     """Returns the normed latent and the rotated key of every token."""
-    latent, rope = jnp.split(x @ self.wkv_a[...].astype(x.dtype), [self.cfg.kv_lora_rank], axis=-1)
+    latent, rope = jnp.split(project(x, self.wkv_a[...]), [self.cfg.kv_lora_rank], axis=-1)
     if self.k_rope_norm is not None:
       rope = self.k_rope_norm(rope)
     rope = self._rotate(rope[:, :, None], positions)

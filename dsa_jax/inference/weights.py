@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The formats in which a loaded model keeps its weights, and their loading share by share."""
+
+import functools
+import pathlib
+from typing import Any
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int
+import tensorstore as ts
+
+from dsa_jax.config import ConfigError, ModelConfig
+from dsa_jax.inference.storage import as_bits, from_bits
+from dsa_jax.kernels.block_scaled import BlockScaled, block_sizes, quantize
+from dsa_jax.training.checkpoint import (
+    check_params, latest_checkpoint, read_array, reading, shares_of,
+)  # fmt: skip
+from dsa_jax.training.state import abstract_params
+
+WIDE = 'float32', 'bfloat16'
+CODES = {'fp8': jnp.float8_e4m3fn, 'int8': jnp.int8}
+FORMATS = (*WIDE, *CODES)
+# The matrices that narrow formats quantise, as released checkpoints do. All others stay what they are:
+# embeddings, heads, routers, and what weighs an indexer's heads.
+NARROW = {'wq_a', 'wq_b', 'wkv_a', 'wkv_b', 'wo', 'wg', 'wq', 'wk', 'wv', 'w1', 'w2', 'w3'}
+
+Path = tuple[str, ...]
+
+
+def abstract_weights(
+    cfg: ModelConfig,
+    fmt: str,
+    *,
+    mesh: Mesh | None = None,
+    stored: dict[Path, ts.TensorStore] | None = None,
+) -> nnx.State:
+  """Returns the shapes, dtypes and shardings of a model's weights in a format.
+
+  Args:
+    cfg: The model.
+    fmt: One of FORMATS.
+    mesh: The devices that share the weights, see `abstract_params`.
+    stored: The arrays of a checkpoint, whose dtypes matrices keep that a narrow format leaves wide.
+      None: they are bfloat16.
+  """
+  if fmt not in FORMATS:
+    raise ConfigError(f'the weights are in one of the formats {FORMATS}; got {fmt!r}.')
+  if fmt in WIDE:
+    return abstract_params(cfg, mesh=mesh, dtype=fmt)
+
+  def leaf(path: tuple, x: nnx.Variable) -> nnx.Variable:
+    names, target = tuple(str(key.key) for key in path), x.get_value()
+    if names[-1] in NARROW:
+      return x.replace(_abstract_scaled(target, x.get_metadata()['axes'], CODES[fmt]))
+    if stored is None or target.dtype == 'float32':
+      return x
+    dtype = stored[names].dtype.numpy_dtype
+    return x.replace(jax.ShapeDtypeStruct(target.shape, dtype, sharding=target.sharding))
+
+  params = abstract_params(cfg, mesh=mesh, dtype='bfloat16')
+  return jax.tree.map_with_path(leaf, params, is_leaf=lambda x: isinstance(x, nnx.Variable))
+
+
+def _abstract_scaled(
+    x: jax.ShapeDtypeStruct, axes: tuple[str | None, ...], dtype: Any
+) -> BlockScaled:
+  share = x.sharding.shard_shape(x.shape)[x.ndim - len(axes) :]
+  leading = x.shape[: x.ndim - len(axes)]
+  sizes = (1,) * len(leading) + block_sizes(share, axes)
+  blocks = tuple(n // size for n, size in zip(x.shape, sizes))
+  part = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=x.sharding)
+  return BlockScaled(part(x.shape, dtype), part(blocks, jnp.float32))
+
+
+def load_weights(
+    folder: pathlib.Path, cfg: ModelConfig, fmt: str, *, mesh: Mesh | None = None
+) -> nnx.State:
+  """Returns the weights of a checkpoint. Every device reads its own share only, a layer at a time.
+
+  Raises:
+    ConfigError: There is no checkpoint, it is of another model, or there is no such format.
+  """
+  stores = check_params(folder, abstract_params(cfg, mesh=mesh))
+  like = abstract_weights(cfg, fmt, mesh=mesh, stored=stores)
+
+  def load(path: tuple, x: nnx.Variable) -> nnx.Variable:
+    store, target = stores[tuple(str(key.key) for key in path)], x.get_value()
+    read = _read_scaled if isinstance(target, BlockScaled) else read_array
+    return x.replace(read(store, target))
+
+  with reading(latest_checkpoint(folder)):
+    return jax.tree.map_with_path(load, like, is_leaf=lambda x: isinstance(x, nnx.Variable))
+
+
+def _read_scaled(store: ts.TensorStore, target: BlockScaled) -> BlockScaled:
+  """Reads an array into codes, the shards of this process's devices only."""
+  parts = []
+  for share, (first, *others) in shares_of(store, target.codes):
+    part = _quantized(share, target, first)
+    parts += [part, *(jax.device_put(part, device) for device in others)]
+  join = lambda like, *parts: jax.make_array_from_single_device_arrays(
+      like.shape, like.sharding, list(parts)
+  )
+  return jax.tree.map(join, target, *parts)
+
+
+def _quantized(share: ts.TensorStore, target: BlockScaled, device: jax.Device) -> BlockScaled:
+  """Reads a share into codes on a device, one layer, expert or head after another where there are any."""
+  sizes = tuple(n // n_blocks for n, n_blocks in zip(target.shape, target.scale.shape))
+  dtype = target.codes.dtype
+  if sizes[0] > 1:
+    whole = jax.device_put(share.read().result(), device)
+    return _quantize(whole, sizes=sizes, dtype=dtype)
+  blocks = tuple(n // size for n, size in zip(share.shape, sizes))
+  with jax.default_device(device):
+    filled = BlockScaled(as_bits(jnp.zeros(share.shape, dtype)), jnp.zeros(blocks, jnp.float32))
+  first, stop = share.domain[0].inclusive_min, share.domain[0].exclusive_max
+  following = share[first].read()
+  for i in range(stop - first):
+    piece, following = following.result(), share[min(first + i + 1, stop - 1)].read()
+    piece = jax.device_put(piece, device)
+    filled = jax.block_until_ready(_fill(filled, i, piece, sizes=sizes[1:], dtype=dtype))
+  return BlockScaled(from_bits(filled.codes, dtype), filled.scale)
+
+
+_quantize = jax.jit(quantize, static_argnames=('sizes', 'dtype'))
+
+
+@functools.partial(jax.jit, static_argnames=('sizes', 'dtype'), donate_argnames='filled')
+def _fill(
+    filled: BlockScaled, i: Int[Array, ''], piece: Float[Array, '*any'], *, sizes: tuple, dtype: Any
+) -> BlockScaled:
+  """Returns the codes, as bits, with those of one piece."""
+  new = quantize(piece, sizes, dtype)
+  new = BlockScaled(as_bits(new.codes), new.scale)
+  return jax.tree.map(lambda old, new: jax.lax.dynamic_update_index_in_dim(old, new, i, 0), filled, new)

@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Products by group with codes on a TPU, which widens a tile of codes in VMEM.
+
+Rows are cut into tiles wherever groups end. A step of the grid is a visit: a tile of rows meets the
+matrix of one of its groups, and keeps the results of that group's rows.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+
+from dsa_jax.kernels.block_scaled import BlockScaled
+from dsa_jax.kernels.tpu import chip
+from dsa_jax.kernels.tpu.layout import LANES
+from dsa_jax.kernels.tpu.resident import dot
+
+ROWS = 128  # Of a tile, at most.
+MOST = 2048  # Channels of a tile of codes in either direction, unless the matrix has few more.
+SUBLANES = 8  # A tile of scales has so many bands, or all.
+
+
+class Visits(NamedTuple):
+  """Which tile of rows meets which group, in the order of their rows. Most may be of no rows."""
+
+  group: Int[Array, 'V']
+  tile: Int[Array, 'V']
+  start: Int[Array, 'V']  # The group's first row.
+  end: Int[Array, 'V']  # One past its last; `start` where the visit has nothing to do.
+
+
+def plan_visits(sizes: Int[Array, 'X'], n_rows: int, tile: int) -> Visits:
+  """Returns the visits of all tiles. Every tile has one, so that its rows of no group become zero."""
+  n_groups = len(sizes)
+  of_all = jnp.append(sizes, n_rows - jnp.sum(sizes))  # Rows behind the last group are one, too.
+  ends = jnp.cumsum(of_all)
+  starts = ends - of_all
+  first = starts // tile
+  counts = jnp.where(of_all > 0, (ends - 1) // tile - first + 1, 0)
+  up_to = jnp.cumsum(counts)
+  visit = jnp.arange(pl.cdiv(n_rows, tile) + n_groups, dtype=jnp.int32)
+  visit = jnp.minimum(visit, up_to[-1] - 1)  # Those behind the last one repeat it, to no effect.
+  group = jnp.searchsorted(up_to, visit, side='right').astype(jnp.int32)
+  idle = (group == n_groups) | (jnp.arange(len(visit)) >= up_to[-1])
+  return Visits(
+      group=jnp.minimum(group, n_groups - 1),
+      tile=first[group] + visit - (up_to - counts)[group],
+      start=starts[group],
+      end=jnp.where(idle, starts[group], ends[group]),
+  )
+
+
+def side_of(size: int, step: int, most: int = MOST) -> int:
+  """Returns the largest multiple of `step` up to `most` that divides a size, or else the size."""
+  sides = [side for side in range(step, most + 1, step) if size % side == 0]
+  return sides[-1] if sides and size > most else size
+
+
+def product(rows, weights: BlockScaled, sizes):
+  """Returns each row times its group's matrix."""
+  (n_rows, n_inner), n_columns = rows.shape, weights.shape[2]
+  n_bands, n_blocks = weights.scale.shape[1:]
+  band = n_inner // n_bands
+  tile = min(ROWS, pl.cdiv(n_rows, 16) * 16)
+  inner, columns = side_of(n_inner, SUBLANES * band), side_of(n_columns, LANES)
+  steps = n_inner // inner
+  visits = plan_visits(sizes, n_rows, tile)
+  scale = jnp.repeat(weights.scale, n_columns // n_blocks, axis=2)
+  # A visit without rows reads what is there already.
+  at = lambda v, k, start, end: jnp.where(start[v] < end[v], k, steps - 1)
+  of_rows = lambda j, v, k, group, tile, *ends: (tile[v], at(v, k, *ends))
+  of_codes = lambda j, v, k, group, tile, *ends: (group[v], at(v, k, *ends), j)
+  grid = pltpu.PrefetchScalarGridSpec(
+      num_scalar_prefetch=len(visits),
+      grid=(n_columns // columns, len(visits.group), steps),
+      in_specs=[
+          pl.BlockSpec((tile, inner), of_rows),
+          pl.BlockSpec((None, inner, columns), of_codes),
+          pl.BlockSpec((None, inner // band, columns), of_codes),
+      ],
+      out_specs=pl.BlockSpec((tile, columns), lambda j, v, k, group, tile, *_: (tile[v], j)),
+      scratch_shapes=[pltpu.VMEM((tile, columns), jnp.float32)],
+  )
+  run = pl.pallas_call(
+      functools.partial(_kernel, band=band),
+      out_shape=jax.ShapeDtypeStruct((n_rows, n_columns), rows.dtype),
+      grid_spec=grid,
+      compiler_params=pltpu.CompilerParams(
+          dimension_semantics=('parallel', 'arbitrary', 'arbitrary'),
+          vmem_limit_bytes=int(0.95 * chip.vmem_bytes()),
+      ),
+      name='grouped_matmul_codes',
+  )
+  return run(*visits, rows, weights.codes, scale)
+
+
+def _kernel(_, tiles, start, end, rows, codes, scale, out, total, *, band: int):
+  visit, step = pl.program_id(1), pl.program_id(2)
+  is_new = (visit == 0) | (tiles[visit] != tiles[jnp.maximum(visit - 1, 0)])
+
+  @pl.when((step == 0) & is_new)
+  def _():
+    out[...] = jnp.zeros_like(out)
+
+  @pl.when(step == 0)
+  def _():
+    total[...] = jnp.zeros_like(total)
+
+  @pl.when(start[visit] < end[visit])
+  def _():
+    for i in range(len(codes) // band):
+      of_band = slice(i * band, (i + 1) * band)
+      weight = codes[of_band].astype(jnp.float32).astype(rows.dtype)
+      total[...] += dot(rows[:, of_band], weight, 1, 0) * scale[i][None]
+
+    @pl.when(step == pl.num_programs(2) - 1)
+    def _():
+      row = tiles[visit] * len(rows) + jax.lax.broadcasted_iota(jnp.int32, (len(rows), 1), 0)
+      own = (row >= start[visit]) & (row < end[visit])
+      out[...] = jnp.where(own, total[...].astype(out.dtype), out[...])
