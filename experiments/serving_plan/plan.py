@@ -3,6 +3,7 @@
 
 python experiments/serving_plan/plan.py --chip=v5p --phase=decode --batch=32
 python experiments/serving_plan/plan.py --chip=tpu7x --phase=prefill --model=glm52
+python experiments/serving_plan/plan.py --chip=h200 --devices=8 --weights=fp8
 
 The compilers are those of the chips: pip install -e '.[compile,compile-gpu]'. A decode step writes a token of every text,
 which sees 128K tokens; a prefill step reads 4096 tokens of a prompt. The script prints the memory of
@@ -38,19 +39,28 @@ from dsa_jax.compile.hlo import collectives, total_bytes  # noqa: E402
 from dsa_jax.config import ModelConfig  # noqa: E402
 from dsa_jax.families import SIZES  # noqa: E402
 from dsa_jax.inference.cache import init_cache  # noqa: E402
-from dsa_jax.inference.programs import Reader, make_reader, read_chunk  # noqa: E402
+from dsa_jax.inference.programs import Reader, make_reader, read_chunk, widened_by  # noqa: E402
 from dsa_jax.inference.shares import shares_of  # noqa: E402
 from dsa_jax.inference.slots import Slots, write  # noqa: E402
+from dsa_jax.inference.weights import abstract_weights  # noqa: E402
 from dsa_jax.parallel.mesh import MESH_AXES, MeshConfig  # noqa: E402
-from dsa_jax.training.state import abstract_params, model_graph  # noqa: E402
+from dsa_jax.training.state import model_graph  # noqa: E402
 
 MODELS = 'v32', 'glm52'
 CONTEXT, CHUNK = 131_072, 4096
 # 64 chips of v5p and v6e, 32 of tpu7x, each of which is two devices, and two hosts of eight H200.
-TOPOLOGIES = {'v5p': 'v5p:4x4x4', 'v6e': 'v6e:8x8', 'tpu7x': 'tpu7x:2x4x4', 'h200': '1x2x8'}
+TOPOLOGIES = {
+    'v5p': {64: 'v5p:4x4x4'},
+    'v6e': {64: 'v6e:8x8'},
+    'tpu7x': {64: 'tpu7x:2x4x4'},
+    'h200': {16: '1x2x8', 8: '1x1x8'},
+}
 # From so many texts on. More devices share out more texts, and then have more of attention's weights.
 MESHES = {1: MeshConfig(expert=16, tensor=4), 128: MeshConfig(expert=32, tensor=2)}
-GPU_MESHES = {1: MeshConfig(expert=8, tensor=2), 32: MeshConfig(expert=16)}
+GPU_MESHES = {
+    16: {1: MeshConfig(expert=8, tensor=2), 32: MeshConfig(expert=16)},
+    8: {1: MeshConfig(expert=4, tensor=2), 32: MeshConfig(expert=8)},
+}
 DOLLARS = 2.0  # Per chip and hour, as `dsa_jax.cost` assumes.
 
 
@@ -61,6 +71,8 @@ def main():
   parser.add_argument('--phase', choices=('decode', 'prefill'), default='decode')
   parser.add_argument('--batch', type=int, default=32, help='texts that are written side by side')
   parser.add_argument('--cache', choices=('bfloat16', 'fp8'), default='bfloat16')
+  parser.add_argument('--weights', choices=('bfloat16', 'fp8', 'int8'), default='bfloat16')
+  parser.add_argument('--devices', type=int, help='of the chip; 8 or 16 of h200')
   parser.add_argument('--folder', type=pathlib.Path, help='also write the report there')
   parser.add_argument('--compile', action='store_true', help=argparse.SUPPRESS)
   options = parser.parse_args()
@@ -70,27 +82,38 @@ def main():
       needed = environment(options.chip, pathlib.Path(folder) if options.chip in GPUS else None)
       sys.exit(subprocess.run(command, env=os.environ | needed).returncode)
   batch = 1 if options.phase == 'prefill' else options.batch
-  report = plan(options.model, options.chip, options.phase, batch, options.cache)
+  n_devices = options.devices or max(TOPOLOGIES[options.chip])
+  if n_devices not in TOPOLOGIES[options.chip]:
+    parser.error(f'--devices of {options.chip} must be one of {tuple(TOPOLOGIES[options.chip])}.')
+  report = plan(
+      options.model, options.chip, n_devices, options.phase, batch, options.cache, options.weights
+  )
   text = json.dumps(report, indent=1) + '\n'
   print(text)
   if options.folder:
-    name = f'{options.model}_{options.chip}_{options.phase}_{batch}_{options.cache}.json'
+    name = (
+        f'{options.model}_{options.chip}_{n_devices}_{options.phase}_{batch}_'
+        f'weights_{options.weights}_cache_{options.cache}.json'
+    )
     (options.folder / name).write_text(text)
   used, granted = report['gib']['total'], granted_gib(options.chip)
   if used > granted:
     sys.exit(f'a device would need {used:.1f} GiB of {granted:.1f}.')
 
 
-def plan(model: str, chip: str, phase: str, batch: int, fmt: str) -> dict:
+def plan(
+    model: str, chip: str, n_devices: int, phase: str, batch: int, fmt: str, weight_format: str
+) -> dict:
   """Compiles a step, and returns what it takes."""
   cfg = SIZES[model]
-  meshes = GPU_MESHES if chip in GPUS else MESHES
+  meshes = GPU_MESHES[n_devices] if chip in GPUS else MESHES
   sizes = meshes[max(n for n in meshes if n <= batch)]
   shape = tuple(sizes.sizes.values())
-  devices = np.array(devices_of(chip)).reshape(shape)
+  topology = TOPOLOGIES[chip][n_devices]
+  devices = np.array(devices_of(chip, topology)).reshape(shape)
   mesh = Mesh(devices, MESH_AXES, axis_types=(AxisType.Auto,) * len(shape))
   sizes.check_model(cfg)
-  weights, reader = abstract_weights(cfg, mesh, 'gpu' if chip in GPUS else 'tpu')
+  weights, reader = abstract_model(cfg, mesh, 'gpu' if chip in GPUS else 'tpu', weight_format)
   began = time.monotonic()
   with jax.set_mesh(mesh):
     lower = lower_decode if phase == 'decode' else lower_prefill
@@ -110,13 +133,14 @@ def plan(model: str, chip: str, phase: str, batch: int, fmt: str) -> dict:
   sent = total_bytes(collectives(compiled.as_text(), dict(mesh.shape)))
   return {
       'model': model,
-      'topology': TOPOLOGIES[chip],
+      'topology': topology,
       'devices': mesh.size,
       'mesh': sizes.sizes,
       'phase': phase,
       'batch': batch,
       'context': CONTEXT,
       'cache': fmt,
+      'weights': weight_format,
       'gib': {name: round(value / 2**30, 2) for name, value in gib.items()},
       'collective_mib': {name: round(x / 2**20, 2) for name, x in sent.items() if x > 2**16},
       'by_roofline': roofline(cfg, chip, phase, batch, fmt, sizes),
@@ -124,17 +148,18 @@ def plan(model: str, chip: str, phase: str, batch: int, fmt: str) -> dict:
   }
 
 
-def devices_of(chip: str) -> list:
+def devices_of(chip: str, topology: str) -> list:
   if chip not in GPUS:
-    return topologies.get_topology_desc(platform='tpu', topology_name=TOPOLOGIES[chip]).devices
+    return topologies.get_topology_desc(platform='tpu', topology_name=topology).devices
   return topologies.get_topology_desc(
-      platform='cuda', topology_name='', topology=TOPOLOGIES[chip], target_config=GPUS[chip].config
+      platform='cuda', topology_name='', topology=topology, target_config=GPUS[chip].config
   ).devices
 
 
-def abstract_weights(cfg: ModelConfig, mesh: Mesh, backend: str) -> tuple[list, Reader]:
-  """Returns the shapes and shardings of a model's weights in bfloat16, and what reads with them."""
-  model = nnx.merge(model_graph(cfg), abstract_params(cfg, mesh=mesh, dtype='bfloat16'))
+def abstract_model(cfg: ModelConfig, mesh: Mesh, backend: str, fmt: str) -> tuple[list, Reader]:
+  """Returns the shapes and shardings of a model's weights, and what reads with them."""
+  params = abstract_weights(cfg, fmt, mesh=mesh)
+  model = widened_by(nnx.merge(model_graph(cfg), params), backend)
   weights, structure = jax.tree.flatten((model, None))
   return weights, make_reader(structure, 'sparse', backend, 'indexer', False, shares_of(model, mesh))
 
