@@ -57,6 +57,7 @@ TOPOLOGIES = {
 }
 # From so many texts on. More devices share out more texts, and then have more of attention's weights.
 MESHES = {1: MeshConfig(expert=16, tensor=4), 128: MeshConfig(expert=32, tensor=2)}
+SMALL_MESHES = {1: MESHES[1], 32: MESHES[128]}  # Of chips with little memory.
 GPU_MESHES = {
     16: {1: MeshConfig(expert=8, tensor=2), 32: MeshConfig(expert=16)},
     8: {1: MeshConfig(expert=4, tensor=2), 32: MeshConfig(expert=8)},
@@ -106,7 +107,8 @@ def plan(
 ) -> dict:
   """Compiles a step, and returns what it takes."""
   cfg = SIZES[model]
-  meshes = GPU_MESHES[n_devices] if chip in GPUS else MESHES
+  meshes = SMALL_MESHES if chip == 'v6e' else MESHES
+  meshes = GPU_MESHES[n_devices] if chip in GPUS else meshes
   sizes = meshes[max(n for n in meshes if n <= batch)]
   shape = tuple(sizes.sizes.values())
   topology = TOPOLOGIES[chip][n_devices]

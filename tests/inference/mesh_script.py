@@ -4,6 +4,7 @@
 Run by test_sampler_meshes.py in a process of its own, which has the devices. `--few` takes some cases.
 """
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -22,6 +23,7 @@ from dsa_jax.inference.load import load_checkpoint
 from dsa_jax.inference.programs import logits_of, make_engine, of_texts, read_hidden
 from dsa_jax.inference.sampler import SampleConfig, Sampler
 from dsa_jax.inference.slots import filled_slots, write
+from dsa_jax.kernels.block_scaled import BlockScaled
 from dsa_jax.parallel.mesh import make_mesh
 from dsa_jax.training import checkpoint
 from dsa_jax.training.state import new_state
@@ -108,9 +110,9 @@ def read(pieces: str, cfg, attention: str, texts: int, fmt: str, mesh=None):
   return np.concatenate(logits, 1), np.concatenate(selected, 2)
 
 
-def written(drafts: bool, mesh=None):
+def written(drafts: bool, mesh=None, model=None):
   """What a running batch writes, in how many steps, and how much of each prompt it has not read again."""
-  sampler = Sampler(model_of(CFG), chunk=16, drafts=drafts, mesh=mesh)
+  sampler = Sampler(model or model_of(CFG), chunk=16, drafts=drafts, mesh=mesh)
   long = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 7] * 3
   prompts = [long, [2, 7], [9] * 12, [*long, 1]]
   config = SampleConfig(max_new_tokens=6, temperature=1.0)
@@ -150,19 +152,37 @@ def loading() -> dict[str, bool]:
 
   opened = checkpoint.open_tree
   counted = lambda folder: {name: Counted(name, store) for name, store in opened(folder).items()}
-  with tempfile.TemporaryDirectory() as folder, mock.patch.object(checkpoint, 'open_tree', counted):
-    folder = pathlib.Path(folder)
-    state = new_state(laws.weights(CFG), ('backbone',), laws.OPTIM, seed=0)
-    with checkpoint.Checkpoints(folder / 'checkpoints' / 'sparse') as checkpoints:
-      checkpoints.save(1, state, checkpoint.Progress({}, 0.0))
-    (folder / 'config.json').write_text(json.dumps({'model': dataclasses.asdict(CFG)}))
-    model = load_checkpoint(folder / 'checkpoints' / 'sparse', mesh=make_mesh(**OWNERS))
+  with saved() as folder, mock.patch.object(checkpoint, 'open_tree', counted):
+    model = load_checkpoint(folder, mesh=make_mesh(**OWNERS))
   weights = jax.tree.leaves(model)
   wanted = sorted(x.addressable_shards[0].data.shape for x in weights for _ in range(n_shards(x)))
   return {
       'once': len({(name, str(index)) for name, index, _ in reads}) == len(reads),
       'shards': sorted(shape for *_, shape in reads) == wanted,
   }
+
+
+@contextlib.contextmanager
+def saved():
+  """A checkpoint of the model."""
+  with tempfile.TemporaryDirectory() as folder:
+    folder = pathlib.Path(folder)
+    state = new_state(laws.weights(CFG), ('backbone',), laws.OPTIM, seed=0)
+    with checkpoint.Checkpoints(folder / 'checkpoints' / 'sparse') as checkpoints:
+      checkpoints.save(1, state, checkpoint.Progress({}, 0.0))
+    (folder / 'config.json').write_text(json.dumps({'model': dataclasses.asdict(CFG)}))
+    yield folder / 'checkpoints' / 'sparse'
+
+
+def narrow(sizes) -> bool:
+  """Whether a mesh that keeps weights in FP8 writes what one device does with what they stand for."""
+  is_scaled = lambda x: isinstance(x, BlockScaled)
+  widened = lambda x: np.asarray(x.astype('float32') if is_scaled(x) else x)
+  mesh = make_mesh(**sizes)
+  with saved() as folder:
+    model = load_checkpoint(folder, mesh=mesh, dtype='fp8')
+  wide = jax.tree.map(lambda x: jax.numpy.asarray(widened(x)), model, is_leaf=is_scaled)
+  return written(False, mesh, model) == written(False, None, wide)
 
 
 def n_shards(x: jax.Array) -> int:
@@ -185,6 +205,9 @@ def main(few: bool, part: int, n_parts: int):
   for sizes, drafts in WRITTEN[-1:] if few else WRITTEN[part::n_parts]:
     same = written(drafts, make_mesh(**sizes)) == written(drafts)
     print_row(case=f'written {sizes} {drafts=}', same=same)
+  if part == n_parts - 1 > 0:
+    for sizes in MIXED, OWNERS:
+      print_row(case=f'weights in FP8, {sizes}', same=narrow(sizes))
 
 
 def print_row(**row):

@@ -3,6 +3,8 @@
 
 import dataclasses
 import json
+import math
+import operator
 
 from flax import nnx
 import jax
@@ -61,3 +63,32 @@ def test_codes_do_what_the_numbers_do_that_they_stand_for(checkpoint, fmt, atten
   np.testing.assert_allclose(*read, rtol=1e-5, atol=1e-5)
   config = SampleConfig(max_new_tokens=12)
   assert ours.generate(IDS, config) == theirs.generate(IDS, config)
+
+
+def test_what_was_fp8_before_is_what_it_was(checkpoint, tmp_path):
+  wide = widened(load_checkpoint(checkpoint, dtype='fp8'))
+  again = load_checkpoint(saved(nnx.state(wide), tmp_path), dtype='fp8')
+  jax.tree.map(np.testing.assert_array_equal, nnx.state(widened(again)), nnx.state(wide))
+
+
+def test_what_products_do_not_widen_keeps_its_dtype(checkpoint):
+  narrow, wide = load_checkpoint(checkpoint, dtype='int8'), load_checkpoint(checkpoint)
+  block, kept = narrow.block(1), wide.block(1)
+  for path in 'attn.wo', 'attn.indexer.wq_b', 'ffn.w2', 'ffn.shared.w1':
+    got, want = (operator.attrgetter(path)(x)[...] for x in (block, kept))
+    assert got.codes.dtype == 'int8' and got.scale.dtype == 'float32'
+    most = jnp.abs(want).max() / 127  # Half of a step, and the smaller blocks' steps are no larger.
+    np.testing.assert_allclose(got.astype(jnp.float32), want, atol=0.51 * most)
+  for path in 'ffn.gate', 'attn.indexer.weights_proj', 'attn.kv_norm.scale':
+    got, want = (operator.attrgetter(path)(x)[...] for x in (block, kept))
+    np.testing.assert_array_equal(got, want)
+
+
+def test_v32_takes_little_more_than_its_released_checkpoint():
+  weights = jax.tree.leaves(abstract_weights(SIZES['v32'], 'fp8'))
+  assert sum(math.prod(x.shape) * x.dtype.itemsize for x in weights) < 1.05 * 689e9
+
+
+def test_unknown_formats_are_refused(checkpoint):
+  with pytest.raises(ConfigError, match=r"one of the formats .*'int8'.*; got 'fp4'"):
+    load_checkpoint(checkpoint, dtype='fp4')
