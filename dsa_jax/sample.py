@@ -188,7 +188,7 @@ if __name__ == '__main__':
       ),
       'weights': flags.DEFINE_enum(
           'weights', '', ['', *WEIGHTS],
-          'Format of the weights; default: fp8 if the released checkpoint was, or float32.',
+          'Format of the weights; default: fp8 if the released checkpoint was and this is no CPU, or float32.',
       ),
       'drafts': flags.DEFINE_bool(
           'drafts', None, "Lets the model's MTP layer guess tokens of --prompts, for fewer steps."

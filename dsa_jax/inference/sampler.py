@@ -20,7 +20,8 @@ from dsa_jax.data.text import VOCAB_SIZE
 from dsa_jax.data.tokenizer import Bytes, Tokenizer, find_tokenizer
 from dsa_jax.inference.batching import Completion, Text, complete
 from dsa_jax.inference.cache import Cache
-from dsa_jax.inference.load import config_of, find_checkpoint, load_checkpoint
+from dsa_jax.inference.load import StoredModel, config_of, find_checkpoint, load_checkpoint
+from dsa_jax.inference.memory import check_memory
 from dsa_jax.inference.programs import make_engine
 from dsa_jax.inference.sample_config import SampleConfig, padded
 from dsa_jax.inference.shares import check_mesh, check_texts, mesh_config, whole_rows
@@ -127,7 +128,7 @@ class Sampler:
         never trained.
       capacity: See the class.
       weights: 'float32', 'bfloat16', 'fp8' or 'int8', see `load_checkpoint`. '' stands for 'fp8' where the
-        released checkpoint was in FP8, and for 'float32' elsewhere.
+        released checkpoint was in FP8, and for 'float32' elsewhere and on a CPU, which widens slowly.
       mesh: See there. Each device reads its own share of the weights only.
       **kwargs: The other arguments of the class.
 
@@ -147,9 +148,10 @@ class Sampler:
             'that needs no training.'
         )
     selects = 'indexer' if attention == 'dense' else rule or stored.rule
-    _check_sizes(config_of(stored, index_topk), capacity, selects, mesh)
-    weights = weights or ('fp8' if stored.was_fp8 else 'float32')
-    model = load_checkpoint(folder, index_topk=index_topk, mesh=mesh, dtype=weights)
+    cfg = config_of(stored, index_topk)
+    sizes = dict(weights=weights or as_released(stored), cache=kwargs.get('cache') or cfg.dtype)
+    check_memory(cfg, **sizes, capacity=_check_sizes(cfg, capacity, selects, mesh), mesh=mesh)
+    model = load_checkpoint(folder, index_topk=index_topk, mesh=mesh, dtype=sizes['weights'])
     tokenizer = find_tokenizer(stored.origin)
     is_foreign = model.cfg.vocab_size != VOCAB_SIZE and not stored.source
     if isinstance(tokenizer, Bytes) and is_foreign:
@@ -397,6 +399,11 @@ def _check_sizes(cfg: ModelConfig, capacity: int, rule: str, mesh: Mesh | None) 
   capacity = capacity or whole_rows(cfg.max_seq_len, sizes)
   check_mesh(sizes, cfg, capacity=capacity, rule=rule)
   return capacity
+
+
+def as_released(stored: StoredModel) -> str:
+  """Returns the format in which weights are kept if nobody says."""
+  return 'fp8' if stored.was_fp8 and jax.default_backend() != 'cpu' else 'float32'
 
 
 def _check_writes_ids(config: SampleConfig):

@@ -16,6 +16,8 @@ import pytest
 from dsa_jax.config import ConfigError
 from dsa_jax.data.text import VOCAB_SIZE
 from dsa_jax.families import SIZES
+from dsa_jax.inference import memory, sampler
+from dsa_jax.inference.cache import bytes_per_token
 from dsa_jax.inference.load import load_checkpoint
 from dsa_jax.inference.sampler import SampleConfig, Sampler
 from dsa_jax.inference.weights import abstract_weights
@@ -25,14 +27,15 @@ from dsa_jax.training.optim import OptimConfig
 from dsa_jax.training.state import new_state
 
 CFG = dataclasses.replace(laws.CFG, vocab_size=VOCAB_SIZE, max_seq_len=64)
+GQA = dataclasses.replace(laws.GQA, vocab_size=VOCAB_SIZE, max_seq_len=64)
 IDS = [list(range(40, 64)), list(range(70, 81))]
 
 
-def saved(params, folder):
+def saved(params, folder, cfg=CFG):
   state = new_state(params, ('backbone',), OptimConfig(), seed=0)
   with Checkpoints(folder / 'checkpoints' / 'sparse') as checkpoints:
     checkpoints.save(1, state, Progress({}, 0.0))
-  (folder / 'config.json').write_text(json.dumps({'model': dataclasses.asdict(CFG)}))
+  (folder / 'config.json').write_text(json.dumps({'model': dataclasses.asdict(cfg)}))
   return folder / 'checkpoints' / 'sparse'
 
 
@@ -51,14 +54,10 @@ def widened(model):
   return jax.tree.map(wide, model, is_leaf=is_scaled)
 
 
-@pytest.mark.parametrize('fmt', ['fp8', 'int8'])
-@pytest.mark.parametrize('attention', ['sparse', 'dense'])
-def test_codes_do_what_the_numbers_do_that_they_stand_for(checkpoint, fmt, attention):
-  model = load_checkpoint(checkpoint, dtype=fmt)
-  assert any(map(is_scaled, jax.tree.leaves(model, is_leaf=is_scaled)))
-  ours, theirs = (
-      Sampler(m, attention=attention, capacity=64) for m in (model, widened(model))
-  )
+@pytest.mark.parametrize('cfg, fmt', [(CFG, 'fp8'), (GQA, 'int8')], ids=['mla-fp8', 'gqa-int8'])
+def test_codes_do_what_the_numbers_do_that_they_stand_for(cfg, fmt, tmp_path):
+  model = load_checkpoint(saved(laws.weights(cfg), tmp_path, cfg), dtype=fmt)
+  ours, theirs = Sampler(model, capacity=64), Sampler(widened(model), capacity=64)
   read = ours.read(IDS).logits, theirs.read(IDS).logits
   np.testing.assert_allclose(*read, rtol=1e-5, atol=1e-5)
   config = SampleConfig(max_new_tokens=12)
@@ -92,3 +91,14 @@ def test_v32_takes_little_more_than_its_released_checkpoint():
 def test_unknown_formats_are_refused(checkpoint):
   with pytest.raises(ConfigError, match=r"one of the formats .*'int8'.*; got 'fp4'"):
     load_checkpoint(checkpoint, dtype='fp4')
+
+
+def test_what_does_not_fit_is_said_before_loading(checkpoint, monkeypatch):
+  wide, narrow = (memory.weight_bytes(CFG, fmt, None) for fmt in ('float32', 'int8'))
+  of_cache = 64 * bytes_per_token(CFG, 'float32')
+  monkeypatch.setattr(memory, 'device_bytes', lambda: wide + of_cache)
+  Sampler.load(checkpoint)
+  monkeypatch.setattr(memory, 'device_bytes', lambda: narrow + of_cache)
+  monkeypatch.setattr(sampler, 'load_checkpoint', None)
+  with pytest.raises(ConfigError, match=r"What may fit: .*weights='int8'.*, about \d devices"):
+    Sampler.load(checkpoint)

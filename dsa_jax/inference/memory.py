@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whether a model and the cache of a text fit into memory, which is said before anything is loaded."""
+
+import math
+import os
+
+import jax
+from jax.sharding import Mesh
+
+from dsa_jax.config import ConfigError, ModelConfig
+from dsa_jax.inference.cache import bytes_per_token
+from dsa_jax.inference.weights import FORMATS, abstract_weights
+
+GIB = 2**30
+STEP = 1024  # Tokens, to whose multiples a capacity is rounded down that would fit.
+
+
+def device_bytes() -> int:
+  """Returns the memory of a device. On a CPU, devices share that of the machine."""
+  stats = jax.local_devices()[0].memory_stats() or {}
+  if 'bytes_limit' in stats:
+    return stats['bytes_limit']
+  of_machine = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
+  return of_machine // jax.local_device_count()
+
+
+def weight_bytes(cfg: ModelConfig, fmt: str, mesh: Mesh | None) -> int:
+  """Returns the bytes of a device's share of the weights in a format."""
+  leaves = jax.tree.leaves(abstract_weights(cfg, fmt, mesh=mesh))
+  return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
+
+
+def check_memory(
+    cfg: ModelConfig, *, weights: str, cache: str, capacity: int, mesh: Mesh | None
+):
+  """Raises a ConfigError if a device lacks room for its share of the weights and of one text's cache.
+
+  Args:
+    cfg: The model.
+    weights: The format of its weights, see `abstract_weights`.
+    cache: The format of the cache, see `init_cache`.
+    capacity: Tokens of a text.
+    mesh: The devices; None: one.
+  """
+  has, n_shares = device_bytes(), 1 if mesh is None else mesh.shape['context']
+  of_token = bytes_per_token(cfg, cache) / n_shares
+  of_weights = weight_bytes(cfg, weights, mesh)
+  needs = of_weights + capacity * of_token
+  if needs <= has:
+    return
+  narrower = FORMATS[FORMATS.index(weights) + 1 :]
+  sizes = {fmt: weight_bytes(cfg, fmt, mesh) + capacity * of_token for fmt in narrower}
+  options = [f'weights={fmt!r} ({size / GIB:.1f} GiB)' for fmt, size in sizes.items() if size <= has]
+  shorter = int((has - of_weights) / of_token) // STEP * STEP
+  options += [f'capacity={shorter}'] if shorter > 0 else []
+  more = math.ceil(needs / has) * (1 if mesh is None else mesh.size)
+  raise ConfigError(
+      f'a device has {has / GIB:.1f} GiB and would need {needs / GIB:.1f}: {of_weights / GIB:.1f} for '
+      f'weights in {weights}, the rest for the cache of a text of {capacity} tokens in {cache}. What may '
+      f'fit: {", ".join([*options, f"about {more} devices (mesh=...)"])}.'
+  )
