@@ -54,7 +54,13 @@ PARTS = {
     'other attention': Part(
         ('tests/kernels/test_dense_attention.py', 'tests/kernels/test_indexed_attention.py'), KERNELS
     ),
-    'models on chips': Part(('tests/nn/test_tpu_model.py', 'tests/test_bench_gpu.py'), MODELS),
+    'models on chips': Part(
+        (
+            'tests/nn/test_tpu_model.py', 'tests/test_bench_gpu.py', 'tests/compile/test_codes.py',
+            'tests/kernels/test_grouped_matmul.py',
+        ),
+        MODELS,
+    ),
     'caches': Part(
         (
             'tests/inference/test_extend.py', 'tests/inference/test_drafts.py',

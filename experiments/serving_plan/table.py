@@ -9,17 +9,18 @@ HERE = pathlib.Path(__file__).parent
 sys.path.insert(0, str(HERE))
 from plan import TOPOLOGIES, granted_gib  # noqa: E402
 
-CHIPS = {topology: chip for chip, topology in TOPOLOGIES.items()}
+CHIPS = {topology: chip for chip, of_chip in TOPOLOGIES.items() for topology in of_chip.values()}
 HEAD = (
-    'model', 'devices', 'step', 'texts', 'cache', 'weights, GiB', 'cache, GiB', 'temporaries, GiB',
+    'model', 'devices', 'step', 'texts', 'weights', 'cache', 'weights, GiB', 'cache, GiB', 'temporaries, GiB',
     'all, GiB', 'fits', 'sent, MiB', 'tokens per second', 'dollars per million',
 )  # fmt: skip
 
 
 def main():
   reports = [json.loads(path.read_text()) for path in HERE.glob('*.json')]
-  reports.sort(key=lambda x: (x['model'] != 'v32', x['topology'], x['phase'], x['batch'], x['cache']))
-  lines = ['| ' + ' | '.join(HEAD) + ' |', '| --- | --- | --- |' + ' ---: |' * (len(HEAD) - 3)]
+  order = 'topology', 'weights', 'phase', 'batch', 'cache'
+  reports.sort(key=lambda x: (x['model'] != 'v32', *(x[name] for name in order)))
+  lines = ['| ' + ' | '.join(HEAD) + ' |', '| --- | --- | --- | ---: | --- | --- |' + ' ---: |' * (len(HEAD) - 6)]
   lines += ['| ' + ' | '.join(cells_of(report)) + ' |' for report in reports]
   (HERE / 'table.md').write_text('\n'.join(lines) + '\n')
 
@@ -32,7 +33,8 @@ def cells_of(x: dict) -> list[str]:
   sizes = [f'{gib[part]:.1f}' for part in ('weights', 'cache', 'temporaries', 'total')]
   sent, speed = sum(x['collective_mib'].values()), x['by_roofline']
   return [
-      x['model'], f'{x["devices"]} {chip} ({mesh})', x['phase'], str(x['batch']), x['cache'], *sizes,
+      x['model'], f'{x["devices"]} {chip} ({mesh})', x['phase'], str(x['batch']), x['weights'], x['cache'],
+      *sizes,
       fits, f'{sent:,.0f}', f'{speed["tokens_per_second"]:,}', f'{speed["dollars_per_million"]:.2f}',
   ]  # fmt: skip
 

@@ -131,8 +131,11 @@ def test_what_does_not_fit_is_refused(rows, weights, sizes, message):
     grouped_matmul(jnp.zeros((5, 4)), jnp.zeros((2, 4, 3), jnp.bfloat16), sizes, backend='xla')
 
 
-@pytest.mark.parametrize('widths', [(256, 300), (24, 40)], ids=['blocks of 128', 'blocks of 8'])
-@pytest.mark.parametrize('dtype', ['float8_e4m3fn', 'int8'])
+CODES = [('float8_e4m3fn', (256, 300)), ('int8', (256, 300)), ('float8_e4m3fn', (24, 40))]
+
+
+@pytest.mark.hostile
+@pytest.mark.parametrize('dtype, widths', CODES, ids=['fp8', 'int8', 'small blocks'])
 @pytest.mark.parametrize('backend', BACKENDS)
 def test_widens_codes(backend, dtype, widths):
   sizes = (100, 0, 150, 13)
@@ -143,4 +146,4 @@ def test_widens_codes(backend, dtype, widths):
   with cases.interpreted(backend):
     run = jax.jit(grouped_matmul, static_argnames='backend')
     out = run(rows, codes, jnp.asarray(sizes, jnp.int32), backend=backend)
-  np.testing.assert_allclose(out, want, rtol=1e-4, atol=1e-3 * np.abs(want).max())
+  np.testing.assert_allclose(out, want, rtol=1e-4, atol=1e-5 * np.abs(want).max())
