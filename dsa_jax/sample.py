@@ -69,7 +69,8 @@ def load(of_sampler: dict[str, Any]) -> Sampler:
   if PROMPTS.value:
     check_texts(sizes, '--slots', SLOTS.value)
   mesh, began = make_mesh(**sizes.sizes) if sizes.n_devices > 1 else None, time.monotonic()
-  sampler = Sampler.load(CHECKPOINT.value, mesh=mesh, **of_sampler)
+  n_texts = SLOTS.value if PROMPTS.value else 1
+  sampler = Sampler.load(CHECKPOINT.value, mesh=mesh, n_texts=n_texts, **of_sampler)
   seconds, unit = time.monotonic() - began, 1 if sys.platform == 'darwin' else 1024
   gib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
   report(f'loaded in {seconds:.1f} s, with at most {gib:.2f} GiB of memory on this host')

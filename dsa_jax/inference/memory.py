@@ -9,6 +9,7 @@ from jax.sharding import Mesh
 
 from dsa_jax.config import ConfigError, ModelConfig
 from dsa_jax.inference.cache import bytes_per_token
+from dsa_jax.inference.shares import mesh_config
 from dsa_jax.inference.weights import FORMATS, abstract_weights
 
 GIB = 2**30
@@ -31,31 +32,39 @@ def weight_bytes(cfg: ModelConfig, fmt: str, mesh: Mesh | None) -> int:
 
 
 def check_memory(
-    cfg: ModelConfig, *, weights: str, cache: str, capacity: int, mesh: Mesh | None
+    cfg: ModelConfig,
+    *,
+    weights: str,
+    cache: str,
+    capacity: int,
+    n_texts: int,
+    mesh: Mesh | None,
 ):
-  """Raises a ConfigError if a device lacks room for its share of the weights and of one text's cache.
+  """Raises a ConfigError if a device lacks room for its shares of the weights and of the cache.
 
   Args:
     cfg: The model.
     weights: The format of its weights, see `abstract_weights`.
     cache: The format of the cache, see `init_cache`.
     capacity: Tokens of a text.
+    n_texts: Texts side by side.
     mesh: The devices; None: one.
   """
-  has, n_shares = device_bytes(), 1 if mesh is None else mesh.shape['context']
-  of_token = bytes_per_token(cfg, cache) / n_shares
+  has, sizes = device_bytes(), mesh_config(mesh)
+  n_own = math.ceil(n_texts / (sizes.fsdp * sizes.expert))  # Texts of a device.
+  of_token = n_own * bytes_per_token(cfg, cache) / sizes.context
   of_weights = weight_bytes(cfg, weights, mesh)
   needs = of_weights + capacity * of_token
   if needs <= has:
     return
   narrower = FORMATS[FORMATS.index(weights) + 1 :]
-  sizes = {fmt: weight_bytes(cfg, fmt, mesh) + capacity * of_token for fmt in narrower}
-  options = [f'weights={fmt!r} ({size / GIB:.1f} GiB)' for fmt, size in sizes.items() if size <= has]
+  needed = {fmt: weight_bytes(cfg, fmt, mesh) + capacity * of_token for fmt in narrower}
+  options = [f'weights={fmt!r} ({size / GIB:.1f} GiB)' for fmt, size in needed.items() if size <= has]
   shorter = int((has - of_weights) / of_token) // STEP * STEP
   options += [f'capacity={shorter}'] if shorter > 0 else []
-  more = math.ceil(needs / has) * (1 if mesh is None else mesh.size)
+  more = math.ceil(needs / has) * sizes.n_devices
   raise ConfigError(
       f'a device has {has / GIB:.1f} GiB and would need {needs / GIB:.1f}: {of_weights / GIB:.1f} for '
-      f'weights in {weights}, the rest for the cache of a text of {capacity} tokens in {cache}. What may '
-      f'fit: {", ".join([*options, f"about {more} devices (mesh=...)"])}.'
+      f'weights in {weights}, and caches in {cache} for texts of {capacity} tokens, {n_own} on each device. '
+      f'What may fit: {", ".join([*options, f"about {more} devices (mesh=...)"])}.'
   )

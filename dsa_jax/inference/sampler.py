@@ -115,6 +115,7 @@ class Sampler:
       attention: Attention | None = None,
       capacity: int = 0,
       weights: str = '',
+      n_texts: int = 1,
       mesh: Mesh | None = None,
       **kwargs,
   ) -> 'Sampler':
@@ -129,6 +130,7 @@ class Sampler:
       capacity: See the class.
       weights: 'float32', 'bfloat16', 'fp8' or 'int8', see `load_checkpoint`. '' stands for 'fp8' where the
         released checkpoint was in FP8, and for 'float32' elsewhere and on a CPU, which widens slowly.
+      n_texts: How many texts are to be written side by side, which memory is checked for.
       mesh: See there. Each device reads its own share of the weights only.
       **kwargs: The other arguments of the class.
 
@@ -149,9 +151,10 @@ class Sampler:
         )
     selects = 'indexer' if attention == 'dense' else rule or stored.rule
     cfg = config_of(stored, index_topk)
-    sizes = dict(weights=weights or as_released(stored), cache=kwargs.get('cache') or cfg.dtype)
-    check_memory(cfg, **sizes, capacity=_check_sizes(cfg, capacity, selects, mesh), mesh=mesh)
-    model = load_checkpoint(folder, index_topk=index_topk, mesh=mesh, dtype=sizes['weights'])
+    weights, cache = weights or as_released(stored), kwargs.get('cache') or cfg.dtype
+    sizes = dict(capacity=_check_sizes(cfg, capacity, selects, mesh), n_texts=n_texts, mesh=mesh)
+    check_memory(cfg, weights=weights, cache=cache, **sizes)
+    model = load_checkpoint(folder, index_topk=index_topk, mesh=mesh, dtype=weights)
     tokenizer = find_tokenizer(stored.origin)
     is_foreign = model.cfg.vocab_size != VOCAB_SIZE and not stored.source
     if isinstance(tokenizer, Bytes) and is_foreign:
