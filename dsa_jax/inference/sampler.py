@@ -155,15 +155,7 @@ class Sampler:
     sizes = dict(capacity=_check_sizes(cfg, capacity, selects, mesh), n_texts=n_texts, mesh=mesh)
     check_memory(cfg, weights=weights, cache=cache, **sizes)
     model = load_checkpoint(folder, index_topk=index_topk, mesh=mesh, dtype=weights)
-    tokenizer = find_tokenizer(stored.origin)
-    is_foreign = model.cfg.vocab_size != VOCAB_SIZE and not stored.source
-    if isinstance(tokenizer, Bytes) and is_foreign:
-      logging.warning(
-          '%s has no tokenizer.json: text is read and written as bytes, although the model has %d ids. '
-          'Put the tokenizer of the model there, or use ids: `read`, `steps` and `generate`.',
-          stored.folder, model.cfg.vocab_size,
-      )  # fmt: skip
-    chat = find_chat_template(stored.origin)
+    tokenizer, chat = _tokenizer_of(stored, cfg), find_chat_template(stored.origin)
     return cls(
         model, tokenizer, chat=chat, rule=selects, attention=attention, capacity=capacity, mesh=mesh,
         **kwargs,
@@ -402,6 +394,19 @@ def _check_sizes(cfg: ModelConfig, capacity: int, rule: str, mesh: Mesh | None) 
   capacity = capacity or whole_rows(cfg.max_seq_len, sizes)
   check_mesh(sizes, cfg, capacity=capacity, rule=rule)
   return capacity
+
+
+def _tokenizer_of(stored: StoredModel, cfg: ModelConfig) -> Tokenizer:
+  """Returns the tokenizer of a checkpoint, and warns where bytes stand in for that of its model."""
+  tokenizer = find_tokenizer(stored.origin)
+  is_foreign = cfg.vocab_size != VOCAB_SIZE and not stored.source
+  if isinstance(tokenizer, Bytes) and is_foreign:
+    logging.warning(
+        '%s has no tokenizer.json: text is read and written as bytes, although the model has %d ids. '
+        'Put the tokenizer of the model there, or use ids: `read`, `steps` and `generate`.',
+        stored.folder, cfg.vocab_size,
+    )  # fmt: skip
+  return tokenizer
 
 
 def as_released(stored: StoredModel) -> str:
