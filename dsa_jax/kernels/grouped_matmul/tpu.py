@@ -26,6 +26,8 @@ def product(rows, weights, sizes, *, transposed: bool):
 
 def scaled_product(rows, weights: BlockScaled, sizes):
   """Returns each row times its group's matrix, whose codes are widened and scaled tile by tile."""
+  if rows.shape[1] // weights.scale.shape[1] < tpu_codes.LEAST_BAND:
+    return product(rows, weights.astype(rows.dtype), sizes, transposed=False)
   return tpu_codes.product(rows, weights, sizes)
 
 

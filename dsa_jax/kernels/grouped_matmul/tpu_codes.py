@@ -20,8 +20,9 @@ from dsa_jax.kernels.tpu.layout import LANES
 from dsa_jax.kernels.tpu.resident import dot
 
 ROWS = 128  # Of a tile, at most.
-MOST = 2048  # Channels of a tile of codes in either direction, unless the matrix has few more.
+SIDE, MOST = 2**11, 2**22  # Of a tile of codes, if the matrix can be cut so: channels, and codes.
 SUBLANES = 8  # A tile of scales has so many bands, or all.
+LEAST_BAND = 32  # Rows of codes that share a line of scales: a vector has so many rows.
 
 
 class Visits(NamedTuple):
@@ -54,10 +55,22 @@ def plan_visits(sizes: Int[Array, 'X'], n_rows: int, tile: int) -> Visits:
   )
 
 
-def side_of(size: int, step: int, most: int = MOST) -> int:
-  """Returns the largest multiple of `step` up to `most` that divides a size, or else the size."""
-  sides = [side for side in range(step, most + 1, step) if size % side == 0]
-  return sides[-1] if sides and size > most else size
+def sides_of(n_inner: int, n_columns: int, band: int) -> tuple[int, int]:
+  """Returns the rows and the columns of a tile of codes."""
+  inner = _side(n_inner, SUBLANES * band, SIDE)
+  columns = _side(n_columns, LANES, MOST // inner)
+  return _side(n_inner, SUBLANES * band, MOST // columns), columns
+
+
+def _side(size: int, step: int, most: int) -> int:
+  """Returns the largest multiple of `step` that divides a size and is at most `most`, or one step.
+
+  If there is none, or the size is no larger, it returns the size.
+  """
+  if size <= most:
+    return size
+  sides = range(step, max(most, step) + 1, step)
+  return max((side for side in sides if size % side == 0), default=size)
 
 
 def product(rows, weights: BlockScaled, sizes):
@@ -66,7 +79,7 @@ def product(rows, weights: BlockScaled, sizes):
   n_bands, n_blocks = weights.scale.shape[1:]
   band = n_inner // n_bands
   tile = min(ROWS, pl.cdiv(n_rows, 16) * 16)
-  inner, columns = side_of(n_inner, SUBLANES * band), side_of(n_columns, LANES)
+  inner, columns = sides_of(n_inner, n_columns, band)
   steps = n_inner // inner
   visits = plan_visits(sizes, n_rows, tile)
   scale = jnp.repeat(weights.scale, n_columns // n_blocks, axis=2)
