@@ -98,7 +98,7 @@ class Sampler:
       )
     self.cfg, self.tokenizer, self.chat = model.cfg, tokenizer or Bytes(), chat
     self.attention, self.rule = attention, rule
-    self.capacity = _check_sizes(model.cfg, capacity, rule, mesh)
+    self.capacity = _check_sizes(model.cfg, capacity, mesh)
     self._engine = make_engine(
         model, attention=attention, rule=rule, cache=cache, chunk=chunk, backend=backend,
         drafts=drafts, mesh=mesh,
@@ -144,7 +144,7 @@ class Sampler:
             'that needs no training.'
         )
     selects = 'indexer' if attention == 'dense' else rule or stored.rule
-    _check_sizes(config_of(stored, index_topk), capacity, selects, mesh)
+    _check_sizes(config_of(stored, index_topk), capacity, mesh)
     model = load_checkpoint(folder, index_topk=index_topk, mesh=mesh)
     tokenizer = find_tokenizer(stored.origin)
     is_foreign = model.cfg.vocab_size != VOCAB_SIZE and not stored.source
@@ -385,13 +385,13 @@ class Sampler:
       raise ConfigError(f'{config.top_k=} must be at most the vocabulary of {self.cfg.vocab_size}.')
 
 
-def _check_sizes(cfg: ModelConfig, capacity: int, rule: str, mesh: Mesh | None) -> int:
+def _check_sizes(cfg: ModelConfig, capacity: int, mesh: Mesh | None) -> int:
   """Returns the capacity. Raises a ConfigError if it is out of range, or a mesh does not fit the model."""
   if not 0 <= capacity <= cfg.max_seq_len:
     raise ConfigError(f'{capacity=} must be within 0 and the {cfg.max_seq_len=}.')
   sizes = mesh_config(mesh)
   capacity = capacity or whole_rows(cfg.max_seq_len, sizes)
-  check_mesh(sizes, cfg, capacity=capacity, rule=rule)
+  check_mesh(sizes, cfg, capacity=capacity)
   return capacity
 
 
