@@ -89,6 +89,9 @@ PARTS = {
     'samplers on meshes': Part(
         ('tests/inference/test_sampler_meshes.py',), (*MODELS, 'dsa_jax/inference')
     ),
+    'evaluations on meshes': Part(
+        ('tests/evaluation/test_evaluation_meshes.py',), (*MODELS, 'dsa_jax/evaluation', 'dsa_jax/inference')
+    ),
     'wheel': Part(('tests/test_wheel.py',), ('setup.cfg', 'pyproject.toml')),
     'pods': Part(
         ('experiments/pod_plan',), MODELS,
