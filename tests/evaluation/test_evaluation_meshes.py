@@ -40,8 +40,9 @@ def save_run(folder: pathlib.Path, cfg) -> pathlib.Path:
     checkpoints.save(1, state, Progress({}, 0.0))
   (folder / 'config.json').write_text(json.dumps({'model': dataclasses.asdict(cfg)}))
   rng = np.random.default_rng(0)
-  words = [bytes(rng.integers(97, 123, 5, dtype=np.uint8)).decode() for _ in range(3000)]
-  (folder / 'text.txt').write_text('. '.join(words))
+  words = [bytes(rng.integers(97, 123, 5, dtype=np.uint8)).decode() for _ in range(600)]
+  lines = [f'Line {i} has the words {" ".join(words[i : i + 4])}.' for i in range(0, 600, 4)]
+  (folder / 'text.txt').write_text('\n'.join(lines))
   return folder / 'checkpoints' / 'sparse'
 
 
