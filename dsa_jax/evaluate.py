@@ -7,7 +7,8 @@ r"""Says what a model loses when its attention goes sparse.
 
 The first form scores the run's own validation data. Dense attention is always scored, too. The same
 command goes on where it was stopped, and adds the rules, budgets and tasks that are new.
---tasks=all lets every arm answer tasks of long context, too.
+--tasks=all lets every arm answer tasks of long context, too. --mesh.context=4 and the like share the
+work among several devices, as in training and in sampling.
 """
 
 import logging
@@ -126,9 +127,9 @@ if __name__ == '__main__':
       'backend': flags.DEFINE_string('backend', None, "Of the kernels; default: the platform's."),
   }  # fmt: skip
   MESH = {
-      'fsdp': flags.DEFINE_integer('fsdp', 1, 'Devices that share weights and rows.'),
-      'context': flags.DEFINE_integer('context_devices', 1, 'Devices that share a row.'),
-      'expert': flags.DEFINE_integer('expert', 1, 'Devices that share experts and rows.'),
-      'tensor': flags.DEFINE_integer('tensor', 1, 'Devices that share widths.'),
+      'fsdp': flags.DEFINE_integer('mesh.fsdp', 1, 'Devices that share rows and weights.'),
+      'context': flags.DEFINE_integer('mesh.context', 1, 'Devices that share the tokens of a row.'),
+      'expert': flags.DEFINE_integer('mesh.expert', 1, 'Devices that share rows and experts.'),
+      'tensor': flags.DEFINE_integer('mesh.tensor', 1, 'Devices that share heads and experts.'),
   }
   app.run(main)

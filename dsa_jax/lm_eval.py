@@ -5,7 +5,8 @@ r"""lm-evaluation-harness with models of this package.
     python -m dsa_jax.lm_eval --model dsa_jax --tasks hellaswag \
         --model_args checkpoint=runs/mine/checkpoints/sparse,attention=sparse,index_topk=64
 
-takes every flag of `lm_eval`. The arguments of a model are those of `evaluation.harness.Harness`.
+takes every flag of `lm_eval`. The arguments of a model are those of `evaluation.harness.Harness`; on
+several devices, `mesh.expert=8` and the like say how many share what.
 """
 
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from typing import Any
 
 from dsa_jax.config import ConfigError
 from dsa_jax.evaluation.harness import Harness
+from dsa_jax.parallel.mesh import MESH_AXES, MeshConfig
 
 
 def register() -> type:
@@ -38,7 +40,8 @@ def register() -> type:
         kwargs.pop(name, None)
       if not str(batch_size).isdigit():
         raise ConfigError(f'{batch_size=} must be a number.')
-      self._harness = Harness(checkpoint, batch_size=int(batch_size), **kwargs)
+      mesh = mesh_of(kwargs)
+      self._harness = Harness(checkpoint, batch_size=int(batch_size), mesh=mesh, **kwargs)
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
       return self._harness.likelihoods([request.args for request in requests])
@@ -50,6 +53,20 @@ def register() -> type:
       return self._harness.continuations([request.args for request in requests])
 
   return Model
+
+
+def mesh_of(kwargs: dict[str, Any]) -> MeshConfig:
+  """Takes `mesh.AXIS` out of the arguments of a model, and returns the mesh.
+
+  Raises:
+    ConfigError: There is no such axis, or no such size.
+  """
+  given = {name: kwargs.pop(name) for name in list(kwargs) if name.startswith('mesh.')}
+  sizes = {name.removeprefix('mesh.'): size for name, size in given.items()}
+  wrong = [name for name, n in sizes.items() if name not in MESH_AXES or not isinstance(n, int)]
+  if wrong:
+    raise ConfigError(f'{given} must give numbers of devices along axes of {MESH_AXES}.')
+  return MeshConfig(**sizes)
 
 
 def main():

@@ -168,10 +168,11 @@ def _sampler(subject: Subject, arm: Arm, tokenizer: Tokenizer) -> Sampler:
   return Sampler(
       nnx.merge(graph, subject.params),
       tokenizer,
-      capacity=max(settings.lengths),
+      capacity=settings.capacity,
       attention='sparse' if arm.rule else 'dense',
       rule=arm.rule or 'indexer',
       backend=settings.backend,
+      mesh=subject.mesh,
   )
 
 

@@ -2,20 +2,23 @@
 """What lm-evaluation-harness asks of a model: likelihoods of texts, and continuations."""
 
 from collections.abc import Iterator, Mapping, Sequence
+import contextlib
 import functools
 import pathlib
 from typing import Any, NamedTuple
 
 from flax import nnx
+import jax
 import numpy as np
 
-from dsa_jax.config import ConfigError
+from dsa_jax.config import ConfigError, ModelConfig
 from dsa_jax.data.batch import Batch
 from dsa_jax.data.tokenizer import find_tokenizer
-from dsa_jax.inference.load import find_checkpoint, load_checkpoint
+from dsa_jax.inference.load import config_of, find_checkpoint, load_checkpoint
 from dsa_jax.inference.sampler import SampleConfig, Sampler
 from dsa_jax.kernels.backend import default_backend
 from dsa_jax.nn.attention.types import Attention, Mode
+from dsa_jax.parallel.mesh import MeshConfig, make_mesh
 from dsa_jax.reporting.evaluate import score_batch
 
 NEW_TOKENS = 256  # Tokens of a continuation, unless the task says otherwise.
@@ -43,6 +46,7 @@ class Harness:
       batch_size: int = 4,
       max_length: int | None = None,
       backend: str = '',
+      mesh: MeshConfig = MeshConfig(),
   ):
     """Loads a checkpoint.
 
@@ -56,6 +60,7 @@ class Harness:
       max_length: The longest text; the beginning of others is left out. None stands for all that
         the model can read.
       backend: The kernels that run. '' stands for the platform's default.
+      mesh: The devices that share the work.
 
     Raises:
       ConfigError: There is no such checkpoint, or an argument is out of range or without effect.
@@ -68,16 +73,12 @@ class Harness:
       raise ConfigError(
           f'{index_topk=} and {rule=} would change nothing, because attention is dense.'
       )
-    if batch_size < 1:
-      raise ConfigError(f'{batch_size=} must be at least 1.')
-    self._model = load_checkpoint(checkpoint, index_topk=index_topk)
-    longest = self._model.cfg.max_seq_len
-    if max_length is not None and not 2 <= max_length <= longest:
-      raise ConfigError(
-          f'{max_length=} must be within 2 and the {longest} that the model can read.'
-      )
+    cfg = config_of(stored, index_topk)
+    self.batch_size, self.max_length = batch_size, _longest(cfg, max_length, batch_size, mesh)
+    self._mesh = make_mesh(**mesh.sizes) if mesh.n_devices > 1 else None
+    self._shares = mesh.context * mesh.tensor  # As many devices share the tokens of a row.
+    self._model = load_checkpoint(checkpoint, index_topk=index_topk, mesh=self._mesh)
     selects = 'indexer' if attention == 'dense' else rule or stored.rule
-    self.batch_size, self.max_length = batch_size, max_length or longest
     self.tokenizer = find_tokenizer(stored.origin)
     self._mode = Mode(attention=attention, rule=selects, backend=backend or default_backend())
     self._graph, self._params = nnx.split(self._model)
@@ -87,7 +88,7 @@ class Harness:
     mode = self._mode
     return Sampler(
         self._model, self.tokenizer, capacity=self.max_length, attention=mode.attention,
-        rule=mode.rule, backend=mode.backend,
+        rule=mode.rule, backend=mode.backend, mesh=self._mesh,
     )  # fmt: skip
 
   def likelihoods(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[float, bool]]:
@@ -163,7 +164,9 @@ class Harness:
     for first in range(0, len(order), self.batch_size):
       own = order[first : first + self.batch_size]
       batch = self._batch([rows[i] for i in own])
-      nats, right = map(np.asarray, score_batch(self._graph, self._params, batch, self._mode, None))
+      with jax.set_mesh(self._mesh) if self._mesh else contextlib.nullcontext():
+        scored = score_batch(self._graph, self._params, batch, self._mode, None)
+      nats, right = map(np.asarray, scored)
       for n, i in enumerate(own):
         counted = batch.weights[n] > 0
         results[i] = -float(nats[n][counted].sum()), bool(right[n][counted].all())
@@ -171,7 +174,8 @@ class Harness:
 
   def _batch(self, rows: Sequence[Row]) -> Batch:
     longest = max(len(row.ids) for row in rows) - 1
-    width = min(max(SHORTEST, 1 << max(longest - 1, 0).bit_length()), self.max_length)
+    width = max(SHORTEST, 1 << max(longest - 1, 0).bit_length())
+    width = min(width + -width % self._shares, self.max_length)
     shape, position = (self.batch_size, width), np.arange(width, dtype=np.int32)
     tokens, targets = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
     weights = np.zeros(shape, np.float32)
@@ -183,3 +187,21 @@ class Harness:
       start[i, :n], end[i, :n] = 0, position[:n] + 1
     return Batch(tokens, targets, weights, start, end)
 
+
+
+def _longest(cfg: ModelConfig, max_length: int | None, batch_size: int, mesh: MeshConfig) -> int:
+  """Returns how many tokens a text may have.
+
+  Raises:
+    ConfigError: The length or the batch size is out of range, or the mesh cannot split them or the model.
+  """
+  if batch_size < 1:
+    raise ConfigError(f'{batch_size=} must be at least 1.')
+  longest = cfg.max_seq_len
+  if max_length is not None and not 2 <= max_length <= longest:
+    raise ConfigError(f'{max_length=} must be within 2 and the {longest} that the model can read.')
+  if mesh.n_devices > 1:
+    longest -= longest % (2 * mesh.context * mesh.tensor)
+    mesh.check_model(cfg)
+    mesh.check_rows(batch_size, max_length or longest)
+  return max_length or longest

@@ -247,7 +247,7 @@ def _markdown(results: Mapping[str, Any], drawn: Sequence[str]) -> str:
       '# Dense and sparse',
       f'{where}: {results["targets"]:,} targets in {settings["rows"]} rows of'
       f' {results["context"]:,} tokens. {results["machine"]}, {results["date"]} ({versions}).'
-      f' {settings["batch_size"]} rows at a time took {memory}.',
+      f' {settings["batch_size"]} rows at a time{_devices(settings["mesh"])} took {memory}.',
   ]
   parts += [] if results['has_trained_indexer'] else [NOT_TRAINED]
   parts += [f'**{text}**' for text in warnings(results)]
@@ -272,6 +272,12 @@ def _markdown(results: Mapping[str, Any], drawn: Sequence[str]) -> str:
     parts += [caption + WINDOWS_CAPTION * bool(results['window_layers'])]
   parts += [f'![What each rule selects, by layer]({drawn[1]})', *_times(results)]
   return '\n\n'.join(parts) + '\n'
+
+
+def _devices(mesh: Mapping[str, int]) -> str:
+  """Says what shared the work, if it was more than one device."""
+  axes = [f'{name}={size}' for name, size in mesh.items() if size > 1]
+  return f' on the mesh {", ".join(axes)}' if axes else ''
 
 
 def _times(results: Mapping[str, Any]) -> list[str]:

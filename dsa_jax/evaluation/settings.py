@@ -74,6 +74,11 @@ class Settings:
     if self.backend and (reason := why_not_here(self.backend)):
       raise ConfigError(f'backend={self.backend!r}: {reason}')
 
+  @property
+  def capacity(self) -> int:
+    """The tokens of a cache for tasks: as many as the longest has, or a few more for an even split."""
+    return max(self.lengths) + -max(self.lengths) % self.mesh.context
+
   def _check_tasks(self):
     if unknown := [kind for kind in self.tasks if kind not in KINDS]:
       raise ConfigError(f'tasks={self.tasks} names {unknown}; the kinds are {tuple(KINDS)}.')
@@ -81,5 +86,3 @@ class Settings:
       raise ConfigError(f'lengths={self.lengths} would change nothing without tasks.')
     if self.chat and ('{prompt}' not in self.chat or self.prompt != 'instruct'):
       raise ConfigError(f"chat={self.chat!r} must hold '{{prompt}}', and needs prompt='instruct'.")
-    if self.tasks and self.mesh.n_devices > 1:
-      raise ConfigError(f'tasks run on one device, and not on {self.mesh.n_devices}.')

@@ -22,6 +22,7 @@ from dsa_jax.data.sources import DataConfig
 from dsa_jax.data.tokenizer import kept_tokenizer
 from dsa_jax.evaluation.settings import CONTEXT, Settings
 from dsa_jax.inference.load import StoredModel, find_checkpoint, load_checkpoint
+from dsa_jax.inference.shares import check_mesh
 from dsa_jax.kernels.backend import default_backend
 from dsa_jax.parallel.mesh import make_mesh
 from dsa_jax.reporting.plots import replace_bytes
@@ -89,6 +90,8 @@ def open_subject(settings: Settings) -> Subject:
   if settings.mesh.n_devices > 1:
     settings.mesh.check_model(cfg)
     settings.mesh.check_rows(settings.batch_size, settings.context)
+    if settings.tasks:
+      check_mesh(settings.mesh, cfg, capacity=min(settings.capacity, cfg.max_seq_len))
   mesh = make_mesh(**settings.mesh.sizes) if settings.mesh.n_devices > 1 else None
   source = data.rows(settings.context, 'validation')
   batches = first_batches(source, settings.batch_size, settings.rows // settings.batch_size, seed=0)

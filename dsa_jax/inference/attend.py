@@ -14,13 +14,13 @@ from dsa_jax.config import ModelConfig
 from dsa_jax.inference import positions, storage
 from dsa_jax.inference.cache import match_rows, split_rows
 from dsa_jax.inference.piece import Held, Piece
+from dsa_jax.inference.split_rules import select_by_rule
 from dsa_jax.inference.split_selection import select_by_scores
 from dsa_jax.inference.storage import Span, Store
 from dsa_jax.kernels import dense_attention, indexed_attention, sparse_attention
 from dsa_jax.kernels.backend import packs_all_keys
 from dsa_jax.nn.attention.layer import Attention as AttentionLayer
 from dsa_jax.nn.attention.types import Views, row_keys
-from dsa_jax.selection import Candidates, find_rule
 
 
 def select(
@@ -28,32 +28,13 @@ def select(
 ) -> Int[Array, 'B T *G K']:
   """Returns the positions that the rule selects from what the cache holds of a layer.
 
-  The main attention is shown to the rule as rows, the only form that the cache has. Rules other than
-  the indexer need all keys and heads on this device.
+  The main attention is shown to the rule as rows, the only form that the cache has.
   """
-  index, cfg, end = views.index, layer.cfg, piece.end
-  if piece.rule == 'indexer':
-    return select_by_scores(
-        index, held.index_key, held.index_span, end, cfg, piece.backend, piece.shared
-    )
-  q = match_rows(views.row_q, held.kv, cfg.row_dim, held.n_heads)
-  rows = split_rows(storage.read_layer(held.kv, held.span).decode(views.rows.dtype), held.n_heads)
-  candidates = Candidates(
-      index_q=held.index_key.match(index.q),
-      index_k=storage.read_layer(held.index_key, held.index_span).decode(index.q.dtype),
-      index_weights=index.weights,
-      q=q,
-      k=row_keys(rows, q),
-      start=jnp.zeros_like(end),
-      end=end,
-      key=key,
-      choice=None,
-      sm_scale=cfg.sm_scale,
-      topk=cfg.index_topk,
-      backend=piece.backend,
-      n_selections=cfg.index_n_selections,
+  if piece.rule != 'indexer':
+    return select_by_rule(layer, views, held, piece, key)
+  return select_by_scores(
+      views.index, held.index_key, held.index_span, piece.end, layer.cfg, piece.backend, piece.shared
   )
-  return find_rule(piece.rule)(candidates)
 
 
 def attend(

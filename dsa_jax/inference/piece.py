@@ -14,7 +14,7 @@ from dsa_jax.inference.storage import Span, Store
 from dsa_jax.kernels.backend import packs_all_keys
 from dsa_jax.nn.attention.types import Attention
 from dsa_jax.parallel import collectives
-from dsa_jax.parallel.mesh import TOKENS
+from dsa_jax.parallel.mesh import SEQUENCES, TOKENS
 from dsa_jax.selection import check_rule
 
 SHORT = 2  # Times K. Beyond as many tokens, gathering selected rows takes less than a mask.
@@ -43,6 +43,13 @@ class Piece(NamedTuple):
   def all(self, x: Shaped[Array, 'B T *any']) -> Shaped[Array, 'B T2 *any']:
     """Returns what all devices that share new tokens have of them."""
     return collectives.all_gather(x, *self.spread, dim=1)
+
+  @property
+  def row(self) -> Int[Array, 'B']:
+    """Returns the numbers that the sequences of this device have in the batch."""
+    axes = [axis for axis in SEQUENCES if axis not in self.shared + self.spread]
+    n = len(self.length)
+    return collectives.axis_index(*axes) * n + jnp.arange(n, dtype=jnp.int32)
 
   @property
   def sees_all(self) -> bool:

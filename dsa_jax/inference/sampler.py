@@ -99,7 +99,7 @@ class Sampler:
       )
     self.cfg, self.tokenizer, self.chat = model.cfg, tokenizer or Bytes(), chat
     self.attention, self.rule = attention, rule
-    self.capacity = _check_sizes(model.cfg, capacity, rule, mesh)
+    self.capacity = _check_sizes(model.cfg, capacity, mesh)
     self._engine = make_engine(
         model, attention=attention, rule=rule, cache=cache, chunk=chunk, backend=backend,
         drafts=drafts, mesh=mesh,
@@ -152,7 +152,7 @@ class Sampler:
     selects = 'indexer' if attention == 'dense' else rule or stored.rule
     cfg = config_of(stored, index_topk)
     weights, cache = weights or as_released(stored), kwargs.get('cache') or cfg.dtype
-    sizes = dict(capacity=_check_sizes(cfg, capacity, selects, mesh), n_texts=n_texts, mesh=mesh)
+    sizes = dict(capacity=_check_sizes(cfg, capacity, mesh), n_texts=n_texts, mesh=mesh)
     check_memory(cfg, weights=weights, cache=cache, **sizes)
     model = load_checkpoint(folder, index_topk=index_topk, mesh=mesh, dtype=weights)
     tokenizer, chat = _tokenizer_of(stored, cfg), find_chat_template(stored.origin)
@@ -386,13 +386,13 @@ class Sampler:
       raise ConfigError(f'{config.top_k=} must be at most the vocabulary of {self.cfg.vocab_size}.')
 
 
-def _check_sizes(cfg: ModelConfig, capacity: int, rule: str, mesh: Mesh | None) -> int:
+def _check_sizes(cfg: ModelConfig, capacity: int, mesh: Mesh | None) -> int:
   """Returns the capacity. Raises a ConfigError if it is out of range, or a mesh does not fit the model."""
   if not 0 <= capacity <= cfg.max_seq_len:
     raise ConfigError(f'{capacity=} must be within 0 and the {cfg.max_seq_len=}.')
   sizes = mesh_config(mesh)
   capacity = capacity or whole_rows(cfg.max_seq_len, sizes)
-  check_mesh(sizes, cfg, capacity=capacity, rule=rule)
+  check_mesh(sizes, cfg, capacity=capacity)
   return capacity
 
 

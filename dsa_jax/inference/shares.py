@@ -100,14 +100,9 @@ def whole_rows(capacity: int, mesh: MeshConfig) -> int:
   return capacity - capacity % mesh.context
 
 
-def check_mesh(mesh: MeshConfig, cfg: ModelConfig, *, capacity: int, rule: str):
+def check_mesh(mesh: MeshConfig, cfg: ModelConfig, *, capacity: int):
   """Raises a ConfigError if a mesh cannot hold a model or its cache; see `Sampler`."""
   mesh.check_model(cfg)
-  if mesh.n_devices > 1 and rule != 'indexer':
-    raise ConfigError(
-        f"{rule=} needs all keys and heads of a text on one device: on a mesh, {mesh.sizes}, what "
-        "selects is the 'indexer'."
-    )
   if capacity % mesh.context:
     below = whole_rows(capacity, mesh)
     raise ConfigError(

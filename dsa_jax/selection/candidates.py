@@ -23,12 +23,14 @@ class Candidates(NamedTuple):
   k: Float[Array, 'B S G E']
   start: Int[Array, 'B T']
   end: Int[Array, 'B T']
-  key: Key[Array, '']  # It differs from layer to layer and from step to step.
+  key: Key[Array, '']  # It differs from layer to layer and from step to step; all rows share it.
   choice: Int[Array, ''] | None  # The number of the rule that selects; see `find_rule`.
   sm_scale: float
   topk: int
   backend: str
   n_selections: int = 1  # G where each key head has a selection of its own.
+  # The numbers of the rows in the batch, which several devices may share. None: from 0 on.
+  row: Int[Array, 'B'] | None = None
 
 
 # Returns int32 positions [B, T, K], ascending, then -1. Where `n_selections` is above 1, a rule may

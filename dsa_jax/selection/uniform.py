@@ -14,11 +14,11 @@ def random(c: Candidates) -> Int[Array, 'B T K']:
   """Selects visible keys uniformly.
 
   `c.key`, the row of the batch and the positions of query and key determine which, so a text may be
-  read whole or in pieces.
+  read whole or in pieces, on one device or on several.
   """
-  batch = len(c.start)
   keys = jnp.arange(c.k.shape[1], dtype=jnp.uint32)
-  row = jnp.arange(batch, dtype=jnp.uint32)[:, None, None]
+  row = jnp.arange(len(c.start)) if c.row is None else c.row
+  row = row.astype(jnp.uint32)[:, None, None]
   salt = jax.random.bits(c.key, dtype=jnp.uint32)
 
   def select(rows):

@@ -15,6 +15,7 @@ import tempfile
 from unittest import mock
 
 import jax
+import jax.numpy as jnp
 import laws
 import numpy as np
 
@@ -24,7 +25,10 @@ from dsa_jax.inference.programs import logits_of, make_engine, of_texts, read_hi
 from dsa_jax.inference.sampler import SampleConfig, Sampler
 from dsa_jax.inference.slots import filled_slots, write
 from dsa_jax.kernels.block_scaled import BlockScaled
+from dsa_jax.kernels import index_scores
+from dsa_jax.kernels.select_topk import select_topk
 from dsa_jax.parallel.mesh import make_mesh
+from dsa_jax.selection import RULES, Candidates
 from dsa_jax.training import checkpoint
 from dsa_jax.training.state import new_state
 
@@ -45,7 +49,7 @@ DATA = {'fsdp': 2, 'expert': 2, 'context': 2}
 OWNERS = {'expert': 2, 'tensor': 2, 'context': 2}
 EVERY = {'fsdp': 4}, {'context': 8}, {'expert': 4}, {'tensor': 4}, MIXED, DATA, OWNERS
 BOTH = 'sparse', 'dense'
-READ = [  # Mesh, model, attention, texts, format of the cache.
+READ = [  # Mesh, model, attention, texts, format of the cache; and the rule, if it is not the indexer.
     *((sizes, CFG, attention, 4, 'float32') for sizes in EVERY for attention in BOTH),
     (OWNERS, CFG, 'masked', 2, 'float32'),
     (MIXED, WINDOWED, 'sparse', 2, 'float32'),
@@ -59,12 +63,33 @@ READ = [  # Mesh, model, attention, texts, format of the cache.
     (MIXED, SHORT, 'sparse', 2, 'float32'),
     (OWNERS, SHORTER, 'sparse', 2, 'float32'),
     (DATA, WINDOWED, 'sparse', 1, 'float32'),
+    (OWNERS, CFG, 'sparse', 2, 'float32', 'oracle'),
+    ({'tensor': 8}, GQA, 'masked', 1, 'float32', 'oracle'),
+    (MIXED, GQA_FP8, 'sparse', 2, 'fp8', 'oracle'),
+    (DATA, CFG, 'sparse', 4, 'float32', 'random'),
+    (DATA, SHARING, 'sparse', 1, 'float32', 'random'),
+    (OWNERS, WINDOWED, 'sparse', 2, 'float32', 'window_sinks'),
     (MIXED, GQA_EACH, 'sparse', 2, 'float32'),
+    (MIXED, GQA_EACH, 'sparse', 2, 'float32', 'mine'),
 ]  # fmt: skip
-WRITTEN = [(sizes, drafts) for sizes in (MIXED, DATA, OWNERS) for drafts in (False, True)]
+STEPS = ('sparse', 'indexer'), ('dense', 'indexer'), ('sparse', 'window_sinks')
+WRITTEN = [(DATA, False, 'random')]
+WRITTEN += [(sizes, drafts, 'indexer') for sizes in (MIXED, DATA, OWNERS) for drafts in (False, True)]
 LENGTHS = (26, 3, 26, 21)
 PIECES = {'all': (0, 15, 19, 20, 26), 'few': (0, 16, 20)}  # Of many tokens, few, and one.
 CAPACITY = 32
+
+
+def mine(c: Candidates):
+  """A rule that looks at everything: index keys, the keys and queries of all heads, and rows."""
+  scores = index_scores(c.index_q, c.index_k, c.index_weights)
+  scores += jnp.einsum('BTHE,BSGE,H->BTS', c.q, c.k, 1.0 + jnp.arange(c.q.shape[2]))
+  row = jnp.arange(len(c.start)) if c.row is None else c.row
+  scores *= jnp.where(row % 2, 1, -1)[:, None, None]
+  return select_topk(scores, c.start, c.end, topk=c.topk)
+
+
+RULES['mine'] = mine
 
 
 def model_of(cfg):
@@ -90,10 +115,10 @@ def read_piece(weights, cache, tokens, n_new, *, reader, visible):
 
 
 @functools.cache
-def read(pieces: str, cfg, attention: str, texts: int, fmt: str, mesh=None):
+def read(pieces: str, cfg, attention: str, texts: int, fmt: str, rule: str, mesh=None):
   """The logits and selections of a text that is read piece by piece."""
   engine = make_engine(
-      model_of(cfg), attention=attention, rule='indexer', cache=fmt, chunk=8, backend='xla',
+      model_of(cfg), attention=attention, rule=rule, cache=fmt, chunk=8, backend='xla',
       drafts=False, mesh=mesh,
   )  # fmt: skip
   tokens = np.random.default_rng(0).integers(cfg.vocab_size, size=(texts, 26)).astype(np.int32)
@@ -112,9 +137,9 @@ def read(pieces: str, cfg, attention: str, texts: int, fmt: str, mesh=None):
   return np.concatenate(logits, 1), np.concatenate(selected, 2)
 
 
-def written(drafts: bool, mesh=None, model=None):
+def written(drafts: bool, rule: str, mesh=None, model=None):
   """What a running batch writes, in how many steps, and how much of each prompt it has not read again."""
-  sampler = Sampler(model or model_of(CFG), chunk=16, drafts=drafts, mesh=mesh)
+  sampler = Sampler(model or model_of(CFG), chunk=16, drafts=drafts, rule=rule, mesh=mesh)
   long = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 7] * 3
   prompts = [long, [2, 7], [9] * 12, [*long, 1]]
   config = SampleConfig(max_new_tokens=6, temperature=1.0)
@@ -122,12 +147,12 @@ def written(drafts: bool, mesh=None, model=None):
   return sorted((x.prompt, x.ids, x.steps, x.reused_tokens) for x in completions)
 
 
-def step_bytes(capacity: int, attention: str) -> tuple[dict[str, int], int]:
+def step_bytes(capacity: int, attention: str, rule: str) -> tuple[dict[str, int], int]:
   """What a step of decoding says to the devices that share positions; and the size of the cache."""
   cfg = dataclasses.replace(CFG, max_seq_len=4096, n_mtp_layers=0)
   mesh = make_mesh(context=8)
   engine = make_engine(
-      model_of(cfg), attention=attention, rule='indexer', cache='', chunk=8, backend='xla',
+      model_of(cfg), attention=attention, rule=rule, cache='', chunk=8, backend='xla',
       drafts=False, mesh=mesh,
   )  # fmt: skip
   cache = engine.empty_cache(2, capacity)
@@ -184,7 +209,7 @@ def narrow(sizes) -> bool:
   with saved() as folder:
     model = load_checkpoint(folder, mesh=mesh, dtype='fp8')
   wide = jax.tree.map(lambda x: jax.numpy.asarray(widened(x)), model, is_leaf=is_scaled)
-  return written(False, mesh, model) == written(False, None, wide)
+  return written(False, 'indexer', mesh, model) == written(False, 'indexer', None, wide)
 
 
 def n_shards(x: jax.Array) -> int:
@@ -194,19 +219,19 @@ def n_shards(x: jax.Array) -> int:
 def main(few: bool, part: int, n_parts: int):
   """Runs one part of n of the cases."""
   print_row(case='loading', same=all(loading().values()))
-  for attention in ('sparse',) if few else ('sparse', 'dense'):
-    (short, size), (long, _) = (step_bytes(n, attention) for n in (512, 4096))
-    print_row(case=f'bytes, {attention}', short=short, long=long, size=size)
-  for sizes, cfg, attention, texts, fmt in READ[-2:] if few else READ[part::n_parts]:
-    case = 'few' if few else 'all', cfg, attention, texts, fmt
+  for case in STEPS[:1] if few else STEPS[part::n_parts]:
+    (short, size), (long, _) = (step_bytes(n, *case) for n in (512, 4096))
+    print_row(case=f'bytes, {case}', short=short, long=long, size=size)
+  for sizes, cfg, attention, texts, fmt, *rule in READ[-2:] if few else READ[part::n_parts]:
+    case = 'few' if few else 'all', cfg, attention, texts, fmt, *(rule or ['indexer'])
     wanted, (logits, selected) = read(*case), read(*case, make_mesh(**sizes))
     print_row(
-        case=f'{attention} {sizes} {cfg.attention} {texts} {fmt}',
+        case=f'{attention} {sizes} {cfg.attention} {texts} {fmt} {rule}',
         logits=float(np.abs(logits - wanted[0]).max()), same=np.array_equal(selected, wanted[1]),
     )  # fmt: skip
-  for sizes, drafts in WRITTEN[-1:] if few else WRITTEN[part::n_parts]:
-    same = written(drafts, make_mesh(**sizes)) == written(drafts)
-    print_row(case=f'written {sizes} {drafts=}', same=same)
+  for sizes, *case in WRITTEN[-1:] if few else WRITTEN[part::n_parts]:
+    same = written(*case, make_mesh(**sizes)) == written(*case)
+    print_row(case=f'written {sizes} {case}', same=same)
   if part == n_parts - 1 > 0:
     for sizes in MIXED, OWNERS:
       print_row(case=f'weights in FP8, {sizes}', same=narrow(sizes))

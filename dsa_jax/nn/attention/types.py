@@ -5,6 +5,7 @@ import dataclasses
 from typing import Literal, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from dsa_jax import selection
@@ -12,7 +13,7 @@ from dsa_jax.config import ConfigError, ModelConfig
 from dsa_jax.nn.indexer import IndexInputs
 from dsa_jax.nn.remat import check_policy
 from dsa_jax.parallel import collectives
-from dsa_jax.parallel.mesh import MESH_AXES
+from dsa_jax.parallel.mesh import SEQUENCES
 
 Attention = Literal['dense', 'sparse', 'masked']
 
@@ -109,11 +110,11 @@ class Views(NamedTuple):
     """Returns what a selection rule may look at, without gradients."""
     index = self.index or (None, None, None)
     arrays = jax.lax.stop_gradient((*index, self.q, self.k))
-    if collectives.axis_size(*MESH_AXES) > 1:  # Each device draws its own random numbers.
-      key = jax.random.fold_in(key, collectives.axis_index(*MESH_AXES))
+    n = len(start)
     return selection.Candidates(
-        *arrays, start, end, key, choice, cfg.sm_scale, cfg.index_topk, backend, cfg.index_n_selections
-    )
+        *arrays, start, end, key, choice, cfg.sm_scale, cfg.index_topk, backend, cfg.index_n_selections,
+        row=collectives.axis_index(*SEQUENCES) * n + jnp.arange(n, dtype=jnp.int32),
+    )  # fmt: skip
 
 
 def row_keys(
