@@ -65,7 +65,7 @@ PARTS = {
         (
             'tests/inference/test_extend.py', 'tests/inference/test_drafts.py',
             'tests/inference/test_batching.py', 'tests/reporting/test_inspect.py',
-            'tests/compile/test_decode.py',
+            'tests/compile/test_decode.py', 'tests/inference/test_weights.py',
         ),
         (*MODELS, 'dsa_jax/inference'),
     ),

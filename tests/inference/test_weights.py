@@ -54,14 +54,24 @@ def widened(model):
   return jax.tree.map(wide, model, is_leaf=is_scaled)
 
 
-@pytest.mark.parametrize('cfg, fmt', [(CFG, 'fp8'), (GQA, 'int8')], ids=['mla-fp8', 'gqa-int8'])
-def test_codes_do_what_the_numbers_do_that_they_stand_for(cfg, fmt, tmp_path):
-  model = load_checkpoint(saved(laws.weights(cfg), tmp_path, cfg), dtype=fmt)
-  ours, theirs = Sampler(model, capacity=64), Sampler(widened(model), capacity=64)
-  read = ours.read(IDS).logits, theirs.read(IDS).logits
+@pytest.fixture(scope='module', params=[(CFG, 'fp8'), (GQA, 'int8')], ids=['mla-fp8', 'gqa-int8'])
+def pair(request, tmp_path_factory):
+  """Samplers with codes, and with the numbers that these stand for."""
+  cfg, fmt = request.param
+  folder = saved(laws.weights(cfg), tmp_path_factory.mktemp('run'), cfg)
+  model = load_checkpoint(folder, dtype=fmt)
+  return Sampler(model, capacity=64), Sampler(widened(model), capacity=64)
+
+
+def test_codes_do_what_the_numbers_do_that_they_stand_for(pair):
+  read = (sampler.read(IDS).logits for sampler in pair)
   np.testing.assert_allclose(*read, rtol=1e-5, atol=1e-5)
-  config = SampleConfig(max_new_tokens=12)
-  assert ours.generate(IDS, config) == theirs.generate(IDS, config)
+
+
+@pytest.mark.nightly
+def test_codes_write_what_the_numbers_do(pair):
+  ours, theirs = (sampler.generate(IDS, SampleConfig(max_new_tokens=12)) for sampler in pair)
+  assert ours == theirs
 
 
 def test_what_was_fp8_before_is_what_it_was(checkpoint, tmp_path):
