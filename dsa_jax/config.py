@@ -11,7 +11,7 @@ import re
 
 ATTENTION = 'mla', 'gqa'
 ROPE_TYPES = 'default', 'linear', 'llama3', 'yarn'
-TOPK_METHODS = 'noaux_tc', 'greedy', 'group_limited_greedy'
+TOPK_METHODS = 'noaux_tc', 'greedy', 'group_limited_greedy', 'best_two_of_groups'
 OUTPUT_GATES = '', 'latents', 'hidden', 'heads'
 # The sizes that layers with a window may have of their own, in fields that begin with `window_`.
 WINDOW_SIZES = (
@@ -65,6 +65,8 @@ class ModelConfig:
   streams_magnitude: float = 2.0  # The most that a stream takes of what a layer computes.
   streams_eps: float = 1e-6  # What is added to each weight of a stream.
   tie_embeddings: bool = False  # Whether the head is the embedding's transpose.
+  # A head's products z become logits c · tanh(z / c), which stay within c. 0: they are the logits.
+  logit_softcap: float = 0.0
 
   # Mixture of experts.
   n_routed_experts: int = 256
@@ -79,7 +81,8 @@ class ModelConfig:
   route_scale: float = 2.5
   score_func: str = 'sigmoid'  # What makes scores of router logits: 'sigmoid' or 'softmax'.
   # How experts are chosen. 'noaux_tc' adds a bias that balances their loads, and scores a group by
-  # its two best experts. 'group_limited_greedy' scores a group by its best one. 'greedy' has no groups.
+  # its two best experts, as 'best_two_of_groups' does without a bias. 'group_limited_greedy' scores a
+  # group by its best one. 'greedy' has no groups.
   topk_method: str = 'noaux_tc'
   swiglu_limit: float = 0.0  # The largest magnitude within routed experts. 0: there is no limit.
   norm_topk_prob: bool = True  # Whether the weights of a token's experts are made to add up to one.
@@ -156,7 +159,7 @@ class ModelConfig:
   beta_slow: float = 1.0
   low_freq_factor: float = 1.0  # Of 'llama3': turns within original_seq_len that still are slow.
   high_freq_factor: float = 4.0  # And from how many turns on a frequency is fast.
-  mscale: float = 1.0
+  mscale: float = 1.0  # How YaRN sharpens attention as its factor grows. 0: it does not.
   learned_frequencies: bool = False  # Whether all layers share a learned factor of each frequency.
 
   # The standard deviation of fresh embeddings. That of other weights follows from their fan-in.
@@ -266,8 +269,10 @@ class ModelConfig:
       )
     if self.n_streams < 0 or (self.n_streams and self.n_mtp_layers):
       raise ConfigError(f'{self.n_streams=} must be at least 0, and 0 with an MTP layer.')
-    if self.swiglu_limit < 0 or self.index_norm_eps < 0:
-      raise ConfigError(f'{self.swiglu_limit=} and {self.index_norm_eps=} must be at least 0.')
+    if min(self.swiglu_limit, self.index_norm_eps, self.logit_softcap) < 0:
+      raise ConfigError(
+          f'{self.swiglu_limit=}, {self.index_norm_eps=} and {self.logit_softcap=} must be at least 0.'
+      )
 
   def _check_nope_layers(self):
     if self.nope_layers_expand and (self.attention != 'mla' or not self.nope_layers):

@@ -75,10 +75,17 @@ GROWING = dataclasses.replace(CFG, q_lora_rank=0, query_log_scale=True, index_qu
 # of these layers tie: the batch of another vocabulary has no such text.
 SOME_NOPE = dataclasses.replace(
     GROWING, vocab_size=40, n_layers=4, n_dense_layers=2, nope_layers=(1, 2), nope_layers_expand=True,
-    indexer_rope_interleave=True, learned_frequencies=True,
+    indexer_rope_interleave=True, learned_frequencies=True, logit_softcap=3.0, mscale=0.0,
 )  # fmt: skip
 # Layers 2 and 3 read the rows of others, each of those of its own kind.
-READING = dataclasses.replace(SOME_NOPE, kv_sources=(0, 1, 1, 0))
+READING = dataclasses.replace(
+    SOME_NOPE, kv_sources=(0, 1, 1, 0), score_func='softmax', topk_method='best_two_of_groups',
+    zero_dropped_groups=True,
+)  # fmt: skip
+# Layers 0 and 1 are of one kind, and keep what later ones read: layer 2 reads the earlier one.
+TWO_SOURCES = dataclasses.replace(
+    READING, n_dense_layers=4, nope_layers=(), nope_layers_expand=False, kv_sources=(0, 1, 0, 1)
+)
 T = 29
 LENGTHS = ((17, 12), (21, 5))  # Documents of each row; the second ends in padding.
 RATES = {'backbone': 0.1, 'indexer': 0.1}
@@ -193,7 +200,8 @@ def head_of(params) -> jax.Array:
 def losses(params, batch: Batch, mode: Mode, cfg: ModelConfig | None = None):
   """Sums over what counts: the language model's loss and the indexer's."""
   out = forward(params, batch, mode, cfg)
-  lm = next_token_loss(out.hidden, head_of(params), batch.targets, batch.weights)
+  softcap = (cfg or CFG).logit_softcap
+  lm = next_token_loss(out.hidden, head_of(params), batch.targets, batch.weights, softcap=softcap)
   return lm, jnp.sum(out.index_kl)
 
 
@@ -310,7 +318,8 @@ def law_no_future(backend: str, attention: str):
   def early_losses(params, batch):
     out = forward(params, batch, mode)
     counts = jnp.broadcast_to(jnp.arange(T) < cut, batch.targets.shape).astype(jnp.float32)
-    loss = next_token_loss(out.hidden, head_of(params), batch.targets, counts)
+    softcap = CFG.logit_softcap
+    loss = next_token_loss(out.hidden, head_of(params), batch.targets, counts, softcap=softcap)
     return loss + jnp.sum(out.index_kl[:, :, :cut]), out
 
   found = [
@@ -518,7 +527,8 @@ def law_loss_is_a_mean(stage: str):
   batch, params = make_batch(LENGTHS), weights()
   _, metrics = step(params, batch)
   out = forward(params, batch, mode)
-  nats = np.asarray(score_targets(out.hidden, params['head'][...], batch.targets)[0])
+  head, softcap = params['head'][...], CFG.logit_softcap
+  nats = np.asarray(score_targets(out.hidden, head, batch.targets, softcap=softcap)[0])
   lm = [nats[0, :16], nats[0, 17:28], nats[1, :20], nats[1, 21:25]]
   assert_close(metrics['lm_loss'], np.concatenate(lm).mean())
   kl = np.asarray(out.index_kl)

@@ -287,7 +287,8 @@ def route(scores: np.ndarray, bias: np.ndarray, cfg: ModelConfig) -> dict[int, f
 def mixture(w: Weights, x, counted, cfg: ModelConfig) -> tuple[np.ndarray, np.ndarray]:
   out, load = np.zeros_like(x), np.zeros(cfg.n_routed_experts)
   for t, token in enumerate(x):
-    for e, gate in route(sigmoid(token @ w['gate']), w['bias'], cfg).items():
+    scores = {'sigmoid': sigmoid, 'softmax': softmax}[cfg.score_func](token @ w['gate'])
+    for e, gate in route(scores, w.get('bias', 0.0), cfg).items():
       out[t] += gate * swiglu(token, w['w1'][e], w['w3'][e], w['w2'][e], cfg.swiglu_limit)
       load[e] += counted[t]
   shared = w['shared']
@@ -360,7 +361,10 @@ def transformer(
     y, layer = block(mtp['block'], y, start, end, cfg, sparse)
     layers.append(layer)
     mtp_logits = rms_norm(y, mtp['norm']['scale'], cfg.norm_eps) @ w['head']
-  return Row(final @ w['head'], mtp_logits, layers)
+  logits = final @ w['head']
+  if cfg.logit_softcap:
+    logits = cfg.logit_softcap * np.tanh(logits / cfg.logit_softcap)
+  return Row(logits, mtp_logits, layers)
 
 
 def cross_entropy(logits: np.ndarray, targets: np.ndarray) -> np.ndarray:

@@ -18,7 +18,7 @@ from dsa_jax.kernels.index_kl import op as index_kl_op, reference as index_kl_re
 from dsa_jax.kernels.index_topk import xla as index_topk_xla
 from dsa_jax.kernels.mean_attention import mean_attention
 from dsa_jax.kernels.visibility import selected_keys, visible_keys
-from dsa_jax.nn import indexer, moe, norms, scan, transformer
+from dsa_jax.nn import indexer, layers, moe, norms, scan, transformer
 from dsa_jax.nn.attention import attend, divergence, mla
 from dsa_jax.params import IndexerParam
 from dsa_jax.selection import lightning
@@ -265,6 +265,22 @@ def index_keys_have_the_usual_eps(patch):
   wrap(patch, norms.LayerNorm, '__call__', make)
 
 
+def named_sources():
+  with laws.model(laws.TWO_SOURCES):
+    golden.check_forward('sparse', 'xla', laws.TWO_SOURCES)
+
+
+@mistake(named_sources)
+def layers_read_the_last_rows_of_their_kind(patch):
+  """As `transformers` 5.24 does in Mistral Large 4; layer 2 then reads layer 1."""
+
+  def make(kind_of):
+    return lambda cfg, i: kind_of(dataclasses.replace(cfg, kv_sources=(0, 1, 1, 1)), i)
+
+  for module in (layers, scan, transformer):
+    wrap(patch, module, 'kind_of', make)
+
+
 def _with_weights(patch, change):
   def make(index):
     def wrong(self, x, q_latent, positions):
@@ -499,8 +515,8 @@ def gradients_clipped_together(patch):
 @mistake(law('loss_scale', 'unpacked', 'warmup'))
 def mean_of_each_micro_batch(patch):
   def make(losses):
-    def wrong(out, head, rows, totals, optim, mode):
-      return losses(out, head, rows, train_step._count(rows), optim, mode)
+    def wrong(out, head, rows, totals, *others):
+      return losses(out, head, rows, train_step._count(rows), *others)
 
     return wrong
 

@@ -23,7 +23,7 @@ from dsa_jax.nn.attention.mla import MLA
 from dsa_jax.nn.attention.types import Attention
 from dsa_jax.nn.block import Block
 from dsa_jax.nn.layers import layers_of_stacks
-from dsa_jax.nn.transformer import Transformer
+from dsa_jax.nn.transformer import Transformer, softcapped
 from dsa_jax.parallel import collectives
 from dsa_jax.parallel.mesh import TOKENS, MeshConfig, shardings_of
 from dsa_jax.params import BackboneParam
@@ -134,8 +134,9 @@ def logits_of(
   if reader.shares is None:
     return model.logits(hidden.astype(jnp.float32) if reader.on_cpu else hidden)
   head = collectives.all_gather(model.head_weight.astype(hidden.dtype), 'fsdp', dim=0)
-  logits = jnp.einsum('BTD,DW->BTW', hidden, head, preferred_element_type=jnp.float32)
-  return collectives.all_gather(logits, 'tensor', dim=2)
+  products = jnp.einsum('BTD,DW->BTW', hidden, head, preferred_element_type=jnp.float32)
+  products = collectives.all_gather(products, 'tensor', dim=2)
+  return softcapped(products, model.cfg.logit_softcap)
 
 
 def agreed(ids: Int[Array, 'B'], reader: Reader) -> Int[Array, 'B']:

@@ -145,14 +145,15 @@ def route(
 
   Source:
     `Gate.forward` in DeepSeek-V3.2-Exp inference/model.py at commit 87e509a2. For softmax scores,
-    the DeepSeek-V2 and Qwen3-MoE models of `transformers` 5.24; for scores of 0, its A.X-K2.
+    the DeepSeek-V2, Qwen3-MoE and Mistral Large 4 models of `transformers` 5.24; for scores of 0, its
+    A.X-K2.
   """
   score = {'sigmoid': jax.nn.sigmoid, 'softmax': jax.nn.softmax}[cfg.score_func]
   scores = score(logits.astype(jnp.float32))
   choice = scores + bias
   if cfg.n_expert_groups > 1 and cfg.topk_method != 'greedy':
     grouped = choice.reshape(len(choice), cfg.n_expert_groups, -1)
-    best = min(2 if cfg.topk_method == 'noaux_tc' else 1, grouped.shape[-1])
+    best = min(1 if cfg.topk_method == 'group_limited_greedy' else 2, grouped.shape[-1])
     group_scores = jax.lax.top_k(grouped, best)[0].sum(-1)
     groups = jax.lax.top_k(group_scores, cfg.n_limited_groups)[1]
     kept = jax.nn.one_hot(groups, cfg.n_expert_groups, dtype=bool).any(axis=1)

@@ -150,7 +150,8 @@ class Transformer(Configured):
 
   def logits(self, hidden: Float[Array, 'B T D']) -> Float[Array, 'B T W']:
     """The float32 logits of normed hidden states."""
-    return shard.shard_mapped(_logits, (BATCH, HEAD), LOGITS)(hidden, self.head_weight)
+    products = shard.shard_mapped(_logits, (BATCH, HEAD), LOGITS)(hidden, self.head_weight)
+    return softcapped(products, self.cfg.logit_softcap)
 
   @property
   def head_weight(self) -> Float[Array, 'D W']:
@@ -203,6 +204,11 @@ def gather_head(
 def _logits(hidden, head):
   hidden, head = gather_head(hidden, head)
   return jnp.einsum('BTD,DW->BTW', hidden, head, preferred_element_type=jnp.float32)
+
+
+def softcapped(products: Float[Array, 'B T W'], limit: float) -> Float[Array, 'B T W']:
+  """Returns the logits that a head's products make: `limit` · tanh(product / `limit`), or the same."""
+  return limit * jnp.tanh(products / limit) if limit else products
 
 
 def are_full(cfg: ModelConfig, layers: Sequence[int]) -> np.ndarray:

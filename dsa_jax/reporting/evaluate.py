@@ -64,7 +64,8 @@ def evaluate(
 def score_batch(graph, params, batch, mode, choice):
   model = nnx.merge(graph, params)
   hidden = model(batch.tokens, batch.start, batch.end, mode, choice=choice).hidden
-  return shard.replicate(score_targets(hidden, model.head_weight, batch.targets))
+  softcap = model.cfg.logit_softcap
+  return shard.replicate(score_targets(hidden, model.head_weight, batch.targets, softcap=softcap))
 
 
 def measure(
@@ -136,7 +137,9 @@ def look(
 def look_batch(graph, params, batch, mode):
   model = nnx.merge(graph, params)
   out = model(batch.tokens, batch.start, batch.end, mode)
-  loss = next_token_loss(out.hidden, model.head_weight, batch.targets, batch.weights)
+  loss = next_token_loss(
+      out.hidden, model.head_weight, batch.targets, batch.weights, softcap=model.cfg.logit_softcap
+  )
   loss /= jnp.sum(batch.weights)
   [by_rule], [count] = _totals(_by_rule(out, model.cfg, mode), batch, (0,))
   means = jax.tree.map(lambda x: x / count, by_rule[mode.measure[0]]) if mode.measure else {}

@@ -5,6 +5,7 @@ The caller's weights say which tokens count.
 """
 
 from collections.abc import Callable
+import functools
 from typing import NamedTuple
 
 import jax
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from dsa_jax.kernels.xla.rows import scan_rows
-from dsa_jax.nn.transformer import HEAD, gather_head
+from dsa_jax.nn.transformer import HEAD, gather_head, softcapped
 from dsa_jax.parallel import collectives, shard
 from dsa_jax.parallel.mesh import ALL_TOKENS, BATCH
 
@@ -24,6 +25,8 @@ def next_token_loss(
     head: Float[Array, 'D W'],
     targets: Int[Array, 'B T'],
     weights: Float[Array, 'B T'],
+    *,
+    softcap: float,
 ) -> Float[Array, '']:
   """Returns the weighted sum of the cross-entropy of every target, in nats, float32.
 
@@ -35,47 +38,55 @@ def next_token_loss(
     head: The weight that turns them into logits.
     targets: The words that follow.
     weights: The factor of each target's loss. It gets no gradient.
+    softcap: The model's `logit_softcap`.
   """
-  return _weighted_loss(hidden, head, targets, weights)
+  return _weighted_loss(hidden, head, targets, weights, softcap)
 
 
 def score_targets(
-    hidden: Float[Array, 'B T D'], head: Float[Array, 'D W'], targets: Int[Array, 'B T']
+    hidden: Float[Array, 'B T D'],
+    head: Float[Array, 'D W'],
+    targets: Int[Array, 'B T'],
+    *,
+    softcap: float,
 ) -> tuple[Float[Array, 'B T'], Bool[Array, 'B T']]:
   """Returns the cross-entropy of every target, and whether the likeliest word is the target.
 
-  The first one of equally likely words counts as the likeliest.
+  The first one of equally likely words counts as the likeliest. `softcap` is the model's.
   """
+  score = functools.partial(_score, softcap=softcap)
   shares = BATCH, HEAD, ALL_TOKENS
-  return shard.shard_mapped(_score, shares, (ALL_TOKENS, ALL_TOKENS))(hidden, head, targets)
+  return shard.shard_mapped(score, shares, (ALL_TOKENS, ALL_TOKENS))(hidden, head, targets)
 
 
-@jax.custom_vjp
-def _weighted_loss(hidden, head, targets, weights):
-  return jnp.sum(score_targets(hidden, head, targets)[0] * weights)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _weighted_loss(hidden, head, targets, weights, softcap):
+  nats, _ = score_targets(hidden, head, targets, softcap=softcap)
+  return jnp.sum(nats * weights)
 
 
-def _loss_and_gradients(hidden, head, targets, weights):
+def _loss_and_gradients(hidden, head, targets, weights, softcap):
   shares, results = (BATCH, HEAD, ALL_TOKENS, ALL_TOKENS), (ALL_TOKENS, BATCH, HEAD)
-  differentiated = shard.shard_mapped(_differentiate, shares, results)
+  differentiate = functools.partial(_differentiate, softcap=softcap)
+  differentiated = shard.shard_mapped(differentiate, shares, results)
   nats, *gradients = differentiated(hidden, head, targets, weights)
   return jnp.sum(nats * weights), gradients
 
 
-def _scale_gradients(gradients, dloss):
+def _scale_gradients(softcap, gradients, dloss):
   return *((dloss * x.astype(jnp.float32)).astype(x.dtype) for x in gradients), None, None
 
 
 _weighted_loss.defvjp(_loss_and_gradients, _scale_gradients)
 
 
-def _score(hidden, head, targets):
+def _score(hidden, head, targets, softcap):
   """Computes `score_targets` from each device's shard of the vocabulary."""
   hidden, head = gather_head(hidden, head)
 
   def step(_, rows):
     hidden, targets = rows
-    logits = _logits(hidden, head)
+    logits = _logits(hidden, head, softcap)
     own = _Softmax.of(logits, targets)
     n_words = logits.shape[-1]
     likeliest = logits.argmax(axis=-1) + collectives.axis_index('tensor') * n_words
@@ -86,15 +97,18 @@ def _score(hidden, head, targets):
   return _scan(step, None, (hidden, targets), head)[1]
 
 
-def _differentiate(hidden, head, targets, weights):
+def _differentiate(hidden, head, targets, weights, softcap):
   """Returns the loss of each target, and the gradients of their weighted sum."""
   dtype, of_weight = hidden.dtype, head.dtype
   hidden, head = gather_head(hidden, head)
 
   def step(dhead, rows):
     hidden, targets, weights = rows
-    own = _Softmax.of(_logits(hidden, head), targets)
+    logits = _logits(hidden, head, softcap)
+    own = _Softmax.of(logits, targets)
     dlogits = weights[..., None] * (own.exponentials / own.mass[..., None] - own.is_target)
+    if softcap:  # The slope of tanh.
+      dlogits *= 1 - jnp.square(logits / softcap)
     dlogits = dlogits.astype(dtype)
     product = lambda equation, *x: jnp.einsum(equation, *x, preferred_element_type=jnp.float32)
     dhead += product('BTD,BTW->DW', hidden, dlogits)
@@ -128,8 +142,9 @@ class _Softmax(NamedTuple):
     return cls(is_target, top, exponentials, mass, top + jnp.log(mass) - own)
 
 
-def _logits(hidden, head):
-  return jnp.einsum('BTD,DW->BTW', hidden, head, preferred_element_type=jnp.float32)
+def _logits(hidden, head, softcap):
+  products = jnp.einsum('BTD,DW->BTW', hidden, head, preferred_element_type=jnp.float32)
+  return softcapped(products, softcap)
 
 
 def _scan(step: Callable, carry, rows, head):

@@ -79,7 +79,7 @@ def make_train_step(
           batch.tokens, batch.start, batch.end, dataclasses.replace(mode, zigzag=in_zigzag),
           next_tokens=batch.targets, key=key,
       )
-      return _losses(out, model.head_weight, rows, totals, optim, mode)
+      return _losses(out, model.head_weight, rows, totals, optim, mode, model.cfg.logit_softcap)
 
     split = lambda x: shard.split_micro_batches(x, micro_batches)
     inputs = jax.tree.map(split, rows), jax.random.split(step_key, micro_batches)
@@ -126,15 +126,18 @@ def _sum_over_micro_batches(grad: Callable, parts: dict[str, nnx.State], inputs:
   return jax.lax.scan(accumulate, zeros, inputs)[0]
 
 
-def _losses(out: Output, head, rows: Rows, totals, optim: OptimConfig, mode: Mode):
+def _losses(
+    out: Output, head, rows: Rows, totals, optim: OptimConfig, mode: Mode, softcap: float
+):
   """Returns the sum of all losses, and metrics that add up over micro-batches."""
   batch = rows.batch
   metrics = {'residual_rms': out.residual_rms}
   weights = batch.weights / totals['lm']
-  loss = metrics['lm_loss'] = next_token_loss(out.hidden, head, batch.targets, weights)
+  lm_loss = functools.partial(next_token_loss, softcap=softcap)
+  loss = metrics['lm_loss'] = lm_loss(out.hidden, head, batch.targets, weights)
   if out.mtp_hidden is not None:
     weights = rows.mtp_weights / totals['mtp']
-    mtp = next_token_loss(out.mtp_hidden, head, rows.mtp_targets, weights)
+    mtp = lm_loss(out.mtp_hidden, head, rows.mtp_targets, weights)
     metrics['mtp_loss'] = mtp
     loss += optim.mtp_weight * mtp
   if mode.index_loss:

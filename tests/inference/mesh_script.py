@@ -32,6 +32,7 @@ GQA_EACH = dataclasses.replace(laws.GQA_EACH, n_heads=8, vocab_size=40)
 SHARING = dataclasses.replace(CFG, indexer_types=('full', 'shared'))
 SINKS = dataclasses.replace(laws.SINKS, n_heads=4, vocab_size=40)
 WINDOWED = dataclasses.replace(laws.WINDOWED, n_heads=4, vocab_size=40)
+READING = dataclasses.replace(laws.READING, n_heads=4)
 SHORT = dataclasses.replace(CFG, index_topk=12)  # The first piece attends under a mask.
 SHORTER = dataclasses.replace(GQA_EACH, index_topk=20)  # It selects all.
 FP8 = dataclasses.replace(CFG, index_head_dim=16)
@@ -47,6 +48,7 @@ READ = [  # Mesh, model, attention, texts, format of the cache.
     (OWNERS, CFG, 'masked', 2, 'float32'),
     (MIXED, WINDOWED, 'sparse', 2, 'float32'),
     (MIXED, SHARING, 'sparse', 1, 'float32'),
+    (MIXED, READING, 'sparse', 2, 'float32'),
     (OWNERS, SINKS, 'sparse', 2, 'float32'),
     (OWNERS, GQA, 'dense', 2, 'float32'),
     ({'tensor': 8}, GQA, 'sparse', 1, 'float32'),  # Four devices share each of two key heads.

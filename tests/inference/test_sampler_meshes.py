@@ -64,7 +64,7 @@ def rows(request):
 
 def test_meshes_change_neither_selections_nor_logits_nor_texts(rows):
   counts = tuple(sum(name in row for row in rows) for name in ('logits', 'same'))
-  assert counts in [(2, 4), (6, 9), (5, 7)]  # Few; the first part; another part.
+  assert counts in [(2, 4), (6, 9), (6, 8), (5, 7)]  # Few; the first part; the second; another part.
   for row in rows:
     assert row.get('same', True) and row.get('logits', 0) < 1e-4, row
 

@@ -2,6 +2,7 @@
 """The loss in chunks of rows is that of all logits at once, and no array of all logits exists."""
 
 import dataclasses
+import functools
 import math
 import re
 
@@ -22,8 +23,9 @@ TOKENS, WORDS = 131_072, 129_280
 OPTIM = dataclasses.replace(laws.OPTIM, eps=0.5)  # Of no other test, whose step would be reused.
 
 
-def plain_loss(hidden, head, targets, weights):
+def plain_loss(hidden, head, targets, weights, softcap=0.0):
   logits = jnp.einsum('BTD,DW->BTW', hidden, head, precision='highest')
+  logits = softcap * jnp.tanh(logits / softcap) if softcap else logits
   nats = jax.nn.logsumexp(logits, axis=-1) - jnp.take_along_axis(logits, targets[..., None], -1)[..., 0]
   return jnp.sum(nats * weights)
 
@@ -36,25 +38,26 @@ def example():
   return *floats[:2], jnp.asarray(targets, jnp.int32), floats[2]
 
 
+@pytest.mark.parametrize('softcap', [0.0, 2.0])
 @pytest.mark.parametrize('at_once', [2**27, 50 * 16, 50, 1])
-def test_chunks_change_no_number(at_once, monkeypatch):
+def test_chunks_change_no_number(at_once, softcap, monkeypatch):
   monkeypatch.setattr(losses, 'LOGITS_AT_ONCE', at_once)
   of = lambda f: jax.jit(jax.value_and_grad(f, argnums=(0, 1)))(*example())
-  (loss, gradients), (want, want_gradients) = of(lambda *x: 3 * next_token_loss(*x)), of(
-      lambda *x: 3 * plain_loss(*x)
-  )
+  loss, gradients = of(lambda *x: 3 * next_token_loss(*x, softcap=softcap))
+  want, want_gradients = of(lambda *x: 3 * plain_loss(*x, softcap))
   np.testing.assert_allclose(loss, want, rtol=1e-6)
   for got, right in zip(gradients, want_gradients):
     np.testing.assert_allclose(got, right, atol=2e-5)
   hidden, head, targets, weights = example()
-  nats, is_likeliest = jax.jit(score_targets)(hidden, head, targets)
+  nats, is_likeliest = jax.jit(functools.partial(score_targets, softcap=softcap))(hidden, head, targets)
   np.testing.assert_allclose(3 * jnp.sum(nats * weights), loss, rtol=1e-6)
   np.testing.assert_array_equal(is_likeliest, (hidden @ head).argmax(-1) == targets)
 
 
 def test_the_first_of_equally_likely_words_is_the_likeliest():
   hidden, head = jnp.ones((1, 3, 1)), jnp.array([[0.0, 2.0, 2.0, 1.0]])
-  assert score_targets(hidden, head, jnp.array([[0, 1, 2]]))[1].tolist() == [[False, True, False]]
+  _, is_likeliest = score_targets(hidden, head, jnp.array([[0, 1, 2]]), softcap=0.0)
+  assert is_likeliest.tolist() == [[False, True, False]]
 
 
 def largest_array(lowered: jax.stages.Lowered) -> int:
@@ -69,10 +72,11 @@ def test_no_array_of_tokens_by_words():
   rows = lambda dtype, *dims: jax.ShapeDtypeStruct((1, TOKENS, *dims), dtype)
   head = jax.ShapeDtypeStruct((8, WORDS), jnp.float32)
   arguments = rows(jnp.bfloat16, 8), head, rows(jnp.int32), rows(jnp.float32)
-  gradients = jax.jit(jax.value_and_grad(next_token_loss, argnums=(0, 1))).lower(*arguments)
+  loss, score = (functools.partial(f, softcap=30.0) for f in (next_token_loss, score_targets))
+  gradients = jax.jit(jax.value_and_grad(loss, argnums=(0, 1))).lower(*arguments)
   assert largest_array(gradients) <= losses.LOGITS_AT_ONCE
   assert gradients.compile().memory_analysis().temp_size_in_bytes < 16 * losses.LOGITS_AT_ONCE
-  assert largest_array(jax.jit(score_targets).lower(*arguments[:3])) <= losses.LOGITS_AT_ONCE
+  assert largest_array(jax.jit(score).lower(*arguments[:3])) <= losses.LOGITS_AT_ONCE
   assert largest_array(jax.jit(plain_loss).lower(*arguments)) == TOKENS * WORDS  # It would be seen.
 
 
