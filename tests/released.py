@@ -57,6 +57,27 @@ DOTS = {
     'audio_config': {'adapter_out_dim': 160},
 }  # fmt: skip
 
+# The text stands in a section. Layer 3 reads the latents of layer 1, and shares the selection of layer 2.
+MISTRAL = {
+    'model_type': 'mistral_large4', 'architectures': ['MistralLarge4ForConditionalGeneration'],
+    'torch_dtype': 'bfloat16', 'image_token_index': 10, 'vision_config': {'hidden_size': 16},
+    'quantization_config': V32['quantization_config'],
+    'text_config': {
+        key: value for key, value in V32.items()
+        if key.endswith(('_size', '_heads', '_head_dim', '_rank', '_layers', '_experts', '_factor', '_topk'))
+        and key not in ('q_lora_rank', 'num_nextn_predict_layers')
+    } | {
+        'model_type': 'mistral_large4_text', 'num_hidden_layers': 4, 'num_experts_per_tok': 2,
+        'first_k_dense_replace': 1, 'rms_norm_eps': 1e-5, 'n_group': 2, 'topk_group': 1,
+        'max_position_embeddings': 512, 'no_rope_layers': [1, 0, 1, 0],
+        'kv_source_layers': [0, 1, 2, 1], 'indexer_types': ['full', 'full', 'full', 'shared'],
+        'final_logit_softcapping': 5.0, 'rope_parameters': {
+            'rope_type': 'yarn', 'rope_theta': 10000.0, 'factor': 8.0, 'attention_factor': 1.0,
+            'original_max_position_embeddings': 64,
+        },
+    },
+}  # fmt: skip
+
 
 def sizes_of_layer(c: dict, i: int) -> dict:
   """Returns a config.json in which the sizes of layer i stand under the usual keys."""
@@ -231,6 +252,25 @@ CONFIGS['dots3_note'] = {
     'swa_v_head_dim': 128, 'swa_rope_theta': 5e4,
 }  # fmt: skip
 
+# The defaults of MistralLarge4TextConfig in `transformers` 5.24, with what is said of the release: nine
+# layers without positions read the latents of another.
+CONFIGS['mistral_large4'] = {
+    'model_type': 'mistral_large4_text', 'vocab_size': 204800, 'hidden_size': 6144,
+    'intermediate_size': 24576, 'moe_intermediate_size': 6144, 'num_hidden_layers': 72,
+    'num_attention_heads': 64, 'n_shared_experts': 1, 'n_routed_experts': 128,
+    'routed_scaling_factor': 1.0, 'kv_lora_rank': 512, 'qk_rope_head_dim': 64, 'v_head_dim': 128,
+    'qk_nope_head_dim': 64, 'n_group': 1, 'topk_group': 1, 'num_experts_per_tok': 4,
+    'max_position_embeddings': 1048576, 'rms_norm_eps': 1e-5, 'index_topk': 2048,
+    'index_head_dim': 128, 'index_n_heads': 32, 'first_k_dense_replace': 1,
+    'final_logit_softcapping': 30.0, 'no_rope_layers': [1, 1, 1, 0] * 18,
+    'kv_source_layers': [35 if i in range(39, 72, 4) else i for i in range(72)],
+    'rope_parameters': {
+        'rope_type': 'yarn', 'rope_theta': 10000.0, 'factor': 2048.0,
+        'original_max_position_embeddings': 512, 'beta_fast': 32.0, 'beta_slow': 1.0,
+        'attention_factor': 1.0,
+    },
+}  # fmt: skip
+
 # The number of weights that the models' public pages say, without MTP layers.
 PARAMETERS = {
     'v2_lite': 15_706_484_224,
@@ -317,6 +357,59 @@ def layout(c: dict, *, fp8: bool = True, norms: str = 'F32') -> dict[str, tuple[
   return tensors
 
 
+def mistral_layout(whole: dict, *, fp8: bool = True) -> dict[str, tuple[tuple, str]]:
+  """The same of Mistral Large 4, which has names of its own."""
+  c, wide = whole['text_config'], 'F8' if fp8 else 'BF16'
+  d, heads, kv = c['hidden_size'], c['num_attention_heads'], c['kv_lora_rank']
+  nope, rope, v = c['qk_nope_head_dim'], c['qk_rope_head_dim'], c['v_head_dim']
+  n, width = c['index_n_heads'], c['index_head_dim']
+  tensors = {
+      'tok_embeddings.weight': ((c['vocab_size'], d), 'BF16'),
+      'output.weight': ((c['vocab_size'], d), 'BF16'),
+      'norm.weight': ((d,), 'BF16'),
+      'lerope.alpha': ((rope // 2,), 'F32'),
+  }
+  for i in range(c['num_hidden_layers']):
+    layer, attn, rotates = f'layers.{i}.', f'layers.{i}.attention.', c['no_rope_layers'][i]
+    tensors |= {
+        layer + 'attention_norm.weight': ((d,), 'BF16'),
+        layer + 'ffn_norm.weight': ((d,), 'BF16'),
+        attn + 'wq.weight': ((heads * (nope + rope), d), wide),
+        attn + 'wkv_b.weight': ((heads * (nope + (0 if rotates else rope) + v), kv), wide),
+        attn + 'wo.weight': ((d, heads * v), wide),
+        attn + 'ssmax_scaling.s': ((heads,), 'BF16'),
+        attn + 'ssmax_scaling.b': ((heads,), 'BF16'),
+    }
+    if c['kv_source_layers'][i] == i:
+      tensors[attn + 'wkv_a_with_mqa.weight'] = (kv + (rope if rotates else 0), d), wide
+      tensors[attn + 'kv_a_norm.weight'] = (kv,), 'BF16'
+    if c['indexer_types'][i] == 'full':
+      tensors |= {
+          attn + 'indexer.q_input_norm.weight': ((d,), 'BF16'),
+          attn + 'indexer.q_input_norm.bias': ((d,), 'BF16'),
+          attn + 'indexer.wq_b.weight': ((n * width, d), wide),
+          attn + 'indexer.ssmax_scaling.s': ((n,), 'BF16'),
+          attn + 'indexer.ssmax_scaling.b': ((n,), 'BF16'),
+          attn + 'indexer.wk.weight': ((width, d), wide),
+          attn + 'indexer.k_norm.weight': ((width,), 'BF16'),
+          attn + 'indexer.k_norm.bias': ((width,), 'BF16'),
+          attn + 'indexer.weights_proj.weight': ((n, d), 'BF16'),
+      }
+    mlps = {'feed_forward.': c['intermediate_size']}
+    if i >= c['first_k_dense_replace']:
+      f = c['moe_intermediate_size']
+      tensors[layer + 'gate.weight'] = (c['n_routed_experts'], d), 'BF16'
+      mlps = {f'experts.{e}.': f for e in range(c['n_routed_experts'])}
+      mlps['shared_experts.'] = f * c['n_shared_experts']
+    for mlp, f in mlps.items():
+      tensors |= {
+          layer + mlp + 'w1.weight': ((f, d), wide),
+          layer + mlp + 'w3.weight': ((f, d), wide),
+          layer + mlp + 'w2.weight': ((d, f), wide),
+      }
+  return tensors
+
+
 def _swiglu(prefix: str, d: int, f: int, dtype: str) -> dict:
   return {
       prefix + 'gate_proj.weight': ((f, d), dtype),
@@ -334,7 +427,8 @@ def random_tensors(c: dict, *, odd_scales: bool = False, **kwargs) -> dict[str, 
     **kwargs: See `layout`.
   """
   rng, tensors = np.random.default_rng(0), {}
-  for name, (shape, code) in layout(c, **kwargs).items():
+  shapes = mistral_layout if c['model_type'] == 'mistral_large4' else layout
+  for name, (shape, code) in shapes(c, **kwargs).items():
     if code == 'F8':
       codes = rng.integers(0, 127, size=shape) + 128 * rng.integers(2, size=shape)
       tensors[name] = codes.astype(np.uint8).view(CODES['F8'])
@@ -343,7 +437,7 @@ def random_tensors(c: dict, *, odd_scales: bool = False, **kwargs) -> dict[str, 
       tensors[name + '_scale_inv'] = (scale * (1e-3 if odd_scales else 1)).astype(np.float32)
     else:
       tensors[name] = rng.normal(size=shape).astype(CODES[code])
-  extra = f"model.layers.{c['num_hidden_layers']}."
+  extra = f"model.layers.{c.get('num_hidden_layers')}."
   if extra + 'embed_tokens.weight' in tensors:
     tensors[extra + 'embed_tokens.weight'] = tensors['model.embed_tokens.weight']
     tensors[extra + 'shared_head.head.weight'] = tensors['lm_head.weight']

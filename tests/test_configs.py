@@ -14,13 +14,15 @@ from dsa_jax.families.axk2 import AXK2_LIGHT
 from dsa_jax.families.deepseek import DEEPSEEK_V32
 from dsa_jax.families.dots3 import DOTS3_NOTE
 from dsa_jax.families.hy4 import HY4_PREVIEW
+from dsa_jax.families.mistral4 import MISTRAL_LARGE_4
 from dsa_jax.train import train
 from dsa_jax.training.recipe import read_recipe
 
 ROOT = pathlib.Path(__file__).parents[1]
 # Configs with a released model.
 RELEASED = {
-    'deepseek_v32': DEEPSEEK_V32, 'axk2': AXK2_LIGHT, 'hy4': HY4_PREVIEW, 'dots3': DOTS3_NOTE
+    'deepseek_v32': DEEPSEEK_V32, 'axk2': AXK2_LIGHT, 'hy4': HY4_PREVIEW, 'dots3': DOTS3_NOTE,
+    'mistral_large4': MISTRAL_LARGE_4,
 }  # fmt: skip
 NAMES = sorted(p.stem for p in (ROOT / 'configs').glob('*.py') if p.stem not in ('base', 'released'))
 

@@ -16,14 +16,15 @@ from test_parity import GOLDEN, close, golden
 from dsa_jax.config import ModelConfig
 from dsa_jax.convert.importer import import_checkpoint, open_source
 from dsa_jax.inference.load import load_checkpoint
-from dsa_jax.nn import block, indexer, mlp, moe, norms, rope, streams
+from dsa_jax.nn import block, indexer, log_scale, mlp, moe, norms, rope, streams, transformer
 from dsa_jax.nn.attention import attend, gate, gqa, layer, mla
 from dsa_jax.nn.attention.types import Mode
 from dsa_jax.nn.transformer import Transformer
 
 FRESH = {'index_n_heads': 2, 'index_head_dim': 8, 'index_rope_head_dim': 4, 'index_topk': 16}
 SHORT = 48  # Tokens that are compared: the first ones of a text do not depend on the others.
-SPARSE = 'axk2', 'axk2_groups', 'hy_v4', 'dots3_note'  # Cases with indexers, whose selections are compared, too.
+# Cases with indexers, whose selections are compared, too.
+SPARSE = 'axk2', 'axk2_groups', 'hy_v4', 'dots3_note', 'mistral_large4'
 NIGHTLY = set()  # Pairs of a mistake and a case.
 MISTAKES = {}
 
@@ -156,7 +157,7 @@ def neighbours_are_rotated(patch):
   wrap(patch, gqa, 'apply_rope', make)
 
 
-@mistake('deepseek_v2', 'moonlight')
+@mistake('deepseek_v2', 'moonlight', nightly=['mistral_large4'])
 def halves_are_rotated_in_mla(patch):
   make = lambda rope: lambda *args, interleaved: rope(*args, interleaved=False)
   wrap(patch, mla, 'apply_rope', make)
@@ -175,7 +176,7 @@ def llama3_does_not_blend(patch):
   patch.setitem(rope.SLOWNESS, 'llama3', make(rope.SLOWNESS['llama3']))
 
 
-@mistake('llama', 'llama_tied', 'qwen2', 'deepseek_v2')
+@mistake('llama', 'llama_tied', 'qwen2', 'deepseek_v2', nightly=['mistral_large4'])
 def positions_are_not_scaled(patch):
   zero = lambda cfg, frequencies: np.zeros_like(frequencies)
   for kind in rope.SLOWNESS:
@@ -239,17 +240,17 @@ def groups_score_by_two_experts(patch):
   _route(patch, topk_method='noaux_tc')
 
 
-@mistake('glm4_moe')
+@mistake('glm4_moe', nightly=['mistral_large4'])
 def groups_score_by_one_expert(patch):
   _route(patch, topk_method='group_limited_greedy')
 
 
-@mistake('deepseek_v2_groups', 'glm4_moe')
+@mistake('deepseek_v2_groups', 'glm4_moe', nightly=['mistral_large4'])
 def groups_limit_nothing(patch):
   _route(patch, topk_method='greedy')
 
 
-@mistake('qwen3_moe', 'moonlight')
+@mistake('qwen3_moe', 'moonlight', nightly=['mistral_large4'])
 def gates_do_not_add_up_to_one(patch):
   _route(patch, norm_topk_prob=False)
 
@@ -264,7 +265,7 @@ def router_has_a_softmax(patch):
   _route(patch, score_func='softmax')
 
 
-@mistake('qwen3_moe', 'deepseek_v2')
+@mistake('qwen3_moe', 'deepseek_v2', nightly=['mistral_large4'])
 def router_has_sigmoids(patch):
   _route(patch, score_func='sigmoid')
 
@@ -509,7 +510,7 @@ def rotary_keys_are_normed_after_their_rotation(patch):
   patch.setattr(mla.MLA, 'rows', rows)
 
 
-@mistake(nightly=['dots3_note'])
+@mistake(nightly=['dots3_note', 'mistral_large4'])
 def latents_have_an_eps_of_their_own(patch):
   make = lambda norm: lambda x, scale, eps: norm(x, scale, eps if x.shape[-1] == 32 else 1e-6)
   wrap(patch, norms, '_rms_norm', make)
@@ -521,7 +522,7 @@ def all_heads_have_one_gate(patch):
   patch.setattr(layer, 'gated', lambda out, logits: gate.gated(out, mean(logits)))
 
 
-@mistake('dots3_note')
+@mistake('dots3_note', nightly=['mistral_large4'])
 def the_indexer_rotates_halves(patch):
   make = lambda rope: lambda *args, interleaved: rope(*args, interleaved=False)
   wrap(patch, indexer, 'apply_rope', make)
@@ -531,6 +532,93 @@ def the_indexer_rotates_halves(patch):
 def the_indexer_rotates_its_last_channels(patch):
   wrong = lambda self: dataclasses.replace(self._cfg, index_rope_last=True)
   patch.setattr(indexer.LightningIndexer, 'cfg', property(wrong))
+
+
+# What Mistral Large 4 does to queries, frequencies and logits.
+
+
+@mistake('mistral_large4')
+def logits_are_not_capped(patch):
+  patch.setattr(transformer, 'softcapped', lambda products, limit: products)
+
+
+@mistake('mistral_large4')
+def yarn_scales_attention(patch):
+  make = lambda scale: property(lambda self: scale.fget(dataclasses.replace(self, mscale=1.0)))
+  wrap(patch, ModelConfig, 'sm_scale', make)
+
+
+def _same_length(patch, n_heads: int):
+  """Leaves queries of so many heads as long as they are."""
+  make = lambda grow: lambda self, q, positions: q if q.shape[2] == n_heads else grow(self, q, positions)
+  wrap(patch, log_scale.LogScale, '__call__', make)
+
+
+@mistake('mistral_large4')
+def index_queries_do_not_grow(patch):
+  _same_length(patch, 16)
+
+
+@mistake(nightly=['mistral_large4'])
+def queries_do_not_grow(patch):
+  _same_length(patch, 4)
+
+
+@mistake(nightly=['mistral_large4'])
+def queries_grow_from_position_one_on(patch):
+  make = lambda grow: lambda self, q, positions: grow(self, q, jnp.maximum(positions - 1, 0))
+  wrap(patch, log_scale.LogScale, '__call__', make)
+
+
+@mistake('mistral_large4')
+def index_queries_come_from_what_is_not_normed(patch):
+  make = lambda norm: lambda self, x: x if x.shape[-1] == 32 else norm(self, x)
+  wrap(patch, norms.LayerNorm, '__call__', make)
+
+
+@mistake('mistral_large4')
+def frequencies_have_no_learned_factors(patch):
+  patch.setattr(mla, 'scaled', lambda frequencies, log_factors: frequencies)
+
+
+@mistake(nightly=['mistral_large4'])
+def frequencies_of_the_indexer_have_no_learned_factors(patch):
+  patch.setattr(indexer, 'scaled', lambda frequencies, log_factors: frequencies)
+
+
+@mistake('mistral_large4')
+def the_indexer_rotates_in_all_layers(patch):
+  def make(rotate):
+    def wrong(self, x, positions, *factors):
+      if self.cfg.index_rope_dim:
+        return rotate(self, x, positions, *factors)
+      rope, nope = jnp.split(x, [8], axis=-1)
+      rope = indexer.apply_rope(rope, positions, rope_of(8), interleaved=True)
+      return jnp.concatenate([rope, nope], axis=-1)
+
+    return wrong
+
+  rope_of = functools.partial(rope.rope_frequencies, model_of('mistral_large4').cfg)
+  wrap(patch, indexer.LightningIndexer, '_rotate', make)
+
+
+@mistake(nightly=['mistral_large4'])
+def queries_rotate_in_all_layers(patch):
+  """Those of layers without positions, whose last channels are where others rotate."""
+
+  def make(queries):
+    def wrong(self, q_latent, positions):
+      plain, rotated = queries(self, q_latent, positions)
+      if self.cfg.qk_rope_head_dim:
+        return plain, rotated
+      first, last = jnp.split(plain, [6], axis=-1)
+      last = rope.apply_rope(last, positions, rope_of(8), interleaved=True)
+      return jnp.concatenate([first, last], axis=-1), rotated
+
+    return wrong
+
+  rope_of = functools.partial(rope.rope_frequencies, model_of('mistral_large4').cfg)
+  wrap(patch, mla.MLA, '_queries', make)
 
 
 def marks(name: str, case: str):

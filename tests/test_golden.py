@@ -154,7 +154,9 @@ def test_gradients_of_layers_without_a_rotary_key(attention):
   golden.check_gradients(attention, 'xla', laws.SOME_NOPE)
 
 
-@pytest.mark.parametrize('cfg', [laws.READING, laws.TWO_SOURCES], ids=['one_of_each_kind', 'two_of_a_kind'])
+@pytest.mark.parametrize(
+    'cfg', [laws.READING, pytest.param(laws.TWO_SOURCES, marks=pytest.mark.nightly)], ids=['one', 'two_of_a_kind']
+)
 def test_layers_that_read_the_rows_of_others(cfg):
   with laws.model(cfg):
     golden.check_forward('sparse', 'xla', cfg)

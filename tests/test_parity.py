@@ -1,23 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
 """The package against `transformers`: see parity/README.md."""
 
+import dataclasses
 import functools
 import json
 import pathlib
 import shutil
 
+from flax import nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dsa_jax.config import ModelConfig
 from dsa_jax.convert.importer import import_checkpoint, open_source
+from dsa_jax.families.mistral4 import MISTRAL_LARGE_4
 from dsa_jax.inference.cache import init_cache
 from dsa_jax.inference.extend import extend
 from dsa_jax.inference.load import load_checkpoint
 from dsa_jax.nn.attention.types import Mode
 from dsa_jax.nn.layers import layers_of_stacks
 from dsa_jax.nn.transformer import Transformer
+from dsa_jax.training.state import model_graph
 
 GOLDEN = pathlib.Path(__file__).parent / 'parity'
 
@@ -62,7 +67,7 @@ def close(got, want):
 
 DSA = (
     'deepseek_v32', 'glm_moe_dsa', 'glm_moe_dsa_full', 'glm_moe_dsa_mixed', 'axk2', 'axk2_groups',
-    'hy_v4', 'dots3_note',
+    'hy_v4', 'dots3_note', 'mistral_large4',
 )  # fmt: skip
 
 
@@ -88,6 +93,33 @@ def test_parity(converted, case, attention, backend):
   np.testing.assert_array_equal(selected[:, :, -n_steps:], want['incremental_selected'])
 
 
+def by_kind(cfg: ModelConfig) -> tuple[int, ...]:
+  """Returns what `transformers` reads in place of `kv_sources`: what the last layer of a kind has kept."""
+  kept, sources = dict[bool, int](), []
+  for i, source in enumerate(cfg.kv_sources):
+    kind = i in cfg.nope_layers
+    sources.append(i if source == i else kept[kind])
+    if source == i and cfg.kv_sources.count(i) > 1:
+      kept[kind] = i
+  return tuple(sources)
+
+
+def test_sources_of_latents_by_number_and_by_kind(converted):
+  """We read the layer that config.json names, and transformers that of its kind: families/mistral4.py."""
+  case = 'mistral_large4_sources'
+  want, named = golden(case), converted(case)
+  assert named.cfg.kv_sources == (0, 1, 2, 0, 1) and by_kind(named.cfg) == (0, 1, 2, 1, 1)
+  logits, _, selected, _ = forward(named, want['tokens'], 'sparse')
+  assert np.abs(logits - want['logits']).max() > 0.01
+  np.testing.assert_array_equal(selected[:3], want['selected'][:3])
+  cfg = dataclasses.replace(named.cfg, kv_sources=by_kind(named.cfg))
+  as_theirs = nnx.merge(model_graph(cfg), nnx.state(named))
+  logits, _, selected, _ = forward(as_theirs, want['tokens'], 'sparse')
+  np.testing.assert_array_equal(selected, want['selected'])
+  close(logits, want['logits'])
+  assert by_kind(MISTRAL_LARGE_4) == MISTRAL_LARGE_4.kv_sources  # One source of each kind.
+
+
 @functools.partial(jax.jit, donate_argnums=1)
 def _read(model, cache, tokens):
   n_new = jnp.full(len(tokens), tokens.shape[1], jnp.int32)
@@ -95,7 +127,7 @@ def _read(model, cache, tokens):
   return model.logits(reading.hidden), reading.selected, reading.cache
 
 
-@pytest.mark.parametrize('case', ['axk2', 'axk2_groups', 'hy_v4', 'dots3_note'])
+@pytest.mark.parametrize('case', ['axk2', 'axk2_groups', 'hy_v4', 'dots3_note', 'mistral_large4'])
 def test_from_a_cache(converted, case):
   """A prompt in two pieces, then the last tokens one by one."""
   want, model = golden(case), converted(case)
@@ -114,7 +146,10 @@ def test_from_a_cache(converted, case):
 
 @pytest.mark.parametrize(
     'case',
-    ['deepseek_v32', 'glm_moe_dsa', 'glm_moe_dsa_mixed', 'axk2', 'axk2_groups', 'hy_v4', 'dots3_note'],
+    [
+        'deepseek_v32', 'glm_moe_dsa', 'glm_moe_dsa_mixed', 'axk2', 'axk2_groups', 'hy_v4', 'dots3_note',
+        'mistral_large4',
+    ],
 )
 def test_expert_choice(converted, case):
   want, model = golden(case), converted(case)

@@ -34,6 +34,11 @@ KINDS = {bool: 'true or false', str: 'a name'}
 ANY_KEYS = ('model_type', 'dtype', 'torch_dtype', 'quantization_config', 'compression_config')
 ALIASES = {'num_experts': 'num_local_experts'}  # Other names of keys, which `transformers` writes.
 MEANS = {'shared_inter_dim': 'moe_inter_dim'}  # Fields in which 0 means the value of another one.
+# Keys that stand beside the section of the text, where there is one.
+OF_WHOLE = (
+    'architectures', 'model_type', 'auto_map', 'transformers_version', 'quantization_config',
+    'compression_config', 'tie_word_embeddings', 'dtype', 'torch_dtype',
+)  # fmt: skip
 HEAD_KEYS = ('num_key_value_heads', 'head_dim')  # Those of grouped-query attention.
 
 
@@ -71,8 +76,10 @@ def read_config(config: Any) -> tuple[str, ModelConfig]:
   _refuse(problems)
   if 'window_layers' not in layers:  # No layer has these sizes.
     sizes = {field: size for field, size in sizes.items() if not field.startswith('window_')}
+  of_nope_layers = {} if layers['nope_layers'] else {'nope_layers_expand': False}
   try:
-    return name, ModelConfig(**family.constants | sizes | rope | layers, dtype=dtype)
+    fields = {**family.constants, **of_nope_layers, **sizes, **rope, **layers}
+    return name, ModelConfig(**fields, dtype=dtype)
   except (TypeError, ValueError) as error:
     raise ConfigError(f'config.json: {error}') from error
 
@@ -131,7 +138,7 @@ def _known(family: Family, has_indexer: bool) -> set[str]:
   heads = HEAD_KEYS if family.constants.get('attention') == 'gqa' else ()
   indexer = INDEXER_KEYS if has_indexer else ()
   lists = ROPE_KEYS, ANY_KEYS, family.layer_keys, family.ignored, family.explicit, heads, indexer
-  return set().union(*tables, *lists, family.towers)
+  return set().union(*tables, *lists, family.towers, family.beside_text)
 
 
 def _checked(key: str, value: Any, kind: type, problems: list[str]) -> Any:
@@ -171,10 +178,28 @@ def write_config(
   family = FAMILIES[name]
   has_indexer = family.has_indexer if has_indexer is None else has_indexer
   base = plain_keys(base, []) if usual_name(base) in FAMILIES else base
+  config = _plain_config(name, cfg, base, has_indexer)
+  return _with_text_section(config, family) if family.text_type else config
+
+
+def _with_text_section(config: dict[str, Any], family: Family) -> dict[str, Any]:
+  """Returns a config.json in which the keys of the text stand in a section of their own."""
+  beside = {*family.beside_text, *OF_WHOLE}
+  text = {key: value for key, value in config.items() if key not in beside}
+  whole = {key: value for key, value in config.items() if key in beside}
+  return whole | {'text_config': text | {'model_type': family.text_type}}
+
+
+def _plain_config(
+    name: str, cfg: ModelConfig, base: dict[str, Any], has_indexer: bool
+) -> dict[str, Any]:
+  """Returns a config.json without sections for the text, from a base without them."""
+  family = FAMILIES[name]
   config = {**family.fixed, **base, 'architectures': [family.architecture], 'model_type': name}
   config |= {key: getattr(cfg, field) for key, field in _required(family, has_indexer).items()}
   config |= {key: _or_null(_meant(cfg, field)) for key, (field, _) in family.optional.items()}
-  config |= {key: config.get(key) or {'adapter_out_dim': cfg.dim} for key in family.towers}
+  if family.tower_width:
+    config |= {key: config.get(key) or {family.tower_width: cfg.dim} for key in family.towers}
   meant = {family.optional[key] for key in family.null_together}
   if all(getattr(cfg, field) == meant_by_null for field, meant_by_null in meant):
     config |= dict.fromkeys(family.null_together)

@@ -253,7 +253,9 @@ def _outs(source: Checkpoint, quantized: bool | None) -> Iterator[Out]:
       if CODES[dtype] == 'F8_E4M3':
         shape = fp8.scale_shape(tensor.shape)
         outs.append(Out(tensor.name + SCALE, np.dtype(np.float32), shape, path, tensor))
-  layer = lambda out: int(out.name.split('.')[2]) if out.name.startswith('model.layers.') else -1
+  prefix = FAMILIES[source.family].tensors.layers
+  number = lambda out: int(out.name.removeprefix(prefix).split('.')[0])
+  layer = lambda out: number(out) if out.name.startswith(prefix) else -1
   return iter(sorted(outs, key=layer))
 
 

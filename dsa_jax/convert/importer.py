@@ -25,6 +25,7 @@ from dsa_jax.convert.stream import Streamed, write_tree
 from dsa_jax.convert.tensors import Array, Path, Tensor, arrays_of, copies_of, weight_shapes
 from dsa_jax.data.seeds import check_seed
 from dsa_jax.families import FAMILIES
+from dsa_jax.families.family import TensorNames
 from dsa_jax.nn.indexer import LightningIndexer
 from dsa_jax.nn.layers import STACKS
 
@@ -80,12 +81,12 @@ def open_source(
   for name in KEPT_FILES:
     if (folder / name).is_file() and is_pointer(folder / name):
       problems.add(f'{name} {IS_POINTER}', 'pointer')
-  unused = _unused(model, family)
-  places = _renamed(places, family, problems)
-  unread = FAMILIES[family].tensors.unread
-  is_read = lambda name: not (_is_unused(name, unused) or name.startswith(unread))
+  names = _names_in(places, family)
+  unused, places = _unused(model, family, names), _renamed(places, names, problems)
+  is_read = lambda name: not (_is_unused(name, unused) or name.startswith(names.unread))
   places = {name: place for name, place in places.items() if is_read(name)}
-  extra_layer = [name for name in places if name.startswith(_mtp_prefix(model))]
+  mtp_prefix = f'{names.layers}{model.n_layers}.'
+  extra_layer = [name for name in places if name.startswith(mtp_prefix)]
   if mtp and extra_layer and not model.n_mtp_layers:
     problems.add(
         f'{extra_layer[0]} and {len(extra_layer) - 1} more are of an MTP layer, and config.json '
@@ -94,10 +95,10 @@ def open_source(
   if not (mtp and extra_layer and model.n_mtp_layers):
     model = dataclasses.replace(model, n_mtp_layers=0)  # `transformers` saves no MTP layer.
     places = {name: place for name, place in places.items() if name not in set(extra_layer)}
-  arrays = arrays_of(model, family, has_indexer=has_own)
+  arrays = arrays_of(model, family, has_indexer=has_own, names=names)
   copies = {name: of for name, of in copies_of(model, family).items() if name in places}
   if not problems:  # Otherwise a missing file would be reported once for each of its tensors.
-    _check_tensors(model, arrays, copies, places, problems)
+    _check_tensors(mtp_prefix, arrays, copies, places, problems)
   if problems:
     raise ConfigError(f'{folder} cannot be converted:\n  ' + '\n  '.join(problems.lines()))
   return Source(folder, family, config, model, arrays, places, copies, made)
@@ -123,25 +124,29 @@ def _read_config(folder: pathlib.Path) -> Any:
     raise ConfigError(f'{folder} is no released checkpoint: config.json: {error}') from error
 
 
-def _mtp_prefix(model: ModelConfig) -> str:
-  return f'model.layers.{model.n_layers}.'
+def _names_in(places: dict[str, Place], family: str) -> TensorNames:
+  """Returns the names of a checkpoint's tensors: those of the release, unless it has others."""
+  released, others = FAMILIES[family].tensors, FAMILIES[family].in_memory
+  return others if others and others.model['embed'][0] in places else released
 
 
-def _unused(model: ModelConfig, family: str) -> set[str]:
+def _unused(model: ModelConfig, family: str, names: TensorNames) -> set[str]:
   """Returns the names of indexers in layers that share another's; some checkpoints have them."""
   if not model.shares_indexers:
     return set()
-  arrays = lambda cfg: arrays_of(cfg, family, has_indexer=True).values()
-  names = lambda cfg: {tensor.name for array in arrays(cfg) for tensor in array.tensors}
-  return names(dataclasses.replace(model, indexer_types=())) - names(model)
+  arrays = lambda cfg: arrays_of(cfg, family, has_indexer=True, names=names).values()
+  all_of = lambda cfg: {tensor.name for array in arrays(cfg) for tensor in array.tensors}
+  return all_of(dataclasses.replace(model, indexer_types=())) - all_of(model)
 
 
-def _renamed(places: dict[str, Place], family: str, problems: Problems) -> dict[str, Place]:
+def _renamed(
+    places: dict[str, Place], names: TensorNames, problems: Problems
+) -> dict[str, Place]:
   """Returns tensors under their usual names."""
-  usual, renamed = FAMILIES[family].tensors.aliases, {}
+  renamed = {}
   for name, place in places.items():
     own = name
-    for alias, module in usual.items():
+    for alias, module in names.aliases.items():
       own = own.replace(f'.{alias}.', f'.{module}.')
     if own in renamed or (own != name and own in places):
       problems.add(f'{name} is {own} by another name, and both are there.')
@@ -155,7 +160,7 @@ def _is_unused(name: str, unused: set[str]) -> bool:
 
 
 def _check_tensors(
-    model: ModelConfig,
+    mtp_prefix: str,
     arrays: dict[Path, Array],
     copies: dict[str, str],
     places: dict[str, Place],
@@ -184,7 +189,7 @@ def _check_tensors(
     if name not in known:
       problems.add(f'{name} is in no place of this model.', 'stranger')
   missing = [name for name in known if name not in places]
-  if missing and all(name.startswith(_mtp_prefix(model)) for name in missing):
+  if missing and all(name.startswith(mtp_prefix) for name in missing):
     problems.add('Nothing is missing outside the MTP layer, which --nomtp leaves out.')
 
 

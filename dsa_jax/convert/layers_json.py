@@ -34,6 +34,7 @@ def read_layers(
       'n_dense_layers': leading,
       'mlp_layers': dense[leading:],
       'nope_layers': _nope_layers(config, family, depth, problems),
+      'kv_sources': _kv_sources(config, family, depth, problems),
       'indexer_rope_interleave': family.indexer_rope_interleave,
       **read_windows(config, family, depth, has_indexer, problems),
   }
@@ -67,6 +68,7 @@ def write_layers(cfg: ModelConfig, family: Family, base: dict[str, Any]) -> dict
   keys |= {
       'num_nextn_predict_layers': cfg.n_mtp_layers,
       'no_rope_layers': [int(i not in cfg.nope_layers) for i in range(depth)],
+      'kv_source_layers': list(cfg.kv_sources or range(depth)),
   }
   keys = {key: value for key, value in keys.items() if key in family.layer_keys}
   return keys | write_windows(cfg, family, base)
@@ -182,6 +184,17 @@ def _nope_layers(config: dict, family: Family, depth: int, problems: list[str]) 
     )
     return ()
   return tuple(i for i, rotating in enumerate(rotates) if not rotating)
+
+
+def _kv_sources(config: dict, family: Family, depth: int, problems: list[str]) -> tuple[int, ...]:
+  """Returns the layer whose latents each layer reads; () if all read their own."""
+  sources = config.get('kv_source_layers') if 'kv_source_layers' in family.layer_keys else None
+  if sources is None or sources == [*range(depth)]:
+    return ()
+  if not isinstance(sources, list) or any(type(source) is not int for source in sources):
+    problems.append(f'kv_source_layers={sources!r} must be numbers of layers, one for each layer.')
+    return ()
+  return tuple(sources)
 
 
 def _indexer_types(

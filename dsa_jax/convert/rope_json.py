@@ -32,7 +32,7 @@ def read_rope(
     problems: The list that takes every key which is unknown, contradicts another or has a value
       that the model is not built for.
   """
-  rope = _section(config, problems)
+  rope = _section(config, family, problems)
   if rope is None:
     return {}
   kind = rope.pop('rope_type')
@@ -49,7 +49,9 @@ def read_rope(
   elif not problems:
     fields |= _split_heads(share, sizes, kind, problems)
   _check_original(rope.pop('original_max_position_embeddings', None), fields, problems)
-  neutral = {**NEUTRAL, 'attention_factor': _attention_factor(fields)}
+  neutral = {**NEUTRAL, 'attention_factor': _attention_factor(fields, family)}
+  if _says_factor(family) and rope.get('attention_factor') is None:
+    problems.append('rope_scaling: attention_factor is missing: loaders take another value than 1.')
   neutral |= {'factor': 1} if kind == 'default' else {}
   for key, value in rope.items():
     if key not in neutral:
@@ -59,21 +61,31 @@ def read_rope(
   return fields
 
 
-def _attention_factor(fields: dict[str, Any]) -> float:
+def _attention_factor(fields: dict[str, Any], family: Family) -> float:
   """Returns what loaders multiply cosines and sines by.
 
-  With DeepSeek's `mscale` that is 1. Without it, queries and keys are longer by this factor, which
-  is the softmax scale's factor here.
+  With DeepSeek's `mscale` that is 1, and where nothing scales attention. Else queries and keys are
+  longer by this factor, which is the softmax scale's factor here.
   """
-  if fields['rope_type'] != 'yarn' or 'mscale' in fields or not fields['rope_factor']:
+  is_scaled = fields['rope_type'] == 'yarn' and fields['rope_factor'] and 'mscale' not in fields
+  if not is_scaled or _says_factor(family):
     return 1.0
   return 0.1 * math.log(fields['rope_factor']) + 1
 
 
-def _section(config: dict[str, Any], problems: list[str]) -> dict[str, Any] | None:
+def _says_factor(family: Family) -> bool:
+  """Returns whether YaRN scales nothing in a family, which config.json says by a factor of 1."""
+  return family.constants.get('mscale') == 0
+
+
+def _section(
+    config: dict[str, Any], family: Family, problems: list[str]
+) -> dict[str, Any] | None:
   """Returns everything that is said of rotary positions, each key once; None if that fails."""
   before = len(problems)
   sections = {key: config[key] for key in SECTIONS if config.get(key)}
+  if family.usual_rope and not sections:
+    sections = {SECTIONS[0]: dict(family.usual_rope)}
   merged: dict[str, Any] = {}
   top = {key: config[key] for key in KEYS if key not in SECTIONS and config.get(key) is not None}
   for where, section in {**sections, 'config': top}.items():
@@ -184,4 +196,7 @@ def write_rope(cfg: ModelConfig, family: Family) -> dict[str, Any]:
   section = {key: getattr(cfg, field) for key, field in family.ropes.get(kind, {}).items()}
   if 'mscale' in section:
     section['mscale_all_dim'] = cfg.mscale
+  if _says_factor(family):
+    section |= {'attention_factor': 1.0, 'rope_type': kind, 'rope_theta': cfg.rope_theta}
+    return {'rope_parameters': section}
   return {'rope_scaling': {'type': kind, **section}, 'rope_theta': cfg.rope_theta, **share}

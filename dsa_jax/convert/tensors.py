@@ -14,7 +14,7 @@ import numpy as np
 
 from dsa_jax.config import ModelConfig
 from dsa_jax.families import FAMILIES
-from dsa_jax.families.family import Family
+from dsa_jax.families.family import TensorNames
 from dsa_jax.nn.layers import OF_EXPERTS, layers_of_stacks
 from dsa_jax.nn.transformer import Transformer
 
@@ -78,7 +78,11 @@ class Array:
 
 
 def arrays_of(
-    cfg: ModelConfig, family: str, *, has_indexer: bool | None = None
+    cfg: ModelConfig,
+    family: str,
+    *,
+    has_indexer: bool | None = None,
+    names: TensorNames | None = None,
 ) -> dict[Path, Array]:
   """Returns every array of the model that a checkpoint of the family holds, with its tensors.
 
@@ -86,49 +90,50 @@ def arrays_of(
     cfg: The model.
     family: A key of FAMILIES.
     has_indexer: Whether the checkpoint has indexers. None stands for what is usual in the family.
+    names: The names of its tensors. None stands for those of the release.
   """
   traits, shapes = FAMILIES[family], weight_shapes(cfg)
+  names = names or traits.tensors
   has_indexer = traits.has_indexer if has_indexer is None else has_indexer
-  sources = {tuple(path.split('/')): [((), *name)] for path, name in traits.tensors.model.items()}
+  sources = {tuple(path.split('/')): [((), *name)] for path, name in names.model.items()}
   for stack, layers in layers_of_stacks(cfg).items():
     full = [i for i in layers if cfg.is_full(i)]
     for i in layers:
       scores = cfg.is_full(i) and has_indexer
-      for path, index, name, *rest in _layer(cfg, traits, stack in OF_EXPERTS, scores):
+      for path, index, name, *rest in _layer(cfg, names, stack in OF_EXPERTS, scores):
         at = (full if 'indexer' in path else layers).index(i)
-        source = (at, *index), f'model.layers.{i}.{name}', *rest
+        source = (at, *index), f'{names.layers}{i}.{name}', *rest
         sources.setdefault((stack, *path), []).append(source)
   if cfg.n_mtp_layers:
-    prefix = f'model.layers.{cfg.n_layers}.'
-    for path, (name, equation) in traits.tensors.mtp.items():
+    prefix = f'{names.layers}{cfg.n_layers}.'
+    for path, (name, equation) in names.mtp.items():
       sources['mtp', *path.split('/')] = [((), prefix + name, equation)]
     has_experts = cfg.n_dense_layers < cfg.n_layers
-    for path, index, name, *rest in _layer(cfg, traits, has_experts, has_indexer):
+    for path, index, name, *rest in _layer(cfg, names, has_experts, has_indexer):
       sources.setdefault(('mtp', 'block', *path), []).append((index, prefix + name, *rest))
   return {
       path: Array(
           shapes[path],
           [Tensor(name, i, equation, shapes[path][len(i) :], *of) for i, name, equation, *of in pieces],
-          quantizable=_is_quantizable(pieces[0][1], traits),
+          quantizable=_is_quantizable(pieces[0][1], names),
       )
       for path, pieces in sources.items()
       if path in shapes
   }
 
 
-def _is_quantizable(name: str, family: Family) -> bool:
+def _is_quantizable(name: str, names: TensorNames) -> bool:
   *_, module, kind = name.split('.')
-  return kind == 'weight' and module in family.tensors.quantized
+  return kind == 'weight' and module in names.quantized
 
 
 def _layer(
-    cfg: ModelConfig, family: Family, has_experts: bool, has_indexer: bool
+    cfg: ModelConfig, tensors: TensorNames, has_experts: bool, has_indexer: bool
 ) -> Iterator[tuple[Path, tuple[int, ...], str, str, int, int]]:
   """Yields the pieces of a layer's tensors.
 
   They are paths, indices beyond the layer, names, equations, parts of the tensor and their number.
   """
-  tensors = family.tensors
   attention = {**tensors.layer, **({} if cfg.q_lora_rank else tensors.without_q_latent)}
   names = {**attention, **(tensors.moe if has_experts else tensors.mlp)}
   of_names, seen = Counter(name for name, _ in names.values()), Counter[str]()
@@ -154,7 +159,7 @@ def copies_of(cfg: ModelConfig, family: str) -> dict[str, str]:
   if cfg.tie_embeddings:
     copies[tensors.model['head'][0]] = tensors.model['embed'][0]
   if cfg.n_mtp_layers:
-    prefix = f'model.layers.{cfg.n_layers}.'
+    prefix = f'{tensors.layers}{cfg.n_layers}.'
     copies |= {prefix + name: original for name, original in tensors.mtp_copies.items()}
   return copies
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The families of released models, one file each, by the `model_type` of their config.json."""
 
-from dsa_jax.families import axk2, deepseek, dots3, glm, hy4, llama, qwen
+from dsa_jax.families import axk2, deepseek, dots3, glm, hy4, llama, mistral4, qwen
 
 FAMILIES = {
     'deepseek_v32': deepseek.V32_FAMILY,
@@ -13,6 +13,7 @@ FAMILIES = {
     'axk2': axk2.FAMILY,
     'hy_v4': hy4.FAMILY,
     'dots3_note': dots3.FAMILY,
+    'mistral_large4': mistral4.FAMILY,
     'llama': llama.LLAMA_FAMILY,
     'mistral': llama.MISTRAL_FAMILY,
     'smollm3': llama.SMOLLM3_FAMILY,

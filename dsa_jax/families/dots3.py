@@ -118,6 +118,7 @@ FAMILY = dataclasses.replace(
         'head_dim', 'num_nextn_predict_layers', 'image_token_id', 'video_token_id', 'audio_token_id',
     ),
     towers=('vision_config', 'audio_config'),
+    tower_width='adapter_out_dim',
     layer_keys=(
         'first_k_dense_replace', 'moe_layer_freq', 'mlp_layer_types', 'use_sliding_window',
         'sliding_window_size', 'layer_types',

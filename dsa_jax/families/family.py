@@ -31,6 +31,7 @@ class TensorNames:
 
   model: Names  # Weights outside the layers.
   layer: Names  # Weights of every layer, under `model.layers.N.`; those of the indexer among them.
+  layers: str = 'model.layers.'  # What stands before the number of a layer.
   # Weights whose names are others in a model that has no query latent.
   without_q_latent: Names = dataclasses.field(default_factory=dict)
   mlp: Names  # Weights of a layer that has an MLP.
@@ -57,11 +58,17 @@ class Family:
   other_names: tuple[str, ...] = ()  # Other values of `model_type` that a config.json may have.
   sizes: Mapping[str, ModelConfig]  # The released models, by short names; without an MTP layer.
   tensors: TensorNames
+  in_memory: TensorNames | None = None  # The names in files of `transformers` that keep its own.
 
   # Keys that `transformers` saves, each with the key that the release has in its place.
   renamed: Mapping[str, str] = dataclasses.field(default_factory=dict)
   # Sections of parts that are left out. Loaders check that they fit the width of the model.
   towers: tuple[str, ...] = ()
+  tower_width: str = ''  # The key of these sections that has the width of the model.
+  # The model_type of the section `text_config`, in which an export has the keys of the text. '': it has
+  # no section.
+  text_type: str = ''
+  beside_text: tuple[str, ...] = ()  # Keys of parts that are left out, which stand beside that section.
   # The keys of config.json, each with the field of ModelConfig that has the same value.
   fields: Mapping[str, str]
   # Keys that may be absent or null, each with its field and the value that this means.
@@ -95,6 +102,8 @@ class Family:
 
   # The kinds of rotary positions, each with the keys of its section and their fields.
   ropes: Mapping[str, Mapping[str, str]]
+  # The section of rotary positions, where config.json has none. {}: they are the default ones.
+  usual_rope: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   rope_theta: float | None = None  # The base, where config.json is silent. None: it must say.
   # The share of a head that is rotated, where config.json is silent. None: it cannot be chosen.
   rotary_share: float | None = None

@@ -20,7 +20,7 @@ from dsa_jax.families import FAMILIES  # noqa: E402
 
 HERE = pathlib.Path(__file__).parent
 CONTEXTS = {'128K': 131_072, '1M': 1_048_576}
-DSA = 'deepseek_v32', 'glm_moe_dsa', 'axk2', 'hy_v4', 'dots3_note'
+DSA = 'deepseek_v32', 'glm_moe_dsa', 'axk2', 'hy_v4', 'dots3_note', 'mistral_large4'
 SCORING = 'index scores', 'selection'
 
 

@@ -85,8 +85,9 @@ GQA = {
     name: family_of(released.CONFIGS[name])
     for name in ('llama3_8b', 'llama32_1b', 'mistral_7b_v03', 'smollm3_3b', 'qwen25_0_5b',
                  'qwen3_8b', 'qwen3_30b_a3b', 'glm45_air', 'v2_lite', 'moonlight',
-                 'axk2_light', 'hy4_preview', 'dots3_note')
+                 'axk2_light', 'hy4_preview', 'dots3_note', 'mistral_large4')
 }  # fmt: skip
+MISTRAL_ROPE = released.CONFIGS['mistral_large4']['rope_parameters']
 DOTS_LAYERS = {'layer_types': ['indexed_attention'] * 2 + ['sliding_attention'] * 44}
 LLAMA3 = released.CONFIGS['llama32_1b']['rope_scaling']
 WINDOWS = {'use_sliding_window': True}
@@ -177,6 +178,18 @@ INDEXED = {'index_n_heads': 4, 'index_head_dim': 32, 'index_topk': 64}
         ('dots3_note', {'rope_parameters': {'sliding_attention': {'rope_theta': 5.0, 'partial_rotary_factor': 0.5}}},
          "rope_parameters: 'sliding_attention'"),
         ('hy4_preview', {'hc_sinkhorn_iters': 20}, 'hc_sinkhorn_iters=20 is unknown'),
+        ('mistral_large4', {'kv_source_layers': [0, 1]}, r'kv_sources=.0, 1. must name'),
+        ('mistral_large4', {'kv_source_layers': [0, 1, 2, 2, *range(4, 72)]}, 'kv_sources=.* rotates as it does'),
+        ('mistral_large4', {'kv_source_layers': ['0'] * 72}, 'kv_source_layers=.* must be numbers of layers'),
+        ('mistral_large4', {'no_rope_layers': [1, 0]}, 'no_rope_layers=.* must be 1 for each of 72 layers'),
+        ('mistral_large4', {'q_lora_rank': 64}, 'q_lora_rank=64 is unknown'),
+        ('mistral_large4', {'norm_topk_prob': False}, 'norm_topk_prob=False must be True'),
+        ('mistral_large4', {'final_logit_softcapping': 0}, 'final_logit_softcapping=0 must be positive'),
+        ('mistral_large4', {'rope_parameters': MISTRAL_ROPE | {'attention_factor': None}}, 'attention_factor is missing'),
+        ('mistral_large4', {'rope_parameters': MISTRAL_ROPE | {'attention_factor': 1.5}}, 'attention_factor=1.5 must be 1'),
+        ('mistral_large4', {'rope_parameters': MISTRAL_ROPE | {'mscale': 1.0}}, "mscale=1.0 is unknown for 'yarn'"),
+        ('mistral_large4', {'rope_parameters': {'rope_type': 'default'}}, "type='default' must be 'yarn'"),
+        ('mistral_large4', {'rope_parameters': None, 'rope_theta': 5.0}, 'rope_theta=5.0 contradicts'),
         ('axk2_light', {'gated_norm_rank': 0}, 'gated_norm_rank=0 must be positive'),
         ('axk2_light', {'num_nextn_predict_layers': 1}, 'num_nextn_predict_layers=1 must be 0'),
         ('axk2_light', {'scoring_func': 'softmax'}, "scoring_func='softmax' must be 'sigmoid'"),
@@ -245,6 +258,16 @@ def test_what_other_families_refuse(name, changes, message):
         ('dots3_note', {'rope_parameters': {'rope_theta': 5.0, 'rope_type': 'default'}, 'rope_theta': None},
          {'rope_theta': 5.0, 'window_rope_theta': 0.0}),  # A section without kinds is of all layers.
         ('axk2_light', {'norm_topk_prob': False}, {'norm_topk_prob': False}),
+        ('mistral_large4', {'rope_parameters': None, 'final_logit_softcapping': None, 'n_group': None},
+         {'rope_type': 'yarn', 'rope_factor': 2048.0, 'mscale': 0.0, 'logit_softcap': 30.0}),
+        ('mistral_large4', {'no_rope_layers': None, 'no_rope_layer_interval': 36, 'kv_source_layers': None},
+         {'nope_layers': (35, 71), 'nope_layers_expand': True, 'kv_sources': ()}),
+        ('mistral_large4', {'no_rope_layers': [1] * 72, 'kv_source_layers': [0] * 72},
+         {'nope_layers': (), 'nope_layers_expand': False, 'kv_sources': (0,) * 72}),
+        ('mistral_large4', {'rope_parameters': MISTRAL_ROPE | {'factor': 4.0}, 'final_logit_softcapping': 5.0},
+         {'rope_factor': 4.0, 'logit_softcap': 5.0, 'mscale': 0.0}),
+        ('mistral_large4', {'index_topk_freq': 4}, {'indexer_types': ('full', 'full', *(['shared'] * 3 + ['full']) * 17, 'shared', 'shared')}),
+        ('mistral_large4', {'n_group': 8, 'topk_group': 2}, {'n_expert_groups': 8, 'n_limited_groups': 2}),
         ('mistral_7b_v03', {'sliding_window': 4096},
          {'window_layers': tuple(range(32)), 'sliding_window': 4096}),
         ('qwen25_0_5b', WINDOWS | {'sliding_window': 512, 'max_window_layers': 21},

@@ -22,7 +22,7 @@ from dsa_jax.families.deepseek import DEEPSEEK_V32
 ROOT = pathlib.Path(__file__).parents[2]
 EXPERIMENT = ROOT / 'experiments' / 'cost_claim'
 V32 = DEEPSEEK_V32
-NO_KERNELS = 'scale', 'bias', 'bq', 'bk', 'bv', 'sinks', 'base'  # Added or multiplied by channel.
+NO_KERNELS = 'scale', 'bias', 'bq', 'bk', 'bv', 'sinks', 'base', 'rope_factors'  # Added or multiplied by channel.
 ONE = dataclasses.replace(V32, n_layers=1, n_dense_layers=1)
 TINY = 'configs/deepseek_v32.py:tiny'
 CONTEXTS = 1, 1000, 2048, 2049, 7000, 32_768, 131_072
@@ -107,6 +107,20 @@ def test_layers_without_rotary_keys_and_layers_without_rows_by_hand():
   assert of_cfg - of_all == 4 * layer(expansion - 7168 * 64) - layer(7168 * 576, 7168 * 512)
 
 
+def test_latents_that_nine_layers_read_by_hand():
+  """Mistral Large 4: nine of 72 layers keep an index key alone. 18 have keys of latents alone."""
+  large = SIZES['mistral_large4']
+  assert cost.cache_bytes(large, 'bf16') == 2 * (63 * (512 + 64) + 72 * 128)
+  assert cost.cache_bytes(large, 'fp8') == 63 * 656 + 72 * 132
+  shared = dataclasses.replace(large, indexer_types=('full', *['shared'] * 3) * 18)
+  assert cost.cache_bytes(shared, 'fp8') == 63 * 656 + 18 * 132
+  both = 6144 * 64 * 128 + 64 * 128 * 6144  # Queries and outputs.
+  layers = 54 * (6144 * 576 + 512 * 64 * 192) + 18 * 512 * 64 * 256 + 9 * 6144 * 512
+  assert of('projections', large, sparse=True).flops == 2 * (72 * both + layers)
+  used = sum(w.flops for w in work.token_work(large, 1, sparse=True, form='mqa') if w.kind == 'weights')
+  assert round(used / 2e9) == 52  # Billions, as its name says.
+
+
 @pytest.mark.parametrize('name', SIZES)
 def test_weights_are_those_of_the_model(name):
   """All matrices of a model of one layer of each kind, against what a token multiplies with."""
@@ -115,6 +129,7 @@ def test_weights_are_those_of_the_model(name):
   windows = (1,) if cfg.window_layers else ()
   cfg = dataclasses.replace(
       cfg, n_layers=2 if both else 1, n_dense_layers=1, indexer_types=(), nope_layers=(),
+      nope_layers_expand=False, kv_sources=(),
       n_activated_experts=cfg.n_routed_experts, n_limited_groups=cfg.n_expert_groups,
       window_layers=windows,
   )  # fmt: skip

@@ -69,6 +69,20 @@ def test_dots3_note_has_the_published_size():
   assert sum(math.prod(array.shape) for array in arrays.values()) == 279_551_718_016 + 45 * 256
 
 
+def test_mistral_large4_has_the_published_size():
+  """Parameters of the text in MistralLarge4ForConditionalGeneration in 5.24, with the release's sources.
+
+  Its name says 1T, of which 52B are used for a token, the embedding left out.
+  """
+  large = SIZES['mistral_large4']
+  count = lambda cfg: sum(math.prod(a.shape) for a in arrays_of(cfg, 'mistral_large4').values())
+  weights, spared = count(large), count(dataclasses.replace(large, kv_sources=())) - count(large)
+  assert weights == 1_050_089_886_752
+  assert spared == 9 * (large.dim * large.kv_lora_rank + large.kv_lora_rank)
+  unused = 71 * 124 * 3 * large.dim * large.moe_inter_dim + large.vocab_size * large.dim
+  assert round((weights - unused) / 1e9) == 52
+
+
 @pytest.mark.parametrize('family', FAMILIES)
 def test_every_weight_has_a_name(family):
   """Without indexers, those of an indexer are left out and no others."""
@@ -126,11 +140,11 @@ def few_layers(model: ModelConfig) -> ModelConfig:
   leading = min(model.n_dense_layers, 1) if model.n_dense_layers < model.n_layers else 2
   is_mtp = model.attention == 'mla' and model.topk_method == 'noaux_tc' and leading < 2
   is_mtp = is_mtp and not model.output_gate
-  nope = tuple(i for i in model.nope_layers if i < 2)
+  nope = (1,) if model.nope_layers_expand else tuple(i for i in model.nope_layers if i < 2)
   windows = (1,) if model.window_layers else ()
   return dataclasses.replace(
       model, n_layers=2, n_dense_layers=leading, n_mtp_layers=int(is_mtp), n_routed_experts=16,
-      nope_layers=nope, window_layers=windows, indexer_types=(),
+      nope_layers=nope, window_layers=windows, indexer_types=(), kv_sources=(),
   )  # fmt: skip
 
 

@@ -70,7 +70,18 @@ def test_rows_leave_their_slot_after_their_last_reader():
   assert row_slots(crossed) == ((0, 1, -1, -1, 0, -1), (576, 512))
 
 
-@pytest.mark.parametrize('name', [name for name in SIZES if not SIZES[name].window_layers])
+def test_mistral_large4_has_a_scan_for_each_way_that_layers_take_turns():
+  """Every fourth layer has no positions. Layer 35 keeps its rows, and the later ones of its kind read them."""
+  cfg = SIZES['mistral_large4']
+  sections = plan(tuple(kind_of(cfg, i) for i in range(72)))
+  nope, reading = Kind('moe_nope_blocks'), Kind('moe_nope_reading_blocks', reads=0)
+  kept = nope._replace(keeps=0)
+  assert [(x.group, x.repeats) for x in sections] == [
+      ((D,), 1), ((M, M, nope, M), 8), ((M,), 2), ((kept,), 1), ((M, M, M, reading), 9)
+  ]
+
+
+@pytest.mark.parametrize('name', [name for name, x in SIZES.items() if not x.window_layers and not x.kv_sources])
 def test_released_models_have_a_scan_for_each_stack(name):
   """Leading layers with an MLP, then layers with experts."""
   stacks = {stack: layers for stack, layers in layers_of_stacks(SIZES[name]).items() if layers}

@@ -172,6 +172,66 @@ DOTS = {key: value for key, value in SIZES.items() if key not in ('num_nextn_pre
     audio_config=dict(adapter_out_dim=32),
 )
 
+MISTRAL_TEXT = dict(
+    model_type='mistral_large4_text',
+    vocab_size=64,
+    hidden_size=32,
+    intermediate_size=40,
+    moe_intermediate_size=12,
+    num_hidden_layers=6,
+    num_attention_heads=4,
+    num_key_value_heads=4,
+    kv_lora_rank=16,
+    qk_nope_head_dim=6,
+    qk_rope_head_dim=8,
+    v_head_dim=8,
+    n_routed_experts=8,
+    n_shared_experts=1,
+    num_experts_per_tok=2,
+    n_group=4,
+    topk_group=2,
+    routed_scaling_factor=1.5,
+    first_k_dense_replace=1,
+    # Layers 3 to 5 read what the last layer before 2, or 2 itself, has kept for them.
+    no_rope_layers=[1, 1, 0, 1, 1, 0],
+    kv_source_layers=[0, 1, 2, 1, 1, 2],
+    indexer_types=['full', 'full', 'full', 'full', 'shared', 'full'],
+    index_topk=8,
+    index_n_heads=16,
+    index_head_dim=16,
+    rms_norm_eps=0.02,
+    final_logit_softcapping=2.0,
+    max_position_embeddings=2560,
+    rope_parameters=dict(
+        rope_type='yarn',
+        rope_theta=10000.0,
+        factor=40.0,
+        original_max_position_embeddings=64,
+        beta_fast=32.0,
+        beta_slow=1.0,
+        attention_factor=1.0,
+    ),
+    hidden_act='silu',
+    attention_bias=False,
+    attention_dropout=0.0,
+    bos_token_id=0,
+    eos_token_id=1,
+    pad_token_id=2,
+)
+MISTRAL = dict(
+    architectures=['MistralLarge4ForConditionalGeneration'],
+    model_type='mistral_large4',
+    dtype='float32',
+    tie_word_embeddings=False,
+    image_token_index=63,
+    # As small as it may be: it is part of the checkpoint, and left out here.
+    vision_config=dict(
+        model_type='pixtral', hidden_size=8, intermediate_size=8, num_hidden_layers=1,
+        num_attention_heads=2, head_dim=4, patch_size=4, image_size=16, hidden_act='silu',
+    ),
+    text_config=MISTRAL_TEXT,
+)  # fmt: skip
+
 # config.json of each case, with the released files' keys. 'glm_moe_dsa_full' is the exception:
 # its config.json is what transformers itself writes.
 CASES = {
@@ -210,8 +270,21 @@ CASES = {
     'axk2_groups': AXK2 | dict(num_hidden_layers=2, first_k_dense_replace=0, n_group=4, topk_group=3),
     'hy_v4': HY,
     'dots3_note': DOTS,
+    'mistral_large4': MISTRAL,
+    # Layer 3 is to read layer 0, and reads layer 1, which is the last one that keeps anything of its kind.
+    'mistral_large4_sources': MISTRAL | dict(
+        text_config=MISTRAL_TEXT | dict(
+            num_hidden_layers=5,
+            n_group=1,
+            topk_group=1,
+            no_rope_layers=[1, 1, 0, 1, 1],
+            kv_source_layers=[0, 1, 2, 0, 1],
+            indexer_types=['full'] * 5,
+        ),
+    ),
     **DENSE_CASES,
 }
+OF_PICTURES = 'model.vision_tower.', 'model.multi_modal_projector.'
 SAVED_CONFIG = ('glm_moe_dsa_full',)
 SHARDED = {'glm_moe_dsa': '225KB'}
 SEQ_LEN = 96
@@ -299,6 +372,8 @@ def randomize(model):
   with torch.no_grad():
     for name, x in itertools.chain(model.named_parameters(), model.named_buffers()):
       if 'rotary_emb' in name:
+        if name.endswith('language_model.rotary_emb.alpha'):
+          x.copy_(torch.randn(x.shape) * 0.3)
         continue
       if name.endswith('e_score_correction_bias'):
         x.copy_(torch.randn(x.shape) * 0.03)
@@ -312,16 +387,29 @@ def randomize(model):
         x.copy_(torch.randn(x.shape) * x.shape[-1] ** -0.5)
 
 
+def auto_class(config):
+  """The class that makes the model of a config, with its head."""
+  has_pictures = config.model_type == 'mistral_large4'
+  return transformers.AutoModelForImageTextToText if has_pictures else transformers.AutoModelForCausalLM
+
+
+def layers_of(model):
+  return getattr(model.model, 'language_model', model.model).layers
+
+
 def load(folder, **kwargs):
   """Reads a checkpoint folder; raises ValueError unless it holds exactly the model's tensors.
 
-  Those of an MTP layer may be there too: transformers leaves them alone.
+  Those of an MTP layer may be there too: transformers leaves them alone. Those of parts for pictures may
+  be missing: a text does not pass them.
   """
-  model, info = transformers.AutoModelForCausalLM.from_pretrained(
+  config = transformers.AutoConfig.from_pretrained(folder)
+  model, info = auto_class(config).from_pretrained(
       folder, dtype=torch.float32, attn_implementation='eager', output_loading_info=True, **kwargs
   )
-  mtp = f'model.layers.{model.config.num_hidden_layers}.'
+  mtp = f'model.layers.{config.get_text_config().num_hidden_layers}.'
   info['unexpected_keys'] = {x for x in info['unexpected_keys'] if not x.startswith(mtp)}
+  info['missing_keys'] = {x for x in info['missing_keys'] if not x.startswith(OF_PICTURES)}
   faults = {key: sorted(map(str, value)) for key, value in info.items() if value}
   if faults:
     raise ValueError(f'{folder}: {faults}')
@@ -339,7 +427,7 @@ def visible(selected, start=0):
 @torch.no_grad()
 def full_forward(model, tokens):
   """The arrays of a forward pass over whole rows, and its Watch."""
-  with Watch(model.model.layers) as watch:
+  with Watch(layers_of(model)) as watch:
     arrays = {'logits': model(tokens, use_cache=False).logits.numpy()}
   if watch.selected:
     arrays['selected'] = np.stack([visible(x) for x in watch.selected])
@@ -357,7 +445,7 @@ def cached_forward(model, tokens, lengths):
   """Logits and selections of consecutive calls on `lengths` tokens, sharing one cache."""
   cache, start, logits, selected = None, 0, [], []
   for length in lengths:
-    with Watch(model.model.layers) as watch:
+    with Watch(layers_of(model)) as watch:
       out = model(tokens[:, start:start + length], past_key_values=cache, use_cache=True)
     cache = out.past_key_values
     logits.append(out.logits.numpy())
@@ -391,13 +479,13 @@ def build(config_path, seed):
   torch.manual_seed(seed)
   shape = DENSE_SHAPE if config_path.parent.name in DENSE_CASES else (2, SEQ_LEN)
   config = transformers.AutoConfig.from_pretrained(config_path)
-  model = transformers.AutoModelForCausalLM.from_config(
+  model = auto_class(config).from_config(
       config, dtype=torch.float32, attn_implementation='eager'
   ).eval()
   randomize(model)
   if shift := NEGATIVE_BIAS.get(config_path.parent.name):
     model.model.layers[-1].mlp.gate.e_score_correction_bias += shift
-  return model, torch.randint(config.vocab_size, shape)
+  return model, torch.randint(config.get_text_config().vocab_size, shape)
 
 
 def make(name, folder, seeds=range(10_000)):
