@@ -237,6 +237,7 @@ CONFIGS['hy4_preview'] = {
     'index_topk': 2048, 'index_head_dim': 128, 'index_n_heads': 32, 'hc_mult': 4,
     'hc_magnitude': 2.0, 'hc_eps': 1e-6, 'learnable_sink_init': 0.0, 'swiglu_limit': 10.0,
 }  # fmt: skip
+CONFIGS['hy4'] = CONFIGS['hy4_preview'] | {'model_type': 'hy_v4_vl_text'}
 
 # The defaults of Dots3NoteTextConfig in `transformers` 5.24, by the keys of the release; its window.
 CONFIGS['dots3_note'] = {

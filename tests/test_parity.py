@@ -67,7 +67,7 @@ def close(got, want):
 
 DSA = (
     'deepseek_v32', 'glm_moe_dsa', 'glm_moe_dsa_full', 'glm_moe_dsa_mixed', 'axk2', 'axk2_groups',
-    'hy_v4', 'dots3_note', 'mistral_large4',
+    'hy_v4', 'hy_v4_vl', 'dots3_note', 'mistral_large4',
 )  # fmt: skip
 
 
@@ -127,7 +127,13 @@ def _read(model, cache, tokens):
   return model.logits(reading.hidden), reading.selected, reading.cache
 
 
-@pytest.mark.parametrize('case', ['axk2', 'axk2_groups', 'hy_v4', 'dots3_note', 'mistral_large4'])
+@pytest.mark.parametrize(
+    'case',
+    [
+        'axk2', 'axk2_groups', 'hy_v4', pytest.param('hy_v4_vl', marks=pytest.mark.nightly), 'dots3_note',
+        'mistral_large4',
+    ],
+)
 def test_from_a_cache(converted, case):
   """A prompt in two pieces, then the last tokens one by one."""
   want, model = golden(case), converted(case)

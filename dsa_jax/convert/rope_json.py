@@ -35,6 +35,7 @@ def read_rope(
   rope = _section(config, family, problems)
   if rope is None:
     return {}
+  rope = {key: value for key, value in rope.items() if key not in family.rope_ignored}
   kind = rope.pop('rope_type')
   if kind not in tuple(family.ropes):  # It may be of any type.
     problems.append(f'rope_scaling: type={kind!r} must be {" or ".join(map(repr, family.ropes))}.')

@@ -12,6 +12,7 @@ FAMILIES = {
     'glm4_moe': glm.FAMILY_4,
     'axk2': axk2.FAMILY,
     'hy_v4': hy4.FAMILY,
+    'hy_v4_vl': hy4.FAMILY_VL,
     'dots3_note': dots3.FAMILY,
     'mistral_large4': mistral4.FAMILY,
     'llama': llama.LLAMA_FAMILY,

@@ -104,6 +104,7 @@ class Family:
   ropes: Mapping[str, Mapping[str, str]]
   # The section of rotary positions, where config.json has none. {}: they are the default ones.
   usual_rope: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  rope_ignored: tuple[str, ...] = ()  # Keys of that section that say nothing of a text.
   rope_theta: float | None = None  # The base, where config.json is silent. None: it must say.
   # The share of a head that is rotated, where config.json is silent. None: it cannot be chosen.
   rotary_share: float | None = None

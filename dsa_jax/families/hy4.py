@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tencent's Hy4: DeepSeek-V3.2 with residual streams, sinks, and gates of what heads have read.
+"""Tencent's Hy4-preview and the text part of Hy4: DeepSeek-V3.2 with residual streams, sinks, and gates.
 
 Its indexers rotate their last channels, share selections as GLM-5.2's do, and norm index keys with
 `rms_norm_eps`. Experts lie in one tensor, gate projections before up projections.
@@ -10,6 +10,8 @@ Three readings differ between engines, and each is a field that config.json may 
     1.86 in place of 5.02 nats). The default follows the weights: neighbours.
   `latent_eps`: the text class of `transformers` norms latents with 1e-6, and its class for pictures,
     which says that it follows the checkpoint, with `rms_norm_eps`. That is the default.
+Its class for pictures, which is Hy4's, rotates neighbouring channels, too: both defaults are as it is. Each
+picture has positions along three axes there. Those of a text are the same along all, and so one.
 
 Source:
   `models/hy_v4` in `transformers` 5.24.0. The sizes are the defaults of the text part of
@@ -134,3 +136,24 @@ FAMILY = dataclasses.replace(
     lists_indexers=True,
     norms='BF16',
 )  # fmt: skip
+
+# The text stands in a section of its own. Parts for pictures and films are left out.
+FAMILY_VL = dataclasses.replace(
+    FAMILY,
+    architecture='HYV4VLForConditionalGeneration',
+    other_names=('hy_v4_vl_text',),
+    sizes={'hy4': HY4_PREVIEW},
+    tensors=dataclasses.replace(
+        FAMILY.tensors,
+        # `transformers` 5.24.0 writes these two in the other order than for Hy4-preview, and does not read
+        # that one. Which one the release has is not known here, so both are read.
+        model=deepseek.TENSORS.model | _streams('streams', 'model.hc_head.hc_pre.hc_head'),
+        aliases=FAMILY.tensors.aliases | {'hc_pre.hc_head': 'hc_head.hc_pre'},
+        unread=('model.mtp_layers.', 'vit.'),
+    ),
+    towers=('vision_config',),
+    tower_width='out_hidden_size',
+    text_type='hy_v4_vl_text',
+    beside_text=('vision_config', 'image_token_id', 'video_token_id'),
+    rope_ignored=('mrope_section',),
+)

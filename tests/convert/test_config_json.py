@@ -85,7 +85,7 @@ GQA = {
     name: family_of(released.CONFIGS[name])
     for name in ('llama3_8b', 'llama32_1b', 'mistral_7b_v03', 'smollm3_3b', 'qwen25_0_5b',
                  'qwen3_8b', 'qwen3_30b_a3b', 'glm45_air', 'v2_lite', 'moonlight',
-                 'axk2_light', 'hy4_preview', 'dots3_note', 'mistral_large4')
+                 'axk2_light', 'hy4_preview', 'hy4', 'dots3_note', 'mistral_large4')
 }  # fmt: skip
 MISTRAL_ROPE = released.CONFIGS['mistral_large4']['rope_parameters']
 DOTS_LAYERS = {'layer_types': ['indexed_attention'] * 2 + ['sliding_attention'] * 44}
@@ -177,6 +177,7 @@ INDEXED = {'index_n_heads': 4, 'index_head_dim': 32, 'index_topk': 64}
          "'full_attention': .* must be of layers that select"),
         ('dots3_note', {'rope_parameters': {'sliding_attention': {'rope_theta': 5.0, 'partial_rotary_factor': 0.5}}},
          "rope_parameters: 'sliding_attention'"),
+        ('hy4_preview', {'rope_parameters': {'mrope_section': [12, 10, 10]}}, 'mrope_section=.* is unknown'),
         ('hy4_preview', {'hc_sinkhorn_iters': 20}, 'hc_sinkhorn_iters=20 is unknown'),
         ('mistral_large4', {'kv_source_layers': [0, 1]}, r'kv_sources=.0, 1. must name'),
         ('mistral_large4', {'kv_source_layers': [0, 1, 2, 2, *range(4, 72)]}, 'kv_sources=.* rotates as it does'),
@@ -243,6 +244,7 @@ def test_what_other_families_refuse(name, changes, message):
          {'n_dense_layers': 1, 'mlp_layers': (2,)}),
         ('hy4_preview', {'rope_interleave': False, 'indexer_rope_interleave': False, 'latent_eps': 1e-6},
          {'rope_interleave': False, 'indexer_rope_interleave': False, 'latent_eps': 1e-6}),
+        ('hy4', {'rope_parameters': {'rope_type': 'default', 'rope_theta': 5.0, 'mrope_section': [12, 10, 10]}}, {'rope_theta': 5.0}),
         ('hy4_preview', {'indexer_types': ['full'] * 78}, {'indexer_types': (), 'index_norm_eps': 0.0}),
         ('hy4_preview', {'mlp_layer_types': ['sparse'] * 78}, {'n_dense_layers': 0}),
         ('dots3_note', {'indexer_rope_interleave': False, 'index_rope_last': True, 'latent_eps': 1e-6},

@@ -3,6 +3,7 @@
 
 import json
 import pathlib
+import re
 
 import numpy as np
 import pytest
@@ -81,6 +82,23 @@ def test_parts_for_pictures_and_sound_are_passed_over(tmp_path):
   tensors = tensors_of(folder) | dict.fromkeys(extra, np.zeros(2, np.float32))
   released.write(tmp_path / 'all', json.loads((folder / 'config.json').read_text()), tensors)
   assert not set(extra) & open_source(tmp_path / 'all').places.keys()
+
+
+def test_hy4_reads_both_orders_of_two_names_and_writes_what_transformers_reads(tmp_path):
+  folder = HY4.parent / 'hy_v4_vl'
+  config, tensors = json.loads((folder / 'config.json').read_text()), tensors_of(folder)
+  assert any('.hc_head.hc_pre.' in name for name in tensors)
+  others = {name.replace('.hc_head.hc_pre.', '.hc_pre.hc_head.'): x for name, x in tensors.items()}
+  released.write(tmp_path / 'other', config, others)
+  import_checkpoint(open_source(tmp_path / 'other'), tmp_path / 'ours', advance=lambda nbytes: None)
+  export_checkpoint(open_checkpoint(tmp_path / 'ours'), tmp_path / 'out')
+  usual = lambda name: re.sub(r'(mlp|shared_experts)\.linear_gate', r'\1.gate_proj', name)
+  text = {usual(name): x for name, x in released.read(folder).items() if not name.startswith('vit.')}
+  assert released.read(tmp_path / 'out') == text
+  written = json.loads((tmp_path / 'out' / 'config.json').read_text())
+  assert all(written[key] == config[key] for key in config if key != 'text_config')
+  of_text = {key: x for key, x in config['text_config'].items() if key not in config} | {'model_type': 'hy_v4_vl_text'}
+  assert all(written['text_config'][key] == x for key, x in of_text.items())
 
 
 def test_a_joined_tensor_of_another_width(tmp_path):

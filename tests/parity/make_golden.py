@@ -172,6 +172,25 @@ DOTS = {key: value for key, value in SIZES.items() if key not in ('num_nextn_pre
     audio_config=dict(adapter_out_dim=32),
 )
 
+HY_VL = dict(
+    architectures=['HYV4VLForConditionalGeneration'],
+    model_type='hy_v4_vl',
+    dtype='float32',
+    tie_word_embeddings=False,
+    image_token_id=62,
+    video_token_id=63,
+    vision_config=dict(
+        model_type='hy_v4_vl_vision', hidden_size=8, intermediate_size=8, num_hidden_layers=1,
+        num_attention_heads=2, patch_size=4, max_image_size=16, out_hidden_size=32,
+    ),
+    text_config={
+        key: value for key, value in HY.items()
+        if key not in ('architectures', 'latent_eps', 'rope_interleave', 'indexer_rope_interleave', 'dtype')
+    } | dict(
+        model_type='hy_v4_vl_text',
+        rope_parameters=dict(rope_theta=500.0, rope_type='default', mrope_section=[2, 1, 1]),
+    ),
+)  # fmt: skip
 MISTRAL_TEXT = dict(
     model_type='mistral_large4_text',
     vocab_size=64,
@@ -269,6 +288,7 @@ CASES = {
     'axk2': AXK2 | dict(n_group=None, topk_group=None),
     'axk2_groups': AXK2 | dict(num_hidden_layers=2, first_k_dense_replace=0, n_group=4, topk_group=3),
     'hy_v4': HY,
+    'hy_v4_vl': HY_VL,
     'dots3_note': DOTS,
     'mistral_large4': MISTRAL,
     # Layer 3 is to read layer 0, and reads layer 1, which is the last one that keeps anything of its kind.
@@ -389,7 +409,7 @@ def randomize(model):
 
 def auto_class(config):
   """The class that makes the model of a config, with its head."""
-  has_pictures = config.model_type == 'mistral_large4'
+  has_pictures = config.model_type in ('mistral_large4', 'hy_v4_vl')
   return transformers.AutoModelForImageTextToText if has_pictures else transformers.AutoModelForCausalLM
 
 
