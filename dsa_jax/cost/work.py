@@ -3,6 +3,7 @@
 
 from collections.abc import Collection
 import dataclasses
+import functools
 import math
 from typing import Literal, NamedTuple
 
@@ -33,9 +34,9 @@ def attention_flops(cfg: ModelConfig, context: int, *, sparse: bool) -> float:
   windows = n_windows * mha_flops(cfg.of_windows) * _mean_up_to(cfg.sliding_window, context)
   if not sparse:
     return windows + (cfg.n_layers - n_windows) * mha_flops(cfg) * visible
-  selected = (cfg.n_layers - n_windows) * _mean_up_to(cfg.index_topk, context)
+  selected = _mean_up_to(cfg.index_topk, context)
   indexer = index_flops(cfg) * visible
-  return windows + len(cfg.full_layers) * indexer + selected * row_flops(cfg)
+  return windows + len(cfg.full_layers) * indexer + selected * all_row_flops(cfg)
 
 
 def _mean_up_to(most: int, context: int) -> float:
@@ -72,8 +73,9 @@ def training_flops(
     last = sum(work.flops for work in _weight_works(longer, 1, 1, True)) - weights
     weights += last + 2 * cfg.dim * (2 * cfg.dim + cfg.vocab_size)
   n_windows, n_indexers = len(cfg.window_layers), len(cfg.full_layers) + cfg.n_mtp_layers
-  pairs = row_flops(cfg) * chosen if sparse else mha_flops(cfg) * seen
-  pairs *= cfg.n_layers + cfg.n_mtp_layers - n_windows
+  heads = (cfg.n_layers + cfg.n_mtp_layers - n_windows) * mha_flops(cfg)
+  rows = all_row_flops(cfg) + cfg.n_mtp_layers * row_flops(cfg)
+  pairs = rows * chosen if sparse else heads * seen
   pairs += n_windows * mha_flops(cfg.of_windows) * near
   flops = (3 if backbone else 1) * (np.size(n_visible) * weights + pairs)
   products = 2 * np.size(n_visible) * _index_weights(cfg)
@@ -95,6 +97,13 @@ def row_flops(cfg: ModelConfig) -> int:
   if cfg.attention == 'gqa':
     return mha_flops(cfg)
   return 2 * cfg.n_heads * (cfg.row_dim + cfg.row_value_dim)
+
+
+@functools.cache
+def all_row_flops(cfg: ModelConfig) -> int:
+  """Returns the same of all layers that select. Rows without a rotary key are narrower."""
+  selecting = {*range(cfg.n_layers)} - {*cfg.window_layers}
+  return sum(row_flops(cfg.of_layer(i)) for i in selecting)
 
 
 def index_flops(cfg: ModelConfig) -> int:
@@ -162,8 +171,7 @@ def token_work(
   works = _weight_works(cfg, pass_tokens, chips, logits)
   if sparse:
     works += _index_works(cfg, context, cache, readers, pass_tokens, scores)
-  pair_flops = mha_flops if form == 'mha' else row_flops
-  entry, pairs = row_bytes(cfg, cache), pair_flops(cfg)
+  entry, pair_flops = row_bytes(cfg, cache), mha_flops if form == 'mha' else row_flops
   n_windows, window = len(cfg.window_layers), cfg.sliding_window
   selecting = cfg.n_layers - n_windows
   rows = n_windows * min(context, window + readers - 1) * row_bytes(cfg.of_windows, cache) / readers
@@ -172,10 +180,12 @@ def token_work(
   if sparse and form == 'mqa':  # Each query gathers its own keys.
     seen = selecting * min(context, cfg.index_topk)
     kind = 'gather' if cache == 'fp8' else 'context'
-    works.append(Work('attention', seen * row_flops(cfg), seen * entry, 'bf16', kind))
+    flops = min(context, cfg.index_topk) * all_row_flops(cfg)
+    works.append(Work('attention', flops, seen * entry, 'bf16', kind))
   else:
-    seen = selecting * context
-    works.append(Work('attention', seen * pairs, seen * entry / readers, 'bf16', 'context'))
+    pairs = selecting * mha_flops(cfg) if form == 'mha' else all_row_flops(cfg)
+    rows = selecting * context * entry / readers
+    works.append(Work('attention', context * pairs, rows, 'bf16', 'context'))
   return [work for work in works if work.flops or work.bytes]
 
 

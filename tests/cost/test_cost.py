@@ -117,6 +117,9 @@ def test_latents_that_nine_layers_read_by_hand():
   both = 6144 * 64 * 128 + 64 * 128 * 6144  # Queries and outputs.
   layers = 54 * (6144 * 576 + 512 * 64 * 192) + 18 * 512 * 64 * 256 + 9 * 6144 * 512
   assert of('projections', large, sparse=True).flops == 2 * (72 * both + layers)
+  pairs = 2048 * 2 * 64 * (54 * (576 + 512) + 18 * (512 + 512))  # Caches have room for a rotary key in all rows.
+  attention = of('attention', large, sparse=True, context=131_072)
+  assert (attention.flops, attention.bytes) == (pairs, 72 * 2048 * 656)
   used = sum(w.flops for w in work.token_work(large, 1, sparse=True, form='mqa') if w.kind == 'weights')
   assert round(used / 2e9) == 52  # Billions, as its name says.
 
