@@ -4,19 +4,19 @@
 Queries come from hidden states without a latent between, and grow with the logarithm of their position,
 those of the indexer, too, which norms what its queries are made of. Every fourth layer rotates nothing,
 and its keys come from latents alone. The other layers share learned factors of their frequencies. Logits
-are soft-capped. Experts are chosen by a softmax.
+are soft-capped. Experts are chosen by a softmax. Those of dropped groups score 0, as in `transformers`,
+which is below every score of a softmax.
 
-What a layer reads of an earlier one: config.json names its source in `kv_source_layers`, and so does
-`kv_sources` here. `transformers` 5.24.0 looks it up by kind: a layer reads what the last layer before it
-kept that rotates as it does and that any layer reads, whatever number is given. With one source of each
-kind, as in the release, both are the same. We follow the numbers, because the package refuses those that
-it could not mean, and because its lookup follows from the names of a dictionary, not from what it says.
-Whoever wants its reading of other configs says so by the numbers.
+The layer whose latents another one reads is named in config.json by `kv_source_layers`, and here by
+`kv_sources`. `transformers` 5.24.0 looks it up by kind: whatever the number, a layer reads the last layer
+before it that rotates as it does and that any layer reads. With one source of each kind, as is said of the
+release, both are the same. The default follows the numbers, because the documentation of that package says
+that they mean this, and its lookup drops them. Whoever wants what it reads instead gives other numbers.
 
 Parts for pictures and the draft heads (`mtp_dspark`) are left out. An export has the names and the keys
-of the release, with a section for the text. `transformers` has no class for the text alone, so it fills
-the parts for pictures at random, which a text does not pass. The names that it gives weights in memory
-are read, too.
+of the release, with a section for the text. `transformers` has no class for the text alone. It fills the
+parts for pictures at random, and a text does not pass them. The names of its classes, which a file may
+have, too, are read as well.
 
 Source:
   `models/mistral_large4` in `transformers` 5.24.0. The sizes are the defaults of its text config. That
