@@ -82,8 +82,10 @@ READING = dataclasses.replace(
     SOME_NOPE, kv_sources=(0, 1, 1, 0), score_func='softmax', topk_method='best_two_of_groups',
     zero_dropped_groups=True,
 )  # fmt: skip
-# Layers 0 and 2 rotate, and keep what later ones read: layer 3 reads the earlier one.
-TWO_SOURCES = dataclasses.replace(READING, n_layers=5, nope_layers=(1,), kv_sources=(0, 1, 2, 0, 2))
+# Layers 0 and 1 are of one kind, and keep what later ones read: layer 2 reads the earlier one.
+TWO_SOURCES = dataclasses.replace(
+    READING, n_dense_layers=4, nope_layers=(), nope_layers_expand=False, kv_sources=(0, 1, 0, 1)
+)
 T = 29
 LENGTHS = ((17, 12), (21, 5))  # Documents of each row; the second ends in padding.
 RATES = {'backbone': 0.1, 'indexer': 0.1}

@@ -272,10 +272,10 @@ def named_sources():
 
 @mistake(named_sources)
 def layers_read_the_last_rows_of_their_kind(patch):
-  """As `transformers` 5.24 does in Mistral Large 4; layer 3 then reads layer 2."""
+  """As `transformers` 5.24 does in Mistral Large 4; layer 2 then reads layer 1."""
 
   def make(kind_of):
-    return lambda cfg, i: kind_of(dataclasses.replace(cfg, kv_sources=(0, 1, 2, 2, 2)), i)
+    return lambda cfg, i: kind_of(dataclasses.replace(cfg, kv_sources=(0, 1, 1, 1)), i)
 
   for module in (layers, scan, transformer):
     wrap(patch, module, 'kind_of', make)
@@ -515,8 +515,8 @@ def gradients_clipped_together(patch):
 @mistake(law('loss_scale', 'unpacked', 'warmup'))
 def mean_of_each_micro_batch(patch):
   def make(losses):
-    def wrong(out, head, rows, totals, optim, mode):
-      return losses(out, head, rows, train_step._count(rows), optim, mode)
+    def wrong(out, head, rows, totals, *others):
+      return losses(out, head, rows, train_step._count(rows), *others)
 
     return wrong
 

@@ -84,7 +84,8 @@ def load_checkpoint(
   """
   stored = find_checkpoint(folder)
   cfg = config_of(stored, index_topk)
-  params = load_weights(stored.step or stored.folder, cfg, dtype, mesh=mesh)
+  family = stored.source.get('family', '')
+  params = load_weights(stored.step or stored.folder, cfg, dtype, mesh=mesh, family=family)
   return nnx.merge(model_graph(cfg), params)
 
 

@@ -10,13 +10,15 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
+import numpy as np
 import tensorstore as ts
 
 from dsa_jax.config import ConfigError, ModelConfig
+from dsa_jax.inference.released import equation_of, scales_of_blocks
 from dsa_jax.inference.storage import as_bits, from_bits
 from dsa_jax.kernels.block_scaled import BlockScaled, block_sizes, quantize
 from dsa_jax.training.checkpoint import (
-    check_params, latest_checkpoint, read_array, reading, shares_of,
+    check_params, latest_checkpoint, open_tree, read_array, reading, shares_of,
 )  # fmt: skip
 from dsa_jax.training.state import abstract_params
 
@@ -76,30 +78,55 @@ def _abstract_scaled(
 
 
 def load_weights(
-    folder: pathlib.Path, cfg: ModelConfig, fmt: str, *, mesh: Mesh | None = None
+    folder: pathlib.Path, cfg: ModelConfig, fmt: str, *, mesh: Mesh | None = None, family: str = ''
 ) -> nnx.State:
   """Returns the weights of a checkpoint. Every device reads its own share only, a layer at a time.
+
+  Args:
+    folder: The checkpoint, or one step of it.
+    cfg: Its model.
+    fmt: One of FORMATS. The scales of an import in FP8 are used again for 'fp8'.
+    mesh: The devices that share the weights; None: the first has all.
+    family: The family of the import, if it is one.
 
   Raises:
     ConfigError: There is no checkpoint, it is of another model, or there is no such format.
   """
   stores = check_params(folder, abstract_params(cfg, mesh=mesh))
-  like = abstract_weights(cfg, fmt, mesh=mesh, stored=stores)
+  like, step = abstract_weights(cfg, fmt, mesh=mesh, stored=stores), latest_checkpoint(folder)
+  has_scales = fmt == 'fp8' and family and (step / 'scales').is_dir()
+  scales = open_tree(step / 'scales') if has_scales else {}
 
   def load(path: tuple, x: nnx.Variable) -> nnx.Variable:
-    store, target = stores[tuple(str(key.key) for key in path)], x.get_value()
-    read = _read_scaled if isinstance(target, BlockScaled) else read_array
-    return x.replace(read(store, target))
+    names, target = tuple(str(key.key) for key in path), x.get_value()
+    if not isinstance(target, BlockScaled):
+      return x.replace(read_array(stores[names], target))
+    equation = equation_of(cfg, family, names) if names in scales else None
+    sizes, scale = _sizes(target), None
+    if equation is not None:
+      n = target.ndim - len(equation.split(' -> ')[1].split())
+      released = scales[names].read().result()
+      scale = scales_of_blocks(released, equation, target.shape[n:], sizes[n:])
+    return x.replace(_read_scaled(stores[names], target, scale))
 
-  with reading(latest_checkpoint(folder)):
+  with reading(step):
     return jax.tree.map_with_path(load, like, is_leaf=lambda x: isinstance(x, nnx.Variable))
 
 
-def _read_scaled(store: ts.TensorStore, target: BlockScaled) -> BlockScaled:
-  """Reads an array into codes, the shards of this process's devices only."""
-  parts = []
+def _sizes(x: BlockScaled) -> tuple[int, ...]:
+  """Returns the sizes of its blocks."""
+  return tuple(n // n_blocks for n, n_blocks in zip(x.shape, x.scale.shape))
+
+
+def _read_scaled(
+    store: ts.TensorStore, target: BlockScaled, scale: np.ndarray | None
+) -> BlockScaled:
+  """Reads an array into codes with these scales, the shards of this process's devices only."""
+  parts, sizes = [], _sizes(target)
   for share, (first, *others) in shares_of(store, target.codes):
-    part = _quantized(share, target, first)
+    starts, stops = share.domain.inclusive_min, share.domain.exclusive_max
+    own = tuple(slice(a // size, b // size) for a, b, size in zip(starts, stops, sizes))
+    part = _quantized(share, sizes, target.codes.dtype, None if scale is None else scale[own], first)
     parts += [part, *(jax.device_put(part, device) for device in others)]
   join = lambda like, *parts: jax.make_array_from_single_device_arrays(
       like.shape, like.sharding, list(parts)
@@ -107,13 +134,17 @@ def _read_scaled(store: ts.TensorStore, target: BlockScaled) -> BlockScaled:
   return jax.tree.map(join, target, *parts)
 
 
-def _quantized(share: ts.TensorStore, target: BlockScaled, device: jax.Device) -> BlockScaled:
+def _quantized(
+    share: ts.TensorStore,
+    sizes: tuple[int, ...],
+    dtype: Any,
+    scale: np.ndarray | None,
+    device: jax.Device,
+) -> BlockScaled:
   """Reads a share into codes on a device, one layer, expert or head after another where there are any."""
-  sizes = tuple(n // n_blocks for n, n_blocks in zip(target.shape, target.scale.shape))
-  dtype = target.codes.dtype
   if sizes[0] > 1:
     whole = jax.device_put(share.read().result(), device)
-    return _quantize(whole, sizes=sizes, dtype=dtype)
+    return _quantize(whole, sizes=sizes, dtype=dtype, scale=scale)
   blocks = tuple(n // size for n, size in zip(share.shape, sizes))
   with jax.default_device(device):
     filled = BlockScaled(as_bits(jnp.zeros(share.shape, dtype)), jnp.zeros(blocks, jnp.float32))
@@ -121,8 +152,9 @@ def _quantized(share: ts.TensorStore, target: BlockScaled, device: jax.Device) -
   following = share[first].read()
   for i in range(stop - first):
     piece, following = following.result(), share[min(first + i + 1, stop - 1)].read()
-    piece = jax.device_put(piece, device)
-    filled = jax.block_until_ready(_fill(filled, i, piece, sizes=sizes[1:], dtype=dtype))
+    of_piece = piece, None if scale is None else scale[i]
+    of_piece = jax.device_put(of_piece, device)
+    filled = jax.block_until_ready(_fill(filled, i, *of_piece, sizes=sizes[1:], dtype=dtype))
   return BlockScaled(from_bits(filled.codes, dtype), filled.scale)
 
 
@@ -131,9 +163,15 @@ _quantize = jax.jit(quantize, static_argnames=('sizes', 'dtype'))
 
 @functools.partial(jax.jit, static_argnames=('sizes', 'dtype'), donate_argnames='filled')
 def _fill(
-    filled: BlockScaled, i: Int[Array, ''], piece: Float[Array, '*any'], *, sizes: tuple, dtype: Any
+    filled: BlockScaled,
+    i: Int[Array, ''],
+    piece: Float[Array, '*any'],
+    scale: Float[Array, '*blocks'] | None,
+    *,
+    sizes: tuple,
+    dtype: Any,
 ) -> BlockScaled:
   """Returns the codes, as bits, with those of one piece."""
-  new = quantize(piece, sizes, dtype)
+  new = quantize(piece, sizes, dtype, scale)
   new = BlockScaled(as_bits(new.codes), new.scale)
   return jax.tree.map(lambda old, new: jax.lax.dynamic_update_index_in_dim(old, new, i, 0), filled, new)

@@ -81,21 +81,31 @@ def block_sizes(shape: tuple[int, ...], axes: tuple[str | None, ...]) -> tuple[i
 
 
 def quantize(
-    x: Float[Array, '*shape'], sizes: tuple[int, ...], dtype: DTypeLike
+    x: Float[Array, '*shape'],
+    sizes: tuple[int, ...],
+    dtype: DTypeLike,
+    scale: Float[Array, '*blocks'] | None = None,
 ) -> BlockScaled:
-  """Returns codes of a dtype, each block scaled so that its largest number fits.
+  """Returns codes of a dtype for blocks of these sizes, with the given scales.
 
-  Scales of FP8 are powers of two (ue8m0), the smallest ones that do, so a weight that was stored so
-  before, in blocks that these divide, is the same afterwards.
+  Without them, each block is scaled so that its largest number fits. Scales of FP8 are then powers of
+  two (ue8m0), the smallest ones that do, so a weight that was stored so before, in blocks that these
+  divide, is the same afterwards.
   """
   x, largest = x.astype(jnp.float32), LARGEST[jnp.dtype(dtype).name]
-  split = [side for n, size in zip(x.shape, sizes) for side in (n // size, size)]
-  inside = tuple(range(1, 2 * x.ndim, 2))
-  scale = jnp.maximum(jnp.max(jnp.abs(x.reshape(split)), axis=inside), 1e-12) / largest
-  if jnp.issubdtype(dtype, jnp.floating):
-    fraction, exponent = jnp.frexp(scale)  # fraction in [0.5, 1).
-    scale = jnp.ldexp(jnp.float32(1), jnp.where(fraction == 0.5, exponent - 1, exponent))
+  scale = _fitting(x, sizes, largest, dtype) if scale is None else scale
   split, of_numbers = _by_blocks(x.shape, scale)
   scaled = jnp.clip((x.reshape(split) / of_numbers).reshape(x.shape), -largest, largest)
   codes = scaled if jnp.issubdtype(dtype, jnp.floating) else jnp.round(scaled)
   return BlockScaled(codes.astype(dtype), scale)
+
+
+def _fitting(x, sizes: tuple[int, ...], largest: float, dtype: DTypeLike):
+  """Returns scales by which the largest number of each block fits."""
+  split = [side for n, size in zip(x.shape, sizes) for side in (n // size, size)]
+  inside = tuple(range(1, 2 * x.ndim, 2))
+  scale = jnp.maximum(jnp.max(jnp.abs(x.reshape(split)), axis=inside), 1e-12) / largest
+  if not jnp.issubdtype(dtype, jnp.floating):
+    return scale
+  fraction, exponent = jnp.frexp(scale)  # fraction in [0.5, 1).
+  return jnp.ldexp(jnp.float32(1), jnp.where(fraction == 0.5, exponent - 1, exponent))

@@ -5,23 +5,28 @@ import dataclasses
 import json
 import math
 import operator
+import re
 
+import einops
 from flax import nnx
 import jax
 import jax.numpy as jnp
 import laws
 import numpy as np
 import pytest
+import released
 
 from dsa_jax.config import ConfigError
+from dsa_jax.convert.importer import import_checkpoint, open_source
 from dsa_jax.data.text import VOCAB_SIZE
 from dsa_jax.families import SIZES
 from dsa_jax.inference import memory, sampler
 from dsa_jax.inference.cache import bytes_per_token
 from dsa_jax.inference.load import load_checkpoint
+from dsa_jax.inference.released import scales_of_blocks
 from dsa_jax.inference.sampler import SampleConfig, Sampler
 from dsa_jax.inference.weights import abstract_weights
-from dsa_jax.kernels.block_scaled import BlockScaled
+from dsa_jax.kernels.block_scaled import BlockScaled, block_sizes
 from dsa_jax.training.checkpoint import Checkpoints, Progress
 from dsa_jax.training.optim import OptimConfig
 from dsa_jax.training.state import new_state
@@ -112,3 +117,35 @@ def test_what_does_not_fit_is_said_before_loading(checkpoint, monkeypatch):
   monkeypatch.setattr(sampler, 'load_checkpoint', None)
   with pytest.raises(ConfigError, match=r"What may fit: .*weights='int8'.*, about \d devices"):
     Sampler.load(checkpoint)
+
+
+@pytest.mark.parametrize(
+    'equation, sizes',
+    [('f d -> d f', dict(f=300, d=256)), ('(h e) q -> q h e', dict(h=5, e=192, q=384)),
+     ('d (h v) -> h v d', dict(d=64, h=3, v=96))],
+)  # fmt: skip
+def test_scales_of_blocks_are_those_of_their_numbers(equation, sizes):
+  theirs, ours = equation.split(' -> ')
+  matrix = tuple(
+      math.prod(sizes[name] for name in axis.strip('()').split())
+      for axis in re.findall(r'\([^)]*\)|\w+', theirs)
+  )
+  scale = np.random.default_rng(0).normal(size=[-(-n // 128) for n in matrix])
+  of_numbers = np.repeat(np.repeat(scale, 128, 0), 128, 1)[: matrix[0], : matrix[1]]
+  wanted = einops.rearrange(of_numbers, equation, **sizes)
+  axes = ('heads', None, None) if ours.startswith('h') else (None,) * wanted.ndim
+  blocks = block_sizes(wanted.shape, axes)
+  got = scales_of_blocks(scale, equation, wanted.shape, blocks)
+  for axis, size in enumerate(blocks):
+    got = np.repeat(got, size, axis)
+  np.testing.assert_array_equal(got, wanted)
+
+
+def test_released_codes_are_kept_whatever_their_scales(tmp_path):
+  tensors = released.random_tensors(released.V3, odd_scales=True, norms='BF16')
+  released.write(tmp_path / 'source', released.V3, tensors)
+  source = open_source(tmp_path / 'source')
+  import_checkpoint(source, tmp_path / 'ours', dtype='float32', advance=lambda _: None)
+  narrow, wide = (load_checkpoint(tmp_path / 'ours', dtype=fmt) for fmt in ('fp8', 'float32'))
+  is_close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6)
+  jax.tree.map(is_close, nnx.state(widened(narrow)), nnx.state(wide))
