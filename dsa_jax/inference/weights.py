@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The formats in which a loaded model keeps its weights, and their loading share by share."""
 
+from collections.abc import Collection
 import functools
 import pathlib
 from typing import Any
@@ -38,6 +39,7 @@ def abstract_weights(
     *,
     mesh: Mesh | None = None,
     stored: dict[Path, ts.TensorStore] | None = None,
+    narrow: Collection[Path] = (),
 ) -> nnx.State:
   """Returns the shapes, dtypes and shardings of a model's weights in a format.
 
@@ -47,6 +49,7 @@ def abstract_weights(
     mesh: The devices that share the weights, see `abstract_params`.
     stored: The arrays of a checkpoint, whose dtypes matrices keep that a narrow format leaves wide.
       None: they are bfloat16.
+    narrow: The arrays that a narrow format quantises; (): those with the names of NARROW.
   """
   if fmt not in FORMATS:
     raise ConfigError(f'the weights are in one of the formats {FORMATS}; got {fmt!r}.')
@@ -55,7 +58,7 @@ def abstract_weights(
 
   def leaf(path: tuple, x: nnx.Variable) -> nnx.Variable:
     names, target = tuple(str(key.key) for key in path), x.get_value()
-    if names[-1] in NARROW:
+    if names in narrow if narrow else names[-1] in NARROW:
       return x.replace(_abstract_scaled(target, x.get_metadata()['axes'], CODES[fmt]))
     if stored is None or target.dtype == 'float32':
       return x
@@ -85,7 +88,8 @@ def load_weights(
   Args:
     folder: The checkpoint, or one step of it.
     cfg: Its model.
-    fmt: One of FORMATS. The scales of an import in FP8 are used again for 'fp8'.
+    fmt: One of FORMATS. In 'fp8', an import that was in FP8 has the codes and scales that it was
+      released with, and what else it has stays as it is.
     mesh: The devices that share the weights; None: the first has all.
     family: The family of the import, if it is one.
 
@@ -93,9 +97,10 @@ def load_weights(
     ConfigError: There is no checkpoint, it is of another model, or there is no such format.
   """
   stores = check_params(folder, abstract_params(cfg, mesh=mesh))
-  like, step = abstract_weights(cfg, fmt, mesh=mesh, stored=stores), latest_checkpoint(folder)
+  step = latest_checkpoint(folder)
   has_scales = fmt == 'fp8' and family and (step / 'scales').is_dir()
   scales = open_tree(step / 'scales') if has_scales else {}
+  like = abstract_weights(cfg, fmt, mesh=mesh, stored=stores, narrow=scales.keys())
 
   def load(path: tuple, x: nnx.Variable) -> nnx.Variable:
     names, target = tuple(str(key.key) for key in path), x.get_value()

@@ -147,5 +147,6 @@ def test_released_codes_are_kept_whatever_their_scales(tmp_path):
   source = open_source(tmp_path / 'source')
   import_checkpoint(source, tmp_path / 'ours', dtype='float32', advance=lambda _: None)
   narrow, wide = (load_checkpoint(tmp_path / 'ours', dtype=fmt) for fmt in ('fp8', 'float32'))
+  assert narrow.block(0).attn.indexer.wk[...].dtype == 'float32'  # It is fresh, and was never FP8.
   is_close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6)
   jax.tree.map(is_close, nnx.state(widened(narrow)), nnx.state(wide))
