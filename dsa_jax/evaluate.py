@@ -8,7 +8,8 @@ r"""Says what a model loses when its attention goes sparse.
 The first form scores the run's own validation data. Dense attention is always scored, too. The same
 command goes on where it was stopped, and adds the rules, budgets and tasks that are new.
 --tasks=all lets every arm answer tasks of long context, too. --mesh.context=4 and the like share the
-work among several devices, as in training and in sampling.
+work among several devices, as in training and in sampling. On several hosts, each of them runs the same
+command, and the first one writes; OUT must lie on a disk that all of them see.
 """
 
 import logging
@@ -17,6 +18,7 @@ import sys
 from typing import Any
 
 from absl import app, flags
+import jax
 
 from dsa_jax.config import ConfigError
 from dsa_jax.data.packing import PACKINGS
@@ -28,8 +30,11 @@ from dsa_jax.evaluation.settings import DTYPES, FILE_FORMATS, PROMPTS, Settings
 from dsa_jax.evaluation.subject import keep_settings, open_subject
 from dsa_jax.evaluation.tasks import KINDS
 from dsa_jax.parallel.mesh import MeshConfig
+from dsa_jax.parallel.processes import end_process, is_first, join_job
 from dsa_jax.reporting.progress import StepProgress
 from dsa_jax.training.compilation_cache import compilation_cache
+
+LOST = 'another process of this job has gone. Start the same command again, on each host: it goes on.'
 
 
 def evaluate(settings: Settings) -> dict[str, Any]:
@@ -44,11 +49,12 @@ def evaluate(settings: Settings) -> dict[str, Any]:
   subject = open_subject(settings)
   quizzes = make_quizzes(subject)
   keep_settings(subject)
-  with StepProgress() as bar:
+  with StepProgress(quiet=not is_first()) as bar:
     scored, measured = score_arms(subject, bar), measure_budgets(subject, bar)
     answered = answer_quizzes(subject, quizzes, bar)
   results = collect(subject, scored, measured) | {'tasks': collect_answers(quizzes, answered)}
-  write_page(subject.settings.out, results)
+  if is_first():
+    write_page(subject.settings.out, results)
   return results
 
 
@@ -57,10 +63,13 @@ def main(argv: list[str]):
   try:
     if len(argv) != 3:
       raise ConfigError(f'give the checkpoint and the folder of the results; got {argv[1:]}.')
+    join_job()
     with compilation_cache(COMPILATION_CACHE.value):
       evaluate(read_flags(*argv[1:]))
   except (ConfigError, OSError) as error:
     sys.exit(f'error: {error}')
+  except jax.errors.JaxRuntimeError as error:
+    end_process(error, LOST)
   except KeyboardInterrupt:
     sys.exit('stopped; the same command goes on')
 

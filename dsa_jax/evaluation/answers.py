@@ -15,10 +15,9 @@ from dsa_jax.data.chat import find_chat_template
 from dsa_jax.data.text import find_files
 from dsa_jax.data.tokenizer import Tokenizer, find_tokenizer, open_tokenizer, tokenizer_folder
 from dsa_jax.evaluation.arms import Arm, arms_of
-from dsa_jax.evaluation.subject import Subject
+from dsa_jax.evaluation.subject import Subject, keep_bytes
 from dsa_jax.evaluation.tasks import ROOM, Haystack, Task, make_task, score
 from dsa_jax.inference.sampler import SampleConfig, Sampler
-from dsa_jax.reporting.plots import replace_bytes
 from dsa_jax.reporting.progress import StepProgress
 
 ANSWERS = 'answers'  # The folder of what is kept.
@@ -91,8 +90,7 @@ def answer_quizzes(
       if kept.get('digest') != quiz.digest:
         sampler = sampler or _sampler(subject, arm, tokenizer)
         kept = _answer(quiz, sampler, subject.settings.batch_size, f'{arm.name} {quiz.name}', bar)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        replace_bytes(path, json.dumps(kept).encode())
+        keep_bytes(path, json.dumps(kept).encode())
       answered[arm.name][quiz.name] = kept
   return answered
 

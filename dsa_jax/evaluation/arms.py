@@ -13,10 +13,9 @@ import jax
 import numpy as np
 
 from dsa_jax.data.batch import Batch
-from dsa_jax.evaluation.subject import Subject
+from dsa_jax.evaluation.subject import Subject, keep_bytes
 from dsa_jax.nn.attention.types import Mode
 from dsa_jax.reporting.evaluate import Scores, evaluate, measure
-from dsa_jax.reporting.plots import replace_bytes
 from dsa_jax.reporting.progress import StepProgress
 from dsa_jax.reporting.report import finite
 
@@ -80,8 +79,7 @@ def measure_budgets(subject: Subject, bar: StepProgress) -> dict[int, dict[str, 
     kept = _read(path)
     if kept is None or set(kept['rules']) < set(subject.settings.rules):
       kept = _measure(subject, k, bar)
-      path.parent.mkdir(exist_ok=True)
-      replace_bytes(path, json.dumps(kept).encode())
+      keep_bytes(path, json.dumps(kept).encode())
     measured[k] = kept
   return measured
 
@@ -135,10 +133,9 @@ def _shown(subject: Subject, name: str, bar: StepProgress) -> Iterator[Batch]:
 
 
 def _keep(path: pathlib.Path, scored: Scored):
-  path.parent.mkdir(exist_ok=True)
   data, scores = io.BytesIO(), scored.scores
   np.savez(data, nats=scores.nats, right=scores.right, seconds=scored.seconds)
-  replace_bytes(path, data.getvalue())
+  keep_bytes(path, data.getvalue())
 
 
 def _kept(path: pathlib.Path, n_visible: np.ndarray) -> Scored | None:

@@ -7,6 +7,7 @@ import functools
 import hashlib
 import json
 import logging
+import pathlib
 from typing import Any
 
 from flax import nnx
@@ -25,6 +26,7 @@ from dsa_jax.inference.load import StoredModel, find_checkpoint, load_checkpoint
 from dsa_jax.inference.shares import check_mesh
 from dsa_jax.kernels.backend import default_backend
 from dsa_jax.parallel.mesh import make_mesh
+from dsa_jax.parallel.processes import is_first, wait_for_all
 from dsa_jax.reporting.plots import replace_bytes
 from dsa_jax.selection import RULES
 from dsa_jax.training.checkpoint import saved_steps
@@ -104,9 +106,15 @@ def open_subject(settings: Settings) -> Subject:
 
 def keep_settings(subject: Subject):
   """Writes what the scores depend on, so that only the same evaluation goes on in the folder."""
-  subject.settings.out.mkdir(parents=True, exist_ok=True)
-  text = json.dumps(subject.identity, indent=2)
-  replace_bytes(subject.settings.out / SETTINGS, text.encode())
+  wait_for_all('the folder of the results is as it was')
+  keep_bytes(subject.settings.out / SETTINGS, json.dumps(subject.identity, indent=2).encode())
+
+
+def keep_bytes(path: pathlib.Path, data: bytes):
+  """Writes a file of the results; of several processes, the first does."""
+  if is_first():
+    path.parent.mkdir(parents=True, exist_ok=True)
+    replace_bytes(path, data)
 
 
 def _filled_in(settings: Settings, stored: StoredModel, cfg: ModelConfig) -> Settings:

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import socket
 import subprocess
 import sys
 
@@ -23,6 +24,7 @@ from dsa_jax.training.checkpoint import Checkpoints, Progress
 from dsa_jax.training.optim import OptimConfig
 from dsa_jax.training.state import new_state
 
+COUNT = '--xla_force_host_platform_device_count'
 HERE = pathlib.Path(__file__).parent
 TESTS, ROOT = HERE.parents[0], HERE.parents[1]
 SIZES = {'n_layers': 1, 'n_dense_layers': 1, 'vocab_size': VOCAB_SIZE}
@@ -46,12 +48,24 @@ def save_run(folder: pathlib.Path, cfg) -> pathlib.Path:
   return folder / 'checkpoints' / 'sparse'
 
 
+def start(command: list[str], cache: pathlib.Path, n_devices: int = 8, **env: str) -> subprocess.Popen:
+  flags = f'{COUNT}={n_devices} --xla_cpu_collective_call_terminate_timeout_seconds=600'
+  own = {'XLA_FLAGS': flags, 'PYTHONPATH': f'{TESTS}:{ROOT}', 'XDG_CACHE_HOME': str(cache)} | env
+  pipes = {'stdout': subprocess.PIPE, 'stderr': subprocess.PIPE, 'text': True}
+  return subprocess.Popen([sys.executable, *command], env=os.environ | own, **pipes)
+
+
 def run(command: list[str], cache: pathlib.Path) -> str:
-  flags = '--xla_force_host_platform_device_count=8 --xla_cpu_collective_call_terminate_timeout_seconds=600'
-  own = {'XLA_FLAGS': flags, 'PYTHONPATH': f'{TESTS}:{ROOT}', 'XDG_CACHE_HOME': str(cache)}
-  done = subprocess.run([sys.executable, *command], env=os.environ | own, capture_output=True, text=True)
-  assert done.returncode == 0, done.stderr
-  return done.stdout
+  process = start(command, cache)
+  output, errors = process.communicate()
+  assert process.returncode == 0, errors
+  return output
+
+
+def flags_of(fields: dict) -> list[str]:
+  """The flags that the command takes for fields of Settings."""
+  text = lambda x: ','.join(map(str, x)) if isinstance(x, tuple) else x
+  return [f'--{name}={text(x)}' for name, x in fields.items()]
 
 
 @pytest.fixture(
@@ -66,9 +80,8 @@ def evaluated(request, tmp_path_factory):
   fields |= {'files': (str(folder / 'text.txt'),), 'rows': 4, 'batch_size': 2}
   if 'tasks' in fields:
     fields |= {'haystack': str(folder / 'text.txt')}
-  flags = [f'--{name}={x if not isinstance(x, tuple) else ",".join(map(str, x))}' for name, x in fields.items()]
   axes = [f'--mesh.{axis}={n}' for axis, n in mesh.items()]
-  run(['-m', 'dsa_jax.evaluate', str(checkpoint), str(folder / 'mesh'), *flags, *axes], folder / 'cache')
+  run(['-m', 'dsa_jax.evaluate', str(checkpoint), str(folder / 'mesh'), *flags_of(fields), *axes], folder / 'cache')
   one = Settings(checkpoint=str(checkpoint), out=folder / 'one', **fields)
   with pytest.MonkeyPatch.context() as patch:
     patch.setenv('XDG_CACHE_HOME', str(folder / 'cache'))
@@ -111,6 +124,28 @@ def test_what_a_mesh_has_begun_goes_on_elsewhere(evaluated, monkeypatch):
   results = evaluate.evaluate(dataclasses.replace(settings, out=folder))
   assert_same_figures(results, wanted)
   assert (folder / 'scores' / 'dense.npz').stat().st_mtime_ns == kept
+
+
+@pytest.mark.nightly
+def test_two_processes_evaluate_what_one_does(tmp_path, monkeypatch):
+  """Each has two of the four devices; the first one writes."""
+  monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))
+  checkpoint, text = save_run(tmp_path, GQA), str(tmp_path / 'text.txt')
+  fields = {'context': 64, 'rules': ('oracle',), 'rows': 4, 'batch_size': 2, 'haystack': text} | TASKS
+  wanted = evaluate.evaluate(
+      Settings(checkpoint=str(checkpoint), out=tmp_path / 'one', files=(text,), **fields)
+  )
+  with socket.socket() as s:
+    s.bind(('localhost', 0))
+    port = s.getsockname()[1]
+  command = ['-m', 'dsa_jax.evaluate', str(checkpoint), str(tmp_path / 'two'), f'--files={text}']
+  command += [*flags_of(fields), '--mesh.fsdp=2', '--mesh.context=2']
+  job = {'JAX_COORDINATOR_ADDRESS': f'localhost:{port}', 'JAX_NUM_PROCESSES': '2'}
+  both = [start(command, tmp_path / 'cache', 2, **job, JAX_PROCESS_ID=str(i)) for i in range(2)]
+  outputs = [process.communicate() for process in both]
+  assert [process.returncode for process in both] == [0, 0], outputs
+  assert_same_figures(json.loads((tmp_path / 'two' / 'evaluate.json').read_text()), wanted)
+  assert 'Dense and sparse' in outputs[0][0] and 'Dense and sparse' not in outputs[1][0]
 
 
 @pytest.mark.nightly
