@@ -42,6 +42,7 @@ from dsa_jax.chips import device_of_kind  # noqa: E402
 from dsa_jax.config import ConfigError, ModelConfig  # noqa: E402
 from dsa_jax.cost.chips import Chip  # noqa: E402
 from dsa_jax.cost.work import Work, token_work  # noqa: E402
+from dsa_jax.families import SIZES as RELEASED  # noqa: E402
 from dsa_jax.inference.cache import Cache  # noqa: E402
 from dsa_jax.inference.programs import Engine, make_engine, read_chunk  # noqa: E402
 from dsa_jax.inference.shares import check_mesh, check_texts  # noqa: E402
@@ -72,9 +73,9 @@ SIZES = {  # By model and kind of attention.
         'n_kv_heads': 4, 'qk_nope_head_dim': 0, 'qk_rope_head_dim': 32, 'v_head_dim': 32,
     },
     # The attention of DeepSeek-V3.2, in four layers with MLPs.
-    ('chip', 'mla'): LARGE | {
-        'dim': 7168, 'inter_dim': 18_432, 'n_heads': 128, 'index_n_heads': 64, 'index_head_dim': 128,
-        'q_lora_rank': 1536, 'kv_lora_rank': 512, 'qk_nope_head_dim': 128, 'qk_rope_head_dim': 64, 'v_head_dim': 128,
+    ('chip', 'mla'): dataclasses.asdict(RELEASED['v32']) | {
+        'rope_type': 'default',
+        **{name: LARGE[name] for name in ('vocab_size', 'n_layers', 'n_dense_layers', 'dtype')},
     },
     # Four layers of Qwen3-8B's sizes.
     ('chip', 'gqa'): LARGE | {
@@ -98,7 +99,7 @@ class Case(NamedTuple):
     if self.attention == 'gqa':
       sizes = sizes | {'attention': 'gqa', 'q_lora_rank': 0, 'kv_lora_rank': 0, 'index_rope_head_dim': 32}
     longest = max(self.contexts)
-    return ModelConfig(**sizes, max_seq_len=longest, original_seq_len=longest)
+    return ModelConfig(**sizes | {'max_seq_len': longest, 'original_seq_len': longest})
 
   @property
   def widths(self) -> dict[str, int]:
