@@ -69,7 +69,7 @@ def load(of_sampler: dict[str, Any]) -> Sampler:
   if PROMPTS.value:
     check_texts(sizes, '--slots', SLOTS.value)
   mesh, began = make_mesh(**sizes.sizes) if sizes.n_devices > 1 else None, time.monotonic()
-  n_texts = SLOTS.value if PROMPTS.value else 1
+  n_texts = 0 if PROMPTS.value else 1  # A running batch has caches as long as its texts.
   sampler = Sampler.load(CHECKPOINT.value, mesh=mesh, n_texts=n_texts, **of_sampler)
   seconds, unit = time.monotonic() - began, 1 if sys.platform == 'darwin' else 1024
   gib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30

@@ -87,7 +87,7 @@ class AnswerFile:
     self._path, self._prompts, self._sampler = path, prompts, sampler
     self._config, self._samples = config, samples
     selection = sampler.attention, sampler.rule, sampler.cfg.index_topk
-    settings = [checkpoint, dataclasses.asdict(config), *selection]
+    settings = [checkpoint, dataclasses.asdict(config), *selection, *sampler.formats]
     digest = lambda text: hashlib.sha256(json.dumps([text, settings]).encode()).hexdigest()[:16]
     self._digests = [digest(prompt.text) for prompt in prompts]
     self.answered: set[tuple[int, int]] = set()  # Prompts and samples.

@@ -49,8 +49,8 @@ class StoredModel(NamedTuple):
 
   @property
   def was_fp8(self) -> bool:
-    """Whether the large matrices of the released checkpoint were FP8."""
-    return 'F8_E4M3' in self.source.get('dtypes', {}).values()
+    """Whether this is an import whose large matrices were FP8; a run has trained them since."""
+    return 'F8_E4M3' in self.record.get('source', {}).get('dtypes', {}).values()
 
   @property
   def has_trained_indexer(self) -> bool:

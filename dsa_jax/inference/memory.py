@@ -47,12 +47,15 @@ def check_memory(
     weights: The format of its weights, see `abstract_weights`.
     cache: The format of the cache, see `init_cache`.
     capacity: Tokens of a text.
-    n_texts: Texts side by side.
+    n_texts: Texts side by side; 0: the caches are left out.
     mesh: The devices; None: one.
   """
   has, sizes = device_bytes(), mesh_config(mesh)
+  if n_texts < 0:
+    raise ConfigError(f'{n_texts=} must be at least 0.')
   n_own = math.ceil(n_texts / (sizes.fsdp * sizes.expert))  # Texts of a device.
-  of_token = n_own * bytes_per_token(cfg, cache) / sizes.context
+  n_heads = max(cfg.row_heads // sizes.tensor, 1)  # Of GQA, a device keeps the key heads of its heads.
+  of_token = n_own * bytes_per_token(cfg, cache, n_heads) / sizes.context
   of_weights = weight_bytes(cfg, weights, mesh)
   needs = of_weights + capacity * of_token
   if needs <= has:
@@ -60,7 +63,7 @@ def check_memory(
   narrower = FORMATS[FORMATS.index(weights) + 1 :]
   needed = {fmt: weight_bytes(cfg, fmt, mesh) + capacity * of_token for fmt in narrower}
   options = [f'weights={fmt!r} ({size / GIB:.1f} GiB)' for fmt, size in needed.items() if size <= has]
-  shorter = int((has - of_weights) / of_token) // STEP * STEP
+  shorter = int((has - of_weights) / of_token) // STEP * STEP if of_token else 0
   options += [f'capacity={shorter}'] if shorter > 0 else []
   more = math.ceil(needs / has) * sizes.n_devices
   raise ConfigError(

@@ -130,7 +130,8 @@ class Sampler:
       capacity: See the class.
       weights: 'float32', 'bfloat16', 'fp8' or 'int8', see `load_checkpoint`. '' stands for 'fp8' where the
         released checkpoint was in FP8, and for 'float32' elsewhere and on a CPU, which widens slowly.
-      n_texts: How many texts are to be written side by side, which memory is checked for.
+      n_texts: How many caches of that capacity must fit beside the weights, which is checked before
+        anything is loaded. `complete` makes smaller ones, for the texts that it is given.
       mesh: See there. Each device reads its own share of the weights only.
       **kwargs: The other arguments of the class.
 
@@ -160,6 +161,13 @@ class Sampler:
         model, tokenizer, chat=chat, rule=selects, attention=attention, capacity=capacity, mesh=mesh,
         **kwargs,
     )  # fmt: skip
+
+  @property
+  def formats(self) -> tuple[str, ...]:
+    """The formats of the cache and of the weights, which change what is written."""
+    is_weight = lambda dtype: jnp.issubdtype(dtype, jnp.floating) or dtype == jnp.int8
+    names = {x.dtype.name for x in self._engine.weights if is_weight(x.dtype)}
+    return self._engine.cache_format, *sorted(names)
 
   def __call__(self, prompt: str, **kwargs) -> str:
     """Returns the continuation of one text; see SampleConfig for the arguments."""

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The formats in which a loaded model keeps its weights, and their loading share by share."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 import functools
 import pathlib
 from typing import Any
@@ -153,14 +153,26 @@ def _quantized(
   blocks = tuple(n // size for n, size in zip(share.shape, sizes))
   with jax.default_device(device):
     filled = BlockScaled(as_bits(jnp.zeros(share.shape, dtype)), jnp.zeros(blocks, jnp.float32))
-  first, stop = share.domain[0].inclusive_min, share.domain[0].exclusive_max
-  following = share[first].read()
-  for i in range(stop - first):
-    piece, following = following.result(), share[min(first + i + 1, stop - 1)].read()
+  for i, piece in enumerate(_pieces(share)):
     of_piece = piece, None if scale is None else scale[i]
     of_piece = jax.device_put(of_piece, device)
     filled = jax.block_until_ready(_fill(filled, i, *of_piece, sizes=sizes[1:], dtype=dtype))
   return BlockScaled(from_bits(filled.codes, dtype), filled.scale)
+
+
+def _pieces(share: ts.TensorStore) -> Iterator[np.ndarray]:
+  """Yields the parts of a share along its first axis, and reads the next one meanwhile.
+
+  A chunk of its file that holds several parts is read once: a run's checkpoint has a stack in one.
+  """
+  first, stop = share.domain[0].inclusive_min, share.domain[0].exclusive_max
+  if share.chunk_layout.read_chunk.shape[0] > 1:
+    yield from share.read().result()
+    return
+  following = share[first].read()
+  for i in range(first, stop):
+    piece, following = following.result(), share[min(i + 1, stop - 1)].read()
+    yield piece
 
 
 _quantize = jax.jit(quantize, static_argnames=('sizes', 'dtype'))

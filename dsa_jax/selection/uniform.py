@@ -14,7 +14,7 @@ def random(c: Candidates) -> Int[Array, 'B T K']:
   """Selects visible keys uniformly.
 
   `c.key`, the row of the batch and the positions of query and key determine which, so a text may be
-  read whole or in pieces, on one device or on several.
+  read whole or in pieces, on one device or on several. In another row it selects others.
   """
   keys = jnp.arange(c.k.shape[1], dtype=jnp.uint32)
   row = jnp.arange(len(c.start)) if c.row is None else c.row

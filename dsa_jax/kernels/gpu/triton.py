@@ -14,7 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 import jax.numpy as jnp
 
-DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32, jnp.float8_e4m3fn)
+DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
 LOG2_E = 1.4426950408889634
 LEAST = 16  # The least side of a product's tile.
 
@@ -29,14 +29,15 @@ def call(
     warps: int,
     stages: int = 1,
     aliases: dict[int, int] | None = None,
+    dtypes: Sequence[Any] = DTYPES,
 ) -> Sequence[Any]:
   """Runs `kernel(*args, *out)` as so many programs, each of `warps` times 32 threads.
 
-  Args and results may be trees of arrays, and `kernel` gets trees of refs.
+  Args and results may be trees of arrays, and `kernel` gets trees of refs. Floats are of these dtypes.
   """
   for x in jax.tree.leaves(args):
-    if jnp.issubdtype(x.dtype, jnp.floating) and x.dtype not in DTYPES:
-      raise ValueError(f'on a GPU must be bfloat16, float16, float32 or float8_e4m3fn; got {x.dtype}.')
+    if jnp.issubdtype(x.dtype, jnp.floating) and x.dtype not in dtypes:
+      raise ValueError(f'on a GPU must be bfloat16, float16 or float32; got {x.dtype}.')
   params = pltriton.CompilerParams(num_warps=warps, num_stages=stages)
   run = pl.pallas_call(
       kernel, out_shape=list(out), grid=(programs,), name=name, compiler_params=params,

@@ -20,6 +20,7 @@ from dsa_jax.kernels.gpu.triton import (
 from dsa_jax.kernels.grouped_matmul.turns import cut
 
 WARPS, STAGES = 8, 3
+CODES = (*triton.DTYPES, jnp.float8_e4m3fn)
 BESIDE = 8  # Tiles of rows whose programs run side by side, so that they share matrices in cache.
 
 
@@ -45,7 +46,7 @@ def product(rows, weights, sizes, *, transposed: bool):
 
 def scaled_product(rows, weights: BlockScaled, sizes):
   """Returns each row times its group's matrix, whose codes are widened and scaled tile by tile."""
-  n_groups, n_bands, n_blocks = weights.scale.shape
+  n_bands, n_blocks = weights.scale.shape[1:]
   if rows.shape[1] // n_bands < LEAST:  # A product has no smaller tile.
     return product(rows, weights.astype(rows.dtype), sizes, transposed=False)
   scale = jnp.repeat(weights.scale, weights.shape[2] // n_blocks, axis=2)
@@ -95,6 +96,7 @@ def _product(rows, weights, scale, sizes, *, transposed: bool):
       grouped_matmul, 'grouped_matmul', n_turns * across,
       [jax.ShapeDtypeStruct((n_rows, n_columns), rows.dtype)],
       [steps, turns.group, turns.first, turns.end, rows, weights, scale], warps=WARPS, stages=STAGES,
+      dtypes=triton.DTYPES if scale is None else CODES,
   )  # fmt: skip
   return out
 
