@@ -31,7 +31,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 def write_corpus(folder):
   texts = [path.read_text() for path in sorted((ROOT / 'configs').glob('*.py'))]
-  pieces = [text[i : i + 400] for text in texts for i in range(0, len(text), 400)]
+  pieces = [text[i : i + 400] for text in texts for i in range(0, len(text) - 40, 400)]  # None is short.
   lines = ''.join(json.dumps({'text': piece}) + '\n' for piece in [*pieces, '', 'x', 'y', 'z'])
   lines += '3\n'
   (folder / 'a.jsonl').write_text(lines)

@@ -103,7 +103,7 @@ def gather(
   return load(ref.at[*where], mask)
 
 
-def load(where, mask: jax.Array | None = None, other: float = 0) -> jax.Array:
+def load(where, mask: jax.Array | None = None, other: int | float = 0) -> jax.Array:
   """Reads a view of an array, `other` where masked out."""
   other = float(other) if where.dtype == jnp.float8_e4m3fn else other  # No integer becomes FP8.
   return pltriton.load(where, mask=mask, other=None if mask is None else other)

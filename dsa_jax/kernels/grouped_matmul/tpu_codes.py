@@ -34,6 +34,9 @@ class Visits(NamedTuple):
   end: Int[Array, 'V']  # One past its last; `start` where the visit has nothing to do.
 
 
+GROUP, TILE, START, END = range(len(Visits._fields))  # Rows of the table that the kernel gets.
+
+
 def plan_visits(sizes: Int[Array, 'X'], n_rows: int, tile: int) -> Visits:
   """Returns the visits of all tiles. Every tile has one, so that its rows of no group become zero."""
   n_groups = len(sizes)
@@ -84,18 +87,18 @@ def product(rows, weights: BlockScaled, sizes):
   visits = plan_visits(sizes, n_rows, tile)
   scale = jnp.repeat(weights.scale, n_columns // n_blocks, axis=2)
   # A visit without rows reads what is there already.
-  at = lambda v, k, start, end: jnp.where(start[v] < end[v], k, steps - 1)
-  of_rows = lambda j, v, k, group, tile, *ends: (tile[v], at(v, k, *ends))
-  of_codes = lambda j, v, k, group, tile, *ends: (group[v], at(v, k, *ends), j)
+  at = lambda v, k, table: jnp.where(table[START, v] < table[END, v], k, steps - 1)
+  of_rows = lambda j, v, k, table: (table[TILE, v], at(v, k, table))
+  of_codes = lambda j, v, k, table: (table[GROUP, v], at(v, k, table), j)
   grid = pltpu.PrefetchScalarGridSpec(
-      num_scalar_prefetch=len(visits),
+      num_scalar_prefetch=1,
       grid=(n_columns // columns, len(visits.group), steps),
       in_specs=[
           pl.BlockSpec((tile, inner), of_rows),
           pl.BlockSpec((None, inner, columns), of_codes),
           pl.BlockSpec((None, inner // band, columns), of_codes),
       ],
-      out_specs=pl.BlockSpec((tile, columns), lambda j, v, k, group, tile, *_: (tile[v], j)),
+      out_specs=pl.BlockSpec((tile, columns), lambda j, v, k, table: (table[TILE, v], j)),
       scratch_shapes=[pltpu.VMEM((tile, columns), jnp.float32)],
   )
   run = pl.pallas_call(
@@ -108,12 +111,13 @@ def product(rows, weights: BlockScaled, sizes):
       ),
       name='grouped_matmul_codes',
   )
-  return run(*visits, rows, weights.codes, scale)
+  return run(jnp.stack(visits), rows, weights.codes, scale)
 
 
-def _kernel(_, tiles, start, end, rows, codes, scale, out, total, *, band: int):
+def _kernel(visits, rows, codes, scale, out, total, *, band: int):
   visit, step = pl.program_id(1), pl.program_id(2)
-  is_new = (visit == 0) | (tiles[visit] != tiles[jnp.maximum(visit - 1, 0)])
+  tile, start, end = (visits[row, visit] for row in (TILE, START, END))
+  is_new = (visit == 0) | (tile != visits[TILE, jnp.maximum(visit - 1, 0)])
 
   @pl.when((step == 0) & is_new)
   def _():
@@ -123,7 +127,7 @@ def _kernel(_, tiles, start, end, rows, codes, scale, out, total, *, band: int):
   def _():
     total[...] = jnp.zeros_like(total)
 
-  @pl.when(start[visit] < end[visit])
+  @pl.when(start < end)
   def _():
     for i in range(len(codes) // band):
       of_band = slice(i * band, (i + 1) * band)
@@ -132,6 +136,6 @@ def _kernel(_, tiles, start, end, rows, codes, scale, out, total, *, band: int):
 
     @pl.when(step == pl.num_programs(2) - 1)
     def _():
-      row = tiles[visit] * len(rows) + jax.lax.broadcasted_iota(jnp.int32, (len(rows), 1), 0)
-      own = (row >= start[visit]) & (row < end[visit])
+      row = tile * len(rows) + jax.lax.broadcasted_iota(jnp.int32, (len(rows), 1), 0)
+      own = (row >= start) & (row < end)
       out[...] = jnp.where(own, total[...].astype(out.dtype), out[...])
