@@ -223,7 +223,7 @@ def run_layers(
   """Scans the model's sections, or runs the given layers; returns the carry and all selections."""
   selections, facts = [], facts_of(model)
   if layers is None:
-    for section, weights in model.sections():
+    for section, weights in model.sections(copies=False):
       carry, selected = scan(section, layer, carry, weights, section.facts(facts))
       selections.append(in_order(selected))
     return carry, jnp.concatenate(selections)

@@ -2,7 +2,7 @@
 """The decoder. Its layers are stacked and scanned, and each reports what the losses need."""
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from flax import nnx
 import jax
@@ -123,10 +123,10 @@ class Transformer(Configured):
       reports.append(report)
     return Output(hidden, following, self.logits(hidden), mtp_logits, tuple(reports))
 
-  def sections(self) -> Iterator[tuple[Section, dict[str, Block]]]:
-    """Yields the sections of the layers, each with its weights as `scan` takes them."""
+  def sections(self, *, copies: bool = True) -> Iterator[tuple[Section, dict[str, Any]]]:
+    """Yields the sections of the layers, each with its weights as `scan` takes them; see `cut`."""
     layers = layers_of_stacks(self.cfg)
-    return cut(self.cfg, lambda name: self._one_each(name, layers[name]))
+    return cut(self.cfg, lambda name: self._one_each(name, layers[name]), copies=copies)
 
   def _one_each(self, stack: str, layers: Sequence[int]) -> Block:
     """Returns the layers of a stack with all that each of them needs."""

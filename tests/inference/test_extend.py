@@ -5,6 +5,7 @@ import dataclasses
 import functools
 
 import cases
+from flax import nnx
 import jax
 import jax.numpy as jnp
 import laws
@@ -18,6 +19,7 @@ from dsa_jax.inference.extend import extend
 from dsa_jax.inference.storage import QuantizedKeys, QuantizedLatents, rotate
 from dsa_jax.nn.attention.types import Mode
 from dsa_jax.selection import RULES
+from dsa_jax.training.state import abstract_params, model_graph
 
 CONFIGS = {
     'deepseek': laws.CFG,
@@ -354,3 +356,15 @@ def test_unknown_attention_and_rule():
     step(laws.weights(cfg), cache, tokens, jnp.ones(1, jnp.int32), cfg, 'sprase')
   with pytest.raises(ValueError, match="rule 'best' must be one of"):
     step(laws.weights(cfg), cache, tokens, jnp.ones(1, jnp.int32), cfg, 'sparse', rule='best')
+
+
+def test_sections_that_share_a_stack_copy_none_of_it():
+  sizes = dict(n_layers=9, n_dense_layers=1, nope_layers=(3, 7), kv_sources=(0, 1, 2, 3, 4, 5, 6, 3, 8))
+  cfg = dataclasses.replace(laws.READING, **sizes, dim=96, moe_inter_dim=256)
+  model = nnx.merge(model_graph(cfg), abstract_params(cfg))
+  cache = jax.eval_shape(lambda: init_cache(cfg, 1, 32, fmt='float32'))
+  token, n_new = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((1, 1), (1,)))
+  read = jax.jit(lambda *args: extend(*args, attention='sparse', backend='xla'))
+  compiled = read.lower(model, cache, token, n_new).compile()
+  weights = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(model))
+  assert compiled.memory_analysis().temp_size_in_bytes < weights / 3  # Copies were 0.87 of them.

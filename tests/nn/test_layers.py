@@ -89,13 +89,14 @@ def test_released_models_have_a_scan_for_each_stack(name):
   assert [(x.group, tuple(x.layers)) for x in sections] == [((Kind(k),), v) for k, v in stacks.items()]
 
 
+@pytest.mark.parametrize('copies', [True, False])
 @pytest.mark.parametrize('mlp_layers', [(1, 3, 4), (2, 5), (3,), (5,), (1, 2, 5, 6), ()], ids=str)
-def test_every_layer_has_its_own_weights_and_facts(mlp_layers):
+def test_every_layer_has_its_own_weights_and_facts(mlp_layers, copies):
   cfg = ModelConfig(n_layers=7, n_dense_layers=0, mlp_layers=mlp_layers)
   stacks = {name: np.array(layers) for name, layers in layers_of_stacks(cfg).items()}
   layer = lambda carry, weight, fact: (carry + 1, (weight, fact, carry))
   carry, results = 0, []
-  for section, weights in cut(cfg, stacks.get):
+  for section, weights in cut(cfg, stacks.get, copies=copies):
     facts = section.facts(np.arange(100, 107))
     carry, result = scan(section, layer, carry, weights, facts)
     results.append(in_order(result))
