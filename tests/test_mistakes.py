@@ -488,8 +488,8 @@ def reports_are_in_the_order_of_the_group(patch):
 
 @mistake(mixed)
 def every_section_has_the_first_layers_of_a_stack(patch):
-  def wrong(blocks, sizes):
-    return (jax.tree.map(lambda x: x[:size], blocks) for size in sizes if size)
+  def wrong(blocks, sizes, copies):
+    return (jax.tree.map(lambda x: x[:size], blocks) for size in sizes)
 
   patch.setattr(scan, '_split', wrong)
 
