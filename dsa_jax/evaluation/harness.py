@@ -188,7 +188,6 @@ class Harness:
     return Batch(tokens, targets, weights, start, end)
 
 
-
 def _longest(cfg: ModelConfig, max_length: int | None, batch_size: int, mesh: MeshConfig) -> int:
   """Returns how many tokens a text may have.
 

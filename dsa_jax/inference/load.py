@@ -12,9 +12,9 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from dsa_jax.config import ConfigError, ModelConfig, local_path
+from dsa_jax.inference.weights import load_weights
 from dsa_jax.nn.transformer import Transformer
 from dsa_jax.selection import check_rule
-from dsa_jax.inference.weights import load_weights
 from dsa_jax.training.origin import ORIGIN
 from dsa_jax.training.recipe import Recipe, read_recipe
 from dsa_jax.training.state import model_graph

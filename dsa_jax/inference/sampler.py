@@ -152,7 +152,7 @@ class Sampler:
         )
     selects = 'indexer' if attention == 'dense' else rule or stored.rule
     cfg = config_of(stored, index_topk)
-    weights, cache = weights or as_released(stored), kwargs.get('cache') or cfg.dtype
+    weights, cache = weights or _usual_format(stored), kwargs.get('cache') or cfg.dtype
     sizes = dict(capacity=_check_sizes(cfg, capacity, mesh), n_texts=n_texts, mesh=mesh)
     check_memory(cfg, weights=weights, cache=cache, **sizes)
     model = load_checkpoint(folder, index_topk=index_topk, mesh=mesh, dtype=weights)
@@ -417,7 +417,7 @@ def _tokenizer_of(stored: StoredModel, cfg: ModelConfig) -> Tokenizer:
   return tokenizer
 
 
-def as_released(stored: StoredModel) -> str:
+def _usual_format(stored: StoredModel) -> str:
   """Returns the format in which weights are kept if nobody says."""
   return 'fp8' if stored.was_fp8 and jax.default_backend() != 'cpu' else 'float32'
 

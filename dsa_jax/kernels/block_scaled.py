@@ -50,6 +50,11 @@ class BlockScaled:
     return (self.codes.reshape(split).astype(jnp.float32) * scale).reshape(self.shape).astype(dtype)
 
 
+def cast(weights: Float[Array, '*shape'] | BlockScaled, dtype: DTypeLike):
+  """Returns weights in a dtype; codes stay what they are, because products widen them."""
+  return weights if isinstance(weights, BlockScaled) else weights.astype(dtype)
+
+
 def _by_blocks(
     shape: tuple[int, ...], scale: Float[Array, '*blocks']
 ) -> tuple[tuple[int, ...], Float[Array, '*split']]:

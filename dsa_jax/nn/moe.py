@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from dsa_jax.config import ModelConfig
-from dsa_jax.kernels.block_scaled import BlockScaled
+from dsa_jax.kernels.block_scaled import cast
 from dsa_jax.kernels.grouped_matmul.op import grouped_matmul
 from dsa_jax.kernels.xla.rows import map_rows
 from dsa_jax.nn.fixed import Configured
@@ -51,7 +51,7 @@ class MoE(Configured):
   def _experts(self, x, counted, backend):
     """Sends this device's tokens to the owners of their experts, and sums what they return."""
     here = shard.gather_weights(self, x.dtype)
-    weights = [_as(jnp.float32, w[...]) for w in (here.w1, here.w3, here.w2)]
+    weights = [cast(w[...], jnp.float32) for w in (here.w1, here.w3, here.w2)]
     gate = collectives.all_gather(self.gate[...], 'fsdp', dim=0)
     tokens = x.reshape(-1, x.shape[-1])
     bias = 0.0 if self.bias is None else self.bias[...]
@@ -59,18 +59,13 @@ class MoE(Configured):
     load = jnp.sum(_is_of(experts, self.cfg) * counted.reshape(-1, 1, 1), axis=(0, 1))
 
     def apply(rows):  # The weights' gradients add up in float32 over blocks of rows.
-      narrow = (_as(x.dtype, w) for w in weights)
+      narrow = (cast(w, x.dtype) for w in weights)
       return _apply(*(a[0] for a in rows), *narrow, self.cfg, backend)[None]
 
     rows = jax.tree.map(lambda a: a[None], (tokens, experts, gates))
     most = _tokens_at_once(here.w1.shape, self.cfg)
     routed = apply(rows) if len(tokens) <= most else map_rows(jax.checkpoint(apply), rows, most)
     return routed.astype(x.dtype).reshape(x.shape), collectives.psum(load, *MESH_AXES)
-
-
-def _as(dtype, weights):
-  """Returns weights in a dtype; codes stay what they are, and only products widen them."""
-  return weights if isinstance(weights, BlockScaled) else weights.astype(dtype)
 
 
 def _tokens_at_once(shape: tuple[int, int, int], cfg: ModelConfig) -> int:

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from dsa_jax.kernels.block_scaled import BlockScaled
+from dsa_jax.kernels.block_scaled import cast
 from dsa_jax.parallel.collectives import all_gather, axis_size
 from dsa_jax.parallel.mesh import BATCH, MESH_AXES, shardings_of, split_by
 from dsa_jax.params import BackboneParam
@@ -55,9 +55,7 @@ def gather_weights(module: nnx.Module, dtype: Any) -> nnx.Module:
 
   def whole(x: nnx.Variable) -> nnx.Variable:
     dims = [i for i, axis in enumerate(split_by(x.get_metadata()['axes'])) if axis == 'fsdp']
-    value = x[...]
-    if dims and isinstance(x, BackboneParam) and not isinstance(value, BlockScaled):
-      value = value.astype(dtype)
+    value = cast(x[...], dtype) if dims and isinstance(x, BackboneParam) else x[...]
     for dim in dims:
       value = jax.tree.map(lambda part: all_gather(part, 'fsdp', dim=dim), value)
     return x.replace(value)
