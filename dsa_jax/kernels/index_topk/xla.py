@@ -26,7 +26,8 @@ class BlockSizes(Blocks):
   block_t: int = 64  # Query rows per pass, whose scores exist at one time.
   block_s: int = 1024  # Keys scored at one time.
   few_t: int = 8  # Up to so many query rows, as in decoding, keys are read as they lie.
-  few_block_s: int = 16_384  # Keys scored at one time for few query rows.
+  few_block_s: int = 16_384  # Keys scored at one time for few query rows, those of all sequences.
+  few_scores: int = 1 << 20  # Up to so many scores of all heads, shorter sequences are scored whole.
   ungrouped_s: int = 1024  # Up to so many keys are not grouped: one search is faster than three.
 
 
@@ -38,7 +39,8 @@ def forward(q, k, weights, start, end, *, topk: int, blocks: BlockSizes, span=No
   first_key, n_keys = span or (0, k.shape[1])
   size = 1 if n_keys <= blocks.ungrouped_s else _group_size(n_keys, topk, dividing=few)
   n_groups = -(-n_keys // size)
-  step_groups = min(max((blocks.few_block_s if few else blocks.block_s) // size, 1), n_groups)
+  block_s = _few_block_s(blocks, q.shape, n_keys) if few else blocks.block_s
+  step_groups = min(max(block_s // size, 1), n_groups)
   if few:
     score_groups = functools.partial(_score_as_they_lie, first_key=first_key, size=size)
   else:
@@ -68,6 +70,18 @@ def forward(q, k, weights, start, end, *, topk: int, blocks: BlockSizes, span=No
   # The scores of groups that no row sees are of earlier rows; no such group is chosen.
   scores = jnp.zeros((batch, block_t, size, n_groups))
   return scan_rows(select, scores, (q, weights, start, end), block_t)[1]
+
+
+def _few_block_s(blocks: BlockSizes, shape: tuple[int, ...], n_keys: int) -> int:
+  """Returns how many keys of each sequence few query rows score at one time.
+
+  A block is copied before it is read, unless it is the whole. XLA:CPU gives large temporaries back
+  to the system, which then clears their pages in every call, so blocks shrink as sequences are added.
+  """
+  batch, t, heads, _ = shape
+  if n_keys <= blocks.few_block_s and batch * t * heads * n_keys <= blocks.few_scores:
+    return n_keys
+  return max(blocks.few_block_s // batch, min(blocks.few_block_s, 1024))
 
 
 def _group_size(n_keys: int, topk: int, *, dividing: bool) -> int:
