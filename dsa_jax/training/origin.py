@@ -11,8 +11,9 @@ from typing import Any
 
 from flax import nnx
 
+from dsa_jax.checkpoint_paths import readings
 from dsa_jax.config import ConfigError, ModelConfig
-from dsa_jax.data.tokenizer import TOKENIZER_FILES, released_config, tokenizer_folder
+from dsa_jax.data.tokenizer import TOKENIZER_FILES, read_object, released_config, tokenizer_folder
 from dsa_jax.training.checkpoint import check_params, saved_steps
 from dsa_jax.training.recipe import Recipe
 
@@ -49,8 +50,12 @@ def check_origins(recipe: Recipe, like: nnx.State):
     folder, where = recipe.init_folder(entry), f'stages.{name}.init_from={entry.init_from!r}'
     _check_kind(folder, where, list(recipe.stages))
     check_params(folder, like)
-    if record := model_record(folder):
-      _check_function(ModelConfig(**record), recipe.model, entry.init_may_differ, where, name)
+    if not (record := model_record(folder)):
+      raise ConfigError(
+          f'{where} does not say which model it is of, because it lies outside its run: name '
+          "RUN/checkpoints/ENTRY, or put a copy of the run's config.json into the folder."
+      )
+    _check_function(ModelConfig(**record), recipe.model, entry.init_may_differ, where, name)
 
 
 def keep_origin(workdir: pathlib.Path, folders: Sequence[pathlib.Path]):
@@ -64,10 +69,9 @@ def keep_origin(workdir: pathlib.Path, folders: Sequence[pathlib.Path]):
     folders: The checkpoints that its entries start from. The first that has an origin counts.
   """
   target = workdir / ORIGIN
-  for folder in map(pathlib.Path.resolve, folders):
-    for source in (folder, folder.parent.parent / ORIGIN):
-      record = source / 'config.json'
-      kept = json.loads(record.read_text()).get('source') if record.is_file() else None
+  for place in (place for folder in folders for place in readings(folder)):
+    for source in (place.folder, *(home / ORIGIN for home in place.homes)):
+      kept = read_object(source / 'config.json').get('source')
       if kept and not target.exists():
         _copy_whole(source, target, ['config.json', *kept.get('files', ())])
 
@@ -114,11 +118,8 @@ def _check_kind(folder: pathlib.Path, where: str, entries: list[str]):
 
 def model_record(folder: pathlib.Path) -> dict[str, Any] | None:
   """Returns the fields of the model that a checkpoint was made with, if its folder says."""
-  folder = folder.resolve()
-  for path in (folder / 'config.json', folder.parent.parent / 'config.json'):
-    if path.exists():
-      return json.loads(path.read_text()).get('model')
-  return None
+  homes = (home for place in readings(folder) for home in place.homes)
+  return next((record for home in homes if (record := read_object(home / 'config.json').get('model'))), None)
 
 
 def differing_fields(

@@ -58,6 +58,21 @@ def test_another_function_is_refused_unless_it_is_named(old_run, tmp_path, name,
   check(recipe_from(old_run, tmp_path / 'new', source, **changes))
 
 
+def test_a_checkpoint_knows_its_model_however_it_is_named(old_run, tmp_path):
+  entry, links = old_run / 'checkpoints' / 'dense', tmp_path / 'run' / 'checkpoints'
+  [step] = [path for path in entry.iterdir() if path.name.isdigit()]
+  links.mkdir(parents=True)
+  (links / 'dense').symlink_to(entry)
+  shutil.copy(old_run / 'config.json', tmp_path / 'run')
+  for source in step, links / 'dense', links / 'dense' / step.name:
+    check(recipe_from(old_run, tmp_path / 'new', source))
+    with pytest.raises(ConfigError, match='rope_theta: 10000.0 there'):
+      check(recipe_from(old_run, tmp_path / 'new', source, **{'model.rope_theta': 1e6}))
+  shutil.copytree(entry, tmp_path / 'alone')
+  with pytest.raises(ConfigError, match='does not say which model it is of'):
+    check(recipe_from(old_run, tmp_path / 'new', tmp_path / 'alone'))
+
+
 def test_the_order_of_unlike_layers_counts():
   """Weights have the same shapes whichever layers have an MLP."""
   model = ModelConfig(n_layers=5, n_dense_layers=0, mlp_layers=(1, 3))
