@@ -72,12 +72,26 @@ def train(config: ConfigDict) -> dict[str, Any]:
 def train_all(config: ConfigDict):
   """Trains a config, or every run of its sweep, which it then compares."""
   configs = sweep_configs(config)
-  for one in configs:
-    read_recipe(one)  # All of them are checked before the first one trains.
+  for one in configs if len(configs) > 1 else []:
+    check(one)
   for one in configs:
     train(one)
   if len(configs) > 1 and is_first():
     print_table(group_runs([read_run(pathlib.Path(one.workdir).expanduser()) for one in configs]))
+
+
+def check(config: ConfigDict):
+  """Looks at all that a run needs, so that none of several fails after others have been trained.
+
+  Raises:
+    ConfigError: The config, the data or the workdir will not do.
+  """
+  recipe = read_recipe(config)
+  check_workdir(config, recipe.workdir)
+  run, files = open_run(recipe), recipe.data.describe()
+  for batches in run.data.train.values():
+    batches.close()
+  check_data(files, recipe.workdir, recipe.on_changed_data)
 
 
 def run_recipe(config: ConfigDict, recipe: Recipe) -> dict[str, Any]:

@@ -41,7 +41,7 @@ class MetricsWriter:
     self._purge_steps: dict[str, int] = {}
     whole = _whole_lines(self.path) if self.path.exists() else []
     text = '\n'.join(whole or [HEADER]) + '\n'
-    if not self.path.exists() or self.path.read_text() != text:
+    if not self.path.exists() or self.path.read_text(errors='replace') != text:
       _replace_text(self.path, text)
     self._file = self.path.open('a', newline='\n')
 
@@ -141,7 +141,7 @@ def of_selecting(values: Sequence[float | None], windows: Sequence[int]) -> list
 
 def _whole_lines(path: pathlib.Path) -> list[str]:
   """Reads the lines that end in a newline. A line that a kill cut short is no measurement."""
-  lines = path.read_text().split('\n')[:-1]
+  lines = path.read_text(errors='replace').split('\n')[:-1]
   if lines and lines[0] != HEADER:
     raise ConfigError(f'{path} starts with {lines[0]!r}, not {HEADER!r}: use another workdir')
   return lines

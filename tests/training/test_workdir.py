@@ -58,6 +58,13 @@ def test_these_may_not(tmp_path, changed, message):
     check_workdir(config_of(tmp_path, **changed), begun(tmp_path, 'dense', 'baseline', 'warmup'))
 
 
+def test_a_folder_in_which_checkpoints_cannot_be_read(tmp_path):
+  for name in 'a*', 'a?', 'lr[1]', 'a\\b':
+    folder = tmp_path / name
+    with pytest.raises(ConfigError, match=r'must have no . in its path'):
+      check_workdir(config_of(folder), folder)
+
+
 def test_a_run_of_which_nothing_is_saved_may_change_its_entries(tmp_path):
   changed = {'stages.dense.steps': 1, 'stages.dense.backbone_lr': 1.0, 'recipe': ('dense',)}
   check_workdir(config_of(tmp_path, **changed), begun(tmp_path))
