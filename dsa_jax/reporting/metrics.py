@@ -143,7 +143,10 @@ def _whole_lines(path: pathlib.Path) -> list[str]:
   """Reads the lines that end in a newline. A line that a kill cut short is no measurement."""
   lines = path.read_text(errors='replace').split('\n')[:-1]
   if lines and lines[0] != HEADER:
-    raise ConfigError(f'{path} starts with {lines[0]!r}, not {HEADER!r}: use another workdir')
+    raise ConfigError(
+        f'{path} begins with {lines[0][:40]!a} and must begin with {HEADER!r}: move it away, and the run '
+        'goes on with a new one.'
+    )
   return lines
 
 
@@ -152,7 +155,9 @@ def _parse(line: str) -> Row:
     stage, step, name, value = line.split(',')
     return Row(stage, int(step), name, float(value))
   except ValueError as error:
-    raise ConfigError(f'metrics.csv has the line {line!r}; expected {HEADER}') from error
+    raise ConfigError(
+        f'metrics.csv has the line {line[:40]!a}; it must be of the form {HEADER}. Delete that line.'
+    ) from error
 
 
 def _is_after(row: Row, stage: str, step: int) -> bool:
