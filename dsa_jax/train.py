@@ -42,6 +42,7 @@ from dsa_jax.training.checkpoint import (
     saved_steps,
 )
 from dsa_jax.training.compilation_cache import compilation_cache
+from dsa_jax.training.flags import parse_flags
 from dsa_jax.training.origin import keep_origin, keep_tokenizer
 from dsa_jax.training.recipe import Recipe, read_recipe
 from dsa_jax.training.run import Run, open_run
@@ -305,4 +306,4 @@ def _print_unraisable(unraisable: Any):
 if __name__ == '__main__':
   CONFIG = config_flags.DEFINE_config_file('config', help_string='A file of configs/.')
   flags.mark_flag_as_required('config')
-  app.run(main)
+  app.run(main, flags_parser=parse_flags)
