@@ -3,9 +3,11 @@
 
 from collections.abc import Callable
 import contextlib
+import errno
 import functools
 import logging
 import math
+import os
 import pathlib
 import sys
 import time
@@ -49,6 +51,9 @@ from dsa_jax.training.run import Run, open_run
 from dsa_jax.training.state import TrainState, abstract_params
 from dsa_jax.training.sweep import sweep_configs
 from dsa_jax.training.workdir import check_data, check_workdir, write_config
+
+
+OF_THE_DISK = errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO
 
 
 class NotFiniteError(FloatingPointError):
@@ -283,13 +288,24 @@ def lower_look(run: Run, name: str) -> Lowered:
 
 
 def main(_):
-  logging.getLogger('absl').setLevel(logging.CRITICAL)  # orbax also raises the errors that it logs.
+  for name in 'absl', 'asyncio':  # orbax also raises the errors that they log.
+    logging.getLogger(name).setLevel(logging.CRITICAL)
   sys.unraisablehook = _print_unraisable
   try:
     join_job()
     train_all(CONFIG.value)
   except (ConfigError, NotFiniteError) as error:
     sys.exit(f'error: {error}')
+  except OSError as error:
+    if error.errno not in OF_THE_DISK:
+      raise
+    name = error.filename or 'a file of the run'
+    print(
+        f'error: {name} could not be written: {error.strerror}. Make room, and start the same command '
+        'again: the run resumes from its last checkpoint.',
+        file=sys.stderr, flush=True,
+    )  # fmt: skip
+    os._exit(1)  # At a usual end, TensorBoard's writers would try again, and print what they raise.
   except jax.errors.JaxRuntimeError as error:
     end_process(error, LOST)
 
