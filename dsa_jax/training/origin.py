@@ -5,6 +5,7 @@ from collections.abc import Collection, Mapping, Sequence
 import dataclasses
 import difflib
 import json
+import logging
 import pathlib
 import shutil
 from typing import Any
@@ -13,7 +14,9 @@ from flax import nnx
 
 from dsa_jax.checkpoint_paths import readings
 from dsa_jax.config import ConfigError, ModelConfig
-from dsa_jax.data.tokenizer import TOKENIZER_FILES, read_object, released_config, tokenizer_folder
+from dsa_jax.data.tokenizer import (
+    TOKENIZER_FILES, kept_tokenizer, open_tokenizer, read_object, released_config, tokenizer_folder,
+)  # fmt: skip
 from dsa_jax.training.checkpoint import check_params, saved_steps
 from dsa_jax.training.recipe import Recipe
 
@@ -56,6 +59,18 @@ def check_origins(recipe: Recipe, like: nnx.State):
           "RUN/checkpoints/ENTRY, or put a copy of the run's config.json into the folder."
       )
     _check_function(ModelConfig(**record), recipe.model, entry.init_may_differ, where, name)
+    if what := _other_tokenizer(recipe, folder):
+      logging.warning(f'{where} came with a tokenizer of its own; {what}: ids may mean other words there.')
+
+
+def _other_tokenizer(recipe: Recipe, folder: pathlib.Path) -> str:
+  """Says what reads the data in place of the tokenizer that came with a checkpoint; '' if that does."""
+  own, data = kept_tokenizer(folder), recipe.data
+  if own is None or data.source == 'recall' or (data.source == 'mixture' and not data.reads_text):
+    return ''
+  given = data.tokenizer if data.source == 'mixture' else 'bytes'
+  is_own = open_tokenizer(given).digest == open_tokenizer(str(own)).digest
+  return '' if is_own else f'data.tokenizer={given!r} is another'
 
 
 def keep_origin(workdir: pathlib.Path, folders: Sequence[pathlib.Path]):

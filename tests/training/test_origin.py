@@ -7,6 +7,7 @@ import shutil
 
 from ml_collections import ConfigDict
 import pytest
+from tokenizers import Tokenizer, models
 
 from configs import base
 from dsa_jax.config import ConfigError, ModelConfig
@@ -71,6 +72,20 @@ def test_a_checkpoint_knows_its_model_however_it_is_named(old_run, tmp_path):
   shutil.copytree(entry, tmp_path / 'alone')
   with pytest.raises(ConfigError, match='does not say which model it is of'):
     check(recipe_from(old_run, tmp_path / 'new', tmp_path / 'alone'))
+
+
+def test_another_tokenizer_is_said(old_run, tmp_path, caplog):
+  run = tmp_path / 'run'
+  shutil.copytree(old_run, run)
+  for folder, words in (run / 'origin', {'a': 0, 'b': 1}), (tmp_path / 'other', {'b': 0, 'a': 1}):
+    folder.mkdir()
+    Tokenizer(models.WordLevel(words, 'a')).save(str(folder / 'tokenizer.json'))
+  changes = {'data.source': 'mixture', 'data.sources': {'a': {'format': 'text', 'files': 'x'}}}
+  for name, warns in ('run/origin', False), ('other', True):
+    changes['data.tokenizer'] = str(tmp_path / name)
+    check(recipe_from(old_run, tmp_path / 'new', run / 'checkpoints' / 'dense', **changes))
+    assert bool(caplog.records) == warns
+  assert 'other\' is another: ids may mean other words there' in caplog.text
 
 
 def test_the_order_of_unlike_layers_counts():
