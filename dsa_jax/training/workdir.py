@@ -158,4 +158,10 @@ def _differences(theirs: Any, ours: Any, where: str = '') -> list[str]:
       inner = f'{where}.{name}' if where else name
       rows += _differences(theirs.get(name), ours.get(name), inner)
     return rows
-  return [] if theirs == ours else [f'{where}: {theirs} there, {ours} here']
+  return [] if theirs == ours or _same_path(theirs, ours) else [f'{where}: {theirs} there, {ours} here']
+
+
+def _same_path(a: Any, b: Any) -> bool:
+  """Returns whether two texts are one path, such as `ours`, `./ours` and its absolute path."""
+  real = lambda path: os.path.realpath(os.path.expanduser(path))
+  return bool(a and b) and isinstance(a, str) and isinstance(b, str) and real(a) == real(b)
