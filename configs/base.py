@@ -16,14 +16,16 @@ from dsa_jax.training.stages import StageConfig
 def get_config() -> ConfigDict:
   c = ConfigDict()
   c.workdir = ''  # Checkpoints, metrics and the report; a run resumes from here.
-  c.seed = 0  # Of the weights and of every rule that draws lots.
-  c.backend = ''  # Of the kernels: 'reference', 'xla', 'tpu' or 'gpu'; '': the platform's default.
-  c.selection = 'indexer'  # A key of dsa_jax.selection.RULES.
-  # What the backward pass computes again, for less memory: 'none'; 'products' and 'selection' keep
-  # the products with weights, or the selected indices; 'layer' keeps nothing but each layer's input.
+  c.seed = 0  # Determines fresh weights, and what every rule that draws lots draws.
+  # The kernels that run: 'reference', 'xla', 'tpu' or 'gpu'. '' stands for the platform's default.
+  c.backend = ''
+  c.selection = 'indexer'  # What selects, a key of dsa_jax.selection.RULES.
+  # What the backward pass computes again, to save memory. 'none' computes nothing again, 'products'
+  # keeps the products with weights, 'selection' the selected indices, and 'layer' nothing but the
+  # input of each layer.
   c.remat = 'layer'
-  # Where compiled programs are kept for the next start: a folder; '': dsa_jax/compiled in the user's
-  # cache folder, unless JAX_COMPILATION_CACHE_DIR names another; 'off': nowhere.
+  # The folder in which compiled programs are kept for the next start. '' stands for dsa_jax/compiled
+  # in the user's cache folder, unless JAX_COMPILATION_CACHE_DIR names another. 'off' keeps none.
   c.compilation_cache = ''
   c.resume = 'latest'  # 'last_good' skips checkpoints that are damaged.
   c.on_changed_data = 'stop'  # 'go_on' resumes even if files of the corpus have changed.

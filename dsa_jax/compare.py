@@ -11,7 +11,7 @@ import sys
 
 from absl import app, flags
 
-from dsa_jax.config import ConfigError
+from dsa_jax.config import ConfigError, local_path
 from dsa_jax.reporting.compare import draw_curves, group_runs, print_table, read_run
 
 
@@ -21,15 +21,16 @@ def compare(workdirs: Sequence[str | pathlib.Path], png: str | pathlib.Path = ''
   Raises:
     ConfigError: A folder is no workdir or is named twice, or the picture cannot be drawn.
   """
-  folders = [pathlib.Path(workdir).expanduser() for workdir in workdirs]
+  folders = [local_path(workdir, 'workdir') for workdir in workdirs]
+  path = local_path(png, '--png') if png else None
   if not folders:
     raise ConfigError('name the workdirs to compare: python -m dsa_jax.compare runs/a runs/b')
   if len({folder.resolve() for folder in folders}) < len(folders):
     raise ConfigError(f'{[str(folder) for folder in folders]} names a run twice.')
   groups = group_runs([read_run(folder) for folder in folders])
   print_table(groups)
-  if png:
-    draw_curves(groups, pathlib.Path(png).expanduser())
+  if path:
+    draw_curves(groups, path)
 
 
 def main(argv: list[str]):

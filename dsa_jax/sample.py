@@ -24,7 +24,7 @@ from absl import app, flags
 import jax
 import rich.console
 
-from dsa_jax.config import ConfigError
+from dsa_jax.config import ConfigError, local_path
 from dsa_jax.inference.batch_file import AnswerFile, read_prompts
 from dsa_jax.inference.cache import FORMATS
 from dsa_jax.inference.sampler import SampleConfig, Sampler
@@ -93,6 +93,8 @@ def check_flags():
     raise ConfigError('--drafts needs --prompts: --prompt is continued without them.')
   if PROMPT.value and SAMPLES.value != 1:
     raise ConfigError(f'--samples={SAMPLES.value} needs --prompts: --prompt is continued once.')
+  for name, flag in ('--prompts', PROMPTS), ('--out', OUT):
+    local_path(flag.value or '', name)
 
 
 def continue_one(sampler: Sampler, prompt: str, drawing: dict[str, Any]):
@@ -113,8 +115,8 @@ def continue_one(sampler: Sampler, prompt: str, drawing: dict[str, Any]):
 def continue_file(sampler: Sampler, drawing: dict[str, Any]):
   """Answers the prompts of a file that have no answer yet."""
   config = SampleConfig(**({'stop': sampler.tokenizer.stop} | drawing))
-  prompts = read_prompts(pathlib.Path(PROMPTS.value).expanduser(), sampler)
-  out = pathlib.Path(OUT.value).expanduser()
+  prompts = read_prompts(local_path(PROMPTS.value, '--prompts'), sampler)
+  out = local_path(OUT.value, '--out')
   checkpoint = str(pathlib.Path(CHECKPOINT.value).expanduser().resolve())
   answers = AnswerFile(out, sampler, prompts, config, SAMPLES.value, checkpoint)
   done, began, n_tokens, n_steps, to_first = len(answers.answered), time.monotonic(), 0, 0, []
@@ -153,7 +155,7 @@ def read_prompt(prompt: str) -> str:
   """Returns the prompt itself, or the text of the file that `@FILE` names."""
   if not prompt.startswith('@'):
     return prompt
-  path = pathlib.Path(prompt[1:]).expanduser()
+  path = local_path(prompt[1:], '--prompt')
   try:
     return path.read_text(encoding='utf-8')
   except UnicodeDecodeError as error:

@@ -21,6 +21,7 @@ from dsa_jax.data.corpora.raw import RawFormat
 from dsa_jax.data.corpora.sources import RAW
 from dsa_jax.data.corpora.tokens import read_manifest
 from dsa_jax.data.sources import DataConfig, read_member
+from dsa_jax.training.flags import parse_flags
 from dsa_jax.training.recipe import read_recipe
 
 ENDINGS = {'.jsonl': 'jsonl', '.ndjson': 'jsonl', '.json': 'jsonl', '.parquet': 'parquet', '.arrow': 'arrow'}
@@ -102,4 +103,4 @@ def guess_format(files: list[str], kind: str | None, field: str):
 
 
 if __name__ == '__main__':
-  app.run(main)
+  app.run(main, flags_parser=parse_flags)

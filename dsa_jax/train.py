@@ -3,9 +3,11 @@
 
 from collections.abc import Callable
 import contextlib
+import errno
 import functools
 import logging
 import math
+import os
 import pathlib
 import sys
 import time
@@ -42,12 +44,16 @@ from dsa_jax.training.checkpoint import (
     saved_steps,
 )
 from dsa_jax.training.compilation_cache import compilation_cache
+from dsa_jax.training.flags import parse_flags
 from dsa_jax.training.origin import keep_origin, keep_tokenizer
 from dsa_jax.training.recipe import Recipe, read_recipe
 from dsa_jax.training.run import Run, open_run
 from dsa_jax.training.state import TrainState, abstract_params
 from dsa_jax.training.sweep import sweep_configs
 from dsa_jax.training.workdir import check_data, check_workdir, write_config
+
+
+OF_THE_DISK = errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO
 
 
 class NotFiniteError(FloatingPointError):
@@ -72,12 +78,26 @@ def train(config: ConfigDict) -> dict[str, Any]:
 def train_all(config: ConfigDict):
   """Trains a config, or every run of its sweep, which it then compares."""
   configs = sweep_configs(config)
-  for one in configs:
-    read_recipe(one)  # All of them are checked before the first one trains.
+  for one in configs if len(configs) > 1 else []:
+    check(one)
   for one in configs:
     train(one)
   if len(configs) > 1 and is_first():
     print_table(group_runs([read_run(pathlib.Path(one.workdir).expanduser()) for one in configs]))
+
+
+def check(config: ConfigDict):
+  """Looks at all that a run needs, so that none of several fails after others have been trained.
+
+  Raises:
+    ConfigError: The config, the data or the workdir will not do.
+  """
+  recipe = read_recipe(config)
+  check_workdir(config, recipe.workdir)
+  run, files = open_run(recipe), recipe.data.describe()
+  for batches in run.data.train.values():
+    batches.close()
+  check_data(files, recipe.workdir, recipe.on_changed_data)
 
 
 def run_recipe(config: ConfigDict, recipe: Recipe) -> dict[str, Any]:
@@ -268,13 +288,24 @@ def lower_look(run: Run, name: str) -> Lowered:
 
 
 def main(_):
-  logging.getLogger('absl').setLevel(logging.CRITICAL)  # orbax also raises the errors that it logs.
+  for name in 'absl', 'asyncio':  # orbax also raises the errors that they log.
+    logging.getLogger(name).setLevel(logging.CRITICAL)
   sys.unraisablehook = _print_unraisable
   try:
     join_job()
     train_all(CONFIG.value)
   except (ConfigError, NotFiniteError) as error:
     sys.exit(f'error: {error}')
+  except OSError as error:
+    if error.errno not in OF_THE_DISK:
+      raise
+    name = error.filename or 'a file of the run'
+    print(
+        f'error: {name} could not be written: {error.strerror}. Make room, and start the same command '
+        'again: the run resumes from its last checkpoint.',
+        file=sys.stderr, flush=True,
+    )  # fmt: skip
+    os._exit(1)  # At a usual end, TensorBoard's writers would try again, and print what they raise.
   except jax.errors.JaxRuntimeError as error:
     end_process(error, LOST)
 
@@ -291,4 +322,4 @@ def _print_unraisable(unraisable: Any):
 if __name__ == '__main__':
   CONFIG = config_flags.DEFINE_config_file('config', help_string='A file of configs/.')
   flags.mark_flag_as_required('config')
-  app.run(main)
+  app.run(main, flags_parser=parse_flags)

@@ -555,7 +555,12 @@ def test_what_would_be_ignored_is_refused(model, tmp_path):
   for module in model, model.block(1).attn, model.block(1).attn.indexer, model.block(1).ffn:
     with pytest.raises(ConfigError, match=r'load_model\(..., index_topk=8\)'):
       module.cfg = dataclasses.replace(CFG, index_topk=8)
+    with pytest.raises(ConfigError, match='index_topk of a model is fixed'):
+      module.index_topk = 8
     assert module.cfg == CFG
+  sampler = Sampler(model, capacity=40)
+  with pytest.raises(ConfigError, match='rule of a sampler is fixed'):
+    sampler.rule = 'oracle'
   for topk in 0, -1, CFG.max_seq_len + 1:
     with pytest.raises(ConfigError, match=f'index_topk={topk} must be within 1 and cfg.max_seq_len=48'):
       load_checkpoint(folder, index_topk=topk)

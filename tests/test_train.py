@@ -2,6 +2,7 @@
 """A whole tiny recipe: what it leaves behind, and that no kill changes a number."""
 
 import dataclasses
+import errno
 import json
 import os
 import pathlib
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import time
 from types import SimpleNamespace
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -415,6 +417,12 @@ def test_a_programming_error_keeps_its_traceback(tmp_path, monkeypatch, capsys):
   monkeypatch.setattr(train, 'train', fail)
   with pytest.raises(ValueError, match='broadcast'):
     train.main(None)
+  monkeypatch.setattr(os, '_exit', mock.Mock(side_effect=SystemExit))
+  for number, kind in (errno.ENOSPC, SystemExit), (errno.ENOENT, FileNotFoundError):
+    monkeypatch.setattr(train, 'train', mock.Mock(side_effect=OSError(number, 'full', 'metrics.csv')))
+    with pytest.raises(kind):
+      train.main(None)
+  assert capsys.readouterr().err.startswith('error: metrics.csv could not be written: full. Make room')
   monkeypatch.setattr(train, 'train', lambda config: check_workdir(config, tmp_path))
   (tmp_path / 'config.json').write_text('{')
   with pytest.raises(SystemExit, match='^error: .*config.json is no JSON'):

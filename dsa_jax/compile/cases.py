@@ -44,9 +44,9 @@ class Op(NamedTuple):
 
   name: str
   function: Callable  # What is compiled.
-  shapes: Callable  # The shapes of its arguments, of `Dims`.
-  flops: Callable  # FLOPs of the matrix unit for one query, of `Dims`.
-  plan: Callable | None = None  # The plan that it executes, of `Dims`, which the report reads.
+  shapes: Callable  # Returns the shapes of its arguments for `Dims`.
+  flops: Callable  # Returns the FLOPs of the matrix unit for one query, for `Dims`.
+  plan: Callable | None = None  # Returns the plan that it executes for `Dims`; the report reads it.
   chips: tuple[str, ...] = tuple(CHIPS)  # The chips that have such a row.
   models: tuple[str, ...] = tuple(HEADS)  # The models that have one.
   # The most heads times keys that fit into the memory of a chip, where the report has more.

@@ -18,7 +18,7 @@ import numpy as np
 from dsa_jax.chips import DEVICES
 from dsa_jax.compile import ptxas
 
-DUMPED = '^(original|final_bundles)$'  # Passes. Writing all 70 takes four times the compile.
+DUMPED = '^(original|final_bundles)$'  # The passes that are written. Writing all 70 takes four times as long as compiling.
 
 
 class Chip(NamedTuple):
@@ -27,9 +27,9 @@ class Chip(NamedTuple):
   topology: str
   accelerator: str
   hertz: float
-  flops: float  # bfloat16 per second.
-  bytes: float  # HBM, per second.
-  gathered: float | None = None  # By SparseCores, rows of 512 bytes, per second.
+  flops: float  # FLOP/s in bfloat16.
+  bytes: float  # Bytes of HBM per second.
+  gathered: float | None = None  # Bytes per second that SparseCores gather in rows of 512 bytes.
 
 
 def _peaks(name: str) -> tuple[float | None, ...]:
@@ -47,10 +47,10 @@ CHIPS = {
 class Gpu(NamedTuple):
   """One device as XLA's compiler sees it, with its peaks of `dsa_jax.chips`."""
 
-  architecture: str  # For ptxas.
-  flops: float  # bfloat16 per second, dense.
-  bytes: float  # HBM, per second.
-  config: str  # XLA's GpuTargetConfigProto.
+  architecture: str  # What ptxas compiles for.
+  flops: float  # FLOP/s in bfloat16, of dense products.
+  bytes: float  # Bytes of HBM per second.
+  config: str  # What XLA compiles for, a GpuTargetConfigProto.
 
 
 GPUS = {
@@ -100,7 +100,7 @@ def environment(chip: str, dump: pathlib.Path | None = None) -> dict[str, str]:
       'TPU_SKIP_MDS_QUERY': '1',
       'TPU_WORKER_HOSTNAMES': 'localhost',
       'TPU_ACCELERATOR_TYPE': _checked(chip).accelerator,
-      'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',  # Two processes at a time.
+      'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',  # Two processes may compile at a time.
       'LIBTPU_INIT_ARGS': flags if dump else '',
   }
 

@@ -31,8 +31,8 @@ def loop_bodies(schedule: str) -> list[Loop]:
 def cycles(loops: Sequence[Loop], trips: Sequence[tuple[int, int | float]]) -> float:
   """Returns bundles times trips; `trips` has (depth, count) for each loop, in the schedule's order.
 
-  Where the schedule has more loops, it leaves out the shortest of those that may start DMAs: they
-  run a few times in many queries.
+  Where the schedule has more loops than that, the shortest of those that may start DMAs do not
+  count: they run a few times in many queries.
 
   Raises:
     ValueError: The loops are not those that `trips` counts.

@@ -5,8 +5,8 @@ python -m dsa_jax.compile
 python -m dsa_jax.compile --all --json=experiments/kernel_speed/compile_report_jax_0.10.json
 python -m dsa_jax.compile --check   # Against the file of the installed jax, as CI does.
 
-A check compiles only the rows whose program or compiler is another one than when the file was
-made: each row holds the fingerprint of both. `--part 2/5` compiles every fifth row all the same,
+A check compiles only those rows whose program or compiler has changed since the file was made: each
+row holds the fingerprint of both. `--part 2/5` compiles every fifth row all the same,
 from the second one on, so that five checks with different parts compile everything.
 
 Cycles are bundles of each loop of the compiler's final schedule times how often the loop runs for

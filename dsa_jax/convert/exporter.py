@@ -19,8 +19,9 @@ from dsa_jax.convert.files import CODES, DTYPES, SINGLE, write_file, write_index
 from dsa_jax.convert.importer import SCALE, Advance
 from dsa_jax.convert.problems import first_ten
 from dsa_jax.convert.tensors import Array, Path, Tensor, arrays_of, copies_of
+from dsa_jax.data.corpora.sources import RAW
 from dsa_jax.data.text import BOS, VOCAB_SIZE
-from dsa_jax.data.tokenizer import Bytes
+from dsa_jax.data.tokenizer import Bytes, find_tokenizer
 from dsa_jax.families import FAMILIES
 from dsa_jax.inference.load import StoredModel, find_checkpoint
 from dsa_jax.training.checkpoint import latest_checkpoint, open_tree
@@ -40,7 +41,8 @@ class Checkpoint(NamedTuple):
   stores: dict[Path, ts.TensorStore]
   scales: dict[Path, ts.TensorStore]  # The scales of weights that were imported from FP8.
   kept: pathlib.Path = pathlib.Path()  # The folder that holds the source's tokenizer.
-  ids: Mapping[str, int] = {}  # The ids that begin and end a text, where there is no source.
+  # The ids that begin and end a text, where there is no source.
+  ids: Mapping[str, int | list[int] | None] = {}
 
   @property
   def was_fp8(self) -> bool:
@@ -95,7 +97,7 @@ def open_checkpoint(folder: pathlib.Path, family: str = '') -> Checkpoint:
   if wrong:
     lines = '\n  '.join(first_ten(wrong))
     raise ConfigError(f'{folder} lacks, or has in another shape:\n  {lines}')
-  ids = {} if origin else _byte_ids(stored.record, model)
+  ids = {} if origin else _ids_of_data(stored)
   return Checkpoint(
       stored.folder, family, model, has_indexer, origin, arrays, stores, scales, stored.origin, ids
   )
@@ -108,13 +110,20 @@ def _imported_family(stored: StoredModel) -> str:
   return '' if lacks_indexer and stored.has_trained_indexer else family
 
 
-def _byte_ids(record: dict[str, Any], model: ModelConfig) -> dict[str, int]:
-  """Returns the ids that begin and end a text, for a run on the bytes of text files."""
-  is_text = record.get('data', {}).get('source', 'text') == 'text'
-  if not is_text or model.vocab_size < VOCAB_SIZE:
-    return {}
-  [end] = Bytes.stop
-  return {'bos_token_id': BOS, 'eos_token_id': end}
+def _ids_of_data(stored: StoredModel) -> dict[str, int | list[int] | None]:
+  """Returns the ids that begin and end a text of a run's data, null where they are not known.
+
+  Loaders would take ids of their own for keys that are absent.
+  """
+  data, vocab_size = stored.record.get('data', {}), stored.record['model']['vocab_size']
+  tokenizer = find_tokenizer(stored.origin)
+  has_text = any(source.get('format') in RAW for source in data.get('sources', {}).values())
+  reads_bytes = has_text or data.get('source', 'text') == 'text'
+  if isinstance(tokenizer, Bytes) and (not reads_bytes or vocab_size < VOCAB_SIZE):
+    return {'bos_token_id': None, 'eos_token_id': None}
+  bos = BOS if isinstance(tokenizer, Bytes) else tokenizer.bos
+  ends = list(tokenizer.stop)
+  return {'bos_token_id': bos, 'eos_token_id': ends if len(ends) > 1 else next(iter(ends), None)}
 
 
 def _choose_family(family: str, model: ModelConfig, stored: StoredModel) -> str:
@@ -213,7 +222,8 @@ def _config(source: Checkpoint, outs: list[Out]) -> dict[str, Any]:
   """Returns the config.json that fits the tensors."""
   base = source.origin.get('config') or dict(source.ids)
   config = write_config(source.family, source.model, base, has_indexer=source.has_indexer)
-  before = config.pop('quantization_config', None)
+  before = config.pop('compression_config', None)  # Another name of the same section.
+  before = config.pop('quantization_config', before)
   modules: dict[bool, list[str]] = {True: [], False: []}
   for out in outs:
     if source.arrays[out.path].quantizable and not out.name.endswith(SCALE):

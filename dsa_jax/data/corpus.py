@@ -26,7 +26,8 @@ def changes(before: Mapping[str, str], now: Mapping[str, str]) -> str:
   parts = {
       'gone': sorted(before.keys() - now.keys()),
       'new': sorted(now.keys() - before.keys()),
-      'different': sorted(name for name in both if before[name] != now[name]),
+      # An earlier version may have said less of a source.
+      'different': sorted(name for name in both if not now[name].startswith(before[name])),
   }
   return '; '.join(_say(names, kind) for kind, names in parts.items() if names)
 

@@ -24,6 +24,7 @@ BEGINNINGS = (
     (b'\x89HDF\r\n\x1a\n', 'HDF5'),
     (b'\x89PNG\r\n\x1a\n', 'PNG'),
     (b'\xff\xd8\xff', 'JPEG'),
+    (b'\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1', 'an old Office document'),
     (b'%PDF-', 'PDF'),
     (b'ARROW1\x00\x00', 'Arrow'),
     (b'SQLite format 3\x00', 'SQLite'),
@@ -35,6 +36,8 @@ BEGINNINGS = (
     (b'\xfe\xff', 'UTF-16'),
     (b'version https://git-lfs.github.com/spec/', POINTER),
 )
+# Characters that no text has, in any encoding whose codes below 128 are those of ASCII.
+CONTROLS = bytes({*range(1, 7), *range(14, 27), *range(28, 32), 127})
 BZIP2 = b'1AY&SY', b'\x17rE8P\x90'  # What follows `BZh` and a digit: a block, or the end.
 
 
@@ -53,7 +56,18 @@ def recognise(content: bytes) -> str:
     return 'tar'
   if _is_pickle(content):
     return 'pickle'
-  return 'binary data: it has NUL bytes' if b'\x00' in content else ''
+  if b'\x00' in content:
+    return 'binary data: it has NUL bytes'
+  return 'binary data: it has control characters, and is no UTF-8' if _is_binary(content) else ''
+
+
+def _is_binary(content: bytes) -> bool:
+  """Returns whether a file is neither UTF-8 nor text in another encoding, such as Latin-1."""
+  try:
+    content.decode()
+  except UnicodeDecodeError:
+    return len(content.translate(None, CONTROLS)) < len(content)
+  return False
 
 
 def _is_pickle(content: bytes) -> bool:

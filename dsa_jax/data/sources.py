@@ -23,7 +23,7 @@ from dsa_jax.data.recall import Recall
 from dsa_jax.data.seeds import check_seed
 from dsa_jax.data.streaming import left_out
 from dsa_jax.data.text import VOCAB_SIZE, PackedText, find_files, split_files
-from dsa_jax.data.tokenizer import Bytes, Tokenizer, open_tokenizer
+from dsa_jax.data.tokenizer import Bytes, Tokenizer, check_alphabet, open_tokenizer
 
 SOURCES = ('text', 'recall', 'mixture')
 SPLITS = ('train', 'validation')
@@ -107,10 +107,10 @@ class DataConfig(PackingConfig):
     """Whether a source is text that a tokenizer reads."""
     return any(fields['format'] in RAW for fields in self.sources.values())
 
-  @property
-  def fills_vocabulary(self) -> bool:
-    """Whether a model's vocabulary must be no larger than padding demands."""
-    return self.source != 'mixture' or self.unit == 'byte'
+  def check_vocabulary(self, vocab_size: int):
+    """Raises ConfigError unless a model's vocabulary is that of the data."""
+    is_bytes = self.source != 'mixture' or self.unit == 'byte'
+    check_alphabet(vocab_size, self.vocab_size, f'the {self.source} data', is_bytes=is_bytes)
 
   @functools.cached_property
   def unit(self) -> str:

@@ -126,6 +126,24 @@ def _unit_hash(name: str, seed: int) -> float:
   return int.from_bytes(digest[:8], 'big') / 2**64
 
 
+def read_text(file: pathlib.Path, others: list[str]) -> bytes:
+  """Returns the content of a file; `others` takes a line if that is no plain text."""
+  content = file.read_bytes()
+  if format := recognise(content):
+    others.append(f'{file} ({format})')
+  return content
+
+
+def refuse_others(others: Sequence[str]):
+  """Raises ConfigError if there are files that hold no plain text."""
+  if others:
+    rest = f' and {len(others) - 10} more' if len(others) > 10 else ''
+    raise ConfigError(
+        f'no plain text: {", ".join(others[:10])}{rest}. Unpack such files or save them as UTF-8, or '
+        'leave them out of the glob.'
+    )
+
+
 class PackedText:
   """A random-access source: documents are laid end to end and cut into rows of `seq_len` tokens.
 
@@ -171,15 +189,8 @@ class PackedText:
     """
     documents, others = [], []
     for file in files:
-      documents.append(file.read_bytes())
-      if format := recognise(documents[-1]):
-        others.append(f'{file} ({format})')
-    if others:
-      rest = f' and {len(others) - 10} more' if len(others) > 10 else ''
-      raise ConfigError(
-          f'no plain text: {", ".join(others[:10])}{rest}. Unpack such files or save them as '
-          'UTF-8, or leave them out of the glob.'
-      )
+      documents.append(read_text(file, others))
+    refuse_others(others)
     return cls(documents, seq_len, seed)
 
   def __len__(self) -> int:

@@ -13,16 +13,18 @@ from typing import Any, NamedTuple
 import numpy as np
 import tokenizers
 
+from dsa_jax.checkpoint_paths import readings
 from dsa_jax.config import ConfigError
 from dsa_jax.data.formats import POINTER, recognise
 from dsa_jax.data.text import BOS, VOCAB_SIZE
 
 # What decides the ids of a text or of a conversation, beside config.json.
 TOKENIZER_FILES = (
-    'tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.json', 'generation_config.json',
-    'chat_template.jinja',
+    'tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.json', 'added_tokens.json',
+    'generation_config.json', 'chat_template.jinja',
 )  # fmt: skip
 PROBE = 'a'  # A text, to see what a tokenizer puts around one.
+PADDING = 256  # A vocabulary may be this much larger than its alphabet, so that devices divide it.
 
 
 class Steps(NamedTuple):
@@ -93,9 +95,27 @@ class Pretrained(_Streaming):
     self.stop = stop
     self.bos: int | None = None  # The id that begins a text, if it is known.
     self.adds_bos: bool | None = None  # Whether a text gets one; None leaves it to tokenizer.json.
+    self._added: tuple[str, ...] = ()  # Tokens that tokenizer.json lacks.
+    self._reads_marks = True  # Whether the name of a mark in a prompt is the mark.
 
   def id_of(self, token: str) -> int | None:
     return self._tokenizer.token_to_id(token)
+
+  def add(self, token: tokenizers.AddedToken):
+    """Adds a token behind the last id."""
+    self._tokenizer.add_tokens([token])
+    self._added += (repr(token),)
+
+  def read_marks(self, reads: bool):
+    """Sets whether the name of a mark in a prompt is that mark, or text as in a document."""
+    self._reads_marks, self._tokenizer.encode_special_tokens = reads, not reads
+
+  @property
+  def begins_with_space(self) -> bool | None:
+    """Whether a text is read as if a space stood before it; None where loaders have no such choice."""
+    splits = self._tokenizer.pre_tokenizer
+    is_choice = isinstance(splits, tokenizers.pre_tokenizers.ByteLevel)
+    return splits.add_prefix_space if is_choice else None
 
   def is_special(self, i: Any) -> bool:
     """Returns whether an id is that of a mark, which no ordinary text holds."""
@@ -128,8 +148,8 @@ class Pretrained(_Streaming):
   @property
   def digest(self) -> str:
     """A hash of all that decides the ids of a document."""
-    settings = repr((self.bos, self.adds_bos, self.stop)).encode()
-    return hashlib.sha256(self._content + settings).hexdigest()
+    settings = (self.bos, self.adds_bos, self.stop) + ((self._added,) if self._added else ())
+    return hashlib.sha256(self._content + repr(settings).encode()).hexdigest()
 
   @property
   def end(self) -> int | None:
@@ -150,7 +170,7 @@ class Pretrained(_Streaming):
       strings = [text.decode() for text in texts]
       encodings = self._tokenizer.encode_batch_fast(strings, add_special_tokens=False)
     finally:
-      self._tokenizer.encode_special_tokens = False
+      self._tokenizer.encode_special_tokens = not self._reads_marks
     return [np.asarray([*before, *encoding.ids, *after], np.uint32) for encoding in encodings]
 
   def _around(self) -> tuple[list[int], list[int]]:
@@ -171,6 +191,35 @@ class Pretrained(_Streaming):
 
 
 Tokenizer = Bytes | Pretrained
+
+
+def check_alphabet(vocab_size: int, n_ids: int, what: str, *, is_bytes: bool):
+  """Checks that ids are a model's own. Ids of a tokenizer may be fewer, those of bytes may not.
+
+  Args:
+    vocab_size: The model's vocabulary.
+    n_ids: The ids that there are, from 0 on.
+    what: What has them.
+    is_bytes: Whether they are bytes, or those of a task that is made up.
+
+  Raises:
+    ConfigError: The model has fewer ids, or is of another alphabet.
+  """
+  spare = vocab_size - n_ids
+  if spare < 0:
+    raise ConfigError(f'model.vocab_size={vocab_size} is too small for {what}: it needs {n_ids}.')
+  if spare >= PADDING and is_bytes:
+    raise ConfigError(
+        f'model.vocab_size={vocab_size} is of another alphabet than {what}, which has {n_ids} ids: '
+        f'they are noise to the model. Only padding, fewer than {PADDING} ids, may be left over.'
+    )
+
+
+def check_tokenizer(tokenizer: Tokenizer, vocab_size: int):
+  """Raises ConfigError unless the ids of a tokenizer are a model's."""
+  is_bytes = isinstance(tokenizer, Bytes)
+  what = 'a text in bytes, because there is no tokenizer.json' if is_bytes else 'the tokenizer'
+  check_alphabet(vocab_size, tokenizer.vocab_size, what, is_bytes=is_bytes)
 
 
 def open_tokenizer(where: str) -> Tokenizer:
@@ -203,11 +252,11 @@ def tokenizer_folder(where: str) -> pathlib.Path | None:
 
 def kept_tokenizer(place: pathlib.Path) -> pathlib.Path | None:
   """Returns where a checkpoint, a release or a run keeps its tokenizer, None if it has none."""
-  place = place.resolve()
-  folders = [place, place / 'origin']
-  if place.parent.name == 'checkpoints':  # Of a run.
-    folders.append(place.parent.parent / 'origin')
-  return next((folder for folder in folders if (folder / 'tokenizer.json').is_file()), None)
+  for reading in readings(place):
+    for folder in (reading.folder, *(home / 'origin' for home in reading.homes)):
+      if (folder / 'tokenizer.json').is_file():
+        return folder
+  return None
 
 
 def find_tokenizer(folder: pathlib.Path) -> Tokenizer:
@@ -231,6 +280,14 @@ def find_tokenizer(folder: pathlib.Path) -> Tokenizer:
   settings = read_object(folder / 'tokenizer_config.json')
   tokens = read_object(folder / 'special_tokens_map.json')
   token = lambda key: text_of_token(settings.get(key)) or text_of_token(tokens.get(key))
+  _add_tokens(tokenizer, folder, settings)
+  tokenizer.read_marks(not settings.get('split_special_tokens'))
+  space, wanted = tokenizer.begins_with_space, settings.get('add_prefix_space')
+  if None not in (space, wanted) and space != wanted:
+    raise ConfigError(
+        f'{folder}: add_prefix_space={wanted!r} of tokenizer_config.json contradicts {space} of '
+        'tokenizer.json: texts would get other ids in other loaders. Set both alike.'
+    )
   tokenizer.stop = _stop_ids(folder, released)
   if not tokenizer.stop and token('eos_token'):
     ended = tokenizer.id_of(token('eos_token'))
@@ -248,10 +305,34 @@ def find_tokenizer(folder: pathlib.Path) -> Tokenizer:
   return tokenizer
 
 
+def _add_tokens(tokenizer: Pretrained, folder: pathlib.Path, settings: dict[str, Any]):
+  """Adds the tokens to which the files beside tokenizer.json give ids, and which it lacks."""
+  described = settings.get('added_tokens_decoder') or {}
+  try:
+    wanted = {int(i): tokenizers.AddedToken(**fields) for i, fields in described.items()}
+    for content, i in read_object(folder / 'added_tokens.json').items():
+      wanted.setdefault(int(i), tokenizers.AddedToken(content, normalized=False))
+  except (AttributeError, TypeError, ValueError) as error:
+    raise ConfigError(f'{folder}: the added tokens must be tokens with ids: {error}') from error
+  for i, token in sorted(wanted.items(), key=lambda item: item[0]):
+    if tokenizer.id_of(token.content) is None:
+      tokenizer.add(token)
+    if tokenizer.id_of(token.content) != i:
+      raise ConfigError(
+          f'{folder}: tokenizer_config.json or added_tokens.json says that {token.content!r} is {i}; by '
+          f'tokenizer.json it is {tokenizer.id_of(token.content)}. Save the tokenizer again.'
+      )
+
+
 def released_config(folder: pathlib.Path) -> dict[str, Any]:
-  """Returns the config.json of a release, which that of a converted checkpoint holds."""
+  """Returns the config.json of a release, which that of a converted checkpoint holds.
+
+  Keys that stand in a section of the text are as good as those beside it.
+  """
   record = read_object(folder / 'config.json')
-  return record['source'].get('config', {}) if 'source' in record else record
+  config = record['source'].get('config', {}) if 'source' in record else record
+  text = config.get('text_config')
+  return text | {k: v for k, v in config.items() if v is not None} if isinstance(text, dict) else config
 
 
 def read_object(path: pathlib.Path) -> dict[str, Any]:

@@ -12,8 +12,10 @@ import numpy as np
 
 from dsa_jax.config import ConfigError
 from dsa_jax.data.chat import find_chat_template
-from dsa_jax.data.text import find_files
-from dsa_jax.data.tokenizer import Tokenizer, find_tokenizer, open_tokenizer, tokenizer_folder
+from dsa_jax.data.text import find_files, read_text, refuse_others
+from dsa_jax.data.tokenizer import (
+    Tokenizer, check_tokenizer, find_tokenizer, open_tokenizer, tokenizer_folder,
+)  # fmt: skip
 from dsa_jax.evaluation.arms import Arm, arms_of
 from dsa_jax.evaluation.subject import Subject, keep_bytes
 from dsa_jax.evaluation.tasks import ROOM, Haystack, Task, make_task, score
@@ -124,17 +126,20 @@ def collect_answers(
 def tokenizer_of(subject: Subject) -> Tokenizer:
   """Returns the tokenizer of prompts: the one that was named, or else the checkpoint's own."""
   named = subject.settings.tokenizer
-  return open_tokenizer(named) if named else find_tokenizer(subject.stored.origin)
+  tokenizer = open_tokenizer(named) if named else find_tokenizer(subject.stored.origin)
+  check_tokenizer(tokenizer, subject.cfg.vocab_size)
+  return tokenizer
 
 
 def _read_haystack(pattern: str) -> Haystack:
-  text, n_bytes = [], 0
+  text, others, n_bytes = [], [], 0
   for file in find_files(pattern):
-    content = file.read_bytes()[: HAYSTACK_BYTES - n_bytes]
-    text.append(content.decode(errors='ignore'))
+    content = read_text(file, others)[: HAYSTACK_BYTES - n_bytes]
+    text.append(content.decode(errors='ignore'))  # The last character may be cut.
     n_bytes += len(content)
     if n_bytes >= HAYSTACK_BYTES:
       break
+  refuse_others(others)
   return Haystack.of('\n'.join(text))
 
 

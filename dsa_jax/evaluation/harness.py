@@ -13,7 +13,7 @@ import numpy as np
 
 from dsa_jax.config import ConfigError, ModelConfig
 from dsa_jax.data.batch import Batch
-from dsa_jax.data.tokenizer import find_tokenizer
+from dsa_jax.data.tokenizer import check_tokenizer, find_tokenizer
 from dsa_jax.inference.load import config_of, find_checkpoint, load_checkpoint
 from dsa_jax.inference.sampler import SampleConfig, Sampler
 from dsa_jax.kernels.backend import default_backend
@@ -80,6 +80,7 @@ class Harness:
     self._model = load_checkpoint(checkpoint, index_topk=index_topk, mesh=self._mesh)
     selects = 'indexer' if attention == 'dense' else rule or stored.rule
     self.tokenizer = find_tokenizer(stored.origin)
+    check_tokenizer(self.tokenizer, cfg.vocab_size)
     self._mode = Mode(attention=attention, rule=selects, backend=backend or default_backend())
     self._graph, self._params = nnx.split(self._model)
 

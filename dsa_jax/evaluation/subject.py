@@ -20,7 +20,7 @@ from dsa_jax.config import ConfigError, ModelConfig
 from dsa_jax.data.batch import Batch
 from dsa_jax.data.pipeline import first_batches
 from dsa_jax.data.sources import DataConfig
-from dsa_jax.data.tokenizer import kept_tokenizer
+from dsa_jax.data.tokenizer import kept_tokenizer, read_object
 from dsa_jax.evaluation.settings import CONTEXT, Settings
 from dsa_jax.inference.load import StoredModel, find_checkpoint, load_checkpoint
 from dsa_jax.inference.shares import check_mesh
@@ -84,11 +84,10 @@ def open_subject(settings: Settings) -> Subject:
   cfg = ModelConfig(**stored.record['model'])
   settings = _filled_in(settings, stored, cfg)
   data = _data(settings, stored)
-  if data.vocab_size > cfg.vocab_size:
-    raise ConfigError(
-        f'the data has {data.vocab_size} ids and the model {cfg.vocab_size}: give the tokenizer of '
-        'the model by --tokenizer.'
-    )
+  try:
+    data.check_vocabulary(cfg.vocab_size)
+  except ConfigError as error:
+    raise ConfigError(f'{error} Give the tokenizer of the model by --tokenizer.') from error
   if settings.mesh.n_devices > 1:
     settings.mesh.check_model(cfg)
     settings.mesh.check_rows(settings.batch_size, settings.context)
@@ -180,7 +179,7 @@ def _check_folder(subject: Subject):
     if out.exists() and any(out.iterdir()):
       raise ConfigError(f'{out} holds something else: name a new folder for the results.')
     return
-  before = json.loads(path.read_text())
+  before = read_object(path)
   names = sorted(before.keys() | subject.identity.keys())
   both = {name: (before.get(name), subject.identity.get(name)) for name in names}
   differing = {name: pair for name, pair in both.items() if pair[0] != pair[1]}

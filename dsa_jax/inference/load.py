@@ -1,9 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Loads a model in one call, from a converted checkpoint or from a run."""
 
-from collections.abc import Iterator
 import dataclasses
-import os
 import pathlib
 from typing import Any, NamedTuple, NoReturn
 
@@ -11,6 +9,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from dsa_jax.checkpoint_paths import readings
 from dsa_jax.config import ConfigError, ModelConfig, local_path
 from dsa_jax.inference.weights import load_weights
 from dsa_jax.nn.transformer import Transformer
@@ -123,31 +122,15 @@ def find_checkpoint(folder: Folder) -> StoredModel:
     ConfigError: It names none of them.
   """
   typed = local_path(folder, 'checkpoint')
-  for path in _spellings(typed):
-    step = path if path.name.isdigit() and (path / 'state').is_dir() else None
-    entry = path if step is None else path.parent
-    for home in (entry, entry.parent.parent) if entry.parent.name == 'checkpoints' else (entry,):
-      if path.is_dir() and (home / 'config.json').is_file():
-        return _checked(StoredModel(entry, step, read_config(home)))
-  if path.name == 'checkpoints' and (path.parent / 'config.json').is_file():
-    _refuse_run(path.parent)
+  for place in readings(typed):
+    for home in place.homes:
+      if place.folder.is_dir() and (home / 'config.json').is_file():
+        return _checked(StoredModel(place.folder, place.step, read_config(home)))
+  if place.folder.name == 'checkpoints' and (place.folder.parent / 'config.json').is_file():
+    _refuse_run(place.folder.parent)
   if not typed.is_dir():
     raise ConfigError(f'there is no checkpoint folder {typed}.')
   raise ConfigError(f'{typed} is neither a converted checkpoint nor RUN/checkpoints/ENTRY.')
-
-
-def _spellings(path: pathlib.Path) -> Iterator[pathlib.Path]:
-  """Yields the absolute path, where each link leads in turn, and where all links lead.
-
-  An entry may be a link to another disk, and a link may lead to an entry.
-  """
-  path, links = pathlib.Path(os.path.abspath(path)), set()
-  while path.is_symlink() and path not in links:
-    yield path
-    links.add(path)
-    path = pathlib.Path(os.path.abspath(path.parent / path.readlink()))
-  yield path
-  yield pathlib.Path(os.path.realpath(path))
 
 
 def _checked(stored: StoredModel) -> StoredModel:

@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import logging
 import pathlib
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +32,12 @@ from dsa_jax.nn.attention.types import Attention
 from dsa_jax.nn.transformer import Transformer
 from dsa_jax.parallel.mesh import MeshConfig
 from dsa_jax.parallel.processes import to_host
+
+
+FIXED = (  # What a sampler's programs are made for.
+    'model', 'cfg', 'index_topk', 'attention', 'rule', 'capacity', 'cache', 'chunk', 'backend', 'drafts',
+    'mesh', 'weights',
+)  # fmt: skip
 
 
 @functools.partial(
@@ -104,6 +111,14 @@ class Sampler:
         model, attention=attention, rule=rule, cache=cache, chunk=chunk, backend=backend,
         drafts=drafts, mesh=mesh,
     )  # fmt: skip
+
+  def __setattr__(self, name: str, value: Any):
+    if '_engine' in vars(self) and name in FIXED:
+      raise ConfigError(
+          f'{name} of a sampler is fixed: its programs are made for it. Sampler.load(..., {name}=...) '
+          'makes another one, where that is an argument.'
+      )
+    super().__setattr__(name, value)
 
   @classmethod
   def load(

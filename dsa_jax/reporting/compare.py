@@ -13,6 +13,7 @@ import rich.console
 import rich.table
 
 from dsa_jax.config import ConfigError
+from dsa_jax.data.tokenizer import read_object
 from dsa_jax.reporting import metrics, plots
 from dsa_jax.reporting.report import mean_of_selecting
 from dsa_jax.training.workdir import CHANGEABLE, complete, read_config
@@ -67,10 +68,7 @@ def read_run(workdir: pathlib.Path) -> FinishedRun:
   """
   config = {name: v for name, v in complete(read_config(workdir)).items() if name not in CHANGEABLE}
   report, csv = workdir / 'report.json', workdir / 'metrics.csv'
-  try:
-    results = json.loads(report.read_text()) if report.is_file() else {}
-  except ValueError as error:
-    raise ConfigError(f'{report} is no JSON: {error}') from error
+  results = read_object(report)
   if 'validation_bits_per_byte' in results:
     raise ConfigError(f'{report} is of an earlier version: delete it, and train again to renew it.')
   rows = metrics.read_metrics(csv) if csv.is_file() else []

@@ -33,7 +33,7 @@ class Meter:
     self._peak = n_devices * device.bf16 if device else None
 
   def count(self, step: int, batch: Batch):
-    """Counts the FLOPs of a step, of which this process may hold some rows only."""
+    """Counts the FLOPs of a step. This process may hold only some of its rows."""
     if self._peak:
       self._flops[step] = self._flops_of(batch) * self._batch_tokens / batch.tokens.size
 

@@ -41,7 +41,7 @@ class MetricsWriter:
     self._purge_steps: dict[str, int] = {}
     whole = _whole_lines(self.path) if self.path.exists() else []
     text = '\n'.join(whole or [HEADER]) + '\n'
-    if not self.path.exists() or self.path.read_text() != text:
+    if not self.path.exists() or self.path.read_text(errors='replace') != text:
       _replace_text(self.path, text)
     self._file = self.path.open('a', newline='\n')
 
@@ -141,9 +141,12 @@ def of_selecting(values: Sequence[float | None], windows: Sequence[int]) -> list
 
 def _whole_lines(path: pathlib.Path) -> list[str]:
   """Reads the lines that end in a newline. A line that a kill cut short is no measurement."""
-  lines = path.read_text().split('\n')[:-1]
+  lines = path.read_text(errors='replace').split('\n')[:-1]
   if lines and lines[0] != HEADER:
-    raise ConfigError(f'{path} starts with {lines[0]!r}, not {HEADER!r}: use another workdir')
+    raise ConfigError(
+        f'{path} begins with {lines[0][:40]!a} and must begin with {HEADER!r}: move it away, and the run '
+        'goes on with a new one.'
+    )
   return lines
 
 
@@ -152,7 +155,9 @@ def _parse(line: str) -> Row:
     stage, step, name, value = line.split(',')
     return Row(stage, int(step), name, float(value))
   except ValueError as error:
-    raise ConfigError(f'metrics.csv has the line {line!r}; expected {HEADER}') from error
+    raise ConfigError(
+        f'metrics.csv has the line {line[:40]!a}; it must be of the form {HEADER}. Delete that line.'
+    ) from error
 
 
 def _is_after(row: Row, stage: str, step: int) -> bool:

@@ -137,6 +137,8 @@ def kept_results(recipe: Recipe) -> dict[str, Any] | None:
     written, results = path.stat().st_mtime_ns, json.loads(path.read_text())
   except (OSError, ValueError):
     return None
+  if not isinstance(results, dict):
+    return None
   if results.get('report') != json.loads(json.dumps(dataclasses.asdict(recipe.report))):
     return None
   for name, entry in recipe.stages.items():

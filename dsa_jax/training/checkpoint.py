@@ -15,6 +15,7 @@ import jax
 import orbax.checkpoint as ocp
 import tensorstore as ts
 
+from dsa_jax.checkpoint_paths import is_step
 from dsa_jax.config import ConfigError
 from dsa_jax.parallel.processes import is_first, wait_for_all
 from dsa_jax.training.state import TrainState
@@ -155,7 +156,10 @@ class Checkpoints:
 
 def _progress(folder: pathlib.Path) -> Progress:
   with reading(folder):
-    return Progress(**json.loads((folder / 'progress' / 'metadata').read_text()))
+    values = json.loads((folder / 'progress' / 'metadata').read_text())
+    if not isinstance(values, dict) or values.keys() != {*Progress._fields}:
+      raise ValueError(f'its progress must have {Progress._fields}')
+    return Progress(**values)
 
 
 def latest_checkpoint(folder: pathlib.Path) -> pathlib.Path:
@@ -165,15 +169,13 @@ def latest_checkpoint(folder: pathlib.Path) -> pathlib.Path:
     ConfigError: There is none.
   """
   folder = folder.resolve()  # Orbax and tensorstore refuse paths with `..`.
-  if folder.name.isdigit() and (folder / 'state').is_dir():
+  if is_step(folder):
     return folder
   if not folder.is_dir():
     raise ConfigError(f'there is no checkpoint folder {folder}.')
-  with Checkpoints(folder) as checkpoints:
-    step = checkpoints.latest_step
-  if step is None:
+  if not (steps := saved_steps(folder)):
     raise ConfigError(f'{folder} holds no checkpoint.')
-  return folder / str(step)
+  return folder / str(steps[-1])
 
 
 def restore_params(folder: pathlib.Path, like: nnx.State) -> nnx.State:
@@ -254,17 +256,20 @@ def open_tree(folder: pathlib.Path) -> dict[tuple[str, ...], ts.TensorStore]:
   """
   folder = folder.absolute()
   # orbax lists the arrays in this file. Its own reader prints pages where one of them is damaged.
-  listed = json.loads((folder / '_METADATA').read_text())['tree_metadata'].values()
+  metadata = json.loads((folder / '_METADATA').read_text())
+  if not isinstance(metadata, dict) or not isinstance(metadata.get('tree_metadata'), dict):
+    raise ValueError('its _METADATA lists no arrays')
   packed = (folder / 'manifest.ocdbt').exists()  # Runs save in this format, conversions do not.
   context = ts.Context({'cache_pool': {'total_bytes_limit': CACHE_BYTES}})
   stores = {}
-  for entry in listed:
+  for entry in metadata['tree_metadata'].values():
     if entry['value_metadata'].get('value_type') == 'None':
       continue  # An empty part of the tree.
     path = tuple(key['key'] for key in entry['key_metadata'])
     kvstore = {'driver': 'file', 'path': f'{folder}/{".".join(path)}/'}
     if packed:
-      kvstore = {'driver': 'ocdbt', 'base': f'file://{folder}/', 'path': f'{".".join(path)}/'}
+      base = {'driver': 'file', 'path': f'{folder}/'}  # An address would read % and # in another way.
+      kvstore = {'driver': 'ocdbt', 'base': base, 'path': f'{".".join(path)}/'}
     spec = {'driver': 'zarr', 'kvstore': kvstore, 'recheck_cached_data': False}
     stores[path] = ts.open(spec, open=True, read=True, context=context).result()
   return stores

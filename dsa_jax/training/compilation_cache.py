@@ -12,6 +12,8 @@ import tempfile
 import jax
 from jax.experimental.compilation_cache import compilation_cache as jax_cache
 
+from dsa_jax.config import ConfigError, local_path
+
 NOWHERE = 'off'
 MIN_FREE_BYTES = 2**28  # Nothing is kept on a disk with less free space.
 SETTINGS = {  # A variable of the same name in the environment takes precedence.
@@ -34,9 +36,9 @@ def compilation_cache(folder: str) -> Iterator[None]:
     yield
     return
   try:
-    path = pathlib.Path(folder).expanduser() if folder else user_folder()
+    path = local_path(folder, 'compilation_cache') if folder else user_folder()
     prepare(path)
-  except (OSError, RuntimeError) as error:  # RuntimeError: there is no home folder.
+  except (OSError, RuntimeError, ConfigError) as error:  # RuntimeError: there is no home folder.
     logging.warning('Compiled programs are not kept: %s', error)
     yield
     return

@@ -5,14 +5,18 @@ from collections.abc import Collection, Mapping, Sequence
 import dataclasses
 import difflib
 import json
+import logging
 import pathlib
 import shutil
 from typing import Any
 
 from flax import nnx
 
+from dsa_jax.checkpoint_paths import readings
 from dsa_jax.config import ConfigError, ModelConfig
-from dsa_jax.data.tokenizer import TOKENIZER_FILES, released_config, tokenizer_folder
+from dsa_jax.data.tokenizer import (
+    TOKENIZER_FILES, kept_tokenizer, open_tokenizer, read_object, released_config, tokenizer_folder,
+)  # fmt: skip
 from dsa_jax.training.checkpoint import check_params, saved_steps
 from dsa_jax.training.recipe import Recipe
 
@@ -49,8 +53,24 @@ def check_origins(recipe: Recipe, like: nnx.State):
     folder, where = recipe.init_folder(entry), f'stages.{name}.init_from={entry.init_from!r}'
     _check_kind(folder, where, list(recipe.stages))
     check_params(folder, like)
-    if record := model_record(folder):
-      _check_function(ModelConfig(**record), recipe.model, entry.init_may_differ, where, name)
+    if not (record := model_record(folder)):
+      raise ConfigError(
+          f'{where} does not say which model it is of, because it lies outside its run: name '
+          "RUN/checkpoints/ENTRY, or put a copy of the run's config.json into the folder."
+      )
+    _check_function(ModelConfig(**record), recipe.model, entry.init_may_differ, where, name)
+    if what := _other_tokenizer(recipe, folder):
+      logging.warning(f'{where} came with a tokenizer of its own; {what}: ids may mean other words there.')
+
+
+def _other_tokenizer(recipe: Recipe, folder: pathlib.Path) -> str:
+  """Says what reads the data in place of the tokenizer that came with a checkpoint; '' if that does."""
+  own, data = kept_tokenizer(folder), recipe.data
+  if own is None or data.source == 'recall' or (data.source == 'mixture' and not data.reads_text):
+    return ''
+  given = data.tokenizer if data.source == 'mixture' else 'bytes'
+  is_own = open_tokenizer(given).digest == open_tokenizer(str(own)).digest
+  return '' if is_own else f'data.tokenizer={given!r} is another'
 
 
 def keep_origin(workdir: pathlib.Path, folders: Sequence[pathlib.Path]):
@@ -64,10 +84,9 @@ def keep_origin(workdir: pathlib.Path, folders: Sequence[pathlib.Path]):
     folders: The checkpoints that its entries start from. The first that has an origin counts.
   """
   target = workdir / ORIGIN
-  for folder in map(pathlib.Path.resolve, folders):
-    for source in (folder, folder.parent.parent / ORIGIN):
-      record = source / 'config.json'
-      kept = json.loads(record.read_text()).get('source') if record.is_file() else None
+  for place in (place for folder in folders for place in readings(folder)):
+    for source in (place.folder, *(home / ORIGIN for home in place.homes)):
+      kept = read_object(source / 'config.json').get('source')
       if kept and not target.exists():
         _copy_whole(source, target, ['config.json', *kept.get('files', ())])
 
@@ -114,11 +133,8 @@ def _check_kind(folder: pathlib.Path, where: str, entries: list[str]):
 
 def model_record(folder: pathlib.Path) -> dict[str, Any] | None:
   """Returns the fields of the model that a checkpoint was made with, if its folder says."""
-  folder = folder.resolve()
-  for path in (folder / 'config.json', folder.parent.parent / 'config.json'):
-    if path.exists():
-      return json.loads(path.read_text()).get('model')
-  return None
+  homes = (home for place in readings(folder) for home in place.homes)
+  return next((record for home in homes if (record := read_object(home / 'config.json').get('model'))), None)
 
 
 def differing_fields(

@@ -32,7 +32,6 @@ ADDED = {
 
 RESUME = ('latest', 'last_good')
 ON_CHANGED_DATA = ('stop', 'go_on')
-PADDING = 256  # A vocabulary may be this much larger than its alphabet, so that devices divide it.
 
 
 # What a report may check, and what the bar of each check is compared with.
@@ -219,18 +218,7 @@ def _check(recipe: Recipe):
       raise ConfigError(f'{name}={getattr(recipe, name)!r} must be one of {values}.')
   if recipe.selection not in RULES:
     raise ConfigError(f'selection={recipe.selection!r} must be one of {tuple(RULES)}.')
-  spare = recipe.model.vocab_size - recipe.data.vocab_size
-  if spare < 0:
-    raise ConfigError(
-        f'model.vocab_size={recipe.model.vocab_size} is too small for the {recipe.data.source} '
-        f'data: it needs {recipe.data.vocab_size}.'
-    )
-  if spare >= PADDING and recipe.data.fills_vocabulary:
-    raise ConfigError(
-        f'model.vocab_size={recipe.model.vocab_size} is of another alphabet than the '
-        f'{recipe.data.source} data, which has {recipe.data.vocab_size} ids: the model would learn '
-        f'noise. Only padding, fewer than {PADDING} ids, may be left over.'
-    )
+  recipe.data.check_vocabulary(recipe.model.vocab_size)
 
 
 def _check_stages(recipe: Recipe):

@@ -49,7 +49,7 @@ class Run(NamedTuple):
 
   recipe: Recipe
   graph: nnx.GraphDef  # The model without its weights.
-  backend: str  # Of the kernels.
+  backend: str  # The kernels that run, one of `kernels.backend.BACKENDS`.
   mesh: Mesh | None  # None: one device.
   data: Data
 

@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 
 from dsa_jax.config import ConfigError
 from dsa_jax.data.corpus import changes
+from dsa_jax.data.tokenizer import read_object
 from dsa_jax.training.checkpoint import saved_steps
 from dsa_jax.training.recipe import ADDED, SECTIONS
 from dsa_jax.training.stages import StageConfig
@@ -21,6 +22,9 @@ from dsa_jax.training.stages import StageConfig
 ELSEWHERE = ('workdir', 'mesh', 'compilation_cache', 'resume', 'on_changed_data', 'sweep')
 # These change nothing that is trained. A run may go on with others, which its config.json then keeps.
 CHANGEABLE = ('report', 'log_every', 'measure_every', 'measure_rows', 'save_every')
+
+# orbax takes these in a path for a pattern, or TensorStore for the end of a folder's name.
+UNUSABLE = frozenset('*?[\\')
 
 
 def check_workdir(config: ConfigDict, workdir: pathlib.Path):
@@ -34,6 +38,11 @@ def check_workdir(config: ConfigDict, workdir: pathlib.Path):
   Raises:
     ConfigError: The workdir belongs to another config, or cannot be written.
   """
+  if wrong := sorted(UNUSABLE & {*str(workdir.resolve())}):
+    raise ConfigError(
+        f'workdir {workdir} must have no {" and no ".join(wrong)} in its path, {workdir.resolve()}: its '
+        'checkpoints could not be read.'
+    )
   parent = next(path for path in (workdir, *workdir.absolute().parents) if path.exists())
   if not parent.is_dir() or not os.access(parent, os.W_OK):
     raise ConfigError(f'workdir {workdir} cannot be written; choose another with --config.workdir=...')
@@ -78,7 +87,7 @@ def check_data(descriptions: dict[str, str], workdir: pathlib.Path, on_changed: 
   path = workdir / 'data.json'
   if not path.exists() or on_changed == 'go_on':
     return
-  if what := changes(json.loads(path.read_text()), descriptions):
+  if what := changes(read_object(path), descriptions):
     raise ConfigError(
         f'the data has changed since the run in {workdir} began: {what}. It would go on with other '
         'rows. Restore the files, or go on all the same with --config.on_changed_data=go_on.'
@@ -113,13 +122,7 @@ def read_config(workdir: pathlib.Path) -> dict[str, Any]:
   path = workdir / 'config.json'
   if not path.is_file():
     raise ConfigError(f'{workdir} is not the workdir of a run: it has no config.json.')
-  try:
-    config = json.loads(path.read_text())
-  except ValueError as error:
-    raise ConfigError(f'{path} is no JSON: {error}') from error
-  if not isinstance(config, dict):
-    raise ConfigError(f'{path} must hold a JSON object; it holds a {type(config).__name__}.')
-  return config
+  return read_object(path)
 
 
 def complete(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -155,4 +158,10 @@ def _differences(theirs: Any, ours: Any, where: str = '') -> list[str]:
       inner = f'{where}.{name}' if where else name
       rows += _differences(theirs.get(name), ours.get(name), inner)
     return rows
-  return [] if theirs == ours else [f'{where}: {theirs} there, {ours} here']
+  return [] if theirs == ours or _same_path(theirs, ours) else [f'{where}: {theirs} there, {ours} here']
+
+
+def _same_path(a: Any, b: Any) -> bool:
+  """Returns whether two texts are one path, such as `ours`, `./ours` and its absolute path."""
+  real = lambda path: os.path.realpath(os.path.expanduser(path))
+  return bool(a and b) and isinstance(a, str) and isinstance(b, str) and real(a) == real(b)

@@ -10,14 +10,15 @@ from flax import nnx
 import numpy as np
 import pytest
 import released
+from tokenizer_families import byte_level
 
 from dsa_jax.config import ConfigError, ModelConfig
 from dsa_jax.convert import quantization
 from dsa_jax.convert.config_json import read_config
-from dsa_jax.convert.exporter import export_bytes, export_checkpoint, open_checkpoint
+from dsa_jax.convert.exporter import _ids_of_data, export_bytes, export_checkpoint, open_checkpoint
 from dsa_jax.convert.importer import import_checkpoint, open_source
-from dsa_jax.data.text import VOCAB_SIZE
-from dsa_jax.inference.load import load_checkpoint
+from dsa_jax.data.text import BOS, VOCAB_SIZE
+from dsa_jax.inference.load import StoredModel, load_checkpoint
 from dsa_jax.nn.mlp import MLP
 from dsa_jax.training.checkpoint import Checkpoints, Progress
 from dsa_jax.training.optim import OptimConfig
@@ -180,6 +181,41 @@ def test_a_run_gives_back_what_it_began_with(tmp_path, fp8):
     assert not (tmp_path / 'bare' / 'tokenizer.json').exists()
 
 
+def test_ids_are_those_of_the_tokenizer_that_a_run_has_kept(tmp_path):
+  run, record = tmp_path / 'checkpoints' / 'mine', {'model': {'vocab_size': 400}}
+  (tmp_path / 'origin').mkdir(parents=True)
+  data = {'source': 'mixture', 'tokenizer': '', 'sources': {'a': {'format': 'text'}}}
+  ids = lambda data: tuple(_ids_of_data(StoredModel(run, None, record | {'data': data})).values())
+  assert ids(data) == (BOS, BOS)
+  assert ids(data | {'sources': {'a': {'format': 'flat'}}}) == (None, None)
+  byte_level(['<s>', '<|end|>']).save(str(tmp_path / 'origin' / 'tokenizer.json'))
+  assert ids(data) == (None, None)
+  settings = {'bos_token': '<s>', 'eos_token': '<|end|>'}
+  (tmp_path / 'origin' / 'tokenizer_config.json').write_text(json.dumps(settings))
+  assert ids(data) == (0, 1)
+  (tmp_path / 'origin' / 'generation_config.json').write_text('{"eos_token_id": [1, 3]}')
+  assert ids(data) == (0, [1, 3])
+
+
+def test_loading_an_import_says_nothing(tmp_path, caplog):
+  config = released.V32 | {'num_nextn_predict_layers': 0}
+  convert(tmp_path, config, released.random_tensors(config, fp8=False))
+  caplog.clear()
+  load_checkpoint(tmp_path / 'ours')
+  assert not [record for record in caplog.records if record.levelname != 'INFO']
+
+
+def test_one_section_says_what_is_quantized(tmp_path):
+  """Some files call it by another name."""
+  config = dict(released.V32)
+  config['compression_config'] = config.pop('quantization_config')
+  source = convert(tmp_path, config, released.random_tensors(released.V32))
+  for name, quantized in ('plain', None), ('wide', False):
+    written = export(source, tmp_path / name, quantized)[1]
+    assert 'compression_config' not in written
+    assert ('quantization_config' in written) == (quantized is None)
+
+
 @pytest.mark.parametrize('stage, family', [('sparse', 'deepseek_v32'), ('dense', 'deepseek_v3')])
 def test_trained_indexers_are_exported_whatever_the_origin(tmp_path, stage, family):
   """DeepSeek-V3 has none; what has been trained in their place must not be lost."""
@@ -208,7 +244,7 @@ def test_a_run_without_an_origin_has_the_ids_of_its_data(tmp_path, vocab_size, d
   record = {'model': dataclasses.asdict(cfg), 'stages': {}, 'data': data}
   (tmp_path / 'run' / 'config.json').write_text(json.dumps(record))
   _, written = export(open_checkpoint(folder), tmp_path / 'out')
-  assert (written.get('bos_token_id'), written.get('eos_token_id')) == ids
+  assert (written['bos_token_id'], written['eos_token_id']) == ids  # Loaders would choose for absent ones.
   assert read_config(written)[1] == cfg
   assert cfg == ModelConfig(**record['model'])
 

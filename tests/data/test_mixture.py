@@ -14,6 +14,7 @@ from tokenizer_families import FAMILIES
 from dsa_jax.config import ConfigError
 from dsa_jax.data.corpora import tokenizing
 from dsa_jax.data.corpora.raw import Text
+from dsa_jax.data.corpus import changes
 from dsa_jax.data.pipeline import first_batches, make_iterator
 from dsa_jax.data.sources import DataConfig
 
@@ -50,6 +51,17 @@ def test_tokens_come_in_the_shares_of_weights(sources, tmp_path):
   np.testing.assert_allclose(letters(batches[:5]), [0.6, 0.3, 0.1], atol=0.07)
   held_out = first_batches(data.rows(32, 'validation'), 4, 4, seed=0)
   assert np.all(letters(held_out) > 0)
+
+
+def test_documents_in_another_order_are_another_corpus(sources, tmp_path):
+  """Sums over documents would not tell; an earlier version described them so."""
+  before, path = cases.mixture(tmp_path, sources).describe(), pathlib.Path(sources['a']['files'])
+  first, second, *others = path.read_text().splitlines(keepends=True)
+  path.write_text(''.join([second, first, *others]))
+  now = cases.mixture(tmp_path, sources).describe()
+  assert changes(before, now) == '1 file is different (a)'
+  earlier = {name: text.split(', in the order')[0] for name, text in before.items()}
+  assert earlier != before and changes(earlier, before) == ''
 
 
 def test_shares_of_hosts_make_up_the_batch_and_resume_anywhere(sources, tmp_path):

@@ -356,6 +356,7 @@ OTHERS = {
     'UTF-32 ': b'\x00\x00\xfe\xff' + WORDS.encode('utf-32-be'),
     'NUL': WORDS.encode('utf-16-le'),
     'NUL ': WORDS.encode() * 100 + b'\x00',
+    'control characters': bytes(range(1, 255)) * 4,
     'git-lfs pointer': b'version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n',
     **{'pickle' + ' ' * i: pickle.dumps({'text': [WORDS, 1]}, protocol=i) for i in range(6)},
 }

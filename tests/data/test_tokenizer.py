@@ -111,6 +111,42 @@ def test_what_the_file_was_used_for_does_not_change_what_is_read(tmp_path, chang
   assert load(tmp_path).encode('a b ' * 9) == [BOS] + [A, B] * 9
 
 
+def test_tokens_that_stand_beside_the_file_are_read(tmp_path):
+  """As loaders do, which add them; a digest of documents knows them."""
+  token = {'content': '<x>', 'special': True, 'normalized': False}
+  write(tmp_path)
+  plain = load(tmp_path)
+  write(tmp_path, tokenizer_config={'added_tokens_decoder': {'5': token, '0': {'content': '<s>'}}})
+  assert load(tmp_path).encode('a<x>b') == [A, 5, B] and load(tmp_path).vocab_size == 6
+  assert load(tmp_path).digest != plain.digest
+  write(tmp_path, tokenizer_config={}, added_tokens={'<x>': 5})
+  assert load(tmp_path).encode('a<x>b') == [A, 5, B]
+  for wrong in {'5': token, '1': {'content': '<s>'}}, {'7': token}:
+    write(tmp_path, tokenizer_config={'added_tokens_decoder': wrong})
+    with pytest.raises(ConfigError, match='Save the tokenizer again'):
+      load(tmp_path)
+
+
+def test_marks_in_a_prompt_are_text_where_the_config_says_so(tmp_path):
+  write(tmp_path, tokenizer_config={'split_special_tokens': True})
+  tokenizer = load(tmp_path)
+  assert tokenizer.encode('a<s>') != [A, BOS]
+  tokenizer.encode_documents([b'a'])
+  assert tokenizer.encode('a<s>') != [A, BOS]
+
+
+def test_a_space_in_front_is_a_choice_of_one_file(tmp_path):
+  def change(tokenizer):
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+
+  for wanted in False, None:
+    write(tmp_path, change=change, tokenizer_config={'add_prefix_space': wanted})
+    load(tmp_path)
+  write(tmp_path, change=change, tokenizer_config={'add_prefix_space': True})
+  with pytest.raises(ConfigError, match='add_prefix_space=True .* contradicts False'):
+    load(tmp_path)
+
+
 def test_random_merges_are_off(tmp_path):
   vocab, merges = {'a': 0, 'b': 1, 'ab': 2}, [('a', 'b')]
   model = tokenizers.models.BPE(vocab, merges, dropout=1.0)
@@ -132,6 +168,7 @@ def test_random_merges_are_off(tmp_path):
 def test_stop_ids_are_united(tmp_path, here, there, stop):
   write(tmp_path, generation_config={'eos_token_id': there, 'temperature': 0.6})
   assert load(tmp_path, eos_token_id=here).stop == stop
+  assert load(tmp_path, text_config={'eos_token_id': here}, eos_token_id=None).stop == stop
 
 
 def test_stop_ids_by_name_where_no_file_has_them(tmp_path):

@@ -191,7 +191,7 @@ def test_other_folders_are_left_alone(place, tmp_path):
 def test_a_vocabulary_that_is_too_small(tmp_path):
   save_run(tmp_path, dataclasses.replace(CFG, vocab_size=100))
   (tmp_path / 'text.txt').write_text('abc' * 1000)
-  with pytest.raises(ConfigError, match='the data has 258 ids and the model 100: give the tokenizer'):
+  with pytest.raises(ConfigError, match='vocab_size=100 is too small for the mixture data: it needs 258. Give the tokenizer'):
     evaluate.evaluate(settings(tmp_path, tmp_path / 'out'))
 
 

@@ -96,6 +96,8 @@ def test_what_will_not_do_is_named(runs, tmp_path):
     compare([runs[0], tmp_path / 'a' / '..' / 'a'])
   with pytest.raises(ConfigError, match='name the workdirs'):
     compare([])
+  with pytest.raises(ConfigError, match='must be a local path'):
+    compare(['gs://bucket/run'])
   (runs[0] / 'report.json').write_text('{')
   with pytest.raises(ConfigError, match='report.json is no JSON'):
     compare(runs)

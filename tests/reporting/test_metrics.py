@@ -143,7 +143,7 @@ def test_refuses_what_it_cannot_write(tmp_path, stage, scalars, named):
 
 def test_refuses_another_programs_file(tmp_path):
   (tmp_path / 'metrics.csv').write_text('epoch,loss\n1,2\n')
-  with pytest.raises(ValueError, match='use another workdir'):
+  with pytest.raises(ValueError, match='must begin with'):
     metrics.MetricsWriter(tmp_path)
   assert (tmp_path / 'metrics.csv').read_text() == 'epoch,loss\n1,2\n'
 

@@ -40,6 +40,17 @@ def saved(state, tmp_path_factory):
   return folder
 
 
+def test_a_path_is_not_an_address(state, tmp_path):
+  """As an address, `a%20b` is `a b`, and `100%` is none."""
+  like = abstract_params(CFG)
+  for i, name in enumerate(('a b', 'a%20b', '100%', 'a#b')):
+    with Checkpoints(tmp_path / name) as checkpoints:
+      params = state.params | {'embed': state.params['embed'].replace(state.params['embed'][...] + i)}
+      checkpoints.save(1, state._replace(params=params), Progress({}, 0.0))
+    read = restore_params(tmp_path / name, like)['embed'][...]
+    np.testing.assert_array_equal(read, params['embed'][...], err_msg=name)
+
+
 def damage_array(step):
   for path in (step / 'state').rglob('d/*'):
     path.write_bytes(path.read_bytes()[:100])
@@ -49,7 +60,9 @@ DAMAGES = {
     'an array is cut short': damage_array,
     'the manifest is empty': lambda step: (step / 'state' / 'manifest.ocdbt').write_bytes(b''),
     'the list of arrays is cut': lambda step: (step / 'state' / '_METADATA').write_text('{'),
+    'the list of arrays is another': lambda step: (step / 'state' / '_METADATA').write_text('{}'),
     'the progress is gone': lambda step: shutil.rmtree(step / 'progress'),
+    'the progress is another': lambda step: (step / 'progress' / 'metadata').write_text('{"data": {}}'),
     'the folder is empty': lambda step: (shutil.rmtree(step), step.mkdir()),
 }
 

@@ -117,12 +117,14 @@ def test_it_stays_within_its_size(tmp_path, monkeypatch):
     assert not compile_something(11), 'the latest stays'
 
 
-def test_a_folder_that_is_a_file(tmp_path, caplog):
+@pytest.mark.parametrize('folder', ['file', 'gs://bucket/programs'])
+def test_a_folder_that_is_none(folder, tmp_path, caplog, monkeypatch):
+  monkeypatch.chdir(tmp_path)
   (tmp_path / 'file').write_text('')
-  with compilation_cache(str(tmp_path / 'file')):
+  with compilation_cache(folder):
     compile_something(12)
   [warning] = [r for r in caplog.records if r.levelno >= logging.WARNING]
-  assert 'not kept' in warning.getMessage()
+  assert 'not kept' in warning.getMessage() and not (tmp_path / 'gs:').exists()
 
 
 def test_a_folder_that_cannot_be_written(tmp_path, caplog, monkeypatch):

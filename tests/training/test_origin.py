@@ -7,6 +7,7 @@ import shutil
 
 from ml_collections import ConfigDict
 import pytest
+from tokenizers import Tokenizer, models
 
 from configs import base
 from dsa_jax.config import ConfigError, ModelConfig
@@ -56,6 +57,35 @@ def test_another_function_is_refused_unless_it_is_named(old_run, tmp_path, name,
     check(recipe_from(old_run, tmp_path / 'new', source, **changes))
   changes['stages.warmup.init_may_differ'] = (name,)
   check(recipe_from(old_run, tmp_path / 'new', source, **changes))
+
+
+def test_a_checkpoint_knows_its_model_however_it_is_named(old_run, tmp_path):
+  entry, links = old_run / 'checkpoints' / 'dense', tmp_path / 'run' / 'checkpoints'
+  [step] = [path for path in entry.iterdir() if path.name.isdigit()]
+  links.mkdir(parents=True)
+  (links / 'dense').symlink_to(entry)
+  shutil.copy(old_run / 'config.json', tmp_path / 'run')
+  for source in step, links / 'dense', links / 'dense' / step.name:
+    check(recipe_from(old_run, tmp_path / 'new', source))
+    with pytest.raises(ConfigError, match='rope_theta: 10000.0 there'):
+      check(recipe_from(old_run, tmp_path / 'new', source, **{'model.rope_theta': 1e6}))
+  shutil.copytree(entry, tmp_path / 'alone')
+  with pytest.raises(ConfigError, match='does not say which model it is of'):
+    check(recipe_from(old_run, tmp_path / 'new', tmp_path / 'alone'))
+
+
+def test_another_tokenizer_is_said(old_run, tmp_path, caplog):
+  run = tmp_path / 'run'
+  shutil.copytree(old_run, run)
+  for folder, words in (run / 'origin', {'a': 0, 'b': 1}), (tmp_path / 'other', {'b': 0, 'a': 1}):
+    folder.mkdir()
+    Tokenizer(models.WordLevel(words, 'a')).save(str(folder / 'tokenizer.json'))
+  changes = {'data.source': 'mixture', 'data.sources': {'a': {'format': 'text', 'files': 'x'}}}
+  for name, warns in ('run/origin', False), ('other', True):
+    changes['data.tokenizer'] = str(tmp_path / name)
+    check(recipe_from(old_run, tmp_path / 'new', run / 'checkpoints' / 'dense', **changes))
+    assert bool(caplog.records) == warns
+  assert 'other\' is another: ids may mean other words there' in caplog.text
 
 
 def test_the_order_of_unlike_layers_counts():

@@ -47,6 +47,8 @@ def test_all_are_checked_before_one_trains(tmp_path, monkeypatch):
   monkeypatch.setattr(train, 'train', trained.append)
   with pytest.raises(ConfigError, match='index_topk'):
     train.train_all(config_of(tmp_path, {'seed': 1}, {'model.index_topk': 64}))
+  with pytest.raises(ConfigError, match='neither an earlier entry of the recipe nor a folder'):
+    train.train_all(config_of(tmp_path, {'seed': 1}, {'stages.sparse.init_from': 'warmpu'}))
   assert not trained and not list(tmp_path.iterdir())
 
 

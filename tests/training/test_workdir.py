@@ -58,6 +58,24 @@ def test_these_may_not(tmp_path, changed, message):
     check_workdir(config_of(tmp_path, **changed), begun(tmp_path, 'dense', 'baseline', 'warmup'))
 
 
+def test_a_path_may_be_spelled_in_another_way(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  paths = lambda prefix: {'data.files': f'{prefix}texts/*.txt', 'stages.dense.init_from': f'{prefix}ours'}
+  write_config(config_of(tmp_path, **paths('')), tmp_path)
+  (tmp_path / 'checkpoints' / 'dense' / '4').mkdir(parents=True)
+  for prefix in './', 'texts/../', f'{tmp_path}/':
+    check_workdir(config_of(tmp_path, **paths(prefix)), tmp_path)
+  with pytest.raises(ConfigError, match='data.files: texts/'):
+    check_workdir(config_of(tmp_path, **paths('other/')), tmp_path)
+
+
+def test_a_folder_in_which_checkpoints_cannot_be_read(tmp_path):
+  for name in 'a*', 'a?', 'lr[1]', 'a\\b':
+    folder = tmp_path / name
+    with pytest.raises(ConfigError, match=r'must have no . in its path'):
+      check_workdir(config_of(folder), folder)
+
+
 def test_a_run_of_which_nothing_is_saved_may_change_its_entries(tmp_path):
   changed = {'stages.dense.steps': 1, 'stages.dense.backbone_lr': 1.0, 'recipe': ('dense',)}
   check_workdir(config_of(tmp_path, **changed), begun(tmp_path))

@@ -40,9 +40,16 @@ class TokenStream(abc.ABC):
     """Returns n tokens from a place of the stream."""
 
   def digest(self) -> str:
-    """Returns a description that tells other content, without reading the tokens."""
+    """Returns a description that tells other content or another order, without reading the tokens.
+
+    Those of earlier versions end before the order.
+    """
     sums = [int(np.sum(self.about[name], dtype=np.uint64)) for name in ABOUT.names]
-    return f'{len(self.about)} documents, {sums[0]} tokens, {sums[2]:016x}'
+    order = hashlib.blake2b(self.tokenizer.encode(), digest_size=8)
+    for i in range(0, len(self.about), SCANNED):
+      order.update(self.about[i : i + SCANNED].tobytes())
+    text = f'{len(self.about)} documents, {sums[0]} tokens, {sums[2]:016x}'
+    return f'{text}, in the order {order.hexdigest()}'
 
 
 class TokenFolder(TokenStream):

@@ -27,7 +27,8 @@ from dsa_jax.kernels.xla import set_bits
 from dsa_jax.kernels.xla.rows import map_rows, pad_axis, scan_rows
 
 UNSEEN = -1e30  # The logit of a hidden key: finite, so that differences of maxima are.
-ROW_BYTES = 640  # Of a key and its value, for which the block sizes are. Wider ones take smaller.
+# The block sizes are for a key and a value of so many bytes. Wider ones take smaller blocks.
+ROW_BYTES = 640
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

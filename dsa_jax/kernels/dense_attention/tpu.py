@@ -66,7 +66,7 @@ def backward(residuals, dout, delta, *, sm_scale: float, blocks: BlockSizes):
   kernels = _Kernels(plan, sm_scale)
   keys = kernels.by_key(k), kernels.by_key(v)
   lse = LOG2E * jnp.where(lse > -jnp.inf, lse, 0)
-  dtype = jnp.float32 if masked else k.dtype  # Of gradients of keys, which passes add up.
+  dtype = jnp.float32 if masked else k.dtype  # Passes add up the gradients of keys in it.
 
   def differentiate(block):
     q, dout, lse, delta, *visibility = block

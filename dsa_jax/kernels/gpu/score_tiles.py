@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from dsa_jax.kernels.gpu import triton
 from dsa_jax.kernels.gpu.triton import dot, load_tile
 
-PROGRAMS = 1024  # Enough for every chip.
+PROGRAMS = 1024  # So many keep every chip busy.
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,10 +19,10 @@ from dsa_jax.kernels.tpu import chip
 from dsa_jax.kernels.tpu.layout import LANES
 from dsa_jax.kernels.tpu.resident import dot
 
-ROWS = 128  # Of a tile, at most.
-SIDE, MOST = 2**11, 2**22  # Of a tile of codes, if the matrix can be cut so: channels, and codes.
-SUBLANES = 8  # A tile of scales has so many bands, or all.
-LEAST_BAND = 32  # Rows of codes that share a line of scales: a vector has so many rows.
+ROWS = 128  # A tile has at most so many rows.
+SIDE, MOST = 2**11, 2**22  # The channels and the codes of a tile of codes, if the matrix can be cut so.
+SUBLANES = 8  # A tile of scales has so many bands, or all of them.
+LEAST_BAND = 32  # The fewest rows of codes that may share a line of scales: a vector has as many.
 
 
 class Visits(NamedTuple):

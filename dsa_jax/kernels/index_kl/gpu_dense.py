@@ -21,7 +21,7 @@ from dsa_jax.kernels.index_kl.gpu import compare
 from dsa_jax.kernels.visibility import visible_keys
 from dsa_jax.kernels.xla.rows import map_rows, scan_rows, whole_block
 
-WIDE = 256  # Channels. Wider heads take smaller tiles.
+WIDE = 256  # Heads of more channels take smaller tiles.
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -40,9 +40,9 @@ def forward(constants, index_q, index_k, index_weights, *, sm_scale: float, bloc
 def backward(constants, residuals, dkl, *, sm_scale: float, blocks: BlockSizes):
   """Returns the gradients of the three index inputs.
 
-  With `gate` the gradient of a score where its dot is above 0, a head's are
-  weight * (gate @ keys) for its query, dot(query, gate @ keys) for its weight, and
-  gate.T @ (weight * query) for the keys.
+  Let `gate` be the gradient of a score where its dot is above 0, and 0 elsewhere. Then a head gives
+  weight * (gate @ keys) to its query, dot(query, gate @ keys) to its weight, and
+  gate.T @ (weight * query) to the keys.
   """
   q, k, *_ = constants
   index_q, index_k, index_weights, *stats = residuals
