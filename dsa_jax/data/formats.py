@@ -40,9 +40,8 @@ BZIP2 = b'1AY&SY', b'\x17rE8P\x90'  # What follows `BZh` and a digit: a block, o
 
 def recognise(content: bytes) -> str:
   """Returns what a file holds in place of plain text; '' if nothing speaks against text."""
-  for beginning, name in BEGINNINGS:
-    if content.startswith(beginning):
-      return name
+  if kind := kind_of(content):
+    return kind
   if content.startswith(b'BZh') and content[4:10] in BZIP2:
     return 'bzip2'
   if content.startswith((b'PAR1', b'PARE')) and content.endswith(content[:4]) and len(content) > 8:
@@ -54,6 +53,11 @@ def recognise(content: bytes) -> str:
   if _is_pickle(content):
     return 'pickle'
   return 'binary data: it has NUL bytes' if b'\x00' in content else ''
+
+
+def kind_of(content: bytes) -> str:
+  """Returns the format whose first bytes these are; '' if they are none's."""
+  return next((name for beginning, name in BEGINNINGS if content.startswith(beginning)), '')
 
 
 def _is_pickle(content: bytes) -> bool:

@@ -122,9 +122,14 @@ def test_a_file_that_is_cut_short_is_named(corpora, tmp_path, name, share):
 def test_an_arrow_file_that_is_cut_short_is_named(corpora, tmp_path):
   cases.save_dataset(tmp_path / 'a', pyarrow.table({'text': TEXTS}))
   path = tmp_path / 'a' / 'data-00001-of-00002.arrow'
-  path.write_bytes(path.read_bytes()[:-700])
-  with pytest.raises(ConfigError, match='data-00001-of-00002.arrow is damaged near row'):
-    cases.config(tmp_path, dict(format='arrow', files=str(tmp_path / 'a'))).rows(8, 'train')
+  whole, fields = path.read_bytes(), dict(format='arrow', files=str(tmp_path / 'a'))
+  for less in 700, 8:  # Behind a batch, too, where only the mark of the end is missing.
+    path.write_bytes(whole[:-less])
+    with pytest.raises(ConfigError, match='data-00001-of-00002.arrow is damaged near row'):
+      cases.config(tmp_path, fields).rows(8, 'train')
+  path.unlink()
+  with pytest.raises(ConfigError, match='is not whole: it lacks data-00001-of-00002.arrow'):
+    cases.config(tmp_path, fields).rows(8, 'train')
 
 
 def test_columns_must_be_there_and_hold_strings(tmp_path):
@@ -270,6 +275,9 @@ def test_flat_and_megatron_files_that_will_not_do(corpora, tmp_path):
     cases.config(tmp_path, flat | {'separator': 999}).rows(8, 'train')
   with pytest.raises(ConfigError, match="dtype='int8' must be"):
     cases.config(tmp_path, flat | {'dtype': 'int8'})
+  np.savez(tmp_path / 'a.npz', np.zeros(8, np.uint16))
+  with pytest.raises(ConfigError, match='a.npz is no bare file of ids, but zip: unpack it'):
+    cases.config(tmp_path, flat | {'files': str(tmp_path / 'a.npz')}).rows(8, 'train')
   np.save(tmp_path / 'two.npy', np.zeros((2, 2), np.uint16))
   with pytest.raises(ConfigError, match=r'ids in one dimension; it holds uint16 \(2, 2\)'):
     cases.config(tmp_path, flat | {'files': str(tmp_path / 'two.npy')}).rows(8, 'train')
@@ -286,6 +294,13 @@ def test_flat_and_megatron_files_that_will_not_do(corpora, tmp_path):
     cases.config(tmp_path, fields).rows(8, 'train')
   (tmp_path / 'm.idx').write_bytes(index[:-10])
   with pytest.raises(ConfigError, match='m.idx is not whole'):
+    cases.config(tmp_path, fields).rows(8, 'train')
+  (tmp_path / 'm.idx').write_bytes(index[:20])
+  with pytest.raises(ConfigError, match='m.idx is not whole'):
+    cases.config(tmp_path, fields).rows(8, 'train')
+  first, second = index[34:38], index[38:42]  # Lengths. Their sum does not tell that they changed places.
+  (tmp_path / 'm.idx').write_bytes(index[:34] + second + first + index[42:])
+  with pytest.raises(ConfigError, match='its sequences do not lie one behind the other'):
     cases.config(tmp_path, fields).rows(8, 'train')
   (tmp_path / 'm.idx').write_bytes(b'no index')
   with pytest.raises(ConfigError, match="no index of Megatron's"):
