@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import struct
+import tracemalloc
 
 import corpora_cases as cases
 import numpy as np
@@ -14,7 +15,7 @@ from pyarrow import parquet
 import pytest
 
 from dsa_jax.config import ConfigError
-from dsa_jax.data.corpora import files, raw
+from dsa_jax.data.corpora import files, raw, tokens
 
 TEXTS = cases.documents()
 
@@ -259,6 +260,23 @@ def test_token_files_are_globs_too(corpora, tmp_path):
     with pytest.raises(ConfigError, match='must be a local path'):
       rows_of(tmp_path, corpora[name] | {'files': 'gs://bucket/x'})
   assert_same(want, rows_of(tmp_path, corpora['megatron'] | {'files': f'{whole}.bin'}))
+
+
+def test_memory_holds_a_part_of_a_token_file(tmp_path, monkeypatch):
+  """Not the whole file, nor a whole document, when its documents are found and its ids looked at."""
+  ids = np.tile(np.arange(1, 251, dtype=np.uint16), 10_000)
+  ids[[100, 90_000, -1]] = 0
+  ids.tofile(tmp_path / 'a.bin')
+  streams, peaks = [], []
+  for scanned in tokens.SCANNED, 2**14:
+    monkeypatch.setattr(tokens, 'SCANNED', scanned)
+    tracemalloc.start()
+    streams.append(tokens.FlatTokens(str(tmp_path / 'a.bin'), 'uint16', 0, tmp_path / f'{scanned}.npy'))
+    peaks.append(tracemalloc.get_traced_memory()[1])
+    tracemalloc.stop()
+  assert peaks[1] < 2**19 < ids.nbytes < peaks[0]
+  assert streams[0].about.tolist() == streams[1].about.tolist() and len(streams[0].about) == 3
+  assert streams[1].vocab_size == 251
 
 
 def test_ids_that_are_no_ids(tmp_path):

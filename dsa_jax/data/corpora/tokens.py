@@ -301,9 +301,11 @@ def _check_ids(place: str, tokens: _Ids, kept: pathlib.Path) -> int:
     ConfigError: An id is negative, or no model's.
   """
   if not kept.exists():
-    parts = [tokens[i : i + SCANNED] for i in range(0, len(tokens), SCANNED)]
-    limits = [int(min(part.min() for part in parts)), int(max(part.max() for part in parts))]
-    write_whole(kept, json.dumps(limits))
+    low, high = np.iinfo(np.int64).max, 0
+    for first in range(0, len(tokens), SCANNED):  # One part after another: memory holds no file.
+      part = tokens[first : first + SCANNED]
+      low, high = min(low, int(part.min())), max(high, int(part.max()))
+    write_whole(kept, json.dumps([low, high]))
   low, high = json.loads(kept.read_text())
   if low < 0 or high >= 2**31:
     raise ConfigError(f'{place} has ids from {low} to {high}; ids are 0 or more, and below {2**31}.')
@@ -350,12 +352,24 @@ def _describe(tokens: _Ids, lengths: np.ndarray) -> np.ndarray:
   i = 0
   while i < len(lengths):  # Reads many documents at one time.
     first = ends[i] - lengths[i]
-    after = max(int(np.searchsorted(ends, first + SCANNED, 'right')), i + 1)
+    after = int(np.searchsorted(ends, first + SCANNED, 'right'))
+    if after <= i:
+      about['hash'][i] = _hash_of_long(tokens, int(first), int(ends[i]))
+      i += 1
+      continue
     ids = tokens[first : ends[after - 1]].astype(np.uint32)
     for j in range(i, after):
       about['hash'][j] = hash_of(ids[ends[j] - lengths[j] - first : ends[j] - first].tobytes())
     i = after
   return about
+
+
+def _hash_of_long(tokens: _Ids, first: int, end: int) -> int:
+  """Returns the hash of a document that memory need not hold."""
+  digest = hashlib.blake2b(digest_size=8)
+  for at in range(first, end, SCANNED):
+    digest.update(tokens[at : min(at + SCANNED, end)].astype(np.uint32).tobytes())
+  return int.from_bytes(digest.digest(), 'little')
 
 
 def write_whole(path: pathlib.Path, text: str):
