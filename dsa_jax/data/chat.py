@@ -65,6 +65,20 @@ class ChatTemplate:
       raise ConfigError(f'the chat template refuses the messages: {error}.') from error
 
 
+def prompt_of(messages: Sequence[Message], chat: ChatTemplate | None) -> str:
+  """Returns the text by which a model goes on with a conversation.
+
+  Raises:
+    ConfigError: There is no template, or it refuses the messages.
+  """
+  if chat is None:
+    raise ConfigError(
+        'the checkpoint has no chat template (chat_template.jinja, or chat_template in '
+        'tokenizer_config.json): give a prompt in place of messages.'
+    )
+  return chat(messages)
+
+
 def find_chat_template(folder: pathlib.Path) -> ChatTemplate | None:
   """Returns the template of a checkpoint, a release or the origin of a run; None if it has none.
 
