@@ -111,6 +111,8 @@ def load_weights(
     blocks = target
     if not isinstance(target, BlockScaled):
       blocks = _abstract_scaled(target, x.get_metadata()['axes'], store.dtype.numpy_dtype)
+    if has_codes(store) and names not in scales:
+      raise ConfigError(f'{folder} lacks the scales of {".".join(names)}: the copy is not whole.')
     equation = equation_of(cfg, family, names) if names in narrow or has_codes(store) else None
     sizes, scale = _sizes(blocks), None
     if equation is not None:
