@@ -13,33 +13,47 @@ training. On several hosts, each of them runs the same command.
 """
 
 import logging
-import pathlib
 import resource
 import statistics
 import sys
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 from absl import app, flags
 import jax
 import rich.console
 
 from dsa_jax.config import ConfigError, local_path
-from dsa_jax.inference.batch_file import AnswerFile, read_prompts
+from dsa_jax.data.chat import ChatTemplate, find_chat_template, prompt_of
+from dsa_jax.inference.batch_file import AnswerFile, Prompt, read_prompts
+from dsa_jax.inference.batching import size_of_batch
 from dsa_jax.inference.cache import FORMATS
-from dsa_jax.inference.sampler import SampleConfig, Sampler
+from dsa_jax.inference.load import config_of, find_checkpoint
+from dsa_jax.inference.memory import Texts
+from dsa_jax.inference.sampler import (
+    SampleConfig, Sampler, check_capacity, check_prompt, tokenizer_of,
+)  # fmt: skip
 from dsa_jax.inference.shares import check_texts
 from dsa_jax.inference.weights import FORMATS as WEIGHTS
 from dsa_jax.parallel.mesh import MeshConfig, make_mesh
 from dsa_jax.parallel.processes import end_process, is_first, join_job
 from dsa_jax.reporting.progress import StepProgress
 from dsa_jax.selection import RULES
+from dsa_jax.training.checkpoint import latest_checkpoint
 from dsa_jax.training.compilation_cache import compilation_cache
 
 LOST = (
     'another process of this job has gone. Start the same command again, on each host; with --out it '
     'goes on where it was stopped.'
 )
+
+
+class Job(NamedTuple):
+  """What is to be written, which is known before any weight is loaded."""
+
+  prompts: list[Prompt]
+  config: SampleConfig
+  of_sampler: dict[str, Any]  # Arguments of `Sampler.load`.
 
 
 def main(_):
@@ -52,25 +66,49 @@ def main(_):
     check_flags()
     join_job()
     with compilation_cache(COMPILATION_CACHE.value):
-      if PROMPTS.value:
-        continue_file(load(of_sampler), drawing)
-      else:
-        prompt = read_prompt(PROMPT.value)
-        continue_one(load(of_sampler), prompt, drawing)
+      job = prepare(of_sampler, drawing)
+      (continue_file if PROMPTS.value else continue_one)(load(job), job)
   except (ConfigError, OSError) as error:
     sys.exit(f'error: {error}')
   except jax.errors.JaxRuntimeError as error:
     end_process(error, LOST)
 
 
-def load(of_sampler: dict[str, Any]) -> Sampler:
-  """Loads the sampler, and says how long it took and how much memory of the host."""
+def prepare(of_sampler: dict[str, Any], drawing: dict[str, Any]) -> Job:
+  """Reads the prompts, and checks what can be known of them without the weights."""
   sizes = MeshConfig(**{name: flag.value for name, flag in MESH.items()})
   if PROMPTS.value:
     check_texts(sizes, '--slots', SLOTS.value)
-  mesh, began = make_mesh(**sizes.sizes) if sizes.n_devices > 1 else None, time.monotonic()
-  n_texts = 0 if PROMPTS.value else 1  # A running batch has caches as long as its texts.
-  sampler = Sampler.load(CHECKPOINT.value, mesh=mesh, n_texts=n_texts, **of_sampler)
+  mesh = make_mesh(**sizes.sizes) if sizes.n_devices > 1 else None
+  stored = find_checkpoint(CHECKPOINT.value)
+  cfg = config_of(stored, of_sampler.get('index_topk'))
+  capacity = check_capacity(cfg, of_sampler['capacity'], mesh)
+  tokenizer, chat = tokenizer_of(stored, cfg), find_chat_template(stored.origin)
+  config = SampleConfig(**({'stop': tokenizer.stop} | drawing))
+  prompts = given_prompts(chat)
+  ids = [tokenizer.encode(prompt.text) for prompt in prompts]
+  for i, prompt in enumerate(ids):
+    check_prompt(i, prompt, cfg, capacity, room=config.max_new_tokens)
+  texts = Texts(n=1, capacity=capacity)
+  if PROMPTS.value:
+    longest = max(map(len, ids)) + config.max_new_tokens
+    n, capacity = size_of_batch(cfg, sizes, SLOTS.value, len(prompts) * SAMPLES.value, longest)
+    texts = Texts(n=n, capacity=capacity, drafts=bool(of_sampler.get('drafts')), is_running=True)
+  known = dict(mesh=mesh, tokenizer=tokenizer, chat=chat, texts=texts)
+  return Job(prompts, config, of_sampler | known)
+
+
+def given_prompts(chat: ChatTemplate | None) -> list[Prompt]:
+  if PROMPTS.value:
+    return read_prompts(local_path(PROMPTS.value, '--prompts'), chat)
+  text = read_prompt(PROMPT.value)
+  return [Prompt(prompt_of([{'role': 'user', 'content': text}], chat) if CHAT.value else text, None)]
+
+
+def load(job: Job) -> Sampler:
+  """Loads the sampler, and says how long it took and how much memory of the host."""
+  began = time.monotonic()
+  sampler = Sampler.load(CHECKPOINT.value, **job.of_sampler)
   seconds, unit = time.monotonic() - began, 1 if sys.platform == 'darwin' else 1024
   gib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
   report(f'loaded in {seconds:.1f} s, with at most {gib:.2f} GiB of memory on this host')
@@ -95,14 +133,14 @@ def check_flags():
     raise ConfigError(f'--samples={SAMPLES.value} needs --prompts: --prompt is continued once.')
   for name, flag in ('--prompts', PROMPTS), ('--out', OUT):
     local_path(flag.value or '', name)
+  if PROMPTS.value and CHAT.value:
+    raise ConfigError("--chat is for --prompt; a line of --prompts has 'messages' in place of a 'prompt'.")
 
 
-def continue_one(sampler: Sampler, prompt: str, drawing: dict[str, Any]):
+def continue_one(sampler: Sampler, job: Job):
   """Prints the continuation of one prompt as it is written."""
-  if CHAT.value:
-    prompt = sampler.prompt_of([{'role': 'user', 'content': prompt}])
   times = [time.monotonic()]
-  for text in sampler.stream(prompt, **drawing):
+  for text in sampler.stream(job.prompts[0].text, **vars(job.config)):
     if is_first():
       print(text, end='', flush=True)
     times.append(time.monotonic())
@@ -112,13 +150,12 @@ def continue_one(sampler: Sampler, prompt: str, drawing: dict[str, Any]):
   report(f'{describe(times)}, {sampler.attention} attention')
 
 
-def continue_file(sampler: Sampler, drawing: dict[str, Any]):
+def continue_file(sampler: Sampler, job: Job):
   """Answers the prompts of a file that have no answer yet."""
-  config = SampleConfig(**({'stop': sampler.tokenizer.stop} | drawing))
-  prompts = read_prompts(local_path(PROMPTS.value, '--prompts'), sampler)
   out = local_path(OUT.value, '--out')
-  checkpoint = str(pathlib.Path(CHECKPOINT.value).expanduser().resolve())
-  answers = AnswerFile(out, sampler, prompts, config, SAMPLES.value, checkpoint)
+  stored = find_checkpoint(CHECKPOINT.value)
+  checkpoint = str(latest_checkpoint(stored.step or stored.folder))
+  answers = AnswerFile(out, sampler, job.prompts, job.config, SAMPLES.value, checkpoint)
   done, began, n_tokens, n_steps, to_first = len(answers.answered), time.monotonic(), 0, 0, []
   with StepProgress(rich.console.Console(stderr=True, quiet=not is_first())) as bar:
     bar.start_stage('answers', done + answers.n_left, done)
@@ -170,8 +207,10 @@ if __name__ == '__main__':
   )
   PROMPTS = flags.DEFINE_string('prompts', None, 'A JSONL file of prompts to continue.')
   OUT = flags.DEFINE_string('out', None, 'The JSONL file of their continuations.')
-  SAMPLES = flags.DEFINE_integer('samples', 1, 'Continuations of each of --prompts.')
-  SLOTS = flags.DEFINE_integer('slots', 8, 'At most so many of them are written side by side.')
+  SAMPLES = flags.DEFINE_integer('samples', 1, 'Continuations of each of --prompts.', lower_bound=1)
+  SLOTS = flags.DEFINE_integer(
+      'slots', 8, 'At most so many of them are written side by side.', lower_bound=1
+  )
   COMPILATION_CACHE = flags.DEFINE_string(
       'compilation_cache', '', "Folder of compiled programs; default: the user's cache; off: none."
   )

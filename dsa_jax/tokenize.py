@@ -21,6 +21,7 @@ from dsa_jax.data.corpora.raw import RawFormat
 from dsa_jax.data.corpora.sources import RAW
 from dsa_jax.data.corpora.tokens import read_manifest
 from dsa_jax.data.sources import DataConfig, read_member
+from dsa_jax.data.tokenizer import SPECIAL, open_tokenizer
 from dsa_jax.training.flags import parse_flags
 from dsa_jax.training.recipe import read_recipe
 
@@ -36,6 +37,10 @@ TOKENIZER = flags.DEFINE_string(
 DAMAGED = flags.DEFINE_enum(
     'damaged', 'stop', tokenizing.DAMAGED, 'What to do about documents that are no text.'
 )
+SPECIAL_TOKENS = flags.DEFINE_enum(
+    'special_tokens', 'text', SPECIAL,
+    'What the name of a special token in a document stands for: text, or the token.'
+)
 WORKERS = flags.DEFINE_integer(
     'workers', None, 'Processes; the cores of this machine by default.', lower_bound=1
 )
@@ -47,7 +52,8 @@ def main(argv: list[str]):
       raise ConfigError(f'one folder to write must be given; got {argv[1:]}.')
     out = local_path(argv[1], 'the folder to write')
     if CONFIG.value is None:
-      write(guess_format(FILES.value, FORMAT.value, FIELD.value), TOKENIZER.value, DAMAGED.value, out)
+      source = guess_format(FILES.value, FORMAT.value, FIELD.value)
+      write(source, TOKENIZER.value, DAMAGED.value, SPECIAL_TOKENS.value, out)
     else:
       write_mixture(read_recipe(CONFIG.value).data, out)
   except (ConfigError, OSError) as error:
@@ -58,7 +64,7 @@ def main(argv: list[str]):
 
 def write_mixture(data: DataConfig, out: pathlib.Path):
   """Writes each source of text of a mixture, but those that are there from the same files."""
-  if given := [flag.name for flag in (FILES, FORMAT, FIELD, DAMAGED) if flag.present]:
+  if given := [flag.name for flag in (FILES, FORMAT, FIELD, DAMAGED, SPECIAL_TOKENS) if flag.present]:
     raise ConfigError(f'--config says what to read: leave out --{", --".join(given)}.')
   members = {name: read_member(name, fields) for name, fields in data.sources.items()}
   sources = {name: member.source for name, member in members.items()}
@@ -68,18 +74,24 @@ def write_mixture(data: DataConfig, out: pathlib.Path):
     raise ConfigError('the config has no source of text: data.sources must have one of a raw format.')
   for name, source in texts.items():
     tokenizer = TOKENIZER.value or data.tokenizer or 'bytes'
-    plan = tokenizing.digest_of(tokenizing.describe([source], tokenizer, data.damaged))
+    opened = open_tokenizer(tokenizer, data.special_tokens)
+    plan = tokenizing.digest_of(tokenizing.describe([source], opened, data.damaged))
     if (out / name).exists() and read_manifest(out / name).get('plan') == plan:
       print(f'{out / name} is there already, of the same files.')
     else:
-      write(source, tokenizer, data.damaged, out / name)
+      write(source, tokenizer, data.damaged, data.special_tokens, out / name)
 
 
-def write(source, tokenizer: str | None, damaged: str, out: pathlib.Path):
+def write(
+    source: RawFormat, tokenizer: str | None, damaged: str, special_tokens: str, out: pathlib.Path
+):
   """Tokenizes a source and says what came of it."""
   if not tokenizer:
     raise ConfigError("--tokenizer must be 'bytes', a tokenizer.json, or a folder that has one.")
-  tokenizing.tokenize([source], tokenizer, out, damaged=damaged, workers=WORKERS.value)
+  tokenizing.tokenize(
+      [source], tokenizer, out,
+      damaged=damaged, special_tokens=special_tokens, workers=WORKERS.value,
+  )  # fmt: skip
   about = read_manifest(out)
   print(
       f'{out}: {about["documents"]:,} documents, {about["tokens"]:,} tokens of {about["bytes"]:,} '

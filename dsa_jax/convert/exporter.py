@@ -24,7 +24,7 @@ from dsa_jax.data.text import BOS, VOCAB_SIZE
 from dsa_jax.data.tokenizer import Bytes, find_tokenizer
 from dsa_jax.families import FAMILIES
 from dsa_jax.inference.load import StoredModel, find_checkpoint
-from dsa_jax.training.checkpoint import latest_checkpoint, open_tree
+from dsa_jax.training.checkpoint import has_codes, latest_checkpoint, open_tree
 from dsa_jax.training.origin import differing_fields
 
 
@@ -303,8 +303,8 @@ def _into_files(outs: list[Out], shard_bytes: int) -> dict[str, list[Out]]:
 def _read(source: Checkpoint, out: Out) -> np.ndarray:
   """Returns a tensor to write, or the scales of one."""
   index = out.tensor.index
-  is_scale = out.name.endswith(SCALE)
-  if (is_scale or out.is_quantized) and out.path in source.scales:
+  is_scale, kept_codes = out.name.endswith(SCALE), has_codes(source.stores[out.path])
+  if (is_scale or out.is_quantized or kept_codes) and out.path in source.scales:
     scale = source.scales[out.path][index].read().result()
     if is_scale:
       return scale
@@ -312,6 +312,8 @@ def _read(source: Checkpoint, out: Out) -> np.ndarray:
   weight = read(out.path, out.tensor)
   if out.others:
     weight = np.concatenate([weight, *(read(*other) for other in out.others)], axis=-2)
+  if kept_codes:
+    return weight if out.is_quantized else fp8.dequantize(weight, scale, out.dtype)
   if not is_scale and not out.is_quantized:
     return np.ascontiguousarray(weight.astype(out.dtype, copy=False))
   if out.path not in source.scales:

@@ -26,6 +26,7 @@ from dsa_jax.convert.tensors import Array, Path, Tensor, arrays_of, copies_of, w
 from dsa_jax.data.seeds import check_seed
 from dsa_jax.families import FAMILIES
 from dsa_jax.families.family import TensorNames
+from dsa_jax.inference.released import equation_of
 from dsa_jax.nn.indexer import LightningIndexer
 from dsa_jax.nn.layers import STACKS
 
@@ -250,15 +251,17 @@ def import_checkpoint(
     source: The checkpoint, from `open_source`.
     target: A folder that does not exist yet.
     dtype: The dtype of weights that were FP8, or quantised in a GGUF file; all others keep their
-      own.
+      own. 'fp8' keeps the codes of those that were FP8, beside their scales.
     seed: The seed of fresh indexers, where the checkpoint has none.
     advance: A function that is called with the number of bytes that have just been read.
 
   Raises:
-    ConfigError: `target` exists, or the seed is out of range.
+    ConfigError: `target` exists, the seed is out of range, or there are no codes to keep.
     OSError: `target` cannot be written, or the disk is full. Nothing is left there.
   """
   check_seed(seed)
+  if dtype == 'fp8' and not any(source.dtype(path) == 'F8_E4M3' for path in source.arrays):
+    raise ConfigError(f'{source.folder} has no weights in FP8: dtype must be bfloat16 or float32.')
   params = {
       path: _streamed(source, path, DTYPES_OF[dtype], advance) for path in source.arrays
   }
@@ -291,7 +294,10 @@ def import_checkpoint(
   )
 
 
-DTYPES_OF = {'bfloat16': np.dtype(ml_dtypes.bfloat16), 'float32': np.dtype(np.float32)}
+DTYPES_OF = {
+    'bfloat16': np.dtype(ml_dtypes.bfloat16), 'float32': np.dtype(np.float32),
+    'fp8': np.dtype(ml_dtypes.float8_e4m3fn),
+}  # fmt: skip
 
 
 def _exported_dtype(source: Source, path: Path, dtype: str) -> str:
@@ -303,11 +309,14 @@ def _exported_dtype(source: Source, path: Path, dtype: str) -> str:
 def _streamed(source: Source, path: Path, wide: np.dtype, advance: Advance) -> Streamed:
   array, code = source.arrays[path], source.dtype(path)
   dtype = wide if code in ('F8_E4M3', PACKED) else DTYPES[code]
+  keeps_codes = wide == DTYPES_OF['fp8'] and code == 'F8_E4M3'
+  if keeps_codes and equation_of(source.model, source.family, path) != array.tensors[0].equation:
+    keeps_codes, dtype = False, DTYPES_OF['bfloat16']  # Blocks of a joined tensor need not end here.
 
   def pieces() -> Iterator[tuple[tuple[int, ...], np.ndarray]]:
     for tensor in array.tensors:
       x = source.places[tensor.name].read()
-      if code == 'F8_E4M3':
+      if code == 'F8_E4M3' and not keeps_codes:
         x = fp8.dequantize(x, source.places[tensor.name + SCALE].read(), dtype)
       yield tensor.index, tensor.to_ours(x).astype(dtype, copy=False)
       advance(source.places[tensor.name].nbytes // tensor.n_parts)

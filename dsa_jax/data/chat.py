@@ -65,6 +65,20 @@ class ChatTemplate:
       raise ConfigError(f'the chat template refuses the messages: {error}.') from error
 
 
+def prompt_of(messages: Sequence[Message], chat: ChatTemplate | None) -> str:
+  """Returns the text by which a model goes on with a conversation.
+
+  Raises:
+    ConfigError: There is no template, or it refuses the messages.
+  """
+  if chat is None:
+    raise ConfigError(
+        'the checkpoint has no chat template (chat_template.jinja, or chat_template in '
+        'tokenizer_config.json): give a prompt in place of messages.'
+    )
+  return chat(messages)
+
+
 def find_chat_template(folder: pathlib.Path) -> ChatTemplate | None:
   """Returns the template of a checkpoint, a release or the origin of a run; None if it has none.
 
@@ -73,12 +87,17 @@ def find_chat_template(folder: pathlib.Path) -> ChatTemplate | None:
   """
   settings = read_object(folder / 'tokenizer_config.json')
   path, source = folder / 'chat_template.jinja', settings.get('chat_template')
-  if path.exists():
-    source = path.read_text(encoding='utf-8')
-  elif isinstance(source, list):  # Several, by name.
-    source = {entry['name']: entry['template'] for entry in source}.get('default')
+  try:
+    if path.exists():
+      source = path.read_text(encoding='utf-8')
+    elif isinstance(source, list):  # Several, by name.
+      source = {entry['name']: entry['template'] for entry in source}.get('default')
+  except (UnicodeDecodeError, KeyError, TypeError) as error:
+    raise ConfigError(f'{folder}: the chat template is damaged: {type(error).__name__} {error}.') from error
   if not source:
     return None
+  if not isinstance(source, str):
+    raise ConfigError(f'{folder}: the chat template is a {type(source).__name__}; it must be a text.')
   others = read_object(folder / 'special_tokens_map.json')
   tokens = {role: text_of_token(settings.get(role) or others.get(role)) for role in ROLES}
   return ChatTemplate(source, {role: token for role, token in tokens.items() if token is not None})

@@ -43,9 +43,8 @@ BZIP2 = b'1AY&SY', b'\x17rE8P\x90'  # What follows `BZh` and a digit: a block, o
 
 def recognise(content: bytes) -> str:
   """Returns what a file holds in place of plain text; '' if nothing speaks against text."""
-  for beginning, name in BEGINNINGS:
-    if content.startswith(beginning):
-      return name
+  if kind := kind_of(content):
+    return kind
   if content.startswith(b'BZh') and content[4:10] in BZIP2:
     return 'bzip2'
   if content.startswith((b'PAR1', b'PARE')) and content.endswith(content[:4]) and len(content) > 8:
@@ -68,6 +67,11 @@ def _is_binary(content: bytes) -> bool:
   except UnicodeDecodeError:
     return len(content.translate(None, CONTROLS)) < len(content)
   return False
+
+
+def kind_of(content: bytes) -> str:
+  """Returns the format whose first bytes these are; '' if they are none's."""
+  return next((name for beginning, name in BEGINNINGS if content.startswith(beginning)), '')
 
 
 def _is_pickle(content: bytes) -> bool:

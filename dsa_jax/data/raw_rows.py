@@ -74,6 +74,7 @@ class RawRows:
   source: RawFormat
   pieces: tuple[Piece, ...]
   tokenizer: str
+  special_tokens: str  # See `open_tokenizer`.
   digest: str  # The tokenizer's.
   damaged: str  # What to do about damaged documents; one of `tokenizing.DAMAGED`.
   split: str
@@ -199,7 +200,7 @@ class RawRows:
     """Tokenizes and packs documents."""
     if texts.damaged and self.damaged == 'stop':
       tokenizing.refuse(texts.damaged[0])
-    tokenizer = tokenizing.open_same(self.tokenizer, self.digest)
+    tokenizer = tokenizing.open_same(self.tokenizer, self.special_tokens, self.digest)
     parts = tokenizing.in_batches(texts.documents)
     ids = [x for part, *_ in parts for x in tokenizer.encode_documents(part)]
     stream = _InMemory(ids, texts.documents)

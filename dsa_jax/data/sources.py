@@ -23,7 +23,7 @@ from dsa_jax.data.recall import Recall
 from dsa_jax.data.seeds import check_seed
 from dsa_jax.data.streaming import left_out
 from dsa_jax.data.text import VOCAB_SIZE, PackedText, find_files, split_files
-from dsa_jax.data.tokenizer import Bytes, Tokenizer, check_alphabet, open_tokenizer
+from dsa_jax.data.tokenizer import SPECIAL, Bytes, Tokenizer, check_alphabet, open_tokenizer
 
 SOURCES = ('text', 'recall', 'mixture')
 SPLITS = ('train', 'validation')
@@ -49,6 +49,8 @@ class DataConfig(PackingConfig):
   # mixture: 'bytes', a tokenizer.json, or a folder that has one. '' stands for that of the checkpoint
   # from which the recipe starts, and for bytes where it starts from none.
   tokenizer: str = ''
+  # mixture: What the name of a special token in a document stands for: 'text', or the token ('ids').
+  special_tokens: str = 'text'
   damaged: str = 'stop'  # mixture: What to do about damaged documents: 'stop', or 'drop' and count.
   cache: str = ''  # mixture: The folder for tokens of raw files. '' is one of the user's.
   # mixture: 'ahead' tokenizes raw files once, before the first step, and keeps their tokens in the
@@ -73,6 +75,8 @@ class DataConfig(PackingConfig):
       )
     if self.damaged not in DAMAGED:
       raise ConfigError(f'data.damaged={self.damaged!r} must be one of {DAMAGED}.')
+    if self.special_tokens not in SPECIAL:
+      raise ConfigError(f'data.special_tokens={self.special_tokens!r} must be one of {SPECIAL}.')
     if self.tokenized not in TOKENIZED:
       raise ConfigError(f'data.tokenized={self.tokenized!r} must be one of {TOKENIZED}.')
     check_seed(self.seed)
@@ -203,13 +207,15 @@ class DataConfig(PackingConfig):
 
   @functools.cached_property
   def _tokenizer(self) -> Tokenizer:
-    return open_tokenizer(self.tokenizer)
+    return open_tokenizer(self.tokenizer, self.special_tokens)
 
   def _open(self, key: str) -> TokenStream:
     """Returns the tokens of a source, which is opened once."""
     if key not in self._opened:
       cache = local_path(self.cache, 'data.cache') if self.cache else default_cache()
-      stream = open_format(self._keys[key], self.tokenizer, cache, self.damaged)
+      stream = open_format(
+          self._keys[key], self.tokenizer, cache, self.damaged, self.special_tokens
+      )
       self._check_tokenizer(key, stream)
       self._opened[key] = stream
     return self._opened[key]
@@ -283,6 +289,7 @@ class DataConfig(PackingConfig):
         source=self._keys[key],
         pieces=self._pieces(key),
         tokenizer=self.tokenizer,
+        special_tokens=self.special_tokens,
         digest=self._tokenizer.digest,
         damaged=self.damaged,
         split=split,

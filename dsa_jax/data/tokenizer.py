@@ -25,6 +25,7 @@ TOKENIZER_FILES = (
 )  # fmt: skip
 PROBE = 'a'  # A text, to see what a tokenizer puts around one.
 PADDING = 256  # A vocabulary may be this much larger than its alphabet, so that devices divide it.
+SPECIAL = 'text', 'ids'  # What the name of a special token in a document stands for.
 
 
 class Steps(NamedTuple):
@@ -93,6 +94,7 @@ class Pretrained(_Streaming):
     if getattr(model, 'nbest_size', None) is not None:
       model.nbest_size, model.alpha = None, None
     self.stop = stop
+    self.special_tokens = 'text'  # One of SPECIAL, for documents.
     self.bos: int | None = None  # The id that begins a text, if it is known.
     self.adds_bos: bool | None = None  # Whether a text gets one; None leaves it to tokenizer.json.
     self._added: tuple[str, ...] = ()  # Tokens that tokenizer.json lacks.
@@ -149,7 +151,8 @@ class Pretrained(_Streaming):
   def digest(self) -> str:
     """A hash of all that decides the ids of a document."""
     settings = (self.bos, self.adds_bos, self.stop) + ((self._added,) if self._added else ())
-    return hashlib.sha256(self._content + repr(settings).encode()).hexdigest()
+    special = b'' if self.special_tokens == 'text' else self.special_tokens.encode()
+    return hashlib.sha256(self._content + repr(settings).encode() + special).hexdigest()
 
   @property
   def end(self) -> int | None:
@@ -159,19 +162,28 @@ class Pretrained(_Streaming):
   def encode_documents(self, texts: Sequence[bytes]) -> list[np.ndarray]:
     """Returns the ids of documents, uint32, between what begins a text and the id that ends one.
 
-    The name of a special token in a text is text.
+    The name of a special token in a text is text, unless `special_tokens` is 'ids'. Then a document
+    that brings its own beginning or end along has it once.
 
     Args:
       texts: UTF-8.
     """
     before, after = self._around()
-    self._tokenizer.encode_special_tokens = True
+    self._tokenizer.encode_special_tokens = self.special_tokens == 'text'
     try:
       strings = [text.decode() for text in texts]
       encodings = self._tokenizer.encode_batch_fast(strings, add_special_tokens=False)
     finally:
       self._tokenizer.encode_special_tokens = not self._reads_marks
-    return [np.asarray([*before, *encoding.ids, *after], np.uint32) for encoding in encodings]
+    if self.special_tokens == 'text':
+      return [np.asarray([*before, *encoding.ids, *after], np.uint32) for encoding in encodings]
+    return [np.asarray(self._once(before, encoding.ids, after), np.uint32) for encoding in encodings]
+
+  def _once(self, before: list[int], ids: list[int], after: list[int]) -> list[int]:
+    """Returns ids between others, but what they begin or end with themselves."""
+    begins = ids[: len(before)] == before
+    ends = bool({*ids[-1:]} & {*after[-1:], *self.stop})
+    return [*([] if begins else before), *ids, *([] if ends else after)]
 
   def _around(self) -> tuple[list[int], list[int]]:
     """Returns the ids before and behind those of a document's text."""
@@ -222,18 +234,27 @@ def check_tokenizer(tokenizer: Tokenizer, vocab_size: int):
   check_alphabet(vocab_size, tokenizer.vocab_size, what, is_bytes=is_bytes)
 
 
-def open_tokenizer(where: str) -> Tokenizer:
+def open_tokenizer(where: str, special_tokens: str = 'text') -> Tokenizer:
   """Returns the tokenizer of that name.
 
   Args:
     where: '' or 'bytes'; a tokenizer.json; or a folder that has one, such as a converted checkpoint,
       a release, or a run that started from one.
+    special_tokens: What the name of one in a document stands for: 'text', or the token's id ('ids').
 
   Raises:
-    ConfigError: There is no such tokenizer, or it is damaged.
+    ConfigError: There is no such tokenizer, it is damaged, or it has no special tokens.
   """
+  if special_tokens not in SPECIAL:
+    raise ConfigError(f'{special_tokens=} must be one of {SPECIAL}.')
   folder = tokenizer_folder(where)
-  return Bytes() if folder is None else find_tokenizer(folder)
+  tokenizer = Bytes() if folder is None else find_tokenizer(folder)
+  if special_tokens == 'text':
+    return tokenizer
+  if isinstance(tokenizer, Bytes):
+    raise ConfigError(f'{special_tokens=} would change nothing: bytes have no special tokens.')
+  tokenizer.special_tokens = special_tokens
+  return tokenizer
 
 
 def tokenizer_folder(where: str) -> pathlib.Path | None:

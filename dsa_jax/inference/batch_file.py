@@ -3,13 +3,16 @@
 
 from collections.abc import Iterator
 import dataclasses
+import fcntl
 import hashlib
 import json
+import os
 import pathlib
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 import zlib
 
 from dsa_jax.config import ConfigError
+from dsa_jax.data.chat import ChatTemplate, prompt_of
 from dsa_jax.inference.batching import Completion
 from dsa_jax.inference.sample_config import SampleConfig
 from dsa_jax.inference.sampler import Sampler
@@ -23,23 +26,27 @@ class Prompt(NamedTuple):
   name: Any  # The line's own 'id', which its answers carry along. None: it has none.
 
 
-def read_prompts(path: pathlib.Path, sampler: Sampler) -> list[Prompt]:
+def read_prompts(path: pathlib.Path, chat: ChatTemplate | None) -> list[Prompt]:
   """Reads one prompt of each line of a JSONL file.
 
   A line is an object with a 'prompt', which is a text, or with 'messages', which the checkpoint's
-  chat template makes into one; and maybe an 'id'.
+  chat template makes into one; and maybe an 'id', which no other line has.
 
   Raises:
     ConfigError: A line is something else.
   """
-  prompts = []
+  prompts, names = [], dict[str, int]()
   for number, line in enumerate(path.read_bytes().splitlines(), 1):
     if not line.strip():
       continue
     try:
       entry = json.loads(line)
       json.dumps(entry, ensure_ascii=False).encode()  # Refuses half a character.
-      prompts.append(_prompt_of(entry, sampler))
+      prompts.append(_read_entry(entry, chat))
+      if (name := prompts[-1].name) is not None:
+        before = names.setdefault(json.dumps(name, sort_keys=True), number)
+        if before != number:
+          raise ConfigError(f"'id' is {name!r}, as in line {before}: it must tell answers apart.")
     except ValueError as error:  # Those of JSON and UTF-8, and ConfigError.
       raise ConfigError(f'{path}, line {number}: {error}') from error
   if not prompts:
@@ -47,13 +54,13 @@ def read_prompts(path: pathlib.Path, sampler: Sampler) -> list[Prompt]:
   return prompts
 
 
-def _prompt_of(entry: Any, sampler: Sampler) -> Prompt:
+def _read_entry(entry: Any, chat: ChatTemplate | None) -> Prompt:
   keys = {*entry} & {'prompt', 'messages'} if isinstance(entry, dict) else set()
   if len(keys) != 1:
     raise ConfigError("expected an object with either a 'prompt' or 'messages'.")
   if 'messages' in keys and not isinstance(entry['messages'], list):
     raise ConfigError(f"'messages' is {entry['messages']!r}; it must be a list.")
-  text = entry['prompt'] if 'prompt' in keys else sampler.prompt_of(entry['messages'])
+  text = entry['prompt'] if 'prompt' in keys else prompt_of(entry['messages'], chat)
   if not isinstance(text, str) or not text:
     raise ConfigError(f"'prompt' is {text!r}; it must be a text, and not an empty one.")
   return Prompt(text, entry.get('id'))
@@ -92,7 +99,7 @@ class AnswerFile:
     self._digests = [digest(prompt.text) for prompt in prompts]
     self.answered: set[tuple[int, int]] = set()  # Prompts and samples.
     content = path.read_bytes() if path.exists() else b''
-    self._whole = content.rfind(b'\n') + 1
+    self._size, self._whole = len(content), content.rfind(b'\n') + 1
     for number, line in enumerate(content[: self._whole].splitlines(), 1):
       if (answer := self._answer_of(line)) is None:
         raise ConfigError(
@@ -135,11 +142,27 @@ class AnswerFile:
       yield from completions
       return
     self._path.parent.mkdir(parents=True, exist_ok=True)
-    with open(self._path, 'ab', buffering=0) as file:
+    with open(self._path, 'ab') as file:
+      self._claim(file)
       file.truncate(self._whole)
       for completion in completions:
         file.write(json.dumps(self._line(completion), ensure_ascii=False).encode() + b'\n')
+        file.flush()  # What a call of the system leaves unwritten of a line, the next one writes.
         yield completion
+
+  def _claim(self, file: BinaryIO):
+    """Keeps other processes from adding answers, as far as the file system knows locks."""
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      is_ours = os.fstat(file.fileno()).st_size == self._size
+    except BlockingIOError:
+      is_ours = False
+    except OSError:
+      return
+    if not is_ours:
+      raise ConfigError(
+          f'another process adds answers to {self._path}: wait until it ends, or name another file.'
+      )
 
   def _line(self, completion: Completion) -> dict[str, Any]:
     name = self._prompts[completion.prompt].name

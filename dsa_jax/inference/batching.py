@@ -10,6 +10,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
+from dsa_jax.config import ModelConfig
 from dsa_jax.data.tokenizer import Tokenizer
 from dsa_jax.inference.cache import Cache, shapes_of
 from dsa_jax.inference.drafts import Drafts, no_drafts, read_chunk_with_drafts
@@ -18,6 +19,7 @@ from dsa_jax.inference.sample_config import SampleConfig, padded
 from dsa_jax.inference.shares import make_texts, place_text, whole_rows
 from dsa_jax.inference.slots import Slots, Written, copy_of, free_slots, join, write
 from dsa_jax.inference.stopping import StopTexts
+from dsa_jax.parallel.mesh import MeshConfig
 
 LINE = 512  # The capacity of slots is a multiple of it, for few programs.
 CHUNKS = 4  # At most so many chunks of prompts are read between two steps.
@@ -96,12 +98,28 @@ def complete(
   if not texts:
     return
   longest = max(len(text.prompt) for text in texts) + config.max_new_tokens
-  line, mesh = math.lcm(LINE, engine.mesh.context), engine.mesh
-  capacity = min(-(-longest // line) * line, whole_rows(engine.cfg.max_seq_len, mesh))
-  n_shares = mesh.fsdp * mesh.expert  # Some slots may stay free, for even shares.
-  batch = Batch(engine, config, min(n_slots, -(-len(texts) // n_shares) * n_shares), capacity)
+  n_slots, capacity = size_of_batch(engine.cfg, engine.mesh, n_slots, len(texts), longest)
+  batch = Batch(engine, config, n_slots, capacity)
   for text in batch.run(iter(texts)):
     yield text.completion()
+
+
+def size_of_batch(
+    cfg: ModelConfig, mesh: MeshConfig, n_slots: int, n_texts: int, longest: int
+) -> tuple[int, int]:
+  """Returns the slots of a running batch, and the capacity of each.
+
+  Args:
+    cfg: The model.
+    mesh: The devices.
+    n_slots: At most so many.
+    n_texts: All texts.
+    longest: Tokens of the longest text, with those that are to follow.
+  """
+  line, n_shares = math.lcm(LINE, mesh.context), mesh.fsdp * mesh.expert
+  capacity = min(-(-longest // line) * line, whole_rows(cfg.max_seq_len, mesh))
+  # Some slots may stay free, for even shares.
+  return min(n_slots, -(-n_texts // n_shares) * n_shares), capacity
 
 
 class Batch:

@@ -137,10 +137,3 @@ def match_rows(
 ) -> Float[Array, 'B T H E2']:
   """Appends as many zeros to queries as stand behind the keys of stored rows."""
   return widen(q, q.shape[-1] + store.width // n_heads - row_dim)
-
-
-def bytes_per_token(cfg: ModelConfig, fmt: str = 'bfloat16', n_heads: int = 0) -> int:
-  """Returns the bytes that one token takes in all layers, with so many key heads of a row."""
-  cache = jax.eval_shape(lambda: init_cache(cfg, 1, 1, fmt=fmt, n_heads=n_heads))
-  stores = cache.kv, cache.index_key, cache.window_kv
-  return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(stores))

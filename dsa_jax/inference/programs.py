@@ -197,9 +197,8 @@ class Engine(NamedTuple):
     return mesh_config(self.reader.shares and self.reader.shares.mesh)
 
   def empty_cache(self, batch: int, capacity: int) -> Cache:
-    on_tpu, shares, n_heads = self.reader.backend == 'tpu', self.reader.shares, 0
-    if shares is not None and shares.splits_heads:
-      n_heads = max(self.cfg.row_heads, self.mesh.tensor)
+    on_tpu, shares = self.reader.backend == 'tpu', self.reader.shares
+    n_heads = 0 if shares is None else shares.row_heads(self.cfg)
     args = self.cfg, batch, capacity, self.cache_format, on_tpu, n_heads
     return make_texts(_empty_cache, *args, n_texts=batch, shares=shares)
 

@@ -16,13 +16,13 @@ from jaxtyping import Array, Float
 import numpy as np
 
 from dsa_jax.config import ConfigError, ModelConfig
-from dsa_jax.data.chat import ChatTemplate, Message, find_chat_template
+from dsa_jax.data.chat import ChatTemplate, Message, find_chat_template, prompt_of
 from dsa_jax.data.text import VOCAB_SIZE
 from dsa_jax.data.tokenizer import Bytes, Tokenizer, find_tokenizer
-from dsa_jax.inference.batching import Completion, Text, complete
+from dsa_jax.inference.batching import Completion, Text, complete, size_of_batch
 from dsa_jax.inference.cache import Cache
 from dsa_jax.inference.load import StoredModel, config_of, find_checkpoint, load_checkpoint
-from dsa_jax.inference.memory import check_memory
+from dsa_jax.inference.memory import Texts, check_memory
 from dsa_jax.inference.programs import make_engine
 from dsa_jax.inference.sample_config import SampleConfig, padded
 from dsa_jax.inference.shares import check_mesh, check_texts, mesh_config, whole_rows
@@ -106,7 +106,7 @@ class Sampler:
       )
     self.cfg, self.tokenizer, self.chat = model.cfg, tokenizer or Bytes(), chat
     self.attention, self.rule = attention, rule
-    self.capacity = _check_sizes(model.cfg, capacity, mesh)
+    self.capacity = check_capacity(model.cfg, capacity, mesh)
     self._engine = make_engine(
         model, attention=attention, rule=rule, cache=cache, chunk=chunk, backend=backend,
         drafts=drafts, mesh=mesh,
@@ -131,6 +131,9 @@ class Sampler:
       capacity: int = 0,
       weights: str = '',
       n_texts: int = 1,
+      texts: Texts | None = None,
+      tokenizer: Tokenizer | None = None,
+      chat: ChatTemplate | None = None,
       mesh: Mesh | None = None,
       **kwargs,
   ) -> 'Sampler':
@@ -145,8 +148,11 @@ class Sampler:
       capacity: See the class.
       weights: 'float32', 'bfloat16', 'fp8' or 'int8', see `load_checkpoint`. '' stands for 'fp8' where the
         released checkpoint was in FP8, and for 'float32' elsewhere and on a CPU, which widens slowly.
-      n_texts: How many caches of that capacity must fit beside the weights, which is checked before
-        anything is loaded. `complete` makes smaller ones, for the texts that it is given.
+      n_texts: How many texts of that capacity must fit beside the weights, which is checked before
+        anything is loaded. `complete` checks what it needs for the texts that it is given.
+      texts: What must fit in their place, where that is known better.
+      tokenizer: None stands for the checkpoint's own.
+      chat: None stands for the template of the checkpoint, if it has one.
       mesh: See there. Each device reads its own share of the weights only.
       **kwargs: The other arguments of the class.
 
@@ -158,20 +164,15 @@ class Sampler:
     if attention is None:
       attention = 'dense' if learned and not stored.has_trained_indexer else 'sparse'
     if attention == 'dense':
-      given = {'index_topk': index_topk, 'rule': rule}
-      if ignored := [f'{name}={value!r}' for name, value in given.items() if value is not None]:
-        raise ConfigError(
-            f'{", ".join(ignored)} would change nothing, because attention is dense: it was asked for, '
-            f"or the indexer of {folder} was never trained. Give attention='sparse', too, or a rule "
-            'that needs no training.'
-        )
+      _check_unused(folder, index_topk=index_topk, rule=rule)
     selects = 'indexer' if attention == 'dense' else rule or stored.rule
     cfg = config_of(stored, index_topk)
     weights, cache = weights or _usual_format(stored), kwargs.get('cache') or cfg.dtype
-    sizes = dict(capacity=_check_sizes(cfg, capacity, mesh), n_texts=n_texts, mesh=mesh)
-    check_memory(cfg, weights=weights, cache=cache, **sizes)
+    texts = texts or Texts(n=n_texts, capacity=check_capacity(cfg, capacity, mesh))
+    check_memory(cfg, texts, weights=weights, cache=cache, mesh=mesh)
+    tokenizer = tokenizer or tokenizer_of(stored, cfg)
+    chat = chat or find_chat_template(stored.origin)
     model = load_checkpoint(folder, index_topk=index_topk, mesh=mesh, dtype=weights)
-    tokenizer, chat = _tokenizer_of(stored, cfg), find_chat_template(stored.origin)
     return cls(
         model, tokenizer, chat=chat, rule=selects, attention=attention, capacity=capacity, mesh=mesh,
         **kwargs,
@@ -211,12 +212,7 @@ class Sampler:
     Raises:
       ConfigError: The checkpoint has no chat template, or its template refuses the messages.
     """
-    if self.chat is None:
-      raise ConfigError(
-          'the checkpoint has no chat template (chat_template.jinja, or chat_template in '
-          'tokenizer_config.json): give a prompt in place of messages.'
-      )
-    return self.chat(messages)
+    return prompt_of(messages, self.chat)
 
   def complete(
       self,
@@ -242,8 +238,8 @@ class Sampler:
       without: Pairs of a prompt and a sample that are not asked for.
 
     Raises:
-      ConfigError: A prompt is empty, too long, or holds an id that is no token; or an argument is
-        out of range. Nothing has been read then.
+      ConfigError: A prompt is empty, too long, or holds an id that is no token; the slots do not fit
+        into memory; or an argument is out of range. Nothing has been read then.
     """
     config = config or SampleConfig(stop=self.tokenizer.stop)
     if samples < 1 or slots < 1:
@@ -252,14 +248,25 @@ class Sampler:
     self._check_config(config)
     ids = [self.tokenizer.encode(x) if isinstance(x, str) else list(x) for x in prompts]
     for i, prompt in enumerate(ids):
-      self._check_prompt(i, prompt, 0, config.max_new_tokens)
+      check_prompt(i, prompt, self.cfg, self.capacity, room=config.max_new_tokens)
     texts = [
         Text(i, sample, samples, prompt, self.tokenizer, config)
         for i, prompt in enumerate(ids)
         for sample in range(samples)
         if (i, sample) not in without
     ]
+    if texts:
+      self._check_memory(max(map(len, ids)) + config.max_new_tokens, len(texts), slots)
     return complete(self._engine, texts, config, slots)
+
+  def _check_memory(self, longest: int, n_texts: int, slots: int):
+    """Raises a ConfigError if so many slots for texts of this length do not fit beside the weights."""
+    engine = self._engine
+    n, capacity = size_of_batch(self.cfg, engine.mesh, slots, n_texts, longest)
+    texts = Texts(n=n, capacity=capacity, drafts=engine.drafts, is_running=True)
+    own = sum(x.addressable_shards[0].data.nbytes for x in engine.weights)
+    mesh = engine.reader.shares and engine.reader.shares.mesh
+    check_memory(self.cfg, texts, weights=own, cache=engine.cache_format, mesh=mesh)
 
   def generate(
       self, prompts: Sequence[Sequence[int]], config: SampleConfig = SampleConfig()
@@ -371,25 +378,7 @@ class Sampler:
       )
     check_texts(self._engine.mesh, 'prompts', len(prompts))
     for i, prompt in enumerate(prompts):
-      self._check_prompt(i, prompt, int(before[i]), room)
-
-  def _check_prompt(self, i: int, prompt: Sequence[int], before: int, room: int):
-    if isinstance(prompt, str):
-      raise ConfigError(f'prompt {i} is text, {prompt[:20]!r}: give `tokenizer.encode(text)`.')
-    if not len(prompt):
-      raise ConfigError(f'prompt {i} is empty: it must hold at least one token.')
-    total = before + len(prompt) + room
-    if total > self.capacity:
-      raise ConfigError(
-          f'prompt {i} has {before + len(prompt)} tokens and {room} are to follow: {total} do not '
-          f'fit into a cache of {self.capacity}.'
-      )
-    low, high = min(prompt), max(prompt)
-    if low < 0 or high >= self.cfg.vocab_size:
-      wrong = low if low < 0 else high
-      raise ConfigError(
-          f'prompt {i} holds id {wrong}; ids must be within 0 and {self.cfg.vocab_size - 1}.'
-      )
+      check_prompt(i, prompt, self.cfg, self.capacity, before=int(before[i]), room=room)
 
   def _check_prefix(self, prefix: Prefix):
     if prefix.mesh != self._engine.mesh:
@@ -409,7 +398,27 @@ class Sampler:
       raise ConfigError(f'{config.top_k=} must be at most the vocabulary of {self.cfg.vocab_size}.')
 
 
-def _check_sizes(cfg: ModelConfig, capacity: int, mesh: Mesh | None) -> int:
+def check_prompt(
+    i: int, prompt: Sequence[int], cfg: ModelConfig, capacity: int, *, before: int = 0, room: int
+):
+  """Raises a ConfigError if a model cannot read a prompt, behind others, and write behind it."""
+  if isinstance(prompt, str):
+    raise ConfigError(f'prompt {i} is text, {prompt[:20]!r}: give `tokenizer.encode(text)`.')
+  if not len(prompt):
+    raise ConfigError(f'prompt {i} is empty: it must hold at least one token.')
+  total = before + len(prompt) + room
+  if total > capacity:
+    raise ConfigError(
+        f'prompt {i} has {before + len(prompt)} tokens and {room} are to follow: {total} do not '
+        f'fit into a cache of {capacity}.'
+    )
+  low, high = min(prompt), max(prompt)
+  if low < 0 or high >= cfg.vocab_size:
+    wrong = low if low < 0 else high
+    raise ConfigError(f'prompt {i} holds id {wrong}; ids must be within 0 and {cfg.vocab_size - 1}.')
+
+
+def check_capacity(cfg: ModelConfig, capacity: int, mesh: Mesh | None) -> int:
   """Returns the capacity. Raises a ConfigError if it is out of range, or a mesh does not fit the model."""
   if not 0 <= capacity <= cfg.max_seq_len:
     raise ConfigError(f'{capacity=} must be within 0 and the {cfg.max_seq_len=}.')
@@ -419,7 +428,7 @@ def _check_sizes(cfg: ModelConfig, capacity: int, mesh: Mesh | None) -> int:
   return capacity
 
 
-def _tokenizer_of(stored: StoredModel, cfg: ModelConfig) -> Tokenizer:
+def tokenizer_of(stored: StoredModel, cfg: ModelConfig) -> Tokenizer:
   """Returns the tokenizer of a checkpoint, and warns where bytes stand in for that of its model."""
   tokenizer = find_tokenizer(stored.origin)
   is_foreign = cfg.vocab_size != VOCAB_SIZE and not stored.source
@@ -430,6 +439,15 @@ def _tokenizer_of(stored: StoredModel, cfg: ModelConfig) -> Tokenizer:
         stored.folder, cfg.vocab_size,
     )  # fmt: skip
   return tokenizer
+
+
+def _check_unused(folder: str | pathlib.Path, **given):
+  if ignored := [f'{name}={value!r}' for name, value in given.items() if value is not None]:
+    raise ConfigError(
+        f'{", ".join(ignored)} would change nothing, because attention is dense: it was asked for, '
+        f"or the indexer of {folder} was never trained. Give attention='sparse', too, or a rule "
+        'that needs no training.'
+    )
 
 
 def _usual_format(stored: StoredModel) -> str:

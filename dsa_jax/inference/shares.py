@@ -8,13 +8,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec as P
 import numpy as np
 
 from dsa_jax.config import ConfigError, ModelConfig
 from dsa_jax.inference.cache import Cache
 from dsa_jax.nn.transformer import Transformer
 from dsa_jax.parallel.mesh import MESH_AXES, SEQUENCES, TOKENS, MeshConfig, shardings_of
+
+AnyMesh = Mesh | AbstractMesh  # The latter has shapes alone.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,9 +27,13 @@ class Shares:
   caches also over positions (`context`) and, of GQA, over key heads (`tensor`).
   """
 
-  mesh: Mesh
+  mesh: AnyMesh
   splits_heads: bool  # Whether each device keeps the key heads of its own heads only.
   weights: tuple[P, ...]
+
+  def row_heads(self, cfg: ModelConfig) -> int:
+    """Returns the key heads of a row of the cache, see `init_cache`."""
+    return max(cfg.row_heads, self.mesh.shape['tensor']) if self.splits_heads else 0
 
   def sequences(self, n_texts: int) -> tuple[str, ...]:
     """Returns the axes of the mesh that split so many texts."""
@@ -60,11 +66,17 @@ class Shares:
 
 def shares_of(model: Transformer, mesh: Mesh | None) -> Shares | None:
   """Returns the shares of a model on a mesh; None where there is one device."""
-  if mesh is None or mesh.size == 1:
+  if (shares := shares_of_texts(model.cfg, mesh)) is None:
     return None
   specs = [place.spec for place in jax.tree.leaves(shardings_of(model, mesh))]
-  splits_heads = model.cfg.attention == 'gqa' and mesh.shape['tensor'] > 1
-  return Shares(mesh, splits_heads, tuple(specs))
+  return dataclasses.replace(shares, weights=tuple(specs))
+
+
+def shares_of_texts(cfg: ModelConfig, mesh: AnyMesh | None) -> Shares | None:
+  """Returns the shares of texts alone; None where there is one device."""
+  if mesh is None or mesh.size == 1:
+    return None
+  return Shares(mesh, cfg.attention == 'gqa' and mesh.shape['tensor'] > 1, ())
 
 
 def make_texts(
@@ -125,7 +137,7 @@ def check_texts(mesh: MeshConfig, name: str, n: int):
     )
 
 
-def mesh_config(mesh: Mesh | None) -> MeshConfig:
+def mesh_config(mesh: AnyMesh | None) -> MeshConfig:
   """Returns the sizes of a mesh.
 
   Raises:

@@ -2,6 +2,7 @@
 """The formats in which a loaded model keeps its weights, and their loading share by share."""
 
 from collections.abc import Collection, Iterator
+import dataclasses
 import functools
 import pathlib
 from typing import Any
@@ -19,7 +20,7 @@ from dsa_jax.inference.released import equation_of, scales_of_blocks
 from dsa_jax.inference.storage import as_bits, from_bits
 from dsa_jax.kernels.block_scaled import BlockScaled, block_sizes, quantize
 from dsa_jax.training.checkpoint import (
-    check_params, latest_checkpoint, open_tree, read_array, reading, shares_of,
+    check_params, has_codes, latest_checkpoint, open_tree, read_array, reading, shares_of,
 )  # fmt: skip
 from dsa_jax.training.state import abstract_params
 
@@ -57,10 +58,10 @@ def abstract_weights(
     return abstract_params(cfg, mesh=mesh, dtype=fmt)
 
   def leaf(path: tuple, x: nnx.Variable) -> nnx.Variable:
-    names, target = tuple(str(key.key) for key in path), x.get_value()
+    names, target = _names(path), x.get_value()
     if names in narrow if narrow else names[-1] in NARROW:
       return x.replace(_abstract_scaled(target, x.get_metadata()['axes'], CODES[fmt]))
-    if stored is None or target.dtype == 'float32':
+    if stored is None or target.dtype == 'float32' or has_codes(stored[names]):
       return x
     dtype = stored[names].dtype.numpy_dtype
     return x.replace(jax.ShapeDtypeStruct(target.shape, dtype, sharding=target.sharding))
@@ -98,24 +99,34 @@ def load_weights(
   """
   stores = check_params(folder, abstract_params(cfg, mesh=mesh))
   step = latest_checkpoint(folder)
-  has_scales = fmt == 'fp8' and family and (step / 'scales').is_dir()
+  has_scales = family and (step / 'scales').is_dir()
   scales = open_tree(step / 'scales') if has_scales else {}
-  like = abstract_weights(cfg, fmt, mesh=mesh, stored=stores, narrow=scales.keys())
+  narrow = scales.keys() if fmt == 'fp8' else ()
+  like = abstract_weights(cfg, fmt, mesh=mesh, stored=stores, narrow=narrow)
 
   def load(path: tuple, x: nnx.Variable) -> nnx.Variable:
-    names, target = tuple(str(key.key) for key in path), x.get_value()
+    names, target, store = _names(path), x.get_value(), stores[_names(path)]
+    if not isinstance(target, BlockScaled) and not has_codes(store):
+      return x.replace(read_array(store, target))
+    blocks = target
     if not isinstance(target, BlockScaled):
-      return x.replace(read_array(stores[names], target))
-    equation = equation_of(cfg, family, names) if names in scales else None
-    sizes, scale = _sizes(target), None
+      blocks = _abstract_scaled(target, x.get_metadata()['axes'], store.dtype.numpy_dtype)
+    if has_codes(store) and names not in scales:
+      raise ConfigError(f'{folder} lacks the scales of {".".join(names)}: the copy is not whole.')
+    equation = equation_of(cfg, family, names) if names in narrow or has_codes(store) else None
+    sizes, scale = _sizes(blocks), None
     if equation is not None:
       n = target.ndim - len(equation.split(' -> ')[1].split())
       released = scales[names].read().result()
       scale = scales_of_blocks(released, equation, target.shape[n:], sizes[n:])
-    return x.replace(_read_scaled(stores[names], target, scale))
+    return x.replace(_read_blocks(store, target, sizes, scale))
 
   with reading(step):
     return jax.tree.map_with_path(load, like, is_leaf=lambda x: isinstance(x, nnx.Variable))
+
+
+def _names(path: tuple) -> Path:
+  return tuple(str(key.key) for key in path)
 
 
 def _sizes(x: BlockScaled) -> tuple[int, ...]:
@@ -123,15 +134,25 @@ def _sizes(x: BlockScaled) -> tuple[int, ...]:
   return tuple(n // n_blocks for n, n_blocks in zip(x.shape, x.scale.shape))
 
 
-def _read_scaled(
-    store: ts.TensorStore, target: BlockScaled, scale: np.ndarray | None
-) -> BlockScaled:
-  """Reads an array into codes with these scales, the shards of this process's devices only."""
-  parts, sizes = [], _sizes(target)
-  for share, (first, *others) in shares_of(store, target.codes):
+def _read_blocks(
+    store: ts.TensorStore,
+    target: BlockScaled | jax.ShapeDtypeStruct,
+    sizes: tuple[int, ...],
+    scale: np.ndarray | None,
+) -> BlockScaled | Array:
+  """Reads numbers into codes, or codes into either, the shards of this process's devices only.
+
+  Args:
+    store: Numbers or codes.
+    target: What becomes of them.
+    sizes: Those of their blocks.
+    scale: The scales of stored codes, or of those that numbers become; None: such as fit the numbers.
+  """
+  parts, whole = [], target.codes if isinstance(target, BlockScaled) else target
+  for share, (first, *others) in shares_of(store, whole):
     starts, stops = share.domain.inclusive_min, share.domain.exclusive_max
     own = tuple(slice(a // size, b // size) for a, b, size in zip(starts, stops, sizes))
-    part = _quantized(share, sizes, target.codes.dtype, None if scale is None else scale[own], first)
+    part = _read_share(share, sizes, whole.dtype, None if scale is None else scale[own], first)
     parts += [part, *(jax.device_put(part, device) for device in others)]
   join = lambda like, *parts: jax.make_array_from_single_device_arrays(
       like.shape, like.sharding, list(parts)
@@ -139,25 +160,28 @@ def _read_scaled(
   return jax.tree.map(join, target, *parts)
 
 
-def _quantized(
+def _read_share(
     share: ts.TensorStore,
     sizes: tuple[int, ...],
     dtype: Any,
     scale: np.ndarray | None,
     device: jax.Device,
-) -> BlockScaled:
-  """Reads a share into codes on a device, one layer, expert or head after another where there are any."""
+) -> BlockScaled | Array:
+  """Reads a share onto a device, one layer, expert or head after another where there are any."""
   if sizes[0] > 1:
-    whole = jax.device_put(share.read().result(), device)
-    return _quantize(whole, sizes=sizes, dtype=dtype, scale=scale)
-  blocks = tuple(n // size for n, size in zip(share.shape, sizes))
+    return _convert(*jax.device_put((share.read().result(), scale), device), sizes=sizes, dtype=dtype)
   with jax.default_device(device):
-    filled = BlockScaled(as_bits(jnp.zeros(share.shape, dtype)), jnp.zeros(blocks, jnp.float32))
+    filled = as_bits(jnp.zeros(share.shape, dtype))
+    if dtype in CODES.values():
+      blocks = tuple(n // size for n, size in zip(share.shape, sizes))
+      filled = BlockScaled(filled, jnp.zeros(blocks, jnp.float32))
   for i, piece in enumerate(_pieces(share)):
     of_piece = piece, None if scale is None else scale[i]
     of_piece = jax.device_put(of_piece, device)
     filled = jax.block_until_ready(_fill(filled, i, *of_piece, sizes=sizes[1:], dtype=dtype))
-  return BlockScaled(from_bits(filled.codes, dtype), filled.scale)
+  if isinstance(filled, BlockScaled):
+    return BlockScaled(from_bits(filled.codes, dtype), filled.scale)
+  return from_bits(filled, dtype)
 
 
 def _pieces(share: ts.TensorStore) -> Iterator[np.ndarray]:
@@ -175,20 +199,30 @@ def _pieces(share: ts.TensorStore) -> Iterator[np.ndarray]:
     yield piece
 
 
-_quantize = jax.jit(quantize, static_argnames=('sizes', 'dtype'))
+@functools.partial(jax.jit, static_argnames=('sizes', 'dtype'))
+def _convert(
+    x: Float[Array, '*any'], scale: Float[Array, '*blocks'] | None, *, sizes: tuple, dtype: Any
+) -> BlockScaled | Array:
+  """Returns numbers or codes as either; see `_read_blocks`."""
+  if x.dtype == CODES['fp8']:
+    codes = BlockScaled(x, scale)
+    if x.dtype == dtype:
+      return codes
+    x, scale = codes.astype(jnp.float32), None
+  return quantize(x, sizes, dtype, scale) if dtype in CODES.values() else x.astype(dtype)
 
 
 @functools.partial(jax.jit, static_argnames=('sizes', 'dtype'), donate_argnames='filled')
 def _fill(
-    filled: BlockScaled,
+    filled: BlockScaled | Array,
     i: Int[Array, ''],
     piece: Float[Array, '*any'],
     scale: Float[Array, '*blocks'] | None,
     *,
     sizes: tuple,
     dtype: Any,
-) -> BlockScaled:
-  """Returns the codes, as bits, with those of one piece."""
-  new = quantize(piece, sizes, dtype, scale)
-  new = BlockScaled(as_bits(new.codes), new.scale)
+) -> BlockScaled | Array:
+  """Returns the bits of numbers or codes, with those of one piece."""
+  new = _convert(piece, scale, sizes=sizes, dtype=dtype)
+  new = dataclasses.replace(new, codes=as_bits(new.codes)) if isinstance(new, BlockScaled) else as_bits(new)
   return jax.tree.map(lambda old, new: jax.lax.dynamic_update_index_in_dim(old, new, i, 0), filled, new)

@@ -185,6 +185,7 @@ def restore_params(folder: pathlib.Path, like: nnx.State) -> nnx.State:
     ConfigError: There is no checkpoint, or it is of a model with other shapes.
   """
   stores = check_params(folder, like)
+  check_wide(stores, folder)
   targets, treedef = _by_path(nnx.as_pure(like))
   with reading(latest_checkpoint(folder)):
     arrays = _read_all(stores, targets)
@@ -203,6 +204,20 @@ def check_params(folder: pathlib.Path, like: nnx.State) -> dict[tuple[str, ...],
   stores = {path[1:]: store for path, store in stores.items() if path[0] == 'params'}
   _check_shapes(stores, _by_path(nnx.as_pure(like))[0], folder)
   return stores
+
+
+def has_codes(store: ts.TensorStore) -> bool:
+  """Returns whether an array is kept as FP8 codes, whose scales lie beside the parameters."""
+  return store.dtype.name == 'float8_e4m3fn'
+
+
+def check_wide(stores: dict[tuple[str, ...], ts.TensorStore], folder: pathlib.Path):
+  """Raises a ConfigError if some parameters are kept as codes, which nothing trains."""
+  if codes := ['.'.join(path) for path, store in stores.items() if has_codes(store)]:
+    raise ConfigError(
+        f'{folder} keeps {len(codes)} of its arrays in FP8, such as {codes[0]}. It is for sampling and '
+        'evaluation; to train, convert the release again with --dtype=bfloat16.'
+    )
 
 
 def saved_steps(folder: pathlib.Path) -> list[int]:

@@ -17,7 +17,7 @@ from dsa_jax.config import ConfigError, ModelConfig
 from dsa_jax.data.tokenizer import (
     TOKENIZER_FILES, kept_tokenizer, open_tokenizer, read_object, released_config, tokenizer_folder,
 )  # fmt: skip
-from dsa_jax.training.checkpoint import check_params, saved_steps
+from dsa_jax.training.checkpoint import check_params, check_wide, saved_steps
 from dsa_jax.training.recipe import Recipe
 
 ORIGIN = 'origin'  # The folder of a run that holds what an import has kept of its release.
@@ -52,7 +52,7 @@ def check_origins(recipe: Recipe, like: nnx.State):
       continue
     folder, where = recipe.init_folder(entry), f'stages.{name}.init_from={entry.init_from!r}'
     _check_kind(folder, where, list(recipe.stages))
-    check_params(folder, like)
+    check_wide(check_params(folder, like), folder)
     if not (record := model_record(folder)):
       raise ConfigError(
           f'{where} does not say which model it is of, because it lies outside its run: name '

@@ -14,7 +14,7 @@ import pytest
 import released
 
 from configs import deepseek_v32
-from dsa_jax.config import ModelConfig
+from dsa_jax.config import ConfigError, ModelConfig
 from dsa_jax.convert import fp8
 from dsa_jax.convert.config_json import read_config
 from dsa_jax.convert.exporter import Checkpoint, _outs, export_checkpoint, open_checkpoint
@@ -24,9 +24,9 @@ from dsa_jax.families import FAMILIES
 from dsa_jax.families.deepseek import DEEPSEEK_V32
 from dsa_jax.inference.load import load_checkpoint
 from dsa_jax.train import train
-from dsa_jax.training.checkpoint import Checkpoints, Progress, open_tree
+from dsa_jax.training.checkpoint import Checkpoints, Progress, open_tree, restore_params
 from dsa_jax.training.optim import OptimConfig
-from dsa_jax.training.state import init_params, new_state
+from dsa_jax.training.state import abstract_params, init_params, new_state
 
 quiet = lambda nbytes: None
 
@@ -82,6 +82,28 @@ def test_round_trip(variant):
   for path in ours:
     assert ours[path].dtype == again[path].dtype, path
     assert ours[path].tobytes() == again[path].tobytes(), path
+
+
+def test_codes_may_stay_codes_on_disk(tmp_path):
+  """They take half the room, load as the same codes and numbers, and go out as the same bytes."""
+  config = released.V3 | {'num_hidden_layers': 2, 'num_nextn_predict_layers': 0}
+  released.write(tmp_path / 'source', config, released.random_tensors(config, odd_scales=True, norms='BF16'))
+  import_folder(tmp_path / 'source', tmp_path / 'codes', dtype='fp8')
+  import_folder(tmp_path / 'source', tmp_path / 'wide', dtype='float32')
+  codes, wide = arrays(tmp_path / 'codes'), arrays(tmp_path / 'wide')
+  experts = 'params', 'moe_blocks', 'ffn', 'w1'
+  assert codes[experts].dtype == 'float8_e4m3fn' and wide[experts].dtype == 'float32'
+  assert codes['params', 'embed'].tobytes() == wide['params', 'embed'].tobytes()
+  for dtype in 'fp8', 'float32':
+    pair = [nnx.state(load_checkpoint(tmp_path / name, dtype=dtype)) for name in ('codes', 'wide')]
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a.astype('f4'), b.astype('f4')), *pair)
+  export_checkpoint(open_checkpoint(tmp_path / 'codes'), tmp_path / 'out')
+  assert released.read(tmp_path / 'out') == released.read(tmp_path / 'source')
+  with pytest.raises(ConfigError, match='keeps .* in FP8, such as .*to train, convert the release again'):
+    restore_params(tmp_path / 'codes', abstract_params(read_config(config)[1]))
+  released.write(tmp_path / 'bf16', config, released.random_tensors(config, fp8=False))
+  with pytest.raises(ConfigError, match='has no weights in FP8: dtype must be bfloat16 or float32'):
+    import_folder(tmp_path / 'bf16', tmp_path / 'none', dtype='fp8')
 
 
 def test_every_weight_is_in_its_place(variant):

@@ -36,6 +36,7 @@ def write(folder: pathlib.Path, texts: list[str]) -> dict[str, dict]:
     file.write(lines)
   table = pyarrow.table({'id': range(len(texts)), 'content': texts})
   parquet.write_table(table, folder / 'rows.parquet', row_group_size=7)
+  (folder / 'rows.parquet.gz').write_bytes(gzip.compress((folder / 'rows.parquet').read_bytes()))
   save_dataset(folder / 'arrow', table)
   write_flat(folder, texts)
   write_megatron(folder / 'megatron', texts)
@@ -47,6 +48,7 @@ def write(folder: pathlib.Path, texts: list[str]) -> dict[str, dict]:
       'gzip': dict(format='jsonl', files=path('packed.jsonl.gz')),
       'zstd': dict(format='jsonl', files=path('packed.jsonl.zst')),
       'parquet': dict(format='parquet', files=path('rows.parquet'), field='content'),
+      'parquet.gz': dict(format='parquet', files=path('rows.parquet.gz'), field='content'),
       'arrow': dict(format='arrow', files=path('arrow'), field='content'),
       'tokens': dict(format='tokens', files=path('tokens')),
       'megatron': dict(format='megatron', files=path('megatron')),

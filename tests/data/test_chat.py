@@ -59,6 +59,13 @@ def test_without_one(tmp_path):
   assert find_chat_template(tmp_path) is None
 
 
+@pytest.mark.parametrize('source', [[{'name': 'default'}], [3], {'default': 'x'}])
+def test_damaged_files_are_named(tmp_path, source):
+  (tmp_path / 'tokenizer_config.json').write_text(json.dumps({'chat_template': source}))
+  with pytest.raises(ConfigError, match='the chat template is (damaged: (Key|Type)Error|a dict)'):
+    find_chat_template(tmp_path)
+
+
 @pytest.mark.parametrize(
     'source, messages, message',
     [

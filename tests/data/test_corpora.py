@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import struct
+import tracemalloc
 
 import corpora_cases as cases
 import numpy as np
@@ -14,7 +15,7 @@ from pyarrow import parquet
 import pytest
 
 from dsa_jax.config import ConfigError
-from dsa_jax.data.corpora import files, raw
+from dsa_jax.data.corpora import files, raw, tokens
 
 TEXTS = cases.documents()
 
@@ -122,9 +123,14 @@ def test_a_file_that_is_cut_short_is_named(corpora, tmp_path, name, share):
 def test_an_arrow_file_that_is_cut_short_is_named(corpora, tmp_path):
   cases.save_dataset(tmp_path / 'a', pyarrow.table({'text': TEXTS}))
   path = tmp_path / 'a' / 'data-00001-of-00002.arrow'
-  path.write_bytes(path.read_bytes()[:-700])
-  with pytest.raises(ConfigError, match='data-00001-of-00002.arrow is damaged near row'):
-    cases.config(tmp_path, dict(format='arrow', files=str(tmp_path / 'a'))).rows(8, 'train')
+  whole, fields = path.read_bytes(), dict(format='arrow', files=str(tmp_path / 'a'))
+  for less in 700, 8:  # Behind a batch, too, where only the mark of the end is missing.
+    path.write_bytes(whole[:-less])
+    with pytest.raises(ConfigError, match='data-00001-of-00002.arrow is damaged near row'):
+      cases.config(tmp_path, fields).rows(8, 'train')
+  path.unlink()
+  with pytest.raises(ConfigError, match='is not whole: it lacks data-00001-of-00002.arrow'):
+    cases.config(tmp_path, fields).rows(8, 'train')
 
 
 def test_columns_must_be_there_and_hold_strings(tmp_path):
@@ -256,6 +262,23 @@ def test_token_files_are_globs_too(corpora, tmp_path):
   assert_same(want, rows_of(tmp_path, corpora['megatron'] | {'files': f'{whole}.bin'}))
 
 
+def test_memory_holds_a_part_of_a_token_file(tmp_path, monkeypatch):
+  """Not the whole file, nor a whole document, when its documents are found and its ids looked at."""
+  ids = np.tile(np.arange(1, 251, dtype=np.uint16), 10_000)
+  ids[[100, 90_000, -1]] = 0
+  ids.tofile(tmp_path / 'a.bin')
+  streams, peaks = [], []
+  for scanned in tokens.SCANNED, 2**14:
+    monkeypatch.setattr(tokens, 'SCANNED', scanned)
+    tracemalloc.start()
+    streams.append(tokens.FlatTokens(str(tmp_path / 'a.bin'), 'uint16', 0, tmp_path / f'{scanned}.npy'))
+    peaks.append(tracemalloc.get_traced_memory()[1])
+    tracemalloc.stop()
+  assert peaks[1] < 2**19 < ids.nbytes < peaks[0]
+  assert streams[0].about.tolist() == streams[1].about.tolist() and len(streams[0].about) == 3
+  assert streams[1].vocab_size == 251
+
+
 def test_ids_that_are_no_ids(tmp_path):
   for ids in ([1, -3, 0], [1, 2**40, 0]):
     np.save(tmp_path / 'a.npy', np.array(ids))
@@ -270,6 +293,9 @@ def test_flat_and_megatron_files_that_will_not_do(corpora, tmp_path):
     cases.config(tmp_path, flat | {'separator': 999}).rows(8, 'train')
   with pytest.raises(ConfigError, match="dtype='int8' must be"):
     cases.config(tmp_path, flat | {'dtype': 'int8'})
+  np.savez(tmp_path / 'a.npz', np.zeros(8, np.uint16))
+  with pytest.raises(ConfigError, match='a.npz is no bare file of ids, but zip: unpack it'):
+    cases.config(tmp_path, flat | {'files': str(tmp_path / 'a.npz')}).rows(8, 'train')
   np.save(tmp_path / 'two.npy', np.zeros((2, 2), np.uint16))
   with pytest.raises(ConfigError, match=r'ids in one dimension; it holds uint16 \(2, 2\)'):
     cases.config(tmp_path, flat | {'files': str(tmp_path / 'two.npy')}).rows(8, 'train')
@@ -286,6 +312,13 @@ def test_flat_and_megatron_files_that_will_not_do(corpora, tmp_path):
     cases.config(tmp_path, fields).rows(8, 'train')
   (tmp_path / 'm.idx').write_bytes(index[:-10])
   with pytest.raises(ConfigError, match='m.idx is not whole'):
+    cases.config(tmp_path, fields).rows(8, 'train')
+  (tmp_path / 'm.idx').write_bytes(index[:20])
+  with pytest.raises(ConfigError, match='m.idx is not whole'):
+    cases.config(tmp_path, fields).rows(8, 'train')
+  first, second = index[34:38], index[38:42]  # Lengths. Their sum does not tell that they changed places.
+  (tmp_path / 'm.idx').write_bytes(index[:34] + second + first + index[42:])
+  with pytest.raises(ConfigError, match='its sequences do not lie one behind the other'):
     cases.config(tmp_path, fields).rows(8, 'train')
   (tmp_path / 'm.idx').write_bytes(b'no index')
   with pytest.raises(ConfigError, match="no index of Megatron's"):

@@ -155,6 +155,7 @@ def test_fields_of_a_source(tmp_path, fields, message):
         ({'sources': {'x': {'format': 'text', 'files': ''}}}, 'the others have none'),
         ({'source': 'mixture', 'sources': {'a/b': {}}}, "the name 'a/b' must be of letters"),
         ({'damaged': 'ignore'}, "data.damaged='ignore' must be one of"),
+        ({'special_tokens': 'drop'}, "data.special_tokens='drop' must be one of"),
         ({'source': 'web'}, "data.source='web' must be one of"),
     ],
 )

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from tokenizer_families import FAMILIES
 
+from dsa_jax.config import ConfigError
 from dsa_jax.data.tokenizer import Pretrained, open_tokenizer
 
 TEXTS = [
@@ -46,6 +47,19 @@ def test_documents_begin_and_end_once_and_hold_no_marks(family):
     if not text.startswith('a mark'):
       assert inside == tokenizer.encode(text, add_special_tokens=False).ids
     assert ours.encode(text)[: len(before)] == before
+
+
+def test_names_of_special_tokens_may_stand_for_their_ids(family):
+  folder, tokenizer, before, after = family
+  name = lambda ids: ''.join(map(tokenizer.id_to_token, ids))
+  plain, ours = (open_tokenizer(str(folder), kind) for kind in ('text', 'ids'))
+  texts = f'a {name(after)} b', f'{name(before)}x{name(after)}'
+  inside, around = ours.encode_documents([text.encode() for text in texts])
+  assert inside.tolist().count(after[0]) == 2 and inside.tolist()[-1:] == after
+  assert around.tolist() == plain.encode_documents([b'x'])[0].tolist()
+  assert ours.digest != plain.digest
+  with pytest.raises(ConfigError, match='bytes have no special tokens'):
+    open_tokenizer('bytes', 'ids')
 
 
 def test_documents_are_those_of_transformers(family):

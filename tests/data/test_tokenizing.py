@@ -235,11 +235,24 @@ def test_a_folder_that_is_not_whole_is_refused(source, tmp_path):
   part.write_bytes(whole[:-7])
   with pytest.raises(ConfigError, match=f'part-00003.array_record has {len(whole) - 7} bytes and must'):
     tokens.TokenFolder(tmp_path / 'out')
+  part.write_bytes(b'\xff' * len(whole))
+  with pytest.raises(ConfigError, match='part-00003.array_record is damaged: '):
+    stream = tokens.TokenFolder(tmp_path / 'out')
+    stream.read(0, int(stream.about['tokens'].sum()))
+  part.write_bytes(whole)
+  manifest = tmp_path / 'out/manifest.json'
+  text = manifest.read_text()
+  manifest.write_text(text.replace('"dtype"', '"type"'))
+  with pytest.raises(ConfigError, match="manifest.json is damaged: KeyError 'dtype'"):
+    tokens.TokenFolder(tmp_path / 'out')
+  manifest.write_text(text)
+  documents = tmp_path / 'out/documents.npy'
+  np.save(documents, np.load(documents)[::-1][:-1])
+  with pytest.raises(ConfigError, match='they do not belong together'):
+    tokens.TokenFolder(tmp_path / 'out')
   part.unlink()
   with pytest.raises(ConfigError, match='part-00003.array_record has None bytes'):
     tokens.TokenFolder(tmp_path / 'out')
-  manifest = tmp_path / 'out/manifest.json'
-  text = manifest.read_text()
   manifest.write_text(text.replace('"version": 1', '"version": 2'))
   with pytest.raises(ConfigError, match='is of version 2; this is 1'):
     tokens.TokenFolder(tmp_path / 'out')

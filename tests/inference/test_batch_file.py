@@ -32,7 +32,7 @@ def sampler():
 def prompts(tmp_path, sampler):
   path = tmp_path / 'prompts.jsonl'
   path.write_text('\n\n'.join(map(json.dumps, LINES)))
-  return read_prompts(path, sampler)
+  return read_prompts(path, sampler.chat)
 
 
 def answers_in(path) -> dict[tuple[int, int], dict]:
@@ -58,6 +58,8 @@ def test_what_was_answered_is_kept_and_the_rest_is_the_same(tmp_path, sampler, p
   list(AnswerFile(whole, sampler, prompts, DRAWN, 2).answer(slots=3))
   stopped = AnswerFile(out, sampler, prompts, DRAWN, 2).answer(slots=2)
   next(stopped), next(stopped)
+  with pytest.raises(ConfigError, match='another process adds answers to .*answers.jsonl'):
+    next(AnswerFile(out, sampler, prompts, DRAWN, 2).answer(slots=2))
   stopped.close()
   kept = out.read_bytes()
   assert kept.count(b'\n') == 2
@@ -112,21 +114,21 @@ def test_a_prompt_that_is_too_long_writes_nothing(tmp_path, sampler, prompts):
         ('{"prompt": 3}', "line 2: 'prompt' is 3; it must be a text"),
         ('{"messages": 3}', "line 2: 'messages' is 3; it must be a list"),
         ('{"messages": [{"content": "a"}]}', "line 2: message 0 is .* must have a 'role'"),
+        ('{"prompt": "b", "id": [1]}', r"line 2: 'id' is \[1\], as in line 1: it must tell answers apart"),
     ],
 )
 def test_lines_that_are_no_prompts(tmp_path, sampler, line, message):
   path = tmp_path / 'prompts.jsonl'
-  path.write_text('{"prompt": "a"}\n' + line + '\n')
+  path.write_text('{"prompt": "a", "id": [1]}\n' + line + '\n')
   with pytest.raises(ConfigError, match=message):
-    read_prompts(path, sampler)
+    read_prompts(path, sampler.chat)
 
 
 def test_files_without_prompts_and_checkpoints_without_templates(tmp_path, sampler):
   path = tmp_path / 'prompts.jsonl'
   path.write_text('\n')
   with pytest.raises(ConfigError, match='prompts.jsonl holds no prompt'):
-    read_prompts(path, sampler)
-  plain = Sampler(laws.model_of(laws.weights(CFG), CFG))
+    read_prompts(path, sampler.chat)
   path.write_text(json.dumps(LINES[2]))
   with pytest.raises(ConfigError, match='line 1: the checkpoint has no chat template'):
-    read_prompts(path, plain)
+    read_prompts(path, None)

@@ -14,7 +14,7 @@ import pytest
 from test_golden import GLM
 
 from dsa_jax.config import ModelConfig
-from dsa_jax.inference.cache import bytes_per_token, init_cache
+from dsa_jax.inference.cache import init_cache
 from dsa_jax.inference.extend import extend
 from dsa_jax.inference.storage import QuantizedKeys, QuantizedLatents, rotate
 from dsa_jax.nn.attention.types import Mode
@@ -291,6 +291,11 @@ def test_index_keys_are_rotated_before_fp8():
 def test_bytes_per_token():
   """The arithmetic of what is served: 788 bytes per layer in FP8, 1152 + 256 in bfloat16."""
   cfg = ModelConfig()
+
+  def bytes_per_token(cfg, fmt):
+    cache = jax.eval_shape(lambda: init_cache(cfg, 1, 1, fmt=fmt))
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((cache.kv, cache.index_key)))
+
   assert bytes_per_token(cfg, 'fp8') == 48_068 == 61 * (512 + 4 * 4 + 64 * 2 + 128 + 4)
   assert bytes_per_token(cfg, 'bfloat16') == 61 * 2 * (576 + 128)
   shared = dataclasses.replace(cfg, indexer_types=('full', *['shared'] * 60))

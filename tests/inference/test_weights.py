@@ -20,9 +20,7 @@ from dsa_jax.config import ConfigError
 from dsa_jax.convert.importer import import_checkpoint, open_source
 from dsa_jax.data.text import VOCAB_SIZE
 from dsa_jax.families import SIZES
-from dsa_jax.inference import memory, sampler
 from dsa_jax.inference.batch_file import AnswerFile, read_prompts
-from dsa_jax.inference.cache import bytes_per_token
 from dsa_jax.inference.load import load_checkpoint
 from dsa_jax.inference.released import scales_of_blocks
 from dsa_jax.inference.sampler import SampleConfig, Sampler
@@ -109,31 +107,11 @@ def test_unknown_formats_are_refused(checkpoint):
     load_checkpoint(checkpoint, dtype='fp4')
 
 
-def test_what_does_not_fit_is_said_before_loading(checkpoint, monkeypatch):
-  wide, narrow = (memory.weight_bytes(CFG, fmt, None) for fmt in ('float32', 'int8'))
-  of_cache = 64 * bytes_per_token(CFG, 'float32')
-  monkeypatch.setattr(memory, 'device_bytes', lambda: wide + of_cache)
-  Sampler.load(checkpoint)
-  monkeypatch.setattr(memory, 'device_bytes', lambda: narrow + of_cache)
-  Sampler.load(checkpoint, weights='int8')
-  monkeypatch.setattr(sampler, 'load_checkpoint', None)
-  with pytest.raises(ConfigError, match=r"What may fit: .*weights='int8'.*, about \d devices"):
-    Sampler.load(checkpoint)
-  with pytest.raises(ConfigError, match='n_texts=-1 must be at least 0'):
-    Sampler.load(checkpoint, n_texts=-1)
-
-
-def test_a_mesh_splits_the_key_heads_of_a_cache():
-  whole, half = (bytes_per_token(GQA, 'float32', n_heads) for n_heads in (2, 1))
-  of_index = 4 * GQA.index_head_dim * GQA.n_layers
-  assert whole - of_index == 2 * (half - of_index)
-
-
 def test_answers_of_another_format_are_refused(checkpoint, tmp_path):
   wide, narrow = (Sampler.load(checkpoint, weights=fmt) for fmt in ('float32', 'int8'))
   assert wide.formats == ('float32', 'float32') and narrow.formats == ('float32', 'float32', 'int8')
   (tmp_path / 'prompts').write_text('{"prompt": "one"}')
-  given = read_prompts(tmp_path / 'prompts', wide), SampleConfig(max_new_tokens=1), 1
+  given = read_prompts(tmp_path / 'prompts', None), SampleConfig(max_new_tokens=1), 1
   list(AnswerFile(tmp_path / 'answers', wide, *given).answer(slots=1))
   with pytest.raises(ConfigError, match='another checkpoint or settings'):
     AnswerFile(tmp_path / 'answers', narrow, *given)

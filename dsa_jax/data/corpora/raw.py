@@ -18,6 +18,7 @@ from dsa_jax.data.text import find_files
 PIECE = 2**25  # Bytes of the files of a piece, about.
 READ = 2**20  # Bytes that are read at one time.
 ARROW = b'ARROW1'  # What begins a file in the format that may be read in any order.
+END = b'\xff\xff\xff\xff\0\0\0\0'  # What ends a stream of Arrow.
 
 
 class Piece(NamedTuple):
@@ -122,22 +123,24 @@ class Parquet(Records):
   """Parquet files, one of whose columns holds documents."""
 
   def pieces(self) -> list[Piece]:
-    """Returns groups of rows as the files have them, small ones together."""
+    """Returns groups of rows as the files have them, small ones together; compressed files whole."""
     pieces = []
     for name in places.expand(self.files, ('.parquet',)):
       with _parquet(name) as table:
         _check_column(name, self.field, table.schema_arrow)
-        about = table.metadata
+        about, most = table.metadata, float('inf') if places.is_compressed(name) else PIECE
         first = total = 0
         for i in range(about.num_row_groups):
           total += about.row_group(i).total_byte_size
-          if total >= PIECE or i + 1 == about.num_row_groups:
+          if total >= most or i + 1 == about.num_row_groups:
             pieces.append(Piece((name,), first, i + 1, total))
             first, total = i + 1, 0
     return pieces
 
   def documents(self, piece: Piece) -> Iterator[Document]:
     """Yields the text of each row."""
+    import pyarrow
+
     (name,) = piece.names
     groups = range(piece.first, piece.end)
     with _parquet(name) as table:
@@ -147,7 +150,7 @@ class Parquet(Records):
           for value in _plain(batch.column(0)):
             yield _string(f'{name}, row {row}', value, self.field)
             row += 1
-      except OSError as error:
+      except (OSError, pyarrow.ArrowException) as error:
         raise ConfigError(f'{name} is damaged near row {row}: {error}') from error
 
 
@@ -254,11 +257,14 @@ def _checked(where: str, text: bytes) -> Document:
 
 
 def _parquet(name: str):
+  """Opens a file, whose parts are read in no order: a compressed one is unpacked in memory."""
   import pyarrow
   from pyarrow import parquet
 
+  is_compressed = places.is_compressed(name)
+  file = pyarrow.BufferReader(_read_all(name)) if is_compressed else places.open_file(name)
   try:
-    return parquet.ParquetFile(places.open_file(name))
+    return parquet.ParquetFile(file)
   except (OSError, pyarrow.ArrowInvalid) as error:
     raise ConfigError(f'{name} is no whole Parquet file: {error}') from error
 
@@ -268,6 +274,9 @@ def _arrow(source: Any):
   import pyarrow
 
   is_file = source.read(len(ARROW)) == ARROW
+  source.seek(max(source.size() - len(END), 0))
+  if not is_file and source.read() != END:
+    raise pyarrow.ArrowInvalid('it does not end as a stream does, so rows may be missing')
   source.seek(0)
   return pyarrow.ipc.open_file(source) if is_file else pyarrow.ipc.open_stream(source)
 
@@ -308,4 +317,6 @@ def _saved_files(root: pathlib.Path) -> list[str]:
     raise ConfigError(
         f'files={str(root)!r} is a view of rows in another order: save it after `flatten_indices()`.'
     )
+  if missing := [name for name in names if not (root / name).is_file()]:
+    raise ConfigError(f'files={str(root)!r} is not whole: it lacks {missing[0]}, which state.json names.')
   return [str(root / name) for name in names]

@@ -83,14 +83,16 @@ def default_cache() -> pathlib.Path:
   return pathlib.Path(root).expanduser() / 'dsa_jax' / 'tokens'
 
 
-def open_format(source: Format, tokenizer: str, cache: pathlib.Path, damaged: str) -> TokenStream:
+def open_format(
+    source: Format, tokenizer: str, cache: pathlib.Path, damaged: str, special_tokens: str = 'text'
+) -> TokenStream:
   """Opens a source as tokens. Raw files are tokenized first, unless the cache has their tokens.
 
   Raises:
     ConfigError: A file is missing, damaged, or of another tokenizer.
   """
   if isinstance(source, RawFormat):
-    stream = TokenFolder(tokenizing.cached(source, tokenizer, cache, damaged))
+    stream = TokenFolder(tokenizing.cached(source, tokenizer, cache, damaged, special_tokens))
     stream.place = str(source.files)  # What its user knows it by.
     return stream
   if isinstance(source, Tokens):

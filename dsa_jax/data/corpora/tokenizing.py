@@ -41,6 +41,7 @@ class Job(NamedTuple):
 
   source: RawFormat
   tokenizer: str
+  special_tokens: str  # See `open_tokenizer`.
   digest: str  # The tokenizer's.
   damaged: str  # 'stop' ends the job at a damaged document, 'drop' counts it and goes on.
   folder: pathlib.Path
@@ -63,6 +64,7 @@ def tokenize(
     out: pathlib.Path,
     *,
     damaged: str = 'stop',
+    special_tokens: str = 'text',
     workers: int | None = None,
     quiet: bool = False,
 ):
@@ -75,6 +77,7 @@ def tokenize(
     tokenizer: Which one; see `open_tokenizer`.
     out: The folder, which must not exist.
     damaged: What to do about a document that is no text or no JSON: 'stop', or 'drop' and count it.
+    special_tokens: What their names in a document stand for; see `open_tokenizer`.
     workers: Processes; the cores of this machine if None.
     quiet: Whether to show no progress.
 
@@ -85,7 +88,8 @@ def tokenize(
     raise ConfigError(f'{damaged=} must be one of {DAMAGED}.')
   if out.exists():
     raise ConfigError(f'{out} exists; choose another folder, or delete it.')
-  opened, plan = open_tokenizer(tokenizer), describe(sources, tokenizer, damaged)
+  opened = open_tokenizer(tokenizer, special_tokens)
+  plan = describe(sources, opened, damaged)
   dtype = 'uint16' if opened.vocab_size <= 2**16 else 'uint32'
   pieces = [(source, piece) for source in sources for piece in source.pieces()]
   partial = out.with_name(out.name + '.partial')
@@ -98,25 +102,32 @@ def tokenize(
     partial.mkdir(exist_ok=True)
     _claim(partial, plan)
     if not (partial / tokens.MANIFEST).exists():
-      jobs = [Job(x, tokenizer, opened.digest, damaged, partial, dtype) for x, _ in pieces]
+      of_tokenizer = tokenizer, special_tokens, opened.digest
+      jobs = [Job(x, *of_tokenizer, damaged, partial, dtype) for x, _ in pieces]
       try:
         _run(jobs, [piece for _, piece in pieces], workers or os.cpu_count() or 1, quiet)
-        _check_unchanged(plan, describe(sources, tokenizer, damaged), partial)
+        now = describe(sources, open_tokenizer(tokenizer, special_tokens), damaged)
+        _check_unchanged(plan, now, partial)
         _finish(partial, len(pieces), opened, dtype, digest_of(plan))
       except BaseException:
         if not any(partial.glob('part-*.json')):  # There is nothing to go on from.
           shutil.rmtree(partial, ignore_errors=True)
           lock.unlink(missing_ok=True)
         raise
-    kept = {tokens.MANIFEST, tokens.DOCUMENTS, *(_part(partial, i).name for i in range(len(pieces)))}
-    for path in partial.iterdir():
-      if path.name not in kept:
-        path.unlink(missing_ok=True)
+    _leave_out_records(partial, len(pieces))
     os.replace(partial, out)
     lock.unlink(missing_ok=True)
 
 
-def describe(sources: Sequence[RawFormat], tokenizer: str, damaged: str) -> dict:
+def _leave_out_records(partial: pathlib.Path, n_parts: int):
+  """Deletes what only a job that goes on needs."""
+  kept = {tokens.MANIFEST, tokens.DOCUMENTS, *(_part(partial, i).name for i in range(n_parts))}
+  for path in partial.iterdir():
+    if path.name not in kept:
+      path.unlink(missing_ok=True)
+
+
+def describe(sources: Sequence[RawFormat], tokenizer: Tokenizer, damaged: str) -> dict:
   """Returns what decides the tokens: sources, the state of their files, and the tokenizer."""
   described = []
   for source in sources:
@@ -124,7 +135,7 @@ def describe(sources: Sequence[RawFormat], tokenizer: str, damaged: str) -> dict
     states = {name: places.state_of(name) for name in dict.fromkeys(names)}
     described.append([type(source).__name__, dataclasses.asdict(source), states])
   plan = {
-      'version': tokens.VERSION, 'sources': described, 'tokenizer': open_tokenizer(tokenizer).digest,
+      'version': tokens.VERSION, 'sources': described, 'tokenizer': tokenizer.digest,
       'damaged': damaged,
   }  # fmt: skip
   return json.loads(json.dumps(plan))
@@ -135,20 +146,23 @@ def digest_of(plan: dict) -> str:
   return hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()[:24]
 
 
-def cached(source: RawFormat, tokenizer: str, cache: pathlib.Path, damaged: str) -> pathlib.Path:
+def cached(
+    source: RawFormat, tokenizer: str, cache: pathlib.Path, damaged: str, special_tokens: str = 'text'
+) -> pathlib.Path:
   """Returns the folder of a source's tokens, which is made if the cache lacks it.
 
   Raises:
     ConfigError: The source will not do, or the cache cannot be written.
   """
-  folder = cache / digest_of(describe([source], tokenizer, damaged))
+  opened = open_tokenizer(tokenizer, special_tokens)
+  folder = cache / digest_of(describe([source], opened, damaged))
   if folder.exists():  # Whole, and maybe where nobody may write.
     return folder
   with kept_in(cache):
     cache.mkdir(parents=True, exist_ok=True)
     with locked(folder.with_suffix('.lock')):
       if not folder.exists():
-        tokenize([source], tokenizer, folder, damaged=damaged)
+        tokenize([source], tokenizer, folder, damaged=damaged, special_tokens=special_tokens)
   return folder
 
 
@@ -256,13 +270,13 @@ def begin_process():
 
 
 @functools.lru_cache(1)
-def open_same(tokenizer: str, digest: str) -> Tokenizer:
+def open_same(tokenizer: str, special_tokens: str, digest: str) -> Tokenizer:
   """Opens a tokenizer that another process has opened, too.
 
   Raises:
     ConfigError: It has changed since, which its digest tells.
   """
-  opened = open_tokenizer(tokenizer)
+  opened = open_tokenizer(tokenizer, special_tokens)
   if opened.digest != digest:
     raise ConfigError(f'tokenizer={tokenizer!r} changed while it was used: begin again.')
   return opened
@@ -277,7 +291,7 @@ def _tokenize_piece(job: Job, i: int, piece: Piece) -> Done:
     for texts, wrong, n_empty in in_batches(job.source.documents(piece)):
       if wrong and job.damaged == 'stop':
         refuse(wrong[0])
-      ids = open_same(job.tokenizer, job.digest).encode_documents(texts)
+      ids = open_same(job.tokenizer, job.special_tokens, job.digest).encode_documents(texts)
       about.append(tokens.describe(ids, texts))
       problems.extend(wrong)
       empty += n_empty

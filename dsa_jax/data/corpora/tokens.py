@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 
 from dsa_jax.config import ConfigError
+from dsa_jax.data.corpora.files import is_compressed
+from dsa_jax.data.formats import kind_of
 
 MANIFEST = 'manifest.json'
 DOCUMENTS = 'documents.npy'
@@ -64,23 +66,31 @@ class TokenFolder(TokenStream):
     self.place = str(folder)
     folder = pathlib.Path(folder).expanduser()
     manifest = read_manifest(folder)
-    self._dtype = np.dtype(manifest['dtype'])
-    self.vocab_size, self.tokenizer = manifest['vocab_size'], manifest['tokenizer']
-    self.left_out = collections.Counter({name: manifest[name] for name in ('empty', 'damaged')})
-    self._parts = [_whole(folder / part['file'], part['size']) for part in manifest['parts']]
-    self._starts = np.cumsum([0] + [part['tokens'] for part in manifest['parts']])
+    try:
+      self._dtype = np.dtype(manifest['dtype'])
+      self.vocab_size, self.tokenizer = manifest['vocab_size'], manifest['tokenizer']
+      self.left_out = collections.Counter({name: manifest[name] for name in ('empty', 'damaged')})
+      self._parts = [_whole(folder / part['file'], part['size']) for part in manifest['parts']]
+      self._starts = np.cumsum([0] + [part['tokens'] for part in manifest['parts']])
+      told = manifest['documents'], int(self._starts[-1])
+    except (KeyError, TypeError) as error:
+      raise ConfigError(f'{folder / MANIFEST} is damaged: {type(error).__name__} {error}.') from error
     self.about = _mapped(folder / DOCUMENTS)
-    if len(self.about) != manifest['documents']:
+    known = len(self.about), int(np.sum(self.about['tokens'], dtype=np.uint64))
+    if known != told:
       raise ConfigError(
-          f'{folder / DOCUMENTS} knows {len(self.about)} documents, the manifest '
-          f'{manifest["documents"]}: they do not belong together.'
+          f'{folder / DOCUMENTS} knows {known[0]} documents of {known[1]} tokens, the manifest '
+          f'{told[0]} of {told[1]}: they do not belong together.'
       )
 
   def read(self, first: int, n: int) -> np.ndarray:
     return read_across(self._starts, self._read_part, first, n)
 
   def _read_part(self, i: int, first: int, n: int) -> np.ndarray:
-    records = _reader(*self._parts[i]).read(first // RECORD, -(-(first + n) // RECORD))
+    try:
+      records = _reader(*self._parts[i]).read(first // RECORD, -(-(first + n) // RECORD))
+    except (RuntimeError, IndexError) as error:  # The library's.
+      raise ConfigError(f'{self._parts[i][0]} is damaged: {error}. Tokenize or copy it again.') from error
     tokens = np.frombuffer(b''.join(records), self._dtype)
     return tokens[first % RECORD : first % RECORD + n]
 
@@ -183,7 +193,7 @@ class MegatronTokens(TokenStream):
     content = path.read_bytes() if path.is_file() else b''
     if content[:9] != self.MAGIC:
       raise ConfigError(f"{path} is no index of Megatron's: it does not begin with {self.MAGIC!r}.")
-    version, code, n, n_documents = struct.unpack('<QBQQ', content[9:34])
+    version, code, n, n_documents = struct.unpack('<QBQQ', content[9:34].ljust(25, b'\0'))
     size = 34 + 12 * n + 8 * n_documents  # Lengths, pointers, documents; maybe modes behind them.
     if version != 1 or code not in self.DTYPES or len(content) < size:
       raise ConfigError(
@@ -191,9 +201,13 @@ class MegatronTokens(TokenStream):
           f'{len(content)} bytes for {n} sequences of {n_documents} documents.'
       )
     lengths = np.frombuffer(content, '<i4', n, 34).astype(np.int64)
+    pointers = np.frombuffer(content, '<i8', n, 34 + 4 * n)
     documents = np.frombuffer(content, '<i8', n_documents, 34 + 12 * n)
     if not n_documents or documents[0] or documents[-1] != n or np.any(np.diff(documents) < 0):
       raise ConfigError(f'{path} is damaged: its documents do not divide its {n} sequences.')
+    begins = (np.cumsum(lengths) - lengths) * np.dtype(self.DTYPES[code]).itemsize
+    if np.any(lengths < 0) or np.any(pointers != begins):
+      raise ConfigError(f'{path} is damaged: its sequences do not lie one behind the other.')
     return lengths, documents, self.DTYPES[code]
 
   def read(self, first: int, n: int) -> np.ndarray:
@@ -281,7 +295,10 @@ class _Ids:
   def __getitem__(self, part: slice) -> np.ndarray:
     first, end, _ = part.indices(self._n)
     offset = self._offset + first * self.dtype.itemsize
-    return np.fromfile(self._path, self.dtype, max(end - first, 0), offset=offset)
+    ids = np.fromfile(self._path, self.dtype, max(end - first, 0), offset=offset)
+    if len(ids) < end - first:
+      raise ConfigError(f'{self._path} has become shorter while it was read.')
+    return ids
 
 
 def _check_ids(place: str, tokens: _Ids, kept: pathlib.Path) -> int:
@@ -291,9 +308,11 @@ def _check_ids(place: str, tokens: _Ids, kept: pathlib.Path) -> int:
     ConfigError: An id is negative, or no model's.
   """
   if not kept.exists():
-    parts = [tokens[i : i + SCANNED] for i in range(0, len(tokens), SCANNED)]
-    limits = [int(min(part.min() for part in parts)), int(max(part.max() for part in parts))]
-    write_whole(kept, json.dumps(limits))
+    low, high = np.iinfo(np.int64).max, 0
+    for first in range(0, len(tokens), SCANNED):  # One part after another: memory holds no file.
+      part = tokens[first : first + SCANNED]
+      low, high = min(low, int(part.min())), max(high, int(part.max()))
+    write_whole(kept, json.dumps([low, high]))
   low, high = json.loads(kept.read_text())
   if low < 0 or high >= 2**31:
     raise ConfigError(f'{place} has ids from {low} to {high}; ids are 0 or more, and below {2**31}.')
@@ -302,6 +321,12 @@ def _check_ids(place: str, tokens: _Ids, kept: pathlib.Path) -> int:
 
 def _flat(name: str, dtype: str) -> _Ids:
   """Opens the ids of a file."""
+  with open(name, 'rb') as file:
+    kind = '' if name.endswith('.npy') else kind_of(file.read(16))
+  if kind or is_compressed(name):
+    raise ConfigError(
+        f'{name} is no bare file of ids, but {kind or "compressed"}: unpack it, or give an array as .npy.'
+    )
   try:
     if name.endswith('.npy'):
       tokens = np.load(name, mmap_mode='r')
@@ -334,12 +359,24 @@ def _describe(tokens: _Ids, lengths: np.ndarray) -> np.ndarray:
   i = 0
   while i < len(lengths):  # Reads many documents at one time.
     first = ends[i] - lengths[i]
-    after = max(int(np.searchsorted(ends, first + SCANNED, 'right')), i + 1)
+    after = int(np.searchsorted(ends, first + SCANNED, 'right'))
+    if after <= i:
+      about['hash'][i] = _hash_of_long(tokens, int(first), int(ends[i]))
+      i += 1
+      continue
     ids = tokens[first : ends[after - 1]].astype(np.uint32)
     for j in range(i, after):
       about['hash'][j] = hash_of(ids[ends[j] - lengths[j] - first : ends[j] - first].tobytes())
     i = after
   return about
+
+
+def _hash_of_long(tokens: _Ids, first: int, end: int) -> int:
+  """Returns the hash of a document that memory need not hold."""
+  digest = hashlib.blake2b(digest_size=8)
+  for at in range(first, end, SCANNED):
+    digest.update(tokens[at : min(at + SCANNED, end)].astype(np.uint32).tobytes())
+  return int.from_bytes(digest.digest(), 'little')
 
 
 def write_whole(path: pathlib.Path, text: str):

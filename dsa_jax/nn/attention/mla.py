@@ -89,7 +89,11 @@ class MLA(Attention):
     return None if weights is None else project(q_latent, weights)
 
   def _query_weights(self, dtype):
-    """Returns the weights that make queries [Q, H, E], and those of gates [Q, H, V] or None."""
+    """Returns the weights that make queries [Q, H, E], and those of gates [Q, H, V] or None.
+
+    Where gates read the latents, one matrix holds both side by side, of which codes are widened as a
+    whole: a block of them need not end where the queries do.
+    """
     if self.cfg.output_gate != 'latents':
       return self.wq_b[...], None
     return jnp.split(self.wq_b[...].astype(dtype), [self.cfg.head_dim], axis=-1)
@@ -120,7 +124,13 @@ class MLA(Attention):
     return self.join_heads(values, q_latent, lse)
 
   def _expansion(self, dtype):
-    """Returns the weights that expand a latent into keys [C, H, N] and values [C, H, V]."""
+    """Returns the weights that expand a latent into keys [C, H, N] and values [C, H, V].
+
+    Codes are widened as a whole, those of one layer at a time. The products with both halves are
+    those of each head for itself, and kernels widen tiles within a product of one matrix only. It is
+    32 MiB in bfloat16 for a layer of V3.2, or a device's share of that, beside 187 MB of codes for all
+    of its attention (arithmetic).
+    """
     if self.wkv_b is None:
       w_k, w_v = self.w_k[...].astype(dtype), self.w_v[...].astype(dtype)
       return jnp.transpose(w_k, (2, 0, 1)), jnp.swapaxes(w_v, 0, 1)
