@@ -32,18 +32,24 @@ def cycles(loops: Sequence[Loop], trips: Sequence[tuple[int, int | float]]) -> f
   """Returns bundles times trips; `trips` has (depth, count) for each loop, in the schedule's order.
 
   Where the schedule has more loops than that, the shortest of those that may start DMAs do not
-  count: they run a few times in many queries.
+  count: they run a few times in many queries. It may lack loops that run 0 times.
 
   Raises:
     ValueError: The loops are not those that `trips` counts.
   """
+  for counted in trips, [(depth, n) for depth, n in trips if n]:
+    kept = _without_dmas(loops, len(counted))
+    if [loop.depth for loop in kept] == [depth for depth, _ in counted]:
+      return float(sum(loop.bundles * n for loop, (_, n) in zip(kept, counted)))
+  raise ValueError(f'the schedule has {loops}; (depth, trips) are given as {list(trips)}.')
+
+
+def _without_dmas(loops: Sequence[Loop], n: int) -> list[Loop]:
+  """Returns n loops where so many are left without the shortest of those that may start DMAs."""
   afters = [*loops[1:], None]
   of_dma = [i for i, (loop, after) in enumerate(zip(loops, afters)) if _is_dma(loop, after)]
-  extra = sorted(of_dma, key=lambda i: loops[i].bundles)[: max(len(loops) - len(trips), 0)]
-  loops = [loop for i, loop in enumerate(loops) if i not in extra]
-  if [loop.depth for loop in loops] != [depth for depth, _ in trips]:
-    raise ValueError(f'the schedule has {loops}; (depth, trips) are given as {list(trips)}.')
-  return float(sum(loop.bundles * n for loop, (_, n) in zip(loops, trips)))
+  extra = sorted(of_dma, key=lambda i: loops[i].bundles)[: max(len(loops) - n, 0)]
+  return [loop for i, loop in enumerate(loops) if i not in extra]
 
 
 def _is_dma(loop: Loop, after: Loop | None) -> bool:

@@ -60,6 +60,14 @@ def test_loops_that_start_dmas_are_left_out():
   assert schedule.cycles(short, [(2, 1), (2, 1)]) == 34 + 340  # As short, and expected.
 
 
+def test_a_schedule_may_lack_loops_that_never_run():
+  loops = [schedule.Loop(*loop) for loop in [(1, 50), (2, 900), (2, 33)]]
+  assert schedule.cycles(loops, [(1, 1), (2, 0), (2, 2)]) == 50 + 2 * 33
+  assert schedule.cycles(loops, [(1, 1), (2, 0), (3, 0), (2, 2)]) == 50 + 2 * 900
+  with pytest.raises(ValueError, match='the schedule has'):
+    schedule.cycles(loops, [(1, 1), (3, 0), (3, 2)])
+
+
 def test_kernels_run_beside_a_call_where_they_always_do():
   step = """
   %prepare_start_call_it.{i}.call-start = s32[] custom-call()
