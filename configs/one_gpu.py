@@ -25,7 +25,7 @@ def get_config(variant: str = 'full'):
       index_n_heads=8, index_head_dim=64, index_topk=1024,
       n_routed_experts=16, n_activated_experts=4, n_expert_groups=4, n_limited_groups=2,
       moe_inter_dim=448, route_scale=2.5,
-      max_seq_len=32_768, original_seq_len=32_768, rope_theta=500_000.0,
+      rope_type='default', max_seq_len=32_768, original_seq_len=32_768, rope_theta=500_000.0,
   )
   c.data.source, c.data.packing = 'mixture', 'best_fit'
   c.data.sources.text = dict(format='text', files='')

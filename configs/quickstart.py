@@ -24,7 +24,7 @@ def get_config(variant: str = 'full'):
       index_n_heads=4, index_head_dim=32, index_topk=32,
       n_routed_experts=4, n_activated_experts=2, n_expert_groups=2, n_limited_groups=2,
       moe_inter_dim=64, route_scale=1.0,
-      max_seq_len=256, embed_init_std=1.0, dtype='float32',
+      rope_type='default', max_seq_len=256, embed_init_std=1.0, dtype='float32',
   )
   c.recipe = ('dense', 'baseline', 'warmup', 'sparse')
   size = dict(batch_size=8, seq_len=256)

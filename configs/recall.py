@@ -21,7 +21,8 @@ def get_config(variant: str = 'full'):
       n_heads=2, q_lora_rank=64, kv_lora_rank=64,
       qk_nope_head_dim=32, qk_rope_head_dim=16, v_head_dim=32,
       index_n_heads=8, index_head_dim=64, index_topk=32,  # 48 channels free of rotation tell keys.
-      max_seq_len=8192, original_seq_len=8192, dtype='float32',  # Trained on 512; notebook 4 reads on.
+      rope_type='default', dtype='float32',
+      max_seq_len=8192, original_seq_len=8192,  # Trained on 512; notebook 4 reads on.
   )
   c.recipe = ('short', 'dense', 'baseline', 'warmup', 'sparse')
   c.stages.short = base.stage(  # Retrieval is learnt where rows are cheap, then stretched.

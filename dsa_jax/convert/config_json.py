@@ -28,6 +28,7 @@ from dsa_jax.families.family import Family
 # The type of each field of ModelConfig.
 _TYPES = {field.name: field.type for field in dataclasses.fields(ModelConfig)}
 LARGEST_SIZE = 2**31  # No size of a model comes near it.
+DTYPE_NAMES = 'bfloat16', 'float16', 'float32', 'float8_e4m3fn'
 KINDS = {bool: 'true or false', str: 'a name'}
 
 # The keys that are read beside those that a family lists.
@@ -160,6 +161,8 @@ def _dtype(config: dict, problems: list[str]) -> str:
   stored = {config[key] for key in ('dtype', 'torch_dtype') if isinstance(config.get(key), str)}
   if len(stored) > 1:
     problems.append(f"dtype={config['dtype']!r} contradicts torch_dtype={config['torch_dtype']!r}.")
+  if unknown := stored - {*DTYPE_NAMES}:
+    problems.append(f'dtype={unknown.pop()!r} must be one of {DTYPE_NAMES}.')
   return 'float32' if 'float32' in stored else 'bfloat16'
 
 

@@ -35,8 +35,8 @@ class DamagedCheckpoint(ConfigError):
 
 
 @contextlib.contextmanager
-def reading(folder: pathlib.Path) -> Iterator[None]:
-  """Names a checkpoint that cannot be read in one line.
+def reading(folder: pathlib.Path, *, resumes: bool = False) -> Iterator[None]:
+  """Names a checkpoint that cannot be read in one line, with the older one that may take its place.
 
   TensorStore and JSON report what is damaged as a ValueError. Errors of other kinds are ours.
   """
@@ -46,7 +46,8 @@ def reading(folder: pathlib.Path) -> Iterator[None]:
     raise
   except (OSError, ValueError) as error:
     older = [step for step in saved_steps(folder.parent) if step < int(folder.name)]
-    hint = f' The one before it is of step {older[-1]}: --config.resume=last_good.' if older else ''
+    goes_on = ', from which --config.resume=last_good goes on' if resumes else ''
+    hint = f' The one before it is {folder.parent / str(older[-1])}{goes_on}.' if older else ''
     raise DamagedCheckpoint(f'checkpoint {folder} is damaged: {_reason(error)}.{hint}') from error
 
 
@@ -135,7 +136,7 @@ class Checkpoints:
     folder = self.folder.absolute() / str(self.latest_step)
     targets, treedef = _by_path(_shapes(like._asdict()))
     progress = _progress(folder)
-    with reading(folder):
+    with reading(folder, resumes=True):
       stores = open_tree(folder / 'state')
       _check_shapes(stores, targets, folder)
       arrays = _read_all(stores, targets)
@@ -155,7 +156,7 @@ class Checkpoints:
 
 
 def _progress(folder: pathlib.Path) -> Progress:
-  with reading(folder):
+  with reading(folder, resumes=True):
     values = json.loads((folder / 'progress' / 'metadata').read_text())
     if not isinstance(values, dict) or values.keys() != {*Progress._fields}:
       raise ValueError(f'its progress must have {Progress._fields}')

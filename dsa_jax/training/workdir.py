@@ -10,7 +10,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from dsa_jax.config import ConfigError
+from dsa_jax.config import ConfigError, ModelConfig
 from dsa_jax.data.corpus import changes
 from dsa_jax.data.tokenizer import read_object
 from dsa_jax.training.checkpoint import saved_steps
@@ -131,9 +131,18 @@ def complete(config: Mapping[str, Any]) -> dict[str, Any]:
   for name, kind in SECTIONS.items():
     config[name] = _defaults(kind) | config.get(name, {})
   config['data'].pop('cache')  # Where tokens lie decides nothing.
+  config['model']['rope_type'] = _rope_kind(config['model'])
   stages = config.get('stages', {})
   config['stages'] = {name: _defaults(StageConfig) | entry for name, entry in stages.items()}
   return json.loads(json.dumps({k: v for k, v in config.items() if k not in ELSEWHERE}))
+
+
+def _rope_kind(model: Mapping[str, Any]) -> Any:
+  """Returns the kind of rotary positions, which a config may leave open."""
+  try:
+    return ModelConfig(**model).rope_kind
+  except (TypeError, ConfigError):  # A later version has made it.
+    return model['rope_type']
 
 
 def _defaults(kind: type) -> dict[str, Any]:

@@ -382,6 +382,7 @@ def test_neutral_values_change_nothing(changes):
         ({'moe_layer_freq': 2}, 'moe_layer_freq=2 must be 1'),
         ({'num_nextn_predict_layers': '1'}, "num_nextn_predict_layers='1' must be 0 or 1"),
         ({'dtype': 'float32'}, "dtype='float32' contradicts torch_dtype='bfloat16'"),
+        ({'torch_dtype': 'fp32'}, "dtype='fp32' must be one of"),
         ({'quantization_config': {'quant_method': 'awq', 'bits': 4}}, "quant_method='awq' must be 'fp8'"),
         ({'quantization_config': {'quant_method': 'compressed-tensors'}}, 'compressed-tensors'),
         ({'quantization_config': {'quant_method': 'fp8', 'weight_block_size': [1, 32]}}, r'\[1, 32\]'),

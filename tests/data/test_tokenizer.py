@@ -7,7 +7,7 @@ import pytest
 import tokenizers
 
 from dsa_jax.config import ConfigError
-from dsa_jax.data.tokenizer import Bytes, find_tokenizer
+from dsa_jax.data.tokenizer import Bytes, check_tokenizer, find_tokenizer
 
 BOS, EOS, UNK, A, B = range(5)
 WORDS = {'<s>': BOS, '</s>': EOS, '[UNK]': UNK, 'a': A, 'b': B}
@@ -109,6 +109,15 @@ def test_a_beginning_that_is_no_token(tmp_path):
 def test_what_the_file_was_used_for_does_not_change_what_is_read(tmp_path, change):
   write(tmp_path, change=change, template='<s> $A')
   assert load(tmp_path).encode('a b ' * 9) == [BOS] + [A, B] * 9
+
+
+def test_bytes_are_no_ids_of_a_larger_vocabulary(tmp_path):
+  check_tokenizer(Bytes(), 384)
+  write(tmp_path)
+  check_tokenizer(load(tmp_path), 1000)  # A tokenizer may leave ids over.
+  for tokenizer, vocab_size in (Bytes(), 1000), (Bytes(), 200), (load(tmp_path), 4):
+    with pytest.raises(ConfigError, match=f'model.vocab_size={vocab_size} is'):
+      check_tokenizer(tokenizer, vocab_size)
 
 
 def test_tokens_that_stand_beside_the_file_are_read(tmp_path):

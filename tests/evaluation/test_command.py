@@ -188,9 +188,12 @@ def test_other_folders_are_left_alone(place, tmp_path):
     evaluate.evaluate(settings(place, tmp_path))
 
 
-def test_a_vocabulary_that_is_too_small(tmp_path):
-  save_run(tmp_path, dataclasses.replace(CFG, vocab_size=100))
+def test_a_vocabulary_of_another_alphabet(tmp_path):
   (tmp_path / 'text.txt').write_text('abc' * 1000)
+  save_run(tmp_path, dataclasses.replace(CFG, vocab_size=1000))
+  with pytest.raises(ConfigError, match='of another alphabet than .* Give the tokenizer'):
+    evaluate.evaluate(settings(tmp_path, tmp_path / 'out'))
+  save_run(tmp_path, dataclasses.replace(CFG, vocab_size=100))
   with pytest.raises(ConfigError, match='vocab_size=100 is too small for the mixture data: it needs 258. Give the tokenizer'):
     evaluate.evaluate(settings(tmp_path, tmp_path / 'out'))
 

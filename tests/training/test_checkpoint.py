@@ -89,7 +89,11 @@ def test_damage_is_named_with_the_way_out(damaged, state):
     checkpoints.restore(state)
   message = str(raised.value)
   assert f'{damaged}/4 is damaged' in message and '\n' not in message
-  assert 'The one before it is of step 2: --config.resume=last_good.' in message
+  assert f'The one before it is {damaged}/2, from which --config.resume=last_good goes on.' in message
+  try:
+    restore_params(damaged, abstract_params(CFG))
+  except DamagedCheckpoint as error:  # Whoever reads weights needs no progress, and does not resume.
+    assert str(error).endswith(f'The one before it is {damaged}/2.')
 
 
 def run_of(folder, states):

@@ -8,6 +8,7 @@ import pytest
 from configs import quickstart
 from dsa_jax.config import ConfigError
 from dsa_jax.data.corpus import changes, describe_files
+from dsa_jax.training.recipe import read_recipe
 from dsa_jax.training.workdir import check_data, check_workdir, write_config
 
 
@@ -35,6 +36,7 @@ def begun(folder, *entries):
         {'stages.baseline.steps': 20},  # It has begun, and nothing that has descends from it.
         {'recipe': ('dense', 'baseline', 'warmup')},
         {'mesh.fsdp': 2, 'compilation_cache': 'off', 'resume': 'last_good'},
+        {'model.rope_type': ''},  # As configs had it before; with 256 positions it is the same.
     ],
 )
 def test_these_may_change(tmp_path, changed):
@@ -56,6 +58,11 @@ def test_these_may_change(tmp_path, changed):
 def test_these_may_not(tmp_path, changed, message):
   with pytest.raises(ConfigError, match=f'(?s)belongs to another config.*{message}'):
     check_workdir(config_of(tmp_path, **changed), begun(tmp_path, 'dense', 'baseline', 'warmup'))
+
+
+def test_more_positions_do_not_change_the_rotation(tmp_path):
+  longer = read_recipe(config_of(tmp_path, **{'model.max_seq_len': 8192})).model
+  assert longer.rope_kind == read_recipe(config_of(tmp_path)).model.rope_kind == 'default'
 
 
 def test_a_path_may_be_spelled_in_another_way(tmp_path, monkeypatch):
