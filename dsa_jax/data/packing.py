@@ -15,6 +15,7 @@ from dsa_jax.data.seeds import check_seed
 PACKINGS = ('concat', 'best_fit')
 WINDOW = 8192  # Pieces that are packed among each other.
 LOOKED_AT = 1000  # Rows.
+AT_ONCE = 2**20  # Documents that are looked at at one time.
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -70,8 +71,10 @@ class Rows:
       raise ConfigError(f'{seq_len=} must be at least 2: one token and its target.')
     self.seq_len, self.stream = seq_len, stream
     lengths = stream.about['tokens'].astype(np.int64)
-    first = (np.cumsum(lengths) - lengths)[documents]
-    self.lengths = lengths[documents]  # Of the documents.
+    first = np.cumsum(lengths)
+    first -= lengths
+    first, self.lengths = first[documents], lengths[documents]  # Of the documents.
+    del lengths  # Of millions of documents, each such array counts.
     self.layout = (BestFit if packing == 'best_fit' else Concat)(first, self.lengths, seq_len)
 
   def __len__(self) -> int:
@@ -113,8 +116,10 @@ class Concat:
 
   def __init__(self, first: np.ndarray, lengths: np.ndarray, seq_len: int):
     self._first, self._seq_len, self._ends = first, seq_len, np.cumsum(lengths)
-    begins = self._ends - lengths
-    self.n_cut = int(np.sum(begins // seq_len != (self._ends - 1) // seq_len))
+    self.n_cut = 0
+    for i in range(0, len(lengths), AT_ONCE):
+      ends, n = self._ends[i : i + AT_ONCE], lengths[i : i + AT_ONCE]
+      self.n_cut += int(np.sum((ends - n) // seq_len != (ends - 1) // seq_len))
     self.n_rows = -(-int(self._ends[-1]) // seq_len)
 
   def pieces(self, i: int) -> Pieces:
@@ -227,7 +232,10 @@ def is_on_side(
   """Returns which documents are of a split; see `choose`."""
   if validation_share is None:
     return np.ones(len(hashes), bool)
-  return (_ranks(hashes, seed) < validation_share) == (split == 'validation')
+  sides = np.empty(len(hashes), bool)
+  for i in range(0, len(hashes), AT_ONCE):  # Ranks of all would take far more than their sides.
+    sides[i : i + AT_ONCE] = _ranks(hashes[i : i + AT_ONCE], seed) < validation_share
+  return sides == (split == 'validation')
 
 
 def repeat_long(
