@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a path may mean that names a checkpoint, however it is spelled."""
+"""Reads the path of a checkpoint, however it is spelled."""
 
 from collections.abc import Iterator
 import os
@@ -37,7 +37,7 @@ def _spellings(path: pathlib.Path) -> Iterator[pathlib.Path]:
 
   An entry may be a link to another disk, and a link may lead to an entry.
   """
-  real = pathlib.Path(os.path.realpath(path))  # Of `link/..`, too, which is not the link's folder.
+  real = pathlib.Path(os.path.realpath(path))  # It follows a link before `..`; `abspath` does not.
   path, links = pathlib.Path(os.path.abspath(path)), set()
   while path.is_symlink() and path not in links:
     yield path

@@ -18,7 +18,8 @@ import numpy as np
 from dsa_jax.chips import DEVICES
 from dsa_jax.compile import ptxas
 
-DUMPED = '^(original|final_bundles)$'  # The passes that are written. Writing all 70 takes four times as long as compiling.
+# The passes that are written. Writing all 70 takes four times as long as compiling.
+DUMPED = '^(original|final_bundles)$'
 
 
 class Chip(NamedTuple):

@@ -25,8 +25,8 @@ STEP = 1024  # Tokens, to whose multiples a capacity is rounded down that would 
 class Texts:
   """What is held of texts side by side: caches, logits, and maybe what drafts them."""
 
-  n: int  # Texts.
-  capacity: int  # Tokens of each.
+  n: int  # How many texts there are.
+  capacity: int  # How many tokens each of them may have.
   drafts: bool = False  # Whether the MTP layer guesses tokens, and has a cache of its own.
   is_running: bool = False  # Whether the next prompt is read beside them, with a cache of its own.
 

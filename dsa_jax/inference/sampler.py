@@ -34,7 +34,7 @@ from dsa_jax.parallel.mesh import MeshConfig
 from dsa_jax.parallel.processes import to_host
 
 
-FIXED = (  # What a sampler's programs are made for.
+FIXED = (  # A sampler's programs are made for these.
     'model', 'cfg', 'index_topk', 'attention', 'rule', 'capacity', 'cache', 'chunk', 'backend', 'drafts',
     'mesh', 'weights',
 )  # fmt: skip

@@ -1,13 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Several runs by one config: `config.sweep` lists what differs, and one process trains them all."""
 
-import re
-
 from ml_collections import ConfigDict
 
 from dsa_jax.config import ConfigError
-
-UNUSABLE = r'[*?\[\\/]'  # What the name of a run's folder must not hold; see `workdir.UNUSABLE`.
+from dsa_jax.training.workdir import UNUSABLE
 
 
 def sweep_configs(config: ConfigDict) -> list[ConfigDict]:
@@ -29,7 +26,8 @@ def sweep_configs(config: ConfigDict) -> list[ConfigDict]:
       one.update_from_flattened_dict(dict(changes))
     except (KeyError, TypeError, ValueError) as error:
       raise ConfigError(f'sweep: {dict(changes)} cannot be set: {error}') from error
-    one.sweep, one.workdir = (), f'{config.workdir}/{re.sub(UNUSABLE, "_", name)}'
+    folder = ''.join('_' if c in UNUSABLE or c == '/' else c for c in name)
+    one.sweep, one.workdir = (), f'{config.workdir}/{folder}'
     if not name or one.workdir in configs:
       raise ConfigError(f'sweep: {dict(changes)} must name what is different from the other runs.')
     configs[one.workdir] = one

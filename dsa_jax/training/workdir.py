@@ -23,8 +23,9 @@ ELSEWHERE = ('workdir', 'mesh', 'compilation_cache', 'resume', 'on_changed_data'
 # These change nothing that is trained. A run may go on with others, which its config.json then keeps.
 CHANGEABLE = ('report', 'log_every', 'measure_every', 'measure_rows', 'save_every')
 
-# orbax takes these in a path for a pattern, or TensorStore for the end of a folder's name.
-UNUSABLE = frozenset('*?[\\')
+# A checkpoint in a folder with `[` in its path cannot be read: orbax takes it for a pattern.
+# TensorStore takes `\` for the end of a folder's name.
+UNUSABLE = frozenset('[\\')
 
 
 def check_workdir(config: ConfigDict, workdir: pathlib.Path):

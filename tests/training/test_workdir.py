@@ -77,7 +77,7 @@ def test_a_path_may_be_spelled_in_another_way(tmp_path, monkeypatch):
 
 
 def test_a_folder_in_which_checkpoints_cannot_be_read(tmp_path):
-  for name in 'a*', 'a?', 'lr[1]', 'a\\b':
+  for name in 'lr[1]', 'a\\b':
     folder = tmp_path / name
     with pytest.raises(ConfigError, match=r'must have no . in its path'):
       check_workdir(config_of(folder), folder)

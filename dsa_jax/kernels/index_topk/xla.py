@@ -26,8 +26,8 @@ class BlockSizes(Blocks):
   block_t: int = 64  # Query rows per pass, whose scores exist at one time.
   block_s: int = 1024  # Keys scored at one time.
   few_t: int = 8  # Up to so many query rows, as in decoding, keys are read as they lie.
-  few_block_s: int = 16_384  # Keys scored at one time for few query rows, those of all sequences.
-  few_scores: int = 1 << 20  # Up to so many scores of all heads, shorter sequences are scored whole.
+  few_block_s: int = 16_384  # Keys that few query rows score at one time, of all sequences together.
+  few_scores: int = 1 << 20  # Shorter sequences are scored whole if there are at most so many, of all heads.
   ungrouped_s: int = 1024  # Up to so many keys are not grouped: one search is faster than three.
 
 

@@ -127,9 +127,9 @@ class MLA(Attention):
     """Returns the weights that expand a latent into keys [C, H, N] and values [C, H, V].
 
     Codes are widened as a whole, those of one layer at a time. The products with both halves are
-    those of each head for itself, and kernels widen tiles within a product of one matrix only. It is
-    32 MiB in bfloat16 for a layer of V3.2, or a device's share of that, beside 187 MB of codes for all
-    of its attention (arithmetic).
+    those of each head for itself, and kernels widen tiles within a product of one matrix only. The
+    widened matrix takes 32 MiB in bfloat16 for a layer of V3.2, or a device's share of that, beside 187
+    MB of codes for all of its attention (arithmetic).
     """
     if self.wkv_b is None:
       w_k, w_v = self.w_k[...].astype(dtype), self.w_v[...].astype(dtype)
