@@ -20,8 +20,14 @@ def describe_files(files: Sequence[pathlib.Path]) -> dict[str, str]:
   return descriptions
 
 
-def changes(before: Mapping[str, str], now: Mapping[str, str]) -> str:
-  """Says in words what has changed between two descriptions of files; '' if nothing has."""
+def changes(before: Mapping[str, str], now: Mapping[str, str], what: str = 'file') -> str:
+  """Says in words what has changed between two descriptions; '' if nothing has.
+
+  Args:
+    before: A description of each file, or of each source.
+    now: The same of today.
+    what: 'file' or 'source'.
+  """
   both = before.keys() & now.keys()
   parts = {
       'gone': sorted(before.keys() - now.keys()),
@@ -29,9 +35,9 @@ def changes(before: Mapping[str, str], now: Mapping[str, str]) -> str:
       # An earlier version may have said less of a source.
       'different': sorted(name for name in both if not now[name].startswith(before[name])),
   }
-  return '; '.join(_say(names, kind) for kind, names in parts.items() if names)
+  return '; '.join(_say(names, what, kind) for kind, names in parts.items() if names)
 
 
-def _say(names: list[str], kind: str) -> str:
+def _say(names: list[str], what: str, kind: str) -> str:
   shown = ', '.join(names[:NAMED]) + (', ...' if len(names) > NAMED else '')
-  return f'{len(names)} {"file is" if len(names) == 1 else "files are"} {kind} ({shown})'
+  return f'{len(names)} {what}{" is" if len(names) == 1 else "s are"} {kind} ({shown})'

@@ -36,8 +36,10 @@ BEGINNINGS = (
     (b'\xfe\xff', 'UTF-16'),
     (b'version https://git-lfs.github.com/spec/', POINTER),
 )
-# Characters that no text has, in any encoding whose codes below 128 are those of ASCII.
-CONTROLS = bytes({*range(1, 7), *range(14, 27), *range(28, 32), 127})
+# Characters that hardly any text has, in any encoding whose codes below 128 are those of ASCII. In
+# CP437 some others print, such as the sign of a paragraph; 26 ended files of DOS.
+CONTROLS = bytes({*range(1, 7), *range(14, 20), *range(22, 26), *range(28, 32)})
+FEW = 1e-3  # The share of them that a text may have all the same.
 BZIP2 = b'1AY&SY', b'\x17rE8P\x90'  # What follows `BZh` and a digit: a block, or the end.
 
 
@@ -55,8 +57,13 @@ def recognise(content: bytes) -> str:
     return 'tar'
   if _is_pickle(content):
     return 'pickle'
-  if b'\x00' in content:
-    return 'binary data: it has NUL bytes'
+  return 'binary data: it has NUL bytes' if b'\x00' in content else ''
+
+
+def recognise_in_any_encoding(content: bytes) -> str:
+  """Returns what `recognise` does, of a file that is read whether or not it is UTF-8."""
+  if kind := recognise(content):
+    return kind
   return 'binary data: it has control characters, and is no UTF-8' if _is_binary(content) else ''
 
 
@@ -65,13 +72,21 @@ def _is_binary(content: bytes) -> bool:
   try:
     content.decode()
   except UnicodeDecodeError:
-    return len(content.translate(None, CONTROLS)) < len(content)
+    return len(content) - len(content.translate(None, CONTROLS)) > FEW * len(content)
   return False
 
 
-def kind_of(content: bytes) -> str:
-  """Returns the format whose first bytes these are; '' if they are none's."""
-  return next((name for beginning, name in BEGINNINGS if content.startswith(beginning)), '')
+def kind_of(content: bytes, shortest: int = 1) -> str:
+  """Returns the format whose first bytes these are; '' if they are none's.
+
+  Args:
+    content: The beginning of a file, or all of it.
+    shortest: How many first bytes a format must have to count.
+  """
+  for beginning, name in BEGINNINGS:
+    if len(beginning) >= shortest and content.startswith(beginning):
+      return name
+  return ''
 
 
 def _is_pickle(content: bytes) -> bool:

@@ -87,6 +87,11 @@ class DataConfig(PackingConfig):
       raise ConfigError(f'{self.validation_share=} must be at least 0 and below 1.')
     for name, fields in self.sources.items():
       read_member(name, fields)
+    if self.special_tokens != 'text' and not self._is_tokenized:
+      raise ConfigError(
+          f'data.special_tokens={self.special_tokens!r} would change nothing: it is for a mixture with '
+          f"a source of raw files {tuple(RAW)}, or of 'tokens' that were made so."
+      )
     if self.tokenized == 'on_the_fly' and not self.reads_text:
       raise ConfigError(
           f"data.tokenized={self.tokenized!r} is for a mixture with a source of raw files {tuple(RAW)}; "
@@ -110,6 +115,11 @@ class DataConfig(PackingConfig):
   def reads_text(self) -> bool:
     """Whether a source is text that a tokenizer reads."""
     return any(fields['format'] in RAW for fields in self.sources.values())
+
+  @property
+  def _is_tokenized(self) -> bool:
+    """Whether a source is text that a tokenizer reads, or has read."""
+    return self.reads_text or any(fields['format'] == 'tokens' for fields in self.sources.values())
 
   def check_vocabulary(self, vocab_size: int):
     """Raises ConfigError unless a model's vocabulary is that of the data."""
@@ -231,7 +241,8 @@ class DataConfig(PackingConfig):
     if stream.tokenizer and stream.tokenizer != wanted:
       raise ConfigError(
           f'data.sources.{key}: {stream.place} was made with another tokenizer than {other} '
-          f'({stream.tokenizer[:12]}, not {wanted[:12]}). Tokenize it again, or name its tokenizer.'
+          f'({stream.tokenizer[:12]}, not {wanted[:12]}). Tokenize it again, or name its tokenizer, or '
+          'set data.special_tokens as it was made with.'
       )
 
   def _describe(self, key: str) -> str:

@@ -14,7 +14,7 @@ import numpy as np
 
 from dsa_jax.config import ConfigError
 from dsa_jax.data.batch import Batch
-from dsa_jax.data.formats import recognise
+from dsa_jax.data.formats import recognise_in_any_encoding
 from dsa_jax.data.seeds import check_seed
 
 BOS = 256
@@ -129,7 +129,7 @@ def _unit_hash(name: str, seed: int) -> float:
 def read_text(file: pathlib.Path, others: list[str]) -> bytes:
   """Returns the content of a file; `others` takes a line if that is no plain text."""
   content = file.read_bytes()
-  if format := recognise(content):
+  if format := recognise_in_any_encoding(content):
     others.append(f'{file} ({format})')
   return content
 

@@ -97,7 +97,7 @@ class Pretrained(_Streaming):
     self.special_tokens = 'text'  # One of SPECIAL, for documents.
     self.bos: int | None = None  # The id that begins a text, if it is known.
     self.adds_bos: bool | None = None  # Whether a text gets one; None leaves it to tokenizer.json.
-    self._added: tuple[str, ...] = ()  # Tokens that tokenizer.json lacks.
+    self._added: list[tokenizers.AddedToken] = []  # Tokens that tokenizer.json lacks.
     self._reads_marks = True  # Whether the name of a mark in a prompt is the mark.
 
   def id_of(self, token: str) -> int | None:
@@ -106,7 +106,7 @@ class Pretrained(_Streaming):
   def add(self, token: tokenizers.AddedToken):
     """Adds a token behind the last id."""
     self._tokenizer.add_tokens([token])
-    self._added += (repr(token),)
+    self._added.append(token)
 
   def read_marks(self, reads: bool):
     """Sets whether the name of a mark in a prompt is that mark, or text as in a document."""
@@ -150,9 +150,22 @@ class Pretrained(_Streaming):
   @property
   def digest(self) -> str:
     """A hash of all that decides the ids of a document."""
-    settings = (self.bos, self.adds_bos, self.stop) + ((self._added,) if self._added else ())
+    was_added = self.bos in [self.id_of(token.content) for token in self._added]
+    bos = self.bos if self.adds_bos or not was_added else None  # Else no document begins with it.
+    settings = (bos, self.adds_bos, self.stop)
+    if held := [self._fields(token) for token in self._added if self._is_held(token)]:
+      settings += (held,)
     special = b'' if self.special_tokens == 'text' else self.special_tokens.encode()
     return hashlib.sha256(self._content + repr(settings).encode() + special).hexdigest()
+
+  def _is_held(self, token: tokenizers.AddedToken) -> bool:
+    """Returns whether the text of a document may hold a token."""
+    return not token.special or self.special_tokens == 'ids'
+
+  def _fields(self, token: tokenizers.AddedToken) -> tuple[Any, ...]:
+    """Returns what decides where a token stands in a text, and its id."""
+    where = token.normalized, token.lstrip, token.rstrip, token.single_word
+    return self.id_of(token.content), token.content, token.special, *where
 
   @property
   def end(self) -> int | None:
@@ -230,7 +243,7 @@ def check_alphabet(vocab_size: int, n_ids: int, what: str, *, is_bytes: bool):
 def check_tokenizer(tokenizer: Tokenizer, vocab_size: int):
   """Raises ConfigError unless the ids of a tokenizer are a model's."""
   is_bytes = isinstance(tokenizer, Bytes)
-  what = 'a text in bytes, because there is no tokenizer.json' if is_bytes else 'the tokenizer'
+  what = 'a text in bytes' if is_bytes else 'the tokenizer'
   check_alphabet(vocab_size, tokenizer.vocab_size, what, is_bytes=is_bytes)
 
 
@@ -301,13 +314,14 @@ def find_tokenizer(folder: pathlib.Path) -> Tokenizer:
   settings = read_object(folder / 'tokenizer_config.json')
   tokens = read_object(folder / 'special_tokens_map.json')
   token = lambda key: text_of_token(settings.get(key)) or text_of_token(tokens.get(key))
-  _add_tokens(tokenizer, folder, settings)
+  for i, added in _described_tokens(folder, settings, tokens):
+    _add_token(tokenizer, folder, i, added, released.get('vocab_size'))
   tokenizer.read_marks(not settings.get('split_special_tokens'))
   space, wanted = tokenizer.begins_with_space, settings.get('add_prefix_space')
   if None not in (space, wanted) and space != wanted:
-    raise ConfigError(
+    logging.warning(
         f'{folder}: add_prefix_space={wanted!r} of tokenizer_config.json contradicts {space} of '
-        'tokenizer.json: texts would get other ids in other loaders. Set both alike.'
+        'tokenizer.json, which is obeyed: texts may get other ids in other loaders.'
     )
   tokenizer.stop = _stop_ids(folder, released)
   if not tokenizer.stop and token('eos_token'):
@@ -326,23 +340,53 @@ def find_tokenizer(folder: pathlib.Path) -> Tokenizer:
   return tokenizer
 
 
-def _add_tokens(tokenizer: Pretrained, folder: pathlib.Path, settings: dict[str, Any]):
-  """Adds the tokens to which the files beside tokenizer.json give ids, and which it lacks."""
+def _described_tokens(
+    folder: pathlib.Path, settings: dict[str, Any], tokens: dict[str, Any]
+) -> list[tuple[int, tokenizers.AddedToken]]:
+  """Returns the tokens to which the files beside tokenizer.json give ids, by id."""
   described = settings.get('added_tokens_decoder') or {}
+  special = _special_names(settings) | _special_names(tokens)
   try:
     wanted = {int(i): tokenizers.AddedToken(**fields) for i, fields in described.items()}
-    for content, i in read_object(folder / 'added_tokens.json').items():
-      wanted.setdefault(int(i), tokenizers.AddedToken(content, normalized=False))
+    for name, i in read_object(folder / 'added_tokens.json').items():
+      token = tokenizers.AddedToken(name, normalized=False, special=name in special)
+      wanted.setdefault(int(i), token)
   except (AttributeError, TypeError, ValueError) as error:
     raise ConfigError(f'{folder}: the added tokens must be tokens with ids: {error}') from error
-  for i, token in sorted(wanted.items(), key=lambda item: item[0]):
-    if tokenizer.id_of(token.content) is None:
-      tokenizer.add(token)
-    if tokenizer.id_of(token.content) != i:
-      raise ConfigError(
-          f'{folder}: tokenizer_config.json or added_tokens.json says that {token.content!r} is {i}; by '
-          f'tokenizer.json it is {tokenizer.id_of(token.content)}. Save the tokenizer again.'
-      )
+  return sorted(wanted.items(), key=lambda item: item[0])
+
+
+def _special_names(fields: dict[str, Any]) -> set[str]:
+  """Returns the tokens that a file names as special, such as its pad_token."""
+  names = set[str]()
+  for key, value in fields.items():
+    if key.endswith(('_token', '_special_tokens')):
+      texts = map(text_of_token, value if isinstance(value, list) else [value])
+      names |= {text for text in texts if text is not None}
+  return names
+
+
+def _add_token(
+    tokenizer: Pretrained, folder: pathlib.Path, i: int, token: tokenizers.AddedToken, n_ids: Any
+):
+  """Adds a token that tokenizer.json lacks, unless the model has too few ids for it.
+
+  Args:
+    tokenizer: The tokenizer. Where it knows the token by another id, that one holds.
+    folder: Where it lies.
+    i: The id that the token must get.
+    token: The token.
+    n_ids: The vocabulary of the model, None if it is not known.
+  """
+  if tokenizer.id_of(token.content) is not None or (isinstance(n_ids, int) and i >= n_ids):
+    return
+  tokenizer.add(token)
+  if tokenizer.id_of(token.content) != i:
+    raise ConfigError(
+        f'{folder}: tokenizer_config.json or added_tokens.json says that {token.content!r} is {i}; '
+        f'behind the ids of tokenizer.json it is {tokenizer.id_of(token.content)}. Save the tokenizer '
+        'again.'
+    )
 
 
 def released_config(folder: pathlib.Path) -> dict[str, Any]:

@@ -80,7 +80,7 @@ def _changed_entries(theirs: dict, ours: dict, begun: list[str]) -> list[str]:
 
 
 def check_data(descriptions: dict[str, str], workdir: pathlib.Path, on_changed: str):
-  """Compares the files of a corpus with those that the run began with, which data.json describes.
+  """Compares the files or sources of a corpus with those that the run began with, which data.json describes.
 
   Raises:
     ConfigError: They have changed, and `on_changed` is 'stop'.
@@ -88,10 +88,12 @@ def check_data(descriptions: dict[str, str], workdir: pathlib.Path, on_changed: 
   path = workdir / 'data.json'
   if not path.exists() or on_changed == 'go_on':
     return
-  if what := changes(read_object(path), descriptions):
+  of_mixture = read_object(workdir / 'config.json').get('data', {}).get('source') == 'mixture'
+  what, whole = ('source', 'the files and the tokenizer') if of_mixture else ('file', 'the files')
+  if changed := changes(read_object(path), descriptions, what):
     raise ConfigError(
-        f'the data has changed since the run in {workdir} began: {what}. It would go on with other '
-        'rows. Restore the files, or go on all the same with --config.on_changed_data=go_on.'
+        f'the data has changed since the run in {workdir} began: {changed}. It would go on with other '
+        f'rows. Restore {whole}, or go on all the same with --config.on_changed_data=go_on.'
     )
 
 

@@ -106,6 +106,11 @@ def test_text_that_is_no_utf8_is_named_with_its_place(tmp_path):
   fields = dict(format='text', files=str(tmp_path / 'a.txt'))
   with pytest.raises(ConfigError, match='a.txt: it is no UTF-8 at byte 3'):
     cases.config(tmp_path, fields).rows(8, 'train')
+  (tmp_path / 'a.txt').write_bytes(b'\xe9\x02')  # A control character makes it no worse.
+  (tmp_path / 'b.txt').write_bytes(b'text')
+  fields = dict(format='text', files=str(tmp_path / '*.txt'))
+  known = cases.config(tmp_path, fields, damaged='drop', validation_share=0.0).about_documents(8)
+  assert known['one']['documents'] == known['one']['left_out']['damaged'] == 1
 
 
 @pytest.mark.parametrize('name', ['packed.jsonl.gz', 'packed.jsonl.zst', 'rows.parquet'])
@@ -287,6 +292,17 @@ def test_ids_that_are_no_ids(tmp_path):
       cases.config(tmp_path, fields).rows(8, 'train')
 
 
+@pytest.mark.parametrize('dtype', ['uint16', 'uint32'])
+def test_any_id_may_come_first(tmp_path, dtype):
+  """Also those whose bytes begin lzma, gzip, a file of `compress` or UTF-16."""
+  for first in 93, 35615, 40223, 65279:
+    np.array([first, 0, 0, 7, 0], dtype).tofile(tmp_path / 'a.bin')
+    stream = tokens.FlatTokens(str(tmp_path / 'a.bin'), dtype, 0, tmp_path / f'{first}.npy')
+    assert stream.read(0, 2).tolist() == [first, 0] and stream.vocab_size == first + 1
+  with pytest.raises(ConfigError, match='could not be read as token ids'):
+    tokens.FlatTokens(str(tmp_path), dtype, 0, tmp_path / 'none.npy')
+
+
 def test_flat_and_megatron_files_that_will_not_do(corpora, tmp_path):
   flat = corpora['flat']
   with pytest.raises(ConfigError, match=r'separator=999 stands nowhere'):
@@ -294,7 +310,7 @@ def test_flat_and_megatron_files_that_will_not_do(corpora, tmp_path):
   with pytest.raises(ConfigError, match="dtype='int8' must be"):
     cases.config(tmp_path, flat | {'dtype': 'int8'})
   np.savez(tmp_path / 'a.npz', np.zeros(8, np.uint16))
-  with pytest.raises(ConfigError, match='a.npz is no bare file of ids, but zip: unpack it'):
+  with pytest.raises(ConfigError, match='a.npz is no bare file of ids, but compressed: unpack it'):
     cases.config(tmp_path, flat | {'files': str(tmp_path / 'a.npz')}).rows(8, 'train')
   np.save(tmp_path / 'two.npy', np.zeros((2, 2), np.uint16))
   with pytest.raises(ConfigError, match=r'ids in one dimension; it holds uint16 \(2, 2\)'):

@@ -59,7 +59,7 @@ def test_documents_in_another_order_are_another_corpus(sources, tmp_path):
   first, second, *others = path.read_text().splitlines(keepends=True)
   path.write_text(''.join([second, first, *others]))
   now = cases.mixture(tmp_path, sources).describe()
-  assert changes(before, now) == '1 file is different (a)'
+  assert changes(before, now, 'source') == '1 source is different (a)'
   earlier = {name: text.split(', in the order')[0] for name, text in before.items()}
   assert earlier != before and changes(earlier, before) == ''
 
@@ -107,7 +107,7 @@ def test_a_folder_of_another_tokenizer_is_refused(tmp_path):
   assert other.vocab_size == 258
   FAMILIES['qwen'][0]().save(str(tmp_path / 'tokenizer.json'))
   wrong = cases.mixture(tmp_path, {'x': fields}, tokenizer=str(tmp_path))
-  with pytest.raises(ConfigError, match=r'data.sources.x: .* was made with another tokenizer than'):
+  with pytest.raises(ConfigError, match=r'data.sources.x: .* another tokenizer than .*set data.special_tokens as'):
     wrong.rows(32, 'train')
   (tmp_path / 'a.txt').write_text('text')
   of_text = dict(format='text', files=str(tmp_path / 'a.txt'))
@@ -156,6 +156,7 @@ def test_fields_of_a_source(tmp_path, fields, message):
         ({'source': 'mixture', 'sources': {'a/b': {}}}, "the name 'a/b' must be of letters"),
         ({'damaged': 'ignore'}, "data.damaged='ignore' must be one of"),
         ({'special_tokens': 'drop'}, "data.special_tokens='drop' must be one of"),
+        ({'special_tokens': 'ids'}, "data.special_tokens='ids' would change nothing"),
         ({'source': 'web'}, "data.source='web' must be one of"),
     ],
 )

@@ -389,7 +389,8 @@ def test_a_long_list_of_other_files_is_cut(corpus):
     [
         b'\xef\xbb\xbf' + WORDS.encode(), 'größer, 大'.encode(), 'größer'.encode('latin-1'), b'.',
         b'N.', b'PAR1 is how Parquet begins', b'BZh9 too', b'PK', b'\x80', b'I am.', b'abc.',
-        b'ORC', b'(lp0\n', b'7z', b'%PDF',
+        b'ORC', b'(lp0\n', b'7z', b'%PDF', b'\x14 \x15 3 gr\x94\xe1er\x1a',
+        pytest.param(b'\xe9\x02' + 999 * b'\xe9', id='one control character of 1001'),
     ],
     ids=repr,
 )  # fmt: skip

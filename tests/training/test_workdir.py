@@ -108,6 +108,9 @@ def test_a_changed_corpus_is_named(tmp_path):
   check_data(describe(), run, 'go_on')
   write_config(config_of(run), run, describe())
   check_data(describe(), run, 'stop')
+  write_config(config_of(run, **{'data.source': 'mixture'}), run, {'a': 'by one tokenizer'})
+  with pytest.raises(ConfigError, match=r'1 source is different \(a\).*the files and the tokenizer'):
+    check_data({'a': 'by another'}, run, 'stop')
 
 
 def test_a_corpus_that_moves_as_a_whole_is_the_same(tmp_path):

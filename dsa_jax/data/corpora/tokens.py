@@ -24,6 +24,8 @@ DOCUMENTS = 'documents.npy'
 VERSION = 1
 RECORD = 8192  # Tokens of a record.
 SCANNED = 2**24  # Tokens that are looked at at one time.
+PACKED = '.lz4', '.npz', '.zip'  # Endings of files without bare ids, beside those of `is_compressed`.
+MAGIC_BYTES = 6  # First bytes that tell a format. Fewer may be ids, such as 93 for lzma.
 # What is known of a document: its tokens, the bytes of its text, and a hash of its content.
 ABOUT = np.dtype([('tokens', '<u8'), ('bytes', '<u8'), ('hash', '<u8')])
 
@@ -176,7 +178,7 @@ class MegatronTokens(TokenStream):
     """
     self.place, self.tokenizer = prefix, ''
     lengths, documents, dtype = self._read_index(pathlib.Path(prefix + '.idx'))
-    self._tokens = _flat(prefix + '.bin', dtype)
+    self._tokens = _flat(prefix + '.bin', dtype, is_known=True)  # The index knows how long it is.
     if len(self._tokens) != int(lengths.sum()):
       raise ConfigError(
           f'{prefix}.bin has {len(self._tokens)} tokens, {prefix}.idx says {int(lengths.sum())}: '
@@ -319,24 +321,34 @@ def _check_ids(place: str, tokens: _Ids, kept: pathlib.Path) -> int:
   return high
 
 
-def _flat(name: str, dtype: str) -> _Ids:
-  """Opens the ids of a file."""
-  with open(name, 'rb') as file:
-    kind = '' if name.endswith('.npy') else kind_of(file.read(16))
-  if kind or is_compressed(name):
-    raise ConfigError(
-        f'{name} is no bare file of ids, but {kind or "compressed"}: unpack it, or give an array as .npy.'
-    )
+def _flat(name: str, dtype: str, *, is_known: bool = False) -> _Ids:
+  """Opens the ids of a file, which may be of another kind unless it is known."""
   try:
+    if not is_known:
+      _check_kind(name)
     if name.endswith('.npy'):
       tokens = np.load(name, mmap_mode='r')
     else:
       tokens = np.memmap(name, dtype, 'r')
+  except ConfigError:
+    raise
   except (OSError, ValueError) as error:
     raise ConfigError(f'{name} could not be read as token ids: {error}') from error
   if tokens.ndim != 1 or tokens.dtype.kind not in 'ui' or not len(tokens):
     raise ConfigError(f'{name} must hold ids in one dimension; it holds {tokens.dtype} {tokens.shape}.')
   return _Ids(tokens)
+
+
+def _check_kind(name: str):
+  """Raises ConfigError if a file holds neither bare ids nor an array."""
+  if name.endswith('.npy'):
+    return
+  with open(name, 'rb') as file:
+    kind = kind_of(file.read(64), MAGIC_BYTES)
+  if not kind and (is_compressed(name) or name.endswith(PACKED)):
+    kind = 'compressed'
+  if kind:
+    raise ConfigError(f'{name} is no bare file of ids, but {kind}: unpack it, or give an array as .npy.')
 
 
 def _scan(tokens: _Ids, separator: int) -> np.ndarray:
