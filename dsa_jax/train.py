@@ -45,7 +45,7 @@ from dsa_jax.training.checkpoint import (
 )
 from dsa_jax.training.compilation_cache import compilation_cache
 from dsa_jax.training.flags import parse_flags
-from dsa_jax.training.origin import keep_origin, keep_tokenizer
+from dsa_jax.training.origin import is_below, keep_origin, keep_tokenizer
 from dsa_jax.training.recipe import Recipe, read_recipe
 from dsa_jax.training.run import Run, open_run
 from dsa_jax.training.state import TrainState, abstract_params
@@ -98,6 +98,8 @@ def check(config: ConfigDict, before: Sequence[pathlib.Path] = ()):
   Raises:
     ConfigError: The config, the data or the workdir will not do.
   """
+  if waits_for_tokenizer(config, before):
+    return
   recipe = read_recipe(config)
   check_workdir(config, recipe.workdir)
   if jax.process_count() == 1 and kept_results(recipe):
@@ -106,6 +108,14 @@ def check(config: ConfigDict, before: Sequence[pathlib.Path] = ()):
   for batches in run.data.train.values():
     batches.close()
   check_data(files, recipe.workdir, recipe.on_changed_data)
+
+
+def waits_for_tokenizer(config: ConfigDict, before: Sequence[pathlib.Path]) -> bool:
+  """Returns whether an earlier run has yet to write the tokenizer by which a run reads its data."""
+  entries = [config.stages[name] for name in config.recipe if name in config.stages]
+  starts = [pathlib.Path(entry.init_from).expanduser() for entry in entries if entry.get('init_from')]
+  is_open = config.data.get('source') == 'mixture' and not config.data.get('tokenizer')
+  return is_open and any(is_below(start, before) and not start.exists() for start in starts)
 
 
 def run_recipe(config: ConfigDict, recipe: Recipe) -> dict[str, Any]:

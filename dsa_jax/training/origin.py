@@ -52,7 +52,7 @@ def check_origins(recipe: Recipe, like: nnx.State, before: Sequence[pathlib.Path
     if begun or not entry.init_from or entry.init_from in recipe.stages:
       continue
     folder, where = recipe.init_folder(entry), f'stages.{name}.init_from={entry.init_from!r}'
-    if any(folder.resolve().is_relative_to(workdir.resolve()) for workdir in before):
+    if is_below(folder, before):
       continue
     _check_kind(folder, where, list(recipe.stages))
     check_wide(check_params(folder, like), folder)
@@ -64,6 +64,10 @@ def check_origins(recipe: Recipe, like: nnx.State, before: Sequence[pathlib.Path
     _check_function(ModelConfig(**record), recipe.model, entry.init_may_differ, where, name)
     if what := _other_tokenizer(recipe, folder):
       logging.warning(f'{where} came with a tokenizer of its own; {what}: ids may mean other words there.')
+
+
+def is_below(folder: pathlib.Path, others: Sequence[pathlib.Path]) -> bool:
+  return any(folder.resolve().is_relative_to(other.resolve()) for other in others)
 
 
 def _other_tokenizer(recipe: Recipe, folder: pathlib.Path) -> str:

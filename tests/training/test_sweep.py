@@ -61,10 +61,13 @@ def test_they_are_trained_and_compared(tmp_path, monkeypatch):
   first = str(tmp_path / 'seed=3' / 'checkpoints' / 'sparse')  # It will be there.
   train.train_all(config_of(tmp_path, {'seed': 3}, {'seed': 4, 'stages.dense.init_from': first}))
   assert trained == [3, 4] and compared == [['seed=3', 'seed=4']]
+  mixture = {'data.source': 'mixture', 'data.sources': {'a': {'format': 'text', 'files': '*'}}}
+  ids = mixture | {'model.vocab_size': 1000, 'stages.dense.init_from': first}  # Of a tokenizer to come.
+  train.train_all(config_of(tmp_path, {'seed': 3}, {'seed': 4} | ids))
   monkeypatch.setattr(train, 'kept_results', lambda recipe: {'title': 'done'})
   monkeypatch.setattr(train, 'open_run', None)  # Runs that have ended are not opened.
   train.train_all(config_of(tmp_path, {'seed': 3}, {'seed': 4}))
-  assert compared[1] == compared[0]
+  assert compared == [['seed=3', 'seed=4']] * 3
 
 
 def test_runs_share_their_programs():
