@@ -212,8 +212,9 @@ def test_a_vocabulary_of_another_alphabet(tmp_path):
 
 
 def test_only_a_vocabulary_is_mended_by_a_tokenizer(place, tmp_path):
-  with pytest.raises(ConfigError, match='matches no file[^T]*$'):
+  with pytest.raises(ConfigError, match='matches no file') as error:
     evaluate.evaluate(settings(place, tmp_path / 'out', files=('nothing/*.txt',)))
+  assert '--tokenizer' not in str(error.value)
 
 
 def test_the_command_prints_a_mistake_in_one_line(place, tmp_path):
