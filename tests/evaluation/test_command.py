@@ -212,8 +212,9 @@ def test_a_vocabulary_of_another_alphabet(tmp_path):
 
 
 def test_only_a_vocabulary_is_mended_by_a_tokenizer(place, tmp_path):
-  with pytest.raises(ConfigError, match='matches no file') as error:
-    evaluate.evaluate(settings(place, tmp_path / 'out', files=('nothing/*.txt',)))
+  (tmp_path / 'tokenizer.json').write_text('{')
+  with pytest.raises(ConfigError, match='tokenizer.json') as error:
+    evaluate.evaluate(settings(place, tmp_path / 'out', tokenizer=str(tmp_path)))
   assert '--tokenizer' not in str(error.value)
 
 
