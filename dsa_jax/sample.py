@@ -13,6 +13,7 @@ training. On several hosts, each of them runs the same command.
 """
 
 import logging
+import pathlib
 import resource
 import statistics
 import sys
@@ -53,6 +54,8 @@ class Job(NamedTuple):
 
   prompts: list[Prompt]
   config: SampleConfig
+  checkpoint: pathlib.Path  # The step, in the folder that was named.
+  is_latest: bool  # Whether it was found as the latest one.
   of_sampler: dict[str, Any]  # Arguments of `Sampler.load`.
 
 
@@ -95,7 +98,8 @@ def prepare(of_sampler: dict[str, Any], drawing: dict[str, Any]) -> Job:
     n, capacity = size_of_batch(cfg, sizes, SLOTS.value, len(prompts) * SAMPLES.value, longest)
     texts = Texts(n=n, capacity=capacity, drafts=bool(of_sampler.get('drafts')), is_running=True)
   known = dict(mesh=mesh, tokenizer=tokenizer, chat=chat, texts=texts)
-  return Job(prompts, config, of_sampler | known)
+  step = stored.step or stored.folder / latest_checkpoint(stored.folder).name
+  return Job(prompts, config, step, stored.step is None, of_sampler | known)
 
 
 def given_prompts(chat: ChatTemplate | None) -> list[Prompt]:
@@ -108,7 +112,7 @@ def given_prompts(chat: ChatTemplate | None) -> list[Prompt]:
 def load(job: Job) -> Sampler:
   """Loads the sampler, and says how long it took and how much memory of the host."""
   began = time.monotonic()
-  sampler = Sampler.load(CHECKPOINT.value, **job.of_sampler)
+  sampler = Sampler.load(job.checkpoint, **job.of_sampler)
   seconds, unit = time.monotonic() - began, 1 if sys.platform == 'darwin' else 1024
   gib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
   report(f'loaded in {seconds:.1f} s, with at most {gib:.2f} GiB of memory on this host')
@@ -153,9 +157,11 @@ def continue_one(sampler: Sampler, job: Job):
 def continue_file(sampler: Sampler, job: Job):
   """Answers the prompts of a file that have no answer yet."""
   out = local_path(OUT.value, '--out')
-  stored = find_checkpoint(CHECKPOINT.value)
-  checkpoint = str(latest_checkpoint(stored.step or stored.folder))
-  answers = AnswerFile(out, sampler, job.prompts, job.config, SAMPLES.value, checkpoint)
+  checkpoint = job.checkpoint.resolve()
+  earlier = checkpoint.parent if job.is_latest else checkpoint
+  answers = AnswerFile(
+      out, sampler, job.prompts, job.config, SAMPLES.value, str(checkpoint), earlier=str(earlier)
+  )
   done, began, n_tokens, n_steps, to_first = len(answers.answered), time.monotonic(), 0, 0, []
   with StepProgress(rich.console.Console(stderr=True, quiet=not is_first())) as bar:
     bar.start_stage('answers', done + answers.n_left, done)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs a recipe: python -m dsa_jax.train --config=configs/quickstart.py"""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 import contextlib
 import errno
 import functools
@@ -45,7 +45,7 @@ from dsa_jax.training.checkpoint import (
 )
 from dsa_jax.training.compilation_cache import compilation_cache
 from dsa_jax.training.flags import parse_flags
-from dsa_jax.training.origin import keep_origin, keep_tokenizer
+from dsa_jax.training.origin import is_below, keep_origin, keep_tokenizer
 from dsa_jax.training.recipe import Recipe, read_recipe
 from dsa_jax.training.run import Run, open_run
 from dsa_jax.training.state import TrainState, abstract_params
@@ -53,7 +53,8 @@ from dsa_jax.training.sweep import sweep_configs
 from dsa_jax.training.workdir import check_data, check_workdir, write_config
 
 
-OF_THE_DISK = errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO
+NO_ROOM = errno.ENOSPC, errno.EDQUOT, errno.EFBIG
+OF_THE_DISK = *NO_ROOM, errno.EROFS, errno.EIO
 
 
 class NotFiniteError(FloatingPointError):
@@ -78,26 +79,43 @@ def train(config: ConfigDict) -> dict[str, Any]:
 def train_all(config: ConfigDict):
   """Trains a config, or every run of its sweep, which it then compares."""
   configs = sweep_configs(config)
-  for one in configs if len(configs) > 1 else []:
-    check(one)
+  workdirs = [pathlib.Path(one.workdir).expanduser() for one in configs]
+  for i, one in enumerate(configs if len(configs) > 1 else []):
+    check(one, workdirs[:i])
   for one in configs:
     train(one)
   if len(configs) > 1 and is_first():
-    print_table(group_runs([read_run(pathlib.Path(one.workdir).expanduser()) for one in configs]))
+    print_table(group_runs([read_run(workdir) for workdir in workdirs]))
 
 
-def check(config: ConfigDict):
+def check(config: ConfigDict, before: Sequence[pathlib.Path] = ()):
   """Looks at all that a run needs, so that none of several fails after others have been trained.
+
+  Args:
+    config: Its config.
+    before: The workdirs of the runs that are trained before it, whose checkpoints may not exist yet.
 
   Raises:
     ConfigError: The config, the data or the workdir will not do.
   """
+  if waits_for_tokenizer(config, before):
+    return
   recipe = read_recipe(config)
   check_workdir(config, recipe.workdir)
-  run, files = open_run(recipe), recipe.data.describe()
+  if jax.process_count() == 1 and kept_results(recipe):
+    return
+  run, files = open_run(recipe, before), recipe.data.describe()
   for batches in run.data.train.values():
     batches.close()
   check_data(files, recipe.workdir, recipe.on_changed_data)
+
+
+def waits_for_tokenizer(config: ConfigDict, before: Sequence[pathlib.Path]) -> bool:
+  """Returns whether an earlier run has yet to write the tokenizer by which a run reads its data."""
+  entries = [config.stages[name] for name in config.recipe if name in config.stages]
+  starts = [pathlib.Path(entry.init_from).expanduser() for entry in entries if entry.get('init_from')]
+  is_open = config.data.get('source') == 'mixture' and not config.data.get('tokenizer')
+  return is_open and any(is_below(start, before) and not start.exists() for start in starts)
 
 
 def run_recipe(config: ConfigDict, recipe: Recipe) -> dict[str, Any]:
@@ -300,11 +318,11 @@ def main(_):
     if error.errno not in OF_THE_DISK:
       raise
     name = error.filename or 'a file of the run'
-    print(
-        f'error: {name} could not be written: {error.strerror}. Make room, and start the same command '
-        'again: the run resumes from its last checkpoint.',
-        file=sys.stderr, flush=True,
-    )  # fmt: skip
+    reason, way_out = f'{name}: {error.strerror}.', 'Start'
+    if error.errno in NO_ROOM:
+      reason, way_out = f'{name} could not be written: {error.strerror}.', 'Make room, and start'
+    again = 'the same command again: the run resumes from its last checkpoint.'
+    print(f'error: {reason} {way_out} {again}', file=sys.stderr, flush=True)
     os._exit(1)  # At a usual end, TensorBoard's writers would try again, and print what they raise.
   except jax.errors.JaxRuntimeError as error:
     end_process(error, LOST)

@@ -418,11 +418,14 @@ def test_a_programming_error_keeps_its_traceback(tmp_path, monkeypatch, capsys):
   with pytest.raises(ValueError, match='broadcast'):
     train.main(None)
   monkeypatch.setattr(os, '_exit', mock.Mock(side_effect=SystemExit))
-  for number, kind in (errno.ENOSPC, SystemExit), (errno.ENOENT, FileNotFoundError):
+  kinds = {errno.ENOSPC: SystemExit, errno.ENOENT: FileNotFoundError, errno.EIO: SystemExit}
+  for number, kind in kinds.items():
     monkeypatch.setattr(train, 'train', mock.Mock(side_effect=OSError(number, 'full', 'metrics.csv')))
     with pytest.raises(kind):
       train.main(None)
-  assert capsys.readouterr().err.startswith('error: metrics.csv could not be written: full. Make room')
+  lines = capsys.readouterr().err.splitlines()
+  assert lines[0].startswith('error: metrics.csv could not be written: full. Make room')
+  assert lines[1].startswith('error: metrics.csv: full. Start the same command again')
   monkeypatch.setattr(train, 'train', lambda config: check_workdir(config, tmp_path))
   (tmp_path / 'config.json').write_text('{')
   with pytest.raises(SystemExit, match='^error: .*config.json is no JSON'):

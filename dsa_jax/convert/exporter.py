@@ -97,7 +97,10 @@ def open_checkpoint(folder: pathlib.Path, family: str = '') -> Checkpoint:
   if wrong:
     lines = '\n  '.join(first_ten(wrong))
     raise ConfigError(f'{folder} lacks, or has in another shape:\n  {lines}')
-  ids = {} if origin else _ids_of_data(stored)
+  for path in arrays:
+    if has_codes(stores[path]) and path not in scales:
+      raise ConfigError(f'{folder} lacks the scales of {".".join(path)}: the copy is not whole.')
+  ids = {} if origin else _ids_of_data(stored, model.vocab_size)
   return Checkpoint(
       stored.folder, family, model, has_indexer, origin, arrays, stores, scales, stored.origin, ids
   )
@@ -110,15 +113,16 @@ def _imported_family(stored: StoredModel) -> str:
   return '' if lacks_indexer and stored.has_trained_indexer else family
 
 
-def _ids_of_data(stored: StoredModel) -> dict[str, int | list[int] | None]:
+def _ids_of_data(stored: StoredModel, vocab_size: int) -> dict[str, int | list[int] | None]:
   """Returns the ids that begin and end a text of a run's data, null where they are not known.
 
   Loaders would take ids of their own for keys that are absent.
   """
-  data, vocab_size = stored.record.get('data', {}), stored.record['model']['vocab_size']
-  tokenizer = find_tokenizer(stored.origin)
-  has_text = any(source.get('format') in RAW for source in data.get('sources', {}).values())
-  reads_bytes = has_text or data.get('source', 'text') == 'text'
+  data, tokenizer = stored.record.get('data', {}), find_tokenizer(stored.origin)
+  source = data.get('source', 'text')
+  reads_bytes = source == 'text'
+  if source == 'mixture' and data.get('tokenizer', '') in ('', 'bytes'):
+    reads_bytes = any(fields.get('format') in RAW for fields in data.get('sources', {}).values())
   if isinstance(tokenizer, Bytes) and (not reads_bytes or vocab_size < VOCAB_SIZE):
     return {'bos_token_id': None, 'eos_token_id': None}
   bos = BOS if isinstance(tokenizer, Bytes) else tokenizer.bos

@@ -75,12 +75,12 @@ class Harness:
       )
     cfg = config_of(stored, index_topk)
     self.batch_size, self.max_length = batch_size, _longest(cfg, max_length, batch_size, mesh)
+    self.tokenizer = find_tokenizer(stored.origin)
+    check_tokenizer(self.tokenizer, cfg.vocab_size)
     self._mesh = make_mesh(**mesh.sizes) if mesh.n_devices > 1 else None
     self._shares = mesh.context * mesh.tensor  # As many devices share the tokens of a row.
     self._model = load_checkpoint(checkpoint, index_topk=index_topk, mesh=self._mesh)
     selects = 'indexer' if attention == 'dense' else rule or stored.rule
-    self.tokenizer = find_tokenizer(stored.origin)
-    check_tokenizer(self.tokenizer, cfg.vocab_size)
     self._mode = Mode(attention=attention, rule=selects, backend=backend or default_backend())
     self._graph, self._params = nnx.split(self._model)
 

@@ -84,10 +84,7 @@ def open_subject(settings: Settings) -> Subject:
   cfg = ModelConfig(**stored.record['model'])
   settings = _filled_in(settings, stored, cfg)
   data = _data(settings, stored)
-  try:
-    data.check_vocabulary(cfg.vocab_size)
-  except ConfigError as error:
-    raise ConfigError(f'{error} Give the tokenizer of the model by --tokenizer.') from error
+  _check_vocabulary(data, cfg, settings)
   if settings.mesh.n_devices > 1:
     settings.mesh.check_model(cfg)
     settings.mesh.check_rows(settings.batch_size, settings.context)
@@ -101,6 +98,15 @@ def open_subject(settings: Settings) -> Subject:
     raise ConfigError('no token of the rows has a target: give longer documents.')
   _check_folder(subject)
   return subject
+
+
+def _check_vocabulary(data: DataConfig, cfg: ModelConfig, settings: Settings):
+  _ = data.vocab_size, data.unit  # Opens the files, whose errors are no matter of the vocabulary.
+  try:
+    data.check_vocabulary(cfg.vocab_size)
+  except ConfigError as error:
+    advice = ' Give the tokenizer of the model by --tokenizer.' if settings.files else ''
+    raise ConfigError(f'{error}{advice}') from error
 
 
 def keep_settings(subject: Subject):
@@ -160,15 +166,24 @@ def _data(settings: Settings, stored: StoredModel) -> DataConfig:
 
 def _identity(settings: Settings, stored: StoredModel, data: DataConfig) -> dict[str, Any]:
   steps = saved_steps(stored.folder)
-  digest = lambda x: hashlib.sha256(json.dumps(x, sort_keys=True).encode()).hexdigest()
   names = 'context', 'rows', 'packing', 'min_tokens', 'tokenizer', 'dtype', 'backend'
   return {
       'checkpoint': str(stored.folder.resolve()),
       'step': int(stored.step.name) if stored.step else steps[-1] if steps else None,
-      'model': digest(stored.record['model']),
-      'data': digest([data.describe(), data.seed]),
+      'model': _digest(stored.record['model']),
+      'data': _digest([data.describe(), data.seed]),
       **{name: getattr(settings, name) for name in names},
   }
+
+
+def _digest(x: Any) -> str:
+  return hashlib.sha256(json.dumps(x, sort_keys=True).encode()).hexdigest()
+
+
+def _digest_without_order(data: DataConfig) -> str:
+  """Returns what an earlier version kept of the data: it did not tell the order of documents."""
+  texts = {name: text.partition(', in the order ')[0] for name, text in data.describe().items()}
+  return _digest([texts, data.seed])
 
 
 def _check_folder(subject: Subject):
@@ -180,6 +195,8 @@ def _check_folder(subject: Subject):
       raise ConfigError(f'{out} holds something else: name a new folder for the results.')
     return
   before = read_object(path)
+  if before.get('data') == _digest_without_order(subject.data):
+    before = before | {'data': subject.identity['data']}
   names = sorted(before.keys() | subject.identity.keys())
   both = {name: (before.get(name), subject.identity.get(name)) for name in names}
   differing = {name: pair for name, pair in both.items() if pair[0] != pair[1]}

@@ -6,6 +6,7 @@ import dataclasses
 import fcntl
 import hashlib
 import json
+import logging
 import os
 import pathlib
 from typing import Any, BinaryIO, NamedTuple
@@ -30,12 +31,12 @@ def read_prompts(path: pathlib.Path, chat: ChatTemplate | None) -> list[Prompt]:
   """Reads one prompt of each line of a JSONL file.
 
   A line is an object with a 'prompt', which is a text, or with 'messages', which the checkpoint's
-  chat template makes into one; and maybe an 'id', which no other line has.
+  chat template makes into one; and maybe an 'id', which had better be no other line's.
 
   Raises:
     ConfigError: A line is something else.
   """
-  prompts, names = [], dict[str, int]()
+  prompts, names, repeated = [], dict[str, int](), list[int]()
   for number, line in enumerate(path.read_bytes().splitlines(), 1):
     if not line.strip():
       continue
@@ -44,13 +45,18 @@ def read_prompts(path: pathlib.Path, chat: ChatTemplate | None) -> list[Prompt]:
       json.dumps(entry, ensure_ascii=False).encode()  # Refuses half a character.
       prompts.append(_read_entry(entry, chat))
       if (name := prompts[-1].name) is not None:
-        before = names.setdefault(json.dumps(name, sort_keys=True), number)
-        if before != number:
-          raise ConfigError(f"'id' is {name!r}, as in line {before}: it must tell answers apart.")
+        if names.setdefault(json.dumps(name, sort_keys=True), number) != number:
+          repeated.append(number)
     except ValueError as error:  # Those of JSON and UTF-8, and ConfigError.
       raise ConfigError(f'{path}, line {number}: {error}') from error
   if not prompts:
     raise ConfigError(f'{path} holds no prompt.')
+  if repeated:
+    logging.warning(
+        "%s: %d lines have an 'id' of a line before, the first of them line %d: 'prompt', the number "
+        'of the prompt, tells their answers apart.',
+        path, len(repeated), repeated[0],
+    )  # fmt: skip
   return prompts
 
 
@@ -77,6 +83,7 @@ class AnswerFile:
       config: SampleConfig,
       samples: int,
       checkpoint: str = '',
+      earlier: str | None = None,
   ):
     """Reads what the file holds. A line whose writing was interrupted is dropped.
 
@@ -87,6 +94,7 @@ class AnswerFile:
       config: In which way it does.
       samples: How many answers each prompt gets.
       checkpoint: The name of the checkpoint. Answers of one with another name are refused.
+      earlier: The name that an earlier version gave it, whose answers count too.
 
     Raises:
       ConfigError: The file holds something else than answers to these prompts, given in this way.
@@ -94,9 +102,10 @@ class AnswerFile:
     self._path, self._prompts, self._sampler = path, prompts, sampler
     self._config, self._samples = config, samples
     selection = sampler.attention, sampler.rule, sampler.cfg.index_topk
-    settings = [checkpoint, dataclasses.asdict(config), *selection, *sampler.formats]
-    digest = lambda text: hashlib.sha256(json.dumps([text, settings]).encode()).hexdigest()[:16]
-    self._digests = [digest(prompt.text) for prompt in prompts]
+    settings = dataclasses.asdict(config), *selection, *sampler.formats
+    digest = lambda *known: hashlib.sha256(json.dumps(known).encode()).hexdigest()[:16]
+    digests = lambda name: [digest(prompt.text, [name, *settings]) for prompt in prompts]
+    self._digests, self._earlier = digests(checkpoint), digests(checkpoint if earlier is None else earlier)
     self.answered: set[tuple[int, int]] = set()  # Prompts and samples.
     content = path.read_bytes() if path.exists() else b''
     self._size, self._whole = len(content), content.rfind(b'\n') + 1
@@ -113,7 +122,8 @@ class AnswerFile:
     try:
       entry = json.loads(line)
       prompt, sample, digest = entry['prompt'], entry['sample'], entry['digest']
-      if prompt >= 0 and 0 <= sample < self._samples and self._digests[prompt] == digest:
+      is_known = prompt >= 0 and digest in (self._digests[prompt], self._earlier[prompt])
+      if is_known and 0 <= sample < self._samples:
         return prompt, sample
     except (ValueError, TypeError, KeyError, IndexError):
       pass
@@ -152,14 +162,14 @@ class AnswerFile:
 
   def _claim(self, file: BinaryIO):
     """Keeps other processes from adding answers, as far as the file system knows locks."""
+    is_locked = False
     try:
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-      is_ours = os.fstat(file.fileno()).st_size == self._size
     except BlockingIOError:
-      is_ours = False
-    except OSError:
-      return
-    if not is_ours:
+      is_locked = True
+    except OSError:  # The file system knows no locks.
+      pass
+    if is_locked or os.fstat(file.fileno()).st_size != self._size:
       raise ConfigError(
           f'another process adds answers to {self._path}: wait until it ends, or name another file.'
       )

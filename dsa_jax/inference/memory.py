@@ -100,11 +100,13 @@ def check_memory(
   options = [] if is_loaded else list(_narrower(cfg, weights, mesh, has - of_texts))
   options += _fewer(cfg, texts, cache, mesh, has - of_weights)
   more = math.ceil(needs / has) * mesh_config(mesh).n_devices
-  kind = 'slots' if texts.is_running else 'texts'
+  kind = f'{texts.n} {"slots" if texts.is_running else "texts"} of {texts.capacity} tokens'
+  held = f"a device's share of {kind}" if mesh is not None else kind
+  options.append(f'about {more} devices (mesh=...)')
   raise ConfigError(
       f'a device has {has / GIB:.1f} GiB and would need {needs / GIB:.1f}: {of_weights / GIB:.1f} for '
-      f'weights{"" if is_loaded else f" in {weights}"}, and {of_texts / GIB:.1f} for {texts.n} {kind} of '
-      f'{texts.capacity} tokens, with a cache in {cache}. What may fit: {", ".join([*options, f"about {more} devices (mesh=...)"])}.'
+      f'weights{"" if is_loaded else f" in {weights}"}, and {of_texts / GIB:.1f} for {held}, '
+      f'with a cache in {cache}. What may fit: {", ".join(options)}.'
   )
 
 

@@ -256,7 +256,8 @@ class Sampler:
         if (i, sample) not in without
     ]
     if texts:
-      self._check_memory(max(map(len, ids)) + config.max_new_tokens, len(texts), slots)
+      longest = max(len(text.prompt) for text in texts) + config.max_new_tokens
+      self._check_memory(longest, len(texts), slots)
     return complete(self._engine, texts, config, slots)
 
   def _check_memory(self, longest: int, n_texts: int, slots: int):
@@ -264,8 +265,8 @@ class Sampler:
     engine = self._engine
     n, capacity = size_of_batch(self.cfg, engine.mesh, slots, n_texts, longest)
     texts = Texts(n=n, capacity=capacity, drafts=engine.drafts, is_running=True)
-    own = sum(x.addressable_shards[0].data.nbytes for x in engine.weights)
     mesh = engine.reader.shares and engine.reader.shares.mesh
+    own = sum((x.addressable_shards[0].data if mesh else x).nbytes for x in engine.weights)
     check_memory(self.cfg, texts, weights=own, cache=engine.cache_format, mesh=mesh)
 
   def generate(

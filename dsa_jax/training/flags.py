@@ -14,7 +14,7 @@ def parse_flags(argv: list[str]) -> list[str]:
   """
   try:
     return app.parse_flags_with_usage(argv)
-  except (AttributeError, KeyError, TypeError) as error:
+  except (AttributeError, IndexError, KeyError, TypeError) as error:
     frames = traceback.extract_tb(error.__traceback__)
     if any(frame.name in ('get_config', '<module>') for frame in frames[_first_of_parsing(frames) :]):
       raise

@@ -36,12 +36,13 @@ OF_EXPERTS = frozenset((
 ))  # fmt: skip
 
 
-def check_origins(recipe: Recipe, like: nnx.State):
+def check_origins(recipe: Recipe, like: nnx.State, before: Sequence[pathlib.Path] = ()):
   """Checks every checkpoint that an entry which has not begun will start from.
 
   Args:
     recipe: The recipe.
     like: The shapes of its model's weights.
+    before: The workdirs of runs that will be trained before it; their checkpoints are not looked at.
 
   Raises:
     ConfigError: A folder is missing or holds something else, or the model there is another function.
@@ -51,6 +52,8 @@ def check_origins(recipe: Recipe, like: nnx.State):
     if begun or not entry.init_from or entry.init_from in recipe.stages:
       continue
     folder, where = recipe.init_folder(entry), f'stages.{name}.init_from={entry.init_from!r}'
+    if is_below(folder, before):
+      continue
     _check_kind(folder, where, list(recipe.stages))
     check_wide(check_params(folder, like), folder)
     if not (record := model_record(folder)):
@@ -61,6 +64,10 @@ def check_origins(recipe: Recipe, like: nnx.State):
     _check_function(ModelConfig(**record), recipe.model, entry.init_may_differ, where, name)
     if what := _other_tokenizer(recipe, folder):
       logging.warning(f'{where} came with a tokenizer of its own; {what}: ids may mean other words there.')
+
+
+def is_below(folder: pathlib.Path, others: Sequence[pathlib.Path]) -> bool:
+  return any(folder.resolve().is_relative_to(other.resolve()) for other in others)
 
 
 def _other_tokenizer(recipe: Recipe, folder: pathlib.Path) -> str:

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """What does not change within a run: its recipe, model, devices and data."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 import dataclasses
 import functools
 import logging
+import pathlib
 import shutil
 from typing import NamedTuple
 
@@ -109,15 +110,19 @@ class Run(NamedTuple):
     return new_state(params, entry.trains, recipe.optim, seed=recipe.seed, mesh=self.mesh)
 
 
-def open_run(recipe: Recipe) -> Run:
+def open_run(recipe: Recipe, before: Sequence[pathlib.Path] = ()) -> Run:
   """Finds the devices and opens the data, so that what will not do stops the run at once.
+
+  Args:
+    recipe: The recipe.
+    before: Folders below which checkpoints may not exist yet, see `check_origins`.
 
   Raises:
     ConfigError: The devices, the backend or the data will not do. Nothing has been written.
   """
   mesh = make_mesh(**recipe.mesh.sizes) if recipe.mesh.n_devices > 1 else None
   _check_processes(recipe.mesh)
-  check_origins(recipe, abstract_params(recipe.model, mesh=mesh))
+  check_origins(recipe, abstract_params(recipe.model, mesh=mesh), before)
   _check_disk(recipe)
   if recipe.backend and (reason := why_not_here(recipe.backend)):
     raise ConfigError(f'config.backend={recipe.backend!r}: {reason}')

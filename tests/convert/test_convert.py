@@ -5,6 +5,7 @@ import dataclasses
 import json
 import math
 import pathlib
+import shutil
 
 from flax import nnx
 import jax
@@ -104,6 +105,9 @@ def test_codes_may_stay_codes_on_disk(tmp_path):
   released.write(tmp_path / 'bf16', config, released.random_tensors(config, fp8=False))
   with pytest.raises(ConfigError, match='has no weights in FP8: dtype must be bfloat16 or float32'):
     import_folder(tmp_path / 'bf16', tmp_path / 'none', dtype='fp8')
+  shutil.rmtree(tmp_path / 'codes' / '0' / 'scales')
+  with pytest.raises(ConfigError, match='lacks the scales of .*: the copy is not whole'):
+    open_checkpoint(tmp_path / 'codes')
 
 
 def test_every_weight_is_in_its_place(variant):

@@ -182,12 +182,13 @@ def test_a_run_gives_back_what_it_began_with(tmp_path, fp8):
 
 
 def test_ids_are_those_of_the_tokenizer_that_a_run_has_kept(tmp_path):
-  run, record = tmp_path / 'checkpoints' / 'mine', {'model': {'vocab_size': 400}}
+  run = tmp_path / 'checkpoints' / 'mine'
   (tmp_path / 'origin').mkdir(parents=True)
   data = {'source': 'mixture', 'tokenizer': '', 'sources': {'a': {'format': 'text'}}}
-  ids = lambda data: tuple(_ids_of_data(StoredModel(run, None, record | {'data': data})).values())
+  ids = lambda data: tuple(_ids_of_data(StoredModel(run, None, {'data': data}), 400).values())
   assert ids(data) == (BOS, BOS)
-  assert ids(data | {'sources': {'a': {'format': 'flat'}}}) == (None, None)
+  for lost in {'sources': {'a': {'format': 'flat'}}}, {'tokenizer': '/lost'}, {'source': 'recall'}:
+    assert ids(data | lost) == (None, None)
   byte_level(['<s>', '<|end|>']).save(str(tmp_path / 'origin' / 'tokenizer.json'))
   assert ids(data) == (None, None)
   settings = {'bos_token': '<s>', 'eos_token': '<|end|>'}

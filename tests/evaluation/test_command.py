@@ -2,6 +2,7 @@
 """python -m dsa_jax.evaluate: dense beside sparse for any checkpoint, and what it refuses."""
 
 import dataclasses
+import hashlib
 import json
 import math
 import pathlib
@@ -18,6 +19,7 @@ from dsa_jax.config import ConfigError
 from dsa_jax.data.text import VOCAB_SIZE
 from dsa_jax.evaluation import arms, page
 from dsa_jax.evaluation.settings import Settings
+from dsa_jax.evaluation.subject import open_subject
 from dsa_jax.training.checkpoint import Checkpoints, Progress
 from dsa_jax.training.optim import OptimConfig
 from dsa_jax.training.state import new_state
@@ -58,6 +60,10 @@ def settings(place, out, **changes):
   return Settings(checkpoint=checkpoint, out=out, **fields)
 
 
+def describe(place) -> dict[str, str]:
+  return open_subject(settings(place, place / 'none')).data.describe()
+
+
 def test_dense_beside_sparse(place, tmp_path, monkeypatch, capsys):
   out = tmp_path / 'out'
   results = evaluate.evaluate(settings(place, out))
@@ -87,6 +93,13 @@ def test_dense_beside_sparse(place, tmp_path, monkeypatch, capsys):
   again = evaluate.evaluate(settings(place, out))
   assert scored == ['window_sinks@16']
   assert again['bits_by_visible'] == results['bits_by_visible']
+
+  # An earlier version did not tell the order of documents.
+  kept = json.loads((out / 'settings.json').read_text())
+  described = {name: text.split(', in the order')[0] for name, text in describe(place).items()}
+  kept['data'] = hashlib.sha256(json.dumps([described, 0], sort_keys=True).encode()).hexdigest()
+  (out / 'settings.json').write_text(json.dumps(kept))
+  open_subject(settings(place, out))
   with pytest.raises(ConfigError, match='of another evaluation(.|\n)*rows: 4 there, 6 here'):
     evaluate.evaluate(settings(place, out, rows=6))
 
@@ -196,6 +209,13 @@ def test_a_vocabulary_of_another_alphabet(tmp_path):
   save_run(tmp_path, dataclasses.replace(CFG, vocab_size=100))
   with pytest.raises(ConfigError, match='vocab_size=100 is too small for the mixture data: it needs 258. Give the tokenizer'):
     evaluate.evaluate(settings(tmp_path, tmp_path / 'out'))
+
+
+def test_only_a_vocabulary_is_mended_by_a_tokenizer(place, tmp_path):
+  (tmp_path / 'tokenizer.json').write_text('{')
+  with pytest.raises(ConfigError, match='tokenizer.json') as error:
+    evaluate.evaluate(settings(place, tmp_path / 'out', tokenizer=str(tmp_path)))
+  assert '--tokenizer' not in str(error.value)
 
 
 def test_the_command_prints_a_mistake_in_one_line(place, tmp_path):

@@ -4,6 +4,7 @@
 import copy
 import dataclasses
 import json
+import shutil
 import sys
 import types
 
@@ -53,6 +54,14 @@ def logprobs():
     return np.asarray(forward(tokens, np.zeros_like(position), position + 1))[: len(ids)]
 
   return of
+
+
+def test_bytes_of_another_vocabulary_are_refused_before_weights_are_read(folder, tmp_path):
+  target = tmp_path / 'checkpoints' / 'sparse'
+  shutil.copytree(folder, target)
+  (tmp_path / 'config.json').write_text(json.dumps({'model': dataclasses.asdict(CFG) | {'vocab_size': 999}}))
+  with pytest.raises(ConfigError, match='of another alphabet than a text in bytes'):
+    Harness(target)  # Weights would be of another model.
 
 
 def test_likelihoods(harness, logprobs):

@@ -2,7 +2,10 @@
 """A file of prompts is answered once, whatever interrupts it."""
 
 import dataclasses
+import errno
+import fcntl
 import json
+from unittest import mock
 
 import laws
 import pytest
@@ -70,7 +73,7 @@ def test_what_was_answered_is_kept_and_the_rest_is_the_same(tmp_path, sampler, p
   assert out.read_bytes().startswith(kept)
   texts = lambda path: {at: (line['ids'], line['text']) for at, line in answers_in(path).items()}
   assert texts(out) == texts(whole)
-  done = AnswerFile(out, sampler, prompts, DRAWN, 2)
+  done = AnswerFile(out, sampler, prompts, DRAWN, 2, 'run/8', earlier='')  # An earlier version's.
   assert done.n_left == 0 and not list(done.answer(slots=2)) and texts(out) == texts(whole)
 
 
@@ -114,7 +117,6 @@ def test_a_prompt_that_is_too_long_writes_nothing(tmp_path, sampler, prompts):
         ('{"prompt": 3}', "line 2: 'prompt' is 3; it must be a text"),
         ('{"messages": 3}', "line 2: 'messages' is 3; it must be a list"),
         ('{"messages": [{"content": "a"}]}', "line 2: message 0 is .* must have a 'role'"),
-        ('{"prompt": "b", "id": [1]}', r"line 2: 'id' is \[1\], as in line 1: it must tell answers apart"),
     ],
 )
 def test_lines_that_are_no_prompts(tmp_path, sampler, line, message):
@@ -122,6 +124,25 @@ def test_lines_that_are_no_prompts(tmp_path, sampler, line, message):
   path.write_text('{"prompt": "a", "id": [1]}\n' + line + '\n')
   with pytest.raises(ConfigError, match=message):
     read_prompts(path, sampler.chat)
+
+
+def test_prompts_with_one_id_are_answered(tmp_path, caplog):
+  path = tmp_path / 'prompts.jsonl'
+  path.write_text('{"prompt": "a", "id": [1]}\n' * 3)
+  assert [prompt.name for prompt in read_prompts(path, None)] == [[1]] * 3
+  [record] = caplog.records
+  assert "2 lines have an 'id' of a line before, the first of them line 2" in record.message
+
+
+def test_a_line_that_another_process_has_added_meanwhile(tmp_path, sampler, prompts, monkeypatch):
+  """Where the file system knows no locks, too."""
+  out = tmp_path / 'answers.jsonl'
+  answers = AnswerFile(out, sampler, prompts, DRAWN, 1)
+  out.write_text('{}\n')
+  monkeypatch.setattr(fcntl, 'flock', mock.Mock(side_effect=OSError(errno.ENOTSUP, 'no locks')))
+  with pytest.raises(ConfigError, match='another process adds answers to .*answers.jsonl'):
+    next(answers.answer(slots=2))
+  assert out.read_text() == '{}\n'
 
 
 def test_files_without_prompts_and_checkpoints_without_templates(tmp_path, sampler):

@@ -7,6 +7,7 @@ import json
 import jax
 from jax.sharding import AbstractMesh
 import laws
+import numpy as np
 import pytest
 
 from dsa_jax.config import ConfigError
@@ -82,3 +83,15 @@ def test_a_batch_that_does_not_fit_is_not_begun(monkeypatch):
   assert len(list(writes.complete(prompts, config, slots=2))) == 3
   with pytest.raises(ConfigError, match='for 3 slots of 64 tokens.*What may fit: slots=2'):
     writes.complete(prompts, config, slots=3)
+  writes._engine.weights[:] = map(np.asarray, writes._engine.weights)  # A model may hold such arrays.
+  writes.complete(prompts, config, slots=2)
+  with pytest.raises(ConfigError, match="for a device's share of 4 texts of 64 tokens"):
+    mesh = AbstractMesh((2, 1, 1, 1), MESH_AXES)
+    memory.check_memory(CFG, Texts(n=4, capacity=64), weights=of_weights + two, cache='float32', mesh=mesh)
+
+
+def test_prompts_that_have_their_answers_take_no_room(monkeypatch):
+  writes, longest = Sampler(laws.model_of(laws.weights(CFG), CFG)), []
+  monkeypatch.setattr(Sampler, '_check_memory', lambda self, *sizes: longest.append(sizes[0]))
+  writes.complete([[1] * 40, [3]], SampleConfig(max_new_tokens=2), without={(0, 0)})
+  assert longest == [3]

@@ -55,11 +55,19 @@ def test_all_are_checked_before_one_trains(tmp_path, monkeypatch):
 def test_they_are_trained_and_compared(tmp_path, monkeypatch):
   trained, compared = [], []
   monkeypatch.setattr(train, 'train', lambda config: trained.append(config.seed))
-  monkeypatch.setattr(train, 'read_run', lambda folder: folder.name)
+  monkeypatch.setattr(train, 'read_run', lambda folder: folder.name[:6])
   monkeypatch.setattr(train, 'group_runs', list)
   monkeypatch.setattr(train, 'print_table', compared.append)
-  train.train_all(config_of(tmp_path, {'seed': 3}, {'seed': 4}))
+  first = str(tmp_path / 'seed=3' / 'checkpoints' / 'sparse')  # It will be there.
+  train.train_all(config_of(tmp_path, {'seed': 3}, {'seed': 4, 'stages.dense.init_from': first}))
   assert trained == [3, 4] and compared == [['seed=3', 'seed=4']]
+  mixture = {'data.source': 'mixture', 'data.sources': {'a': {'format': 'text', 'files': '*'}}}
+  ids = mixture | {'model.vocab_size': 1000, 'stages.dense.init_from': first}  # Of a tokenizer to come.
+  train.train_all(config_of(tmp_path, {'seed': 3}, {'seed': 4} | ids))
+  monkeypatch.setattr(train, 'kept_results', lambda recipe: {'title': 'done'})
+  monkeypatch.setattr(train, 'open_run', None)  # Runs that have ended are not opened.
+  train.train_all(config_of(tmp_path, {'seed': 3}, {'seed': 4}))
+  assert compared == [['seed=3', 'seed=4']] * 3
 
 
 def test_runs_share_their_programs():
