@@ -171,7 +171,7 @@ def loading() -> dict[str, bool]:
 
   class Counted:
     def __init__(self, name, store):
-      self.name, self.store, self.shape = name, store, store.shape
+      self.name, self.store, self.shape, self.dtype = name, store, store.shape, store.dtype
 
     def __getitem__(self, index):
       reads.append((self.name, index, self.store[index].shape))
