@@ -2,13 +2,13 @@
 """What does not fit into memory is said before it is loaded, or before a batch is begun."""
 
 import dataclasses
-import json
 
 import jax
 from jax.sharding import AbstractMesh
 import laws
 import numpy as np
 import pytest
+from saved_run import save_run
 
 from dsa_jax.config import ConfigError
 from dsa_jax.data.text import VOCAB_SIZE
@@ -17,9 +17,6 @@ from dsa_jax.inference.batching import Batch
 from dsa_jax.inference.memory import Texts, text_bytes
 from dsa_jax.inference.sampler import SampleConfig, Sampler
 from dsa_jax.parallel.mesh import MESH_AXES
-from dsa_jax.training.checkpoint import Checkpoints, Progress
-from dsa_jax.training.optim import OptimConfig
-from dsa_jax.training.state import new_state
 
 CFG = dataclasses.replace(laws.CFG, vocab_size=VOCAB_SIZE, max_seq_len=64)
 DRAFTING = dataclasses.replace(CFG, n_mtp_layers=1)
@@ -29,12 +26,7 @@ nbytes = lambda tree: sum(x.nbytes for x in jax.tree.leaves(tree))
 
 @pytest.fixture(scope='module')
 def checkpoint(tmp_path_factory):
-  folder = tmp_path_factory.mktemp('run')
-  state = new_state(laws.weights(CFG), ('backbone',), OptimConfig(), seed=0)
-  with Checkpoints(folder / 'checkpoints' / 'sparse') as checkpoints:
-    checkpoints.save(1, state, Progress({}, 0.0))
-  (folder / 'config.json').write_text(json.dumps({'model': dataclasses.asdict(CFG)}))
-  return folder / 'checkpoints' / 'sparse'
+  return save_run(tmp_path_factory.mktemp('run'), CFG)
 
 
 def test_what_does_not_fit_is_said_before_loading(checkpoint, monkeypatch):

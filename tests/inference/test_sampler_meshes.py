@@ -12,15 +12,13 @@ import sys
 import jax
 import laws
 import pytest
+from saved_run import save_run
 
 from dsa_jax.config import ConfigError
 from dsa_jax.data.text import VOCAB_SIZE
 from dsa_jax.inference import sampler, shares
 from dsa_jax.inference.sampler import Sampler
 from dsa_jax.parallel.mesh import MeshConfig
-from dsa_jax.training.checkpoint import Checkpoints, Progress
-from dsa_jax.training.optim import OptimConfig
-from dsa_jax.training.state import new_state
 
 HERE = pathlib.Path(__file__).parent
 TESTS, ROOT = HERE.parents[0], HERE.parents[1]
@@ -36,12 +34,7 @@ def environment(n_devices: int, **variables: str) -> dict[str, str]:
 
 @pytest.fixture(scope='module')
 def checkpoint(tmp_path_factory):
-  folder = tmp_path_factory.mktemp('run')
-  state = new_state(laws.weights(CFG), ('backbone',), OptimConfig(), seed=0)
-  with Checkpoints(folder / 'checkpoints' / 'sparse') as checkpoints:
-    checkpoints.save(1, state, Progress({}, 0.0))
-  (folder / 'config.json').write_text(json.dumps({'model': dataclasses.asdict(CFG)}))
-  return folder / 'checkpoints' / 'sparse'
+  return save_run(tmp_path_factory.mktemp('run'), CFG)
 
 
 def start(checkpoint, *flags: str, env: dict[str, str]) -> subprocess.Popen:
