@@ -52,7 +52,6 @@ from dsa_jax.training.state import TrainState, abstract_params
 from dsa_jax.training.sweep import sweep_configs
 from dsa_jax.training.workdir import check_data, check_workdir, write_config
 
-
 NO_ROOM = errno.ENOSPC, errno.EDQUOT, errno.EFBIG
 OF_THE_DISK = *NO_ROOM, errno.EROFS, errno.EIO
 

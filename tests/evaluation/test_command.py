@@ -12,6 +12,7 @@ import sys
 import laws
 import numpy as np
 import pytest
+from saved_run import save_run
 import tokenizers
 
 from dsa_jax import evaluate
@@ -20,9 +21,6 @@ from dsa_jax.data.text import VOCAB_SIZE
 from dsa_jax.evaluation import arms, page
 from dsa_jax.evaluation.settings import Settings
 from dsa_jax.evaluation.subject import open_subject
-from dsa_jax.training.checkpoint import Checkpoints, Progress
-from dsa_jax.training.optim import OptimConfig
-from dsa_jax.training.state import new_state
 
 CFG = dataclasses.replace(
     laws.CFG, vocab_size=VOCAB_SIZE, n_layers=1, n_dense_layers=1, max_seq_len=48, index_topk=16
@@ -30,20 +28,11 @@ CFG = dataclasses.replace(
 FAST = {'rows': 4, 'batch_size': 2, 'rules': ('indexer', 'window_sinks')}
 
 
-def save_run(folder, cfg=CFG, **record):
-  state = new_state(laws.weights(cfg), ('backbone',), OptimConfig(), seed=0)
-  with Checkpoints(folder / 'checkpoints' / 'sparse') as checkpoints:
-    checkpoints.save(1, state, Progress({}, 0.0))
-  record = {'model': dataclasses.asdict(cfg)} | record
-  (folder / 'config.json').write_text(json.dumps(record))
-  return folder / 'checkpoints' / 'sparse'
-
-
 @pytest.fixture(scope='module')
 def place(tmp_path_factory):
   """A run, and a text."""
   folder = tmp_path_factory.mktemp('run')
-  save_run(folder)
+  save_run(folder, CFG)
   words = np.random.default_rng(0).integers(97, 123, 4000, dtype=np.uint8)
   (folder / 'text.txt').write_bytes(words.tobytes())
   return folder

@@ -12,6 +12,7 @@ import sys
 import laws
 import numpy as np
 import pytest
+from saved_run import save_run
 
 from dsa_jax import evaluate
 from dsa_jax.config import ConfigError
@@ -20,9 +21,6 @@ from dsa_jax.evaluation.harness import Harness
 from dsa_jax.evaluation.settings import Settings
 from dsa_jax.lm_eval import mesh_of
 from dsa_jax.parallel.mesh import MeshConfig
-from dsa_jax.training.checkpoint import Checkpoints, Progress
-from dsa_jax.training.optim import OptimConfig
-from dsa_jax.training.state import new_state
 
 COUNT = '--xla_force_host_platform_device_count'
 HERE = pathlib.Path(__file__).parent
@@ -36,16 +34,13 @@ EVERY_RULE = ('indexer', 'window_sinks', 'random', 'oracle')
 ALL = GQA, {'context': 64, 'rules': EVERY_RULE} | TASKS, {'fsdp': 2, 'context': 2, 'tensor': 2}
 
 
-def save_run(folder: pathlib.Path, cfg) -> pathlib.Path:
-  state = new_state(laws.weights(cfg), ('backbone',), OptimConfig(), seed=0)
-  with Checkpoints(folder / 'checkpoints' / 'sparse') as checkpoints:
-    checkpoints.save(1, state, Progress({}, 0.0))
-  (folder / 'config.json').write_text(json.dumps({'model': dataclasses.asdict(cfg)}))
+def save_run_and_text(folder: pathlib.Path, cfg) -> pathlib.Path:
+  entry = save_run(folder, cfg)
   rng = np.random.default_rng(0)
   words = [bytes(rng.integers(97, 123, 5, dtype=np.uint8)).decode() for _ in range(600)]
   lines = [f'Line {i} has the words {" ".join(words[i : i + 4])}.' for i in range(0, 600, 4)]
   (folder / 'text.txt').write_text('\n'.join(lines))
-  return folder / 'checkpoints' / 'sparse'
+  return entry
 
 
 def start(command: list[str], cache: pathlib.Path, n_devices: int = 8, **env: str) -> subprocess.Popen:
@@ -76,7 +71,7 @@ def evaluated(request, tmp_path_factory):
   """What the command has written on a mesh, what one device finds, and what asks for the latter."""
   cfg, fields, mesh = request.param
   folder = tmp_path_factory.mktemp('run')
-  checkpoint = save_run(folder, cfg)
+  checkpoint = save_run_and_text(folder, cfg)
   fields |= {'files': (str(folder / 'text.txt'),), 'rows': 4, 'batch_size': 2}
   if 'tasks' in fields:
     fields |= {'haystack': str(folder / 'text.txt')}
@@ -130,7 +125,7 @@ def test_what_a_mesh_has_begun_goes_on_elsewhere(evaluated, monkeypatch):
 def test_two_processes_evaluate_what_one_does(tmp_path, monkeypatch):
   """Each has two of the four devices; the first one writes."""
   monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))
-  checkpoint, text = save_run(tmp_path, GQA), str(tmp_path / 'text.txt')
+  checkpoint, text = save_run_and_text(tmp_path, GQA), str(tmp_path / 'text.txt')
   fields = {'context': 64, 'rules': ('oracle',), 'rows': 4, 'batch_size': 2, 'haystack': text} | TASKS
   wanted = evaluate.evaluate(
       Settings(checkpoint=str(checkpoint), out=tmp_path / 'one', files=(text,), **fields)
@@ -150,7 +145,7 @@ def test_two_processes_evaluate_what_one_does(tmp_path, monkeypatch):
 
 @pytest.mark.nightly
 def test_the_adapter_answers_alike(tmp_path):
-  checkpoint = save_run(tmp_path, CFG)
+  checkpoint = save_run_and_text(tmp_path, CFG)
   answers = json.loads(run([str(HERE / 'harness_script.py'), str(checkpoint)], tmp_path))
   for name, (*of_meshes, wanted) in answers.items():
     assert len(of_meshes) == 2
@@ -162,7 +157,7 @@ def test_the_adapter_answers_alike(tmp_path):
 
 
 def test_meshes_that_do_not_fit_are_refused(tmp_path):
-  checkpoint = save_run(tmp_path, CFG)
+  checkpoint = save_run_and_text(tmp_path, CFG)
   fields = {'checkpoint': str(checkpoint), 'files': (str(tmp_path / 'text.txt'),), 'rows': 4, 'batch_size': 2}
   for changes, mesh, message in (
       ({}, {'tensor': 3}, 'tensor=3 must divide n_heads=4'),

@@ -12,6 +12,7 @@ import jax
 import laws
 import numpy as np
 import pytest
+from saved_run import save_run
 
 from dsa_jax import lm_eval as ours
 from dsa_jax.config import ConfigError
@@ -19,9 +20,6 @@ from dsa_jax.data.text import VOCAB_SIZE
 from dsa_jax.data.tokenizer import Bytes
 from dsa_jax.evaluation.harness import Harness
 from dsa_jax.nn.attention.types import Mode
-from dsa_jax.training.checkpoint import Checkpoints, Progress
-from dsa_jax.training.optim import OptimConfig
-from dsa_jax.training.state import new_state
 
 CFG = dataclasses.replace(laws.CFG, vocab_size=VOCAB_SIZE, n_layers=1, n_dense_layers=1, max_seq_len=48)
 PAIRS = [('the cat', ' sat'), ('', 'a'), ('x ', 'yz'), ('a long context of thirty letters', ' and more')]
@@ -29,12 +27,7 @@ PAIRS = [('the cat', ' sat'), ('', 'a'), ('x ', 'yz'), ('a long context of thirt
 
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):
-  run = tmp_path_factory.mktemp('run')
-  state = new_state(laws.weights(CFG), ('backbone',), OptimConfig(), seed=0)
-  with Checkpoints(run / 'checkpoints' / 'sparse') as checkpoints:
-    checkpoints.save(1, state, Progress({}, 0.0))
-  (run / 'config.json').write_text(json.dumps({'model': dataclasses.asdict(CFG)}))
-  return run / 'checkpoints' / 'sparse'
+  return save_run(tmp_path_factory.mktemp('run'), CFG)
 
 
 @pytest.fixture(scope='module')
