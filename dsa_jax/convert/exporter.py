@@ -9,7 +9,6 @@ import pathlib
 from typing import Any, NamedTuple
 
 import numpy as np
-import tensorstore as ts
 
 from dsa_jax.config import ConfigError, ModelConfig
 from dsa_jax.convert import fp8, quantization
@@ -24,22 +23,23 @@ from dsa_jax.data.text import BOS, VOCAB_SIZE
 from dsa_jax.data.tokenizer import Bytes, find_tokenizer
 from dsa_jax.families import FAMILIES
 from dsa_jax.inference.load import StoredModel, find_checkpoint
-from dsa_jax.training.checkpoint import has_codes, latest_checkpoint, open_tree
+from dsa_jax.training.checkpoint import latest_checkpoint, reading
 from dsa_jax.training.origin import differing_fields
+from dsa_jax.training.stored_arrays import StoredArray, open_tree
 
 
 class Checkpoint(NamedTuple):
   """One of our checkpoints, opened."""
 
-  folder: pathlib.Path
+  step: pathlib.Path  # The folder that holds its arrays.
   family: str
   model: ModelConfig
   has_indexer: bool  # Whether the export will have indexers.
   # What the import recorded of the source, for a training run too that began there; otherwise {}.
   origin: dict[str, Any]
   arrays: dict[Path, Array]
-  stores: dict[Path, ts.TensorStore]
-  scales: dict[Path, ts.TensorStore]  # The scales of weights that were imported from FP8.
+  stores: dict[Path, StoredArray]
+  scales: dict[Path, StoredArray]  # The scales of weights that were imported from FP8.
   kept: pathlib.Path = pathlib.Path()  # The folder that holds the source's tokenizer.
   # The ids that begin and end a text, where there is no source.
   ids: Mapping[str, int | list[int] | None] = {}
@@ -85,9 +85,10 @@ def open_checkpoint(folder: pathlib.Path, family: str = '') -> Checkpoint:
   family = _choose_family(family or _imported_family(stored), model, stored)
   has_indexer = _has_indexer(family, stored.has_trained_indexer)
   step = latest_checkpoint(stored.step or stored.folder)
-  flat = open_tree(step / 'state')
+  with reading(step):
+    flat = open_tree(step / 'state')
+    scales = open_tree(step / 'scales') if (step / 'scales').is_dir() else {}
   stores = {path[1:]: store for path, store in flat.items() if path[0] == 'params'}
-  scales = open_tree(step / 'scales') if (step / 'scales').is_dir() else {}
   arrays = arrays_of(model, family, has_indexer=has_indexer)
   wrong = [
       '.'.join(path)
@@ -98,11 +99,11 @@ def open_checkpoint(folder: pathlib.Path, family: str = '') -> Checkpoint:
     lines = '\n  '.join(first_ten(wrong))
     raise ConfigError(f'{folder} lacks, or has in another shape:\n  {lines}')
   for path in arrays:
-    if has_codes(stores[path]) and path not in scales:
+    if stores[path].has_codes and path not in scales:
       raise ConfigError(f'{folder} lacks the scales of {".".join(path)}: the copy is not whole.')
   ids = {} if origin else _ids_of_data(stored, model.vocab_size)
   return Checkpoint(
-      stored.folder, family, model, has_indexer, origin, arrays, stores, scales, stored.origin, ids
+      step, family, model, has_indexer, origin, arrays, stores, scales, stored.origin, ids
   )
 
 
@@ -198,6 +199,7 @@ def export_checkpoint(
 
   Raises:
     ConfigError: `target` exists.
+    DamagedCheckpoint: An array is not what was saved. Nothing is left at `target`.
     OSError: `target` cannot be written, or the disk is full. Nothing is left there.
   """
   outs = list(_outs(source, quantized))
@@ -304,15 +306,20 @@ def _into_files(outs: list[Out], shard_bytes: int) -> dict[str, list[Out]]:
   return {f'model-{i:05}-of-{total:05}.safetensors': s for i, s in enumerate(shards, start=1)}
 
 
+def _piece(source: Checkpoint, stored: StoredArray, index: tuple[int, ...]) -> np.ndarray:
+  with reading(source.step):
+    return stored.piece(index).read().result()
+
+
 def _read(source: Checkpoint, out: Out) -> np.ndarray:
   """Returns a tensor to write, or the scales of one."""
   index = out.tensor.index
-  is_scale, kept_codes = out.name.endswith(SCALE), has_codes(source.stores[out.path])
+  is_scale, kept_codes = out.name.endswith(SCALE), source.stores[out.path].has_codes
   if (is_scale or out.is_quantized or kept_codes) and out.path in source.scales:
-    scale = source.scales[out.path][index].read().result()
+    scale = _piece(source, source.scales[out.path], index)
     if is_scale:
       return scale
-  read = lambda path, tensor: tensor.to_theirs(source.stores[path][tensor.index].read().result())
+  read = lambda path, tensor: tensor.to_theirs(_piece(source, source.stores[path], tensor.index))
   weight = read(out.path, out.tensor)
   if out.others:
     weight = np.concatenate([weight, *(read(*other) for other in out.others)], axis=-2)

@@ -14,14 +14,14 @@ import numpy as np
 
 from dsa_jax.config import ConfigError, ModelConfig
 from dsa_jax.convert import fp8
-from dsa_jax.convert.building import KEPT_FILES, Summary, building, copy_kept, nested
+from dsa_jax.convert.building import KEPT_FILES, Summary, building, copy_kept
 from dsa_jax.convert.config_json import LARGEST_SIZE, has_indexer, read_config
 from dsa_jax.convert.files import (
     CODES, DTYPES, IS_POINTER, PACKED, Place, is_pointer, open_folder,
 )  # fmt: skip
 from dsa_jax.convert.gguf_model import open_gguf
 from dsa_jax.convert.problems import Problems
-from dsa_jax.convert.stream import Streamed, write_tree
+from dsa_jax.convert.stream import Streamed, write_step
 from dsa_jax.convert.tensors import Array, Path, Tensor, arrays_of, copies_of, weight_shapes
 from dsa_jax.data.seeds import check_seed
 from dsa_jax.families import FAMILIES
@@ -270,10 +270,10 @@ def import_checkpoint(
       params[path] = _fresh(source.model, path, shape, seed)
   quantized = [path for path in source.arrays if source.dtype(path) == 'F8_E4M3']
   with building(target, needs=source.nbytes) as partial:
-    write_tree(partial / '0' / 'state', {'params': nested(params)})
+    items = {'state': {('params', *path): array for path, array in params.items()}}
     if quantized:
-      scales = {path: _streamed_scales(source, path, advance) for path in quantized}
-      write_tree(partial / '0' / 'scales', nested(scales))
+      items['scales'] = {path: _streamed_scales(source, path, advance) for path in quantized}
+    write_step(partial / '0', items)
     copy_kept(source.folder, partial)
     for name, text in source.made.items():
       (partial / name).write_text(text, encoding='utf-8')

@@ -11,10 +11,14 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
 
+from dsa_jax.convert.building import nested
+from dsa_jax.training.stored_arrays import Checksums, piece_checksums, write_checksums
+
 # The largest size of the files that a checkpoint is cut into: a reader holds at least one.
 CHUNK_BYTES = 64 * 2**20
 
 Index = tuple[int, ...]  # An index into the leading axes; () is the whole array.
+Path = tuple[str, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +66,7 @@ class _StreamHandler(ocp.type_handlers.NumpyHandler):
   def __init__(self):
     super().__init__(deepcopy_host_arrays=False)
     self._failed = False
+    self.checksums: dict[Streamed, Checksums] = {}
 
   async def _open_and_write(self, value: Streamed, tspec: dict[str, Any], ts_context: ts.Context):
     """Writes one array, and blocks where orbax would await, so that no two are written at once."""
@@ -72,19 +77,32 @@ class _StreamHandler(ocp.type_handlers.NumpyHandler):
     zarr['metadata']['chunks'] = value.chunk_shape
     store = ts.open(ts.Spec(tspec), create=True, open=True, context=ts_context).result()
     pieces = [((), value.assemble())] if value.nbytes <= CHUNK_BYTES else value.pieces()
-    writing = None
+    writing, sums = None, {}
     for index, piece in pieces:
       before = writing
       writing = store[index].write(piece, can_reference_source_data_indefinitely=True)
+      piece = piece.astype(value.dtype, copy=False)
+      sums.update(piece_checksums(value.shape, value.chunk_shape, index, piece))
       if before:  # TensorStore writes one piece while the next one is made.
         before.result()
     writing.result()
+    self.checksums[value] = Checksums(value.chunk_shape, [sums[n] for n in sorted(sums)])
     self._failed = False
 
 
-def write_tree(folder: pathlib.Path, tree: Any):
-  """Writes a tree of `Streamed` arrays, or of others that orbax knows, as an orbax checkpoint."""
-  registry = ocp.type_handlers.create_type_handler_registry((Streamed, _StreamHandler()))
-  handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False, type_handler_registry=registry)
-  with ocp.Checkpointer(handler) as checkpointer:
-    checkpointer.save(folder.absolute(), args=ocp.args.PyTreeSave(tree))
+def write_step(folder: pathlib.Path, items: dict[str, dict[Path, Streamed]]):
+  """Writes arrays as a step of an orbax checkpoint.
+
+  Args:
+    folder: The folder of the step.
+    items: What becomes a folder in it, by its name: arrays by their paths.
+  """
+  written = _StreamHandler()
+  registry = ocp.type_handlers.create_type_handler_registry((Streamed, written))
+  checksums = {}
+  for item, arrays in items.items():
+    handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False, type_handler_registry=registry)
+    with ocp.Checkpointer(handler) as checkpointer:
+      checkpointer.save((folder / item).absolute(), args=ocp.args.PyTreeSave(nested(arrays)))
+    checksums[item] = {'.'.join(path): written.checksums[array] for path, array in arrays.items()}
+  write_checksums(folder, checksums)

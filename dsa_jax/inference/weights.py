@@ -13,16 +13,14 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 import numpy as np
-import tensorstore as ts
 
 from dsa_jax.config import ConfigError, ModelConfig
 from dsa_jax.inference.released import equation_of, scales_of_blocks
 from dsa_jax.inference.storage import as_bits, from_bits
 from dsa_jax.kernels.block_scaled import BlockScaled, block_sizes, quantize
-from dsa_jax.training.checkpoint import (
-    check_params, has_codes, latest_checkpoint, open_tree, read_array, reading, shares_of,
-)  # fmt: skip
+from dsa_jax.training.checkpoint import check_params, latest_checkpoint, reading
 from dsa_jax.training.state import abstract_params
+from dsa_jax.training.stored_arrays import StoredArray, open_tree, read_array, shares_of
 
 WIDE = 'float32', 'bfloat16'
 CODES = {'fp8': jnp.float8_e4m3fn, 'int8': jnp.int8}
@@ -39,7 +37,7 @@ def abstract_weights(
     fmt: str,
     *,
     mesh: Mesh | None = None,
-    stored: dict[Path, ts.TensorStore] | None = None,
+    stored: dict[Path, StoredArray] | None = None,
     narrow: Collection[Path] = (),
 ) -> nnx.State:
   """Returns the shapes, dtypes and shardings of a model's weights in a format.
@@ -61,9 +59,9 @@ def abstract_weights(
     names, target = _names(path), x.get_value()
     if names in narrow if narrow else names[-1] in NARROW:
       return x.replace(_abstract_scaled(target, x.get_metadata()['axes'], CODES[fmt]))
-    if stored is None or target.dtype == 'float32' or has_codes(stored[names]):
+    if stored is None or target.dtype == 'float32' or stored[names].has_codes:
       return x
-    dtype = stored[names].dtype.numpy_dtype
+    dtype = stored[names].dtype
     return x.replace(jax.ShapeDtypeStruct(target.shape, dtype, sharding=target.sharding))
 
   params = abstract_params(cfg, mesh=mesh, dtype='bfloat16')
@@ -96,24 +94,26 @@ def load_weights(
 
   Raises:
     ConfigError: There is no checkpoint, it is of another model, or there is no such format.
+    DamagedCheckpoint: An array is not what was saved.
   """
   stores = check_params(folder, abstract_params(cfg, mesh=mesh))
   step = latest_checkpoint(folder)
   has_scales = family and (step / 'scales').is_dir()
-  scales = open_tree(step / 'scales') if has_scales else {}
+  with reading(step):
+    scales = open_tree(step / 'scales') if has_scales else {}
   narrow = scales.keys() if fmt == 'fp8' else ()
   like = abstract_weights(cfg, fmt, mesh=mesh, stored=stores, narrow=narrow)
 
   def load(path: tuple, x: nnx.Variable) -> nnx.Variable:
     names, target, store = _names(path), x.get_value(), stores[_names(path)]
-    if not isinstance(target, BlockScaled) and not has_codes(store):
+    if not isinstance(target, BlockScaled) and not store.has_codes:
       return x.replace(read_array(store, target))
     blocks = target
     if not isinstance(target, BlockScaled):
-      blocks = _abstract_scaled(target, x.get_metadata()['axes'], store.dtype.numpy_dtype)
-    if has_codes(store) and names not in scales:
+      blocks = _abstract_scaled(target, x.get_metadata()['axes'], store.dtype)
+    if store.has_codes and names not in scales:
       raise ConfigError(f'{folder} lacks the scales of {".".join(names)}: the copy is not whole.')
-    equation = equation_of(cfg, family, names) if names in narrow or has_codes(store) else None
+    equation = equation_of(cfg, family, names) if names in narrow or store.has_codes else None
     sizes, scale = _sizes(blocks), None
     if equation is not None:
       n = target.ndim - len(equation.split(' -> ')[1].split())
@@ -135,7 +135,7 @@ def _sizes(x: BlockScaled) -> tuple[int, ...]:
 
 
 def _read_blocks(
-    store: ts.TensorStore,
+    store: StoredArray,
     target: BlockScaled | jax.ShapeDtypeStruct,
     sizes: tuple[int, ...],
     scale: np.ndarray | None,
@@ -150,8 +150,7 @@ def _read_blocks(
   """
   parts, whole = [], target.codes if isinstance(target, BlockScaled) else target
   for share, (first, *others) in shares_of(store, whole):
-    starts, stops = share.domain.inclusive_min, share.domain.exclusive_max
-    own = tuple(slice(a // size, b // size) for a, b, size in zip(starts, stops, sizes))
+    own = tuple(slice(r.start // size, r.stop // size) for r, size in zip(share.part, sizes))
     part = _read_share(share, sizes, whole.dtype, None if scale is None else scale[own], first)
     parts += [part, *(jax.device_put(part, device) for device in others)]
   join = lambda like, *parts: jax.make_array_from_single_device_arrays(
@@ -161,7 +160,7 @@ def _read_blocks(
 
 
 def _read_share(
-    share: ts.TensorStore,
+    share: StoredArray,
     sizes: tuple[int, ...],
     dtype: Any,
     scale: np.ndarray | None,
@@ -184,18 +183,17 @@ def _read_share(
   return from_bits(filled, dtype)
 
 
-def _pieces(share: ts.TensorStore) -> Iterator[np.ndarray]:
+def _pieces(share: StoredArray) -> Iterator[np.ndarray]:
   """Yields the parts of a share along its first axis, and reads the next one meanwhile.
 
   A chunk of its file that holds several parts is read once: a run's checkpoint has a stack in one.
   """
-  first, stop = share.domain[0].inclusive_min, share.domain[0].exclusive_max
-  if share.chunk_layout.read_chunk.shape[0] > 1:
+  if share.rows_per_file > 1:
     yield from share.read().result()
     return
-  following = share[first].read()
-  for i in range(first, stop):
-    piece, following = following.result(), share[min(i + 1, stop - 1)].read()
+  following, last = share.piece((0,)).read(), share.shape[0] - 1
+  for i in range(last + 1):
+    piece, following = following.result(), share.piece((min(i + 1, last),)).read()
     yield piece
 
 

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checkpoints, which appear whole or not at all and are written while training goes on."""
 
-import collections
 from collections.abc import Iterator
 import contextlib
 import json
@@ -13,14 +12,18 @@ from typing import Any, NamedTuple
 from flax import nnx
 import jax
 import orbax.checkpoint as ocp
-import tensorstore as ts
 
 from dsa_jax.checkpoint_paths import is_step
 from dsa_jax.config import ConfigError
 from dsa_jax.parallel.processes import is_first, wait_for_all
 from dsa_jax.training.state import TrainState
-
-CACHE_BYTES = 64 * 2**20  # Tensorstore keeps this much of a file for the next piece out of it.
+from dsa_jax.training.stored_arrays import (
+    StoredArray,
+    as_json,
+    open_tree,
+    read_array,
+    state_checksums,
+)
 
 
 class Progress(NamedTuple):
@@ -105,9 +108,11 @@ class Checkpoints:
     Raises:
       ConfigError: The system refuses to write this checkpoint or the one before.
     """
+    tree = nnx.as_pure(state._asdict())
     items = {
-        'state': ocp.args.StandardSave(nnx.as_pure(state._asdict())),
+        'state': ocp.args.StandardSave(tree),
         'progress': ocp.args.JsonSave(progress._asdict()),
+        'checksums': ocp.args.JsonSave({'state': as_json(state_checksums(_by_path(tree)[0]))}),
     }
     with self._writing():
       self._manager.save(step, args=ocp.args.Composite(**items))
@@ -193,7 +198,7 @@ def restore_params(folder: pathlib.Path, like: nnx.State) -> nnx.State:
   return _with_structure(jax.tree.unflatten(treedef, arrays), like)
 
 
-def check_params(folder: pathlib.Path, like: nnx.State) -> dict[tuple[str, ...], ts.TensorStore]:
+def check_params(folder: pathlib.Path, like: nnx.State) -> dict[tuple[str, ...], StoredArray]:
   """Opens the parameters of the latest step in a stage's folder and compares their shapes.
 
   Raises:
@@ -207,14 +212,9 @@ def check_params(folder: pathlib.Path, like: nnx.State) -> dict[tuple[str, ...],
   return stores
 
 
-def has_codes(store: ts.TensorStore) -> bool:
-  """Returns whether an array is kept as FP8 codes, whose scales lie beside the parameters."""
-  return store.dtype.name == 'float8_e4m3fn'
-
-
-def check_wide(stores: dict[tuple[str, ...], ts.TensorStore], folder: pathlib.Path):
+def check_wide(stores: dict[tuple[str, ...], StoredArray], folder: pathlib.Path):
   """Raises a ConfigError if some parameters are kept as codes, which nothing trains."""
-  if codes := ['.'.join(path) for path, store in stores.items() if has_codes(store)]:
+  if codes := ['.'.join(path) for path, store in stores.items() if store.has_codes]:
     raise ConfigError(
         f'{folder} keeps {len(codes)} of its arrays in FP8, such as {codes[0]}. It is for sampling and '
         'evaluation; to train, convert the release again with --dtype=bfloat16.'
@@ -228,7 +228,7 @@ def saved_steps(folder: pathlib.Path) -> list[int]:
   return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit())
 
 
-def _by_path(tree: Any) -> tuple[dict[tuple[str, ...], jax.ShapeDtypeStruct], Any]:
+def _by_path(tree: Any) -> tuple[dict[tuple[str, ...], Any], Any]:
   """Returns the leaves of a tree by their paths in a checkpoint, in order, and its structure."""
   leaves, treedef = jax.tree.flatten_with_path(tree)
   return {_names(path): leaf for path, leaf in leaves}, treedef
@@ -242,53 +242,6 @@ def _names(path: tuple) -> tuple[str, ...]:
 def _read_all(stores: dict, targets: dict) -> list[jax.Array]:
   """Reads arrays, the shards of each device only, one shard of one array after another."""
   return [read_array(stores[path], target) for path, target in targets.items()]
-
-
-def read_array(store: ts.TensorStore, target: jax.ShapeDtypeStruct) -> jax.Array:
-  """Reads an array, the shards of this process's devices only."""
-  shards = []
-  for share, devices in shares_of(store, target):
-    shard = share.read().result().astype(target.dtype, copy=False)
-    shards += [jax.block_until_ready(jax.device_put(shard, device)) for device in devices]
-  return jax.make_array_from_single_device_arrays(target.shape, target.sharding, shards)
-
-
-def shares_of(
-    store: ts.TensorStore, target: jax.ShapeDtypeStruct
-) -> Iterator[tuple[ts.TensorStore, list[jax.Device]]]:
-  """Yields the shards of this process's devices, each once, with the devices that hold it."""
-  places = collections.defaultdict(list)
-  for device, index in target.sharding.addressable_devices_indices_map(target.shape).items():
-    places[tuple((part.start, part.stop) for part in index)].append(device)
-  for index, devices in places.items():
-    yield store[tuple(slice(*part) for part in index)], devices
-
-
-def open_tree(folder: pathlib.Path) -> dict[tuple[str, ...], ts.TensorStore]:
-  """Opens the arrays of an orbax checkpoint without reading them.
-
-  Returns:
-    A tensorstore for each path in the tree.
-  """
-  folder = folder.absolute()
-  # orbax lists the arrays in this file. Its own reader prints pages where one of them is damaged.
-  metadata = json.loads((folder / '_METADATA').read_text())
-  if not isinstance(metadata, dict) or not isinstance(metadata.get('tree_metadata'), dict):
-    raise ValueError('its _METADATA lists no arrays')
-  packed = (folder / 'manifest.ocdbt').exists()  # Runs save in this format, conversions do not.
-  context = ts.Context({'cache_pool': {'total_bytes_limit': CACHE_BYTES}})
-  stores = {}
-  for entry in metadata['tree_metadata'].values():
-    if entry['value_metadata'].get('value_type') == 'None':
-      continue  # An empty part of the tree.
-    path = tuple(key['key'] for key in entry['key_metadata'])
-    kvstore = {'driver': 'file', 'path': f'{folder}/{".".join(path)}/'}
-    if packed:
-      base = {'driver': 'file', 'path': f'{folder}/'}  # An address would read % and # in another way.
-      kvstore = {'driver': 'ocdbt', 'base': base, 'path': f'{".".join(path)}/'}
-    spec = {'driver': 'zarr', 'kvstore': kvstore, 'recheck_cached_data': False}
-    stores[path] = ts.open(spec, open=True, read=True, context=context).result()
-  return stores
 
 
 def _check_shapes(stores: dict, targets: dict, folder: pathlib.Path):

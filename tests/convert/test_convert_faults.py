@@ -20,6 +20,7 @@ from dsa_jax.convert.exporter import export_checkpoint, open_checkpoint
 from dsa_jax.convert.importer import import_checkpoint, open_source
 from dsa_jax.convert.tensors import Tensor
 from dsa_jax.inference.load import load_checkpoint
+from dsa_jax.training.checkpoint import DamagedCheckpoint
 
 quiet = lambda nbytes: None
 INDEX = 'model.safetensors.index.json'
@@ -50,6 +51,22 @@ def fails(source: pathlib.Path, *messages: str):
   for message in messages:
     assert message in str(error.value), str(error.value)
   return str(error.value)
+
+
+def test_other_bytes_in_an_array_are_named(source, tmp_path):
+  """A file of a checkpoint that a disk or a copy has changed."""
+  target, out = tmp_path / 'target', tmp_path / 'out'
+  import_checkpoint(open_source(source), target, advance=quiet)
+  path = max((target / '0/state').glob('params.moe_blocks.attn.wo/*'), key=lambda path: path.stat().st_size)
+  content = bytearray(path.read_bytes())
+  content[-20] ^= 8
+  path.write_bytes(content)
+  message = 'checkpoint .*target/0 is damaged: .*params.moe_blocks.attn.wo.* has other bytes than were saved'
+  with pytest.raises(DamagedCheckpoint, match=message):
+    load_checkpoint(target)
+  with pytest.raises(DamagedCheckpoint, match=message):
+    export_checkpoint(open_checkpoint(target), out, advance=quiet)
+  assert not out.exists()
 
 
 def test_two_missing_shards(source):

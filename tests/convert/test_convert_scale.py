@@ -11,7 +11,7 @@ import sys
 import pytest
 import released
 
-from dsa_jax.training.checkpoint import CACHE_BYTES
+from dsa_jax.training.stored_arrays import CACHE_BYTES
 
 # A third of a gigabyte, nearly all of it in one stack of experts.
 BIG = released.V32 | {

@@ -170,15 +170,17 @@ def loading() -> dict[str, bool]:
   reads = []
 
   class Counted:
-    def __init__(self, name, store):
-      self.name, self.store, self.shape, self.dtype = name, store, store.shape, store.dtype
+    def __init__(self, name, stored):
+      self.name, self.stored = name, stored
+      self.shape, self.has_codes = stored.shape, stored.has_codes
 
-    def __getitem__(self, index):
-      reads.append((self.name, index, self.store[index].shape))
-      return self.store[index]
+    def share(self, part):
+      share = self.stored.share(part)
+      reads.append((self.name, part, share.shape))
+      return share
 
   opened = checkpoint.open_tree
-  counted = lambda folder: {name: Counted(name, store) for name, store in opened(folder).items()}
+  counted = lambda folder: {name: Counted(name, stored) for name, stored in opened(folder).items()}
   with saved() as folder, mock.patch.object(checkpoint, 'open_tree', counted):
     model = load_checkpoint(folder, mesh=make_mesh(**OWNERS))
   weights = jax.tree.leaves(model)

@@ -22,6 +22,7 @@ from dsa_jax.training.optim import OptimConfig
 from dsa_jax.training.recipe import read_recipe
 from dsa_jax.training.run import Run
 from dsa_jax.training.state import abstract_params, init_params, new_state
+from dsa_jax.training.stored_arrays import CHECKSUMS
 
 CFG = ModelConfig(**quickstart.get_config('tiny').model)
 
@@ -56,7 +57,18 @@ def damage_array(step):
     path.write_bytes(path.read_bytes()[:100])
 
 
+def turn_a_bit(step):
+  """Another number in the file of all arrays, which has no checksum of its own for them."""
+  path = max((step / 'state').rglob('d/*'), key=lambda path: path.stat().st_size)
+  content = bytearray(path.read_bytes())
+  content[len(content) // 2] ^= 1
+  path.write_bytes(content)
+
+
 DAMAGES = {
+    'a bit is another': turn_a_bit,
+    'the checksums are cut': lambda step: (step / CHECKSUMS).write_text('{"state": {'),
+    'the checksums are others': lambda step: (step / CHECKSUMS).write_text('{"state": {}}'),
     'an array is cut short': damage_array,
     'the manifest is empty': lambda step: (step / 'state' / 'manifest.ocdbt').write_bytes(b''),
     'the list of arrays is cut': lambda step: (step / 'state' / '_METADATA').write_text('{'),
@@ -80,6 +92,15 @@ def test_everything_comes_back(saved, state):
     restored, progress = checkpoints.restore(state)
     assert checkpoints.progress().seconds == 4.0
   assert progress == Progress({'next_index': 4}, 4.0)
+  for ours, theirs in zip(jax.tree.leaves(state), jax.tree.leaves(restored), strict=True):
+    np.testing.assert_array_equal(ours, theirs)
+
+
+def test_a_checkpoint_without_checksums_is_read(saved, state, tmp_path):
+  shutil.copytree(saved, tmp_path / 'dense')
+  shutil.rmtree((tmp_path / 'dense' / '4' / CHECKSUMS).parent)
+  with Checkpoints(tmp_path / 'dense') as checkpoints:
+    restored, _ = checkpoints.restore(state)
   for ours, theirs in zip(jax.tree.leaves(state), jax.tree.leaves(restored), strict=True):
     np.testing.assert_array_equal(ours, theirs)
 
