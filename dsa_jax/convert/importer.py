@@ -182,10 +182,13 @@ def _check_tensors(
     )
   for name, original in copies.items():
     known.add(name)
+    advice = ' --nomtp leaves the MTP layer out.' if name.startswith(mtp_prefix) else ''
     if original in places and places[name][1:3] != places[original][1:3]:
-      problems.add(f'{name} must be a copy of {original}: their dtypes or shapes differ.')
+      problems.add(f'{name} must be a copy of {original}: their dtypes or shapes differ.{advice}')
     elif original in places and not _same(places[name], places[original]):
-      problems.add(f'{name} must be a copy of {original}, which the model reads in its place.')
+      problems.add(
+          f'{name} must be a copy of {original}, which the model reads in its place.{advice}'
+      )
   for name in places:
     if name not in known:
       problems.add(f'{name} is in no place of this model.', 'stranger')
