@@ -87,6 +87,17 @@ def test_scores_by_kind_length_and_depth(subject, monkeypatch):
   assert 'its tasks of [700] tokens leave nothing out' in page.warnings(shown)[0]
 
 
+def test_answers_are_as_the_tokenizer_writes_them(subject):
+  class Spaced(Bytes):
+    def stream(self, ids):
+      return ' '.join(super().stream(ids))
+
+  [single, *_] = make_quizzes(subject)
+  [code] = single.tasks[0].answers
+  assert answers._as_written(single.tasks[0], Bytes()) == [code]
+  assert answers._as_written(single.tasks[0], Spaced()) == [' '.join(code)]
+
+
 def test_prompts_of_base_and_of_instruct_models(subject):
   text = lambda quiz: bytes(quiz.prompts[0][1:]).decode()
   [base, *_] = make_quizzes(subject)

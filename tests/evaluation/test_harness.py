@@ -101,6 +101,15 @@ def test_continuations_end_where_the_task_says(harness):
   assert ask(until=text[3]) == text[: text.index(text[3])]
   assert len(ask(max_gen_toks=5)) <= 5
   assert harness.continuations([('x' * 100, {'max_gen_toks': 500})])  # The end of the context counts.
+  assert ask(until=['', text[3]]) == text[: text.index(text[3])]
+
+
+def test_a_context_is_never_cut_to_nothing(harness, monkeypatch):
+  own, prompts = copy.copy(harness), []
+  note = lambda prompt, config, until: prompts.append((len(prompt), config.max_new_tokens)) or ''
+  monkeypatch.setattr(own, '_continue', note)
+  own.continuations([('x' * 100, given) for given in ({}, {'max_gen_toks': 500}, {'max_gen_toks': 40})])
+  assert prompts == [(24, 24), (24, 24), (8, 40)]
 
 
 def test_texts_of_tokenizers_without_a_first_id(harness, monkeypatch):
@@ -118,6 +127,22 @@ def test_texts_of_tokenizers_without_a_first_id(harness, monkeypatch):
   bare.likelihoods([('ab', 'c'), ('', 'c')])
   bare.rolling(['abc'])
   assert [(bytes(row.ids), row.n_scored) for row in rows] == [(b'abc', 1), (b'Ac', 1), (b'Aabc', 3)]
+
+
+def test_what_a_tokenizer_puts_behind_a_text_is_not_scored(harness, monkeypatch):
+  class Ending(Bytes):
+    def encode(self, text):
+      return [*super().encode(text), 65]
+
+    def encode_prompt(self, text):
+      return super().encode(text)
+
+  own = copy.copy(harness)
+  own.tokenizer, rows = Ending(), []
+  monkeypatch.setattr(own, '_score', lambda given: rows.extend(given) or [(0.0, True)] * len(given))
+  own.likelihoods([('ab', 'c'), ('', 'c')])
+  own.rolling(['abc'])
+  assert [(row.ids[1:], row.n_scored) for row in rows] == [([*b'abc'], 1), ([*b'c'], 1), ([*b'abc'], 3)]
 
 
 def test_other_attention_and_what_will_not_do(folder):
