@@ -17,7 +17,7 @@ from dsa_jax.data.batch import Batch
 from dsa_jax.data.tokenizer import check_tokenizer, find_tokenizer
 from dsa_jax.inference.load import config_of, find_checkpoint, load_checkpoint
 from dsa_jax.inference.sampler import SampleConfig, Sampler
-from dsa_jax.kernels.backend import default_backend
+from dsa_jax.kernels.backend import BACKENDS, default_backend, why_not_here
 from dsa_jax.nn.attention.types import Attention, Mode
 from dsa_jax.parallel.mesh import MeshConfig, make_mesh
 from dsa_jax.reporting.evaluate import score_batch
@@ -75,6 +75,10 @@ class Harness:
           f'{index_topk=} and {rule=} would change nothing, because attention is dense.'
       )
     cfg = config_of(stored, index_topk)
+    if backend and backend not in BACKENDS:
+      raise ConfigError(f'{backend=} must be one of {BACKENDS}.')
+    if backend and (reason := why_not_here(backend)):
+      raise ConfigError(f'{backend=}: {reason}')
     self.batch_size, self.max_length = batch_size, _longest(cfg, max_length, batch_size, mesh)
     self.tokenizer = find_tokenizer(stored.origin)
     check_tokenizer(self.tokenizer, cfg.vocab_size)
@@ -117,7 +121,7 @@ class Harness:
   def continuations(self, requests: Sequence[tuple[str, Mapping[str, Any]]]) -> list[str]:
     """Returns what follows each context, up to the first of the texts in `until`."""
     texts = []
-    for context, given in requests:
+    for number, (context, given) in enumerate(requests):
       until = given.get('until') or []
       until = [end for end in ([until] if isinstance(until, str) else until) if end]
       half = self.max_length // 2  # A context of which nothing were left could not be answered.
@@ -127,8 +131,10 @@ class Harness:
       config = SampleConfig(
           max_new_tokens=room,
           temperature=float(given.get('temperature', 1.0)) if is_drawn else 0.0,
+          top_k=int(given.get('top_k') or 0),
           top_p=float(given.get('top_p', 1.0)),
           stop=self.tokenizer.stop,
+          seed=number,  # A request that comes again draws anew.
       )
       encode = self.tokenizer.encode_prompt if context else self._after_prefix
       prompt = encode(context)[-(self.max_length - room) :]

@@ -102,6 +102,9 @@ def test_continuations_end_where_the_task_says(harness):
   assert len(ask(max_gen_toks=5)) <= 5
   assert harness.continuations([('x' * 100, {'max_gen_toks': 500})])  # The end of the context counts.
   assert ask(until=['', text[3]]) == text[: text.index(text[3])]
+  drawn = {'max_gen_toks': 20, 'do_sample': True, 'temperature': 2.0}
+  assert len({*harness.continuations([('the cat', drawn)] * 2)}) == 2
+  assert harness.continuations([('the cat', drawn | {'top_k': 1})] * 2) == [text] * 2
 
 
 def test_a_context_is_never_cut_to_nothing(harness, monkeypatch):
@@ -153,6 +156,8 @@ def test_other_attention_and_what_will_not_do(folder):
       ({'max_length': 49}, 'max_length=49 must be within 2 and the 48'),
       ({'batch_size': 0}, 'batch_size=0'),
       ({'rule': 'best'}, "'best' must be one of"),
+      ({'backend': 'best'}, "backend='best' must be one of"),
+      ({'backend': 'tpu'}, 'its kernels run on a TPU'),
       ({'index_topk': 49}, 'index_topk=49'),
   ):
     with pytest.raises(ConfigError, match=message):
@@ -202,5 +207,11 @@ def test_what_the_harness_calls(folder, harness, monkeypatch):
   assert model.loglikelihood_rolling([request('abc')]) == harness.rolling(['abc'])
   [text] = model.generate_until([request('the cat', {'max_gen_toks': 8, 'until': ['\n\n']})])
   assert harness.continuations([('the cat', {'max_gen_toks': 8})])[0].startswith(text)
-  with pytest.raises(ConfigError, match="batch_size='auto' must be a number"):
-    known['dsa_jax'](str(folder), batch_size='auto')
+  for wrong, message in (
+      ({'batch_size': 'auto'}, "batch_size='auto' must be a number"),
+      ({'pretrained': 'x'}, r"has no \['pretrained'\]; it has .*'checkpoint'"),
+      ({'max_length': 'long'}, "max_length='long' must be a number"),
+      ({'checkpoint': ''}, 'name the checkpoint'),
+  ):
+    with pytest.raises(ConfigError, match=message):
+      known['dsa_jax'](**{'checkpoint': str(folder)} | wrong)
