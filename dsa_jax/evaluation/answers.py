@@ -152,7 +152,11 @@ def _chat(subject: Subject) -> str:
     return settings.chat
   folder = tokenizer_folder(settings.tokenizer) if settings.tokenizer else subject.stored.origin
   if folder and (template := find_chat_template(folder)):
-    return template([{'role': 'user', 'content': '{prompt}'}])
+    # The room for an answer is none for thoughts, which Qwen3, GLM-4.5 and SmolLM3 begin with.
+    chat = template([{'role': 'user', 'content': '{prompt}'}], enable_thinking=False)
+    if '{prompt}' not in chat:
+      raise ConfigError("the checkpoint's chat template drops a message of text: give --chat.")
+    return chat
   raise ConfigError(
       "prompt='instruct' needs the marks of the model's turns: give --chat='...{prompt}...', because "
       'the checkpoint has no chat template.'

@@ -116,10 +116,14 @@ def test_an_instruct_model_is_asked_by_its_own_template(subject, tmp_path):
   with pytest.raises(ConfigError, match='the checkpoint has no chat template'):
     make_quizzes(asked)
   template = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}<bot>"
+  template += '{% if enable_thinking is not defined or enable_thinking %}<think>{% endif %}'
   (tmp_path / 'chat_template.jinja').write_text(template)
   stored = subject.stored._replace(folder=tmp_path)
   (tmp_path / 'config.json').write_text('{}')
   [instruct, *_] = make_quizzes(dataclasses.replace(asked, stored=stored))
+  (tmp_path / 'chat_template.jinja').write_text('{% for m in messages %}{{ m.content.text }}{% endfor %}')
+  with pytest.raises(ConfigError, match='chat template drops a message of text'):
+    make_quizzes(dataclasses.replace(asked, stored=stored))
   text = bytes(instruct.prompts[0][1:]).decode()
   assert text.startswith('<user>') and text.endswith(f'{instruct.tasks[0].question}<bot>')
 
