@@ -7,7 +7,8 @@ python -m dsa_jax.train --config=configs/retrofit.py:checkpoints/qwen3 \\
 
 What stands behind the colon is the converted checkpoint: its sizes are the model's, its tokenizer reads
 the text, and its own loss is the report's dense one. Without `files` the text is the standard library of
-Python. Each query selects an eighth of the 2,048 tokens of a row. The indexers learn first, while attention is dense. Then all of the model learns with sparse
+Python. Each query selects an eighth of the 2,048 tokens of a row, or as many as `convert --index_topk` says
+if they are fewer than 2,048. The indexers learn first, while attention is dense. Then all of the model learns with sparse
 attention; `--config.stages.sparse.trains="('indexer',)"` freezes the backbone instead. The variant with
 `,baseline` behind the folder trains the dense model on the same tokens, too, so that what tuning gives is
 not taken for what sparsity gives. Without a folder, `:tiny` makes a small model of its own, for tests.
@@ -47,7 +48,8 @@ def get_config(variant: str = 'tiny'):
         'makes, or tiny.'
     )
   c.model.update(sizes)
-  c.model.index_topk = min(c.model.index_topk, SEQ_LEN // 8)
+  if c.model.index_topk >= SEQ_LEN:  # Nothing would be left out.
+    c.model.index_topk = SEQ_LEN // 8
   return c
 
 

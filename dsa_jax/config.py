@@ -466,5 +466,10 @@ class ModelConfig:
   @property
   def sm_scale(self) -> float:
     """The softmax scale of the main attention, in both its forms, with YaRN's factor."""
+    return self.yarn_factor * self.head_dim**-0.5
+
+  @property
+  def yarn_factor(self) -> float:
+    """What YaRN multiplies the products of rotated channels by."""
     m = 0.1 * self.mscale * math.log(self.rope_factor) + 1 if self.uses_yarn else 1.0
-    return m * m * self.head_dim**-0.5
+    return m * m

@@ -10,6 +10,7 @@ several devices, `mesh.expert=8` and the like say how many share what.
 """
 
 from collections.abc import Sequence
+import inspect
 import sys
 from typing import Any
 
@@ -34,13 +35,20 @@ def register() -> type:
   class Model(LM):
     """A checkpoint, as the harness sees it."""
 
-    def __init__(self, checkpoint: str, batch_size: int | str = 4, **kwargs: Any):
+    def __init__(self, checkpoint: str = '', batch_size: int | str = 4, **kwargs: Any):
       super().__init__()
+      if not checkpoint:
+        raise ConfigError('name the checkpoint: --model_args checkpoint=RUN/checkpoints/ENTRY.')
       for name in 'max_batch_size', 'device':  # The command always gives them.
         kwargs.pop(name, None)
       if not str(batch_size).isdigit():
         raise ConfigError(f'{batch_size=} must be a number.')
       mesh = mesh_of(kwargs)
+      known = {*inspect.signature(Harness).parameters} - {'mesh'}
+      if unknown := kwargs.keys() - known:
+        raise ConfigError(f'--model_args has no {sorted(unknown)}; it has {sorted(known)}.')
+      if wrong := [x for x in ('index_topk', 'max_length') if not isinstance(kwargs.get(x, 1), int)]:
+        raise ConfigError(f'--model_args: {wrong[0]}={kwargs[wrong[0]]!r} must be a number.')
       self._harness = Harness(checkpoint, batch_size=int(batch_size), mesh=mesh, **kwargs)
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:

@@ -89,7 +89,7 @@ def prepare(of_sampler: dict[str, Any], drawing: dict[str, Any]) -> Job:
   tokenizer, chat = tokenizer_of(stored, cfg), find_chat_template(stored.origin)
   config = SampleConfig(**({'stop': tokenizer.stop} | drawing))
   prompts = given_prompts(chat)
-  ids = [tokenizer.encode(prompt.text) for prompt in prompts]
+  ids = [tokenizer.encode_prompt(prompt.text) for prompt in prompts]
   for i, prompt in enumerate(ids):
     check_prompt(i, prompt, cfg, capacity, room=config.max_new_tokens)
   texts = Texts(n=1, capacity=capacity)

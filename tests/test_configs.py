@@ -72,6 +72,10 @@ def test_retrofit_takes_sizes_and_the_dense_loss_from_a_checkpoint(tmp_path):
   get_config = importlib.import_module('configs.retrofit').get_config
   recipe = read_recipe(get_config(f'{tmp_path},baseline'))
   assert recipe.model == dataclasses.replace(model, index_topk=256)
+  chosen = dataclasses.replace(model, index_topk=512)
+  (tmp_path / 'own').mkdir()
+  (tmp_path / 'own' / 'config.json').write_text(json.dumps({'model': dataclasses.asdict(chosen)}))
+  assert read_recipe(get_config(f'{tmp_path}/own')).model == chosen
   assert recipe.roles == {'dense_baseline': 'baseline', 'sparse': 'sparse'}
   assert recipe.teacher == tmp_path
   assert list(read_recipe(get_config(str(tmp_path))).stages) == ['warmup', 'sparse']

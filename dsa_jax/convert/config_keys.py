@@ -13,6 +13,7 @@ HARMLESS = frozenset("""
     architectures auto_map transformers_version name_or_path model_name base_model license
     bos_token_id eos_token_id pad_token_id sep_token_id decoder_start_token_id tokenizer_class
     initializer_range attention_dropout hidden_dropout classifier_dropout model_max_length
+    max_sequence_length
     aux_loss_alpha seq_aux router_aux_loss_coef
     output_router_logits gradient_checkpointing pretraining_tp ep_size use_cache
     index_share_for_mtp_iteration unsloth_fixed unsloth_version attn_implementation

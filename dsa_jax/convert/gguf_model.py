@@ -197,6 +197,8 @@ def _check_others(
       'attention.causal': True,
       'expert_weights_norm': True,
       'expert_gating_func': 1,  # Softmax.
+      'expert_shared_feed_forward_length': 0,
+      'expert_shared_count': 0,
   }
   for key, value in fields.items():
     if key in HARMLESS:

@@ -10,7 +10,8 @@ from dsa_jax.config import ConfigError, local_path
 
 NAME = re.compile(r'([\w.-]+/[\w.-]+)(?:@([\w./-]+))?')
 # What a conversion reads and keeps. Weights in other formats stay where they are.
-WANTED = ['*.json', '*.safetensors', '*.jinja', '*.model']
+WANTED = ['*.json', '*.safetensors', '*.jinja', '*.model', 'merges.txt']
+UNWANTED = ['*/*', 'consolidated*']  # The same weights once more, in other formats.
 
 
 def find_source(name: str) -> pathlib.Path:
@@ -27,7 +28,9 @@ def find_source(name: str) -> pathlib.Path:
   if path.exists() or not match or path.suffix == '.gguf':
     return path
   try:
-    folder = huggingface_hub.snapshot_download(match[1], revision=match[2], allow_patterns=WANTED)
+    folder = huggingface_hub.snapshot_download(
+        match[1], revision=match[2], allow_patterns=WANTED, ignore_patterns=UNWANTED
+    )
   except Exception as error:  # Whatever it is, the name is a folder that is not there.
     reason = str(error).strip().splitlines() or [type(error).__name__]
     raise ConfigError(

@@ -96,6 +96,8 @@ def open_source(
   if not (mtp and extra_layer and model.n_mtp_layers):
     model = dataclasses.replace(model, n_mtp_layers=0)  # `transformers` saves no MTP layer.
     places = {name: place for name, place in places.items() if name not in set(extra_layer)}
+  if not _says_dtype(config) and {place.dtype for place in places.values()} == {'F32'}:
+    model = dataclasses.replace(model, dtype='float32')
   arrays = arrays_of(model, family, has_indexer=has_own, names=names)
   copies = {name: of for name, of in copies_of(model, family).items() if name in places}
   if not problems:  # Otherwise a missing file would be reported once for each of its tensors.
@@ -129,6 +131,13 @@ def _names_in(places: dict[str, Place], family: str) -> TensorNames:
   """Returns the names of a checkpoint's tensors: those of the release, unless it has others."""
   released, others = FAMILIES[family].tensors, FAMILIES[family].in_memory
   return others if others and others.model['embed'][0] in places else released
+
+
+def _says_dtype(config: dict[str, Any]) -> bool:
+  """Returns whether a config.json names a dtype; loaders take that of the weights where it does not."""
+  text = config.get('text_config')
+  sections = (config, text) if isinstance(text, dict) else (config,)
+  return any(section.get(key) for section in sections for key in ('dtype', 'torch_dtype'))
 
 
 def _unused(model: ModelConfig, family: str, names: TensorNames) -> set[str]:
@@ -182,10 +191,13 @@ def _check_tensors(
     )
   for name, original in copies.items():
     known.add(name)
+    advice = ' --nomtp leaves the MTP layer out.' if name.startswith(mtp_prefix) else ''
     if original in places and places[name][1:3] != places[original][1:3]:
-      problems.add(f'{name} must be a copy of {original}: their dtypes or shapes differ.')
+      problems.add(f'{name} must be a copy of {original}: their dtypes or shapes differ.{advice}')
     elif original in places and not _same(places[name], places[original]):
-      problems.add(f'{name} must be a copy of {original}, which the model reads in its place.')
+      problems.add(
+          f'{name} must be a copy of {original}, which the model reads in its place.{advice}'
+      )
   for name in places:
     if name not in known:
       problems.add(f'{name} is in no place of this model.', 'stranger')

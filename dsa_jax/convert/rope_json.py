@@ -48,7 +48,7 @@ def read_rope(
   if family.rotary_share is None:
     _check_width(share, config, problems)
   elif not problems:
-    fields |= _split_heads(share, sizes, kind, problems)
+    fields |= _split_heads(share, sizes, problems)
   _check_original(rope.pop('original_max_position_embeddings', None), fields, problems)
   neutral = {**NEUTRAL, 'attention_factor': _attention_factor(fields, family)}
   if _says_factor(family) and rope.get('attention_factor') is None:
@@ -138,18 +138,11 @@ def _read_kind(
   return fields
 
 
-def _split_heads(
-    share: Any, sizes: dict[str, Any], kind: str, problems: list[str]
-) -> dict[str, Any]:
+def _split_heads(share: Any, sizes: dict[str, Any], problems: list[str]) -> dict[str, Any]:
   """Returns how many channels of a head are rotated, and how many are not."""
   if not is_number(share) or not 0 < share <= 1:
     problems.append(f'partial_rotary_factor={share!r} must be above 0 and at most 1.')
     return {}
-  if share < 1 and kind == 'yarn':
-    problems.append(
-        f'partial_rotary_factor={share!r} must be 1 with yarn, whose factor would scale a part of '
-        "a head's channels only."
-    )
   head = sizes['qk_nope_head_dim'] + sizes['qk_rope_head_dim']
   rotated = int(head * share)
   return {'qk_rope_head_dim': rotated, 'qk_nope_head_dim': head - rotated}

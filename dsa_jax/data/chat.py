@@ -48,8 +48,12 @@ class ChatTemplate:
     except jinja2.TemplateError as error:
       raise ConfigError(f'the chat template is no Jinja template: {error}.') from error
 
-  def __call__(self, messages: Sequence[Message]) -> str:
+  def __call__(self, messages: Sequence[Message], **choices: bool) -> str:
     """Returns the text that the assistant is to continue.
+
+    Args:
+      messages: The conversation.
+      **choices: What some templates let one choose, such as `enable_thinking`.
 
     Raises:
       ConfigError: The template refuses the messages, or they are no messages.
@@ -60,7 +64,8 @@ class ChatTemplate:
     if not messages:
       raise ConfigError('there is no message: there must be one at least.')
     try:
-      return self._template.render(messages=messages, add_generation_prompt=True, **self._tokens)
+      given = self._tokens | choices
+      return self._template.render(messages=messages, add_generation_prompt=True, **given)
     except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
       raise ConfigError(f'the chat template refuses the messages: {error}.') from error
 

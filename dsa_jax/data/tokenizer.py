@@ -4,6 +4,7 @@
 import abc
 import codecs
 from collections.abc import Callable, Iterable, Iterator, Sequence
+import functools
 import hashlib
 import json
 import logging
@@ -37,6 +38,14 @@ class Steps(NamedTuple):
 
 class _Streaming(abc.ABC):
   """What both tokenizers do with the ids of a text."""
+
+  @abc.abstractmethod
+  def encode(self, text: str) -> list[int]:
+    """Returns the ids of a text, between those that begin and end one."""
+
+  def encode_prompt(self, text: str) -> list[int]:
+    """Returns the ids of a text that goes on, so that nothing ends it."""
+    return self.encode(text)
 
   @abc.abstractmethod
   def steps(self) -> Steps:
@@ -141,6 +150,16 @@ class Pretrained(_Streaming):
       rest = rest[1:]
     before = [i for i in before if i != self.bos]
     return ([self.bos] if wants else []) + before + rest
+
+  def encode_prompt(self, text: str) -> list[int]:
+    ids = self.encode(text)
+    return ids[: len(ids) - self._n_after]
+
+  @functools.cached_property
+  def _n_after(self) -> int:
+    """The number of ids that `encode` puts behind those of a text."""
+    is_added = self._tokenizer.encode(PROBE).special_tokens_mask
+    return is_added[::-1].index(0) if 0 in is_added else 0
 
   @property
   def vocab_size(self) -> int:

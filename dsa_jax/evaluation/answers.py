@@ -16,7 +16,7 @@ from dsa_jax.data.text import find_files, read_text, refuse_others
 from dsa_jax.data.tokenizer import (
     Tokenizer, check_tokenizer, find_tokenizer, open_tokenizer, tokenizer_folder,
 )  # fmt: skip
-from dsa_jax.evaluation.arms import Arm, arms_of
+from dsa_jax.evaluation.arms import Arm, arms_of, read_kept
 from dsa_jax.evaluation.subject import Subject, keep_bytes
 from dsa_jax.evaluation.tasks import ROOM, Haystack, Task, make_task, score
 from dsa_jax.inference.sampler import SampleConfig, Sampler
@@ -56,14 +56,14 @@ def make_quizzes(subject: Subject) -> list[Quiz]:
     return []
   tokenizer, haystack = tokenizer_of(subject), _read_haystack(settings.haystack)
   chat = _chat(subject)
-  empty = len(tokenizer.encode(chat.replace('{prompt}', '')))
-  measure = lambda text: len(tokenizer.encode(text)) + empty
+  empty = len(tokenizer.encode_prompt(chat.replace('{prompt}', '')))
+  measure = lambda text: len(tokenizer.encode_prompt(text)) + empty
   quizzes = []
   for length in settings.lengths:
     for kind in settings.tasks:
       make = lambda i: make_task(kind, haystack, length, i, measure, SPARE[settings.prompt])
       tasks = [make(i) for i in range(settings.examples)]
-      prompts = [tokenizer.encode(_prompt(task, settings.prompt, chat)) for task in tasks]
+      prompts = [tokenizer.encode_prompt(_prompt(task, settings.prompt, chat)) for task in tasks]
       quizzes.append(Quiz(kind, length, tasks, prompts))
   largest = max(i for quiz in quizzes for prompt in quiz.prompts for i in prompt)
   if largest >= subject.cfg.vocab_size:
@@ -88,8 +88,8 @@ def answer_quizzes(
     sampler, answered[arm.name] = None, {}
     for quiz in quizzes:
       path = subject.settings.out / ANSWERS / arm.name / f'{quiz.name}.json'
-      kept = json.loads(path.read_text()) if path.exists() else {}
-      if kept.get('digest') != quiz.digest:
+      kept = read_kept(path)
+      if kept is None or kept.get('digest') != quiz.digest:
         sampler = sampler or _sampler(subject, arm, tokenizer)
         kept = _answer(quiz, sampler, subject.settings.batch_size, f'{arm.name} {quiz.name}', bar)
         keep_bytes(path, json.dumps(kept).encode())
@@ -152,7 +152,11 @@ def _chat(subject: Subject) -> str:
     return settings.chat
   folder = tokenizer_folder(settings.tokenizer) if settings.tokenizer else subject.stored.origin
   if folder and (template := find_chat_template(folder)):
-    return template([{'role': 'user', 'content': '{prompt}'}])
+    # The room for an answer is none for thoughts, which Qwen3, GLM-4.5 and SmolLM3 begin with.
+    chat = template([{'role': 'user', 'content': '{prompt}'}], enable_thinking=False)
+    if '{prompt}' not in chat:
+      raise ConfigError("the checkpoint's chat template drops a message of text: give --chat.")
+    return chat
   raise ConfigError(
       "prompt='instruct' needs the marks of the model's turns: give --chat='...{prompt}...', because "
       'the checkpoint has no chat template.'
@@ -191,9 +195,15 @@ def _answer(
     n_tokens = sum(map(len, quiz.prompts[: len(texts)]))
     bar.update(min(len(texts), len(quiz.tasks)), n_tokens / (time.monotonic() - began))
   texts = texts[: len(quiz.tasks)]
-  scores = [score(task.answers, text) for task, text in zip(quiz.tasks, texts)]
+  scores = [score(_as_written(task, sampler.tokenizer), x) for task, x in zip(quiz.tasks, texts)]
   seconds = time.monotonic() - began
   return {'digest': quiz.digest, 'texts': texts, 'scores': scores, 'seconds': seconds}
+
+
+def _as_written(task: Task, tokenizer: Tokenizer) -> list[str]:
+  """Returns the answers as a tokenizer writes them; some write 1234 as 1 2 3 4."""
+  written = (''.join(tokenizer.stream(tokenizer.encode(answer))).strip() for answer in task.answers)
+  return [text or answer for text, answer in zip(written, task.answers)]
 
 
 def _batches(quiz: Quiz, batch_size: int) -> Iterator[tuple[list[list[int]], int]]:

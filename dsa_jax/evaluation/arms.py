@@ -76,7 +76,7 @@ def measure_budgets(subject: Subject, bar: StepProgress) -> dict[int, dict[str, 
   measured = {}
   for k in subject.settings.index_topk:
     path = subject.settings.out / MEASURES / f'{k}.json'
-    kept = _read(path)
+    kept = read_kept(path)
     if kept is None or set(kept['rules']) < set(subject.settings.rules):
       kept = _measure(subject, k, bar)
       keep_bytes(path, json.dumps(kept).encode())
@@ -151,7 +151,8 @@ def _kept(path: pathlib.Path, n_visible: np.ndarray) -> Scored | None:
   return Scored(Scores(nats, right, n_visible), seconds) if len(nats) == len(n_visible) else None
 
 
-def _read(path: pathlib.Path) -> dict[str, Any] | None:
+def read_kept(path: pathlib.Path) -> dict[str, Any] | None:
+  """Returns what a file of results holds; None if there is none, or it is not whole."""
   try:
     return json.loads(path.read_text())
   except (OSError, ValueError):

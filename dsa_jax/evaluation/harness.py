@@ -4,6 +4,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 import contextlib
 import functools
+import logging
 import pathlib
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ from dsa_jax.data.batch import Batch
 from dsa_jax.data.tokenizer import check_tokenizer, find_tokenizer
 from dsa_jax.inference.load import config_of, find_checkpoint, load_checkpoint
 from dsa_jax.inference.sampler import SampleConfig, Sampler
-from dsa_jax.kernels.backend import default_backend
+from dsa_jax.kernels.backend import BACKENDS, default_backend, why_not_here
 from dsa_jax.nn.attention.types import Attention, Mode
 from dsa_jax.parallel.mesh import MeshConfig, make_mesh
 from dsa_jax.reporting.evaluate import score_batch
@@ -74,9 +75,18 @@ class Harness:
           f'{index_topk=} and {rule=} would change nothing, because attention is dense.'
       )
     cfg = config_of(stored, index_topk)
+    if backend and backend not in BACKENDS:
+      raise ConfigError(f'{backend=} must be one of {BACKENDS}.')
+    if backend and (reason := why_not_here(backend)):
+      raise ConfigError(f'{backend=}: {reason}')
     self.batch_size, self.max_length = batch_size, _longest(cfg, max_length, batch_size, mesh)
     self.tokenizer = find_tokenizer(stored.origin)
     check_tokenizer(self.tokenizer, cfg.vocab_size)
+    if not self._after_prefix(''):
+      logging.warning(
+          'no id is known that begins or ends a text: the first token of a text with nothing before it '
+          'is not scored.'
+      )
     self._mesh = make_mesh(**mesh.sizes) if mesh.n_devices > 1 else None
     self._shares = mesh.context * mesh.tensor  # As many devices share the tokens of a row.
     self._model = load_checkpoint(checkpoint, index_topk=index_topk, mesh=self._mesh)
@@ -97,7 +107,7 @@ class Harness:
     rows = []
     for context, continuation in pairs:
       stripped = context.rstrip()  # A tokenizer puts a space to the word behind it.
-      encode = self.tokenizer.encode if stripped else self._after_prefix
+      encode = self.tokenizer.encode_prompt if stripped else self._after_prefix
       before, whole = encode(stripped), encode(context + continuation)
       rows.append(self._cut(Row(whole, max(len(whole) - len(before), 1))))
     return self._score(rows)
@@ -111,18 +121,22 @@ class Harness:
   def continuations(self, requests: Sequence[tuple[str, Mapping[str, Any]]]) -> list[str]:
     """Returns what follows each context, up to the first of the texts in `until`."""
     texts = []
-    for context, given in requests:
+    for number, (context, given) in enumerate(requests):
       until = given.get('until') or []
-      until = [until] if isinstance(until, str) else list(until)
-      room = min(int(given.get('max_gen_toks', NEW_TOKENS)), self.max_length - 1)
+      until = [end for end in ([until] if isinstance(until, str) else until) if end]
+      half = self.max_length // 2  # A context of which nothing were left could not be answered.
+      room = int(given.get('max_gen_toks', min(NEW_TOKENS, half)))
+      room = room if room < self.max_length else half
       is_drawn = given.get('do_sample', False)
       config = SampleConfig(
           max_new_tokens=room,
           temperature=float(given.get('temperature', 1.0)) if is_drawn else 0.0,
+          top_k=int(given.get('top_k') or 0),
           top_p=float(given.get('top_p', 1.0)),
           stop=self.tokenizer.stop,
+          seed=number,  # A request that comes again draws anew.
       )
-      encode = self.tokenizer.encode if context else self._after_prefix
+      encode = self.tokenizer.encode_prompt if context else self._after_prefix
       prompt = encode(context)[-(self.max_length - room) :]
       texts.append(self._continue(prompt, config, until))
     return texts
@@ -138,12 +152,12 @@ class Harness:
         if any(end in text for end in until):
           break
     text = ''.join(self.tokenizer.stream(ids))
-    ends = [text.index(end) for end in until if end and end in text]
+    ends = [text.index(end) for end in until if end in text]
     return text[: min(ends)] if ends else text
 
   def _after_prefix(self, text: str) -> list[int]:
     """Returns the ids of a text behind one that begins or ends documents, if any is known."""
-    ids, begins = self.tokenizer.encode(text), self.tokenizer.encode('')[:1]
+    ids, begins = self.tokenizer.encode_prompt(text), self.tokenizer.encode_prompt('')[:1]
     return ids if begins else [*self.tokenizer.stop[:1], *ids]
 
   def _cut(self, row: Row) -> Row:

@@ -5,8 +5,9 @@ The kinds are those of RULER (Hsieh et al., 2404.06654); the words are this file
 is drawn from fixed seeds, so a task is the same on every machine with the same text and tokenizer.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 import functools
+import itertools
 import random
 import re
 import string
@@ -50,10 +51,11 @@ class Haystack(NamedTuple):
       )
     return cls(sentences, words)
 
-  def take(self, n: int, rng: random.Random) -> list[str]:
+  def take(self, n: int, rng: random.Random, without: Collection[str] = ()) -> list[str]:
     """Returns sentences in their order, from a random place on, around the end if need be."""
     first = rng.randrange(len(self.sentences))
-    return [self.sentences[(first + i) % len(self.sentences)] for i in range(n)]
+    order = itertools.cycle([*self.sentences[first:], *self.sentences[:first]])
+    return [*itertools.islice((x for x in order if x not in without), n)]
 
 
 class Task(NamedTuple):
@@ -125,8 +127,11 @@ def _prompt(draft: Draft, n: int) -> str:
 def _around(
     haystack: Haystack, seed: int, needles: Sequence[tuple[float, str]], n: int
 ) -> str:
-  """Returns sentences with needles at their depths, those of one depth in the order given."""
-  sentences = haystack.take(n, random.Random(seed))
+  """Returns sentences with needles at their depths, those of one depth in the order given.
+
+  A needle that is a sentence of the haystack is in no other place.
+  """
+  sentences = haystack.take(n, random.Random(seed), [needle for _, needle in needles])
   for depth, needle in sorted(needles, key=lambda x: -x[0]):
     sentences.insert(round(depth * n), needle)
   return ' '.join(sentences)
@@ -180,7 +185,11 @@ def _common_words(haystack: Haystack, rng: random.Random, depth: float) -> Draft
   """Lists words, of which a few come again and again and all others once or seldom."""
   words, seed = list(haystack.words), rng.getrandbits(32)
   rng.shuffle(words)
-  common, others = words[:COMMON], words[COMMON:]
+  question = f'Question: Which {COMMON} words are the most common in the list above?'
+  prefix = f'Answer: The {COMMON} most common words in the list are'
+  asked = f'{question} {prefix}'.lower()  # Who repeats the question has not answered.
+  common = [word for word in words if word not in asked][:COMMON]
+  others = [word for word in words if word not in common]
 
   def context(n: int) -> str:
     rare = [others[i % len(others)] for i in range(n)]
@@ -190,8 +199,8 @@ def _common_words(haystack: Haystack, rng: random.Random, depth: float) -> Draft
 
   return Draft(
       context,
-      f'Question: Which {COMMON} words are the most common in the list above?',
-      f'Answer: The {COMMON} most common words in the list are',
+      question,
+      prefix,
       common,
   )
 

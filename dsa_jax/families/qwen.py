@@ -112,6 +112,7 @@ QWEN3_MOE_FAMILY = dataclasses.replace(
         'topk_method': 'greedy',
     },
     fixed=QWEN3_FAMILY.fixed | {'use_sliding_window': False},
+    neutral={'use_qk_norm': True, 'qkv_bias': False, 'shared_expert_intermediate_size': 0},
     ignored=('sliding_window', 'max_window_layers'),
     layer_keys=('mlp_only_layers', 'decoder_sparse_step'),
 )  # fmt: skip

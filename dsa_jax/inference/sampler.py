@@ -194,7 +194,7 @@ class Sampler:
     if not prompt:
       raise ConfigError(f'{prompt=} is empty: there must be something to continue.')
     config = SampleConfig(**({'stop': self.tokenizer.stop} | kwargs))
-    steps = self._read_and_continue([self.tokenizer.encode(prompt)], config)
+    steps = self._read_and_continue([self.tokenizer.encode_prompt(prompt)], config)
     return self._pieces((ids[0] for ids in steps if ids[0] is not None), config.stop_texts)
 
   def _pieces(self, ids: Iterator[int], stop_texts: tuple[str, ...]) -> Iterator[str]:
@@ -246,7 +246,7 @@ class Sampler:
       raise ConfigError(f'{samples=} and {slots=} must be at least 1.')
     check_texts(self._engine.mesh, 'slots', slots)
     self._check_config(config)
-    ids = [self.tokenizer.encode(x) if isinstance(x, str) else list(x) for x in prompts]
+    ids = [self.tokenizer.encode_prompt(x) if isinstance(x, str) else list(x) for x in prompts]
     for i, prompt in enumerate(ids):
       check_prompt(i, prompt, self.cfg, self.capacity, room=config.max_new_tokens)
     texts = [
@@ -404,7 +404,7 @@ def check_prompt(
 ):
   """Raises a ConfigError if a model cannot read a prompt, behind others, and write behind it."""
   if isinstance(prompt, str):
-    raise ConfigError(f'prompt {i} is text, {prompt[:20]!r}: give `tokenizer.encode(text)`.')
+    raise ConfigError(f'prompt {i} is text, {prompt[:20]!r}: give `tokenizer.encode_prompt(text)`.')
   if not len(prompt):
     raise ConfigError(f'prompt {i} is empty: it must hold at least one token.')
   total = before + len(prompt) + room

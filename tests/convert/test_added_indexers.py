@@ -56,6 +56,16 @@ def test_fresh_indexers_have_the_usual_sizes_or_those_that_are_asked_for():
     open_source(PARITY / 'deepseek_v32', indexer=FRESH)
 
 
+@pytest.mark.parametrize('said, dtype', [({}, 'float32'), ({'torch_dtype': None}, 'float32'), ({'dtype': 'bfloat16'}, 'bfloat16')])
+def test_the_dtype_is_that_of_the_weights_where_none_is_named(said, dtype, tmp_path):
+  shutil.copytree(PARITY / 'qwen3', tmp_path / 'source')
+  path = tmp_path / 'source' / 'config.json'
+  config = json.loads(path.read_text())
+  del config['torch_dtype']
+  path.write_text(json.dumps(config | said))
+  assert open_source(tmp_path / 'source').model.dtype == dtype
+
+
 @pytest.mark.parametrize(
     'case, family',
     [

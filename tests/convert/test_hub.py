@@ -7,15 +7,16 @@ import huggingface_hub
 import pytest
 
 from dsa_jax.config import ConfigError
-from dsa_jax.convert.hub import WANTED, find_source
+from dsa_jax.convert.building import KEPT_FILES
+from dsa_jax.convert.hub import UNWANTED, WANTED, find_source
 
 
 @pytest.fixture
 def asked(monkeypatch, tmp_path):
   calls = []
 
-  def download(name, *, revision, allow_patterns):
-    assert allow_patterns == WANTED
+  def download(name, *, revision, allow_patterns, ignore_patterns):
+    assert (allow_patterns, ignore_patterns) == (WANTED, UNWANTED)
     calls.append((name, revision))
     return str(tmp_path)
 
@@ -36,6 +37,14 @@ def test_a_name_is_downloaded(asked, tmp_path):
   assert find_source('deepseek-ai/DeepSeek-V3.2') == tmp_path
   assert find_source('zai-org/GLM-5@refs/pr/7') == tmp_path
   assert asked == [('deepseek-ai/DeepSeek-V3.2', None), ('zai-org/GLM-5', 'refs/pr/7')]
+
+
+def test_all_that_is_kept_is_downloaded_and_no_weight_twice():
+  weights = ['model-00001-of-00002.safetensors', 'model.safetensors.index.json', 'config.json']
+  twice = ['consolidated.safetensors', 'consolidated.safetensors.index.json', 'original/model.safetensors', 'onnx/config.json']
+  files = [*KEPT_FILES, *weights, *twice, 'pytorch_model.bin']
+  chosen = huggingface_hub.utils.filter_repo_objects(files, allow_patterns=WANTED, ignore_patterns=UNWANTED)
+  assert [*chosen] == [*KEPT_FILES, *weights]
 
 
 def test_a_hub_that_cannot_be_reached_is_one_line(monkeypatch, tmp_path):

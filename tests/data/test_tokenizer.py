@@ -65,6 +65,15 @@ def test_what_the_config_declines_is_not_added(tmp_path):
   assert load(tmp_path).encode('<s>a b') == [BOS, A, B, EOS]
 
 
+@pytest.mark.parametrize('template, n', [('<s> $A </s>', 1), ('<s> $A </s> </s>', 2), ('$A', 0)])
+def test_nothing_ends_a_text_that_goes_on(tmp_path, template, n):
+  write(tmp_path, template=template, tokenizer_config={'bos_token': '<s>'})
+  tokenizer = load(tmp_path)
+  for text in 'a b', 'a </s>', '':
+    assert tokenizer.encode(text) == tokenizer.encode_prompt(text) + [EOS] * n
+  assert Bytes().encode_prompt('a') == Bytes().encode('a')
+
+
 def test_a_beginning_of_two_marks_is_kept_whole(tmp_path):
   write(tmp_path, template='</s> <s> $A')
   assert load(tmp_path).encode('a') == load(tmp_path).encode('</s><s>a') == [EOS, BOS, A]

@@ -87,6 +87,17 @@ def test_scores_by_kind_length_and_depth(subject, monkeypatch):
   assert 'its tasks of [700] tokens leave nothing out' in page.warnings(shown)[0]
 
 
+def test_answers_are_as_the_tokenizer_writes_them(subject):
+  class Spaced(Bytes):
+    def stream(self, ids):
+      return ' '.join(super().stream(ids))
+
+  [single, *_] = make_quizzes(subject)
+  [code] = single.tasks[0].answers
+  assert answers._as_written(single.tasks[0], Bytes()) == [code]
+  assert answers._as_written(single.tasks[0], Spaced()) == [' '.join(code)]
+
+
 def test_prompts_of_base_and_of_instruct_models(subject):
   text = lambda quiz: bytes(quiz.prompts[0][1:]).decode()
   [base, *_] = make_quizzes(subject)
@@ -105,10 +116,14 @@ def test_an_instruct_model_is_asked_by_its_own_template(subject, tmp_path):
   with pytest.raises(ConfigError, match='the checkpoint has no chat template'):
     make_quizzes(asked)
   template = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}<bot>"
+  template += '{% if enable_thinking is not defined or enable_thinking %}<think>{% endif %}'
   (tmp_path / 'chat_template.jinja').write_text(template)
   stored = subject.stored._replace(folder=tmp_path)
   (tmp_path / 'config.json').write_text('{}')
   [instruct, *_] = make_quizzes(dataclasses.replace(asked, stored=stored))
+  (tmp_path / 'chat_template.jinja').write_text('{% for m in messages %}{{ m.content.text }}{% endfor %}')
+  with pytest.raises(ConfigError, match='chat template drops a message of text'):
+    make_quizzes(dataclasses.replace(asked, stored=stored))
   text = bytes(instruct.prompts[0][1:]).decode()
   assert text.startswith('<user>') and text.endswith(f'{instruct.tasks[0].question}<bot>')
 

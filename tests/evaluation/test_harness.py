@@ -101,6 +101,18 @@ def test_continuations_end_where_the_task_says(harness):
   assert ask(until=text[3]) == text[: text.index(text[3])]
   assert len(ask(max_gen_toks=5)) <= 5
   assert harness.continuations([('x' * 100, {'max_gen_toks': 500})])  # The end of the context counts.
+  assert ask(until=['', text[3]]) == text[: text.index(text[3])]
+  drawn = {'max_gen_toks': 20, 'do_sample': True, 'temperature': 2.0}
+  assert len({*harness.continuations([('the cat', drawn)] * 2)}) == 2
+  assert harness.continuations([('the cat', drawn | {'top_k': 1})] * 2) == [text] * 2
+
+
+def test_a_context_is_never_cut_to_nothing(harness, monkeypatch):
+  own, prompts = copy.copy(harness), []
+  note = lambda prompt, config, until: prompts.append((len(prompt), config.max_new_tokens)) or ''
+  monkeypatch.setattr(own, '_continue', note)
+  own.continuations([('x' * 100, given) for given in ({}, {'max_gen_toks': 500}, {'max_gen_toks': 40})])
+  assert prompts == [(24, 24), (24, 24), (8, 40)]
 
 
 def test_texts_of_tokenizers_without_a_first_id(harness, monkeypatch):
@@ -120,6 +132,22 @@ def test_texts_of_tokenizers_without_a_first_id(harness, monkeypatch):
   assert [(bytes(row.ids), row.n_scored) for row in rows] == [(b'abc', 1), (b'Ac', 1), (b'Aabc', 3)]
 
 
+def test_what_a_tokenizer_puts_behind_a_text_is_not_scored(harness, monkeypatch):
+  class Ending(Bytes):
+    def encode(self, text):
+      return [*super().encode(text), 65]
+
+    def encode_prompt(self, text):
+      return super().encode(text)
+
+  own = copy.copy(harness)
+  own.tokenizer, rows = Ending(), []
+  monkeypatch.setattr(own, '_score', lambda given: rows.extend(given) or [(0.0, True)] * len(given))
+  own.likelihoods([('ab', 'c'), ('', 'c')])
+  own.rolling(['abc'])
+  assert [(row.ids[1:], row.n_scored) for row in rows] == [([*b'abc'], 1), ([*b'c'], 1), ([*b'abc'], 3)]
+
+
 def test_other_attention_and_what_will_not_do(folder):
   dense = Harness(folder, attention='dense', max_length=32)
   assert dense._mode.attention == 'dense' and dense.max_length == 32
@@ -128,6 +156,8 @@ def test_other_attention_and_what_will_not_do(folder):
       ({'max_length': 49}, 'max_length=49 must be within 2 and the 48'),
       ({'batch_size': 0}, 'batch_size=0'),
       ({'rule': 'best'}, "'best' must be one of"),
+      ({'backend': 'best'}, "backend='best' must be one of"),
+      ({'backend': 'tpu'}, 'its kernels run on a TPU'),
       ({'index_topk': 49}, 'index_topk=49'),
   ):
     with pytest.raises(ConfigError, match=message):
@@ -177,5 +207,11 @@ def test_what_the_harness_calls(folder, harness, monkeypatch):
   assert model.loglikelihood_rolling([request('abc')]) == harness.rolling(['abc'])
   [text] = model.generate_until([request('the cat', {'max_gen_toks': 8, 'until': ['\n\n']})])
   assert harness.continuations([('the cat', {'max_gen_toks': 8})])[0].startswith(text)
-  with pytest.raises(ConfigError, match="batch_size='auto' must be a number"):
-    known['dsa_jax'](str(folder), batch_size='auto')
+  for wrong, message in (
+      ({'batch_size': 'auto'}, "batch_size='auto' must be a number"),
+      ({'pretrained': 'x'}, r"has no \['pretrained'\]; it has .*'checkpoint'"),
+      ({'max_length': 'long'}, "max_length='long' must be a number"),
+      ({'checkpoint': ''}, 'name the checkpoint'),
+  ):
+    with pytest.raises(ConfigError, match=message):
+      known['dsa_jax'](**{'checkpoint': str(folder)} | wrong)

@@ -45,6 +45,19 @@ def test_what_is_asked_for_lies_at_its_depth(kind):
     assert min(abs(place / len(task.context) - depth) for place in places) < 0.03
 
 
+def test_a_sentence_that_is_asked_for_lies_nowhere_else():
+  small = HAYSTACK._replace(sentences=HAYSTACK.sentences[:60])  # It comes several times.
+  task = make_task('question', small, 3000, 2, words)
+  [quoted] = re.findall('"(.*)"', task.question)
+  assert task.context.count(quoted) == 1 and task.context.count(small.sentences[1]) > 1
+
+
+def test_who_repeats_the_question_has_not_answered():
+  asked = tuple('above answer common list most question which words'.split())
+  task = make_task('common_words', HAYSTACK._replace(words=asked + HAYSTACK.words[:5]), 300, 0, words)
+  assert {*task.answers} == {*HAYSTACK.words[:5]} and 'common' in task.context
+
+
 def test_needles_beside_each_other():
   kinds = {kind: make_task(kind, HAYSTACK, 1000, 0, words) for kind in KINDS}
   codes = {kind: re.findall(r'A code of the (\w+ \w+) is (\d+)\.', x.context) for kind, x in kinds.items()}

@@ -1,16 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """The scans that run a model's layers: each layer once, in order, and few of them compiled."""
 
+import dataclasses
 import itertools
 
+from flax import nnx
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from dsa_jax.config import ConfigError, ModelConfig
 from dsa_jax.families import SIZES
+from dsa_jax.families.llama import with_heads
+from dsa_jax.nn.attention.gqa import GQA
 from dsa_jax.nn.layers import STACKS, Kind, kind_of, layers_of_stacks, plan, row_slots
 from dsa_jax.nn.scan import cut, in_order, scan
+from dsa_jax.params import LayerFact
 
 D, M = (Kind(stack) for stack in STACKS[:2])
 KINDS = {'d': D, 'm': M, 'w': Kind(M.stack, 16)}
@@ -110,3 +116,20 @@ def test_every_layer_has_its_own_weights_and_facts(mlp_layers, copies):
 def test_layers_that_cannot_be(mlp_layers):
   with pytest.raises(ConfigError, match='must ascend, from 2 to 5: self.n_dense_layers=1 counts'):
     ModelConfig(n_layers=6, n_dense_layers=1, mlp_layers=mlp_layers)
+
+
+@pytest.mark.parametrize('rotates, rotated', [(None, 4), (True, 4), (False, 0)])
+def test_yarn_scales_products_of_rotated_channels_only(rotates, rotated):
+  """As cosines and sines do in `transformers`, which multiply by the root of the factor."""
+  cfg = with_heads(
+      8, rotated=4, vocab_size=8, dim=8, n_layers=1, inter_dim=8, n_heads=2, n_kv_heads=1,
+      index_rope_head_dim=4, max_seq_len=64, rope_type='yarn', rope_factor=4.0, original_seq_len=16,
+  )  # fmt: skip
+  x, queries = jnp.ones((1, 1, 8)), []
+  for cfg in cfg, dataclasses.replace(cfg, rope_type='default'):
+    layer = GQA(cfg, out_scale=1.0, rngs=nnx.Rngs(0))
+    layer.rotates = nnx.data(None if rotates is None else LayerFact(jnp.array(rotates), axes=()))
+    queries.append(layer.queries(x, jnp.zeros((1, 1), int)) * cfg.sm_scale)
+  factor = (0.1 * np.log(4.0) + 1) ** 2
+  want = np.where(np.arange(8) < rotated, factor, 1)
+  np.testing.assert_allclose(queries[0] / queries[1], np.broadcast_to(want, (1, 1, 2, 8)), rtol=1e-6)

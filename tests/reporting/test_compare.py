@@ -92,6 +92,10 @@ def test_curves(runs, tmp_path, capsys):
 def test_what_will_not_do_is_named(runs, tmp_path):
   with pytest.raises(ConfigError, match='nothing is not the workdir of a run'):
     compare([runs[0], tmp_path / 'nothing'])
+  (tmp_path / 'converted').mkdir()
+  (tmp_path / 'converted' / 'config.json').write_text('{"model": {}, "source": {}}')
+  with pytest.raises(ConfigError, match='it is a converted checkpoint'):
+    compare([runs[0], tmp_path / 'converted'])
   with pytest.raises(ConfigError, match='names a run twice'):
     compare([runs[0], tmp_path / 'a' / '..' / 'a'])
   with pytest.raises(ConfigError, match='name the workdirs'):

@@ -12,11 +12,13 @@ from dsa_jax.training.stages import StageConfig
 SIZE = {'steps': 1, 'batch_size': 2, 'seq_len': 64}
 
 
-def recipe_of(**entries):
+def recipe_of(windows=(), **entries):
   """Returns the recipe of entries that are given as (stage, init_from)."""
   config = base.get_config()
   config.workdir = 'runs/none'
   config.model.update(vocab_size=258, index_topk=8)
+  if windows:
+    config.model.update(window_layers=windows, sliding_window=8)
   config.report.update(seq_len=64)
   config.recipe = tuple(entries)
   for name, (stage, init_from) in entries.items():
@@ -47,6 +49,14 @@ def test_roles_of_recipes_that_lack_some():
 def test_a_name_that_is_no_folder_is_refused(name):
   with pytest.raises(ConfigError, match='the name .* must be of letters'):
     recipe_of(**{name: ('dense', '')})
+
+
+def test_layers_that_all_have_windows_train_no_indexer():
+  all_layers = tuple(range(base.get_config().model.n_layers))
+  recipe_of(all_layers, a=('dense', ''))
+  recipe_of(all_layers[1:], a=('dense', ''), w=('warmup', 'a'))
+  with pytest.raises(ConfigError, match='stages.w: all layers have a window, model.sliding_window=8'):
+    recipe_of(all_layers, a=('dense', ''), w=('warmup', 'a'))
 
 
 def test_a_stage_trains_some_of_its_parts():

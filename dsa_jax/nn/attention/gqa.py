@@ -43,7 +43,7 @@ class GQA(Attention):
 
   def queries(self, q_latent, positions):
     q = _project(q_latent, self.wq, self.bq)
-    return self._rotate(q if self.q_norm is None else self.q_norm(q), positions)
+    return self._scale(self._rotate(q if self.q_norm is None else self.q_norm(q), positions))
 
   def row_queries(self, q_latent, positions):
     return self.queries(q_latent, positions)
@@ -79,6 +79,15 @@ class GQA(Attention):
     frequencies = rope_frequencies(self.cfg, width)
     rope = apply_rope(rope, positions, frequencies, interleaved=self.cfg.rope_interleave)
     return jnp.concatenate([rope, nope], axis=-1)
+
+  def _scale(self, q):
+    """Takes YaRN's factor of the softmax scale back from channels of queries that nothing rotates."""
+    cfg = self.cfg
+    if cfg.yarn_factor == 1 or (self.rotates is None and not cfg.qk_nope_head_dim):
+      return q
+    is_rotated = jnp.arange(cfg.head_dim) < cfg.qk_rope_head_dim
+    is_rotated &= True if self.rotates is None else self.rotates[...]
+    return q * jnp.where(is_rotated, 1, 1 / cfg.yarn_factor).astype(q.dtype)
 
 
 def _project(x, weight, bias):
