@@ -26,7 +26,7 @@ from dsa_jax.inference.memory import Texts, check_memory
 from dsa_jax.inference.programs import make_engine
 from dsa_jax.inference.sample_config import SampleConfig, padded
 from dsa_jax.inference.shares import check_mesh, check_texts, mesh_config, whole_rows
-from dsa_jax.inference.slots import Written, filled_slots, write
+from dsa_jax.inference.slots import Written, check_logits, filled_slots, write
 from dsa_jax.inference.stopping import StopTexts
 from dsa_jax.nn.attention.types import Attention
 from dsa_jax.nn.transformer import Transformer
@@ -466,6 +466,7 @@ def _check_writes_ids(config: SampleConfig):
 
 def _read_step(written: Written) -> list[int | None] | None:
   """Returns the id of every text that goes on, and None if none does."""
+  check_logits(written)
   counts = np.asarray(written.counts)[:, 0]
   if not counts.any():
     return None
