@@ -39,6 +39,13 @@ def test_parts_depend_on_files_that_there_are(nightly):
       assert (ROOT / name).exists(), name
 
 
+def test_parts_depend_on_what_their_tests_are_made_of(nightly):
+  assert {'tests/laws.py', 'tests/test_laws.py', 'dsa_jax/nn'} <= set(nightly.PARTS['laws'].files)
+  assert 'tests/parallel/mesh_script.py' in nightly.PARTS['meshes'].files
+  assert 'tests/kernels/cases.py' in nightly.PARTS['selection'].files
+  assert 'tests/laws.py' not in nightly.PARTS['wheel'].files
+
+
 class Repository:
   """A repository of its own, in which each part has one file; `ran` has the parts of each run."""
 
