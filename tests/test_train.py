@@ -247,6 +247,7 @@ def test_misspelt_field_names_the_right_one(tmp_path):
         ({'report.seq_len': 4096}, r'report.seq_len=4096 exceeds .*max_seq_len=256'),
         ({'report.seq_len': 8}, r'report.seq_len=8 must exceed .*index_topk=8'),
         ({'report.batches': 0}, r'report: batches=0 must be at least 1'),
+        ({'report.batches': 10**7}, r'config.report, of held-out data, in rows of 64 .* rows.* Give more data, or'),
         ({'report.sparse': 'spars'}, r"report.sparse='spars' must be one of the stages"),
         ({'report.dense_before': 'warmup'}, r"'warmup' is a warmup stage; it must be a dense one"),
         ({'stages.sparse.init_from': 'warmpu'}, r"init_from='warmpu' is neither .* Did you mean the entry 'warmup'"),
