@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 
+import cases
 import jax
 import jax.numpy as jnp
 import laws
@@ -392,6 +393,19 @@ def test_bad_prompts(sampler, prompts, room, message):
 def test_text_instead_of_ids(sampler):
   with pytest.raises((ValueError, TypeError), match='text'):  # Type checks of tests come first.
     sampler.read(['text'])
+
+
+def test_numbers_that_are_no_ids(sampler):
+  """One that was no whole number was cut to one."""
+  with cases.unchecked():
+    assert SampleConfig(stop=5).stop == SampleConfig(stop=np.array([5])).stop == (5,)
+    with pytest.raises(ConfigError, match='must be ids; texts that end a text belong into stop_texts'):
+      SampleConfig(stop=('.',))
+    with pytest.raises(ConfigError, match='max_new_tokens=2.5 must be a whole number'):
+      SampleConfig(max_new_tokens=2.5)
+    for read in sampler.read, lambda prompts: list(sampler.complete(prompts)):
+      with pytest.raises(ConfigError, match='prompt 0 must be a row of whole numbers; got float64'):
+        read([[1.5, 2]])
 
 
 def test_empty_text(sampler):
