@@ -19,6 +19,7 @@ import argparse
 import json
 import os
 import pathlib
+import re
 import shlex
 import subprocess
 import sys
@@ -41,11 +42,19 @@ class Part(NamedTuple):
 
   @property
   def files(self) -> tuple[str, ...]:
-    return self.tests + self.depends_on
+    return self.tests + self.depends_on + helpers(self.tests)
 
 
-KERNELS = ('dsa_jax/kernels', 'tests/kernels/cases.py')
-MODELS = ('dsa_jax/kernels', 'dsa_jax/nn', 'dsa_jax/parallel')
+def helpers(tests: tuple[str, ...]) -> tuple[str, ...]:
+  """Returns the modules of tests/ that test files import, and the scripts that they start."""
+  text = '\n'.join((ROOT / name).read_text() for name in tests if (ROOT / name).is_file())
+  modules = [path for path in (ROOT / 'tests').rglob('*.py') if not path.name.startswith('test_')]
+  is_named = lambda stem: re.search(rf'^\s*(import|from) {stem}\b|\b{stem}\.py\b', text, re.MULTILINE)
+  return tuple(str(path.relative_to(ROOT)) for path in sorted(modules) if is_named(path.stem))
+
+
+KERNELS = ('dsa_jax/kernels',)
+MODELS = ('dsa_jax/kernels', 'dsa_jax/nn', 'dsa_jax/parallel', 'dsa_jax/selection', 'dsa_jax/config.py')
 TRAINING = ('dsa_jax/train.py', 'dsa_jax/training', 'dsa_jax/parallel', 'configs')
 CHECKPOINTS = ('dsa_jax/convert', 'dsa_jax/families', 'dsa_jax/training')
 PARTS = {
@@ -153,7 +162,9 @@ def run_parts(due: dict[str, str], seen: dict, seconds: float) -> list[str]:
 
 def remember(seen: dict):
   SEEN.parent.mkdir(parents=True, exist_ok=True)
-  SEEN.write_text(json.dumps(seen, indent=1))
+  new = SEEN.with_suffix('.new')  # A kill leaves the old file, or the new one.
+  new.write_text(json.dumps(seen, indent=1))
+  new.replace(SEEN)
 
 
 def due_parts(seen: dict) -> dict[str, str]:

@@ -41,6 +41,21 @@ def local_path(name: str | os.PathLike, what: str) -> pathlib.Path:
   return pathlib.Path(text).expanduser()
 
 
+def user_cache(name: str) -> pathlib.Path:
+  """Returns a folder of this package in the user's cache folder, which `XDG_CACHE_HOME` may name.
+
+  Raises:
+    ConfigError: There is neither that nor a home folder, as for a user without an account.
+  """
+  try:
+    root = pathlib.Path(os.environ.get('XDG_CACHE_HOME') or '~/.cache').expanduser()
+  except RuntimeError as error:
+    raise ConfigError(
+        f'there is no home folder for {name}, which are kept: set HOME or XDG_CACHE_HOME.'
+    ) from error
+  return root / 'dsa_jax' / name
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
   """A decoder with an indexer. The defaults are the released 671B model of DeepSeek-V3.2.

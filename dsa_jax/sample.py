@@ -32,7 +32,7 @@ from dsa_jax.inference.cache import FORMATS
 from dsa_jax.inference.load import config_of, find_checkpoint
 from dsa_jax.inference.memory import Texts
 from dsa_jax.inference.sampler import (
-    SampleConfig, Sampler, check_capacity, check_prompt, tokenizer_of,
+    SampleConfig, Sampler, check_capacity, check_drawing, check_prompt, tokenizer_of,
 )  # fmt: skip
 from dsa_jax.inference.shares import check_texts
 from dsa_jax.inference.weights import FORMATS as WEIGHTS
@@ -88,6 +88,7 @@ def prepare(of_sampler: dict[str, Any], drawing: dict[str, Any]) -> Job:
   capacity = check_capacity(cfg, of_sampler['capacity'], mesh)
   tokenizer, chat = tokenizer_of(stored, cfg), find_chat_template(stored.origin)
   config = SampleConfig(**({'stop': tokenizer.stop} | drawing))
+  check_drawing(config, cfg)
   prompts = given_prompts(chat)
   ids = [tokenizer.encode_prompt(prompt.text) for prompt in prompts]
   for i, prompt in enumerate(ids):

@@ -174,8 +174,7 @@ def run_stage(run: Run, name: str, writer: MetricsWriter, bar: StepProgress, ahe
       metrics |= {f'{part}_lr': rate for part, rate in now.items()}
       ahead.begin(f'{name}/step')  # From now on the device is busy, and the host is not.
       save = step % recipe.save_every == 0 or step == entry.steps
-      data_state = batches.get_state() if save else None  # It must not count the next batch.
-      if step < entry.steps:
+      if not save:
         batch = take(step + 1)
       if pending is not None:  # The step before this one; the device is already at work.
         text = record(*pending, name, checkpoints, writer, recipe, meter)
@@ -190,7 +189,9 @@ def run_stage(run: Run, name: str, writer: MetricsWriter, bar: StepProgress, ahe
         writer.write(name, step, seen)
       if save:
         seconds = seconds_before + time.monotonic() - began
-        checkpoints.save(step, state, Progress(data_state, seconds))
+        checkpoints.save(step, state, Progress(batches.get_state(), seconds))
+        if step < entry.steps:  # Only now: what is wrong with it must not cost the steps until here.
+          batch = take(step + 1)
       speed = batch_tokens * (step - first_step) / (time.monotonic() - loop_began)
       bar.update(step, speed, text)
 

@@ -28,6 +28,13 @@ def test_every_nightly_test_is_in_one_part(nightly):
       for path in (ROOT / 'tests').rglob('test_*.py')
       if marked.search(path.read_text()) and path.name != 'test_nightly.py'
   }
+  simulated = re.compile(r"""(?s)parametrize\(\s*'[^']*\bbackend\b.*?\n(def|class)""")  # See conftest.py.
+  is_simulated = lambda text: any(re.search("'tpu'|BACKENDS", x[0]) for x in simulated.finditer(text))
+  files |= {
+      str(path.relative_to(ROOT))
+      for path in (ROOT / 'tests' / 'kernels').glob('test_*.py')
+      if is_simulated(path.read_text()) and path.name != 'test_hostile.py'
+  }
   parts = [name for part in nightly.PARTS.values() if not part.command for name in part.tests]
   assert len(parts) == len(set(parts))
   assert set(parts) >= files, files - set(parts)
@@ -37,6 +44,13 @@ def test_parts_depend_on_files_that_there_are(nightly):
   for part in nightly.PARTS.values():
     for name in part.files:
       assert (ROOT / name).exists(), name
+
+
+def test_parts_depend_on_what_their_tests_are_made_of(nightly):
+  assert {'tests/laws.py', 'tests/test_laws.py', 'dsa_jax/nn'} <= set(nightly.PARTS['laws'].files)
+  assert 'tests/parallel/mesh_script.py' in nightly.PARTS['meshes'].files
+  assert 'tests/kernels/cases.py' in nightly.PARTS['selection'].files
+  assert 'tests/laws.py' not in nightly.PARTS['wheel'].files
 
 
 class Repository:

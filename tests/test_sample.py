@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 
+import cases
 import jax
 import jax.numpy as jnp
 import laws
@@ -183,11 +184,24 @@ def frequencies(**kwargs):
         ({'top_p': 0.75}, [0, 2 / 3, 0, 1 / 3]),
         ({'top_p': 0.76}, [0, 5 / 9, 1.5 / 9, 2.5 / 9]),
         ({'top_p': 1e-6}, [0, 1, 0, 0]),
+        ({'top_p': 1e-46}, [0, 1, 0, 0]),  # It is 0 in float32.
         ({'top_k': 3, 'top_p': 0.6}, [0, 2 / 3, 0, 1 / 3]),
     ],
 )
 def test_draw(kwargs, want):
   np.testing.assert_allclose(frequencies(**kwargs), want, atol=0.03)
+
+
+def test_logits_that_are_not_finite_end_a_text(model):
+  """A draw from them went on for ever; the likeliest of them is no token of the model's."""
+  broken = jax.tree.map(lambda x: x, model)
+  broken.norm.scale = jax.tree.map(lambda x: x * jnp.nan, model.norm.scale)
+  sampler = Sampler(broken, capacity=40, chunk=4)
+  for temperature in 0.0, 1.0:
+    config = SampleConfig(max_new_tokens=3, temperature=temperature)
+    for generate in sampler.generate, lambda *args: list(sampler.complete(*args)):
+      with pytest.raises(ConfigError, match='the logits of text 0 of the batch are not finite'):
+        generate(PROMPTS, config)
 
 
 def test_likeliest_tie_goes_to_the_lowest_id():
@@ -379,6 +393,19 @@ def test_bad_prompts(sampler, prompts, room, message):
 def test_text_instead_of_ids(sampler):
   with pytest.raises((ValueError, TypeError), match='text'):  # Type checks of tests come first.
     sampler.read(['text'])
+
+
+def test_numbers_that_are_no_ids(sampler):
+  """One that was no whole number was cut to one."""
+  with cases.unchecked():
+    assert SampleConfig(stop=5).stop == SampleConfig(stop=np.array([5])).stop == (5,)
+    with pytest.raises(ConfigError, match='must be ids; texts that end a text belong into stop_texts'):
+      SampleConfig(stop=('.',))
+    with pytest.raises(ConfigError, match='max_new_tokens=2.5 must be a whole number'):
+      SampleConfig(max_new_tokens=2.5)
+    for read in sampler.read, lambda prompts: list(sampler.complete(prompts)):
+      with pytest.raises(ConfigError, match='prompt 0 must be a row of whole numbers; got float64'):
+        read([[1.5, 2]])
 
 
 def test_empty_text(sampler):

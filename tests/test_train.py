@@ -27,7 +27,7 @@ from dsa_jax.config import ConfigError
 from dsa_jax.inference.load import load_model
 from dsa_jax.reporting.meter import OF_THE_MACHINE, Meter
 from dsa_jax.reporting.metrics import MetricsWriter, read_metrics
-from dsa_jax.training.checkpoint import Checkpoints
+from dsa_jax.training.checkpoint import Checkpoints, saved_steps
 from dsa_jax.training.recipe import read_recipe
 from dsa_jax.training.run import Run
 from dsa_jax.training.workdir import check_workdir, write_config
@@ -247,6 +247,7 @@ def test_misspelt_field_names_the_right_one(tmp_path):
         ({'report.seq_len': 4096}, r'report.seq_len=4096 exceeds .*max_seq_len=256'),
         ({'report.seq_len': 8}, r'report.seq_len=8 must exceed .*index_topk=8'),
         ({'report.batches': 0}, r'report: batches=0 must be at least 1'),
+        ({'report.batches': 10**7}, r'config.report, of held-out data, in rows of 64 .* rows.* Give more data, or'),
         ({'report.sparse': 'spars'}, r"report.sparse='spars' must be one of the stages"),
         ({'report.dense_before': 'warmup'}, r"'warmup' is a warmup stage; it must be a dense one"),
         ({'stages.sparse.init_from': 'warmpu'}, r"init_from='warmpu' is neither .* Did you mean the entry 'warmup'"),
@@ -308,6 +309,23 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
   saved = [p.name for p in (tmp_path / 'checkpoints' / 'dense').iterdir() if p.name.isdigit()]
   for step in saved:
     assert all(np.isfinite(x).all() for x in arrays(tmp_path, 'dense', step).values())
+
+
+def test_a_batch_that_cannot_be_read_loses_no_step_that_is_to_be_saved(tmp_path, monkeypatch):
+  """The device gets batches one step ahead, so the next one is read before a step has ended."""
+  place, placed = train.place_batch, []
+
+  def place_three(rows, *args):
+    if len(placed) == 2:
+      raise ConfigError('a damaged document')
+    placed.append(rows)
+    return place(rows, *args)
+
+  monkeypatch.setattr(train, 'place_batch', place_three)
+  changes = {'recipe': ('dense',), 'save_every': 2, 'stages.dense.steps': 3}
+  with pytest.raises(ConfigError, match='a damaged document'):
+    train.train(tiny(tmp_path, **changes))
+  assert saved_steps(tmp_path / 'checkpoints' / 'dense') == [2]
 
 
 def test_config_is_kept_whole(tmp_path):

@@ -13,6 +13,8 @@ from dsa_jax.data.raw_rows import RawRows
 from dsa_jax.data.seeds import check_seed
 from dsa_jax.data.streaming import RowDataset, n_workers
 
+FEWER = 'Give more data, or ask for fewer or shorter rows.'
+
 
 @dataclasses.dataclass(frozen=True)
 class Mixture:
@@ -87,7 +89,7 @@ def first_batches(
   if n_batches * batch_size > len(source):
     raise ConfigError(
         f'{n_batches=} of {batch_size=} need {n_batches * batch_size} different rows, but the '
-        f'source has {len(source)}.'
+        f'source has {len(source)}. {FEWER}'
     )
   batches = _once(source, seed, n_batches * batch_size).batch(batch_size, batch_fn=_stack)
   return [batches[i] for i in range(n_batches)]
@@ -97,7 +99,7 @@ def _check(source: grain.sources.RandomAccessDataSource | Mixture, batch_size: i
   if batch_size < 1:
     raise ConfigError(f'{batch_size=} must be at least 1.')
   if (not isinstance(source, Mixture) or not source.raw) and batch_size > len(source):
-    raise ConfigError(f'{batch_size=} must not exceed the {len(source)} rows of the source.')
+    raise ConfigError(f'{batch_size=} must not exceed the {len(source)} rows of the source. {FEWER}')
   check_seed(seed)
 
 
@@ -152,7 +154,7 @@ def _once(
   if len(rows) < n_rows:
     raise ConfigError(
         f'{n_rows} rows of the mixture are needed, and its sources have {len(rows)} in these shares '
-        f'before one is used up: they have {[len(x) for x in source.sources]} rows.'
+        f'before one is used up: they have {[len(x) for x in source.sources]} rows. {FEWER}'
     )
   return rows
 

@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dsa_jax.config import ConfigError, local_path
+from dsa_jax.config import ConfigError, local_path, user_cache
 from dsa_jax.data import raw_rows
 from dsa_jax.data.corpora.raw import Piece, RawFormat
-from dsa_jax.data.corpora.sources import FORMATS, RAW, Format, default_cache, open_format
+from dsa_jax.data.corpora.sources import FORMATS, RAW, Format, open_format
 from dsa_jax.data.corpora.tokenizing import DAMAGED
 from dsa_jax.data.corpora.tokens import ABOUT, TokenStream
 from dsa_jax.data.corpus import describe_files
@@ -222,7 +222,7 @@ class DataConfig(PackingConfig):
   def _open(self, key: str) -> TokenStream:
     """Returns the tokens of a source, which is opened once."""
     if key not in self._opened:
-      cache = local_path(self.cache, 'data.cache') if self.cache else default_cache()
+      cache = local_path(self.cache, 'data.cache') if self.cache else user_cache('tokens')
       stream = open_format(
           self._keys[key], self.tokenizer, cache, self.damaged, self.special_tokens
       )

@@ -17,7 +17,7 @@ from dsa_jax.inference.drafts import Drafts, no_drafts, read_chunk_with_drafts
 from dsa_jax.inference.programs import Engine
 from dsa_jax.inference.sample_config import SampleConfig, padded
 from dsa_jax.inference.shares import make_texts, place_text, whole_rows
-from dsa_jax.inference.slots import Slots, Written, copy_of, free_slots, join, write
+from dsa_jax.inference.slots import Slots, Written, check_logits, copy_of, free_slots, join, write
 from dsa_jax.inference.stopping import StopTexts
 from dsa_jax.parallel.mesh import MeshConfig
 
@@ -180,6 +180,7 @@ class Batch:
   def _end_step(self) -> Iterator[Text]:
     """Yields the texts that have ended with the oldest step whose ids were not read yet."""
     texts, written = self._begun.popleft()
+    check_logits(written)
     ids, counts, log_probs, ends = map(np.asarray, written)
     for slot, text in enumerate(texts):
       if text is None or text.ended_by:

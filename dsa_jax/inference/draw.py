@@ -57,7 +57,9 @@ def draw_from_all(
     n, i, _ = state
     left = jnp.where((n == 0) | before(i), weights, 0)
     i = pick(left, jax.random.uniform(jax.random.fold_in(key, n)))
-    return n + 1, i, jnp.sum(jnp.where(before(i), weights, 0)) < limit
+    heavier = jnp.sum(jnp.where(before(i), weights, 0))
+    is_kept = (heavier < limit) | ~(heavier > 0)  # The first id always, where anything is NaN, too.
+    return n + 1, i, is_kept
 
   limit = top_p * jnp.sum(weights)
   return jax.lax.while_loop(lambda state: ~state[-1], draw_again, (0, jnp.int32(0), False))[1]

@@ -2,6 +2,7 @@
 """Says how a text is continued."""
 
 import dataclasses
+import operator
 
 import numpy as np
 
@@ -21,6 +22,15 @@ class SampleConfig:
   seed: int = 0  # The draws depend on it and on a text's place in the batch.
 
   def __post_init__(self):
+    for name in ('max_new_tokens', 'top_k', 'seed'):
+      try:
+        object.__setattr__(self, name, operator.index(getattr(self, name)))
+      except TypeError as error:
+        raise ConfigError(f'{name}={getattr(self, name)!r} must be a whole number.') from error
+    ids = np.atleast_1d(np.asarray(self.stop))  # One id may come alone.
+    if ids.size and ids.dtype.kind not in 'iu':
+      raise ConfigError(f'{self.stop=} must be ids; texts that end a text belong into stop_texts.')
+    object.__setattr__(self, 'stop', tuple(ids.tolist()))
     if self.max_new_tokens < 1:
       raise ConfigError(f'{self.max_new_tokens=} must be at least 1.')
     if not self.temperature >= 0:

@@ -26,7 +26,7 @@ from dsa_jax.inference.memory import Texts, check_memory
 from dsa_jax.inference.programs import make_engine
 from dsa_jax.inference.sample_config import SampleConfig, padded
 from dsa_jax.inference.shares import check_mesh, check_texts, mesh_config, whole_rows
-from dsa_jax.inference.slots import Written, filled_slots, write
+from dsa_jax.inference.slots import Written, check_logits, filled_slots, write
 from dsa_jax.inference.stopping import StopTexts
 from dsa_jax.nn.attention.types import Attention
 from dsa_jax.nn.transformer import Transformer
@@ -245,8 +245,9 @@ class Sampler:
     if samples < 1 or slots < 1:
       raise ConfigError(f'{samples=} and {slots=} must be at least 1.')
     check_texts(self._engine.mesh, 'slots', slots)
-    self._check_config(config)
-    ids = [self.tokenizer.encode_prompt(x) if isinstance(x, str) else list(x) for x in prompts]
+    check_drawing(config, self.cfg)
+    encode = self.tokenizer.encode_prompt
+    ids = [encode(x) if isinstance(x, str) else np.asarray(x).tolist() for x in prompts]
     for i, prompt in enumerate(ids):
       check_prompt(i, prompt, self.cfg, self.capacity, room=config.max_new_tokens)
     texts = [
@@ -323,7 +324,7 @@ class Sampler:
       ConfigError: The new tokens do not fit into the cache, or `config` does not suit the model.
     """
     _check_writes_ids(config)
-    self._check_config(config)
+    check_drawing(config, self.cfg)
     self._check_prefix(prefix)
     longest = prefix.lengths.max()
     if longest + config.max_new_tokens > self.capacity:
@@ -336,7 +337,7 @@ class Sampler:
   def _read_and_continue(
       self, prompts: Sequence[Sequence[int]], config: SampleConfig
   ) -> Iterator[list[int | None]]:
-    self._check_config(config)
+    check_drawing(config, self.cfg)
     return self._continue(self.read(prompts, config.max_new_tokens), config, keep=False)
 
   def _continue(self, prefix: Prefix, config: SampleConfig, *, keep: bool):
@@ -394,9 +395,11 @@ class Sampler:
           f'capacity, {self.capacity}.'
       )
 
-  def _check_config(self, config: SampleConfig):
-    if config.top_k > self.cfg.vocab_size:
-      raise ConfigError(f'{config.top_k=} must be at most the vocabulary of {self.cfg.vocab_size}.')
+
+def check_drawing(config: SampleConfig, cfg: ModelConfig):
+  """Raises a ConfigError if a model cannot draw so."""
+  if config.top_k > cfg.vocab_size:
+    raise ConfigError(f'{config.top_k=} must be at most the vocabulary of {cfg.vocab_size}.')
 
 
 def check_prompt(
@@ -407,13 +410,16 @@ def check_prompt(
     raise ConfigError(f'prompt {i} is text, {prompt[:20]!r}: give `tokenizer.encode_prompt(text)`.')
   if not len(prompt):
     raise ConfigError(f'prompt {i} is empty: it must hold at least one token.')
+  ids = np.asarray(prompt)
+  if ids.ndim != 1 or ids.dtype.kind not in 'iu':
+    raise ConfigError(f'prompt {i} must be a row of whole numbers; got {ids.dtype} of shape {ids.shape}.')
   total = before + len(prompt) + room
   if total > capacity:
     raise ConfigError(
         f'prompt {i} has {before + len(prompt)} tokens and {room} are to follow: {total} do not '
         f'fit into a cache of {capacity}.'
     )
-  low, high = min(prompt), max(prompt)
+  low, high = ids.min(), ids.max()
   if low < 0 or high >= cfg.vocab_size:
     wrong = low if low < 0 else high
     raise ConfigError(f'prompt {i} holds id {wrong}; ids must be within 0 and {cfg.vocab_size - 1}.')
@@ -466,6 +472,7 @@ def _check_writes_ids(config: SampleConfig):
 
 def _read_step(written: Written) -> list[int | None] | None:
   """Returns the id of every text that goes on, and None if none does."""
+  check_logits(written)
   counts = np.asarray(written.counts)[:, 0]
   if not counts.any():
     return None

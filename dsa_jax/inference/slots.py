@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int, Key, UInt
 import numpy as np
 
-from dsa_jax.config import ModelConfig
+from dsa_jax.config import ConfigError, ModelConfig
 from dsa_jax.inference.cache import Cache, shapes_of
 from dsa_jax.inference.drafts import Drafts, guess_next, no_drafts
 from dsa_jax.inference.draw import draw
@@ -38,6 +38,16 @@ class Written(NamedTuple):
   counts: Bool[Array, 'B N']  # Whether there is a text that goes on with the id.
   log_probs: Float[Array, 'B N']  # Of the ids, by the model: before temperature, top-k and top-p.
   ends: Bool[Array, 'B']  # Whether an id that ends a text was drawn.
+
+
+def check_logits(written: Written):
+  """Raises a ConfigError if a step had logits that are not finite, from which nothing can be drawn."""
+  wrong = np.flatnonzero(np.isnan(np.asarray(written.log_probs)[:, 0]))
+  if len(wrong):
+    raise ConfigError(
+        f'the logits of text {wrong[0]} of the batch are not finite, so no token can be drawn: weights are '
+        'NaN or infinite, or numbers overflow. Look at the checkpoint, or load it in a wider dtype.'
+    )
 
 
 def free_slots(

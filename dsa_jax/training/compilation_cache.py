@@ -9,10 +9,11 @@ import pathlib
 import shutil
 import tempfile
 
+import filelock
 import jax
 from jax.experimental.compilation_cache import compilation_cache as jax_cache
 
-from dsa_jax.config import ConfigError, local_path
+from dsa_jax.config import ConfigError, local_path, user_cache
 
 NOWHERE = 'off'
 MIN_FREE_BYTES = 2**28  # Nothing is kept on a disk with less free space.
@@ -36,9 +37,9 @@ def compilation_cache(folder: str) -> Iterator[None]:
     yield
     return
   try:
-    path = local_path(folder, 'compilation_cache') if folder else user_folder()
+    path = local_path(folder, 'compilation_cache') if folder else user_cache('compiled')
     prepare(path)
-  except (OSError, RuntimeError, ConfigError) as error:  # RuntimeError: there is no home folder.
+  except (OSError, RuntimeError, ConfigError) as error:  # RuntimeError: there is no home, or are no locks.
     logging.warning('Compiled programs are not kept: %s', error)
     yield
     return
@@ -59,25 +60,24 @@ def _configure(settings: dict[str, int | float | str | None]):
   jax_cache.reset_cache()  # jax reads its settings only once.
 
 
-def user_folder() -> pathlib.Path:
-  cache = os.environ.get('XDG_CACHE_HOME')
-  return (pathlib.Path(cache) if cache else pathlib.Path.home() / '.cache') / 'dsa_jax' / 'compiled'
-
-
 def prepare(folder: pathlib.Path):
   """Makes the folder and removes programs that a killed process may have left half-written.
 
   jax first writes a program and then the time of its use. A program without a time may be incomplete.
-  jax would neither replace it nor write any other program as long as it is there.
+  jax would neither replace it nor write any other program as long as it is there. Nor would it replace
+  one that is empty, as those are that a machine wrote as its power failed.
 
   Raises:
     OSError: The folder cannot be written, or its disk is nearly full.
+    RuntimeError: Its file system has no locks, without which jax would warn of each program.
   """
   folder.mkdir(mode=0o700, parents=True, exist_ok=True)
   with tempfile.TemporaryFile(dir=folder):
     pass
   if (free := shutil.disk_usage(folder).free) < MIN_FREE_BYTES:
     raise OSError(f'the disk of {folder} has {free // 2**20} MiB left.')
-  for program in folder.glob('*-cache'):
-    if not program.with_name(program.name.removesuffix('-cache') + '-atime').exists():
-      program.unlink(missing_ok=True)
+  with filelock.FileLock(folder / '.lockfile', timeout=10):  # jax's own, while another process writes.
+    for program in folder.glob('*-cache'):
+      used = program.with_name(program.name.removesuffix('-cache') + '-atime')
+      if not used.exists() or not program.stat().st_size:
+        program.unlink()

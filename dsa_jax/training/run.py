@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What does not change within a run: its recipe, model, devices and data."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+import contextlib
 import dataclasses
 import functools
 import logging
@@ -160,9 +161,21 @@ def _open_data(recipe: Recipe, mesh: Mesh | None) -> Data:
   for name, entry in recipe.stages.items():
     share = own_share(entry.batch_size, mesh)
     source = rows(entry.seq_len, 'train')
-    train[name] = make_iterator(source, entry.batch_size, entry.data_seed, share)
+    with _rows_for(f'config.stages.{name}', entry.seq_len):
+      train[name] = make_iterator(source, entry.batch_size, entry.data_seed, share)
     held_out = rows(entry.seq_len, 'validation')
-    [look[name]] = first_batches(held_out, recipe.measure_rows, 1, seed=0)
+    with _rows_for('config.measure_rows, of held-out data', entry.seq_len):
+      [look[name]] = first_batches(held_out, recipe.measure_rows, 1, seed=0)
   held_out = rows(report.seq_len, 'validation')
-  batches = first_batches(held_out, report.batch_size, report.batches, seed=0)
+  with _rows_for('config.report, of held-out data', report.seq_len):
+    batches = first_batches(held_out, report.batch_size, report.batches, seed=0)
   return Data(train, look, batches)
+
+
+@contextlib.contextmanager
+def _rows_for(what: str, seq_len: int) -> Iterator[None]:
+  """Adds to a ConfigError what asked for the rows."""
+  try:
+    yield
+  except ConfigError as error:
+    raise ConfigError(f'{what}, in rows of {seq_len} tokens: {error}') from error

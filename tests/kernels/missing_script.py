@@ -19,6 +19,7 @@ import dsa_jax
 from dsa_jax import sample, train
 from dsa_jax.kernels import (
     dense_attention,
+    grouped_matmul,
     index_kl,
     index_scores,
     index_topk,
@@ -41,6 +42,7 @@ INDEX = of_shape(B, T, I, J), of_shape(B, S, J), of_shape(B, T, I)
 INDICES = jnp.broadcast_to(jnp.arange(K), (B, T, K))
 Q, KEYS = of_shape(B, T, H, E), of_shape(B, S, 1, E)
 LSE = of_shape(B, T, H)
+MATRICES, GROUPS = of_shape(2, E, V), jnp.array([T, 0], jnp.int32)
 FAST = {'xla_backend_optimization_level': 0}
 SIZES = dict(v_dim=V, sm_scale=0.1)
 
@@ -52,10 +54,12 @@ def ops(backend: str, of=jax.value_and_grad) -> dict:
   compare = lambda q, indices: index_kl(
       Q, KEYS, LSE, q, *INDEX[1:], *INTERVAL, sm_scale=0.1, indices=indices, backend=backend
   ).sum()
+  multiply = lambda q: grouped_matmul(q[0, :, 0], MATRICES, GROUPS, backend=backend).sum()
   return {
       'index_topk': lambda: index_topk(*INDEX, *INTERVAL, topk=K, backend=backend),
       'sparse_attention': lambda: of(attend)(Q),
       'dense_attention': lambda: of(teach)(Q),
+      'grouped_matmul': lambda: of(multiply)(Q),
       'index_kl of all': lambda: of(compare)(INDEX[0], None),
       'index_kl of selected': lambda: of(compare)(INDEX[0], INDICES),
       'indexed_attention': lambda: indexed_attention(

@@ -13,17 +13,17 @@ from dsa_jax.kernels.backend import check_backend, default_backend
 
 
 @pytest.mark.parametrize(
-    'platform, capability, backend',
+    'platform, capability, want',
     [
         ('cpu', None, 'xla'), ('tpu', None, 'tpu'), ('gpu', '9.0', 'gpu'), ('gpu', '7.5', 'xla'),
         ('gpu', '8.0', 'xla'), ('gpu', 'gfx942', 'xla'),
     ],
 )  # fmt: skip
-def test_default_backend(platform, capability, backend, monkeypatch):
+def test_default_backend(platform, capability, want, monkeypatch):
   device = types.SimpleNamespace(**({'compute_capability': capability} if capability else {}))
   monkeypatch.setattr(jax, 'default_backend', lambda: platform)
   monkeypatch.setattr(jax, 'local_devices', lambda: [device])
-  assert default_backend() == backend
+  assert default_backend() == want
 
 
 def test_other_backends_do_without_the_compilers_of_gpus():

@@ -93,6 +93,14 @@ def test_repeats_its_bits(backend):
   jax.tree.map(np.testing.assert_array_equal, first, again)
 
 
+@pytest.mark.parametrize('n_rows, n_groups', [(0, 3), (4, 0)])
+def test_there_may_be_neither_rows_nor_groups(n_rows, n_groups):
+  rows, weights, dout = draw(n_rows, n_groups, (8, 6))
+  results = run('xla', rows, weights, dout, (0,) * n_groups)
+  for ours, like in zip(results, (dout, rows, weights), strict=True):
+    np.testing.assert_array_equal(ours, jnp.zeros_like(like))
+
+
 def test_costs_the_rows_not_the_groups():
   """Tiles of rows are counted as they are when groups are even or one has all rows."""
   for n_groups in 4, 64, 256:
@@ -139,11 +147,17 @@ CODES = [('float8_e4m3fn', (256, 300)), ('int8', (256, 300)), ('float8_e4m3fn', 
 @pytest.mark.parametrize('backend', BACKENDS)
 def test_widens_codes(backend, dtype, widths):
   sizes = (100, 0, 150, 13)
-  rows, weights, _ = draw(300, len(sizes), widths)
+  rows, weights, dout = draw(300, len(sizes), widths)
   weights *= jnp.geomspace(1e-3, 1e3, widths[0])[:, None]  # Blocks of unlike scales.
   codes = quantize(weights, block_sizes(weights.shape, ('expert', None, None)), dtype)
-  want = by_loop(rows, codes.astype(jnp.float32), sizes)
+  want, vjp = jax.vjp(lambda rows: by_loop(rows, codes.astype(jnp.float32), sizes), rows)
+
+  @jax.jit
+  def products(rows, codes, sizes):
+    out, vjp = jax.vjp(lambda rows: grouped_matmul(rows, codes, sizes, backend=backend), rows)
+    return out, *vjp(dout)
+
   with cases.interpreted(backend):
-    run = jax.jit(grouped_matmul, static_argnames='backend')
-    out = run(rows, codes, jnp.asarray(sizes, jnp.int32), backend=backend)
-  np.testing.assert_allclose(out, want, rtol=1e-4, atol=1e-5 * np.abs(want).max())
+    results = products(rows, codes, jnp.asarray(sizes, jnp.int32))
+  for ours, theirs in zip(results, (want, *vjp(dout)), strict=True):
+    np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5 * np.abs(theirs).max())

@@ -13,6 +13,7 @@ import pytest
 
 from configs import quickstart
 from dsa_jax import train
+from dsa_jax.config import ConfigError, user_cache
 from dsa_jax.training import compilation_cache as module
 from dsa_jax.training.compilation_cache import compilation_cache
 from dsa_jax.training.recipe import read_recipe
@@ -164,6 +165,26 @@ def test_what_a_killed_process_left_half_written_is_removed(tmp_path):
   with compilation_cache(str(tmp_path)):
     assert compile_something(16)
     assert not compile_something(16)
+
+
+def test_what_a_power_failure_left_empty_is_compiled_once_more(tmp_path):
+  with compilation_cache(str(tmp_path)):
+    compile_something(17)
+  [program] = tmp_path.glob('*-cache')
+  program.write_bytes(b'')
+  with compilation_cache(str(tmp_path)):
+    assert compile_something(17)
+    assert not compile_something(17)
+
+
+def test_a_user_without_a_home(caplog, monkeypatch):
+  monkeypatch.delenv('XDG_CACHE_HOME', raising=False)
+  monkeypatch.setattr(os.path, 'expanduser', lambda path: path)  # As for one without an account.
+  with compilation_cache(''):
+    compile_something(18)
+  assert 'not kept: there is no home folder' in caplog.text
+  with pytest.raises(ConfigError, match='no home folder for tokens.*XDG_CACHE_HOME'):
+    user_cache('tokens')
 
 
 def config_of(workdir, **changes):

@@ -77,12 +77,6 @@ class Joined(TokenStream):
     return read_across(self._starts, of_stream, first, n)
 
 
-def default_cache() -> pathlib.Path:
-  """Returns the user's folder for tokens of raw files, and for indices of token files."""
-  root = os.environ.get('XDG_CACHE_HOME') or '~/.cache'
-  return pathlib.Path(root).expanduser() / 'dsa_jax' / 'tokens'
-
-
 def open_format(
     source: Format, tokenizer: str, cache: pathlib.Path, damaged: str, special_tokens: str = 'text'
 ) -> TokenStream:

@@ -4,6 +4,7 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from dsa_jax.kernels.backend import check_backend, load_kernels
@@ -34,7 +35,7 @@ def grouped_matmul(
     rows: The rows of group 0, then those of group 1, and so on. Rows behind the last group may hold
       NaN, and their gradients are zero.
     weights: One matrix for each group, of the rows' dtype; or their codes and scales, which are
-      widened tile by tile and have no gradients.
+      widened tile by tile and have no gradients. For the gradient of rows all of them are widened.
     sizes: int32; how many rows each group has. It may have none. Their sum is at most N.
     backend: Which implementation. `tpu` is jax's own `ragged_dot`.
   """
@@ -53,9 +54,9 @@ def grouped_matmul(
   if backend == 'reference':
     return grouped_matmul_reference(rows, weights.astype(rows.dtype), sizes)
   kernels = load_kernels(KERNELS[backend])
-  if is_scaled:
-    return kernels.scaled_product(rows, weights, sizes)
-  return _op(rows, weights, sizes, kernels)
+  if not len(rows) or not len(sizes):  # There are no tiles.
+    return jnp.zeros((len(rows), weights.shape[2]), rows.dtype)
+  return (_scaled_op if is_scaled else _op)(rows, weights, sizes, kernels)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -74,3 +75,20 @@ def _bwd(kernels, residuals, dout):
 
 
 _op.defvjp(_fwd, _bwd)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _scaled_op(rows, weights, sizes, kernels):
+  return kernels.scaled_product(rows, weights, sizes)
+
+
+def _scaled_fwd(rows, weights, sizes, kernels):
+  return _scaled_op(rows, weights, sizes, kernels), (weights, sizes)
+
+
+def _scaled_bwd(kernels, residuals, dout):
+  weights, sizes = residuals
+  return kernels.product(dout, weights.astype(dout.dtype), sizes, transposed=True), None, None
+
+
+_scaled_op.defvjp(_scaled_fwd, _scaled_bwd)

@@ -2,7 +2,6 @@
 """Products by group, one tile of rows after another. Memory besides the result is a tile's."""
 
 import jax
-from jax.experimental import pallas as pl
 import jax.numpy as jnp
 
 from dsa_jax.kernels.block_scaled import BlockScaled
@@ -51,8 +50,8 @@ def weight_gradients(rows, dout, sizes):
 
 def _cut(rows, sizes):
   """Returns the tiles, whose size suits groups of even sizes, and that size."""
-  even = pl.next_power_of_2(-(-len(rows) // len(sizes)))
-  tile = min(max(even, LEAST), TILE, len(rows))
+  even = -(-len(rows) // len(sizes))
+  tile = min(max(1 << (even - 1).bit_length(), LEAST), TILE, len(rows))
   return cut(sizes, len(rows), tile), tile
 
 
