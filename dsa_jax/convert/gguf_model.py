@@ -7,6 +7,7 @@ Source:
 """
 
 import functools
+import math
 import pathlib
 import re
 from typing import Any, NamedTuple
@@ -19,6 +20,7 @@ from dsa_jax.convert.files import DTYPES, PACKED, Place
 from dsa_jax.convert.gguf_file import Header, Stored, library, read_header
 from dsa_jax.convert.gguf_tokenizer import read_tokenizer
 from dsa_jax.convert.problems import first_ten
+from dsa_jax.convert.rope_json import is_number
 from dsa_jax.nn.rope import rope_frequencies
 
 MODEL_TYPES = {'llama': 'llama', 'qwen2': 'qwen2', 'qwen3': 'qwen3', 'qwen3moe': 'qwen3_moe'}
@@ -58,9 +60,11 @@ ROPES = {  # The keys of each kind of scaling, after `rope.scaling.`.
         'yarn_beta_fast': 'beta_fast',
         'yarn_beta_slow': 'beta_slow',
         'yarn_ext_factor': 'extrapolation_factor',
-        'yarn_attn_factor': 'attention_factor',
+        'yarn_attn_factor': 'yarn_attn_factor',
+        'attn_factor': 'attn_factor',
     },
 }
+ATTN_FACTORS = 'yarn_attn_factor', 'attn_factor'  # llama.cpp multiplies the usual factor by both.
 LLAMA3 = {  # What Llama 3.1 to 3.3 make their factors of rotary frequencies of, beside the largest.
     'low_freq_factor': 1.0, 'high_freq_factor': 4.0, 'original_max_position_embeddings': 8192,
 }  # fmt: skip
@@ -180,6 +184,9 @@ def _read_scaling(fields: dict[str, Any], prefix: str, problems: list[str]) -> d
     return {}
   keys = {f'rope.scaling.{key}': ours for key, ours in ROPES[kind].items()}
   section = {ours: fields.pop(key) for key, ours in keys.items() if key in fields}
+  times = [section.pop(key) for key in ATTN_FACTORS if key in section]
+  if times and is_number(section.get('factor')) and section['factor'] >= 1:
+    section['attention_factor'] = math.prod(times) * (0.1 * math.log(section['factor']) + 1)
   return {} if kind == 'none' else {'rope_scaling': {'rope_type': kind, **section}}
 
 

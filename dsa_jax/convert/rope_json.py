@@ -50,10 +50,11 @@ def read_rope(
   elif not problems:
     fields |= _split_heads(share, sizes, problems)
   _check_original(rope.pop('original_max_position_embeddings', None), fields, problems)
-  neutral = {**NEUTRAL, 'attention_factor': _attention_factor(fields, family)}
+  if _scales_rotated(kind, family) and not problems:
+    fields |= _read_attention_factor(rope, fields['rope_factor'], problems)
   if _says_factor(family) and rope.get('attention_factor') is None:
     problems.append('rope_scaling: attention_factor is missing: loaders take another value than 1.')
-  neutral |= {'factor': 1} if kind == 'default' else {}
+  neutral = {**NEUTRAL, 'attention_factor': 1} | ({'factor': 1} if kind == 'default' else {})
   for key, value in rope.items():
     if key not in neutral:
       problems.append(f'rope_scaling: {key}={value!r} is unknown for {kind!r} positions.')
@@ -62,16 +63,37 @@ def read_rope(
   return fields
 
 
-def _attention_factor(fields: dict[str, Any], family: Family) -> float:
-  """Returns what loaders multiply cosines and sines by.
+def _scales_rotated(kind: str, family: Family) -> bool:
+  """Returns whether YaRN makes rotated channels longer, by an `attention_factor` that may be said.
 
-  With DeepSeek's `mscale` that is 1, and where nothing scales attention. Else queries and keys are
-  longer by this factor, which is the softmax scale's factor here.
+  With DeepSeek's `mscale` it does not: that is a factor of the softmax scale.
   """
-  is_scaled = fields['rope_type'] == 'yarn' and fields['rope_factor'] and 'mscale' not in fields
-  if not is_scaled or _says_factor(family):
-    return 1.0
-  return 0.1 * math.log(fields['rope_factor']) + 1
+  return kind == 'yarn' and 'mscale' not in family.ropes[kind] and not _says_factor(family)
+
+
+def _read_attention_factor(
+    rope: dict[str, Any], factor: float, problems: list[str]
+) -> dict[str, float]:
+  """Takes what cosines and sines are multiplied by out of a section, and returns it as `mscale`."""
+  usual = 0.1 * math.log(factor) + 1
+  times = rope.pop('attn_factor', 1)
+  said = rope.pop('attention_factor', None)
+  if times != 1 and said is None:
+    problems.append(
+        f'rope_scaling: attn_factor={times!r} is read in two ways: say attention_factor={usual:.6g}, as '
+        f'transformers takes it, or attention_factor={_shown(times, usual)}, which vLLM makes of it.'
+    )
+  if said is None or (is_number(said) and math.isclose(said, usual, rel_tol=1e-6)):
+    return {}
+  if not is_number(said) or said <= 0 or factor == 1:
+    wanted = 'above 0' if factor > 1 else '1, where factor is'
+    problems.append(f'rope_scaling: attention_factor={said!r} must be {wanted}.')
+    return {}
+  return {'mscale': round((said - 1) / (usual - 1), 12)}
+
+
+def _shown(times: Any, usual: float) -> str:
+  return f'{times * usual:.6g}' if is_number(times) else 'their product'
 
 
 def _says_factor(family: Family) -> bool:
@@ -172,7 +194,7 @@ def _check_original(length: Any, fields: dict[str, Any], problems: list[str]):
 
 def rotation(cfg: ModelConfig, family: Family) -> tuple[Any, ...]:
   """Returns all that a model's rotary positions depend on."""
-  fields = family.ropes.get(cfg.rope_kind, {}).values()
+  fields = (*family.ropes.get(cfg.rope_kind, {}).values(), 'mscale')
   return cfg.rope_kind, cfg.rope_theta, cfg.qk_rope_head_dim, *(getattr(cfg, f) for f in fields)
 
 
@@ -190,6 +212,8 @@ def write_rope(cfg: ModelConfig, family: Family) -> dict[str, Any]:
   section = {key: getattr(cfg, field) for key, field in family.ropes.get(kind, {}).items()}
   if 'mscale' in section:
     section['mscale_all_dim'] = cfg.mscale
+  elif _scales_rotated(kind, family) and cfg.mscale != 1:
+    section['attention_factor'] = 0.1 * cfg.mscale * math.log(cfg.rope_factor) + 1
   if _says_factor(family):
     section |= {'attention_factor': 1.0, 'rope_type': kind, 'rope_theta': cfg.rope_theta}
     return {'rope_parameters': section}

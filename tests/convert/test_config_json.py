@@ -28,6 +28,7 @@ BESIDE = {
         'weight_block_size': [128, 128],
     },
 }  # fmt: skip
+LONGER = {'type': 'yarn', 'factor': 4.0, 'original_max_position_embeddings': 32768}
 YARN = released.V32['rope_scaling']
 SIZES = {'head_dim': 8, 'qk_head_dim': 24, 'num_key_value_heads': 4}
 
@@ -115,6 +116,10 @@ INDEXED = {'index_n_heads': 4, 'index_head_dim': 32, 'index_topk': 64}
         ('llama3_8b', {'rope_scaling': {'type': 'linear'}}, 'factor=None must be a number'),
         ('llama3_8b', {'rope_scaling': {'type': 'linear', 'factor': 0.5}}, 'must be at least 1'),
         ('llama3_8b', {'rope_scaling': {**YARN}}, "mscale=1.0 is unknown for 'yarn' positions"),
+        ('llama3_8b', {'rope_scaling': LONGER | {'attn_factor': 0.8782488562869419}},
+         'say attention_factor=1.13863, as transformers takes it, or attention_factor=1, which vLLM'),
+        ('llama3_8b', {'rope_scaling': LONGER | {'attention_factor': 0}}, 'attention_factor=0 must be above 0'),
+        ('llama3_8b', {'rope_scaling': LONGER | {'factor': 1, 'attention_factor': 2}}, 'attention_factor=2 must be 1'),
         ('llama32_1b', {'rope_scaling': LLAMA3 | {'beta_fast': 32}}, 'beta_fast=32 is unknown'),
         ('llama32_1b', {'rope_scaling': LLAMA3 | {'low_freq_factor': 4.0}}, 'low_freq_factor=4.0 must be'),
         ('llama32_1b', {'rope_scaling': LLAMA3 | {'attention_factor': 2.0}}, 'attention_factor=2.0'),
@@ -231,7 +236,10 @@ def test_what_other_families_refuse(name, changes, message):
         ('qwen3_30b_a3b', {'rope_scaling': {'type': 'yarn', 'factor': 4.0, 'original_max_position_embeddings': 32768}},
          {'rope_type': 'yarn', 'rope_factor': 4.0, 'original_seq_len': 32768, 'mscale': 1.0}),
         ('qwen3_30b_a3b', {'rope_scaling': {'type': 'yarn', 'factor': 4.0, 'original_max_position_embeddings': 32768,
-                                            'attention_factor': 1.1386294361}}, {'rope_type': 'yarn'}),
+                                            'attention_factor': 1.1386294361}},
+         {'rope_type': 'yarn', 'mscale': 1.0}),
+        ('llama3_8b', {'rope_scaling': LONGER | {'attention_factor': 1.0, 'attn_factor': 0.8782}}, {'mscale': 0.0}),
+        ('llama3_8b', {'rope_scaling': LONGER | {'attention_factor': 0.9}}, {'mscale': -0.721347520444}),
         ('glm45_air', {'use_qk_norm': True, 'attention_bias': False}, {'qk_norm': True, 'qkv_bias': False}),
         ('glm45_air', {'partial_rotary_factor': None}, {'qk_rope_head_dim': 64, 'qk_nope_head_dim': 64}),
         ('glm45_air', {'partial_rotary_factor': 0.25}, {'qk_rope_head_dim': 32, 'qk_nope_head_dim': 96}),

@@ -269,6 +269,15 @@ def test_factors_of_frequencies_are_llama_3s(tmp_path, factor):
   assert 'rope_freqs.weight is in no place' in refused(tmp_path / 'd.gguf')
 
 
+def test_yarns_factor_of_a_file_is_a_multiple_of_the_usual_one(tmp_path):
+  rope = {'rope_type': 'yarn', 'factor': 4.0, 'original_max_position_embeddings': 32}
+  config = WIDE | {'rope_scaling': rope}
+  for times, mscale in (1.0, 1), (1 / (0.1 * math.log(4) + 1), 0):
+    path = tmp_path / f'{mscale}.gguf'
+    write_gguf(path, config, random_tensors(config), fields=[('llama.rope.scaling.yarn_attn_factor', times)])
+    assert open_source(path).model.mscale == pytest.approx(mscale, abs=1e-6)
+
+
 def llama3_factors(rope: dict, theta: float, width: int) -> np.ndarray:
   """Returns what llama.cpp writes for Llama 3.1: what each frequency is divided by."""
   factors = []
