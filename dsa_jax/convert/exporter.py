@@ -268,7 +268,9 @@ def _outs(source: Checkpoint, quantized: bool | None) -> Iterator[Out]:
         outs.append(Out(copy, dtype, tensor.shape, path, tensor))
       if CODES[dtype] == 'F8_E4M3':
         shape = fp8.scale_shape(tensor.shape)
-        outs.append(Out(tensor.name + SCALE, np.dtype(np.float32), shape, path, tensor))
+        code = source.origin.get('scales', {}).get('/'.join(path), 'F32')
+        scaled = DTYPES[code if path in source.scales else 'F32']
+        outs.append(Out(tensor.name + SCALE, scaled, shape, path, tensor))
   prefix = FAMILIES[source.family].tensors.layers
   number = lambda out: int(out.name.removeprefix(prefix).split('.')[0])
   layer = lambda out: number(out) if out.name.startswith(prefix) else -1
@@ -318,7 +320,7 @@ def _read(source: Checkpoint, out: Out) -> np.ndarray:
   if (is_scale or out.is_quantized or kept_codes) and out.path in source.scales:
     scale = _piece(source, source.scales[out.path], index)
     if is_scale:
-      return scale
+      return scale.astype(out.dtype, copy=False)
   read = lambda path, tensor: tensor.to_theirs(_piece(source, source.stores[path], tensor.index))
   weight = read(out.path, out.tensor)
   if out.others:

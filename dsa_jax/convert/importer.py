@@ -31,6 +31,7 @@ from dsa_jax.nn.indexer import LightningIndexer
 from dsa_jax.nn.layers import STACKS
 
 SCALE = '_scale_inv'  # The name of an FP8 tensor's scales ends with this.
+SCALE_DTYPES = 'F32', 'BF16'  # DeepSeek's scales are of the first, Qwen's of the second.
 Advance = Callable[[int], None]  # Called with the number of bytes that have just been read.
 
 
@@ -181,13 +182,16 @@ def _check_tensors(
     for tensor in array.tensors:
       known.add(tensor.name)
       _check_tensor(tensor, array, places, known, scales, problems)
-    dtypes = {places[t.name].dtype: t.name for t in array.tensors if t.name in places}
-    if len(dtypes) > 1:
-      names = ' and '.join(f'{name} ({dtype})' for dtype, name in dtypes.items())
-      problems.add(f'{names} are stacked and must share a dtype.', 'stack')
+    for end in '', SCALE:
+      named = [t.name + end for t in array.tensors if t.name + end in places]
+      dtypes = {places[name].dtype: name for name in named}
+      if len(dtypes) > 1:
+        names = ' and '.join(f'{name} ({dtype})' for dtype, name in dtypes.items())
+        problems.add(f'{names} are stacked and must share a dtype.', 'stack')
   for dtype, names in scales.items():
     problems.add(
-        f'{len(names)} scales, such as {names[0]}, are {dtype}; they must be F32: write them anew.'
+        f'{len(names)} scales, such as {names[0]}, are {dtype}; they must be F32 or BF16: write them '
+        'anew.'
     )
   for name, original in copies.items():
     known.add(name)
@@ -214,7 +218,7 @@ def _check_tensor(
     scales: dict[str, list[str]],
     problems: Problems,
 ):
-  """Checks a tensor and its scales; `scales` takes those of other dtypes than float32."""
+  """Checks a tensor and its scales; `scales` takes those of dtypes that are not read."""
   place = places.get(tensor.name)
   if place is None:
     return problems.add(f'{tensor.name} is missing.', 'missing')
@@ -235,7 +239,7 @@ def _check_tensor(
     problems.add(
         f'{name} is {actual}; it must be F32 {shape}, a scale for each 128 x 128 block.', 'scale'
     )
-  elif places[name].dtype != 'F32':
+  elif places[name].dtype not in SCALE_DTYPES:
     scales.setdefault(places[name].dtype, []).append(name)
 
 
@@ -294,6 +298,7 @@ def import_checkpoint(
         'config': source.config,
         'repeats_embedding': bool(source.copies),
         'dtypes': {'/'.join(path): _exported_dtype(source, path, dtype) for path in source.arrays},
+        'scales': {'/'.join(path): _scale_dtype(source, path) for path in quantized},
         'files': [name for name in KEPT_FILES if (partial / name).is_file()],
     }
     record = {'model': dataclasses.asdict(source.model), 'source': origin}
@@ -310,6 +315,10 @@ DTYPES_OF = {
     'bfloat16': np.dtype(ml_dtypes.bfloat16), 'float32': np.dtype(np.float32),
     'fp8': np.dtype(ml_dtypes.float8_e4m3fn),
 }  # fmt: skip
+
+
+def _scale_dtype(source: Source, path: Path) -> str:
+  return source.places[source.arrays[path].tensors[0].name + SCALE].dtype
 
 
 def _exported_dtype(source: Source, path: Path, dtype: str) -> str:
@@ -329,7 +338,7 @@ def _streamed(source: Source, path: Path, wide: np.dtype, advance: Advance) -> S
     for tensor in array.tensors:
       x = source.places[tensor.name].read()
       if code == 'F8_E4M3' and not keeps_codes:
-        x = fp8.dequantize(x, source.places[tensor.name + SCALE].read(), dtype)
+        x = fp8.dequantize(x, source.places[tensor.name + SCALE].read().astype(np.float32), dtype)
       yield tensor.index, tensor.to_ours(x).astype(dtype, copy=False)
       advance(source.places[tensor.name].nbytes // tensor.n_parts)
 
@@ -337,14 +346,14 @@ def _streamed(source: Source, path: Path, wide: np.dtype, advance: Advance) -> S
 
 
 def _streamed_scales(source: Source, path: Path, advance: Advance) -> Streamed:
-  """Returns the scales of an array as they came, so that an export gives the same bytes."""
+  """Returns the scales of an array, in float32, so that an export gives the same bytes."""
   array = source.arrays[path]
   shape = fp8.scale_shape(array.tensors[0].shape)
 
   def pieces():
     for tensor in array.tensors:
       place = source.places[tensor.name + SCALE]
-      yield tensor.index, place.read()
+      yield tensor.index, place.read().astype(np.float32, copy=False)
       advance(place.nbytes)
 
   leading = array.shape[: array.n_leading]

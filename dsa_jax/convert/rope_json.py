@@ -14,6 +14,8 @@ KEYS = (*SECTIONS, 'rope_theta', 'partial_rotary_factor', 'original_max_position
 # Keys of a section whose values the model is built for.
 NEUTRAL = {'attn_factor': 1, 'extrapolation_factor': 1, 'truncate': True}
 
+DISPUTED = 'attn_factor', 'extrapolation_factor'
+
 # Returns the value of a key for a field of ModelConfig, or notes a problem.
 Check = Callable[[str, Any, str], Any]
 
@@ -59,7 +61,9 @@ def read_rope(
     if key not in neutral:
       problems.append(f'rope_scaling: {key}={value!r} is unknown for {kind!r} positions.')
     elif not is_number(value) or not math.isclose(value, neutral[key], rel_tol=1e-6):
-      problems.append(f'rope_scaling: {key}={value!r} must be {neutral[key]!r}.')
+      disputed = ': `transformers` passes it over, and other loaders do not; delete it to do as it does'
+      advice = disputed if key in DISPUTED else ''
+      problems.append(f'rope_scaling: {key}={value!r} must be {neutral[key]!r}{advice}.')
   return fields
 
 

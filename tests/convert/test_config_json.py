@@ -123,6 +123,7 @@ INDEXED = {'index_n_heads': 4, 'index_head_dim': 32, 'index_topk': 64}
         ('llama32_1b', {'rope_scaling': LLAMA3 | {'beta_fast': 32}}, 'beta_fast=32 is unknown'),
         ('llama32_1b', {'rope_scaling': LLAMA3 | {'low_freq_factor': 4.0}}, 'low_freq_factor=4.0 must be'),
         ('llama32_1b', {'rope_scaling': LLAMA3 | {'attention_factor': 2.0}}, 'attention_factor=2.0'),
+        ('llama32_1b', {'rope_scaling': LLAMA3 | {'attn_factor': 0.9}}, 'must be 1: `transformers` passes it over'),
         ('mistral_7b_v03', {'sliding_window': 0}, 'sliding_window=0 must be a count of tokens, or null'),
         ('mistral_7b_v03', {'sliding_window': '4096'}, "sliding_window='4096' must be a count"),
         ('mistral_7b_v03', {'use_sliding_window': True}, 'use_sliding_window=True must be False'),

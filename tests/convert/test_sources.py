@@ -5,6 +5,8 @@ import json
 import os
 import pathlib
 
+from flax import nnx
+import jax
 import ml_dtypes
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from dsa_jax.config import ConfigError
 from dsa_jax.convert.building import KEPT_FILES, building
 from dsa_jax.convert.exporter import export_checkpoint, open_checkpoint
 from dsa_jax.convert.importer import import_checkpoint, open_source
+from dsa_jax.inference.load import load_checkpoint
 
 quiet = lambda nbytes: None
 INDEX = 'model.safetensors.index.json'
@@ -204,14 +207,28 @@ def test_an_mtp_layer_with_holes(tmp_path):
   open_source(tmp_path / 'source', mtp=False)
 
 
-@pytest.mark.parametrize('dtype', [ml_dtypes.bfloat16, ml_dtypes.float8_e8m0fnu])
-def test_scales_of_other_dtypes_are_told_once(tmp_path, dtype):
+def with_scales(dtype):
   def change(tensors):
     for name in tensors:
       if name.endswith('_scale_inv'):
         tensors[name] = tensors[name].astype(dtype)
 
-  tensors = write(tmp_path / 'source', change=change)
+  return change
+
+
+def test_scales_in_bfloat16_go_in_and_out(tmp_path):
+  """As in Qwen's releases in FP8. They are powers of two here, so the weights are the same."""
+  for name, dtype in ('narrow', ml_dtypes.bfloat16), ('wide', np.float32):
+    write(tmp_path / name, change=with_scales(dtype))
+    import_checkpoint(open_source(tmp_path / name), tmp_path / f'{name}_ours', advance=quiet)
+    export_checkpoint(open_checkpoint(tmp_path / f'{name}_ours'), tmp_path / f'{name}_out')
+    assert released.read(tmp_path / f'{name}_out') == released.read(tmp_path / name)
+  narrow, wide = (load_checkpoint(tmp_path / f'{name}_ours') for name in ('narrow', 'wide'))
+  jax.tree.map(np.testing.assert_array_equal, nnx.state(narrow), nnx.state(wide))
+
+
+def test_scales_of_other_dtypes_are_told_once(tmp_path):
+  tensors = write(tmp_path / 'source', change=with_scales(ml_dtypes.float8_e8m0fnu))
   n = sum(name.endswith('_scale_inv') for name in tensors)
   lines = refused(tmp_path / 'source')
   assert len(lines) == 2
