@@ -72,7 +72,8 @@ def _scales_rotated(kind: str, family: Family) -> bool:
 
   With DeepSeek's `mscale` it does not: that is a factor of the softmax scale.
   """
-  return kind == 'yarn' and 'mscale' not in family.ropes[kind] and not _says_factor(family)
+  keys = family.ropes.get('yarn', {})
+  return kind == 'yarn' and bool(keys) and 'mscale' not in keys and not _says_factor(family)
 
 
 def _read_attention_factor(
