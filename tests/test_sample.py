@@ -398,7 +398,10 @@ def test_text_instead_of_ids(sampler):
 def test_numbers_that_are_no_ids(sampler):
   """One that was no whole number was cut to one."""
   with cases.unchecked():
-    assert SampleConfig(stop=5).stop == SampleConfig(stop=np.array([5])).stop == (5,)
+    assert {SampleConfig(stop=x).stop for x in (5, [5], np.array([5.0]))} == {(5,)}
+    assert SampleConfig(seed=1.0, top_k=False) == SampleConfig(seed=1)
+    whole = [sampler.read([list(kind(x) for x in PROMPTS[0])]).logits for kind in (int, float)]
+    np.testing.assert_array_equal(*whole)
     with pytest.raises(ConfigError, match='must be ids; texts that end a text belong into stop_texts'):
       SampleConfig(stop=('.',))
     with pytest.raises(ConfigError, match='max_new_tokens=2.5 must be a whole number'):
