@@ -26,7 +26,7 @@ from dsa_jax.data.text import BOS, VOCAB_SIZE
 from dsa_jax.data.tokenizer import Bytes, Pretrained
 from dsa_jax.inference.draw import draw
 from dsa_jax.inference.extend import extend
-from dsa_jax.inference.load import StoredModel, find_checkpoint, load_checkpoint, load_model
+from dsa_jax.inference.load import StoredModel, config_of, find_checkpoint, load_checkpoint, load_model
 from dsa_jax.inference.programs import read_chunk
 from dsa_jax.inference.sampler import SampleConfig, Sampler
 from dsa_jax.inference.slots import write
@@ -398,7 +398,10 @@ def test_text_instead_of_ids(sampler):
 def test_numbers_that_are_no_ids(sampler):
   """One that was no whole number was cut to one."""
   with cases.unchecked():
-    assert SampleConfig(stop=5).stop == SampleConfig(stop=np.array([5])).stop == (5,)
+    assert {SampleConfig(stop=x).stop for x in (5, [5], np.array([5.0]))} == {(5,)}
+    assert SampleConfig(seed=1.0, top_k=False) == SampleConfig(seed=1)
+    whole = [sampler.read([list(kind(x) for x in PROMPTS[0])]).logits for kind in (int, float)]
+    np.testing.assert_array_equal(*whole)
     with pytest.raises(ConfigError, match='must be ids; texts that end a text belong into stop_texts'):
       SampleConfig(stop=('.',))
     with pytest.raises(ConfigError, match='max_new_tokens=2.5 must be a whole number'):
@@ -595,8 +598,8 @@ def test_what_would_be_ignored_is_refused(model, tmp_path):
     Sampler.load(folder, rule='best')
   with pytest.raises(ConfigError, match="rule='random' selects nothing under attention='dense'"):
     Sampler(model, rule='random', attention='dense')
-  done = command(f'--checkpoint={folder}', '--prompt=a', '--index_topk=0', '--compilation_cache=off')
-  assert done.returncode == 1 and 'error: index_topk=0 must be within 1' in done.stderr
+  with pytest.raises(ConfigError, match='index_topk=0 must be within 1'):
+    config_of(find_checkpoint(folder), 0)  # As the command asks, before it loads weights.
 
 
 def test_a_rule_under_a_known_name_takes_its_place(model, monkeypatch):

@@ -2,7 +2,6 @@
 """Says how a text is continued."""
 
 import dataclasses
-import operator
 
 import numpy as np
 
@@ -23,14 +22,14 @@ class SampleConfig:
 
   def __post_init__(self):
     for name in ('max_new_tokens', 'top_k', 'seed'):
-      try:
-        object.__setattr__(self, name, operator.index(getattr(self, name)))
-      except TypeError as error:
-        raise ConfigError(f'{name}={getattr(self, name)!r} must be a whole number.') from error
+      value = np.asarray(getattr(self, name))
+      if value.ndim or not are_whole(value):
+        raise ConfigError(f'{name}={getattr(self, name)!r} must be a whole number.')
+      object.__setattr__(self, name, int(value))
     ids = np.atleast_1d(np.asarray(self.stop))  # One id may come alone.
-    if ids.size and ids.dtype.kind not in 'iu':
+    if not are_whole(ids):
       raise ConfigError(f'{self.stop=} must be ids; texts that end a text belong into stop_texts.')
-    object.__setattr__(self, 'stop', tuple(ids.tolist()))
+    object.__setattr__(self, 'stop', tuple(ids.astype(int).tolist()))
     if self.max_new_tokens < 1:
       raise ConfigError(f'{self.max_new_tokens=} must be at least 1.')
     if not self.temperature >= 0:
@@ -43,6 +42,13 @@ class SampleConfig:
       raise ConfigError(f'{self.stop_texts=} must be texts, none of them empty.')
     if not 0 <= self.seed < 2**32:
       raise ConfigError(f'{self.seed=} must be within 0 and {2**32 - 1}.')
+
+
+def are_whole(numbers: np.ndarray) -> bool:
+  """Returns whether all are whole numbers, of whatever type, as those of a table of text are floats."""
+  if numbers.dtype.kind == 'f':
+    return bool(np.all(np.isfinite(numbers) & (numbers == np.floor(numbers))))
+  return numbers.dtype.kind in 'biu'
 
 
 def padded(stop: tuple[int, ...]) -> np.ndarray:

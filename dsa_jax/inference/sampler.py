@@ -24,7 +24,7 @@ from dsa_jax.inference.cache import Cache
 from dsa_jax.inference.load import StoredModel, config_of, find_checkpoint, load_checkpoint
 from dsa_jax.inference.memory import Texts, check_memory
 from dsa_jax.inference.programs import make_engine
-from dsa_jax.inference.sample_config import SampleConfig, padded
+from dsa_jax.inference.sample_config import SampleConfig, are_whole, padded
 from dsa_jax.inference.shares import check_mesh, check_texts, mesh_config, whole_rows
 from dsa_jax.inference.slots import Written, check_logits, filled_slots, write
 from dsa_jax.inference.stopping import StopTexts
@@ -411,7 +411,7 @@ def check_prompt(
   if not len(prompt):
     raise ConfigError(f'prompt {i} is empty: it must hold at least one token.')
   ids = np.asarray(prompt)
-  if ids.ndim != 1 or ids.dtype.kind not in 'iu':
+  if ids.ndim != 1 or not are_whole(ids):
     raise ConfigError(f'prompt {i} must be a row of whole numbers; got {ids.dtype} of shape {ids.shape}.')
   total = before + len(prompt) + room
   if total > capacity:

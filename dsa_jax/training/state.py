@@ -39,7 +39,13 @@ def join_parts(parts: dict[str, nnx.State], rest: nnx.State) -> nnx.State:
 
 def model_graph(cfg: ModelConfig) -> nnx.GraphDef:
   """Returns the model without its weights, which `nnx.merge` puts back."""
-  return nnx.split(nnx.eval_shape(lambda: Transformer(cfg, rngs=nnx.Rngs(0))))[0]
+  return _traced(cfg)[0]
+
+
+@functools.cache  # A run asks for it once for each of its entries, and again for its report.
+def _traced(cfg: ModelConfig) -> tuple[nnx.GraphDef, nnx.State]:
+  """Returns the model without its weights, and their shapes."""
+  return nnx.split(nnx.eval_shape(lambda: Transformer(cfg, rngs=nnx.Rngs(0))))
 
 
 def init_params(cfg: ModelConfig, *, seed: int, mesh: Mesh | None = None) -> nnx.State:
@@ -78,8 +84,7 @@ def abstract_params(
     stored = dtype if len(axes) > 1 else 'float32'
     return x.replace(jax.ShapeDtypeStruct(x.shape, stored, sharding=place))
 
-  params = nnx.state(nnx.eval_shape(lambda: Transformer(cfg, rngs=nnx.Rngs(0))))
-  return jax.tree.map(leaf, params, is_leaf=lambda x: isinstance(x, nnx.Variable))
+  return jax.tree.map(leaf, _traced(cfg)[1], is_leaf=lambda x: isinstance(x, nnx.Variable))
 
 
 def new_state(
