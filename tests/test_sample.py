@@ -200,7 +200,7 @@ def test_logits_that_are_not_finite_end_a_text(model):
   for temperature in 0.0, 1.0:
     config = SampleConfig(max_new_tokens=3, temperature=temperature)
     for generate in sampler.generate, lambda *args: list(sampler.complete(*args)):
-      with pytest.raises(ConfigError, match='the logits of text 0 of the batch are not finite'):
+      with pytest.raises(ConfigError, match='the logits behind prompt 0 are not finite'):
         generate(PROMPTS, config)
 
 

@@ -64,7 +64,6 @@ ROPES = {  # The keys of each kind of scaling, after `rope.scaling.`.
         'attn_factor': 'attn_factor',
     },
 }
-ATTN_FACTORS = 'yarn_attn_factor', 'attn_factor'  # llama.cpp multiplies the usual factor by both.
 LLAMA3 = {  # What Llama 3.1 to 3.3 make their factors of rotary frequencies of, beside the largest.
     'low_freq_factor': 1.0, 'high_freq_factor': 4.0, 'original_max_position_embeddings': 8192,
 }  # fmt: skip
@@ -184,10 +183,28 @@ def _read_scaling(fields: dict[str, Any], prefix: str, problems: list[str]) -> d
     return {}
   keys = {f'rope.scaling.{key}': ours for key, ours in ROPES[kind].items()}
   section = {ours: fields.pop(key) for key, ours in keys.items() if key in fields}
-  times = [section.pop(key) for key in ATTN_FACTORS if key in section]
-  if times and is_number(section.get('factor')) and section['factor'] >= 1:
-    section['attention_factor'] = math.prod(times) * (0.1 * math.log(section['factor']) + 1)
+  if is_number(section.get('factor')) and section['factor'] >= 1:
+    _read_attention_factor(section, prefix, problems)
   return {} if kind == 'none' else {'rope_scaling': {'rope_type': kind, **section}}
+
+
+def _read_attention_factor(section: dict[str, Any], prefix: str, problems: list[str]):
+  """Puts what YaRN multiplies cosines and sines by into a section, as `attention_factor`.
+
+  llama.cpp multiplies the usual factor by `attn_factor`. In these families it does not read
+  `yarn_attn_factor`, into which its converter writes the whole factor, or nothing but 1.
+  """
+  usual = 0.1 * math.log(section['factor']) + 1
+  times, whole = section.pop('attn_factor', 1), section.pop('yarn_attn_factor', 1)
+  if not is_number(times) or not times > 0:
+    problems.append(f'{prefix}rope.scaling.attn_factor={times!r} must be a number above 0.')
+    return
+  if not is_number(whole) or not any(math.isclose(whole, x, rel_tol=1e-6) for x in (1, usual)):
+    problems.append(
+        f'{prefix}rope.scaling.yarn_attn_factor={whole!r} must be 1 or {usual:.6g}: loaders read others in two '
+        'ways.'
+    )
+  section['attention_factor'] = times * usual
 
 
 def _check_others(

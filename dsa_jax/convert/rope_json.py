@@ -52,7 +52,7 @@ def read_rope(
   elif not problems:
     fields |= _split_heads(share, sizes, problems)
   _check_original(rope.pop('original_max_position_embeddings', None), fields, problems)
-  if _scales_rotated(kind, family) and not problems:
+  if _scales_rotated(kind, family):
     fields |= _read_attention_factor(rope, fields['rope_factor'], problems)
   if _says_factor(family) and rope.get('attention_factor') is None:
     problems.append('rope_scaling: attention_factor is missing: loaders take another value than 1.')
@@ -77,28 +77,28 @@ def _scales_rotated(kind: str, family: Family) -> bool:
 
 
 def _read_attention_factor(
-    rope: dict[str, Any], factor: float, problems: list[str]
+    rope: dict[str, Any], factor: Any, problems: list[str]
 ) -> dict[str, float]:
   """Takes what cosines and sines are multiplied by out of a section, and returns it as `mscale`."""
+  times, said = rope.pop('attn_factor', 1), rope.pop('attention_factor', None)
+  if not is_number(factor) or factor < 1:  # That is a problem of its own.
+    return {}
   usual = 0.1 * math.log(factor) + 1
-  times = rope.pop('attn_factor', 1)
-  said = rope.pop('attention_factor', None)
-  if times != 1 and said is None:
+  for key, value in ('attn_factor', times), ('attention_factor', 1 if said is None else said):
+    if not is_number(value) or value <= 0:
+      problems.append(f'rope_scaling: {key}={value!r} must be a number above 0.')
+      return {}
+  if said is None and not math.isclose(times, 1, rel_tol=1e-6):
     problems.append(
         f'rope_scaling: attn_factor={times!r} is read in two ways: say attention_factor={usual:.6g}, as '
-        f'transformers takes it, or attention_factor={_shown(times, usual)}, which vLLM makes of it.'
+        f'transformers takes it, or attention_factor={times * usual:.6g}, which vLLM makes of it.'
     )
-  if said is None or (is_number(said) and math.isclose(said, usual, rel_tol=1e-6)):
+  if said is None or math.isclose(said, usual, rel_tol=1e-6):
     return {}
-  if not is_number(said) or said <= 0 or factor == 1:
-    wanted = 'above 0' if factor > 1 else '1, where factor is'
-    problems.append(f'rope_scaling: attention_factor={said!r} must be {wanted}.')
+  if factor == 1:
+    problems.append(f'rope_scaling: attention_factor={said!r} must be 1 where factor is 1.')
     return {}
   return {'mscale': round((said - 1) / (usual - 1), 12)}
-
-
-def _shown(times: Any, usual: float) -> str:
-  return f'{times * usual:.6g}' if is_number(times) else 'their product'
 
 
 def _says_factor(family: Family) -> bool:

@@ -136,7 +136,17 @@ class Pretrained(_Streaming):
   def encode(self, text: str) -> list[int]:
     """Returns the ids of a text, which begin with what begins a text, once."""
     encoding = self._tokenizer.encode(text)
+    return self._begun_once(encoding.ids, encoding.special_tokens_mask)
+
+  def encode_prompt(self, text: str) -> list[int]:
+    encoding = self._tokenizer.encode(text)
     ids, is_added = encoding.ids, encoding.special_tokens_mask
+    n_after = is_added[::-1].index(0) if 0 in is_added else self._n_after
+    n = len(ids) - n_after
+    return self._begun_once(ids[:n], is_added[:n])
+
+  def _begun_once(self, ids: list[int], is_added: list[int]) -> list[int]:
+    """Returns the ids of a text, so that what begins one comes once."""
     n_before = is_added.index(0) if 0 in is_added else len(ids)
     before, rest = ids[:n_before], ids[n_before:]
     if self.adds_bos is False:
@@ -151,13 +161,9 @@ class Pretrained(_Streaming):
     before = [i for i in before if i != self.bos]
     return ([self.bos] if wants else []) + before + rest
 
-  def encode_prompt(self, text: str) -> list[int]:
-    ids = self.encode(text)
-    return ids[: len(ids) - self._n_after]
-
   @functools.cached_property
   def _n_after(self) -> int:
-    """The number of ids that `encode` puts behind those of a text."""
+    """The number of ids that the tokenizer puts behind an empty text."""
     is_added = self._tokenizer.encode(PROBE).special_tokens_mask
     return is_added[::-1].index(0) if 0 in is_added else 0
 

@@ -80,7 +80,7 @@ def answer_quizzes(
   """Answers what has not been answered before, the likeliest token at each step.
 
   Returns:
-    For each arm `seconds`, and by the name of a quiz the `texts` of its answers and their `scores`.
+    For each arm, by the name of a quiz, the `texts` of its answers, their `scores` and `seconds`.
   """
   tokenizer = tokenizer_of(subject) if quizzes else None
   answered = {}
@@ -93,7 +93,8 @@ def answer_quizzes(
         sampler = sampler or _sampler(subject, arm, tokenizer)
         kept = _answer(quiz, sampler, subject.settings.batch_size, f'{arm.name} {quiz.name}', bar)
         keep_bytes(path, json.dumps(kept).encode())
-      answered[arm.name][quiz.name] = kept
+      scores = [score(_as_written(task, tokenizer), x) for task, x in zip(quiz.tasks, kept['texts'])]
+      answered[arm.name][quiz.name] = kept | {'scores': scores}
   return answered
 
 
@@ -195,9 +196,7 @@ def _answer(
     n_tokens = sum(map(len, quiz.prompts[: len(texts)]))
     bar.update(min(len(texts), len(quiz.tasks)), n_tokens / (time.monotonic() - began))
   texts = texts[: len(quiz.tasks)]
-  scores = [score(_as_written(task, sampler.tokenizer), x) for task, x in zip(quiz.tasks, texts)]
-  seconds = time.monotonic() - began
-  return {'digest': quiz.digest, 'texts': texts, 'scores': scores, 'seconds': seconds}
+  return {'digest': quiz.digest, 'texts': texts, 'seconds': time.monotonic() - began}
 
 
 def _as_written(task: Task, tokenizer: Tokenizer) -> list[str]:

@@ -154,6 +154,7 @@ def _kept(path: pathlib.Path, n_visible: np.ndarray) -> Scored | None:
 def read_kept(path: pathlib.Path) -> dict[str, Any] | None:
   """Returns what a file of results holds; None if there is none, or it is not whole."""
   try:
-    return json.loads(path.read_text())
+    kept = json.loads(path.read_text())
   except (OSError, ValueError):
     return None
+  return kept if isinstance(kept, dict) else None

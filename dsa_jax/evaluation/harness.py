@@ -2,6 +2,7 @@
 """What lm-evaluation-harness asks of a model: likelihoods of texts, and continuations."""
 
 from collections.abc import Iterator, Mapping, Sequence
+import collections
 import contextlib
 import functools
 import logging
@@ -120,25 +121,26 @@ class Harness:
 
   def continuations(self, requests: Sequence[tuple[str, Mapping[str, Any]]]) -> list[str]:
     """Returns what follows each context, up to the first of the texts in `until`."""
-    texts = []
-    for number, (context, given) in enumerate(requests):
+    texts, asked = [], collections.Counter[str]()
+    for context, given in requests:
       until = given.get('until') or []
       until = [end for end in ([until] if isinstance(until, str) else until) if end]
-      half = self.max_length // 2  # A context of which nothing were left could not be answered.
-      room = int(given.get('max_gen_toks', min(NEW_TOKENS, half)))
-      room = room if room < self.max_length else half
+      encode = self.tokenizer.encode_prompt if context else self._after_prefix
+      prompt = encode(context)
+      # A context that leaves too little room is cut, but not below half of what the model reads.
+      spare = max(self.max_length - len(prompt), self.max_length // 2)
+      room = min(int(given.get('max_gen_toks', NEW_TOKENS)), spare)
       is_drawn = given.get('do_sample', False)
       config = SampleConfig(
           max_new_tokens=room,
           temperature=float(given.get('temperature', 1.0)) if is_drawn else 0.0,
-          top_k=int(given.get('top_k') or 0),
+          top_k=min(max(int(given.get('top_k') or 0), 0), self._model.cfg.vocab_size) if is_drawn else 0,
           top_p=float(given.get('top_p', 1.0)),
           stop=self.tokenizer.stop,
-          seed=number,  # A request that comes again draws anew.
+          seed=asked[context],  # A request that comes again draws anew.
       )
-      encode = self.tokenizer.encode_prompt if context else self._after_prefix
-      prompt = encode(context)[-(self.max_length - room) :]
-      texts.append(self._continue(prompt, config, until))
+      asked[context] += 1
+      texts.append(self._continue(prompt[-(self.max_length - room) :], config, until))
     return texts
 
   def _continue(self, prompt: list[int], config: SampleConfig, until: Sequence[str]) -> str:

@@ -180,11 +180,11 @@ class Batch:
   def _end_step(self) -> Iterator[Text]:
     """Yields the texts that have ended with the oldest step whose ids were not read yet."""
     texts, written = self._begun.popleft()
-    check_logits(written)
     ids, counts, log_probs, ends = map(np.asarray, written)
     for slot, text in enumerate(texts):
       if text is None or text.ended_by:
         continue
+      check_logits(float(log_probs[slot, 0]), text.place)
       text.add_step(ids[slot], counts[slot], log_probs[slot], bool(ends[slot]))
       if text.ended_by:
         self._texts[slot] = None

@@ -27,7 +27,7 @@ class SampleConfig:
         raise ConfigError(f'{name}={getattr(self, name)!r} must be a whole number.')
       object.__setattr__(self, name, int(value))
     ids = np.atleast_1d(np.asarray(self.stop))  # One id may come alone.
-    if not are_whole(ids):
+    if ids.ndim > 1 or not are_whole(ids):
       raise ConfigError(f'{self.stop=} must be ids; texts that end a text belong into stop_texts.')
     object.__setattr__(self, 'stop', tuple(ids.astype(int).tolist()))
     if self.max_new_tokens < 1:

@@ -247,7 +247,7 @@ class Sampler:
     check_texts(self._engine.mesh, 'slots', slots)
     check_drawing(config, self.cfg)
     encode = self.tokenizer.encode_prompt
-    ids = [encode(x) if isinstance(x, str) else np.asarray(x).tolist() for x in prompts]
+    ids = [encode(x) if isinstance(x, str) else np.asarray(list(x)).tolist() for x in prompts]
     for i, prompt in enumerate(ids):
       check_prompt(i, prompt, self.cfg, self.capacity, room=config.max_new_tokens)
     texts = [
@@ -472,8 +472,10 @@ def _check_writes_ids(config: SampleConfig):
 
 def _read_step(written: Written) -> list[int | None] | None:
   """Returns the id of every text that goes on, and None if none does."""
-  check_logits(written)
   counts = np.asarray(written.counts)[:, 0]
+  log_probs = np.asarray(written.log_probs)[:, 0].tolist()
+  for i in np.flatnonzero(counts | np.asarray(written.ends)).tolist():  # Others have ended before.
+    check_logits(log_probs[i], i)
   if not counts.any():
     return None
   ids = np.asarray(written.ids)[:, 0].tolist()

@@ -40,12 +40,11 @@ class Written(NamedTuple):
   ends: Bool[Array, 'B']  # Whether an id that ends a text was drawn.
 
 
-def check_logits(written: Written):
-  """Raises a ConfigError if a step had logits that are not finite, from which nothing can be drawn."""
-  wrong = np.flatnonzero(np.isnan(np.asarray(written.log_probs)[:, 0]))
-  if len(wrong):
+def check_logits(log_prob: float, prompt: int):
+  """Raises a ConfigError if the logits of a prompt's text are not finite, so that nothing is drawn."""
+  if np.isnan(log_prob):
     raise ConfigError(
-        f'the logits of text {wrong[0]} of the batch are not finite, so no token can be drawn: weights are '
+        f'the logits behind prompt {prompt} are not finite, so no token can be drawn: weights are '
         'NaN or infinite, or numbers overflow. Look at the checkpoint, or load it in a wider dtype.'
     )
 

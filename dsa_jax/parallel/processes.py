@@ -111,6 +111,11 @@ def wait_for_all(what: str):
     multihost_utils.sync_global_devices(what)
 
 
+def any_process(x: bool) -> bool:
+  """Returns whether some process says so. All of them call it."""
+  return x if jax.process_count() == 1 else bool(multihost_utils.process_allgather(np.bool_(x)).any())
+
+
 def are_same(x: int) -> bool:
   """Returns whether all processes of the job, which all ask, have the same number."""
   if jax.process_count() == 1:

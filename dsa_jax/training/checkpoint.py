@@ -15,7 +15,7 @@ import orbax.checkpoint as ocp
 
 from dsa_jax.checkpoint_paths import is_step
 from dsa_jax.config import ConfigError
-from dsa_jax.parallel.processes import is_first, wait_for_all
+from dsa_jax.parallel.processes import any_process, is_first, wait_for_all
 from dsa_jax.training.state import TrainState
 from dsa_jax.training.stored_arrays import (
     StoredArray,
@@ -135,16 +135,22 @@ class Checkpoints:
     """Returns the latest step, with the structure, dtypes and shardings of `like`.
 
     Raises:
-      DamagedCheckpoint: It cannot be read.
+      DamagedCheckpoint: It cannot be read, by this process or by another one.
       ConfigError: It is of another model, or of another optimiser.
     """
     folder = self.folder.absolute() / str(self.latest_step)
     targets, treedef = _by_path(_shapes(like._asdict()))
-    progress = _progress(folder)
-    with reading(folder, resumes=True):
-      stores = open_tree(folder / 'state')
-      _check_shapes(stores, targets, folder)
-      arrays = _read_all(stores, targets)
+    damage = None
+    try:
+      progress = _progress(folder)
+      with reading(folder, resumes=True):
+        stores = open_tree(folder / 'state')
+        _check_shapes(stores, targets, folder)
+        arrays = _read_all(stores, targets)
+    except DamagedCheckpoint as error:  # Each process reads its own shards, and all go on from one step.
+      damage = error
+    if any_process(damage is not None):
+      raise damage or DamagedCheckpoint(f'checkpoint {folder} is damaged: another process cannot read it.')
     state = TrainState(**_with_structure(jax.tree.unflatten(treedef, arrays), like._asdict()))
     return state, progress
 

@@ -76,8 +76,9 @@ def prepare(folder: pathlib.Path):
     pass
   if (free := shutil.disk_usage(folder).free) < MIN_FREE_BYTES:
     raise OSError(f'the disk of {folder} has {free // 2**20} MiB left.')
-  with filelock.FileLock(folder / '.lockfile', timeout=10):  # jax's own, while another process writes.
-    for program in folder.glob('*-cache'):
-      used = program.with_name(program.name.removesuffix('-cache') + '-atime')
-      if not used.exists() or not program.stat().st_size:
-        program.unlink()
+  with contextlib.suppress(filelock.Timeout):  # Where many processes are busy, the next run cleans up.
+    with filelock.FileLock(folder / '.lockfile', timeout=10):  # jax's own, while another process writes.
+      for program in folder.glob('*-cache'):
+        used = program.with_name(program.name.removesuffix('-cache') + '-atime')
+        if not used.exists() or not program.stat().st_size:
+          program.unlink()

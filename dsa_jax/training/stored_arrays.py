@@ -7,10 +7,12 @@ time: the shards of a run's state, the files of a conversion.
 
 import collections
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 import dataclasses
 import itertools
 import json
 import math
+import operator
 import pathlib
 from typing import Any, NamedTuple
 import zlib
@@ -23,6 +25,8 @@ import tensorstore as ts
 
 CACHE_BYTES = 64 * 2**20  # Tensorstore keeps this much of a file for the next piece out of it.
 CHECKSUMS = 'checksums/metadata'  # In the folder of a step, where orbax keeps an item named checksums.
+
+THREADS = 4  # As many cells are compared at the same time.
 
 Path = tuple[str, ...]
 Part = tuple[slice, ...]  # A range of each axis.
@@ -52,7 +56,7 @@ class Reading(NamedTuple):
     return values.reshape(values.shape[self.array.n_dropped :])
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class StoredArray:
   """An array that lies in a checkpoint, or a part of one."""
 
@@ -83,10 +87,12 @@ class StoredArray:
 
   def share(self, part: Part) -> 'StoredArray':
     """Returns a part of a whole array."""
+    assert self.part == _ranges((), self.whole.shape) and not self.n_dropped, 'a part has no shares'
     return dataclasses.replace(self, part=_ranges(part, self.whole.shape))
 
   def piece(self, index: tuple[int, ...]) -> 'StoredArray':
     """Returns what lies at an index into the leading axes."""
+    assert not self.n_dropped and all(0 <= i < n for i, n in zip(index, self.shape)), index
     at = tuple(slice(r.start + i, r.start + i + 1) for r, i in zip(self.part, index))
     return dataclasses.replace(self, part=at + self.part[len(at) :], n_dropped=len(at))
 
@@ -97,15 +103,20 @@ class StoredArray:
     """Raises a ValueError if a cell that has values of this part is not what was saved."""
     if self.checksums is None:
       return
-    for number, cell in _cells(self.whole.shape, self.checksums.cell, self.part):
-      if number in self.good:
-        continue
+
+    def is_good(numbered_cell: tuple[int, Part]) -> bool:
+      number, cell = numbered_cell
       is_inside = all(p.start <= c.start and c.stop <= p.stop for c, p in zip(cell, self.part))
       within = tuple(slice(c.start - p.start, c.stop - p.start) for c, p in zip(cell, self.part))
       of_cell = values[*within, ...] if is_inside else self.whole[cell].read().result()
-      if crc32(of_cell) != self.checksums.crc32[number]:
+      return crc32(of_cell) == self.checksums.crc32[number]
+
+    cells = _cells(self.whole.shape, self.checksums.cell, self.part)
+    new = [(number, cell) for number, cell in cells if number not in self.good]
+    with ThreadPoolExecutor(THREADS) as pool:
+      if not all(pool.map(is_good, new)):
         raise ValueError(f'{self.name} has other bytes than were saved')
-      self.good.add(number)
+    self.good.update(number for number, _ in new)
 
 
 def crc32(x: np.ndarray) -> int:
@@ -138,11 +149,15 @@ def state_checksums(arrays: dict[Path, jax.Array]) -> dict[str, Checksums]:
   counts = [n_cells(x.shape, cells[path]) for path, x in arrays.items()]
   sums = np.zeros(sum(counts), np.uint32)
   firsts = np.cumsum([0, *counts])
+  own = {}
   for (path, x), first in zip(arrays.items(), firsts):
     for shard in x.addressable_shards:
       if shard.replica_id == 0 and x.size:
         [(number, _)] = _cells(x.shape, cells[path], _ranges(shard.index, x.shape))
-        sums[first + number] = crc32(np.asarray(shard.data))
+        own[first + number] = shard.data
+        shard.data.copy_to_host_async()
+  with ThreadPoolExecutor() as pool:
+    sums[list(own)] = list(pool.map(lambda data: crc32(np.asarray(data)), own.values()))
   if jax.process_count() > 1:  # Each cell is of one process, and zero in all others.
     sums = multihost_utils.process_allgather(sums).sum(axis=0, dtype=np.uint32)
   return {
@@ -210,7 +225,9 @@ def _saved_checksums(folder: pathlib.Path) -> dict[str, Checksums] | None:
   if not path.parent.exists():
     return None
   try:
-    return {name: Checksums(**sums) for name, sums in json.loads(path.read_text())[folder.name].items()}
+    saved = json.loads(path.read_text())[folder.name]
+    whole = lambda numbers: [operator.index(n) for n in numbers]
+    return {name: Checksums(**{k: whole(v) for k, v in sums.items()}) for name, sums in saved.items()}
   except (ValueError, TypeError, KeyError, AttributeError) as error:
     raise ValueError(f'its {CHECKSUMS} holds no checksums of {folder.name}') from error
 

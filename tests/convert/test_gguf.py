@@ -269,13 +269,20 @@ def test_factors_of_frequencies_are_llama_3s(tmp_path, factor):
   assert 'rope_freqs.weight is in no place' in refused(tmp_path / 'd.gguf')
 
 
-def test_yarns_factor_of_a_file_is_a_multiple_of_the_usual_one(tmp_path):
+def test_yarns_factor_of_a_file(tmp_path):
+  """`attn_factor` is a multiple of the usual one; `yarn_attn_factor` is 1 or that one, and changes nothing."""
   rope = {'rope_type': 'yarn', 'factor': 4.0, 'original_max_position_embeddings': 32}
   config = WIDE | {'rope_scaling': rope}
-  for times, mscale in (1.0, 1), (1 / (0.1 * math.log(4) + 1), 0):
-    path = tmp_path / f'{mscale}.gguf'
-    write_gguf(path, config, random_tensors(config), fields=[('llama.rope.scaling.yarn_attn_factor', times)])
+  usual = 0.1 * math.log(4) + 1
+  for key, value, mscale in (
+      ('attn_factor', 1.0, 1), ('attn_factor', 1 / usual, 0), ('yarn_attn_factor', 1.0, 1),
+      ('yarn_attn_factor', usual, 1),
+  ):  # fmt: skip
+    path = tmp_path / f'{key}{value}.gguf'
+    write_gguf(path, config, random_tensors(config), fields=[(f'llama.rope.scaling.{key}', value)])
     assert open_source(path).model.mscale == pytest.approx(mscale, abs=1e-6)
+  write_gguf(path, config, random_tensors(config), fields=[('llama.rope.scaling.yarn_attn_factor', 0.88)])
+  assert 'yarn_attn_factor=0.88' in refused(path) and 'must be 1 or 1.13863' in refused(path)
 
 
 def llama3_factors(rope: dict, theta: float, width: int) -> np.ndarray:

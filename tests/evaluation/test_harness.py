@@ -111,8 +111,10 @@ def test_a_context_is_never_cut_to_nothing(harness, monkeypatch):
   own, prompts = copy.copy(harness), []
   note = lambda prompt, config, until: prompts.append((len(prompt), config.max_new_tokens)) or ''
   monkeypatch.setattr(own, '_continue', note)
-  own.continuations([('x' * 100, given) for given in ({}, {'max_gen_toks': 500}, {'max_gen_toks': 40})])
-  assert prompts == [(24, 24), (24, 24), (8, 40)]
+  own.continuations([('x' * 100, given) for given in ({}, {'max_gen_toks': 500}, {'max_gen_toks': 10})])
+  assert prompts == [(24, 24), (24, 24), (38, 10)]
+  own.continuations([('x', {'max_gen_toks': 40})])  # Both fit.
+  assert prompts[-1][0] < 8 and prompts[-1][1] == 40
 
 
 def test_texts_of_tokenizers_without_a_first_id(harness, monkeypatch):

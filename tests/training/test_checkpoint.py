@@ -11,6 +11,7 @@ import pytest
 from configs import quickstart
 from dsa_jax import train
 from dsa_jax.config import ConfigError, ModelConfig
+from dsa_jax.training import checkpoint
 from dsa_jax.training.checkpoint import (
     Checkpoints,
     DamagedCheckpoint,
@@ -103,6 +104,12 @@ def test_a_checkpoint_without_checksums_is_read(saved, state, tmp_path):
     restored, _ = checkpoints.restore(state)
   for ours, theirs in zip(jax.tree.leaves(state), jax.tree.leaves(restored), strict=True):
     np.testing.assert_array_equal(ours, theirs)
+
+
+def test_damage_that_another_process_has_found_counts(saved, state, monkeypatch):
+  monkeypatch.setattr(checkpoint, 'any_process', lambda found: True)
+  with Checkpoints(saved) as checkpoints, pytest.raises(DamagedCheckpoint, match='another process'):
+    checkpoints.restore(state)
 
 
 def test_damage_is_named_with_the_way_out(damaged, state):

@@ -35,7 +35,8 @@ def grouped_matmul(
     rows: The rows of group 0, then those of group 1, and so on. Rows behind the last group may hold
       NaN, and their gradients are zero.
     weights: One matrix for each group, of the rows' dtype; or their codes and scales, which are
-      widened tile by tile and have no gradients. For the gradient of rows all of them are widened.
+      widened tile by tile and have no gradients. For the gradient of rows all of them are widened;
+      there is no forward mode.
     sizes: int32; how many rows each group has. It may have none. Their sum is at most N.
     backend: Which implementation. `tpu` is jax's own `ragged_dot`.
   """
