@@ -10,7 +10,11 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = ROOT / 'dsa_jax'
 FILES = sorted(PACKAGE.rglob('*.py'))
-PAGES = sorted(p for p in ROOT.rglob('*.md') if not any(part.startswith('.') for part in p.parts[1:]))
+# Those of environments that lie in the checkout are not ours.
+PAGES = sorted(
+    p for p in ROOT.rglob('*.md')
+    if not any(part.startswith('.') or part == 'site-packages' for part in p.parts[1:])
+)
 LONGEST = 60  # Lines of a function, outside kernels.
 
 
