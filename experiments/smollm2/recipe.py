@@ -13,7 +13,7 @@ from configs import base, retrofit
 
 CHECKPOINTS, TEXTS = 'checkpoints/smollm2', 'texts'
 SOURCES = 'linux', 'python', 'faq', 'novels'
-STEPS = {'cpu': (320, 30, 30), 'hopper': (600, 200, 200)}  # Of warmup, of frozen, of the others.
+STEPS = {'cpu': (280, 20, 40), 'hopper': (600, 200, 200)}  # Of warmup, of frozen, of the others.
 INDEXER = dict(index_n_heads=8, index_head_dim=64, index_rope_head_dim=32, index_topk=128)
 # What each variant changes: sizes of the indexer, or fields of its warm-up.
 VARIANTS = {
@@ -49,7 +49,7 @@ def get_config(names: str = 'cpu'):
 
   steps, others = STEPS[scale], VARIANTS[variant]
   size = dict(seq_len=2048, batch_size=1 if scale == 'cpu' else 16, init_from=folder)
-  tune = dict(steps=steps[2], backbone_lr=1e-5, warmup_steps=steps[2] // 10, data_seed=3)
+  tune = dict(steps=steps[2], backbone_lr=2e-5, warmup_steps=steps[2] // 10, data_seed=3)
   warmup = size | dict(steps=int(steps[0] * others.get('steps', 1)))
   if length := others.get('seq_len'):
     warmup.update(seq_len=length, batch_size=size['batch_size'] * 2048 // length)
