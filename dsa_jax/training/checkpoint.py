@@ -103,7 +103,7 @@ class Checkpoints:
     return self._manager.latest_step()
 
   def save(self, step: int, state: TrainState, progress: Progress):
-    """Saves in the background. The folder of a step appears once it is complete.
+    """Takes checksums, and saves in the background. The folder of a step appears once it is complete.
 
     Raises:
       ConfigError: The system refuses to write this checkpoint or the one before.

@@ -33,14 +33,14 @@ Part = tuple[slice, ...]  # A range of each axis.
 
 
 class Checksums(NamedTuple):
-  """The checksums of an array."""
+  """Tells whether an array is what was saved, cell by cell."""
 
   cell: Sequence[int]  # The shape of a cell; those at the far ends may be smaller.
   crc32: list[int]  # Of each cell, the last axis first.
 
 
 class Reading(NamedTuple):
-  """A part of an array, which is being read."""
+  """Stands for a part of an array that is being read."""
 
   array: 'StoredArray'
   values: ts.Future
@@ -58,7 +58,7 @@ class Reading(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class StoredArray:
-  """An array that lies in a checkpoint, or a part of one."""
+  """Stands for an array that lies in a checkpoint, or for a part of one."""
 
   name: str
   whole: ts.TensorStore
@@ -97,6 +97,7 @@ class StoredArray:
     return dataclasses.replace(self, part=at + self.part[len(at) :], n_dropped=len(at))
 
   def read(self) -> Reading:
+    """Begins to read the values."""
     return Reading(self, self.whole[self.part].read())
 
   def compare(self, values: np.ndarray):
@@ -120,6 +121,7 @@ class StoredArray:
 
 
 def crc32(x: np.ndarray) -> int:
+  """Returns the checksum of an array's bytes, in the order of C."""
   return zlib.crc32(np.ascontiguousarray(x).reshape(-1).view(np.uint8))
 
 
@@ -140,6 +142,7 @@ def piece_checksums(
 
 
 def n_cells(shape: Sequence[int], cell: Sequence[int]) -> int:
+  """Returns the number of cells of an array."""
   return math.prod(_grid(shape, cell))
 
 
@@ -167,6 +170,7 @@ def state_checksums(arrays: dict[Path, jax.Array]) -> dict[str, Checksums]:
 
 
 def as_json(checksums: dict[str, Checksums]) -> dict[str, Any]:
+  """Returns checksums as JSON holds them."""
   return {name: sums._asdict() for name, sums in checksums.items()}
 
 
