@@ -183,7 +183,7 @@ def _read_scaling(fields: dict[str, Any], prefix: str, problems: list[str]) -> d
     return {}
   keys = {f'rope.scaling.{key}': ours for key, ours in ROPES[kind].items()}
   section = {ours: fields.pop(key) for key, ours in keys.items() if key in fields}
-  if is_number(section.get('factor')) and section['factor'] >= 1:
+  if kind == 'yarn' and is_number(section.get('factor')) and section['factor'] >= 1:
     _read_attention_factor(section, prefix, problems)
   return {} if kind == 'none' else {'rope_scaling': {'rope_type': kind, **section}}
 
