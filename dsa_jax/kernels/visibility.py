@@ -3,7 +3,7 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Float, Int
 
 
 def visible_keys(
@@ -20,6 +20,16 @@ def selected_keys(indices: Int[Array, 'B T K'], n_keys: int) -> Bool[Array, 'B T
   where = jnp.where(indices >= 0, indices, n_keys)
   chosen = jnp.zeros((batch, rows, n_keys), bool)
   return chosen.at[b[..., None], t[..., None], where].set(True, mode='drop')
+
+
+def sees_nothing(q: Array, n_keys: int) -> bool:
+  """Says whether there are no queries or no keys at all, of which kernels could make no block."""
+  return 0 in (*q.shape[:2], n_keys)
+
+
+def attend_nothing(q: Float[Array, 'B T H E'], width: int):
+  """Returns what attention gives queries that see nothing: an output of that width, and lse."""
+  return jnp.zeros((*q.shape[:3], width), q.dtype), jnp.full(q.shape[:3], -jnp.inf, jnp.float32)
 
 
 def check_indices(q: jax.Array, k: jax.Array, indices: jax.Array | None):

@@ -10,7 +10,12 @@ from jaxtyping import Array, Float, Int
 from dsa_jax.kernels.backend import Blocks, check_backend, load_kernels
 from dsa_jax.kernels.dense_attention.reference import dense_attention_reference
 from dsa_jax.kernels.groups import by_group, join_groups
-from dsa_jax.kernels.visibility import check_indices, check_intervals
+from dsa_jax.kernels.visibility import (
+    attend_nothing,
+    check_indices,
+    check_intervals,
+    sees_nothing,
+)
 from dsa_jax.kernels.xla.softmax import logits_delta
 
 KERNELS = {
@@ -63,6 +68,8 @@ def dense_attention(
     )
   if not q.dtype == k.dtype == v.dtype:
     raise ValueError(f'q, k and v must share a dtype; got {q.dtype}, {k.dtype} and {v.dtype}.')
+  if sees_nothing(q, k.shape[1]):
+    return attend_nothing(q, v.shape[-1])
   if backend == 'reference':
     return dense_attention_reference(q, k, v, start, end, sm_scale=sm_scale, indices=indices)
   kernels = load_kernels(KERNELS[backend])

@@ -11,7 +11,7 @@ from dsa_jax.kernels.backend import Blocks, check_backend, load_kernels
 from dsa_jax.kernels.groups import by_group, fold_indices
 from dsa_jax.kernels.index_kl.reference import index_kl_reference
 from dsa_jax.kernels.index_scores import check_index_inputs
-from dsa_jax.kernels.visibility import check_indices, check_intervals
+from dsa_jax.kernels.visibility import check_indices, check_intervals, sees_nothing
 
 SELECTED = {
     'xla': 'dsa_jax.kernels.index_kl.xla',
@@ -84,6 +84,8 @@ def index_kl(
   check_intervals(q, start, end)
   _check_constants(q, k, lse, n_selections)
   q, k, lse = jax.lax.stop_gradient((q, k, lse))
+  if sees_nothing(q, k.shape[1]):
+    return jnp.zeros(q.shape[:2], jnp.float32)
   if backend == 'reference':
     return index_kl_reference(
         q, k, lse, index_q, index_k, index_weights, start, end,

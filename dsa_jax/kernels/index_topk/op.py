@@ -10,7 +10,7 @@ from dsa_jax.kernels.groups import fold_heads
 from dsa_jax.kernels.index_scores import check_index_inputs
 from dsa_jax.kernels.index_topk import xla
 from dsa_jax.kernels.index_topk.reference import index_topk_reference
-from dsa_jax.kernels.visibility import check_intervals
+from dsa_jax.kernels.visibility import check_intervals, sees_nothing
 
 KERNELS = {'tpu': 'dsa_jax.kernels.index_topk.tpu', 'gpu': 'dsa_jax.kernels.index_topk.gpu'}
 
@@ -53,6 +53,9 @@ def index_topk(
   check_backend(backend)
   check_selection(q, k, weights, start, end, topk, n_selections)
   q, k, weights = jax.lax.stop_gradient((q, k, weights))
+  if sees_nothing(q, k.shape[1] if span is None else span[1]):
+    selections = () if n_selections == 1 else (n_selections,)
+    return jnp.full((*q.shape[:2], *selections, topk), -1, jnp.int32)
   options = dict(topk=topk, backend=backend, blocks=blocks, span=span)
   if n_selections == 1:
     return _select(q, k, weights, start, end, **options)

@@ -8,6 +8,7 @@ from dsa_jax.kernels.backend import load_kernels
 from dsa_jax.kernels.groups import fold_keys
 from dsa_jax.kernels.index_topk.op import check_selection, index_topk
 from dsa_jax.kernels.sparse_attention.op import check_attention, sparse_attention
+from dsa_jax.kernels.visibility import sees_nothing
 
 
 @jax.named_scope('indexed_attention')
@@ -56,7 +57,7 @@ def indexed_attention(
   check_attention(q, k, v, v_dim)
   q, k, v = jax.lax.stop_gradient((q, k, v))
   is_latent = v is None and k.shape[2:] == (1, q.shape[-1]) and n_selections == 1
-  if backend == 'tpu' and is_latent:
+  if backend == 'tpu' and is_latent and not sees_nothing(q, k.shape[1]):
     kernels = load_kernels('dsa_jax.kernels.indexed_attention.tpu')
     kv = fold_keys(k)
     inputs, blocks = (q, kv, index_q, index_k), kernels.BlockSizes()

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 from dsa_jax.kernels.backend import Blocks, check_backend, load_kernels
 from dsa_jax.kernels.groups import fold_keys
 from dsa_jax.kernels.sparse_attention.reference import sparse_attention_reference
-from dsa_jax.kernels.visibility import check_indices
+from dsa_jax.kernels.visibility import attend_nothing, check_indices, sees_nothing
 from dsa_jax.kernels.xla.softmax import logits_delta
 
 KERNELS = {
@@ -58,6 +58,8 @@ def sparse_attention(
   check_backend(backend)
   check_attention(q, k, v, v_dim)
   check_indices(q, k, indices)
+  if sees_nothing(q, k.shape[1]):
+    return attend_nothing(q, v_dim if v is None else v.shape[-1])
   if backend == 'reference':
     v = k[..., :v_dim] if v is None else v
     return sparse_attention_reference(q, k[..., -q.shape[-1] :], v, indices, sm_scale=sm_scale)
