@@ -6,7 +6,8 @@ python -m dsa_jax.train --config=experiments/smollm2/recipe.py:cpu
 Each query selects 128 of the 2,048 tokens of a row. `warmup` teaches the indexers while attention is
 dense, `frozen` goes on with sparse attention, and neither changes the model. `sparse` then trains
 all of it, beside the fair dense baseline on the same tokens. `:cpu` is for two cores, `:hopper` for one
-GPU with 80 GB. A variant, such as `:cpu,each`, changes one thing and ends with `frozen`.
+GPU with 80 GB. A variant, such as `:cpu,each`, has a quarter of the warm-up, after which it ends, and
+differs from `quarter` in one thing.
 """
 
 from configs import base, retrofit
@@ -15,14 +16,15 @@ CHECKPOINTS, TEXTS = 'checkpoints/smollm2', 'texts'
 SOURCES = 'linux', 'python', 'faq', 'novels'
 STEPS = {'cpu': (280, 20, 40), 'hopper': (600, 200, 200)}  # Of warmup, of frozen, of the others.
 INDEXER = dict(index_n_heads=8, index_head_dim=64, index_rope_head_dim=32, index_topk=128)
-# What each variant changes: sizes of the indexer, or fields of its warm-up.
+# What each variant changes: sizes of the indexer, or the length of its rows. `shared` is the main line.
 VARIANTS = {
     'shared': {},
+    'quarter': {},
     'each': dict(index_n_heads=9, index_n_selections=3),  # A selection for each key head.
     'heads_4': dict(index_n_heads=4),
     'heads_16': dict(index_n_heads=16),
     'heads_32': dict(index_n_heads=32),
-    'third': dict(steps=1 / 3),  # Of the tokens of warm-up.
+    'own_keys': {},  # Index keys begin as the model's own; see own_keys.py.
     'length_512': dict(seq_len=512),  # Of rows in warm-up, with as many tokens.
 }
 
@@ -32,12 +34,18 @@ def indexer_of(variant: str) -> dict[str, int]:
   return INDEXER | {key: n for key, n in VARIANTS[variant].items() if key.startswith('index_')}
 
 
+def checkpoint_of(variant: str) -> str:
+  """Returns the folder of the checkpoint that a variant starts from."""
+  has_own = variant == 'own_keys' or indexer_of(variant) != INDEXER
+  return f'{CHECKPOINTS}/{variant if has_own else "shared"}'
+
+
 def get_config(names: str = 'cpu'):
   scale, _, variant = names.partition(',')
   variant = variant or 'shared'
   if scale not in STEPS or variant not in VARIANTS:
     raise ValueError(f'Unknown {names!r}; expected one of {[*STEPS]}, maybe with one of {[*VARIANTS]}.')
-  folder = f'{CHECKPOINTS}/{variant if indexer_of(variant) != INDEXER else "shared"}'
+  folder = checkpoint_of(variant)
   c = retrofit.get_config(folder)
   c.workdir = f'runs/smollm2/{scale}_{variant}'
   c.model.index_topk = INDEXER['index_topk']
@@ -50,7 +58,7 @@ def get_config(names: str = 'cpu'):
   steps, others = STEPS[scale], VARIANTS[variant]
   size = dict(seq_len=2048, batch_size=1 if scale == 'cpu' else 16, init_from=folder)
   tune = dict(steps=steps[2], backbone_lr=2e-5, warmup_steps=steps[2] // 10, data_seed=3)
-  warmup = size | dict(steps=int(steps[0] * others.get('steps', 1)))
+  warmup = size | dict(steps=steps[0] if variant == 'shared' else steps[0] // 4)
   if length := others.get('seq_len'):
     warmup.update(seq_len=length, batch_size=size['batch_size'] * 2048 // length)
   c.stages = dict(
@@ -62,7 +70,7 @@ def get_config(names: str = 'cpu'):
       baseline=base.stage(stage='dense', **size | tune),
       sparse=base.stage(stage='sparse', indexer_lr=3e-4, **size | tune | dict(init_from='frozen')),
   )  # fmt: skip
-  c.recipe = ('warmup', 'frozen', 'baseline', 'sparse')[: 4 if variant == 'shared' else 2]
+  c.recipe = ('warmup', 'frozen', 'baseline', 'sparse') if variant == 'shared' else ('warmup',)
   c.report.update(seq_len=2048, batch_size=1, batches=16)
   c.measure_rows, c.log_every, c.remat = 1, 5, 'none'
   if scale == 'cpu':

