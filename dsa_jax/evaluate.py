@@ -12,6 +12,7 @@ work among several devices, as in training and in sampling. On several hosts, ea
 command, and the first one writes; OUT must lie on a disk that all of them see.
 """
 
+import contextlib
 import logging
 import pathlib
 import sys
@@ -20,6 +21,7 @@ from typing import Any
 from absl import app, flags
 import jax
 
+from dsa_jax.claims import claimed
 from dsa_jax.config import ConfigError
 from dsa_jax.data.packing import PACKINGS
 from dsa_jax.evaluation.answers import answer_quizzes, collect_answers, make_quizzes
@@ -48,13 +50,14 @@ def evaluate(settings: Settings) -> dict[str, Any]:
   """
   subject = open_subject(settings)
   quizzes = make_quizzes(subject)
-  keep_settings(subject)
-  with StepProgress(quiet=not is_first()) as bar:
-    scored, measured = score_arms(subject, bar), measure_budgets(subject, bar)
-    answered = answer_quizzes(subject, quizzes, bar)
-  results = collect(subject, scored, measured) | {'tasks': collect_answers(quizzes, answered)}
-  if is_first():
-    write_page(subject.settings.out, results)
+  with claimed(subject.settings.out) if is_first() else contextlib.nullcontext():
+    keep_settings(subject)
+    with StepProgress(quiet=not is_first()) as bar:
+      scored, measured = score_arms(subject, bar), measure_budgets(subject, bar)
+      answered = answer_quizzes(subject, quizzes, bar)
+    results = collect(subject, scored, measured) | {'tasks': collect_answers(quizzes, answered)}
+    if is_first():
+      write_page(subject.settings.out, results)
   return results
 
 

@@ -19,6 +19,7 @@ from jax.stages import Lowered
 from ml_collections import ConfigDict, config_flags
 import numpy as np
 
+from dsa_jax.claims import claimed
 from dsa_jax.config import ConfigError, ModelConfig
 from dsa_jax.cost import training_flops
 from dsa_jax.parallel.processes import (
@@ -125,6 +126,13 @@ def run_recipe(config: ConfigDict, recipe: Recipe) -> dict[str, Any]:
   check_workdir(config, recipe.workdir)
   run, files = open_run(recipe), recipe.data.describe()
   check_data(files, recipe.workdir, recipe.on_changed_data)
+  with claimed(recipe.workdir) if is_first() else contextlib.nullcontext():
+    return run_entries(config, run, files)
+
+
+def run_entries(config: ConfigDict, run: Run, files: dict[str, str]) -> dict[str, Any]:
+  """Runs all entries of a recipe in its workdir, which is this run's own, and writes the report."""
+  recipe = run.recipe
   wait_for_all('every process has checked the workdir')
   if is_first():
     write_config(config, recipe.workdir, files)

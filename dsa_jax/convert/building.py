@@ -8,6 +8,7 @@ import pathlib
 import shutil
 from typing import Any, NamedTuple
 
+from dsa_jax.claims import claimed
 from dsa_jax.config import ConfigError
 from dsa_jax.training.checkpoint import is_from_the_system
 
@@ -45,15 +46,15 @@ class Summary(NamedTuple):
 def building(target: pathlib.Path, *, needs: int) -> Iterator[pathlib.Path]:
   """Yields a folder to build in, which becomes `target` at the end or is removed.
 
-  A process that is killed leaves the folder behind, with the suffix .partial; the next run removes
-  it. An error of the program itself passes through as it is.
+  A process that is killed leaves the folder behind, with the suffix .partial; the next run empties
+  it. Of two at the same time, the second is refused. An error of the program itself passes through as it is.
 
   Args:
     target: A path that must not exist. Where it is a link to nothing, the link's end is built.
     needs: The bytes that the disk must have free.
 
   Raises:
-    ConfigError: `target` exists, or is a link that leads nowhere.
+    ConfigError: `target` exists, is a link that leads nowhere, or is being built by another process.
     OSError: The disk is full, or the system refuses to read or write for another reason.
   """
   if target.exists():
@@ -62,23 +63,30 @@ def building(target: pathlib.Path, *, needs: int) -> Iterator[pathlib.Path]:
   if place.is_symlink():
     raise ConfigError(f'{target} is a link that leads back to itself; delete it.')
   partial = place.with_name(place.name + '.partial')
-  done = False
-  try:
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    free = shutil.disk_usage(partial).free
-    if free < needs:
-      raise OSError(f'it needs about {needs:,} bytes and its disk has {free:,} left')
-    yield partial
-    partial.rename(place)
-    done = True
-  except Exception as error:
-    if not is_from_the_system(error):
-      raise
-    raise OSError(f'{target} could not be written: {error}. Nothing was left there.') from error
-  finally:
-    if not done:
-      shutil.rmtree(partial, ignore_errors=True)
+  with claimed(partial):
+    done = False
+    try:
+      _make_empty(partial)
+      free = shutil.disk_usage(partial).free
+      if free < needs:
+        raise OSError(f'it needs about {needs:,} bytes and its disk has {free:,} left')
+      yield partial
+      partial.rename(place)
+      done = True
+    except Exception as error:
+      if not is_from_the_system(error):
+        raise
+      raise OSError(f'{target} could not be written: {error}. Nothing was left there.') from error
+    finally:
+      if not done:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _make_empty(folder: pathlib.Path):
+  """Makes a folder, or empties it of what a killed process has left."""
+  folder.mkdir(parents=True, exist_ok=not folder.is_symlink())
+  for path in folder.iterdir():
+    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def copy_kept(source: pathlib.Path, target: pathlib.Path):
