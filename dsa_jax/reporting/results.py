@@ -73,7 +73,7 @@ def report_programs(run: Run) -> dict[str, Callable[[], Lowered]]:
   programs = {}
   if 'dense' in kinds or recipe.teacher:
     programs['report/dense'] = score(modes.dense, None)
-  if 'sparse' in kinds:
+  if kinds - {'dense'}:
     programs['report/sparse'] = score(modes.sparse, jnp.int32(0))
   if 'sparse' in recipe.roles:
     args = run.graph, params, batch, modes.measured, (0, recipe.model.index_topk)

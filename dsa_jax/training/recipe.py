@@ -117,9 +117,13 @@ class Recipe:
 
   @property
   def roles(self) -> dict[str, str]:
-    """The entries that the report compares, by the names of its fields, as far as they run."""
+    """The entries that the report compares, by the names of its fields, as far as they run.
+
+    Where nothing was trained with sparse attention, the sparse one is what a warm-up has left.
+    """
     report, stages = self.report, self.stages
-    sparse = report.sparse or _last(stages, lambda name, entry: entry.stage == 'sparse')
+    last_of = lambda stage: _last(stages, lambda name, entry: entry.stage == stage)
+    sparse = report.sparse or last_of('sparse') or last_of('warmup')
     before = report.dense_before or self._dense_ancestor(sparse)
     starts_there = lambda name, entry: entry.stage == 'dense' and entry.init_from == before
     baseline = report.dense_baseline or (_last(stages, starts_there) if sparse else '')

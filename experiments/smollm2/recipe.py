@@ -71,7 +71,7 @@ def get_config(names: str = 'cpu'):
       sparse=base.stage(stage='sparse', indexer_lr=3e-4, **size | tune | dict(init_from='frozen')),
   )  # fmt: skip
   c.recipe = ('warmup', 'frozen', 'baseline', 'sparse') if variant == 'shared' else ('warmup',)
-  c.report.update(seq_len=2048, batch_size=1, batches=16)
+  c.report.update(seq_len=2048, batch_size=1, batches=16 if variant == 'shared' else 1)
   c.measure_rows, c.log_every, c.remat = 1, 5, 'none'
   if scale == 'cpu':
     c.model.dtype = 'float32'

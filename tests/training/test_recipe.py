@@ -42,7 +42,9 @@ def test_roles_of_recipes_that_lack_some():
   assert recipe_of(a=('dense', ''), b=('dense', 'a')).roles == {'dense_before': 'b'}
   assert recipe_of(w=('warmup', 'runs/a'), s=('sparse', 'w')).roles == {'sparse': 's'}
   recipe = recipe_of(a=('dense', ''), w=('warmup', 'a'))
-  assert recipe.roles == {'dense_before': 'a'} == scored_entries(recipe)
+  assert recipe.roles == {'dense_before': 'a', 'sparse': 'w'} == scored_entries(recipe)
+  recipe = recipe_of(w=('warmup', 'runs/a'))
+  assert recipe.roles == {'sparse': 'w'} and str(recipe.teacher) == 'runs/a'
 
 
 @pytest.mark.parametrize('name', ['a,b', 'a/b', '-a', 'a b'])
