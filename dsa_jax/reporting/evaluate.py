@@ -96,7 +96,8 @@ def measure(
   Raises:
     ValueError: No query sees that many tokens.
   """
-  of_batches = [measure_batch(graph, params, batch, mode, beyond) for batch in batches]
+  of_batch = lambda batch: measure_batch(graph, params, batch, mode, beyond)
+  of_batches = [jax.device_get(of_batch(batch)) for batch in batches]  # One after the other.
   sums, counts = jax.tree.map(lambda *x: np.sum(x, axis=0), *of_batches)
   if not all(counts):
     raise ValueError(f'no query of the batches sees more than {max(beyond)} tokens.')
