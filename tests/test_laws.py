@@ -54,7 +54,7 @@ def test_all_selected_is_dense():
         pytest.param(laws.law_no_future, ('xla', 'sparse'), marks=NIGHTLY),
         pytest.param(laws.law_selection_reaches_output, ('xla', 'sparse'), marks=NIGHTLY),
         pytest.param(laws.law_own_losses_only, ('xla', 'sparse'), marks=NIGHTLY),
-        (laws.law_only_trained_parts_move, ('sparse',)),
+        pytest.param(laws.law_only_trained_parts_move, ('sparse',), marks=NIGHTLY),
         pytest.param(laws.law_warmup_is_dense, (), marks=NIGHTLY),
     ],
     ids=lambda x: getattr(x, '__name__', None),
@@ -98,7 +98,7 @@ ANY_LAYERS = [
     'law, arguments',
     [
         *ANY_LAYERS,
-        (laws.law_only_trained_parts_move, ('sparse',)),
+        pytest.param(laws.law_only_trained_parts_move, ('sparse',), marks=NIGHTLY),
         pytest.param(laws.law_bias_balances, (), marks=NIGHTLY),
     ],
     ids=lambda x: getattr(x, '__name__', None),
@@ -133,7 +133,7 @@ def test_gates_sinks_and_streams(cfg, law, arguments):
         pytest.param(laws.law_only_trained_parts_move, ('warmup',), marks=NIGHTLY),
         pytest.param(laws.law_warmup_is_dense, (), marks=NIGHTLY),
         pytest.param(laws.law_windows_end_where_they_should, (), marks=NIGHTLY),
-        (laws.law_bias_balances, ()),
+        pytest.param(laws.law_bias_balances, (), marks=NIGHTLY),
     ],
     ids=lambda x: getattr(x, '__name__', None),
 )
