@@ -106,18 +106,16 @@ def _measure(subject: Subject, index_topk: int, bar: StepProgress) -> dict[str, 
       rule=subject.stored.rule,
       measure=settings.rules,
   )
-  sees_more = any((batch.end - batch.start).max() > index_topk for batch in subject.batches)
-  beyond = (0, index_topk) if sees_more else (0,)
   with subject.on_devices():
     params = subject.params
     batches = _shown(subject, f'measures@{index_topk}', bar)
-    means = measure(subject.graph(index_topk), params, batches, mode, beyond=beyond)
-  everywhere, *rest = finite(jax.tree.map(lambda x: x.tolist(), means))
+    means = measure(subject.graph(index_topk), params, batches, mode, beyond=(0, index_topk))
+  everywhere, beyond = finite(jax.tree.map(lambda x: x.tolist(), means))
   return {
       'rules': settings.rules,
       'attention': mode.attention,
       'everywhere': everywhere,
-      'beyond': rest[0] if rest else None,
+      'beyond': beyond,
       'seconds': time.monotonic() - began,
   }
 

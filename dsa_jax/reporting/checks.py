@@ -47,7 +47,7 @@ def _window_accuracy_share(results, bar: float) -> Verdict | None:
 
 def _of_baseline(results, model: str) -> float | None:
   accuracy = results.get('accuracy', {})
-  if not {'dense_baseline', model} <= accuracy.keys():
+  if model not in accuracy or not accuracy.get('dense_baseline'):
     return None
   return accuracy[model] / accuracy['dense_baseline']
 
@@ -70,7 +70,7 @@ def _mass_above_window(results, bar: float) -> Verdict | None:
 
 def _order_of_rules(results, bar: float) -> Verdict | None:
   beyond, order = results['bits_beyond_budget'], ('oracle', 'sparse', 'window_sinks', 'random')
-  if not set(order) <= beyond.keys():
+  if not all(np.isfinite(beyond.get(name, np.nan)) for name in order):
     return None
   oracle, *others = (beyond[name] for name in order)
   passed = oracle <= others[0] and min(np.diff(others)) > bar

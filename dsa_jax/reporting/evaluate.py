@@ -28,8 +28,9 @@ class Scores(NamedTuple):
   n_visible: np.ndarray  # The number of tokens that the query could see, itself included.
 
   def bits(self, n_visible_above: int = 0) -> float:
-    """Returns the mean bits per target, over the queries that see more tokens than given."""
-    return float(self.nats[self.n_visible > n_visible_above].mean() / np.log(2))
+    """Returns the mean bits per target, over queries that see more tokens than given; NaN without any."""
+    nats = self.nats[self.n_visible > n_visible_above]
+    return float(nats.mean() / np.log(2)) if nats.size else float('nan')
 
   def bits_by_position(self, edges: Sequence[int]) -> list[float]:
     """Returns the mean bits of targets with edges[i] <= n_visible < edges[i + 1], or else NaN."""
@@ -75,7 +76,7 @@ def measure(
     mode: Mode,
     *,
     beyond: tuple[int, ...] = (0,),
-) -> list[dict[str, dict[str, np.ndarray]]]:
+) -> list[dict[str, dict[str, np.ndarray]] | None]:
   """Compares the selections of `mode.measure` with the true attention.
 
   Args:
@@ -87,21 +88,18 @@ def measure(
       the budget as the number, those are the queries for which a rule has to choose.
 
   Returns:
-    For each number, by rule and then by measure, the means over queries for each layer.
+    For each number, by rule and then by measure, the means over queries for each layer; None where no
+    query sees that many tokens.
     `captured_mass`, `topk_recall`, `neighbour_overlap` (with the previous query) and `layer_overlap`
     (with the next layer that selects; the last layer has no number) are shares; `selected_distance`
     is in tokens. `left_out` is the share of the queries that do not select all that they see. A
     layer with a window selects nothing, so all its numbers are NaN.
-
-  Raises:
-    ValueError: No query sees that many tokens.
   """
   of_batch = lambda batch: measure_batch(graph, params, batch, mode, beyond)
   of_batches = [jax.device_get(of_batch(batch)) for batch in batches]  # One after the other.
   sums, counts = jax.tree.map(lambda *x: np.sum(x, axis=0), *of_batches)
-  if not all(counts):
-    raise ValueError(f'no query of the batches sees more than {max(beyond)} tokens.')
-  return [jax.tree.map(lambda x: x / n, total) for total, n in zip(sums, counts)]
+  mean = lambda total, n: jax.tree.map(lambda x: x / n, total) if n else None
+  return [mean(total, n) for total, n in zip(sums, counts)]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3, 4))

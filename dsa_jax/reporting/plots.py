@@ -85,7 +85,7 @@ class Curves:
 class Lineage(NamedTuple):
   """The entries of a recipe in their order, and which of them each one starts from."""
 
-  stages: Mapping[str, Mapping[str, str]]  # Their `stage` and `init_from`, by entry.
+  stages: Mapping[str, Mapping[str, Any]]  # Their `stage`, `init_from` and `trains`, by entry.
   roles: Mapping[str, str]  # The entries that the report compares.
 
   @classmethod
@@ -102,6 +102,10 @@ class Lineage(NamedTuple):
 
   def trains_indexer(self, name: str) -> bool:
     return self.stages.get(name, {}).get('stage') in ('warmup', 'sparse')
+
+  def trains_backbone(self, name: str) -> bool:
+    entry = self.stages.get(name, {})
+    return 'backbone' in entry.get('trains', ()) or ('trains' not in entry and entry.get('stage') != 'warmup')
 
   def chain(self, name: str) -> list[str]:
     """Returns an entry and those it descends from, the oldest first."""
@@ -313,7 +317,24 @@ def unit(results: Mapping[str, Any]) -> str:
 def label(model: str, results: Mapping[str, Any]) -> str:
   """Returns the label of a model, with the name of its entry if that is not the usual one."""
   entry = Lineage.of(results).roles.get(model)
-  return look(model).label + (f' ({entry})' if entry not in (None, USUAL.get(model)) else '')
+  name = f' ({entry})' if entry not in (None, USUAL.get(model)) else ''
+  if model == 'sparse':
+    return f'sparse, {rule_label(results.get("selection", "indexer"))}{name}'
+  if model == 'dense_baseline' and not is_fair(results):
+    return f'dense, baseline{name}'
+  return look(model).label + name
+
+
+def is_fair(results: Mapping[str, Any]) -> bool:
+  """Returns whether the baseline has learnt from as many tokens as the sparse model since they parted."""
+  lineage, tokens = Lineage.of(results), results.get('tokens_by_stage') or {}
+  parted = lineage.chain(lineage.roles.get('dense_before', ''))
+  learnt = lambda role: sum(
+      tokens.get(entry, 0)
+      for entry in lineage.chain(lineage.roles.get(role, ''))
+      if entry not in parted and lineage.trains_backbone(entry)
+  )
+  return learnt('dense_baseline') == learnt('sparse')
 
 
 def rule_label(rule: str) -> str:

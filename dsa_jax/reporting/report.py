@@ -269,6 +269,9 @@ def _how_to_read(results: Mapping[str, Any]) -> str:
     sentences.append(
         'Dense is the model after the dense stage. The fair baseline is that model, trained on'
         ' for as many tokens as the sparse stage, and what every row is compared with.'
+        if plots.is_fair(results)
+        else 'Dense is the model after the dense stage. The baseline is that model, trained on, and what'
+        ' every row is compared with: for other tokens than the sparse stage, so it is not a fair one.'
     )
   if 'sparse' in names:
     sentences.append(

@@ -101,10 +101,11 @@ def evaluate_recipe(run: Run) -> dict[str, Any]:
       'seconds_by_stage': seconds,
       'tokens_by_stage': {name: entry.tokens for name, entry in recipe.stages.items()},
       'stages': {
-          name: {'stage': entry.stage, 'init_from': entry.init_from}
+          name: {'stage': entry.stage, 'init_from': entry.init_from, 'trains': entry.trains}
           for name, entry in recipe.stages.items()
       },
       'roles': recipe.roles,
+      'selection': recipe.selection,
       'report': dataclasses.asdict(report),
       'unit': recipe.data.unit,
       'bytes_per_target': recipe.data.bytes_per_target(),
@@ -173,14 +174,17 @@ def _scores(run: Run) -> dict[str, Scores]:
 
 
 def _captured_mass(run: Run) -> list[dict[str, list[float]]]:
-  """Returns the mass that each rule captures in each layer, over all queries and beyond the budget."""
+  """Returns the mass that each rule captures in each layer, over all queries and beyond the budget.
+
+  Where no query sees more than the budget, the second one is empty.
+  """
   if 'sparse' not in run.recipe.roles:
     return [{}, {}]
   params, mode = _params(run, run.recipe.roles['sparse']), report_modes(run).measured
   beyond = 0, run.recipe.model.index_topk
   measured = measure(run.graph, params, run.data.report, mode, beyond=beyond)
   return [
-      {rule: means['captured_mass'].tolist() for rule, means in by_rule.items()}
+      {rule: means['captured_mass'].tolist() for rule, means in (by_rule or {}).items()}
       for by_rule in measured
   ]
 

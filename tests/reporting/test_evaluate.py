@@ -81,6 +81,12 @@ def test_recall_is_judged_by_accuracy():
   assert judged(window_sinks=0.6) == [True, False]
 
 
+def test_what_has_no_number_is_not_judged():
+  nan = dict.fromkeys(results()['bits_beyond_budget'], math.nan)
+  assert verdicts(results(bits_beyond_budget=nan), {'order_of_rules': 0.0}) == []
+  assert verdicts(results(accuracy={'dense_baseline': 0.0, 'sparse': 0.0}), RECALL) == []
+
+
 def test_only_a_config_sets_bars():
   assert verdicts(results(), {}) == []
   assert verdicts(results(validation_bits={}), {'loss_excess': 0.1}) == []
@@ -120,10 +126,13 @@ def test_several_rules_are_not_measured_at_once():
 def test_a_selection_for_each_key_head_is_measured():
   """All rules, those that select once for all heads too; with the whole context as the budget, alike."""
   batch = laws.make_batch(laws.LENGTHS)
-  for topk, beyond in (5, 5), (laws.T, 0):
+  for topk in 5, laws.T:
     cfg = dataclasses.replace(laws.GQA_EACH, index_topk=topk)
     mode = Mode(attention='sparse', backend='xla', measure=tuple(RULES))
-    [by_rule] = evaluate.measure(laws.graph_of(cfg), laws.weights(cfg), [batch], mode, beyond=(beyond,))
+    measured = evaluate.measure(laws.graph_of(cfg), laws.weights(cfg), [batch], mode, beyond=(0, topk))
+    everywhere, beyond = measured
+    assert (beyond is None) == (topk == laws.T)  # No query sees more than that.
+    by_rule = beyond or everywhere
     for rule, means in by_rule.items():
       assert means['captured_mass'].shape == (cfg.n_layers,)
       assert np.all(means['left_out'] == float(topk == 5)), rule

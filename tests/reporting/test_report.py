@@ -313,3 +313,28 @@ def test_layers_with_a_window_are_in_no_mean(tmp_path):
   assert 'Layers with a window select nothing' in text
   read = json.loads((tmp_path / 'report.json').read_text())
   assert read['captured_mass'] == [None, 0.9, None, 0.7] and read['window_layers'] == [0, 2]
+
+
+def test_a_sparse_model_is_named_for_what_selected_while_it_was_trained():
+  assert plots.label('sparse', full_results()) == 'sparse, indexer'
+  results = full_results() | {'selection': 'window_sinks'}
+  assert plots.label('sparse', results) == 'sparse, window + sinks'
+
+
+@pytest.mark.parametrize(
+    'tokens, trains, is_fair',
+    [
+        (819_200, {}, True),
+        (409_600, {}, False),
+        (819_200, {'sparse': ['indexer']}, False),  # Its backbone has learnt nothing.
+        (1_228_800, {'warmup': ['backbone', 'indexer']}, True),
+    ],
+)
+def test_a_baseline_of_other_tokens_is_not_called_fair(tokens, trains, is_fair):
+  results = full_results()
+  results['tokens_by_stage']['baseline'] = tokens
+  for entry, parts in trains.items():
+    results['stages'][entry]['trains'] = parts
+  label = plots.label('dense_baseline', results)
+  assert label == ('dense, fair baseline' if is_fair else 'dense, baseline')
+  assert ('so it is not a fair one' in report._how_to_read(results)) == (not is_fair)
