@@ -4,6 +4,7 @@
 from collections.abc import Mapping, Sequence
 import dataclasses
 import functools
+import logging
 import re
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ import numpy as np
 from dsa_jax.config import ConfigError, local_path, user_cache
 from dsa_jax.data import raw_rows
 from dsa_jax.data.corpora.raw import Piece, RawFormat
-from dsa_jax.data.corpora.sources import FORMATS, RAW, Format, open_format
+from dsa_jax.data.corpora.sources import FORMATS, RAW, Format, names_of, open_format
 from dsa_jax.data.corpora.tokenizing import DAMAGED
 from dsa_jax.data.corpora.tokens import ABOUT, TokenStream
 from dsa_jax.data.corpus import describe_files
@@ -148,6 +149,7 @@ class DataConfig(PackingConfig):
   def describe(self) -> dict[str, str]:
     """Returns a description of every file, or of every source, that is read."""
     if self.source == 'mixture':
+      self._check_validation()
       return {key: self._describe(key) for key in self._keys}
     return {} if self.source == 'recall' else describe_files(find_files(self.files))
 
@@ -244,6 +246,18 @@ class DataConfig(PackingConfig):
           f'({stream.tokenizer[:12]}, not {wanted[:12]}). Tokenize it again, or name its tokenizer, or '
           'set data.special_tokens as it was made with.'
       )
+
+  def _check_validation(self):
+    """Warns where training reads a file that is for validation."""
+    names = {key: names_of(source) for key, source in self._keys.items()}
+    for key, held_out in names.items():
+      others = [other for other in names if other in self.sources and held_out & names[other]]
+      if key not in self.sources and others:
+        common = held_out & names[others[0]]
+        logging.warning(
+            f'data.sources: {min(common)} is of {key} and of the files of {others[0]}: training reads what '
+            'validation scores.'
+        )
 
   def _describe(self, key: str) -> str:
     source = self._keys[key]

@@ -87,6 +87,19 @@ def test_files_of_their_own_for_validation(sources, tmp_path):
   assert letters(take(make_iterator(data.rows(32, 'train'), 4, seed=0), 40))[0] == 1
 
 
+def test_validation_files_that_are_trained_on_are_named(sources, tmp_path, caplog):
+  a, b, c = (sources[letter]['files'] for letter in 'abc')
+  data = cases.mixture(tmp_path, {'x': sources['a'] | {'validation_files': c}, 'y': sources['b']})
+  data.describe()
+  assert not caplog.records
+  data = cases.mixture(
+      tmp_path, {'x': sources['a'] | {'files': [a, b], 'validation_files': [c, b]}, 'y': sources['c']}
+  )
+  data.describe()
+  [record] = caplog.records
+  assert f'{b} is of x (validation) and of the files of x: training reads what' in record.message
+
+
 def test_a_source_that_is_used_up_is_named(sources, tmp_path):
   rows = cases.mixture(tmp_path, sources).rows(32, 'validation')
   with pytest.raises(ConfigError, match=r'rows of the mixture are needed, and its sources have \d+'):

@@ -103,6 +103,19 @@ def open_format(
   return streams[0] if len(streams) == 1 else Joined(streams)
 
 
+def names_of(source: Format) -> set[str]:
+  """Returns the files, or folders of tokens, that a source reads."""
+  if isinstance(source, RawFormat):
+    names = [name for piece in source.pieces() for name in piece.names]
+  elif isinstance(source, Tokens):
+    names = places.expand_local(source.files)
+  elif isinstance(source, Flat):
+    names = places.expand(source.files, ('.bin', '.npy'))
+  else:
+    names = places.expand_local(_prefixes(source.files), '.idx')
+  return {name if '://' in name else os.path.realpath(name) for name in names}
+
+
 def _prefixes(files: str | Sequence[str]) -> list[str]:
   """Returns the paths of pairs of files, either of which may have been given."""
   names = [files] if isinstance(files, str) else files
