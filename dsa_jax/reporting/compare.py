@@ -28,7 +28,7 @@ class FinishedRun(NamedTuple):
   """A run as it lies on disk. One that is still training has no results yet."""
 
   workdir: pathlib.Path
-  config: dict[str, Any]  # Its fields by dotted names, less those that change nothing trained.
+  config: dict[str, Any]  # Its fields by dotted names, less those that change no number.
   results: Mapping[str, Any]
   rows: Sequence[metrics.Row]
 
@@ -69,11 +69,16 @@ def read_run(workdir: pathlib.Path) -> FinishedRun:
   record = read_config(workdir)
   if 'source' in record:
     raise ConfigError(f'{workdir} is not the workdir of a run: it is a converted checkpoint.')
-  config = {name: v for name, v in complete(record).items() if name not in CHANGEABLE}
+  whole = complete(record)
+  config = {name: v for name, v in whole.items() if name not in CHANGEABLE}
   report, csv = workdir / 'report.json', workdir / 'metrics.csv'
   results = read_object(report)
   if 'validation_bits_per_byte' in results:
     raise ConfigError(f'{report} is of an earlier version: delete it, and train again to renew it.')
+  scored = results.get('report') or whole['report']  # Other rows, or other lengths, have other numbers.
+  config['report'] = {
+      'seq_len': scored['seq_len'], 'rows': scored['batch_size'] * scored['batches']
+  }  # fmt: skip
   rows = metrics.read_metrics(csv) if csv.is_file() else []
   return FinishedRun(workdir, dict(_flat(config)), results, rows)
 

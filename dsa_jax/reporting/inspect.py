@@ -11,6 +11,7 @@ import numpy as np
 from dsa_jax.config import ConfigError
 from dsa_jax.data.tokenizer import Bytes, Tokenizer
 from dsa_jax.kernels import dense_attention, index_scores
+from dsa_jax.kernels.groups import by_group
 from dsa_jax.kernels.mean_attention import mean_attention
 from dsa_jax.kernels.visibility import selected_keys, visible_keys
 from dsa_jax.nn.attention.types import Mode
@@ -26,8 +27,9 @@ class Inspection(NamedTuple):
   rule: str
   topk: int  # How many keys a query may select.
   scores: np.ndarray  # The indexer's, [T, T]. They are NaN where a query does not see the key.
-  selection: np.ndarray  # Whether the rule selects the key, [T, T].
+  selection: np.ndarray  # The share of key heads for which the rule selects the key, [T, T]; 0 or 1 as a rule.
   attention: np.ndarray  # The probabilities of dense attention, [T, T], averaged over the heads.
+  mass: np.ndarray  # The share of each query's attention on selected keys, [T].
 
   @property
   def captured(self) -> float:
@@ -35,7 +37,7 @@ class Inspection(NamedTuple):
 
     It is NaN if there is no such query.
     """
-    mass = (self.attention * self.selection).sum(axis=-1)[self.topk :]
+    mass = self.mass[self.topk :]
     return float(mass.mean()) if mass.size else float('nan')
 
   def draw(self) -> Any:
@@ -90,12 +92,17 @@ def inspect(
   _, lse = dense_attention(
       c.q, c.k, c.k[..., :1], c.start, c.end, sm_scale=c.sm_scale, backend=backend
   )
-  attention = mean_attention(c.q, c.k, lse, visible, c.sm_scale)
   selected = find_rule(rule)(c)
-  selection = selected_keys(selected.reshape(*selected.shape[:2], -1), len(ids))
+  n_selections = selected.shape[2] if selected.ndim == 4 else 1
+  selected = selected.reshape(*selected.shape[:2], n_selections, -1)
+  of_heads = *(by_group(x, n_selections) for x in (c.q, c.k, lse)), jnp.moveaxis(selected, 2, 0)
+  attention = [mean_attention(q, k, lse, visible, c.sm_scale) for q, k, lse, _ in zip(*of_heads)]
+  selection = [selected_keys(indices, len(ids)) for *_, indices in zip(*of_heads)]
+  attention, selection = jnp.stack(attention), jnp.stack(selection)
+  mass = jnp.sum(attention * selection, axis=-1)
   scores = jnp.where(visible, scores, jnp.nan)
-  arrays = (np.asarray(x[0]) for x in (scores, selection, attention))
-  return Inspection(ids, layer, rule, c.topk, *arrays)
+  means = (jnp.mean(x, axis=0) for x in (selection, attention, mass))
+  return Inspection(ids, layer, rule, c.topk, *(np.asarray(x[0]) for x in (scores, *means)))
 
 
 def _candidates(model: Transformer, tokens: jax.Array, layer: int, backend: str) -> Candidates:

@@ -64,6 +64,12 @@ def test_seeds_are_one_row_and_the_rest_says_what_differs(runs):
   assert f'2.2000 ± {spread:.4f}' in out.getvalue() and 'differ in their seed alone' in out.getvalue()
 
 
+def test_reports_of_other_rows_are_in_no_mean(runs, tmp_path):
+  other = save_run(tmp_path / 'other', 2.2, seed=2, **{'report.batches': 1})
+  groups = comparison.group_runs([comparison.read_run(run) for run in (runs[0], other)])
+  assert [group.differs for group in groups] == ['report.rows=4', 'report.rows=2']
+
+
 def test_layers_with_a_window_are_in_no_mean(runs):
   report = runs[0] / 'report.json'
   results = json.loads(report.read_text()) | {'captured_mass': [None, 0.5, 0.75], 'window_layers': [0]}
