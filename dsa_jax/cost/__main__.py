@@ -68,7 +68,8 @@ def paragraph(
           cfg, phase, sparse=kind == 'sparse', serving=serving, limit=cfg.max_seq_len
       )
     dense, sparse = (sum(p.seconds for p in parts[kind].values()) for kind in curves)
-    indexer = sum(parts['sparse'][n].seconds for n in ('index scores', 'selection')) / sparse
+    of_indexer = (p.seconds for name, p in parts['sparse'].items() if name in ('index scores', 'selection'))
+    indexer = sum(of_indexer) / sparse
     start = crossover(curves['dense'][phase], curves['sparse'][phase])
     said.append(
         f'On {serving.chip.name}, {phase} of a token that sees {context:,} tokens takes'

@@ -175,8 +175,8 @@ class DataConfig(PackingConfig):
       known[name]['left_out'] = dict(stream.left_out) | {'length': by_length}
     return known
 
-  def bytes_per_target(self) -> float | None:
-    """Returns the bytes of text for each target of validation; None where that is not known.
+  def bytes_per_target(self, seq_len: int) -> float | None:
+    """Returns the bytes of text for each target of validation rows; None where that is not known.
 
     Of a source that is tokenized on the fly, they are those of the documents that were read so far.
     """
@@ -188,9 +188,12 @@ class DataConfig(PackingConfig):
       known = self._about_validation(name, member)
       if not len(known) or not known['bytes'].all():
         return None
-      share = member.weight / (known['tokens'] - 1).sum()  # Weights are shares of tokens.
-      n_bytes += share * known['bytes'].sum()
-      n_targets += member.weight
+      rows = self._rows_of(name, member, seq_len, 'validation')
+      of_rows = rows.about() if isinstance(rows, RawRows) else about(rows)
+      # Weights are shares of rows, which packing fills more or less. The last token has no target.
+      targets = member.weight * (of_rows['tokens'] - of_rows['documents']) / of_rows['rows']
+      n_bytes += targets * known['bytes'].sum() / (known['tokens'] - 1).sum()
+      n_targets += targets
     return float(n_bytes / n_targets)
 
   @functools.cached_property

@@ -75,10 +75,9 @@ def read_run(workdir: pathlib.Path) -> FinishedRun:
   results = read_object(report)
   if 'validation_bits_per_byte' in results:
     raise ConfigError(f'{report} is of an earlier version: delete it, and train again to renew it.')
-  scored = results.get('report') or whole['report']  # Other rows, or other lengths, have other numbers.
-  config['report'] = {
-      'seq_len': scored['seq_len'], 'rows': scored['batch_size'] * scored['batches']
-  }  # fmt: skip
+  scored = results.get('report') or whole['report']  # Other rows, lengths or entries have other numbers.
+  config['report'] = {name: scored.get(name, '') for name in ('seq_len', *SCORES)}
+  config['report']['rows'] = scored['batch_size'] * scored['batches']
   rows = metrics.read_metrics(csv) if csv.is_file() else []
   return FinishedRun(workdir, dict(_flat(config)), results, rows)
 

@@ -85,7 +85,7 @@ def inspect(
   """
   check_rule(rule)
   ids = (tokenizer or Bytes()).encode(text) if isinstance(text, str) else text
-  ids = _checked(model, np.asarray(ids, np.int32))
+  ids = _checked(model, np.asarray(ids))
   c = _candidates(model, jnp.asarray(ids)[None], layer, backend)
   visible = visible_keys(c.start, c.end, jnp.arange(len(ids)))
   scores = index_scores(c.index_q, c.index_k, c.index_weights)
@@ -126,6 +126,8 @@ def _candidates(model: Transformer, tokens: jax.Array, layer: int, backend: str)
 
 
 def _checked(model: Transformer, ids: np.ndarray) -> np.ndarray:
+  if ids.ndim != 1 or (ids.size and not np.issubdtype(ids.dtype, np.integer)):
+    raise ConfigError(f'the ids must be integers in one dimension; got {ids.dtype} {ids.shape}.')
   if not 1 <= ids.size <= model.cfg.max_seq_len:
     raise ConfigError(
         f'the text has {ids.size} tokens; there must be 1 to {model.cfg.max_seq_len=} of them.'
@@ -135,4 +137,4 @@ def _checked(model: Transformer, ids: np.ndarray) -> np.ndarray:
         f'the text holds ids from {ids.min()} to {ids.max()}; they must be within 0 and '
         f'{model.cfg.vocab_size - 1}. Give the tokenizer of the model.'
     )
-  return ids
+  return ids.astype(np.int32)

@@ -214,7 +214,8 @@ def _draw_layers(axes: Any, results: Mapping[str, Any], curves: Curves, name: st
   Lines are dashed for entries from which the compared sparse one does not descend.
   """
   lineage = Lineage.of(results)
-  steps = {s: n for s, n in curves.last_step.items() if lineage.trains_indexer(s)}
+  has_curve = lambda s: any(curves.of(s, f'{name}/layer_{layer}')[0].size for layer in curves.layers(name))
+  steps = {s: n for s, n in curves.last_step.items() if lineage.trains_indexer(s) and has_curve(s)}
   starts, sparse = lineage.starts(steps), lineage.roles.get('sparse', next(reversed(steps), ''))
   main = [s for s in lineage.chain(sparse) if s in starts]
   for layer in curves.layers(name):
@@ -360,6 +361,7 @@ def is_number(value: Any) -> bool:
 def si(value: float | int | None) -> str:
   if not is_number(value):
     return 'n/a'
+  value = float(f'{value:.3g}')  # 999,700 is 1 M.
   power = min(max(int(math.log10(max(value, 1)) // 3), 0), 4)
   return f'{value / 1000**power:.3g} {["", "k", "M", "G", "T"][power]}'.strip()
 

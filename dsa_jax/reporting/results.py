@@ -10,6 +10,7 @@ import json
 import os
 import pathlib
 import platform
+import shlex
 import sys
 import time
 from typing import Any, NamedTuple
@@ -108,7 +109,7 @@ def evaluate_recipe(run: Run) -> dict[str, Any]:
       'selection': recipe.selection,
       'report': dataclasses.asdict(report),
       'unit': recipe.data.unit,
-      'bytes_per_target': recipe.data.bytes_per_target(),
+      'bytes_per_target': recipe.data.bytes_per_target(report.seq_len),
       'documents': recipe.data.about_documents(report.seq_len, data_states),
       'context': report.seq_len,
       'index_topk': recipe.model.index_topk,
@@ -211,7 +212,7 @@ def _progress(recipe: Recipe, entry: str) -> Progress:
 def describe_command() -> str:
   """Returns the command that was typed, or the call that a notebook or a test makes."""
   typed = sys.orig_argv[1:]
-  return ' '.join(['python', *typed]) if 'dsa_jax.train' in typed else 'dsa_jax.train.train(config)'
+  return shlex.join(['python', *typed]) if 'dsa_jax.train' in typed else 'dsa_jax.train.train(config)'
 
 
 def describe_machine() -> str:

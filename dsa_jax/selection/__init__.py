@@ -4,6 +4,7 @@
 A rule is one function in one file. To add one, write the file and name the function in `RULES`.
 """
 
+import collections
 import functools
 
 import jax
@@ -14,13 +15,17 @@ from dsa_jax.selection import lightning, oracle, streaming, uniform
 from dsa_jax.selection.candidates import Candidates, Rule
 
 
-class Rules(dict[str, Rule]):
+class Rules(collections.UserDict[str, Rule]):
   """The rules by name. A name may be given to another rule at any time, as a notebook does."""
 
   def __setitem__(self, name: str, rule: Rule):
     if self.get(name, rule) is not rule:
       jax.clear_caches()  # Programs that were compiled with the earlier rule go by its name.
     super().__setitem__(name, rule)
+
+  def __delitem__(self, name: str):
+    jax.clear_caches()
+    super().__delitem__(name)
 
 
 RULES = Rules({

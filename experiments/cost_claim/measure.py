@@ -238,7 +238,8 @@ def predict(case: Case, chip: Chip) -> dict[str, dict[str, list[float]]]:
 
   def seconds_of(work: Work) -> float:
     of_weights = work.kind == 'weights' and work.unit == 'fp8'  # They count as bytes, others as two.
-    n_bytes = work.bytes * (width if of_weights else width / 2)
+    is_float32 = work.part == 'selection'  # Scores are, whatever the dtype of the model.
+    n_bytes = work.bytes * (1 if is_float32 else width if of_weights else width / 2)
     return max(work.flops / chip.bf16, n_bytes / chip.bandwidth) / n_devices
 
   def seconds(context, phase, kind):

@@ -13,7 +13,7 @@ import pytest
 
 from dsa_jax import cost
 from dsa_jax.config import ModelConfig
-from dsa_jax.cost import attention_flops, published, work
+from dsa_jax.cost import __main__ as cost_command, attention_flops, published, work
 from dsa_jax.convert.tensors import weight_shapes
 from dsa_jax.cost.layer import layer_parts
 from dsa_jax.families import SIZES
@@ -183,6 +183,12 @@ def test_windows_cost_what_they_see():
     layers = weights['projections'] / 61 * 10 + moe
     assert pairs(cfg) - pairs(rest) == pytest.approx(3 * n * (layers + 10 * work.mha_flops(cfg) * near))
   assert of('index scores', cfg, sparse=True) == of('index scores', rest, sparse=True)
+
+
+def test_a_model_of_windows_alone_has_a_paragraph():
+  cfg = dataclasses.replace(V32, window_layers=range(61), sliding_window=4096)
+  text = ' '.join(cost_command.paragraph(cfg, cost.Serving(), 8192, price=2.0, output_share=0.1, hit_share=0.0).split())
+  assert 'scoring and selecting are 0% of the sparse time' in text
 
 
 def of(part: str, cfg: ModelConfig, *, context=131_072, form='mqa', **kwargs) -> work.Work:

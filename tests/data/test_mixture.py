@@ -108,9 +108,27 @@ def test_a_source_that_is_used_up_is_named(sources, tmp_path):
 
 def test_bytes_of_text_for_each_target(sources, tmp_path):
   data = cases.mixture(tmp_path, sources)
-  assert data.unit == 'byte' and data.bytes_per_target() == pytest.approx(1)
+  assert data.unit == 'byte' and data.bytes_per_target(32) == pytest.approx(1)
   tokens = dict(format='flat', files='x.bin', separator=0)
   assert cases.mixture(tmp_path, {'x': tokens}).unit == 'token'
+
+
+def test_bytes_for_each_target_where_rows_are_filled_unlike(sources, tmp_path):
+  """Weights are shares of rows; a row of one source has many targets, a row of another has few."""
+  for letter, n in ('a', 15), ('b', 19):  # Rows of 33 tokens hold two documents of `a`, one of `b`.
+    lines = ''.join(json.dumps({'text': f'{i:0{n}}'}) + '\n' for i in range(400))
+    pathlib.Path(sources[letter]['files']).write_text(lines)
+  both = {letter: sources[letter] | {'weight': 0.5} for letter in 'ab'}
+  data = cases.mixture(tmp_path, both, packing='best_fit')
+  batches = first_batches(data.rows(33, 'validation'), 2, 6, seed=0)
+  stream = data._open('a')
+  stream.about = stream.about.copy()
+  stream.about['bytes'] *= 5  # As if its tokens were of five bytes each.
+  n_targets = np.concatenate([batch.weights.sum(axis=1) for batch in batches])
+  many = n_targets > n_targets.mean()  # Those rows are of `a`.
+  want = (5 * n_targets[many].sum() + n_targets[~many].sum()) / n_targets.sum()
+  assert many.sum() == len(many) / 2 and want > 3.2
+  assert data.bytes_per_target(33) == pytest.approx(want, rel=0.02)
 
 
 def test_a_folder_of_another_tokenizer_is_refused(tmp_path):

@@ -13,7 +13,7 @@ from dsa_jax.config import ConfigError
 from dsa_jax.data.text import VOCAB_SIZE
 from dsa_jax.data.tokenizer import Bytes
 from dsa_jax.nn.attention.types import Mode
-from dsa_jax.reporting.inspect import inspect
+from dsa_jax.reporting.inspect import _checked, inspect
 
 CFG = dataclasses.replace(laws.CFG, vocab_size=VOCAB_SIZE)
 TEXT = 'what a model reads'
@@ -82,6 +82,12 @@ def test_it_is_drawn(model):
 def test_what_will_not_do_is_named(model, text, layer, kwargs, message):
   with pytest.raises(ConfigError, match=message):
     inspect(model, text, layer, **kwargs)
+
+
+@pytest.mark.parametrize('ids', [[[1, 2]], [1.5]])
+def test_ids_that_are_none(model, ids):  # Type checks of tests would come before those of `inspect`.
+  with pytest.raises(ConfigError, match='must be integers in one dimension; got'):
+    _checked(model, np.array(ids))
 
 
 def test_a_layer_without_an_indexer_is_refused():

@@ -338,3 +338,17 @@ def test_a_baseline_of_other_tokens_is_not_called_fair(tokens, trains, is_fair):
   label = plots.label('dense_baseline', results)
   assert label == ('dense, fair baseline' if is_fair else 'dense, baseline')
   assert ('so it is not a fair one' in report._how_to_read(results)) == (not is_fair)
+
+
+def test_an_entry_that_logged_no_divergence_is_in_no_curve(tmp_path):
+  """It trained the backbone alone, or ended before its first line."""
+  write_metrics(tmp_path, {'dense': 20, 'warmup': 10})
+  with metrics.MetricsWriter(tmp_path) as writer:
+    writer.write('sparse', 5, {'lm_loss': 2.0})
+  curves = plots.Curves(metrics.read_metrics(tmp_path / 'metrics.csv'))
+  assert 'overview.png' in plots.draw(tmp_path, full_results(), curves)
+
+
+@pytest.mark.parametrize('value, text', [(999_700, '1 M'), (999.7, '1 k'), (1234, '1.23 k'), (0.5, '0.5')])
+def test_numbers_with_a_prefix(value, text):
+  assert plots.si(value) == text

@@ -92,6 +92,24 @@ def test_one_of_several_selects_as_it_does_alone(rule):
   np.testing.assert_array_equal(find_rule(rule)(c), choose(rule))
 
 
+@pytest.mark.parametrize('change', ['set', 'update', 'delete first'])
+def test_a_rule_that_takes_a_name_over_is_compiled_anew(change):
+  n = lambda value: lambda c: jnp.full((1, 1, 1), value, jnp.int32)
+  selected = jax.jit(lambda: find_rule('mine')(make_candidates('xla', topk=1)))
+  RULES['mine'] = n(1)
+  try:
+    assert selected() == 1
+    if change == 'update':
+      RULES.update(mine=n(2))
+    else:
+      if change == 'delete first':
+        del RULES['mine']
+      RULES['mine'] = n(2)
+    assert selected() == 2
+  finally:
+    del RULES['mine']
+
+
 def test_rules_differ():
   chosen = [choose(rule) for rule in RULES]
   for i, a in enumerate(chosen):
