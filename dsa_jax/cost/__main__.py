@@ -34,8 +34,11 @@ def read_model(name: str) -> ModelConfig:
   Of a family it is the first one that is named in dsa_jax/families.
   """
   file, _, variant = name.partition(':')
-  if pathlib.Path(file).is_file():
-    config = runpy.run_path(file)['get_config'](*[variant] if variant else [])
+  if pathlib.Path(file).is_file() and file.endswith('.py'):
+    module = runpy.run_path(file)
+    if 'get_config' not in module:
+      raise ConfigError(f'--model={name}: {file} must have a function get_config, as files of configs/ do.')
+    config = module['get_config'](*[variant] if variant else [])
     return ModelConfig(**config.model)
   of_families = {family: [*x.sizes.values()][0] for family, x in FAMILIES.items() if x.sizes}
   if name not in SIZES | of_families:
@@ -92,12 +95,16 @@ def _memory(cfg: ModelConfig, serving: Serving, context: int) -> str:
   per_token = cache_bytes(cfg, serving.cache)
   needed, memory = per_token * context * serving.batch, serving.chip.memory
   text = (
-      f'A cached token takes {per_token:,} bytes, so {serving.batch} sequences of this length take'
-      f' {_number(needed / 1e9)} GB per chip; {serving.chip.name} has {memory / 1e9:.0f} GB'
+      f'A cached token takes {per_token:,} bytes{_of_windows(cfg)}, so {serving.batch} sequences of this'
+      f' length take {_number(needed / 1e9)} GB per chip; {serving.chip.name} has {memory / 1e9:.0f} GB'
   )
   if needed <= memory:
     return f'{text}.'
   return f'{text}, enough for {memory // (per_token * context):.0f}, weights aside: try --batch.'
+
+
+def _of_windows(cfg: ModelConfig) -> str:
+  return ', also in layers with a window, as the sampler here keeps them all' if cfg.window_layers else ''
 
 
 def phase_table(cfg: ModelConfig, serving: Serving, context: int, phase: str, price: float):

@@ -81,6 +81,17 @@ def test_a_line_without_an_end_and_empty_lines(tmp_path):
   assert [x for piece in source.pieces() for x in source.documents(piece)] == [b'a', b'b']
 
 
+def test_files_that_are_no_text_stop_a_job_or_are_left_out(tmp_path):
+  (tmp_path / 'a.txt').write_text('words ' * 20)
+  (tmp_path / 'b.txt').write_bytes(gzip.compress(b'words'))
+  fields = dict(format='text', files=str(tmp_path / '*.txt'))
+  with pytest.raises(ConfigError, match=r"b.txt: it is no plain text \(gzip.*unpack.*damaged='drop'"):
+    cases.config(tmp_path, fields).rows(8, 'train')
+  known = cases.config(tmp_path, fields, damaged='drop', validation_share=0.0).about_documents(8)
+  [of_source] = known.values()
+  assert of_source['documents'] == 1 and of_source['left_out']['damaged'] == 1
+
+
 @pytest.mark.parametrize(
     'line, reason',
     [

@@ -60,15 +60,13 @@ class Text(places.Files):
     """Yields the text of each file.
 
     Raises:
-      ConfigError: A file holds no plain text, or is cut short.
+      ConfigError: A file is cut short.
     """
     for name in piece.names:
       text = _read_all(name)
       if format := recognise(text):
-        raise ConfigError(
-            f'{name} is no plain text ({format}). Unpack such files or save them as UTF-8, or leave '
-            'them out.'
-        )
+        yield Damaged(name, f'it is no plain text ({format}): unpack such files, or save them as UTF-8')
+        continue
       yield _checked(name, text.removeprefix(codecs.BOM_UTF8))
 
 
