@@ -117,16 +117,26 @@ def evaluate_run(scale: str, variant: str, rows: int):
 
 def table():
   """Prints every score as a row of one table, and writes it."""
-  lines = ['| evaluation | tokens of a row | arm | bits per byte | vs dense |', '| --- | ---: | --- | ---: | ---: |']
+  columns = 'evaluation', 'tokens of a row', 'targets', 'arm', 'bits per byte', 'vs dense', 'captured beyond', 'tasks'
+  lines = [f'| {" | ".join(columns)} |', '| --- | ---: | ---: | --- | ---: | ---: | ---: | --- |']
   for path in sorted(pathlib.Path('evaluations').glob('*/evaluate.json')):
     results = json.loads(path.read_text())
-    dense = results['arms']['dense']['bits_per_byte']
-    for arm, scores in results['arms'].items():
-      bits = scores['bits_per_byte']
-      lines.append(f'| {path.parent.name} | {results["context"]} | {arm} | {bits:.4f} | {bits / dense - 1:+.2%} |')
+    dense, answers = results['arms']['dense']['bits_per_byte'], (results['tasks'] or {}).get('scores', {})
+    for name, arm in results['arms'].items():
+      bits = arm['bits_per_byte']
+      right = ', '.join(f'{task} {share:.0%}' for task, share in answers.get(name, {}).items())
+      cells = f'{results["targets"]:,}', name, f'{bits:.4f}', f'{bits / dense - 1:+.2%}', captured(results, arm), right
+      lines.append(f'| {" | ".join([path.parent.name, str(results["context"]), *cells])} |')
   text = '\n'.join(lines) + '\n'
   pathlib.Path('table.md').write_text(text)
   print(text)
+
+
+def captured(results: dict, arm: dict) -> str:
+  """Returns the mean over layers of the attention that an arm captures, where it has to choose."""
+  measured = results['measures'].get(str(arm['index_topk']), {}).get('beyond') or {}
+  mass = [x for x in measured.get(arm['rule'], {}).get('captured_mass', []) if x is not None]
+  return f'{sum(mass) / len(mass):.3f}' if mass else ''
 
 
 if __name__ == '__main__':
