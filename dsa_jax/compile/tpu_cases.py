@@ -54,6 +54,7 @@ from dsa_jax.compile.cases import (
 from dsa_jax.compile.chips import CHIPS, make_mesh
 from dsa_jax.config import ModelConfig
 from dsa_jax.kernels.dense_attention import op as dense_op, tpu as dense
+from dsa_jax.kernels.groups import fold_keys
 from dsa_jax.kernels.index_kl import tpu as kl, tpu_dense
 from dsa_jax.kernels.index_topk import tpu as select
 from dsa_jax.kernels.indexed_attention import tpu as indexed
@@ -234,7 +235,7 @@ def splash_forward(name: str, block_q: int, block_s: int, chips: tuple[str, ...]
 
 
 class GroupsPlan(NamedTuple):
-  """The plan of one key head, whose work is done for each of them."""
+  """The plan of one key head, or of a few side by side, and how many times that work is done."""
 
   of_one: NamedTuple
   groups: int
@@ -255,17 +256,19 @@ def plan_groups(n_slots: int, backward: bool) -> Callable:
   """Returns a function of `Dims` that plans attention of grouped heads."""
 
   def plan(dims: Dims):
+    if backward:
+      q, kv, _ = grouped.attention_shapes(n_slots)(dims)
+      kv, blocks = jax.eval_shape(fold_keys, kv), attention.BlockSizes()
+      sizes = dict(n_groups=dims.groups, vmem=dims.vmem, blocks=blocks)
+      of_some = attention.plan_wide(q, kv, n_slots, **sizes)
+      return GroupsPlan(of_some, dims.groups // of_some.n_wide)
     inputs = *grouped.of_one_key_head(dims), n_slots
     sizes = dict(v_dim=dims.width, vmem=dims.vmem, blocks=attention.BlockSizes())
-    if not backward and n_slots >= sizes['blocks'].wide_slots:
+    if n_slots >= sizes['blocks'].wide_slots:
       width = 2 * dims.width * dims.groups
       inputs = shape(T, dims.heads, width), shape(dims.n_keys, width), n_slots
       return attention.plan_forward(*inputs, **sizes | dict(v_dim=width))
-    if backward:
-      of_one = attention.plan_backward(*inputs, **sizes, sparse_cores=True)
-    else:
-      of_one = attention.plan_forward(*inputs, **sizes)
-    return GroupsPlan(of_one, dims.groups)
+    return GroupsPlan(attention.plan_forward(*inputs, **sizes), dims.groups)
 
   return plan
 

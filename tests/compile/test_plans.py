@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Each plan says of every kernel that its op calls, and of no other, with which grid."""
 
+import dataclasses
 import functools
 import itertools
 
@@ -117,6 +118,27 @@ def test_attention_of_groups_on_a_tpu(n_slots, vmem):
   plan = op.plan(dims)
   assert isinstance(plan, tpu_cases.GroupsPlan) == (n_slots == 256)
   assert calls(lambda *x: op.function(*x), *op.shapes(dims)) == grids_of(plan)
+
+
+@pytest.mark.parametrize('model, n_wide', [('llama3_8b', 8), ('smollm2_135m', 3)])
+def test_gradients_of_groups_on_a_tpu(model, n_wide, vmem):
+  """Key heads lie side by side, and a shard of their keys and sums leaves room for the queries."""
+  dims = Dims.of(model, 131_072, vmem)
+  op = tpu_cases.OF_GROUPS['grouped_backward_256']
+  of_set, n_sets = op.plan(dims)
+  assert (of_set.n_wide, n_sets) == (n_wide, 1)
+  rows, shards = of_set.sizes.rows, of_set.row_shards
+  assert 0.7 < shards.stored * (rows.bytes + rows.sum_bytes) / vmem < 0.92
+  assert calls(lambda *x: op.function(*x), *op.shapes(dims)) == grids_of(of_set)
+
+
+def test_many_key_heads_lie_side_by_side_in_sets():
+  q, kv = array(1, 64, 48, 256), array(1, 128 * 12, 256)
+  plan = functools.partial(attention.plan_wide, q, kv, 16, vmem=VMEM[0])
+  blocks = attention.BlockSizes()
+  assert [plan(n_groups=n, blocks=blocks).n_wide for n in (2, 3, 12)] == [2, 3, 6]
+  more = dataclasses.replace(blocks, wide_heads=12)
+  assert plan(n_groups=12, blocks=more).n_wide == 6, 'a spare token has eight rows'
 
 
 @pytest.mark.parametrize('with_sparse_cores', [False, True])

@@ -8,7 +8,7 @@ import pytest
 
 from dsa_jax.kernels.sparse_attention.tpu import BlockSizes
 from dsa_jax.kernels.tpu import layout
-from dsa_jax.kernels.tpu.shards import Shards, fit_shards
+from dsa_jax.kernels.tpu.shards import Shards, expected_tiles, fit_shards
 from dsa_jax.kernels.tpu.slots import locate, sort_slots, split
 
 SHARDS = [Shards(1, 64, 0), Shards(4, 16, 0), Shards(2, 32, 16), Shards(4, 16, 8), Shards(8, 8, 4)]
@@ -64,6 +64,14 @@ def test_tiles_are_whole_where_reach_allows():
     else:
       assert n_before == least
   assert {int(x) % TILE for x in n} > {0}, 'rows of both kinds'
+
+
+@pytest.mark.parametrize('n_shards, tile', [(14, 32), (29, 16), (7, 48), (15, 8), (1, 48)])
+def test_expected_tiles_are_those_of_random_selections(n_shards, tile):
+  n_slots, step_t, n_steps = 256, 8, 4000
+  counts = np.random.default_rng(0).binomial(n_slots, 1 / n_shards, (n_steps, step_t))
+  tiles = -(-counts.max(axis=1) // tile)
+  assert expected_tiles(n_slots, n_shards, tile, step_t) == pytest.approx(tiles.mean(), rel=0.02)
 
 
 @pytest.mark.parametrize('shards', SHARDS)

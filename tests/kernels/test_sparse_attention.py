@@ -16,7 +16,9 @@ from dsa_jax.kernels.tpu import chip
 from dsa_jax.kernels.tpu.shards import Shards, fit_shards
 
 ALL = ['reference', *cases.BACKENDS]
-SMALL = {'tpu': tpu.BlockSizes(step_t=8, tile=8, line=8, copied=16)}  # Interpreted: few rows.
+SMALL = {  # Interpreted: few rows.
+    'tpu': tpu.BlockSizes(step_t=8, tile=8, line=8, copied=16, step_t_wide=4, wide_rows=8)
+}
 BLOCKS = [('xla', xla.BlockSizes(block_t=n)) for n in (1, 1000)]
 FEW_KEYS = tpu.BlockSizes(  # In VMEM: rows are brought together in HBM, and met in tiles.
     step_t=2, tile=4, line=4, copied=8, vmem_share=2**-12, step_t_compact=2, block_t_compact=40, own_tile=16
@@ -169,6 +171,25 @@ def test_key_heads_side_by_side_on_a_tpu(blocks):
     actual = _run_groups(q, *poisoned, indices, backend='tpu', blocks=blocks)
     jax.block_until_ready(actual)
   cases.assert_matches(actual, _run_groups(q, k, v, indices, backend='reference'))
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize('groups, dtype, races', [(4, 'float32', False), (3, 'bfloat16', True)])
+def test_gradients_of_key_heads_side_by_side_on_a_tpu(groups, dtype, races):
+  """Shards of few tokens, which a query meets in one tile or in several; two sets of key heads."""
+  start, end = cases.intervals('empty')
+  indices = cases.selection(start, end, 13)
+  shapes = (2, cases.T, 2 * groups, E), (2, cases.S, groups, E), (2, cases.S, groups, V)
+  q, k, v = cases.normal(5, *shapes, dtype=dtype)
+  blocks = dataclasses.replace(  # Less VMEM than a step's queries take: the fewest keys in a shard.
+      SMALL['tpu'], wide_heads=3, wide_rows=9, block_t_wide=24, vmem_share_wide=1e-9
+  )
+  with cases.interpreted('tpu', races):
+    poisoned = poison(k, indices), poison(v, indices)
+    actual = _run_groups(q, *poisoned, indices, backend='tpu', blocks=blocks)
+    jax.block_until_ready(actual)
+  exact = _run_groups(*cases.f32(q, k, v), indices, backend='reference')
+  cases.assert_matches(actual, exact, cases.TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize('groups, own, given, _', GROUPS[:2])

@@ -4,7 +4,8 @@
 Where keys lie in VMEM (see `resident`), a step of the grid takes a few queries. Their rows of the
 shard are copied tile by tile, and all heads attend to them. Forward uses online softmax. Backward,
 the gradient of the keys is added to rows that lie in VMEM as the keys do, and reaches HBM once for
-each shard and block of queries. The other paths are those of `tpu_rows`.
+each shard and block of queries. The other paths are those of `tpu_rows`, and of `tpu_wide` for
+gradients of grouped heads that share a selection.
 """
 
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from jax.experimental import pallas as pl
 import jax.numpy as jnp
 
 from dsa_jax.kernels import groups
-from dsa_jax.kernels.sparse_attention import tpu_rows
+from dsa_jax.kernels.sparse_attention import tpu_rows, tpu_wide
 from dsa_jax.kernels.sparse_attention.tpu_plan import (
     BlockSizes,
     Decode,
@@ -26,6 +27,7 @@ from dsa_jax.kernels.sparse_attention.tpu_plan import (
     TogetherBackward,
     plan_backward,
     plan_forward,
+    plan_wide,
 )
 from dsa_jax.kernels.tpu import chip, layout, resident, sparse_cores
 from dsa_jax.kernels.tpu.layout import Rows
@@ -80,7 +82,29 @@ def backward(
   of_queries = q, lse, dout, delta
   if n_groups == 1:
     return differentiate(of_queries, kv, groups.fold_indices(indices, 1, kv.shape[1]))
+  if indices.ndim == 3:
+    return _differentiate_wide(of_queries, kv, indices, n_groups, sm_scale, blocks)
   dq, dkv = _map_groups(differentiate, of_queries, kv, indices, n_groups)
+  return groups.join_groups(dq), jnp.moveaxis(dkv, 0, 2).reshape(kv.shape)
+
+
+def _differentiate_wide(
+    of_queries, kv, indices, n_groups: int, sm_scale: float, blocks: BlockSizes
+):
+  """Differentiates for one set of key heads after the other; those of a set lie side by side."""
+  sizes = dict(n_groups=n_groups, vmem=chip.vmem_bytes(), blocks=blocks)
+  plan = plan_wide(of_queries[0], kv, indices.shape[2], **sizes)
+  n_sets, width = n_groups // plan.n_wide, kv.shape[2]
+
+  def differentiate(of_queries, keys, indices):
+    q, *rest = of_queries
+    queries = tpu_rows.Queries(q, indices, *rest)
+    keys = keys.reshape(keys.shape[0], -1, width)
+    return tpu_wide.backward(queries, keys, plan=plan, sm_scale=sm_scale)
+
+  sets = kv.reshape(kv.shape[0], -1, plan.n_wide * width)
+  dq, dkv = _map_groups(differentiate, of_queries, sets, indices, n_sets)
+  dkv = dkv.reshape(*dkv.shape[:2], -1, plan.n_wide * width)
   return groups.join_groups(dq), jnp.moveaxis(dkv, 0, 2).reshape(kv.shape)
 
 
@@ -153,7 +177,7 @@ def _backward(queries, kv, *, plan: InVmem, sm_scale: float):
   packed = layout.pack(kv, plan.keys.shards)
 
   def step(dkv, block):
-    slots, (q_dout, stats) = tpu_rows.prepare(block, kv)
+    slots, (q_dout, stats) = tpu_rows.prepare(block, kv.shape[1])
     inputs = BackwardIn(q_dout, stats, packed)
     step = lambda shard, state: kernels.backward(shard, slots, inputs, state)
     state = Gradients(dkv=dkv, dq=jnp.zeros((*block.q.shape[:3], rows.channels)))

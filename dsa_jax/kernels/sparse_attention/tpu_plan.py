@@ -3,7 +3,8 @@
 
 Where there are few queries, XLA gathers the rows that they selected (`Decode`). Otherwise kernels
 copy rows within VMEM (`InVmem`). Where VMEM holds too few keys for whole tiles of each shard, rows
-are first brought together in HBM (`Together`, and `TogetherBackward` for the gradients).
+are first brought together in HBM (`Together`, and `TogetherBackward` for the gradients). Gradients
+of grouped heads that share a selection have a path of their own (`WideBackward`).
 """
 
 import dataclasses
@@ -14,7 +15,14 @@ from dsa_jax.kernels.tpu import gather_scatter
 from dsa_jax.kernels.tpu.gather_scatter import Fetch, Gather, OwnRows, Scatter
 from dsa_jax.kernels.tpu.layout import LANES, Rows
 from dsa_jax.kernels.tpu.plans import KernelPlan
-from dsa_jax.kernels.tpu.shards import ShardPlan, fit_chip, plan_shards
+from dsa_jax.kernels.tpu.shards import (
+    SPARE,
+    ShardPlan,
+    Shards,
+    fit_chip,
+    plan_shards,
+    plan_whole_tiles,
+)
 from dsa_jax.kernels.xla.rows import whole_block
 
 
@@ -34,6 +42,12 @@ class BlockSizes(Blocks):
   # Forward, grouped heads that share a selection of so many keys read one wide row for each, all
   # key heads side by side. That is one copy in place of G, for products G times as wide.
   wide_slots: int = 1024
+  # Backward, grouped heads that share a selection have at most so many key heads side by side.
+  wide_heads: int = 8
+  wide_rows: int = 256  # At most so many of their rows are read for a query at one time.
+  step_t_wide: int = 8  # Query rows of a step.
+  block_t_wide: int = 4096  # Query rows per pass, for which the shards come to VMEM once.
+  vmem_share_wide: float = 0.92  # Part of VMEM for a shard and for a step's queries.
 
 
 class Sizes(NamedTuple):
@@ -136,6 +150,32 @@ class TogetherBackward(NamedTuple):
     }
 
 
+class WideBackward(NamedTuple):
+  """Keys of `n_wide` key heads lie side by side in VMEM, with their gradients, shard by shard."""
+
+  sizes: Sizes  # Those of `n_wide` key heads, whose keys are folded.
+  n_wide: int
+  block_t: int
+  keys: ShardPlan  # Its keys and slots are tokens.
+
+  gathered_bytes = 0
+
+  @property
+  def row_shards(self) -> Shards:
+    """The shards as those of folded keys."""
+    return Shards(self.keys.shards.n, self.keys.shards.share * self.n_wide, 0)
+
+  def kernels(self) -> dict[str, KernelPlan]:
+    """Returns the plan for `n_wide` key heads. Each shard passes HBM, and so does each query."""
+    rows, shards, heads = self.sizes.rows, self.row_shards, self.sizes.n_heads
+    block_t = whole_block(self.sizes.n_queries, self.block_t, self.keys.step_t)
+    of_query = heads * (2 * rows.channels * rows.dtype.itemsize + 2 * rows.sum_bytes + 4 * LANES)
+    of_shard = shards.stored * (rows.bytes + 2 * rows.sum_bytes)
+    hbm_bytes = shards.n * (of_query + of_shard / block_t)
+    grid, loops = self.keys.grid(self.sizes.batch, block_t), self.keys.whole_tile_loops()
+    return {'sparse_attention_backward_wide': KernelPlan(grid, loops, hbm_bytes)}
+
+
 def plan_forward(
     q, kv, n_slots: int, *, v_dim: int, vmem: int, blocks: BlockSizes
 ) -> InVmem | Decode | Together:
@@ -174,3 +214,34 @@ def plan_backward(
     gather = gather_scatter.plan_fetch(*of_keys)
     scatter = dataclasses.replace(scatter, gather=gather)
   return TogetherBackward(sizes, blocks.block_t_compact // 2, gather, scatter)
+
+
+def plan_wide(q, kv, n_slots: int, *, n_groups: int, vmem: int, blocks: BlockSizes) -> WideBackward:
+  """Returns how the gradients of grouped heads that share a selection are found.
+
+  Args:
+    q: Queries of all heads, [B, T, H, E]; only their shape counts.
+    kv: Folded keys, [B, S * G, E]; only their shape and dtype count.
+    n_slots: K.
+    n_groups: G.
+    vmem: Bytes of VMEM of the chip.
+    blocks: The op's block sizes.
+  """
+  most = min(blocks.wide_heads, SPARE)  # A spare token has as many rows.
+  n_wide = max(n for n in range(1, most + 1) if n_groups % n == 0)
+  rows = Rows(kv.shape[2], kv.dtype)
+  n_keys, n_heads = kv.shape[1] // n_groups, q.shape[2] * n_wide // n_groups
+  sizes = Sizes(*q.shape[:2], n_heads, n_keys, n_slots, kv.shape[2], rows)
+  row_bytes = rows.bytes + rows.sum_bytes
+  # Two windows of a query, its gradient before and after, each head's statistics, and a tile.
+  of_head = 4 * rows.channels * rows.dtype.itemsize + 4 * rows.sum_bytes + 8 * LANES
+  of_step = blocks.step_t_wide * (n_heads * of_head + blocks.wide_rows * row_bytes)
+  blocks = dataclasses.replace(
+      blocks,
+      tile=max(blocks.wide_rows // n_wide, 1),
+      step_t=blocks.step_t_wide,
+      vmem_share=blocks.vmem_share_wide - of_step / vmem,
+  )
+  token_bytes = n_wide * row_bytes
+  keys = plan_whole_tiles(n_keys, n_slots, token_bytes, vmem, blocks)
+  return WideBackward(sizes, n_wide, blocks.block_t_wide, keys)

@@ -76,7 +76,7 @@ def backward(queries: Queries, kv, *, plan: TogetherBackward, sm_scale: float):
     return gather.run(sort_slots(indices, kv.shape[1]), packed, *memory)
 
   def finish(block, own, seen, dkv):
-    slots, (q_dout, stats) = prepare(block, kv)
+    slots, (q_dout, stats) = prepare(block, kv.shape[1])
     dq, dkeys = differentiate(q_dout, stats, own, seen, plan=gather.own, sm_scale=sm_scale)
     return scatter.run(slots, dkeys, dkv), dq[..., : kv.shape[-1]].astype(block.q.dtype)
 
@@ -105,14 +105,14 @@ def backward(queries: Queries, kv, *, plan: TogetherBackward, sm_scale: float):
   return dq, dkv.astype(kv.dtype)
 
 
-def prepare(block: Queries, kv):
+def prepare(block: Queries, n_keys: int):
   """Returns sorted slots, and queries as the kernels read them.
 
   These are q and the gradients of the output, 2H heads with the channels of a packed key, and
   lse and delta, [B, T, H, 2].
   """
   q, indices, lse, dout, delta = block
-  slots = sort_slots(indices, kv.shape[1])
+  slots = sort_slots(indices, n_keys)
   q = layout.pad_channels(q)
   dout = jnp.pad(dout, [(0, 0)] * 3 + [(0, q.shape[-1] - dout.shape[-1])])
   return slots, (jnp.concatenate([q, dout], axis=2), jnp.stack([lse, delta], -1))

@@ -236,17 +236,17 @@ def add_rows(lines: int, source, first, target, table, n):
   jax.lax.fori_loop(0, pl.cdiv(n, group), add, 0)
 
 
-def overlap(start, finish, n: int) -> list:
-  """Finishes n pieces of work, each after the next was started, and returns the results.
+def overlap(start, finish, n: int, ahead: int = 1) -> list:
+  """Finishes n pieces of work, each after so many more were started, and returns the results.
 
   The matrix unit keeps the order of the program, so it computes the next piece's products while the
   vector unit is at this one's. Memory keeps it, too, so the next loads need not wait for these
-  stores.
+  stores. Two pieces ahead occupy two matrix units, and take more registers.
   """
-  started, results = [start(0)], []
+  started, results = [start(i) for i in range(min(ahead, n))], []
   for i in range(n):
-    if i + 1 < n:
-      started.append(start(i + 1))
+    if i + ahead < n:
+      started.append(start(i + ahead))
     results.append(finish(i, *started[i]))
   return results
 

@@ -2,6 +2,8 @@
 """How many keys lie in VMEM at one time, and how many selected ones a query reads at one time."""
 
 import dataclasses
+import functools
+import itertools
 import math
 from typing import NamedTuple
 
@@ -11,6 +13,7 @@ SPARE = 8  # Rows of zeros behind each shard. Slots of other shards point to the
 BEGIN = 128  # Rows that could be read in the time that a grid step takes to begin and to end.
 ADDED = 8  # Rows of sums that are in registers at one time.
 ADDS = 8  # Groups of `ADDED` rows between two branches.
+TILE_BEGIN = 16  # Tokens that could be read in the time that a whole tile takes beside its tokens.
 
 
 class Shards(NamedTuple):
@@ -86,6 +89,12 @@ class ShardPlan:
     groups = groups + 0.5 if self.shards.loose else math.ceil(groups)
     return [(3, self.shards.n * groups / self.step_t)] * self.step_t
 
+  def whole_tile_loops(self) -> list[tuple[int, float]]:
+    """Returns the loops over grid steps and over tiles that are read without branches."""
+    n = self.shards.n
+    tiles = expected_tiles(self.n_slots, n, self.tile, self.step_t)
+    return [(1, n / self.step_t), (2, n * tiles / self.step_t)]
+
 
 def plan_shards(n_keys: int, n_slots: int, bytes_per_key: int, vmem: int, blocks) -> ShardPlan:
   """Returns how a kernel reads the keys that `fit_shards` puts into VMEM.
@@ -126,6 +135,44 @@ def fit_shards(n_keys: int, n_slots: int, bytes_per_key: int, vmem: int, blocks)
         options.append((n * (tiles * tile + BEGIN), shards, tile))
   _, shards, tile = min(options)
   return shards, tile
+
+
+def plan_whole_tiles(n_keys: int, n_slots: int, bytes_per_key: int, vmem: int, blocks) -> ShardPlan:
+  """Returns the shards and the tile that take least where tiles are whole and begin anywhere.
+
+  The arguments are those of `plan_shards`.
+  """
+  fewest = pl.cdiv(n_keys, most_keys(bytes_per_key, vmem, blocks))
+  options = []
+  for n in range(fewest, 2 * fewest):
+    for tile in range(min(ADDED, blocks.tile), blocks.tile + 1, ADDED):
+      tiles = expected_tiles(n_slots, n, tile, blocks.step_t)
+      options.append((n * (tiles * (tile + TILE_BEGIN) + SPARE), n, tile))
+  _, n, tile = min(options)
+  shards = Shards(n, eights(pl.cdiv(n_keys, n)), 0)
+  return ShardPlan(shards, n_slots, blocks.step_t, tile, 1, 0, vmem)
+
+
+def expected_tiles(n_slots: int, n_shards: int, tile: int, step_t: int) -> float:
+  """Returns how many tiles that query of a step has in a shard which has most slots there.
+
+  Slots are spread evenly at random: the number of a query's slots in a shard is binomial.
+  """
+  if n_shards == 1:
+    return float(math.ceil(n_slots / tile))
+  at_most = _chances(n_slots, n_shards)
+  return sum(1 - at_most[n] ** step_t for n in range(0, n_slots, tile))
+
+
+@functools.cache
+def _chances(n_slots: int, n_shards: int) -> list[float]:
+  """Returns the chance that a shard has at most n of the slots, for each n."""
+
+  def chance(n: int) -> float:
+    ways = math.lgamma(n_slots + 1) - math.lgamma(n + 1) - math.lgamma(n_slots - n + 1)
+    return math.exp(ways + (n_slots - n) * math.log1p(-1 / n_shards) - n * math.log(n_shards))
+
+  return [min(x, 1.0) for x in itertools.accumulate(map(chance, range(n_slots)))]
 
 
 def most_keys(bytes_per_key: int, vmem: int, blocks) -> int:
