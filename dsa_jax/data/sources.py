@@ -252,6 +252,8 @@ class DataConfig(PackingConfig):
 
   def _check_validation(self):
     """Warns where training reads a file that is for validation."""
+    if self._keys.keys() == self.sources.keys():
+      return  # No source has files of its own for validation.
     names = {key: names_of(source) for key, source in self._keys.items()}
     for key, held_out in names.items():
       others = [other for other in names if other in self.sources and held_out & names[other]]

@@ -47,6 +47,7 @@ def test_numbers_are_those_of_a_whole_pass(model, whole_pass):
   np.testing.assert_array_equal(inspect(model, Bytes().encode(TEXT), 1).ids, Bytes().encode(TEXT))
 
 
+@pytest.mark.nightly
 def test_each_key_head_captures_what_it_selects():
   """Not what any of them selects."""
   cfg = dataclasses.replace(laws.GQA_EACH, vocab_size=VOCAB_SIZE)
