@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 import dataclasses
 import functools
 import logging
+import os
 import re
 from typing import Any, NamedTuple
 
@@ -254,7 +255,8 @@ class DataConfig(PackingConfig):
     """Warns where training reads a file that is for validation."""
     if self._keys.keys() == self.sources.keys():
       return  # No source has files of its own for validation.
-    names = {key: names_of(source) for key, source in self._keys.items()}
+    real = lambda name: name if '://' in name else os.path.realpath(name)
+    names = {key: {*map(real, names_of(source))} for key, source in self._keys.items()}
     for key, held_out in names.items():
       others = [other for other in names if other in self.sources and held_out & names[other]]
       if key not in self.sources and others:

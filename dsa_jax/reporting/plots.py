@@ -174,7 +174,7 @@ def _draw_positions(part: Any, cell: Any, results: Mapping[str, Any], by_positio
   panels = {f'Bits per {unit(results)}, by position': bits}
   if 'dense_baseline' in bits and not results.get('accuracy'):
     excess = {name: 100 * (values / bits['dense_baseline'] - 1) for name, values in bits.items()}
-    panels['Difference to the fair baseline (%)'] = excess
+    panels[f'Difference to the {"fair " * is_fair(results)}baseline (%)'] = excess
   grid = cell.subgridspec(len(panels), 1)
   for row, (title, lines) in enumerate(panels.items()):
     axes = part.add_subplot(grid[row])

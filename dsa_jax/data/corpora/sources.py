@@ -89,31 +89,28 @@ def open_format(
     stream = TokenFolder(tokenizing.cached(source, tokenizer, cache, damaged, special_tokens))
     stream.place = str(source.files)  # What its user knows it by.
     return stream
+  names = names_of(source)
   if isinstance(source, Tokens):
-    streams = [TokenFolder(name) for name in places.expand_local(source.files)]
+    streams = [TokenFolder(name) for name in names]
   elif isinstance(source, Flat):
     make = lambda name: FlatTokens(name, source.dtype, source.separator, _index(cache, source, name))
-    names = places.expand(source.files, ('.bin', '.npy'))
     with tokenizing.kept_in(cache):
       streams = [make(name) for name in names]
   else:
-    names = places.expand_local(_prefixes(source.files), '.idx')
     with tokenizing.kept_in(cache):
       streams = [MegatronTokens(name, _index(cache, source, f'{name}.bin')) for name in names]
   return streams[0] if len(streams) == 1 else Joined(streams)
 
 
-def names_of(source: Format) -> set[str]:
-  """Returns the files, or folders of tokens, that a source reads."""
+def names_of(source: Format) -> list[str]:
+  """Returns the files, pairs of files or folders of tokens that a source reads, in their order."""
   if isinstance(source, RawFormat):
-    names = [name for piece in source.pieces() for name in piece.names]
-  elif isinstance(source, Tokens):
-    names = places.expand_local(source.files)
-  elif isinstance(source, Flat):
-    names = places.expand(source.files, ('.bin', '.npy'))
-  else:
-    names = places.expand_local(_prefixes(source.files), '.idx')
-  return {name if '://' in name else os.path.realpath(name) for name in names}
+    return [name for piece in source.pieces() for name in piece.names]
+  if isinstance(source, Tokens):
+    return places.expand_local(source.files)
+  if isinstance(source, Flat):
+    return places.expand(source.files, ('.bin', '.npy'))
+  return places.expand_local(_prefixes(source.files), '.idx')
 
 
 def _prefixes(files: str | Sequence[str]) -> list[str]:

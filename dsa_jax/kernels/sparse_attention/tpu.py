@@ -29,9 +29,10 @@ from dsa_jax.kernels.sparse_attention.tpu_plan import (
     plan_forward,
     plan_wide,
 )
+from dsa_jax.kernels.sparse_attention.tpu_rows import BackwardScratch, Gradients
 from dsa_jax.kernels.tpu import chip, layout, resident, sparse_cores
 from dsa_jax.kernels.tpu.layout import Rows
-from dsa_jax.kernels.tpu.resident import Scalars, ShardKernels, Sums, dot
+from dsa_jax.kernels.tpu.resident import Scalars, ShardKernels, dot
 from dsa_jax.kernels.tpu.slots import sort_slots
 from dsa_jax.kernels.xla.rows import map_rows, scan_rows
 
@@ -210,21 +211,6 @@ class BackwardIn(NamedTuple):
   q_dout: Any  # q, then the gradient of the output, 2H heads with the channels of a packed key.
   stats: Any  # lse and delta, [B, T, H, 2].
   kv: Any
-
-
-class Gradients(NamedTuple):
-  """The gradients from the shards so far, float32."""
-
-  dkv: Any  # Sums that lie as `layout.zero_sums` has them.
-  dq: Any  # [B, T, H, E]
-
-
-class BackwardScratch(NamedTuple):
-  """What the backward kernel works in."""
-
-  keys: Any  # A copied tile of each query.
-  dkeys: Any  # Its gradient.
-  sums: Sums
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,7 +8,7 @@ while the TensorCore is at the block before; forward alone would wait for them, 
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from jax.experimental import pallas as pl
@@ -19,7 +19,7 @@ from dsa_jax.kernels.sparse_attention.tpu_plan import Decode, Together, Together
 from dsa_jax.kernels.tpu import chip, layout, resident, sparse_cores
 from dsa_jax.kernels.tpu.gather_scatter import Fetch, OwnRows
 from dsa_jax.kernels.tpu.layout import LANES, Rows
-from dsa_jax.kernels.tpu.resident import dot
+from dsa_jax.kernels.tpu.resident import Sums, dot
 from dsa_jax.kernels.tpu.shards import Shards
 from dsa_jax.kernels.tpu.slots import sort_slots
 from dsa_jax.kernels.xla.rows import gather_rows, scan_rows, whole_block
@@ -33,6 +33,21 @@ class Queries(NamedTuple):
   lse: jax.Array
   dout: jax.Array
   delta: jax.Array
+
+
+class Gradients(NamedTuple):
+  """The gradients from the shards so far, float32."""
+
+  dkv: Any  # Sums that lie as `layout.zero_sums` has them.
+  dq: Any  # [B, T, H, E]
+
+
+class BackwardScratch(NamedTuple):
+  """What kernels work in whose keys and gradients lie in VMEM."""
+
+  keys: Any  # A copied tile of each query.
+  dkeys: Any  # Its gradient.
+  sums: Sums
 
 
 def decode(q, kv, indices, *, plan: Decode, v_dim: int, sm_scale: float):

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 
 from dsa_jax.kernels.sparse_attention import tpu_rows
 from dsa_jax.kernels.sparse_attention.tpu_plan import WideBackward
+from dsa_jax.kernels.sparse_attention.tpu_rows import BackwardScratch, Gradients
 from dsa_jax.kernels.tpu import layout, resident
 from dsa_jax.kernels.tpu.layout import LANES, Rows
 from dsa_jax.kernels.tpu.resident import Scalars, ShardKernels, Sums, dot
@@ -64,21 +65,6 @@ class BackwardIn(NamedTuple):
   q_dout: Any  # q, then the gradient of the output, 2H heads with the channels of a packed key.
   stats: Any  # lse and delta, [B, T, H, 2].
   kv: Any
-
-
-class Gradients(NamedTuple):
-  """The gradients from the shards so far, float32."""
-
-  dkv: Any  # Sums that lie as `layout.zero_sums` has them.
-  dq: Any  # [B, T, H, E]
-
-
-class BackwardScratch(NamedTuple):
-  """What the kernel works in."""
-
-  keys: Any  # A copied tile of each query.
-  dkeys: Any  # Its gradient.
-  sums: Sums
 
 
 @dataclasses.dataclass(frozen=True)
