@@ -13,14 +13,18 @@ class Verdict(NamedTuple):
   """One line of the report's checks."""
 
   name: str
-  passed: bool
+  passed: bool | None  # None: the results lack what it is judged by.
   detail: str  # The number behind it.
 
 
 def verdicts(results: Mapping[str, Any], bars: Mapping[str, float]) -> list[dict[str, Any]]:
-  """Returns the verdicts of all checks that have a bar and whose numbers the results have."""
-  judged = [JUDGES[name](results, bar) for name, bar in bars.items()]
-  return [verdict._asdict() for verdict in judged if verdict is not None]
+  """Returns the verdicts of all checks that have a bar."""
+  judged = ((name, JUDGES[name](results, bar)) for name, bar in bars.items())
+  return [(verdict or _not_judged(name))._asdict() for name, verdict in judged]
+
+
+def _not_judged(name: str) -> Verdict:
+  return Verdict(name, None, 'this run has no such numbers')
 
 
 def _loss_excess(results, bar: float) -> Verdict | None:

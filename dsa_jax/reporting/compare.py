@@ -55,9 +55,9 @@ class Group(NamedTuple):
   runs: list[FinishedRun]
 
   def cells(self, titles: Sequence[str]) -> list[str]:
-    """Returns the mean of each number and, of several runs, its standard deviation."""
+    """Returns the mean of each number, of several runs its standard deviation, and how many have it."""
     numbers = [run.numbers() for run in self.runs]
-    return [_cell(title, [n[title] for n in numbers if title in n]) for title in titles]
+    return [_cell(title, [n[title] for n in numbers if title in n], len(numbers)) for title in titles]
 
 
 def read_run(workdir: pathlib.Path) -> FinishedRun:
@@ -164,14 +164,14 @@ def curve(curves: plots.Curves, entry: str, name: str) -> tuple[np.ndarray, np.n
   return parts[0][0], plots.smooth(np.mean([y for _, y in parts], axis=0))
 
 
-def _cell(title: str, values: Sequence[float]) -> str:
+def _cell(title: str, values: Sequence[float], runs: int) -> str:
   if not values:
     return 'n/a'
   form = '{:,.0f}' if title in ('tokens', 'seconds') else '{:.4f}'
   text = form.format(np.mean(values))
-  if len(values) == 1 or title == 'tokens':
-    return text
-  return f'{text} ± {form.format(np.std(values, ddof=1))}'
+  if len(values) > 1 and title != 'tokens':
+    text += f' ± {form.format(np.std(values, ddof=1))}'
+  return text if len(values) == runs else f'{text} ({len(values)} of {runs})'
 
 
 def _names(folders: Sequence[pathlib.Path]) -> dict[pathlib.Path, str]:

@@ -67,6 +67,7 @@ SAMPLE_CAPTION = (
     ' the last columns count what all stages have left out, each time that they read it.'
 )
 # Reasons why documents are left out, and what the report calls such documents.
+VERDICTS = {True: 'pass', False: 'FAIL', None: 'n/a'}
 LEFT_OUT = {'empty': 'empty', 'damaged': 'damaged', 'length': 'too short or long'}
 Table = tuple[list[str], list[list[str]]]
 
@@ -296,7 +297,7 @@ def _checks_section(results: Mapping[str, Any]) -> list[str]:
   checks = results.get('checks')
   if not checks:
     return []
-  rows = [[c['name'], 'pass' if c['passed'] else '**FAIL**', c['detail']] for c in checks]
+  rows = [[c['name'], VERDICTS[c['passed']].replace('FAIL', '**FAIL**'), c['detail']] for c in checks]
   table = markdown_table((['check', 'result', 'detail'], rows), align='---')
   return ['## Checks', 'What this run has to show, and whether it does.', table]
 
@@ -332,8 +333,7 @@ def print_report(
   console = console or rich.console.Console()
   print_table(console, results['title'], main_table(results))
   for check in results.get('checks') or []:
-    verdict = 'pass' if check['passed'] else 'FAIL'
-    console.print(f'{verdict}  {check["name"]}: {check["detail"]}', markup=False, highlight=False)
+    console.print(f'{VERDICTS[check["passed"]]}  {check["name"]}: {check["detail"]}', markup=False, highlight=False)
   console.print(f'report: {workdir / "report.md"}', markup=False, highlight=False, soft_wrap=True)
 
 

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Several runs by one config: `config.sweep` lists what differs, and one process trains them all."""
 
+from collections.abc import Mapping
+from typing import Any
+
 from ml_collections import ConfigDict
 
 from dsa_jax.config import ConfigError
@@ -18,9 +21,10 @@ def sweep_configs(config: ConfigDict) -> list[ConfigDict]:
   """
   if not config.get('sweep'):
     return [config]
-  configs = {}
-  for changes in config.sweep:
-    name = ','.join(f'{field.rpartition(".")[2]}={value}' for field, value in changes.items())
+  configs, names = {}, [_name(changes, whole=False) for changes in config.sweep]
+  if len(set(names)) < len(names):  # Of two stages, say.
+    names = [_name(changes, whole=True) for changes in config.sweep]
+  for changes, name in zip(config.sweep, names):
     one = config.copy_and_resolve_references().lock()  # Fields that do not exist raise.
     try:
       one.update_from_flattened_dict(dict(changes))
@@ -32,3 +36,9 @@ def sweep_configs(config: ConfigDict) -> list[ConfigDict]:
       raise ConfigError(f'sweep: {dict(changes)} must name what is different from the other runs.')
     configs[one.workdir] = one
   return list(configs.values())
+
+
+def _name(changes: Mapping[str, Any], *, whole: bool) -> str:
+  """Returns what differs in a run, by the whole names of its fields or by their last parts."""
+  last = lambda field: field if whole else field.rpartition('.')[2]
+  return ','.join(f'{last(field)}={value}' for field, value in changes.items())

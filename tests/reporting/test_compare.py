@@ -64,6 +64,12 @@ def test_seeds_are_one_row_and_the_rest_says_what_differs(runs):
   assert f'2.2000 ± {spread:.4f}' in out.getvalue() and 'differ in their seed alone' in out.getvalue()
 
 
+def test_a_mean_says_how_many_runs_it_is_of(runs, tmp_path):
+  several = [*runs[:3:2], save_run(tmp_path / 'c', seed=2)]  # The third has no report yet.
+  [group] = comparison.group_runs([comparison.read_run(run) for run in several])
+  assert group.cells(['tokens', 'captured mass']) == ['1,500 (2 of 3)', '0.9000 ± 0.0000 (2 of 3)']
+
+
 def test_reports_of_other_rows_are_in_no_mean(runs, tmp_path):
   other = save_run(tmp_path / 'other', 2.2, seed=2, **{'report.batches': 1})
   groups = comparison.group_runs([comparison.read_run(run) for run in (runs[0], other)])

@@ -78,6 +78,7 @@ def full_results():
       'checks': [
           {'name': 'loss', 'passed': True, 'detail': '+0.30 % <= 0.5 %'},
           {'name': 'captured mass', 'passed': False, 'detail': '0.89 < 0.9 | layer 1'},
+          {'name': 'accuracy_share', 'passed': None, 'detail': 'no such numbers'},
       ],
   }
 
@@ -159,11 +160,12 @@ def test_tables_hold_the_right_numbers(full):
   assert ['warmup', '409,600', '30.5'] in rows
   assert ['whole run', '3,686,400', '331.4'] in rows
   assert '| captured mass | **FAIL** | 0.89 < 0.9 \\| layer 1 |' in text
+  assert '| accuracy_share | n/a | no such numbers |' in text
 
 
 def test_terminal_shows_the_main_table_and_the_checks(full):
   _, shown = full
-  for words in ('sparse, indexer', '+0.30%', 'pass  loss', 'FAIL  captured mass'):
+  for words in ('sparse, indexer', '+0.30%', 'pass  loss', 'FAIL  captured mass', 'n/a  accuracy_share'):
     assert words in shown
 
 

@@ -29,6 +29,12 @@ def test_each_run_has_a_folder_and_its_fields(tmp_path):
   assert read_recipe(two).seed == 2
 
 
+def test_one_field_of_two_stages_is_named_with_its_stage(tmp_path):
+  stages = 'stages.baseline', 'stages.sparse'
+  runs = sweep_configs(config_of(tmp_path, *({f'{stage}.steps': 20} for stage in stages)))
+  assert [run.workdir for run in runs] == [f'{tmp_path}/{stage}.steps=20' for stage in stages]
+
+
 def test_without_a_sweep_there_is_one_run(tmp_path):
   config = config_of(tmp_path)
   assert sweep_configs(config) == [config]

@@ -68,7 +68,9 @@ class Joined(TokenStream):
     self.about = np.concatenate([stream.about for stream in streams])
     self.vocab_size = max(stream.vocab_size for stream in streams)
     self.tokenizer, self.place = first.tokenizer, f'{first.place} and others'
-    self.left_out = sum((stream.left_out for stream in streams), collections.Counter())
+    self.left_out = collections.Counter()
+    for stream in streams:
+      self.left_out.update(stream.left_out)  # A sum would drop reasons that are known to be no one's.
     totals = [int(stream.about['tokens'].sum()) for stream in streams]
     self._starts = np.cumsum([0, *totals])
 
