@@ -2,6 +2,7 @@
 """The decoder. Its layers are stacked and scanned, and each reports what the losses need."""
 
 from collections.abc import Callable, Iterator, Sequence
+import functools
 from typing import Any, NamedTuple
 
 from flax import nnx
@@ -159,8 +160,8 @@ class Transformer(Configured):
     return self.embed[...].T if self.head is None else self.head[...]
 
   def embedded(self, tokens: Int[Array, 'B T']) -> Float[Array, 'B T D']:
-    embed = self.embed[...].astype(self.cfg.dtype)
-    return shard.shard_mapped(_embed, (P('tensor', 'fsdp'), BATCH), BATCH)(embed, tokens)
+    look_up = functools.partial(_embed, dtype=self.cfg.dtype)
+    return shard.shard_mapped(look_up, (P('tensor', 'fsdp'), BATCH), BATCH)(self.embed[...], tokens)
 
   def into_streams(self, x: Float[Array, 'B T D']) -> Float[Array, 'B T *M D']:
     """Returns the input of the first layer: embeddings, in a copy for each stream."""
@@ -185,12 +186,17 @@ class Transformer(Configured):
     return block
 
 
-def _embed(embed, tokens):
-  """Sums the embeddings that each device looks up in its own share of the vocabulary."""
-  embed = collectives.all_gather(embed, 'fsdp', dim=1)
-  word = collectives.all_gather(tokens, 'tensor', dim=1) - collectives.axis_index('tensor') * len(embed)
-  here = (word >= 0) & (word < len(embed))
-  return collectives.psum_scatter(jnp.where(here[..., None], embed[word], 0), 'tensor', dim=1)
+def _embed(embed, tokens, dtype):
+  """Returns embeddings that each device looks up in its words and channels, for all who share either.
+
+  What is read is cast, not the table: its gradient sums in the table's dtype, float32, over all
+  places of a word. In bfloat16 such a sum stops growing after a few hundred places.
+  """
+  words = collectives.all_gather(collectives.all_gather(tokens, 'tensor', dim=1), 'fsdp', dim=0)
+  words -= collectives.axis_index('tensor') * len(embed)
+  here = (words >= 0) & (words < len(embed))
+  x = jnp.where(here[..., None], embed[words].astype(dtype), 0)
+  return collectives.all_to_all(collectives.psum_scatter(x, 'tensor', dim=1), 'fsdp', split=0, join=2)
 
 
 def gather_head(

@@ -12,6 +12,7 @@ import optax
 from dsa_jax.config import ConfigError
 
 
+BIASES = ('bq', 'bk', 'bv')  # Of heads, in a row for each head.
 DECAYS = ('all', 'matrices')
 SCHEDULES = ('cosine', 'constant', 'wsd')
 
@@ -76,9 +77,9 @@ def _optax_schedule(schedule: ScheduleConfig, peak: float) -> optax.Schedule:
   if schedule.kind == 'cosine':
     return optax.warmup_cosine_decay_schedule(0.0, peak, warmup, steps, end)
   parts = [optax.linear_schedule(0.0, peak, warmup), optax.constant_schedule(peak)]
-  fall = round(schedule.decay_share * steps) if schedule.kind == 'wsd' else 0
+  fall = min(round(schedule.decay_share * steps), steps - warmup) if schedule.kind == 'wsd' else 0
   parts.append(optax.linear_schedule(peak, end, fall))
-  return optax.join_schedules(parts, [warmup, max(steps - fall, warmup)])
+  return optax.join_schedules(parts, [warmup, steps - fall])
 
 
 def _own_rates(schedule: ScheduleConfig, peak: float) -> np.ndarray:
@@ -111,10 +112,11 @@ def make_optimizer(optim: OptimConfig) -> optax.GradientTransformation:
 
 
 def _are_matrices(params: nnx.State) -> nnx.State:
-  """Returns which weights decay: those with two axes or more, but for embeddings."""
+  """Returns which weights decay: those with two axes or more, but for embeddings and biases of heads."""
 
-  def decays(x: nnx.Variable) -> nnx.Variable:
-    axes = x.get_metadata()['axes']
-    return x.replace(len(axes) > 1 and axes[0] != 'vocab')
+  def decays(path, x: nnx.Variable) -> nnx.Variable:
+    axes, name = x.get_metadata()['axes'], path[-1].key
+    return x.replace(len(axes) > 1 and axes[0] != 'vocab' and name not in BIASES)
 
-  return jax.tree.map(decays, params, is_leaf=lambda x: isinstance(x, nnx.Variable))
+  is_leaf = lambda x: isinstance(x, nnx.Variable)
+  return jax.tree_util.tree_map_with_path(decays, params, is_leaf=is_leaf)

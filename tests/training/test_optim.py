@@ -3,6 +3,7 @@
 
 from flax import nnx
 import jax
+import laws
 import numpy as np
 import optax
 import pytest
@@ -35,6 +36,8 @@ def test_constant_and_wsd():
   wsd = rates('wsd', warmup_steps=2, end_share=0.5)
   np.testing.assert_allclose(wsd, [0, 1, 2, 2, 2, 2, 1.8, 1.6, 1.4, 1.2], rtol=1e-6)
   np.testing.assert_allclose(rates('wsd', decay_share=0.0), 2.0)
+  short = rates('wsd', warmup_steps=6)  # The fall of half the steps begins behind the warm-up.
+  np.testing.assert_allclose(short[5:], [2 * 5 / 6, 2, 1.55, 1.1, 0.65], rtol=1e-6)
 
 
 def hyperbola(step, steps, peak):
@@ -57,10 +60,11 @@ def test_a_stage_has_one():
     StageConfig(**entry, decay_share=2.0)
 
 
+@pytest.mark.parametrize('cfg', [CFG, laws.GQA], ids=['mla', 'gqa'])
 @pytest.mark.parametrize('decays', ['all', 'matrices'])
-def test_what_decays(decays):
+def test_what_decays(decays, cfg):
   """Without gradients, decay alone moves a weight."""
-  parts, _ = split_parts(init_params(CFG, seed=0), ('backbone',))
+  parts, _ = split_parts(init_params(cfg, seed=0), ('backbone',))
   parts = jax.tree.map(lambda x: x + 1, parts['backbone'])
   optimizer = make_optimizer(OptimConfig(weight_decay=0.1, decays=decays))
   zeros = jax.tree.map(lambda x: 0 * x, parts)
@@ -70,7 +74,7 @@ def test_what_decays(decays):
       for path, x in nnx.to_flat_state(updates)
   }
   still = {name for name, moves in moved.items() if not moves}
-  norms = {name for name in moved if name.endswith('scale') or name == 'embed'}
+  norms = {name for name in moved if name.endswith(('scale', 'bq', 'bk', 'bv')) or name == 'embed'}
   assert still == (norms if decays == 'matrices' else set()) and len(norms) > 5
 
 

@@ -35,6 +35,19 @@ def test_one_field_of_two_stages_is_named_with_its_stage(tmp_path):
   assert [run.workdir for run in runs] == [f'{tmp_path}/{stage}.steps=20' for stage in stages]
 
 
+def test_seeds_that_change_nothing_are_no_sweep(tmp_path):
+  """Each would be the same run, to the last bit, and `compare` would find no deviation."""
+  config = config_of(tmp_path, {'seed': 1}, {'seed': 2})
+  for name in config.recipe:
+    config.stages[name].init_from = config.stages[name].init_from or 'checkpoints/mine'
+  with pytest.raises(ConfigError, match=r"sweep: {'seed': 2} must differ in more than its seed.*data_seed"):
+    sweep_configs(config)
+  config.sweep = {'seed': 1}, {'seed': 1, 'stages.sparse.data_seed': 5}
+  assert len(sweep_configs(config)) == 2
+  config.selection, config.sweep = 'random', ({'seed': 1}, {'seed': 2})
+  assert len(sweep_configs(config)) == 2
+
+
 def test_without_a_sweep_there_is_one_run(tmp_path):
   config = config_of(tmp_path)
   assert sweep_configs(config) == [config]

@@ -95,4 +95,6 @@ class GQA(Attention):
 def _project(x, weight, bias):
   """Returns the channels of heads, with their biases where there are some."""
   y = project(x, weight[...])
-  return y if bias is None else y + bias[...].astype(x.dtype)
+  if bias is None:
+    return y
+  return (y.astype(jnp.float32) + bias[...]).astype(y.dtype)  # Its gradient sums over all tokens.

@@ -150,7 +150,8 @@ class MLA(Attention):
     """Returns a normed latent as long as the hidden state is, if the model wants that."""
     if not self.cfg.latent_rescale:
       return latent
-    return latent * (self.cfg.dim / latent.shape[-1]) ** 0.5
+    factor = (self.cfg.dim / latent.shape[-1]) ** 0.5  # In bfloat16 it would be 0.2 % off.
+    return (latent.astype(jnp.float32) * factor).astype(latent.dtype)
 
   def _rotate(self, x, positions):
     if not self.cfg.qk_rope_head_dim:
