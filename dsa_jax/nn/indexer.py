@@ -13,7 +13,7 @@ from dsa_jax.config import ModelConfig
 from dsa_jax.nn.fixed import Configured
 from dsa_jax.nn.log_scale import LogScale
 from dsa_jax.nn.norms import LayerNorm
-from dsa_jax.nn.project import project
+from dsa_jax.nn.project import in_float32, project
 from dsa_jax.nn.rope import apply_rope, rope_frequencies, scaled
 from dsa_jax.params import IndexerParam, param
 
@@ -66,7 +66,7 @@ class LightningIndexer(Configured):
     q = project(q_latent, self.wq_b[...])
     q = q if self.q_scale is None else self.q_scale(q, positions)
     k = self.k_norm(project(x, self.wk[...]))
-    weights = x.astype(jnp.float32) @ self.weights_proj[...]
+    weights = in_float32('BTD,DH->BTH', x, self.weights_proj[...])
     scale = (self.cfg.index_n_heads * self.cfg.index_head_dim) ** -0.5  # The loss depends on it.
     return IndexInputs(rotate(q), rotate(k[:, :, None])[:, :, 0], scale * weights)
 

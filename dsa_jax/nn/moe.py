@@ -15,6 +15,7 @@ from dsa_jax.kernels.grouped_matmul.op import grouped_matmul
 from dsa_jax.kernels.xla.rows import map_rows
 from dsa_jax.nn.fixed import Configured
 from dsa_jax.nn.mlp import MLP, swiglu
+from dsa_jax.nn.project import in_float32
 from dsa_jax.parallel import collectives, ragged, shard
 from dsa_jax.parallel.mesh import BATCH, MESH_AXES, OWNERS
 from dsa_jax.params import BackboneParam, RouterBias, param
@@ -55,7 +56,7 @@ class MoE(Configured):
     gate = collectives.all_gather(self.gate[...], 'fsdp', dim=0)
     tokens = x.reshape(-1, x.shape[-1])
     bias = 0.0 if self.bias is None else self.bias[...]
-    experts, gates = route(tokens.astype(jnp.float32) @ gate, bias, self.cfg)
+    experts, gates = route(in_float32('AD,DX->AX', tokens, gate), bias, self.cfg)
     load = jnp.sum(_is_of(experts, self.cfg) * counted.reshape(-1, 1, 1), axis=(0, 1))
 
     def apply(rows):  # The weights' gradients add up in float32 over blocks of rows.
@@ -112,7 +113,7 @@ def _gated_sum(rows, gates, order, places):
 
   Neither it nor any gradient holds the rows in another order: each reads them where they lie.
   """
-  return jnp.einsum('AKD,AK->AD', rows[places].astype(jnp.float32), gates)
+  return in_float32('AKD,AK->AD', rows[places], gates)
 
 
 def _sum_of_rows(places, drows):
@@ -123,7 +124,7 @@ def _sum_of_rows(places, drows):
 def _gated_sum_gradients(residuals, dout):
   rows, gates, order, places = residuals
   drows = dout[order // places.shape[1]] * gates.reshape(-1)[order][:, None]
-  dgates = jnp.einsum('AKD,AD->AK', rows[places].astype(jnp.float32), dout)
+  dgates = in_float32('AKD,AD->AK', rows[places], dout)
   return drows.astype(rows.dtype), dgates, None, None
 
 

@@ -10,6 +10,15 @@ from dsa_jax.kernels.block_scaled import BlockScaled
 from dsa_jax.kernels.grouped_matmul.op import grouped_matmul
 
 
+def in_float32(equation: str, *operands: Array) -> Array:
+  """Returns `jnp.einsum` in float32 on every device.
+
+  By default a TPU would round float32 operands to bfloat16, and a GPU to TF32, where a router's logits,
+  for one, then choose other experts.
+  """
+  return jnp.einsum(equation, *(x.astype(jnp.float32) for x in operands), precision='highest')
+
+
 def project(
     x: Float[Array, '*any'], weights: Float[Array, '*shape'] | BlockScaled, n_axes: int = 1
 ) -> Float[Array, '*out']:

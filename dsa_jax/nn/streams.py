@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from dsa_jax.config import ModelConfig
+from dsa_jax.nn.project import in_float32
 from dsa_jax.params import BackboneParam, param
 
 
@@ -35,7 +36,7 @@ class Streams(nnx.Module):
   def read(self, x: Float[Array, 'B T M D']) -> Float[Array, 'B T D']:
     """Returns the weighted sum of the streams."""
     weights = jax.nn.sigmoid(self._logits(x, 0)) + self.eps
-    return jnp.einsum('BTM,BTMD->BTD', weights, x.astype(jnp.float32)).astype(x.dtype)
+    return in_float32('BTM,BTMD->BTD', weights, x).astype(x.dtype)
 
   def add(self, x: Float[Array, 'B T M D'], out: Float[Array, 'B T D']) -> Float[Array, 'B T M D']:
     """Returns the streams, each with its share of what was computed from them."""
@@ -48,5 +49,5 @@ class Streams(nnx.Module):
     own = slice(kind * m, (kind + 1) * m)
     x = x.astype(jnp.float32)
     rms = jax.lax.rsqrt(jnp.mean(x * x, axis=(2, 3)) + self.norm_eps)
-    logits = jnp.einsum('BTMD,MDE->BTE', x, self.map[...][..., own]) * rms[..., None]
+    logits = in_float32('BTMD,MDE->BTE', x, self.map[...][..., own]) * rms[..., None]
     return logits * self.scale[...][kind] + self.base[...][own]

@@ -4,12 +4,14 @@
 import dataclasses
 
 import jax
+from jax.extend.core import jaxprs_in_params
 import jax.numpy as jnp
 import laws
 import numpy as np
 import pytest
 
 from dsa_jax.nn.attention.gqa import _project
+from dsa_jax.nn.attention.types import Mode
 
 N = 4096  # A bfloat16 sum of as many ones is 256.
 
@@ -48,3 +50,23 @@ def test_latents_are_rescaled_by_an_exact_factor(rank):
   got = np.asarray(attn._rescaled(latent), np.float64)
   exact = np.asarray(latent, np.float64) * (80 / rank) ** 0.5
   np.testing.assert_allclose((got * exact).sum() / (exact**2).sum(), 1, atol=2e-4)
+
+
+@pytest.mark.parametrize('cfg', [laws.CFG, laws.SINKS], ids=['experts', 'streams'])
+def test_products_in_float32_are_so_on_every_device(cfg):
+  """A TPU rounds float32 operands to bfloat16 unless a product asks for more."""
+  cfg = dataclasses.replace(cfg, dtype='bfloat16')
+  batch, mode = laws.make_batch(laws.LENGTHS), Mode(attention='sparse', backend='xla')
+  loss = lambda params: jnp.sum(laws.forward(params, batch, mode, cfg).hidden.astype(jnp.float32))
+  found = set(float32_products(jax.make_jaxpr(jax.grad(loss))(laws.weights(cfg)).jaxpr))
+  assert found == {(jax.lax.Precision.HIGHEST, jax.lax.Precision.HIGHEST)}
+
+
+def float32_products(jaxpr):
+  """Yields the precisions of products of float32 arrays. Kernels, whose operands are mixed, have none."""
+  for equation in jaxpr.eqns:
+    if equation.primitive.name == 'dot_general':
+      if all(x.aval.dtype == jnp.float32 for x in equation.invars):
+        yield equation.params['precision']
+    for inner in jaxprs_in_params(equation.params):
+      yield from float32_products(inner)
