@@ -9,8 +9,8 @@
 #   dtype=bfloat16   256, in a gradient whose dtype is float32
 #   dtype=bfloat16, looked up first and then cast: 4096
 # A layer's bias, which as many tokens share, has the right gradient (4096): its sum is a reduction.
-# So frequent words, such as spaces of a text in bytes, hardly learn, and it depends on the size of a
-# micro-batch, and on the mesh, by how much.
+# So gradients of frequent words are too short, by how much depends on the size of a micro-batch and on the
+# mesh, and norms and clipping see it. (Adam divides much of it out.)
 #
 # Here: `Transformer.embedded` casts what it has read, as of the same day; it had the same fault.
 set -euo pipefail

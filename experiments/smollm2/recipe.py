@@ -7,7 +7,7 @@ Each query selects 128 of the 2,048 tokens of a row. `warmup` teaches the indexe
 dense, `frozen` goes on with sparse attention, and neither changes the model. `sparse` then trains
 all of it, beside the fair dense baseline on the same tokens. `:cpu` is for two cores, `:hopper` for one
 GPU with 80 GB. A variant, such as `:cpu,each`, has a quarter of the warm-up, after which it ends, and
-differs from `quarter` in one thing.
+differs from `quarter` in one thing. Two, `more` and `recall`, go on from the main line's warm-up.
 """
 
 from configs import base, retrofit
@@ -26,7 +26,10 @@ VARIANTS = {
     'heads_32': dict(index_n_heads=32),
     'own_keys': {},  # Index keys begin as the model's own; see own_keys.py.
     'length_512': dict(seq_len=512),  # Of rows in warm-up, with as many tokens.
+    'more': {},  # A quarter more of warm-up.
+    'recall': {},  # As much, but a third of the rows say everything twice.
 }
+GO_ON = 'more', 'recall'  # Variants that begin from the main line's warm-up.
 
 
 def indexer_of(variant: str) -> dict[str, int]:
@@ -38,6 +41,7 @@ def checkpoint_of(variant: str) -> str:
   """Returns the folder of the checkpoint that a variant starts from."""
   has_own = variant == 'own_keys' or indexer_of(variant) != INDEXER
   return f'{CHECKPOINTS}/{variant if has_own else "shared"}'
+
 
 
 def get_config(names: str = 'cpu'):
@@ -54,15 +58,20 @@ def get_config(names: str = 'cpu'):
     files = {'files': f'{TEXTS}/train/{source}.jsonl', 'validation_files': f'{TEXTS}/held_out/{source}.jsonl'}
     c.data.sources[source] = dict(format='jsonl', **files)
   del c.data.sources.text
+  if variant == 'recall':
+    files = {'files': f'{TEXTS}/train/recall.jsonl', 'validation_files': f'{TEXTS}/held_out/novels.jsonl'}
+    c.data.sources.recall = dict(format='jsonl', weight=2.0, **files)
 
   steps, others = STEPS[scale], VARIANTS[variant]
   size = dict(seq_len=2048, batch_size=1 if scale == 'cpu' else 16, init_from=folder)
   tune = dict(steps=steps[2], backbone_lr=2e-5, warmup_steps=steps[2] // 10, data_seed=3)
-  warmup = size | dict(steps=steps[0] if variant == 'shared' else steps[0] // 4)
+  warmup = size | dict(steps=steps[0] if variant == 'shared' else steps[0] // 4, data_seed=1)
+  if variant in GO_ON:
+    warmup.update(init_from=f'runs/smollm2/{scale}_shared/checkpoints/warmup', data_seed=4)
   if length := others.get('seq_len'):
     warmup.update(seq_len=length, batch_size=size['batch_size'] * 2048 // length)
   c.stages = dict(
-      warmup=base.stage(stage='warmup', warmup_steps=10, indexer_lr=3e-3, data_seed=1, **warmup),
+      warmup=base.stage(stage='warmup', warmup_steps=10, indexer_lr=3e-3, **warmup),
       frozen=base.stage(
           stage='sparse', trains=('indexer',), steps=steps[1], warmup_steps=4, indexer_lr=1e-3,
           data_seed=2, **size | dict(init_from='warmup'),

@@ -103,15 +103,17 @@ def evaluate_run(scale: str, variant: str, rows: int):
   folder = f'runs/smollm2/{scale}_{variant}/checkpoints'
   topk = f'--index_topk={recipe.INDEXER["index_topk"]}'
   name = f'{scale}_{variant}'
+  needles = '--tasks=single,multi_key', '--prompt=instruct', f'--haystack={HAYSTACK}'
   if variant != 'shared':
-    evaluate(f'{folder}/warmup', name, 2048, rows, (topk, '--rules=indexer,oracle', *held_out()))
+    options = (topk, '--rules=indexer,oracle', *held_out())
+    evaluate(f'{folder}/warmup', name, 2048, rows, options + (needles if variant == 'recall' else ()))
     return
   for context in 1024, 2048, 4096, 8192:
     scored = max(rows * 2048 // context, 1)
     for stage, rules in (('frozen', 'indexer,oracle,window_sinks'), ('sparse', 'indexer'), ('baseline', 'window_sinks')):
       options = (topk, f'--rules={rules}', *held_out())
       if stage == 'frozen' and context in (2048, 4096):
-        options += ('--tasks=single,multi_key', '--prompt=instruct', f'--haystack={HAYSTACK}')
+        options += needles
       evaluate(f'{folder}/{stage}', f'{name}_{stage}', context, scored, options)
 
 

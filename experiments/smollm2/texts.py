@@ -4,7 +4,8 @@ r"""Fetches English text that may be used freely, and splits it by document.
     python experiments/smollm2/texts.py texts
 
 writes texts/train/SOURCE.jsonl and texts/held_out/SOURCE.jsonl, whose lines are {"name", "text"}. A tenth
-of the documents, by the hash of their names, is held out. It reads four packages of a Debian-like
+of the documents, by the hash of their names, is held out. texts/train/recall.jsonl has pieces of the novels and
+of the FAQ, each followed by its own sentences in another order: to read these again is to look back. It reads four packages of a Debian-like
 machine by `apt-get download` and `dpkg -x`, which install nothing: the documentation of Linux and of
 Python, an FAQ in the form of a book, and novels by Jane Austen. HTML becomes plain text. Nothing of it is
 committed.
@@ -16,6 +17,8 @@ import hashlib
 import html.parser
 import json
 import pathlib
+import random
+import re
 import struct
 import subprocess
 import tempfile
@@ -30,6 +33,7 @@ PACKAGES = {
 SHORTEST = 4000  # Characters of a document.
 HELD_OUT = 0.1  # The share of documents.
 SIDES = 'train', 'held_out'
+PIECE = 4600  # Characters that a document of `recall` has twice: 1,024 tokens, nearly.
 
 
 def main():
@@ -49,6 +53,23 @@ def main():
       for side, lines in documents.items():
         (out / side / f'{source}.jsonl').write_text(''.join(lines))
         print(f'{side:9} {source:8} {len(lines):5} documents, {sum(map(len, lines)) / 1e6:6.1f} MB')
+  write_recall(out / 'train')
+
+
+def write_recall(train: pathlib.Path):
+  """Writes documents whose second half is the first one's sentences, in another order."""
+  rng, lines = random.Random(0), []
+  for source in 'novels', 'faq':
+    for line in (train / f'{source}.jsonl').read_text().splitlines():
+      document = json.loads(line)
+      text = ' '.join(document['text'].split())
+      for at in range(0, len(text) - PIECE, PIECE):
+        sentences = re.split(r'(?<=[.!?]) ', text[at : at + PIECE])
+        again = rng.sample(sentences, len(sentences))
+        pair = dict(name=f'{document["name"]}, from {at}', text=' '.join([*sentences, *again]))
+        lines.append(json.dumps(pair) + '\n')
+  (train / 'recall.jsonl').write_text(''.join(lines))
+  print(f'{"train":9} {"recall":8} {len(lines):5} documents, {sum(map(len, lines)) / 1e6:6.1f} MB')
 
 
 def side_of(name: str) -> str:
