@@ -12,6 +12,7 @@ import sys
 import laws
 import numpy as np
 import pytest
+import simulated
 from saved_run import save_run
 
 from dsa_jax import evaluate
@@ -22,7 +23,6 @@ from dsa_jax.evaluation.settings import Settings
 from dsa_jax.lm_eval import mesh_of
 from dsa_jax.parallel.mesh import MeshConfig
 
-COUNT = '--xla_force_host_platform_device_count'
 HERE = pathlib.Path(__file__).parent
 TESTS, ROOT = HERE.parents[0], HERE.parents[1]
 SIZES = {'n_layers': 1, 'n_dense_layers': 1, 'vocab_size': VOCAB_SIZE}
@@ -44,8 +44,7 @@ def save_run_and_text(folder: pathlib.Path, cfg) -> pathlib.Path:
 
 
 def start(command: list[str], cache: pathlib.Path, n_devices: int = 8, **env: str) -> subprocess.Popen:
-  flags = f'{COUNT}={n_devices} --xla_cpu_collective_call_terminate_timeout_seconds=600'
-  own = {'XLA_FLAGS': flags, 'PYTHONPATH': f'{TESTS}:{ROOT}', 'XDG_CACHE_HOME': str(cache)} | env
+  own = simulated.devices(n_devices) | {'PYTHONPATH': f'{TESTS}:{ROOT}', 'XDG_CACHE_HOME': str(cache)} | env
   pipes = {'stdout': subprocess.PIPE, 'stderr': subprocess.PIPE, 'text': True}
   return subprocess.Popen([sys.executable, *command], env=os.environ | own, **pipes)
 

@@ -12,6 +12,7 @@ import sys
 import jax
 import laws
 import pytest
+import simulated
 from saved_run import save_run
 
 from dsa_jax.config import ConfigError
@@ -22,14 +23,11 @@ from dsa_jax.parallel.mesh import MeshConfig
 
 HERE = pathlib.Path(__file__).parent
 TESTS, ROOT = HERE.parents[0], HERE.parents[1]
-COUNT = '--xla_force_host_platform_device_count'
 CFG = dataclasses.replace(laws.CFG, n_heads=4, vocab_size=VOCAB_SIZE, max_seq_len=64)
 
 
 def environment(n_devices: int, **variables: str) -> dict[str, str]:
-  flags = f'{COUNT}={n_devices} --xla_cpu_collective_call_terminate_timeout_seconds=600'
-  own = {'XLA_FLAGS': flags, 'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': f'{TESTS}:{ROOT}'}
-  return os.environ | own | variables
+  return os.environ | simulated.devices(n_devices) | {'PYTHONPATH': f'{TESTS}:{ROOT}'} | variables
 
 
 @pytest.fixture(scope='module')

@@ -11,6 +11,7 @@ import sys
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import simulated
 
 from configs import quickstart
 from dsa_jax.config import ModelConfig
@@ -20,11 +21,6 @@ from dsa_jax.training.recipe import read_recipe
 
 HERE = pathlib.Path(__file__).parent
 TESTS, ROOT = HERE.parents[0], HERE.parents[1]
-DEVICES = {
-    'XLA_FLAGS': '--xla_force_host_platform_device_count=8'
-    ' --xla_cpu_collective_call_terminate_timeout_seconds=600',  # A busy machine takes its time.
-    'JAX_PLATFORMS': 'cpu',
-}  # fmt: skip
 
 
 @pytest.fixture(scope='module', params=['few', pytest.param('all', marks=pytest.mark.nightly)])
@@ -34,7 +30,7 @@ def rows(request):
 
 def found_by(script: str, *flags: str) -> list[dict]:
   """What a script finds on eight simulated devices."""
-  env = os.environ | DEVICES | {'PYTHONPATH': f'{TESTS}:{ROOT}'}
+  env = os.environ | simulated.devices(8) | {'PYTHONPATH': f'{TESTS}:{ROOT}'}
   command = [sys.executable, str(HERE / script), *flags]
   done = subprocess.run(command, env=env, capture_output=True, text=True)
   assert done.returncode == 0, done.stderr

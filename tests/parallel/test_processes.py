@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
-from test_meshes import DEVICES
+import simulated
 
 from configs import quickstart
 from dsa_jax import train
@@ -44,7 +44,7 @@ def start_two(workdir):
     s.bind(('localhost', 0))
     port = s.getsockname()[1]
   job = {'JAX_COORDINATOR_ADDRESS': f'localhost:{port}', 'JAX_NUM_PROCESSES': '2'}
-  job['XLA_FLAGS'] = DEVICES['XLA_FLAGS'].replace('8', '2')
+  job |= simulated.devices(2)
   mesh = '--config.mesh.fsdp=2', '--config.mesh.context=2'
   return [start(workdir, *mesh, **job, JAX_PROCESS_ID=str(i)) for i in range(2)]
 
