@@ -197,7 +197,7 @@ def run_stage(run: Run, name: str, writer: MetricsWriter, bar: StepProgress, ahe
         writer.write(name, step, seen)
       if save:
         seconds = seconds_before + time.monotonic() - began
-        checkpoints.save(step, state, Progress(batches.get_state(), seconds))
+        checkpoints.save(step, state, Progress(batches.get_state(), seconds, entry.stage))
         if step < entry.steps:  # Only now: what is wrong with it must not cost the steps until here.
           batch = take(step + 1)
       speed = batch_tokens * (step - first_step) / (time.monotonic() - loop_began)

@@ -31,6 +31,7 @@ class Progress(NamedTuple):
 
   data: dict  # The state of the data iterator.
   seconds: float  # The time spent in this stage so far.
+  stage: str = ''  # What trained it, a key of `STAGES`. Earlier versions did not record it.
 
 
 class DamagedCheckpoint(ConfigError):
@@ -169,9 +170,22 @@ class Checkpoints:
 def _progress(folder: pathlib.Path) -> Progress:
   with reading(folder, resumes=True):
     values = json.loads((folder / 'progress' / 'metadata').read_text())
-    if not isinstance(values, dict) or values.keys() != {*Progress._fields}:
+    required = {*Progress._fields} - Progress._field_defaults.keys()
+    if not isinstance(values, dict) or not required <= values.keys() <= {*Progress._fields}:
       raise ValueError(f'its progress must have {Progress._fields}')
     return Progress(**values)
+
+
+def saved_stage(folder: pathlib.Path) -> str:
+  """Returns the stage that wrote a step, or the latest one in a folder; '' if nothing says which.
+
+  Raises:
+    DamagedCheckpoint: What says so cannot be read.
+  """
+  steps = [folder] if is_step(folder) else [folder / str(step) for step in saved_steps(folder)]
+  if not steps or not (steps[-1] / 'progress').is_dir():  # Converted checkpoints have none.
+    return ''
+  return _progress(steps[-1]).stage
 
 
 def latest_checkpoint(folder: pathlib.Path) -> pathlib.Path:
