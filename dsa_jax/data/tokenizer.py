@@ -367,7 +367,7 @@ def find_tokenizer(folder: pathlib.Path) -> Tokenizer:
         f'{folder}: add_prefix_space={wanted!r} of tokenizer_config.json contradicts {space} of '
         'tokenizer.json, which is obeyed: texts may get other ids in other loaders.'
     )
-  tokenizer.stop = _stop_ids(folder, released)
+  tokenizer.stop = stop_ids(folder, released)
   if not tokenizer.stop and token('eos_token'):
     ended = tokenizer.id_of(token('eos_token'))
     tokenizer.stop = () if ended is None else (ended,)
@@ -463,7 +463,7 @@ def text_of_token(token: Any) -> str | None:
   return token if isinstance(token, str) else None
 
 
-def _stop_ids(folder: pathlib.Path, released: dict[str, Any]) -> tuple[int, ...]:
+def stop_ids(folder: pathlib.Path, released: dict[str, Any]) -> tuple[int, ...]:
   """Returns the ids that end a text by config.json or by generation_config.json."""
   generation = read_object(folder / 'generation_config.json')
   ids = list[int]()

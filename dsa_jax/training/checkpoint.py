@@ -13,7 +13,7 @@ from flax import nnx
 import jax
 import orbax.checkpoint as ocp
 
-from dsa_jax.checkpoint_paths import is_step
+from dsa_jax.checkpoint_paths import check_readable, is_step
 from dsa_jax.config import ConfigError
 from dsa_jax.parallel.processes import any_process, is_first, wait_for_all
 from dsa_jax.training.state import TrainState
@@ -192,8 +192,9 @@ def latest_checkpoint(folder: pathlib.Path) -> pathlib.Path:
   """Returns the latest step in a stage's folder, or the folder itself if it is a step.
 
   Raises:
-    ConfigError: There is none.
+    ConfigError: There is none, or none could be read from this path.
   """
+  check_readable(folder, 'checkpoint')
   folder = folder.resolve()  # Orbax and tensorstore refuse paths with `..`.
   if is_step(folder):
     return folder
