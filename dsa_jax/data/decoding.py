@@ -7,8 +7,8 @@ import re
 
 import tokenizers
 
-KEPT = 16  # So many ids, at least, are decoded together with those that follow.
-MOST = 64  # Of more than these the first are forgotten, so that no step decodes a long text.
+KEPT = 8  # So many ids, at least, are decoded together with those that follow.
+MOST = 24  # Of more than these the first are forgotten, so that no step decodes a long text.
 BYTE = re.compile('<0x[0-9A-Fa-f]{2}>')  # A token that stands for a byte, where decoders know such.
 UNFINISHED = '\N{REPLACEMENT CHARACTER}'  # What decoders write for the bytes of half a character.
 
