@@ -1,10 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reads the path of a checkpoint, however it is spelled."""
+"""Reads the path of a checkpoint, however it is spelled, and says which paths hold none."""
 
 from collections.abc import Iterator
 import os
 import pathlib
 from typing import NamedTuple
+
+from dsa_jax.config import ConfigError
+
+UNREADABLE = frozenset('\\')  # TensorStore takes it for the end of a folder's name.
 
 
 class CheckpointPath(NamedTuple):
@@ -25,6 +29,16 @@ def readings(path: pathlib.Path) -> Iterator[CheckpointPath]:
     folder = spelled if step is None else spelled.parent
     run = (folder.parent.parent,) if folder.parent.name == 'checkpoints' else ()
     yield CheckpointPath(folder, step, (folder, *run))
+
+
+def check_readable(path: pathlib.Path, what: str, unusable: frozenset[str] = UNREADABLE):
+  """Raises a ConfigError if a path leads to a name that checkpoints could not be read from."""
+  real = os.path.realpath(path)
+  if wrong := sorted(unusable & {*real}):
+    raise ConfigError(
+        f'{what} {path} must have no {" and no ".join(wrong)} in its path, {real}: its checkpoints '
+        'could not be read.'
+    )
 
 
 def is_step(folder: pathlib.Path) -> bool:

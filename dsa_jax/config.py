@@ -210,6 +210,7 @@ class ModelConfig:
       raise ConfigError(f'{self.window_layers=} must ascend.')
     if self.sliding_window < 0 or bool(self.sliding_window) != bool(self.window_layers):
       raise ConfigError(f'{self.sliding_window=} must be above 0 with window_layers, and 0 without.')
+    self._check_rope()
     self._check_heads()
     self._check_gates()
     self._check_window_sizes()
@@ -232,6 +233,26 @@ class ModelConfig:
       raise ConfigError(
           f'{self.mlp_layers=} must ascend, from {self.n_dense_layers + 1} to {self.n_layers - 1}: '
           f'{self.n_dense_layers=} counts the leading layers.'
+      )
+
+  def _check_rope(self):
+    """Checks the numbers of rotary positions that count for their kind, and of norms."""
+    if not 1 < self.rope_theta < math.inf:
+      raise ConfigError(f'{self.rope_theta=} must be above 1, and finite.')
+    if self.window_rope_theta and not 1 < self.window_rope_theta < math.inf:
+      raise ConfigError(f'{self.window_rope_theta=} must be 0, or above 1 and finite.')
+    if not 0 <= self.norm_eps < math.inf:
+      raise ConfigError(f'{self.norm_eps=} must be at least 0, and finite.')
+    kind = self.rope_kind
+    if kind != 'default' and not 1 <= self.rope_factor < math.inf:
+      raise ConfigError(f'{self.rope_factor=} must be at least 1, and finite, with {kind!r} positions.')
+    if kind == 'yarn' and not 0 < self.beta_slow <= self.beta_fast < math.inf:
+      raise ConfigError(f'{self.beta_slow=} must be above 0 and at most {self.beta_fast=}, which is finite.')
+    if kind == 'yarn' and not math.isfinite(self.mscale):
+      raise ConfigError(f'{self.mscale=} must be finite.')
+    if kind == 'llama3' and not 0 <= self.low_freq_factor < self.high_freq_factor < math.inf:
+      raise ConfigError(
+          f'{self.low_freq_factor=} must be at least 0 and below {self.high_freq_factor=}, which is finite.'
       )
 
   def _check_heads(self):
@@ -341,6 +362,8 @@ class ModelConfig:
       raise ConfigError(f'{self.topk_method=} must be one of {TOPK_METHODS}.')
     if self.n_shared_experts < 0 or self.shared_inter_dim < 0:
       raise ConfigError(f'{self.n_shared_experts=} and {self.shared_inter_dim=} must be at least 0.')
+    if not 0 < self.route_scale < math.inf:
+      raise ConfigError(f'{self.route_scale=} must be above 0, and finite.')
     if self.n_expert_groups < 1:
       raise ConfigError(f'{self.n_expert_groups=} must be at least 1.')
     if self.n_routed_experts % self.n_expert_groups:

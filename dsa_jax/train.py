@@ -137,7 +137,7 @@ def run_entries(config: ConfigDict, run: Run, files: dict[str, str]) -> dict[str
   if is_first():
     write_config(config, recipe.workdir, files)
     keep_origin(recipe.workdir, recipe.origins)
-    keep_tokenizer(recipe.workdir, recipe.data.tokenizer)
+    keep_tokenizer(recipe.workdir, 'bytes' if recipe.data.source == 'text' else recipe.data.tokenizer)
   ahead = Ahead(all_programs(run), run.mesh)
   with jax.set_mesh(run.mesh) if run.mesh else contextlib.nullcontext(), ahead:
     writer = MetricsWriter(recipe.workdir) if is_first() else SilentWriter()
@@ -197,7 +197,7 @@ def run_stage(run: Run, name: str, writer: MetricsWriter, bar: StepProgress, ahe
         writer.write(name, step, seen)
       if save:
         seconds = seconds_before + time.monotonic() - began
-        checkpoints.save(step, state, Progress(batches.get_state(), seconds))
+        checkpoints.save(step, state, Progress(batches.get_state(), seconds, entry.stage))
         if step < entry.steps:  # Only now: what is wrong with it must not cost the steps until here.
           batch = take(step + 1)
       speed = batch_tokens * (step - first_step) / (time.monotonic() - loop_began)

@@ -74,3 +74,31 @@ def test_layers_with_windows_are_neither_full_nor_shared():
   assert cfg.full_layers == (1, 3) and not cfg.shares_indexers
   cfg = dataclasses.replace(cfg, indexer_types=('shared', 'full', 'full', 'shared'))
   assert cfg.full_layers == (1,) and cfg.shares_indexers
+
+
+@pytest.mark.parametrize(
+    'changes, message',
+    [
+        ({'rope_theta': 0.0}, 'rope_theta=0.0 must be above 1'),
+        ({'rope_theta': 1.0}, 'rope_theta=1.0 must be above 1'),
+        ({'rope_theta': float('nan')}, 'rope_theta=nan must be above 1'),
+        ({'rope_factor': 0.0}, "rope_factor=0.0 must be at least 1, and finite, with 'yarn' positions"),
+        ({'rope_type': 'linear', 'rope_factor': float('inf')}, "rope_factor=inf must be .* 'linear'"),
+        ({'beta_fast': 0.0}, 'beta_slow=1.0 must be above 0 and at most self.beta_fast=0.0'),
+        ({'beta_slow': 0.0}, 'beta_slow=0.0 must be above 0'),
+        ({'mscale': float('inf')}, 'mscale=inf must be finite'),
+        ({'rope_type': 'llama3', 'low_freq_factor': 4.0}, 'low_freq_factor=4.0 must be .* below'),
+        ({'norm_eps': -1.0}, 'norm_eps=-1.0 must be at least 0'),
+        ({'route_scale': -1.0}, 'route_scale=-1.0 must be above 0'),
+        ({'window_rope_theta': 0.5}, 'window_rope_theta=0.5 must be 0, or above 1'),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_rotary_positions_that_cannot_be(changes, message):
+  with pytest.raises(ConfigError, match=message):
+    ModelConfig(**changes)
+
+
+def test_numbers_of_other_kinds_of_rotary_positions_do_not_count():
+  ModelConfig(rope_type='default', rope_factor=0.0, beta_fast=0.0, low_freq_factor=9.0)
+  ModelConfig(beta_fast=1.0)  # As in Kimi K2.

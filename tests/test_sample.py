@@ -6,6 +6,7 @@ import itertools
 import json
 import pathlib
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -302,6 +303,24 @@ def test_an_untrained_indexer_selects_nothing(tmp_path, stage, want):
   (tmp_path / 'config.json').write_text(json.dumps(record | {'stages': {'sparse': {'stage': stage}}}))
   assert Sampler.load(folder, capacity=24).attention == want
   assert Sampler.load(folder, capacity=24, attention='masked').attention == 'masked'
+
+
+def test_a_dense_entry_stays_one_under_any_name(tmp_path):
+  folder = tmp_path / 'run' / 'checkpoints' / 'base'
+  state = new_state(laws.weights(CFG), ('backbone',), OptimConfig(), seed=0)
+  with Checkpoints(folder) as checkpoints:
+    checkpoints.save(1, state, Progress({}, 0.0, 'dense'))
+  stages = {'base': {'stage': 'dense'}, 'sparse': {'stage': 'sparse'}}
+  record = json.dumps({'model': dataclasses.asdict(CFG), 'stages': stages})
+  (tmp_path / 'run' / 'config.json').write_text(record)
+  copy = shutil.copytree(folder, tmp_path / 'mine')
+  (copy / 'config.json').write_text(record)
+  link = folder.with_name('best')
+  link.symlink_to('base')
+  for place in folder, copy, copy / '1', link:
+    assert Sampler.load(place, capacity=24).attention == 'dense'
+  renamed = folder.rename(folder.with_name('sparse'))
+  assert Sampler.load(renamed, capacity=24).attention == 'dense'
 
 
 def test_a_converted_model_without_indexers_is_dense():

@@ -27,7 +27,7 @@ from dsa_jax.config import ConfigError
 from dsa_jax.inference.load import load_model
 from dsa_jax.reporting.meter import OF_THE_MACHINE, Meter
 from dsa_jax.reporting.metrics import MetricsWriter, read_metrics
-from dsa_jax.training.checkpoint import Checkpoints, saved_steps
+from dsa_jax.training.checkpoint import Checkpoints, saved_stage, saved_steps
 from dsa_jax.training.recipe import read_recipe
 from dsa_jax.training.run import Run
 from dsa_jax.training.workdir import check_workdir, write_config
@@ -108,6 +108,8 @@ def test_leaves_a_whole_report(undisturbed):
     assert (workdir / name).stat().st_size > 1000
   assert 'fair baseline' in output and 'report.md' in output
   assert list((workdir / 'tensorboard' / 'sparse').iterdir())
+  for name, entry in json.loads((workdir / 'config.json').read_text())['stages'].items():
+    assert saved_stage(workdir / 'checkpoints' / name) == entry['stage']
 
 
 def test_logs_what_a_researcher_wants(undisturbed):

@@ -13,6 +13,7 @@ import sys
 
 from absl import app, flags
 
+from dsa_jax.checkpoint_paths import check_readable
 from dsa_jax.config import ConfigError, local_path
 from dsa_jax.convert.exporter import export_bytes, export_checkpoint, open_checkpoint
 from dsa_jax.convert.hub import find_source
@@ -64,6 +65,7 @@ def main(argv: list[str]):
     if EXPORT.value:
       summary = run_export(local_path(argv[1], 'SOURCE'), target)
     else:
+      check_readable(target, 'TARGET')  # Before anything is downloaded.
       summary = run_import(find_source(argv[1]), target)
   except (ConfigError, OSError) as error:
     sys.exit(f'error: {error}')

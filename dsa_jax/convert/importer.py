@@ -12,6 +12,7 @@ import jax
 import ml_dtypes
 import numpy as np
 
+from dsa_jax.checkpoint_paths import check_readable
 from dsa_jax.config import ConfigError, ModelConfig
 from dsa_jax.convert import fp8
 from dsa_jax.convert.building import KEPT_FILES, Summary, building, copy_kept
@@ -24,6 +25,7 @@ from dsa_jax.convert.problems import Problems
 from dsa_jax.convert.stream import Streamed, write_step
 from dsa_jax.convert.tensors import Array, Path, Tensor, arrays_of, copies_of, weight_shapes
 from dsa_jax.data.seeds import check_seed
+from dsa_jax.data.tokenizer import TOKENIZER_FILES, read_object, released_config, stop_ids
 from dsa_jax.families import FAMILIES
 from dsa_jax.families.family import TensorNames
 from dsa_jax.inference.released import equation_of
@@ -80,9 +82,7 @@ def open_source(
   if indexer and has_own:
     raise ConfigError(f'This {family} checkpoint has indexers: {indexer} cannot be chosen.')
   model = dataclasses.replace(model, **(indexer or {}))
-  for name in KEPT_FILES:
-    if (folder / name).is_file() and is_pointer(folder / name):
-      problems.add(f'{name} {IS_POINTER}', 'pointer')
+  _check_kept(folder, problems)
   names = _names_in(places, family)
   unused, places = _unused(model, family, names), _renamed(places, names, problems)
   is_read = lambda name: not (_is_unused(name, unused) or name.startswith(names.unread))
@@ -117,6 +117,22 @@ def _open(
     return config, places, Problems(), made
   config = _read_config(folder)
   return config, *open_folder(folder), {}
+
+
+def _check_kept(folder: pathlib.Path, problems: Problems):
+  """Looks at the files that are copied: a sampler would refuse what it cannot read."""
+  kept = [name for name in KEPT_FILES if (folder / name).is_file()]
+  pointers = [name for name in kept if is_pointer(folder / name)]
+  for name in pointers:
+    problems.add(f'{name} {IS_POINTER}', 'pointer')
+  objects = {*TOKENIZER_FILES} - {*pointers, 'tokenizer.json', 'chat_template.jinja'}
+  try:
+    for name in filter(objects.__contains__, kept):
+      read_object(folder / name)
+    if 'tokenizer.json' in kept and not pointers:
+      stop_ids(folder, released_config(folder))
+  except ConfigError as error:
+    problems.add(f'{error} Repair the file, or delete it.')
 
 
 def _read_config(folder: pathlib.Path) -> Any:
@@ -272,9 +288,11 @@ def import_checkpoint(
     advance: A function that is called with the number of bytes that have just been read.
 
   Raises:
-    ConfigError: `target` exists, the seed is out of range, or there are no codes to keep.
+    ConfigError: `target` exists or has a name that could not be read from, the seed is out of range,
+      or there are no codes to keep.
     OSError: `target` cannot be written, or the disk is full. Nothing is left there.
   """
+  check_readable(target, 'TARGET')
   check_seed(seed)
   if dtype == 'fp8' and not any(source.dtype(path) == 'F8_E4M3' for path in source.arrays):
     raise ConfigError(f'{source.folder} has no weights in FP8: dtype must be bfloat16 or float32.')

@@ -115,12 +115,12 @@ def row_bytes(cfg: ModelConfig, cache: str) -> int:
   """Returns the bytes per token and layer of a stored row.
 
   In MLA the cache 'fp8' is FlashMLA's: the latent is FP8 with a float32 scale per 128 channels, and
-  the rotary key is bfloat16. In GQA all is FP8, with a scale for each value and each key.
+  the rotary key is bfloat16. In GQA all is FP8, with a scale for either half of a key head's part.
   """
   if cache == 'bf16':
     return 2 * cfg.row_heads * cfg.row_dim
   if cfg.attention == 'gqa':
-    return cfg.row_heads * (cfg.row_dim + 2 * 4)
+    return cfg.row_heads * (cfg.row_dim + cfg.row_dim % 2 + 2 * 4)
   return cfg.kv_lora_rank + 4 * math.ceil(cfg.kv_lora_rank / 128) + 2 * cfg.qk_rope_head_dim
 
 

@@ -16,6 +16,7 @@ import tokenizers
 
 from dsa_jax.checkpoint_paths import readings
 from dsa_jax.config import ConfigError
+from dsa_jax.data.decoding import Decoding
 from dsa_jax.data.formats import POINTER, recognise
 from dsa_jax.data.text import BOS, VOCAB_SIZE
 
@@ -30,7 +31,7 @@ SPECIAL = 'text', 'ids'  # What the name of a special token in a document stands
 
 
 class Steps(NamedTuple):
-  """Turns the ids of one text into text, as soon as they make whole characters."""
+  """Turns the ids of one text into text, as soon as later ones cannot change it."""
 
   step: Callable[[int], str]  # Takes the next id.
   end: Callable[[], str]  # Returns what is left of a character that was never finished.
@@ -48,12 +49,23 @@ class _Streaming(abc.ABC):
     return self.encode(text)
 
   @abc.abstractmethod
-  def steps(self) -> Steps:
-    """Returns what turns the ids of a new text into text."""
+  def decode(self, ids: Sequence[int]) -> str:
+    """Returns the text of ids, without that of marks."""
 
-  def stream(self, ids: Iterable[int]) -> Iterator[str]:
-    """Yields a piece of text for each id, which may be empty, and then what the end leaves."""
-    steps = self.steps()
+  @abc.abstractmethod
+  def steps(self, before: Sequence[int] = ()) -> Steps:
+    """Returns what turns the ids of a text into text, behind the ids of a prompt."""
+
+  def stream(self, ids: Iterable[int], before: Sequence[int] = ()) -> Iterator[str]:
+    """Yields a piece of text for each id, which may be empty, and then what the end leaves.
+
+    The pieces are what `decode` makes of the prompt and these ids, less the text of the prompt.
+
+    Args:
+      ids: What follows the prompt.
+      before: The prompt.
+    """
+    steps = self.steps(before)
     yield from map(steps.step, ids)
     yield steps.end()
 
@@ -74,8 +86,12 @@ class Bytes(_Streaming):
     """Returns BOS and the bytes of a text."""
     return [BOS, *text.encode()]
 
-  def steps(self) -> Steps:
+  def decode(self, ids: Sequence[int]) -> str:
+    return bytes(i for i in ids if i < 256).decode(errors='replace')
+
+  def steps(self, before: Sequence[int] = ()) -> Steps:
     decoder = codecs.getincrementaldecoder('utf-8')(errors='replace')
+    decoder.decode(bytes(i for i in before if i < 256))  # It may end within a character.
     step = lambda i: decoder.decode(bytes([i])) if i < 256 else ''
     return Steps(step, lambda: decoder.decode(b'', final=True))
 
@@ -235,9 +251,12 @@ class Pretrained(_Streaming):
       after.append(self.end)
     return before, after
 
-  def steps(self) -> Steps:
-    stream = tokenizers.decoders.DecodeStream(skip_special_tokens=True)
-    return Steps(lambda i: stream.step(self._tokenizer, i) or '', lambda: '')
+  def decode(self, ids: Sequence[int]) -> str:
+    return self._tokenizer.decode(ids, skip_special_tokens=True)
+
+  def steps(self, before: Sequence[int] = ()) -> Steps:
+    decoding = Decoding(self._tokenizer, before)
+    return Steps(decoding.step, decoding.end)
 
 
 Tokenizer = Bytes | Pretrained
@@ -348,7 +367,7 @@ def find_tokenizer(folder: pathlib.Path) -> Tokenizer:
         f'{folder}: add_prefix_space={wanted!r} of tokenizer_config.json contradicts {space} of '
         'tokenizer.json, which is obeyed: texts may get other ids in other loaders.'
     )
-  tokenizer.stop = _stop_ids(folder, released)
+  tokenizer.stop = stop_ids(folder, released)
   if not tokenizer.stop and token('eos_token'):
     ended = tokenizer.id_of(token('eos_token'))
     tokenizer.stop = () if ended is None else (ended,)
@@ -444,7 +463,7 @@ def text_of_token(token: Any) -> str | None:
   return token if isinstance(token, str) else None
 
 
-def _stop_ids(folder: pathlib.Path, released: dict[str, Any]) -> tuple[int, ...]:
+def stop_ids(folder: pathlib.Path, released: dict[str, Any]) -> tuple[int, ...]:
   """Returns the ids that end a text by config.json or by generation_config.json."""
   generation = read_object(folder / 'generation_config.json')
   ids = list[int]()

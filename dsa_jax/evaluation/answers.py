@@ -192,7 +192,7 @@ def _answer(
   for prompts, room in _batches(quiz, batch_size):
     config = SampleConfig(max_new_tokens=room, stop=sampler.tokenizer.stop)
     ids = sampler.generate(prompts, config)
-    texts += [''.join(sampler.tokenizer.stream(own)) for own in ids]
+    texts += [''.join(sampler.tokenizer.stream(*pair)) for pair in zip(ids, prompts)]
     n_tokens = sum(map(len, quiz.prompts[: len(texts)]))
     bar.update(min(len(texts), len(quiz.tasks)), n_tokens / (time.monotonic() - began))
   texts = texts[: len(quiz.tasks)]

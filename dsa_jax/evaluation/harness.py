@@ -150,10 +150,10 @@ class Harness:
         break
       ids.append(i)
       if step % LOOKS_EVERY == 0:
-        text = ''.join(self.tokenizer.stream(ids))
+        text = ''.join(self.tokenizer.stream(ids, prompt))
         if any(end in text for end in until):
           break
-    text = ''.join(self.tokenizer.stream(ids))
+    text = ''.join(self.tokenizer.stream(ids, prompt))
     ends = [text.index(end) for end in until if end in text]
     return text[: min(ends)] if ends else text
 

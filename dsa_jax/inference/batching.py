@@ -59,7 +59,7 @@ class Text:
     self.ids, self.log_probs, self.ended_by = list[int](), list[float](), ''
     self.n_steps, self.n_reused = 0, 0
     self._most = config.max_new_tokens
-    self._pieces, self._steps = list[str](), tokenizer.steps()
+    self._pieces, self._steps = list[str](), tokenizer.steps(prompt)
     self._stops = StopTexts(config.stop_texts)
     self._began, self._first = 0.0, 0.0
 
@@ -84,10 +84,11 @@ class Text:
 
   def completion(self) -> Completion:
     rest = self._stops.end(self._steps.end())
+    ended_by = 'stop' if self._stops.reached else self.ended_by  # The rest may hold a stop text.
     seconds = time.monotonic() - self._began
     return Completion(
         self.place, self.sample, ''.join(self._pieces) + rest, self.ids, self.log_probs,
-        self.ended_by, len(self.prompt), self.n_reused, self.n_steps, self._first or seconds, seconds,
+        ended_by, len(self.prompt), self.n_reused, self.n_steps, self._first or seconds, seconds,
     )  # fmt: skip
 
 

@@ -103,7 +103,9 @@ def _n_apart(cfg: ModelConfig) -> int:
 def _empty_rows(
     cfg: ModelConfig, batch: int, n_rows: int, fmt: str, whole_lines: bool, n_heads: int
 ) -> PlainRows | QuantizedLatents | QuantizedRows:
-  width = n_heads * (cfg.row_dim + (-cfg.row_dim % LINE if whole_lines else 0))
+  # In FP8 each half of a key head's part has a scale.
+  multiple = LINE if whole_lines else 2 if fmt == 'fp8' and cfg.attention == 'gqa' else 1
+  width = n_heads * (cfg.row_dim + -cfg.row_dim % multiple)
   if fmt != 'fp8':
     return PlainRows(jnp.zeros((batch, n_rows, width), fmt))
   row = jnp.zeros((1, 1, width))

@@ -14,6 +14,7 @@ from dsa_jax.config import ConfigError, ModelConfig, local_path
 from dsa_jax.inference.weights import load_weights
 from dsa_jax.nn.transformer import Transformer
 from dsa_jax.selection import check_rule
+from dsa_jax.training.checkpoint import saved_stage
 from dsa_jax.training.origin import ORIGIN
 from dsa_jax.training.recipe import Recipe, read_recipe
 from dsa_jax.training.state import model_graph
@@ -53,10 +54,17 @@ class StoredModel(NamedTuple):
 
   @property
   def has_trained_indexer(self) -> bool:
-    """Whether a converted checkpoint had an indexer, or a run's stage is not `dense`."""
+    """Whether a converted checkpoint had an indexer, or what a run saved is not of the stage `dense`.
+
+    The stage lies beside the weights. Checkpoints of earlier versions have it in the run's config only,
+    under the name of the entry.
+    """
+    if stage := saved_stage(self.step or self.folder):
+      return stage != 'dense'
     if 'source' in self.record:
       return any('indexer' in path for path in self.record['source']['dtypes'])
-    return self.record.get('stages', {}).get(self.folder.name, {}).get('stage') != 'dense'
+    entries, names = self.record.get('stages', {}), [x.folder.name for x in readings(self.folder)]
+    return next((entries[name]['stage'] for name in names if name in entries), '') != 'dense'
 
 
 def load_checkpoint(

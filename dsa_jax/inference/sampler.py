@@ -194,12 +194,15 @@ class Sampler:
     if not prompt:
       raise ConfigError(f'{prompt=} is empty: there must be something to continue.')
     config = SampleConfig(**({'stop': self.tokenizer.stop} | kwargs))
-    steps = self._read_and_continue([self.tokenizer.encode_prompt(prompt)], config)
-    return self._pieces((ids[0] for ids in steps if ids[0] is not None), config.stop_texts)
+    before = self.tokenizer.encode_prompt(prompt)
+    steps = self._read_and_continue([before], config)
+    return self._pieces((ids[0] for ids in steps if ids[0] is not None), before, config.stop_texts)
 
-  def _pieces(self, ids: Iterator[int], stop_texts: tuple[str, ...]) -> Iterator[str]:
-    """Yields a piece of text for each id, and one behind the last."""
-    steps, stops = self.tokenizer.steps(), StopTexts(stop_texts)
+  def _pieces(
+      self, ids: Iterator[int], before: list[int], stop_texts: tuple[str, ...]
+  ) -> Iterator[str]:
+    """Yields a piece of text for each id behind a prompt, and one behind the last."""
+    steps, stops = self.tokenizer.steps(before), StopTexts(stop_texts)
     for i in ids:
       yield stops.push(steps.step(i))
       if stops.reached:

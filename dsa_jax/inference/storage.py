@@ -79,7 +79,10 @@ class QuantizedLatents(NamedTuple):
 
 
 class QuantizedRows(NamedTuple):
-  """Values and keys of GQA in FP8 with scales, one for each value and each key."""
+  """Values and keys of GQA in FP8 with scales, two for each key head: one for either half of its part.
+
+  So values and keys of one width have a scale each.
+  """
 
   codes: Float[Array, '*rows W']  # float8_e4m3fn.
   scale: Float[Array, '*rows N']  # float32 powers of two.

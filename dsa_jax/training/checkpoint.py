@@ -13,7 +13,7 @@ from flax import nnx
 import jax
 import orbax.checkpoint as ocp
 
-from dsa_jax.checkpoint_paths import is_step
+from dsa_jax.checkpoint_paths import check_readable, is_step
 from dsa_jax.config import ConfigError
 from dsa_jax.parallel.processes import any_process, is_first, wait_for_all
 from dsa_jax.training.state import TrainState
@@ -31,6 +31,7 @@ class Progress(NamedTuple):
 
   data: dict  # The state of the data iterator.
   seconds: float  # The time spent in this stage so far.
+  stage: str = ''  # What trained it, a key of `STAGES`. Earlier versions did not record it.
 
 
 class DamagedCheckpoint(ConfigError):
@@ -169,17 +170,31 @@ class Checkpoints:
 def _progress(folder: pathlib.Path) -> Progress:
   with reading(folder, resumes=True):
     values = json.loads((folder / 'progress' / 'metadata').read_text())
-    if not isinstance(values, dict) or values.keys() != {*Progress._fields}:
+    required = {*Progress._fields} - Progress._field_defaults.keys()
+    if not isinstance(values, dict) or not required <= values.keys() <= {*Progress._fields}:
       raise ValueError(f'its progress must have {Progress._fields}')
     return Progress(**values)
+
+
+def saved_stage(folder: pathlib.Path) -> str:
+  """Returns the stage that wrote a step, or the latest one in a folder; '' if nothing says which.
+
+  Raises:
+    DamagedCheckpoint: What says so cannot be read.
+  """
+  steps = [folder] if is_step(folder) else [folder / str(step) for step in saved_steps(folder)]
+  if not steps or not (steps[-1] / 'progress').is_dir():  # Converted checkpoints have none.
+    return ''
+  return _progress(steps[-1]).stage
 
 
 def latest_checkpoint(folder: pathlib.Path) -> pathlib.Path:
   """Returns the latest step in a stage's folder, or the folder itself if it is a step.
 
   Raises:
-    ConfigError: There is none.
+    ConfigError: There is none, or none could be read from this path.
   """
+  check_readable(folder, 'checkpoint')
   folder = folder.resolve()  # Orbax and tensorstore refuse paths with `..`.
   if is_step(folder):
     return folder

@@ -14,8 +14,10 @@ from flax import nnx
 
 from dsa_jax.checkpoint_paths import readings
 from dsa_jax.config import ConfigError, ModelConfig
+from dsa_jax.data.text import BOS
 from dsa_jax.data.tokenizer import (
-    TOKENIZER_FILES, kept_tokenizer, open_tokenizer, read_object, released_config, tokenizer_folder,
+    TOKENIZER_FILES, Bytes, Tokenizer, find_tokenizer, kept_tokenizer, open_tokenizer, read_object,
+    released_config, tokenizer_folder,
 )  # fmt: skip
 from dsa_jax.training.checkpoint import check_params, check_wide, saved_steps
 from dsa_jax.training.recipe import Recipe
@@ -90,7 +92,9 @@ def keep_origin(workdir: pathlib.Path, folders: Sequence[pathlib.Path]):
     workdir: The run's. What it has already stays.
     folders: The checkpoints that its entries start from. The first that has an origin counts.
   """
-  target = workdir / ORIGIN
+  target, before = workdir / ORIGIN, workdir / f'{ORIGIN}.before'
+  if before.exists() and not target.exists():  # A process was killed while it was being replaced.
+    before.rename(target)
   for place in (place for folder in folders for place in readings(folder)):
     for source in (place.folder, *(home / ORIGIN for home in place.homes)):
       kept = read_object(source / 'config.json').get('source')
@@ -99,21 +103,52 @@ def keep_origin(workdir: pathlib.Path, folders: Sequence[pathlib.Path]):
 
 
 def keep_tokenizer(workdir: pathlib.Path, tokenizer: str):
-  """Copies the tokenizer of a run's data into its workdir, unless it has kept an origin already.
+  """Puts the tokenizer of a run's data into its origin, in place of another that came with an import.
 
-  The config of the release is kept with it, because that may say which ids end a text.
+  The ids that begin and end its texts are kept with it, because the config of a release may say them.
+
+  Args:
+    workdir: The run's.
+    tokenizer: See `open_tokenizer`. '' stands for none: the data has no text.
   """
-  folder = tokenizer_folder(tokenizer)
-  if folder is not None and not (workdir / ORIGIN).exists():
+  origin, folder = workdir / ORIGIN, tokenizer_folder(tokenizer)
+  if folder is not None and not origin.exists():
     config = json.dumps(released_config(folder))
-    _copy_whole(folder, workdir / ORIGIN, TOKENIZER_FILES, {'config.json': config})
+    _copy_whole(folder, origin, TOKENIZER_FILES, {'config.json': config})
+  elif tokenizer and (origin / 'tokenizer.json').is_file():
+    given = open_tokenizer(tokenizer)
+    if given.digest != find_tokenizer(origin).digest:
+      config = read_object(origin / 'config.json')
+      record = json.dumps(_with_tokenizer(config, given, folder))
+      _copy_whole(folder or origin, origin, TOKENIZER_FILES if folder else (), {'config.json': record})
+
+
+def _with_tokenizer(
+    config: dict[str, Any], tokenizer: Tokenizer, folder: pathlib.Path | None
+) -> dict[str, Any]:
+  """Returns what is recorded of an import, with the marks and the files of another tokenizer."""
+  if 'source' not in config:  # No import, but a tokenizer of before.
+    return released_config(folder) if folder else {}
+  is_bytes, ends = isinstance(tokenizer, Bytes), list(tokenizer.stop)
+  marks = {
+      'bos_token_id': BOS if is_bytes else tokenizer.bos,
+      'eos_token_id': ends if len(ends) > 1 else next(iter(ends), None),
+  }
+  released = config['source'].get('config', {}) | marks
+  if isinstance(text := released.get('text_config'), dict):  # Some releases have them there.
+    released['text_config'] = text | {key: x for key, x in marks.items() if key in text}
+  files = [name for name in TOKENIZER_FILES if folder and (folder / name).is_file()]
+  return config | {'source': config['source'] | {'config': released, 'files': files}}
 
 
 def _copy_whole(
     source: pathlib.Path, target: pathlib.Path, names: Sequence[str], texts: Mapping[str, str] = {}
 ):
-  """Copies files, and writes texts, into a new folder, which appears with all or not at all."""
-  partial = target.with_name(target.name + '.partial')
+  """Copies files, and writes texts, into a folder, which appears with all or not at all.
+
+  One that is there already is replaced.
+  """
+  partial, before = (target.with_name(f'{target.name}.{end}') for end in ('partial', 'before'))
   shutil.rmtree(partial, ignore_errors=True)
   partial.mkdir()
   for name in names:
@@ -121,7 +156,10 @@ def _copy_whole(
       shutil.copyfile(source / name, partial / name)
   for name, text in texts.items():
     (partial / name).write_text(text)
+  if target.exists():
+    target.rename(before)
   partial.rename(target)
+  shutil.rmtree(before, ignore_errors=True)
 
 
 def _check_kind(folder: pathlib.Path, where: str, entries: list[str]):

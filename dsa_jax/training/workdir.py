@@ -10,6 +10,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from dsa_jax.checkpoint_paths import UNREADABLE, check_readable
 from dsa_jax.config import ConfigError, ModelConfig
 from dsa_jax.data.corpus import changes
 from dsa_jax.data.tokenizer import read_object
@@ -24,8 +25,7 @@ ELSEWHERE = ('workdir', 'mesh', 'compilation_cache', 'resume', 'on_changed_data'
 CHANGEABLE = ('report', 'log_every', 'measure_every', 'measure_rows', 'save_every')
 
 # A checkpoint in a folder with `[` in its path cannot be read: orbax takes it for a pattern.
-# TensorStore takes `\` for the end of a folder's name.
-UNUSABLE = frozenset('[\\')
+UNUSABLE = UNREADABLE | {'['}
 
 
 def check_workdir(config: ConfigDict, workdir: pathlib.Path):
@@ -39,11 +39,7 @@ def check_workdir(config: ConfigDict, workdir: pathlib.Path):
   Raises:
     ConfigError: The workdir belongs to another config, or cannot be written.
   """
-  if wrong := sorted(UNUSABLE & {*str(workdir.resolve())}):
-    raise ConfigError(
-        f'workdir {workdir} must have no {" and no ".join(wrong)} in its path, {workdir.resolve()}: its '
-        'checkpoints could not be read.'
-    )
+  check_readable(workdir, 'workdir', UNUSABLE)
   parent = next(path for path in (workdir, *workdir.absolute().parents) if path.exists())
   if not parent.is_dir() or not os.access(parent, os.W_OK):
     raise ConfigError(f'workdir {workdir} cannot be written; choose another with --config.workdir=...')

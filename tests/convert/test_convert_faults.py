@@ -15,12 +15,13 @@ import pytest
 import released
 import safetensors
 
+from dsa_jax.config import ConfigError
 from dsa_jax.convert import building as target_module
 from dsa_jax.convert.exporter import export_checkpoint, open_checkpoint
 from dsa_jax.convert.importer import import_checkpoint, open_source
 from dsa_jax.convert.tensors import Tensor
 from dsa_jax.inference.load import load_checkpoint
-from dsa_jax.training.checkpoint import DamagedCheckpoint
+from dsa_jax.training.checkpoint import DamagedCheckpoint, latest_checkpoint
 
 quiet = lambda nbytes: None
 INDEX = 'model.safetensors.index.json'
@@ -168,11 +169,29 @@ def test_no_config(source):
   fails(source, 'is no released checkpoint: config.json')
 
 
+@pytest.mark.parametrize('content', ['', 'null', '[]', '{"eos_token_id": -1}'])
+def test_a_file_beside_the_weights_that_nothing_could_read(source, content):
+  """It would be copied, and every sampler would refuse it."""
+  (source / 'tokenizer.json').write_text('{}')
+  (source / 'generation_config.json').write_text(content)
+  fails(source, 'generation_config.json', 'Repair the file, or delete it')
+  (source / 'generation_config.json').write_text('{}')
+  open_source(source)
+
+
 def test_target_exists(source, tmp_path):
   (tmp_path / 'ours').mkdir()
   with pytest.raises(ValueError, match='exists; choose another target'):
     import_checkpoint(open_source(source), tmp_path / 'ours', advance=quiet)
   assert not list((tmp_path / 'ours').iterdir())
+
+
+def test_a_target_that_could_not_be_read_is_refused(source, tmp_path):
+  with pytest.raises(ConfigError, match=r'TARGET .* must have no \\ in its path'):
+    import_checkpoint(open_source(source), tmp_path / 'a\\b', advance=quiet)
+  assert sorted(path.name for path in tmp_path.iterdir()) == ['source']
+  with pytest.raises(ConfigError, match=r'checkpoint .* must have no \\ in its path'):
+    latest_checkpoint(tmp_path / 'a\\b')
 
 
 def test_small_disk(source, tmp_path, monkeypatch):

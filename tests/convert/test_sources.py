@@ -269,9 +269,10 @@ def test_sizes_of_fresh_indexers_out_of_range(tmp_path, name, size):
 
 def test_all_files_of_a_tokenizer_are_kept(tmp_path):
   write(tmp_path / 'source')
-  for name in KEPT_FILES:
-    (tmp_path / 'source' / name).write_text(name)
+  content = {name: json.dumps({'name': name}) for name in KEPT_FILES}
+  for name, text in content.items():
+    (tmp_path / 'source' / name).write_text(text)
   import_checkpoint(open_source(tmp_path / 'source'), tmp_path / 'ours', advance=quiet)
   export_checkpoint(open_checkpoint(tmp_path / 'ours'), tmp_path / 'out')
   for folder in ('ours', 'out'):
-    assert all((tmp_path / folder / name).read_text() == name for name in KEPT_FILES)
+    assert {name: (tmp_path / folder / name).read_text() for name in KEPT_FILES} == content

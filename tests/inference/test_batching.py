@@ -8,11 +8,14 @@ import jax.numpy as jnp
 import laws
 import numpy as np
 import pytest
+import tokenizers
+from tokenizers import decoders
 
 from dsa_jax.config import ConfigError
 from dsa_jax.data.text import VOCAB_SIZE
+from dsa_jax.data.tokenizer import Pretrained
 from dsa_jax.inference import slots
-from dsa_jax.inference.batching import FEWEST, chunk_width, n_common
+from dsa_jax.inference.batching import FEWEST, Text, chunk_width, n_common
 from dsa_jax.inference.sampler import SampleConfig, Sampler
 from dsa_jax.nn.attention.types import Mode
 
@@ -74,6 +77,24 @@ def test_texts_end_by_a_text_and_the_next_one_is_whole(sampler):
   assert ''.join(text.stream(completions[0].ids)).startswith(completions[0].text + stop)
   for i, completion in completions.items():
     assert completion.text == shown[i].partition(stop)[0]
+
+
+@pytest.mark.parametrize('stop, want', [(' b', ''), ('\n', ' b'), ('c', ' b\n')])
+def test_a_stop_text_may_begin_a_text_or_be_the_last_of_it(tmp_path, stop, want):
+  """A row of bytes is text only when it has ended."""
+  words = {word: i for i, word in enumerate(['?', '▁a', '▁b', '<0x0A>'])}
+  tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, '?'))
+  space, fallback = decoders.Replace('▁', ' '), decoders.ByteFallback()
+  tokenizer.decoder = decoders.Sequence([space, fallback, decoders.Fuse(), decoders.Strip(' ', 1, 0)])
+  tokenizer.save(str(tmp_path / 'tokenizer.json'))
+  config = SampleConfig(max_new_tokens=2, stop_texts=(stop,))
+  text = Text(0, 0, 1, [1], Pretrained(tmp_path / 'tokenizer.json'), config)
+  for i in 2, 3:
+    if not text.ended_by:
+      text.add_step(np.array([i]), np.array([True]), np.zeros(1), ends=False)
+  completion = text.completion()
+  assert completion.text == want
+  assert completion.ended_by == ('length' if stop == 'c' else 'stop')
 
 
 def test_log_probabilities_are_those_of_a_whole_pass(sampler):

@@ -14,6 +14,7 @@ import pytest
 from test_golden import GLM
 
 from dsa_jax.config import ModelConfig
+from dsa_jax.cost.work import row_bytes
 from dsa_jax.inference.cache import init_cache
 from dsa_jax.inference.extend import extend
 from dsa_jax.inference.storage import QuantizedKeys, QuantizedLatents, rotate
@@ -51,6 +52,9 @@ CONFIGS = {
     'gqa_fp8': dataclasses.replace(laws.GQA, index_head_dim=16, n_dense_layers=2),
     'gqa_fp8_all_selected': dataclasses.replace(
         laws.GQA, index_head_dim=16, index_topk=27, n_dense_layers=2
+    ),
+    'gqa_odd': dataclasses.replace(
+        laws.GQA, index_head_dim=16, index_topk=27, n_dense_layers=2, v_head_dim=5
     ),
     'fp8_all_selected': dataclasses.replace(laws.CFG, index_head_dim=16, index_topk=27),
 }
@@ -172,6 +176,19 @@ def test_a_window_in_a_quantised_cache_with_whole_lines():
     logits, _ = read('gqa_windows', 'dense', cuts, lengths=WHOLE, fmt='fp8', whole_lines=True)
     error = np.sqrt(np.mean((logits - want) ** 2)) / want.std()
     assert 1e-3 < error < 0.05, error
+
+
+def test_values_and_keys_of_unlike_widths_in_a_quantised_cache():
+  """Together they are an odd number of channels, which does not halve."""
+  cfg = CONFIGS['gqa_odd']
+  assert cfg.row_dim % 2 == 1
+  want, _ = whole_pass('gqa_odd', 'sparse')
+  logits, _ = read('gqa_odd', 'sparse', (8, 9), lengths=WHOLE, fmt='fp8')
+  error = np.sqrt(np.mean((logits - want) ** 2)) / want.std()
+  assert 1e-3 < error < 0.05, error
+  rows = jax.eval_shape(lambda: init_cache(cfg, 1, 1, fmt='fp8')).kv
+  n_bytes = sum(x.size * x.dtype.itemsize for x in rows)
+  assert n_bytes == cfg.n_layers * row_bytes(cfg, 'fp8')
 
 
 @pytest.mark.parametrize('name', ['two_sizes', pytest.param('some_nope', marks=NIGHTLY)])

@@ -2,6 +2,7 @@
 """Checkpoints that are damaged, or cannot be written, are named in one line and cost nothing else."""
 
 import errno
+import json
 import shutil
 
 import jax
@@ -17,6 +18,7 @@ from dsa_jax.training.checkpoint import (
     DamagedCheckpoint,
     Progress,
     restore_params,
+    saved_stage,
     saved_steps,
 )
 from dsa_jax.training.optim import OptimConfig
@@ -51,6 +53,30 @@ def test_a_path_is_not_an_address(state, tmp_path):
       checkpoints.save(1, state._replace(params=params), Progress({}, 0.0))
     read = restore_params(tmp_path / name, like)['embed'][...]
     np.testing.assert_array_equal(read, params['embed'][...], err_msg=name)
+
+
+def test_the_stage_lies_beside_the_weights(saved, state, tmp_path):
+  assert saved_stage(tmp_path) == saved_stage(saved) == ''
+  with Checkpoints(tmp_path) as checkpoints:
+    checkpoints.save(1, state, Progress({}, 0.0, 'dense'))
+    checkpoints.save(2, state, Progress({}, 0.0, 'sparse'))
+  assert [saved_stage(x) for x in (tmp_path / '1', tmp_path / '2', tmp_path)] == ['dense', 'sparse', 'sparse']
+  path = tmp_path / '2' / 'progress' / 'metadata'
+  path.write_text(path.read_text().replace('"sparse"', 'sparse'))
+  with pytest.raises(DamagedCheckpoint, match='2 is damaged'):
+    saved_stage(tmp_path)
+  assert saved_stage(tmp_path / '1') == 'dense'
+
+
+def test_a_checkpoint_of_before_the_stage_was_recorded_goes_on(state, tmp_path):
+  with Checkpoints(tmp_path) as checkpoints:
+    checkpoints.save(1, state, Progress({'next_index': 1}, 2.0))
+  path = tmp_path / '1' / 'progress' / 'metadata'
+  values = json.loads(path.read_text())
+  del values['stage']
+  path.write_text(json.dumps(values))
+  with Checkpoints(tmp_path) as checkpoints:
+    assert checkpoints.progress() == Progress({'next_index': 1}, 2.0, '')
 
 
 def damage_array(step):

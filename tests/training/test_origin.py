@@ -7,11 +7,13 @@ import shutil
 
 from ml_collections import ConfigDict
 import pytest
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 from configs import base
 from dsa_jax.config import ConfigError, ModelConfig
-from dsa_jax.training.origin import check_origins, differing_fields, keep_origin
+from dsa_jax.data.text import BOS
+from dsa_jax.data.tokenizer import Bytes, find_tokenizer, open_tokenizer
+from dsa_jax.training.origin import check_origins, differing_fields, keep_origin, keep_tokenizer
 from dsa_jax.training.recipe import read_recipe
 from dsa_jax.training.state import abstract_params
 
@@ -149,3 +151,77 @@ def test_what_an_import_has_kept_goes_along(tmp_path):
   (ours / 'tokenizer.json').write_text('changed')
   keep_origin(runs[0], [ours])
   assert (runs[0] / 'origin' / 'tokenizer.json').read_text() == '{}'
+
+
+def imported_and_own(folder):
+  """An import with a tokenizer, and the same tokenizer with a mark of turns and another end."""
+  for name, marks in ('import', ['</s>']), ('own', ['</s>', '<u>']):
+    (folder / name).mkdir()
+    tokenizer = Tokenizer(models.WordLevel({x: i for i, x in enumerate('ab<u>/s?')}, '?'))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split('', 'isolated')
+    tokenizer.add_special_tokens(marks)
+    tokenizer.save(str(folder / name / 'tokenizer.json'))
+  (folder / 'own' / 'tokenizer_config.json').write_text('{"eos_token": "<u>"}')
+  (folder / 'import' / 'merges.txt').write_text('of the import')
+  config = {'text_config': {'eos_token_id': 8, 'vocab_size': 16}, 'pad_token_id': 1}
+  files = ['tokenizer.json', 'merges.txt']
+  record = {'model': {}, 'source': {'family': 'llama', 'config': config, 'files': files}}
+  (folder / 'import' / 'config.json').write_text(json.dumps(record))
+  return folder / 'import', folder / 'own'
+
+
+def test_a_run_keeps_the_tokenizer_that_it_was_trained_with(tmp_path):
+  """Whatever its import had; samplers, exports and the next run read what is kept."""
+  ours, own = imported_and_own(tmp_path)
+  runs = [tmp_path / name for name in ('first', 'second')]
+  for run in runs:
+    (run / 'checkpoints' / 'warmup').mkdir(parents=True)
+  keep_origin(runs[0], [ours])
+  keep_tokenizer(runs[0], str(ours))
+  assert (runs[0] / 'origin' / 'config.json').read_text() == (ours / 'config.json').read_text()
+  keep_tokenizer(runs[0], str(own))
+  keep_origin(runs[1], [runs[0] / 'checkpoints' / 'warmup'])
+  for run in runs:
+    kept = find_tokenizer(run / 'origin')
+    assert kept.encode_prompt('<u>a') == [9, 0] and kept.stop == (9,)
+    assert kept.digest == open_tokenizer(str(own)).digest
+    assert not (run / 'origin' / 'merges.txt').exists()
+    source = json.loads((run / 'origin' / 'config.json').read_text())['source']
+    assert source['family'] == 'llama' and source['config']['pad_token_id'] == 1
+    assert source['config']['text_config'] == {'eos_token_id': 9, 'vocab_size': 16}
+  assert sorted(path.name for path in runs[0].iterdir()) == ['checkpoints', 'origin']
+
+
+def test_a_run_on_bytes_keeps_no_tokenizer_of_its_import(tmp_path):
+  ours, _ = imported_and_own(tmp_path)
+  run = tmp_path / 'run'
+  run.mkdir()
+  keep_tokenizer(run, 'bytes')
+  assert not (run / 'origin').exists()
+  keep_origin(run, [ours])
+  keep_tokenizer(run, '')
+  assert (run / 'origin' / 'tokenizer.json').exists()
+  keep_tokenizer(run, 'bytes')
+  assert isinstance(find_tokenizer(run / 'origin'), Bytes)
+  assert json.loads((run / 'origin' / 'config.json').read_text())['source']['config']['eos_token_id'] == BOS
+
+
+def test_a_kill_while_a_tokenizer_is_replaced_loses_nothing(tmp_path):
+  ours, own = imported_and_own(tmp_path)
+  run = tmp_path / 'run'
+  run.mkdir()
+  keep_origin(run, [ours])
+  (run / 'origin').rename(run / 'origin.before')
+  keep_origin(run, [])
+  keep_tokenizer(run, str(own))
+  assert find_tokenizer(run / 'origin').stop == (9,)
+
+
+def test_a_tokenizer_that_has_changed_takes_the_place_of_what_was_kept(tmp_path):
+  ours, own = imported_and_own(tmp_path)
+  run = tmp_path / 'run'
+  run.mkdir()
+  keep_tokenizer(run, str(ours))
+  shutil.copyfile(own / 'tokenizer.json', ours / 'tokenizer.json')
+  keep_tokenizer(run, str(ours))
+  assert find_tokenizer(run / 'origin').digest == open_tokenizer(str(ours)).digest
