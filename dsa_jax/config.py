@@ -195,6 +195,8 @@ class ModelConfig:
     if not 0 <= self.n_dense_layers <= self.n_layers:
       raise ConfigError(f'{self.n_dense_layers=} must be within 0 and {self.n_layers=}.')
     self._check_mlp_layers()
+    if self.dense_layers and self.inter_dim < 1:
+      raise ConfigError(f'{self.inter_dim=} must be at least 1: layers {self.dense_layers} have an MLP.')
     if self.n_mtp_layers not in (0, 1):
       raise ConfigError(f'{self.n_mtp_layers=} must be 0 or 1.')
     if self.attention not in ATTENTION:
@@ -356,6 +358,8 @@ class ModelConfig:
       raise ConfigError(f'{given}, in layers with a window: {error}') from error
 
   def _check_experts(self):
+    if self.moe_inter_dim < 1:
+      raise ConfigError(f'{self.moe_inter_dim=} must be at least 1, because some layers have experts.')
     if self.score_func not in ('sigmoid', 'softmax'):
       raise ConfigError(f"{self.score_func=} must be 'sigmoid' or 'softmax'.")
     if self.topk_method not in TOPK_METHODS:

@@ -90,15 +90,19 @@ def test_layers_with_windows_are_neither_full_nor_shared():
         ({'rope_type': 'llama3', 'low_freq_factor': 4.0}, 'low_freq_factor=4.0 must be .* below'),
         ({'norm_eps': -1.0}, 'norm_eps=-1.0 must be at least 0'),
         ({'route_scale': -1.0}, 'route_scale=-1.0 must be above 0'),
+        ({'moe_inter_dim': 0}, 'moe_inter_dim=0 must be at least 1'),
+        ({'inter_dim': 0}, r'inter_dim=0 must be at least 1: layers .0,'),
         ({'window_rope_theta': 0.5}, 'window_rope_theta=0.5 must be 0, or above 1'),
     ],
     ids=str,
 )  # fmt: skip
-def test_rotary_positions_that_cannot_be(changes, message):
+def test_numbers_that_cannot_be(changes, message):
   with pytest.raises(ConfigError, match=message):
     ModelConfig(**changes)
 
 
-def test_numbers_of_other_kinds_of_rotary_positions_do_not_count():
+def test_numbers_that_nothing_reads_do_not_count():
   ModelConfig(rope_type='default', rope_factor=0.0, beta_fast=0.0, low_freq_factor=9.0)
   ModelConfig(beta_fast=1.0)  # As in Kimi K2.
+  ModelConfig(inter_dim=0, n_dense_layers=0)
+  ModelConfig(moe_inter_dim=0, n_layers=2, n_dense_layers=2)
