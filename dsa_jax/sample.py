@@ -40,7 +40,7 @@ from dsa_jax.parallel.mesh import MeshConfig, make_mesh
 from dsa_jax.parallel.processes import end_process, is_first, join_job
 from dsa_jax.reporting.progress import StepProgress
 from dsa_jax.selection import RULES
-from dsa_jax.training.checkpoint import latest_checkpoint
+from dsa_jax.training.checkpoint import weights_of
 from dsa_jax.training.compilation_cache import compilation_cache
 
 LOST = (
@@ -83,7 +83,8 @@ def prepare(of_sampler: dict[str, Any], drawing: dict[str, Any]) -> Job:
   if PROMPTS.value:
     check_texts(sizes, '--slots', SLOTS.value)
   mesh = make_mesh(**sizes.sizes) if sizes.n_devices > 1 else None
-  stored = find_checkpoint(CHECKPOINT.value)
+  named = find_checkpoint(CHECKPOINT.value)
+  stored = named.at_one_step()
   cfg = config_of(stored, of_sampler.get('index_topk'))
   capacity = check_capacity(cfg, of_sampler['capacity'], mesh)
   tokenizer, chat = tokenizer_of(stored, cfg), find_chat_template(stored.origin)
@@ -99,8 +100,7 @@ def prepare(of_sampler: dict[str, Any], drawing: dict[str, Any]) -> Job:
     n, capacity = size_of_batch(cfg, sizes, SLOTS.value, len(prompts) * SAMPLES.value, longest)
     texts = Texts(n=n, capacity=capacity, drafts=bool(of_sampler.get('drafts')), is_running=True)
   known = dict(mesh=mesh, tokenizer=tokenizer, chat=chat, texts=texts)
-  step = stored.step or stored.folder / latest_checkpoint(stored.folder).name
-  return Job(prompts, config, step, stored.step is None, of_sampler | known)
+  return Job(prompts, config, stored.step, named.step is None, of_sampler | known)
 
 
 def given_prompts(chat: ChatTemplate | None) -> list[Prompt]:
@@ -161,8 +161,9 @@ def continue_file(sampler: Sampler, job: Job):
   checkpoint = job.checkpoint.resolve()
   earlier = checkpoint.parent if job.is_latest else checkpoint
   answers = AnswerFile(
-      out, sampler, job.prompts, job.config, SAMPLES.value, str(checkpoint), earlier=str(earlier)
-  )
+      out, sampler, job.prompts, job.config, SAMPLES.value, str(checkpoint), earlier=str(earlier),
+      weights=weights_of(checkpoint),
+  )  # fmt: skip
   done, began, n_tokens, n_steps, to_first = len(answers.answered), time.monotonic(), 0, 0, []
   with StepProgress(rich.console.Console(stderr=True, quiet=not is_first())) as bar:
     bar.start_stage('answers', done + answers.n_left, done)

@@ -29,7 +29,7 @@ from dsa_jax.parallel.mesh import make_mesh
 from dsa_jax.parallel.processes import is_first, wait_for_all
 from dsa_jax.reporting.plots import replace_bytes
 from dsa_jax.selection import RULES
-from dsa_jax.training.checkpoint import saved_steps
+from dsa_jax.training.checkpoint import weights_of
 from dsa_jax.training.recipe import read_recipe
 from dsa_jax.training.state import model_graph
 
@@ -80,7 +80,7 @@ def open_subject(settings: Settings) -> Subject:
   Raises:
     ConfigError: Something of it will not do. Nothing has been written.
   """
-  stored = find_checkpoint(settings.checkpoint)
+  stored = find_checkpoint(settings.checkpoint).at_one_step()
   cfg = ModelConfig(**stored.record['model'])
   settings = _filled_in(settings, stored, cfg)
   data = _data(settings, stored)
@@ -165,11 +165,11 @@ def _data(settings: Settings, stored: StoredModel) -> DataConfig:
 
 
 def _identity(settings: Settings, stored: StoredModel, data: DataConfig) -> dict[str, Any]:
-  steps = saved_steps(stored.folder)
   names = 'context', 'rows', 'packing', 'min_tokens', 'tokenizer', 'dtype', 'backend'
   return {
       'checkpoint': str(stored.folder.resolve()),
-      'step': int(stored.step.name) if stored.step else steps[-1] if steps else None,
+      'step': int(stored.step.name),
+      'weights': weights_of(stored.step),
       'model': _digest(stored.record['model']),
       'data': _digest([data.describe(), data.seed]),
       **{name: getattr(settings, name) for name in names},
@@ -197,10 +197,13 @@ def _check_folder(subject: Subject):
   before = read_object(path)
   if before.get('data') == _digest_without_order(subject.data):
     before = before | {'data': subject.identity['data']}
+  before = {'weights': subject.identity['weights']} | before  # An earlier version did not tell them.
   names = sorted(before.keys() | subject.identity.keys())
   both = {name: (before.get(name), subject.identity.get(name)) for name in names}
   differing = {name: pair for name, pair in both.items() if pair[0] != pair[1]}
   rows = [f'{name}: {there} there, {here} here' for name, (there, here) in differing.items()]
+  if differing.keys() == {'weights'}:
+    rows = ['the weights: another model lay at the same path, or this one was trained or converted anew']
   if rows:
     raise ConfigError(
         f'{out} holds the results of another evaluation; it differs in\n  '

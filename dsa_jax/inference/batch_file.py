@@ -84,6 +84,7 @@ class AnswerFile:
       samples: int,
       checkpoint: str = '',
       earlier: str | None = None,
+      weights: str | None = None,
   ):
     """Reads what the file holds. A line whose writing was interrupted is dropped.
 
@@ -95,12 +96,14 @@ class AnswerFile:
       samples: How many answers each prompt gets.
       checkpoint: The name of the checkpoint. Answers of one with another name are refused.
       earlier: The name that an earlier version gave it, whose answers count too.
+      weights: What tells its weights from others that have lain there, if it is known. Answers that
+        are known to be of others are refused.
 
     Raises:
       ConfigError: The file holds something else than answers to these prompts, given in this way.
     """
     self._path, self._prompts, self._sampler = path, prompts, sampler
-    self._config, self._samples = config, samples
+    self._config, self._samples, self._weights = config, samples, weights
     selection = sampler.attention, sampler.rule, sampler.cfg.index_topk
     settings = dataclasses.asdict(config), *selection, *sampler.formats
     digest = lambda *known: hashlib.sha256(json.dumps(known).encode()).hexdigest()[:16]
@@ -110,24 +113,34 @@ class AnswerFile:
     content = path.read_bytes() if path.exists() else b''
     self._size, self._whole = len(content), content.rfind(b'\n') + 1
     for number, line in enumerate(content[: self._whole].splitlines(), 1):
-      if (answer := self._answer_of(line)) is None:
-        raise ConfigError(
-            f'{path}, line {number} answers no prompt of this file, or by another checkpoint or settings: '
-            'go on with the prompts and flags that it was begun with, or name another file.'
-        )
-      self.answered.add(answer)
+      try:
+        self.answered.add(self._answer_of(line))
+      except ConfigError as error:
+        raise ConfigError(f'{path}, line {number} {error}') from error
 
-  def _answer_of(self, line: bytes) -> tuple[int, int] | None:
-    """Returns which prompt a line answers, and as which sample; None if it answers none."""
+  def _answer_of(self, line: bytes) -> tuple[int, int]:
+    """Returns which prompt a line answers, and as which sample.
+
+    Raises:
+      ConfigError: It answers none, or in another way.
+    """
     try:
       entry = json.loads(line)
       prompt, sample, digest = entry['prompt'], entry['sample'], entry['digest']
       is_known = prompt >= 0 and digest in (self._digests[prompt], self._earlier[prompt])
-      if is_known and 0 <= sample < self._samples:
-        return prompt, sample
-    except (ValueError, TypeError, KeyError, IndexError):
-      pass
-    return None
+      if not (is_known and 0 <= sample < self._samples):
+        raise ValueError
+    except (ValueError, TypeError, KeyError, IndexError) as error:
+      raise ConfigError(
+          'answers no prompt of this file, or by another checkpoint or settings: go on with the prompts '
+          'and flags that it was begun with, or name another file.'
+      ) from error
+    if entry.get('weights', self._weights) != self._weights:  # An earlier version did not tell them.
+      raise ConfigError(
+          'is by other weights, which lay at the same path: the checkpoint was trained or converted anew. '
+          'Name another file.'
+      )
+    return prompt, sample
 
   @property
   def n_left(self) -> int:
@@ -177,4 +190,5 @@ class AnswerFile:
   def _line(self, completion: Completion) -> dict[str, Any]:
     name = self._prompts[completion.prompt].name
     line = completion._asdict() | {'digest': self._digests[completion.prompt]}
+    line |= {'weights': self._weights} if self._weights else {}
     return line if name is None else {'id': name} | line

@@ -123,6 +123,11 @@ def are_same(x: int) -> bool:
   return len(set(multihost_utils.process_allgather(np.int32(x)).tolist())) == 1
 
 
+def of_first(x: int) -> int:
+  """Returns the number, below 2**32, that the first process has. All of them call it."""
+  return x if jax.process_count() == 1 else int(multihost_utils.broadcast_one_to_all(np.uint32(x)))
+
+
 def own_share(batch_size: int, mesh: Mesh | None) -> tuple[int, int]:
   """Returns (i, n): this process reads the i-th of n equal shares of a batch's sequences."""
   if mesh is None or jax.process_count() == 1:

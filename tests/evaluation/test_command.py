@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -20,7 +21,7 @@ from dsa_jax.config import ConfigError
 from dsa_jax.data.text import VOCAB_SIZE
 from dsa_jax.evaluation import arms, page
 from dsa_jax.evaluation.settings import Settings
-from dsa_jax.evaluation.subject import open_subject
+from dsa_jax.evaluation.subject import keep_settings, open_subject
 
 CFG = dataclasses.replace(
     laws.CFG, vocab_size=VOCAB_SIZE, n_layers=1, n_dense_layers=1, max_seq_len=48, index_topk=16
@@ -91,6 +92,29 @@ def test_dense_beside_sparse(place, tmp_path, monkeypatch, capsys):
   open_subject(settings(place, out))
   with pytest.raises(ConfigError, match='of another evaluation(.|\n)*rows: 4 there, 6 here'):
     evaluate.evaluate(settings(place, out, rows=6))
+
+
+def test_results_are_of_the_weights_of_one_step(tmp_path):
+  save_run(tmp_path, CFG)
+  (tmp_path / 'text.txt').write_text('The quick brown fox jumps over the lazy dog. ' * 20)
+  given = settings(tmp_path, tmp_path / 'out')
+  subject = open_subject(given)
+  save_run(tmp_path, CFG, step=2, weights=7)  # Training goes on meanwhile.
+  assert subject.identity['step'] == 1
+  np.testing.assert_array_equal(subject.params['embed'][...], laws.weights(CFG)['embed'][...])
+  keep_settings(subject)
+
+  shutil.rmtree(tmp_path / 'checkpoints')
+  save_run(tmp_path, CFG)  # The same weights, saved anew.
+  assert open_subject(given).identity == subject.identity
+  shutil.rmtree(tmp_path / 'checkpoints')
+  save_run(tmp_path, CFG, weights=1)
+  with pytest.raises(ConfigError, match='the weights: another model(.|\n)*Name another folder'):
+    open_subject(given)
+  kept = json.loads((tmp_path / 'out' / 'settings.json').read_text())
+  assert kept.pop('weights')
+  (tmp_path / 'out' / 'settings.json').write_text(json.dumps(kept))  # As of an earlier version.
+  open_subject(given)
 
 
 def test_grouped_queries_and_several_budgets(tmp_path):

@@ -98,6 +98,19 @@ def test_answers_to_something_else_are_not_mixed_in(tmp_path, sampler, prompts, 
   assert out.read_bytes() == before
 
 
+def test_answers_of_other_weights_at_the_same_path_are_not_mixed_in(tmp_path, sampler, prompts):
+  out = tmp_path / 'answers.jsonl'
+  list(AnswerFile(out, sampler, prompts, DRAWN, 1, 'run/8', weights='of a run').answer(slots=3))
+  assert AnswerFile(out, sampler, prompts, DRAWN, 1, 'run/8', weights='of a run').n_left == 0
+  for weights in 'of another', None:
+    with pytest.raises(ConfigError, match='line 1 is by other weights.* Name another file'):
+      AnswerFile(out, sampler, prompts, DRAWN, 1, 'run/8', weights=weights)
+  lines = [json.loads(line) for line in out.read_text().splitlines()]
+  assert {line.pop('weights') for line in lines} == {'of a run'}
+  out.write_text(''.join(json.dumps(line) + '\n' for line in lines))  # As of an earlier version.
+  assert AnswerFile(out, sampler, prompts, DRAWN, 1, 'run/8', weights='of another').n_left == 0
+
+
 def test_a_prompt_that_is_too_long_writes_nothing(tmp_path, sampler, prompts):
   out = tmp_path / 'answers.jsonl'
   long = [*prompts, prompts[0]._replace(text='x' * 60)]
