@@ -22,6 +22,7 @@ from dsa_jax.data.text import VOCAB_SIZE
 from dsa_jax.evaluation import arms, page
 from dsa_jax.evaluation.settings import Settings
 from dsa_jax.evaluation.subject import keep_settings, open_subject
+from dsa_jax.reporting.progress import StepProgress
 
 CFG = dataclasses.replace(
     laws.CFG, vocab_size=VOCAB_SIZE, n_layers=1, n_dense_layers=1, max_seq_len=48, index_topk=16
@@ -92,6 +93,23 @@ def test_dense_beside_sparse(place, tmp_path, monkeypatch, capsys):
   open_subject(settings(place, out))
   with pytest.raises(ConfigError, match='of another evaluation(.|\n)*rows: 4 there, 6 here'):
     evaluate.evaluate(settings(place, out, rows=6))
+
+
+def test_other_rules_are_measured_beside_those_of_before(place, tmp_path, monkeypatch):
+  measured, measure = [], arms.measure
+  note = lambda *args, **kwargs: measured.append(args[3].measure) or measure(*args, **kwargs)
+  monkeypatch.setattr(arms, 'measure', note)
+  subjects = [
+      open_subject(settings(place, tmp_path / 'out', rows=2, rules=rules))
+      for rules in (('window_sinks',), ('indexer',), ('window_sinks',), ('indexer', 'window_sinks'))
+  ]
+  results = [arms.measure_budgets(subject, StepProgress(quiet=True))[16] for subject in subjects]
+  assert measured == [('window_sinks',), ('indexer', 'window_sinks')]
+  first, both, *again = results
+  assert both['everywhere'].keys() == {'indexer', 'window_sinks'} and again == [both, both]
+  mass = lambda kept, rule: kept['beyond'][rule]['captured_mass']
+  assert mass(both, 'window_sinks') == pytest.approx(mass(first, 'window_sinks'))
+  assert mass(both, 'indexer') != pytest.approx(mass(both, 'window_sinks'))
 
 
 def test_results_are_of_the_weights_of_one_step(tmp_path):
