@@ -49,13 +49,11 @@ class Text:
       self,
       place: int,
       sample: int,
-      samples: int,
       prompt: list[int],
       tokenizer: Tokenizer,
       config: SampleConfig,
   ):
-    self.place, self.sample, self.number = place, sample, place * samples + sample
-    self.prompt = prompt
+    self.place, self.sample, self.prompt = place, sample, prompt
     self.ids, self.log_probs, self.ended_by = list[int](), list[float](), ''
     self.n_steps, self.n_reused = 0, 0
     self._most = config.max_new_tokens
@@ -165,8 +163,8 @@ class Batch:
     self._texts[slot], self._held[slot] = text, text.prompt
     config = self._config
     self._slots = join(
-        self._slots, slot, cache, drafts, logits, np.uint32(config.seed), text.number,
-        config.max_new_tokens, shares=self._engine.reader.shares,
+        self._slots, slot, cache, drafts, logits, np.uint32(config.seed), text.place,
+        text.sample, config.max_new_tokens, shares=self._engine.reader.shares,
     )  # fmt: skip
 
   def _begin_step(self):

@@ -18,7 +18,7 @@ class SampleConfig:
   top_p: float = 1.0  # Tokens are drawn from the likeliest that hold this much probability.
   stop: tuple[int, ...] = ()  # Ids that end a sequence. They are not returned.
   stop_texts: tuple[str, ...] = ()  # What ends a text where it is written. It is not returned.
-  seed: int = 0  # The draws depend on it and on a text's place in the batch.
+  seed: int = 0  # The draws depend on it, on a text's place among the prompts, and on its sample.
 
   def __post_init__(self):
     for name in ('max_new_tokens', 'top_k', 'seed'):

@@ -251,7 +251,7 @@ class Sampler:
     for i, prompt in enumerate(ids):
       check_prompt(i, prompt, self.cfg, self.capacity, room=config.max_new_tokens)
     texts = [
-        Text(i, sample, samples, prompt, self.tokenizer, config)
+        Text(i, sample, prompt, self.tokenizer, config)
         for i, prompt in enumerate(ids)
         for sample in range(samples)
         if (i, sample) not in without

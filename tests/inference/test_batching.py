@@ -51,6 +51,14 @@ def test_samples_differ_and_do_not_feel_who_is_missing(sampler):
   assert {(x.prompt, x.sample): x.ids for x in rest} == {at: drawn[at] for at in drawn.keys() - done}
 
 
+def test_more_samples_are_those_that_they_would_have_been_at_once(sampler):
+  prompts = [PROMPTS[1]] * 3  # Equal ones, so that equal draws would show.
+  drawn = lambda n: {(x.prompt, x.sample): x.ids for x in sampler.complete(prompts, DRAWN, samples=n)}
+  few, more = drawn(1), drawn(3)
+  assert {at: more[at] for at in few} == few
+  assert len(set(map(tuple, more.values()))) == 9
+
+
 def test_texts_end_by_an_id(sampler):
   [[*ids], *_] = sampler.generate(PROMPTS, GREEDY)
   config = dataclasses.replace(GREEDY, stop=(ids[4],))
