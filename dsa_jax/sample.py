@@ -26,10 +26,10 @@ import rich.console
 
 from dsa_jax.config import ConfigError, local_path
 from dsa_jax.data.chat import ChatTemplate, find_chat_template, prompt_of
-from dsa_jax.inference.batch_file import AnswerFile, Prompt, read_prompts
+from dsa_jax.inference.batch_file import AnswerFile, Prompt, moment_of, read_prompts
 from dsa_jax.inference.batching import size_of_batch
 from dsa_jax.inference.cache import FORMATS
-from dsa_jax.inference.load import config_of, find_checkpoint
+from dsa_jax.inference.load import StoredModel, config_of, find_checkpoint
 from dsa_jax.inference.memory import Texts
 from dsa_jax.inference.sampler import (
     SampleConfig, Sampler, check_capacity, check_drawing, check_prompt, tokenizer_of,
@@ -37,7 +37,7 @@ from dsa_jax.inference.sampler import (
 from dsa_jax.inference.shares import check_texts
 from dsa_jax.inference.weights import FORMATS as WEIGHTS
 from dsa_jax.parallel.mesh import MeshConfig, make_mesh
-from dsa_jax.parallel.processes import end_process, is_first, join_job
+from dsa_jax.parallel.processes import end_process, is_first, join_job, moment_of_job
 from dsa_jax.reporting.progress import StepProgress
 from dsa_jax.selection import RULES
 from dsa_jax.training.checkpoint import weights_of
@@ -87,7 +87,7 @@ def prepare(of_sampler: dict[str, Any], drawing: dict[str, Any]) -> Job:
   stored = named.at_one_step()
   cfg = config_of(stored, of_sampler.get('index_topk'))
   capacity = check_capacity(cfg, of_sampler['capacity'], mesh)
-  tokenizer, chat = tokenizer_of(stored, cfg), find_chat_template(stored.origin)
+  tokenizer, chat = tokenizer_of(stored, cfg), chat_of(stored)
   config = SampleConfig(**({'stop': tokenizer.stop} | drawing))
   check_drawing(config, cfg)
   prompts = given_prompts(chat)
@@ -101,6 +101,12 @@ def prepare(of_sampler: dict[str, Any], drawing: dict[str, Any]) -> Job:
     texts = Texts(n=n, capacity=capacity, drafts=bool(of_sampler.get('drafts')), is_running=True)
   known = dict(mesh=mesh, tokenizer=tokenizer, chat=chat, texts=texts)
   return Job(prompts, config, stored.step, named.step is None, of_sampler | known)
+
+
+def chat_of(stored: StoredModel) -> ChatTemplate | None:
+  """Returns the chat template, which writes the date on which `--out` was begun."""
+  kept = moment_of(local_path(OUT.value, '--out')) if OUT.value else None
+  return find_chat_template(stored.origin, moment_of_job(kept))
 
 
 def given_prompts(chat: ChatTemplate | None) -> list[Prompt]:

@@ -2,6 +2,7 @@
 """Continues the prompts of a file; what was answered before a run was stopped is never lost."""
 
 from collections.abc import Iterator
+import contextlib
 import dataclasses
 import fcntl
 import hashlib
@@ -20,11 +21,18 @@ from dsa_jax.inference.sampler import Sampler
 from dsa_jax.parallel.processes import are_same, is_first, wait_for_all
 
 
+DATED = (
+    ' The chat template writes the date into prompts, and an earlier version did not keep it: what it began '
+    'on another day needs another file.'
+)
+
+
 class Prompt(NamedTuple):
   """A line of the file of prompts."""
 
   text: str
   name: Any  # The line's own 'id', which its answers carry along. None: it has none.
+  moment: str = ''  # What the chat template took for now, if it writes the date into the prompt.
 
 
 def read_prompts(path: pathlib.Path, chat: ChatTemplate | None) -> list[Prompt]:
@@ -69,7 +77,17 @@ def _read_entry(entry: Any, chat: ChatTemplate | None) -> Prompt:
   text = entry['prompt'] if 'prompt' in keys else prompt_of(entry['messages'], chat)
   if not isinstance(text, str) or not text:
     raise ConfigError(f"'prompt' is {text!r}; it must be a text, and not an empty one.")
-  return Prompt(text, entry.get('id'))
+  moment = chat.moment if 'messages' in keys else None
+  return Prompt(text, entry.get('id'), moment.isoformat() if moment else '')
+
+
+def moment_of(path: pathlib.Path) -> str | None:
+  """Returns what a file of answers has kept of when it was begun; None if it does not matter."""
+  for line in path.read_bytes().splitlines() if path.exists() else ():
+    if b'"moment": ' in line:
+      with contextlib.suppress(ValueError, AttributeError):
+        return json.loads(line).get('moment')
+  return None
 
 
 class AnswerFile:
@@ -116,7 +134,8 @@ class AnswerFile:
       try:
         self.answered.add(self._answer_of(line))
       except ConfigError as error:
-        raise ConfigError(f'{path}, line {number} {error}') from error
+        is_dated = any(prompt.moment for prompt in prompts) and moment_of(path) is None
+        raise ConfigError(f'{path}, line {number} {error}{DATED * is_dated}') from error
 
   def _answer_of(self, line: bytes) -> tuple[int, int]:
     """Returns which prompt a line answers, and as which sample.
@@ -188,7 +207,8 @@ class AnswerFile:
       )
 
   def _line(self, completion: Completion) -> dict[str, Any]:
-    name = self._prompts[completion.prompt].name
+    prompt = self._prompts[completion.prompt]
     line = completion._asdict() | {'digest': self._digests[completion.prompt]}
     line |= {'weights': self._weights} if self._weights else {}
-    return line if name is None else {'id': name} | line
+    line |= {'moment': prompt.moment} if prompt.moment else {}
+    return line if prompt.name is None else {'id': prompt.name} | line

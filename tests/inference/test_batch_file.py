@@ -2,6 +2,7 @@
 """A file of prompts is answered once, whatever interrupts it."""
 
 import dataclasses
+import datetime
 import errno
 import fcntl
 import json
@@ -13,8 +14,9 @@ import pytest
 from dsa_jax.config import ConfigError
 from dsa_jax.data.chat import ChatTemplate
 from dsa_jax.data.text import VOCAB_SIZE
-from dsa_jax.inference.batch_file import AnswerFile, read_prompts
+from dsa_jax.inference.batch_file import AnswerFile, moment_of, read_prompts
 from dsa_jax.inference.sampler import SampleConfig, Sampler
+from dsa_jax.parallel.processes import moment_of_job
 
 CFG = dataclasses.replace(laws.CFG, vocab_size=VOCAB_SIZE, max_seq_len=64)
 DRAWN = SampleConfig(max_new_tokens=6, temperature=1.0)
@@ -109,6 +111,26 @@ def test_answers_of_other_weights_at_the_same_path_are_not_mixed_in(tmp_path, sa
   assert {line.pop('weights') for line in lines} == {'of a run'}
   out.write_text(''.join(json.dumps(line) + '\n' for line in lines))  # As of an earlier version.
   assert AnswerFile(out, sampler, prompts, DRAWN, 1, 'run/8', weights='of another').n_left == 0
+
+
+def test_a_job_goes_on_with_the_date_on_which_it_was_begun(tmp_path, sampler):
+  path, out = tmp_path / 'prompts.jsonl', tmp_path / 'answers.jsonl'
+  path.write_text('\n'.join(map(json.dumps, LINES)))
+  source = "{{ strftime_now('%d %b') }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
+  asked = lambda day: read_prompts(path, ChatTemplate(source, {}, datetime.datetime(2024, 2, day)))
+  assert moment_of(out) is None
+  list(AnswerFile(out, sampler, asked(28), DRAWN, 1).answer(slots=3))
+  kept = moment_of_job(moment_of(out))
+  assert kept == datetime.datetime(2024, 2, 28) and asked(kept.day)[2].text == '28 Febthree'
+  assert AnswerFile(out, sampler, asked(kept.day), DRAWN, 1).n_left == 0
+  assert {at: 'moment' in line for at, line in answers_in(out).items()} == {
+      (0, 0): False, (1, 0): False, (2, 0): True
+  }  # fmt: skip
+  lines = [{k: x for k, x in line.items() if k != 'moment'} for line in answers_in(out).values()]
+  out.write_text(''.join(json.dumps(line) + '\n' for line in lines))  # As of an earlier version.
+  assert AnswerFile(out, sampler, asked(28), DRAWN, 1).n_left == 0
+  with pytest.raises(ConfigError, match='writes the date .* what it began on another day needs another'):
+    AnswerFile(out, sampler, asked(29), DRAWN, 1)
 
 
 def test_a_prompt_that_is_too_long_writes_nothing(tmp_path, sampler, prompts):
