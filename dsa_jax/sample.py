@@ -26,7 +26,7 @@ import rich.console
 
 from dsa_jax.config import ConfigError, local_path
 from dsa_jax.data.chat import ChatTemplate, find_chat_template, prompt_of
-from dsa_jax.inference.batch_file import AnswerFile, Prompt, moment_of, read_prompts
+from dsa_jax.inference.batch_file import AnswerFile, Prompt, check_paths, moment_of, read_prompts
 from dsa_jax.inference.batching import size_of_batch
 from dsa_jax.inference.cache import FORMATS
 from dsa_jax.inference.load import StoredModel, config_of, find_checkpoint
@@ -144,6 +144,8 @@ def check_flags():
     raise ConfigError(f'--samples={SAMPLES.value} needs --prompts: --prompt is continued once.')
   for name, flag in ('--prompts', PROMPTS), ('--out', OUT):
     local_path(flag.value or '', name)
+  if PROMPTS.value:
+    check_paths(pathlib.Path(PROMPTS.value), pathlib.Path(OUT.value))
   if PROMPTS.value and CHAT.value:
     raise ConfigError("--chat is for --prompt; a line of --prompts has 'messages' in place of a 'prompt'.")
 

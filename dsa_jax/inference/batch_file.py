@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import fcntl
 import hashlib
+import itertools
 import json
 import logging
 import os
@@ -21,6 +22,7 @@ from dsa_jax.inference.sampler import Sampler
 from dsa_jax.parallel.processes import are_same, is_first, wait_for_all
 
 
+KEYS = 'prompt', 'sample'  # What tells an answer from all others of a file.
 DATED = (
     ' The chat template writes the date into prompts, and an earlier version did not keep it: what it began '
     'on another day needs another file.'
@@ -66,6 +68,12 @@ def read_prompts(path: pathlib.Path, chat: ChatTemplate | None) -> list[Prompt]:
         path, len(repeated), repeated[0],
     )  # fmt: skip
   return prompts
+
+
+def check_paths(prompts: pathlib.Path, out: pathlib.Path):
+  """Raises a ConfigError if the answers would be added to the prompts, under whatever names."""
+  if out.exists() and prompts.exists() and out.samefile(prompts):
+    raise ConfigError(f'--out={out} is the file of --prompts: name another file for the answers.')
 
 
 def _read_entry(entry: Any, chat: ChatTemplate | None) -> Prompt:
@@ -136,6 +144,20 @@ class AnswerFile:
       except ConfigError as error:
         is_dated = any(prompt.moment for prompt in prompts) and moment_of(path) is None
         raise ConfigError(f'{path}, line {number} {error}{DATED * is_dated}') from error
+    if content and not self._whole and not self._has_begun(content):
+      raise ConfigError(f'{path} holds something else than answers: name another file.')
+
+  def _has_begun(self, line: bytes) -> bool:
+    """Returns whether a line without an end is an answer, or may be the beginning of one."""
+    try:
+      json.loads(line)
+    except ValueError:
+      numbers = itertools.product(range(len(self._prompts)), range(self._samples))
+      heads = (self._as_line(at[0], dict(zip(KEYS, at)))[:-1] + b', "text": "' for at in numbers)
+      return any(head.startswith(line) or line.startswith(head) for head in heads)
+    with contextlib.suppress(ConfigError):
+      return bool(self._answer_of(line))
+    return False
 
   def _answer_of(self, line: bytes) -> tuple[int, int]:
     """Returns which prompt a line answers, and as which sample.
@@ -188,7 +210,7 @@ class AnswerFile:
       self._claim(file)
       file.truncate(self._whole)
       for completion in completions:
-        file.write(json.dumps(self._line(completion), ensure_ascii=False).encode() + b'\n')
+        file.write(self._as_line(completion.prompt, self._known_of(completion)) + b'\n')
         file.flush()  # What a call of the system leaves unwritten of a line, the next one writes.
         yield completion
 
@@ -206,9 +228,15 @@ class AnswerFile:
           f'another process adds answers to {self._path}: wait until it ends, or name another file.'
       )
 
-  def _line(self, completion: Completion) -> dict[str, Any]:
+  def _known_of(self, completion: Completion) -> dict[str, Any]:
     prompt = self._prompts[completion.prompt]
     line = completion._asdict() | {'digest': self._digests[completion.prompt]}
     line |= {'weights': self._weights} if self._weights else {}
     line |= {'moment': prompt.moment} if prompt.moment else {}
-    return line if prompt.name is None else {'id': prompt.name} | line
+    return line
+
+  def _as_line(self, prompt: int, known: dict[str, Any]) -> bytes:
+    """Returns what is known of an answer as a line begins and ends, with the prompt's own 'id'."""
+    name = self._prompts[prompt].name
+    line = known if name is None else {'id': name} | known
+    return json.dumps(line, ensure_ascii=False).encode()

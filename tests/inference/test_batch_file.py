@@ -14,7 +14,7 @@ import pytest
 from dsa_jax.config import ConfigError
 from dsa_jax.data.chat import ChatTemplate
 from dsa_jax.data.text import VOCAB_SIZE
-from dsa_jax.inference.batch_file import AnswerFile, moment_of, read_prompts
+from dsa_jax.inference.batch_file import AnswerFile, check_paths, moment_of, read_prompts
 from dsa_jax.inference.sampler import SampleConfig, Sampler
 from dsa_jax.parallel.processes import moment_of_job
 
@@ -131,6 +131,40 @@ def test_a_job_goes_on_with_the_date_on_which_it_was_begun(tmp_path, sampler):
   assert AnswerFile(out, sampler, asked(28), DRAWN, 1).n_left == 0
   with pytest.raises(ConfigError, match='writes the date .* what it began on another day needs another'):
     AnswerFile(out, sampler, asked(29), DRAWN, 1)
+
+
+@pytest.mark.parametrize(
+    'content',
+    [
+        '{"my": "notes"}', '{"prompt": "one"}', '{"id": "b", "prompt": "and two"}', 'notes', '\0',
+        '{"prompt": 0, "sample": 0, "text": "of another file"}', '{"prompt": 3, "sample": 0, "te',
+    ],
+)  # fmt: skip
+def test_no_other_file_is_emptied(tmp_path, sampler, prompts, content):
+  """Nor one whose only line has no end, as if its writing had been interrupted."""
+  out = tmp_path / 'notes.json'
+  out.write_text(content)
+  with pytest.raises(ConfigError, match='notes.json holds something else than answers: name another'):
+    AnswerFile(out, sampler, prompts, DRAWN, 1)
+  assert out.read_text() == content
+
+
+def test_an_interrupted_first_line_is_dropped(tmp_path, sampler, prompts):
+  out = tmp_path / 'answers.jsonl'
+  list(AnswerFile(out, sampler, prompts, DRAWN, 1).answer(slots=1))
+  for line in out.read_bytes().splitlines():
+    for n in range(1, len(line) + 1):
+      out.write_bytes(line[:n])
+      assert AnswerFile(out, sampler, prompts, DRAWN, 1).n_left == 3
+
+
+def test_answers_are_not_added_to_the_prompts(tmp_path):
+  (tmp_path / 'prompts').write_text('{"prompt": "one"}')
+  (tmp_path / 'link').symlink_to(tmp_path / 'prompts')
+  for name in 'prompts', 'link':
+    with pytest.raises(ConfigError, match='is the file of --prompts: name another file'):
+      check_paths(tmp_path / 'prompts', tmp_path / name)
+  check_paths(tmp_path / 'prompts', tmp_path / 'answers')
 
 
 def test_a_prompt_that_is_too_long_writes_nothing(tmp_path, sampler, prompts):
