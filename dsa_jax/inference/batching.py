@@ -17,12 +17,13 @@ from dsa_jax.inference.drafts import Drafts, no_drafts, read_chunk_with_drafts
 from dsa_jax.inference.programs import Engine
 from dsa_jax.inference.sample_config import SampleConfig, padded
 from dsa_jax.inference.shares import make_texts, place_text, whole_rows
-from dsa_jax.inference.slots import Slots, Written, check_logits, copy_of, free_slots, join, write
+from dsa_jax.inference.slots import Slots, Written, copy_of, free_slots, join, not_finite, write
 from dsa_jax.inference.stopping import StopTexts
 from dsa_jax.parallel.mesh import MeshConfig
 
 LINE = 512  # The capacity of slots is a multiple of it, for few programs.
 CHUNKS = 4  # At most so many chunks of prompts are read between two steps.
+HOPELESS = 8  # After so many texts without finite logits, and none with, no more are begun.
 FEWEST = 32  # No chunk is shorter; it may be padding. Others are 4, 16, ... times as long.
 
 
@@ -134,17 +135,26 @@ class Batch:
     self._held = [list[int]() for _ in range(n_slots)]  # The prompt that each slot last had.
     self._begun = collections.deque[tuple[list[Text | None], Written]]()
     self._reader = PromptReader(engine, capacity)
+    self._broken, self._has_ended = list[int](), False  # Prompts without logits; whether a text has.
 
   def run(self, texts: Iterator[Text]) -> Iterator[Text]:
-    """Yields texts as they end. Each step begins before the ids of the one before it are read."""
-    while True:
+    """Yields texts as they end. Each step begins before the ids of the one before it are read.
+
+    Raises:
+      ConfigError: The logits of some texts are not finite. The others have ended then, unless all that
+        were begun are so.
+    """
+    most = max(len(self._texts), HOPELESS)
+    while self._has_ended or len(self._broken) < most:
       self._read_prompts(texts)
       if any(self._texts):
         self._begin_step()
       if not self._begun:
-        return
+        break
       if len(self._begun) > 1 or not any(self._texts):
         yield from self._end_step()
+    if self._broken:
+      raise not_finite(self._broken[0], len(self._broken) - 1)
 
   def _read_prompts(self, texts: Iterator[Text]):
     """Reads a few chunks of the next prompts, as long as there are free slots."""
@@ -182,10 +192,13 @@ class Batch:
     for slot, text in enumerate(texts):
       if text is None or text.ended_by:
         continue
-      check_logits(float(log_probs[slot, 0]), text.place)
+      if np.isnan(log_probs[slot, 0]):
+        text.ended_by, self._texts[slot] = 'not finite', None
+        self._broken.append(text.place)
+        continue
       text.add_step(ids[slot], counts[slot], log_probs[slot], bool(ends[slot]))
       if text.ended_by:
-        self._texts[slot] = None
+        self._texts[slot], self._has_ended = None, True
         yield text
 
 

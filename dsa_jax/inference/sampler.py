@@ -239,7 +239,8 @@ class Sampler:
 
     Raises:
       ConfigError: A prompt is empty, too long, or holds an id that is no token; the slots do not fit
-        into memory; or an argument is out of range. Nothing has been read then.
+        into memory; or an argument is out of range. Nothing has been read then. Or the logits behind
+        a prompt are not finite; the others have been continued then.
     """
     config = config or SampleConfig(stop=self.tokenizer.stop)
     if samples < 1 or slots < 1:

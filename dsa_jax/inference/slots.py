@@ -43,10 +43,16 @@ class Written(NamedTuple):
 def check_logits(log_prob: float, prompt: int):
   """Raises a ConfigError if the logits of a prompt's text are not finite, so that nothing is drawn."""
   if np.isnan(log_prob):
-    raise ConfigError(
-        f'the logits behind prompt {prompt} are not finite, so no token can be drawn: weights are '
-        'NaN or infinite, or numbers overflow. Look at the checkpoint, or load it in a wider dtype.'
-    )
+    raise not_finite(prompt)
+
+
+def not_finite(prompt: int, n_others: int = 0) -> ConfigError:
+  """Returns the error that says so of a prompt, and maybe of others."""
+  others = f', nor are those of {n_others} other texts' if n_others else ''
+  return ConfigError(
+      f'the logits behind prompt {prompt} are not finite{others}, so no token can be drawn: weights are '
+      'NaN or infinite, or numbers overflow. Look at the checkpoint, or load it in a wider dtype.'
+  )
 
 
 def free_slots(

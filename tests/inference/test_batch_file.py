@@ -8,6 +8,7 @@ import fcntl
 import json
 from unittest import mock
 
+import jax.numpy as jnp
 import laws
 import pytest
 
@@ -165,6 +166,22 @@ def test_answers_are_not_added_to_the_prompts(tmp_path):
     with pytest.raises(ConfigError, match='is the file of --prompts: name another file'):
       check_paths(tmp_path / 'prompts', tmp_path / name)
   check_paths(tmp_path / 'prompts', tmp_path / 'answers')
+
+
+def test_a_prompt_without_finite_logits_is_the_only_one_without_an_answer(tmp_path, sampler, prompts):
+  model = laws.model_of(laws.weights(CFG), CFG)
+  model.embed[...] = model.embed[...].at[ord('w')].set(jnp.nan)
+  broken, config = Sampler(model), dataclasses.replace(DRAWN, temperature=0.0)
+  prompts = [prompts[0], prompts[1]._replace(text='and tw'), prompts[2]]
+  whole, out = tmp_path / 'whole.jsonl', tmp_path / 'answers.jsonl'
+  list(AnswerFile(whole, sampler, prompts, config, 1).answer(slots=1))
+  for n_left in 3, 1:
+    answers = AnswerFile(out, broken, prompts, config, 1)
+    assert answers.n_left == n_left
+    with pytest.raises(ConfigError, match='the logits behind prompt 1 are not finite'):
+      list(answers.answer(slots=1))
+  ids = lambda path: {at: line['ids'] for at, line in answers_in(path).items() if at != (1, 0)}
+  assert ids(out) == ids(whole) and len(answers_in(out)) == 2
 
 
 def test_a_prompt_that_is_too_long_writes_nothing(tmp_path, sampler, prompts):
