@@ -129,9 +129,9 @@ class AnswerFile:
       ConfigError: The file holds something else than answers to these prompts, given in this way.
     """
     self._path, self._prompts, self._sampler = path, prompts, sampler
-    self._config, self._samples, self._weights = config, samples, weights
+    self._config, self._samples, self._weights = sampler.of_text(config), samples, weights
     selection = sampler.attention, sampler.rule, sampler.cfg.index_topk
-    settings = dataclasses.asdict(config), *selection, *sampler.formats
+    settings = dataclasses.asdict(self._config), *selection, *sampler.formats
     digest = lambda *known: hashlib.sha256(json.dumps(known).encode()).hexdigest()[:16]
     digests = lambda name: [digest(prompt.text, [name, *settings]) for prompt in prompts]
     self._digests, self._earlier = digests(checkpoint), digests(checkpoint if earlier is None else earlier)

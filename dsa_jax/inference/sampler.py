@@ -193,9 +193,14 @@ class Sampler:
     """Yields the continuation of one text as it is written."""
     if not prompt:
       raise ConfigError(f'{prompt=} is empty: there must be something to continue.')
-    config = SampleConfig(**({'stop': self.tokenizer.stop} | kwargs))
+    config = self.of_text(SampleConfig(**kwargs))
     steps = self._read_and_continue([self.tokenizer.encode_prompt(prompt)], config)
     return self._pieces((ids[0] for ids in steps if ids[0] is not None), config.stop_texts)
+
+  def of_text(self, config: SampleConfig) -> SampleConfig:
+    """Returns how a text is continued: up to the tokenizer's own ids, unless others are named."""
+    is_open = config.stop is None
+    return dataclasses.replace(config, stop=self.tokenizer.stop) if is_open else config
 
   def _pieces(self, ids: Iterator[int], stop_texts: tuple[str, ...]) -> Iterator[str]:
     """Yields a piece of text for each id, and one behind the last."""
@@ -231,8 +236,7 @@ class Sampler:
 
     Args:
       prompts: Texts or token ids.
-      config: How to continue them. None stands for the likeliest tokens, up to those ids that end a
-        text for the tokenizer.
+      config: How to continue them. None stands for the likeliest tokens.
       samples: How many continuations each prompt gets.
       slots: At most so many texts are written at the same time.
       without: Pairs of a prompt and a sample that are not asked for.
@@ -242,7 +246,7 @@ class Sampler:
         into memory; or an argument is out of range. Nothing has been read then. Or the logits behind
         a prompt are not finite; the others have been continued then.
     """
-    config = config or SampleConfig(stop=self.tokenizer.stop)
+    config = self.of_text(config or SampleConfig())
     if samples < 1 or slots < 1:
       raise ConfigError(f'{samples=} and {slots=} must be at least 1.')
     check_texts(self._engine.mesh, 'slots', slots)

@@ -11,6 +11,7 @@ import pytest
 
 from dsa_jax.config import ConfigError
 from dsa_jax.data.text import VOCAB_SIZE
+from dsa_jax.data.tokenizer import Bytes
 from dsa_jax.inference import slots
 from dsa_jax.inference.batching import FEWEST, chunk_width, n_common
 from dsa_jax.inference.sampler import SampleConfig, Sampler
@@ -66,6 +67,16 @@ def test_texts_end_by_an_id(sampler):
   assert ids_by_prompt(completions) == sampler.generate(PROMPTS, config)
   first = next(x for x in completions if x.prompt == 0)
   assert first.ended_by == 'stop' and first.ids == ids[: ids.index(ids[4])]
+
+
+def test_texts_end_by_an_id_of_the_tokenizer_unless_others_are_named(sampler, monkeypatch):
+  [[*ids], *_] = sampler.generate(PROMPTS, GREEDY)
+  ends = Bytes()
+  ends.stop = (ids[4],)
+  monkeypatch.setattr(sampler, 'tokenizer', ends)
+  [cut] = ids_by_prompt(sampler.complete(PROMPTS[:1], GREEDY))  # It names no ids.
+  assert cut == ids[: ids.index(ids[4])]
+  assert ids_by_prompt(sampler.complete(PROMPTS[:1], dataclasses.replace(GREEDY, stop=()))) == [ids]
 
 
 def test_texts_end_by_a_text_and_the_next_one_is_whole(sampler):
