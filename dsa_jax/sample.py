@@ -26,10 +26,10 @@ import rich.console
 
 from dsa_jax.config import ConfigError, local_path
 from dsa_jax.data.chat import ChatTemplate, find_chat_template, prompt_of
-from dsa_jax.inference.batch_file import AnswerFile, Prompt, read_prompts
+from dsa_jax.inference.batch_file import AnswerFile, Prompt, check_paths, moment_of, read_prompts
 from dsa_jax.inference.batching import size_of_batch
 from dsa_jax.inference.cache import FORMATS
-from dsa_jax.inference.load import config_of, find_checkpoint
+from dsa_jax.inference.load import StoredModel, config_of, find_checkpoint
 from dsa_jax.inference.memory import Texts
 from dsa_jax.inference.sampler import (
     SampleConfig, Sampler, check_capacity, check_drawing, check_prompt, tokenizer_of,
@@ -37,10 +37,10 @@ from dsa_jax.inference.sampler import (
 from dsa_jax.inference.shares import check_texts
 from dsa_jax.inference.weights import FORMATS as WEIGHTS
 from dsa_jax.parallel.mesh import MeshConfig, make_mesh
-from dsa_jax.parallel.processes import end_process, is_first, join_job
+from dsa_jax.parallel.processes import end_process, is_first, join_job, moment_of_job
 from dsa_jax.reporting.progress import StepProgress
 from dsa_jax.selection import RULES
-from dsa_jax.training.checkpoint import latest_checkpoint
+from dsa_jax.training.checkpoint import weights_of
 from dsa_jax.training.compilation_cache import compilation_cache
 
 LOST = (
@@ -83,10 +83,11 @@ def prepare(of_sampler: dict[str, Any], drawing: dict[str, Any]) -> Job:
   if PROMPTS.value:
     check_texts(sizes, '--slots', SLOTS.value)
   mesh = make_mesh(**sizes.sizes) if sizes.n_devices > 1 else None
-  stored = find_checkpoint(CHECKPOINT.value)
+  named = find_checkpoint(CHECKPOINT.value)
+  stored = named.at_one_step()
   cfg = config_of(stored, of_sampler.get('index_topk'))
   capacity = check_capacity(cfg, of_sampler['capacity'], mesh)
-  tokenizer, chat = tokenizer_of(stored, cfg), find_chat_template(stored.origin)
+  tokenizer, chat = tokenizer_of(stored, cfg), chat_of(stored)
   config = SampleConfig(**({'stop': tokenizer.stop} | drawing))
   check_drawing(config, cfg)
   prompts = given_prompts(chat)
@@ -99,8 +100,13 @@ def prepare(of_sampler: dict[str, Any], drawing: dict[str, Any]) -> Job:
     n, capacity = size_of_batch(cfg, sizes, SLOTS.value, len(prompts) * SAMPLES.value, longest)
     texts = Texts(n=n, capacity=capacity, drafts=bool(of_sampler.get('drafts')), is_running=True)
   known = dict(mesh=mesh, tokenizer=tokenizer, chat=chat, texts=texts)
-  step = stored.step or stored.folder / latest_checkpoint(stored.folder).name
-  return Job(prompts, config, step, stored.step is None, of_sampler | known)
+  return Job(prompts, config, stored.step, named.step is None, of_sampler | known)
+
+
+def chat_of(stored: StoredModel) -> ChatTemplate | None:
+  """Returns the chat template, which writes the date on which `--out` was begun."""
+  kept = moment_of(local_path(OUT.value, '--out')) if OUT.value else None
+  return find_chat_template(stored.origin, moment_of_job(kept))
 
 
 def given_prompts(chat: ChatTemplate | None) -> list[Prompt]:
@@ -138,6 +144,8 @@ def check_flags():
     raise ConfigError(f'--samples={SAMPLES.value} needs --prompts: --prompt is continued once.')
   for name, flag in ('--prompts', PROMPTS), ('--out', OUT):
     local_path(flag.value or '', name)
+  if PROMPTS.value:
+    check_paths(pathlib.Path(PROMPTS.value), pathlib.Path(OUT.value))
   if PROMPTS.value and CHAT.value:
     raise ConfigError("--chat is for --prompt; a line of --prompts has 'messages' in place of a 'prompt'.")
 
@@ -161,8 +169,9 @@ def continue_file(sampler: Sampler, job: Job):
   checkpoint = job.checkpoint.resolve()
   earlier = checkpoint.parent if job.is_latest else checkpoint
   answers = AnswerFile(
-      out, sampler, job.prompts, job.config, SAMPLES.value, str(checkpoint), earlier=str(earlier)
-  )
+      out, sampler, job.prompts, job.config, SAMPLES.value, str(checkpoint), earlier=str(earlier),
+      weights=weights_of(checkpoint),
+  )  # fmt: skip
   done, began, n_tokens, n_steps, to_first = len(answers.answered), time.monotonic(), 0, 0, []
   with StepProgress(rich.console.Console(stderr=True, quiet=not is_first())) as bar:
     bar.start_stage('answers', done + answers.n_left, done)

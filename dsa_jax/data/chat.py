@@ -27,12 +27,15 @@ class ChatTemplate:
     What a template may use: https://huggingface.co/docs/transformers/chat_templating_writing.
   """
 
-  def __init__(self, source: str, tokens: Mapping[str, str]):
+  def __init__(
+      self, source: str, tokens: Mapping[str, str], moment: datetime.datetime | None = None
+  ):
     """Compiles a template.
 
     Args:
       source: The template.
       tokens: Special tokens that it may name, such as 'bos_token'.
+      moment: What it takes for now if it writes a date. None: what the clock says each time.
 
     Raises:
       ConfigError: The template is no Jinja.
@@ -41,8 +44,9 @@ class ChatTemplate:
         trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols, _Generation]
     )
     environment.filters['tojson'] = _to_json
-    environment.globals |= {'raise_exception': _refuse, 'strftime_now': _now}
+    environment.globals |= {'raise_exception': _refuse, 'strftime_now': self._now}
     self._tokens = dict(tokens)
+    self.moment = moment if 'strftime_now' in source else None  # None as well: it writes no date.
     try:
       self._template = environment.from_string(source)
     except jinja2.TemplateError as error:
@@ -70,6 +74,10 @@ class ChatTemplate:
       raise ConfigError(f'the chat template refuses the messages: {error}.') from error
 
 
+  def _now(self, form: str) -> str:
+    return (self.moment or datetime.datetime.now()).strftime(form)
+
+
 def prompt_of(messages: Sequence[Message], chat: ChatTemplate | None) -> str:
   """Returns the text by which a model goes on with a conversation.
 
@@ -84,8 +92,12 @@ def prompt_of(messages: Sequence[Message], chat: ChatTemplate | None) -> str:
   return chat(messages)
 
 
-def find_chat_template(folder: pathlib.Path) -> ChatTemplate | None:
+def find_chat_template(
+    folder: pathlib.Path, moment: datetime.datetime | None = None
+) -> ChatTemplate | None:
   """Returns the template of a checkpoint, a release or the origin of a run; None if it has none.
+
+  Some write the date into prompts. With a moment it is the same in all prompts of a job.
 
   Raises:
     ConfigError: A file is damaged.
@@ -105,7 +117,8 @@ def find_chat_template(folder: pathlib.Path) -> ChatTemplate | None:
     raise ConfigError(f'{folder}: the chat template is a {type(source).__name__}; it must be a text.')
   others = read_object(folder / 'special_tokens_map.json')
   tokens = {role: text_of_token(settings.get(role) or others.get(role)) for role in ROLES}
-  return ChatTemplate(source, {role: token for role, token in tokens.items() if token is not None})
+  tokens = {role: token for role, token in tokens.items() if token is not None}
+  return ChatTemplate(source, tokens, moment)
 
 
 class _Generation(jinja2.ext.Extension):
@@ -125,6 +138,3 @@ def _refuse(message: str):
 def _to_json(value: Any, indent: int | None = None, ensure_ascii: bool = False, **options) -> str:
   return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **options)
 
-
-def _now(form: str) -> str:
-  return datetime.datetime.now().strftime(form)

@@ -152,7 +152,7 @@ def _chat(subject: Subject) -> str:
   if settings.chat:
     return settings.chat
   folder = tokenizer_folder(settings.tokenizer) if settings.tokenizer else subject.stored.origin
-  if folder and (template := find_chat_template(folder)):
+  if folder and (template := find_chat_template(folder, subject.moment)):
     # The room for an answer is none for thoughts, which Qwen3, GLM-4.5 and SmolLM3 begin with.
     chat = template([{'role': 'user', 'content': '{prompt}'}], enable_thinking=False)
     if '{prompt}' not in chat:

@@ -18,6 +18,7 @@ from dsa_jax.nn.attention.types import Mode
 from dsa_jax.reporting.evaluate import Scores, evaluate, measure
 from dsa_jax.reporting.progress import StepProgress
 from dsa_jax.reporting.report import finite
+from dsa_jax.selection import RULES
 
 SCORES, MEASURES = 'scores', 'measures'  # Folders of what is kept.
 
@@ -65,6 +66,8 @@ def score_arms(subject: Subject, bar: StepProgress) -> dict[str, Scored]:
 def measure_budgets(subject: Subject, bar: StepProgress) -> dict[int, dict[str, Any]]:
   """Compares the selections of all rules with the true attention, once for each budget.
 
+  Rules that are new are measured beside those that have been measured before.
+
   A model whose indexer was trained attends sparsely meanwhile, by its own rule, as it does in the
   report of its training. Any other attends densely.
 
@@ -76,9 +79,11 @@ def measure_budgets(subject: Subject, bar: StepProgress) -> dict[int, dict[str, 
   measured = {}
   for k in subject.settings.index_topk:
     path = subject.settings.out / MEASURES / f'{k}.json'
-    kept = read_kept(path)
-    if kept is None or set(kept['rules']) < set(subject.settings.rules):
-      kept = _measure(subject, k, bar)
+    kept, asked = read_kept(path), subject.settings.rules
+    before = kept.get('rules', []) if kept else []
+    if not kept or not set(asked) <= set(before):
+      others = tuple(rule for rule in before if rule in RULES and rule not in asked)
+      kept = _measure(subject, k, asked + others, bar)
       keep_bytes(path, json.dumps(kept).encode())
     measured[k] = kept
   return measured
@@ -97,14 +102,16 @@ def _score(subject: Subject, arm: Arm, bar: StepProgress) -> Scored:
   return Scored(scores, time.monotonic() - began)
 
 
-def _measure(subject: Subject, index_topk: int, bar: StepProgress) -> dict[str, Any]:
+def _measure(
+    subject: Subject, index_topk: int, rules: tuple[str, ...], bar: StepProgress
+) -> dict[str, Any]:
   began, settings = time.monotonic(), subject.settings
   trained = subject.stored.has_trained_indexer
   mode = Mode(
       attention='sparse' if trained else 'dense',
       backend=settings.backend,
       rule=subject.stored.rule,
-      measure=settings.rules,
+      measure=rules,
   )
   with subject.on_devices():
     params = subject.params
@@ -112,7 +119,7 @@ def _measure(subject: Subject, index_topk: int, bar: StepProgress) -> dict[str, 
     means = measure(subject.graph(index_topk), params, batches, mode, beyond=(0, index_topk))
   everywhere, beyond = finite(jax.tree.map(lambda x: x.tolist(), means))
   return {
-      'rules': settings.rules,
+      'rules': list(rules),
       'attention': mode.attention,
       'everywhere': everywhere,
       'beyond': beyond,

@@ -3,6 +3,7 @@
 
 import contextlib
 import dataclasses
+import datetime
 import functools
 import hashlib
 import json
@@ -26,14 +27,15 @@ from dsa_jax.inference.load import StoredModel, find_checkpoint, load_checkpoint
 from dsa_jax.inference.shares import check_mesh
 from dsa_jax.kernels.backend import default_backend
 from dsa_jax.parallel.mesh import make_mesh
-from dsa_jax.parallel.processes import is_first, wait_for_all
+from dsa_jax.parallel.processes import is_first, moment_of_job, wait_for_all
 from dsa_jax.reporting.plots import replace_bytes
 from dsa_jax.selection import RULES
-from dsa_jax.training.checkpoint import saved_steps
+from dsa_jax.training.checkpoint import weights_of
 from dsa_jax.training.recipe import read_recipe
 from dsa_jax.training.state import model_graph
 
 SETTINGS = 'settings.json'  # What the scores of a folder depend on.
+BEGUN = 'begun'  # What it also holds: when the folder was begun. It may differ.
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -47,6 +49,7 @@ class Subject:
   batches: list[Batch]
   mesh: Mesh | None  # None: one device.
   identity: dict[str, Any]  # What decides the score of every target.
+  moment: datetime.datetime | None = None  # What chat templates take for now. None: the clock.
 
   @functools.cached_property
   def n_visible(self) -> np.ndarray:
@@ -80,7 +83,7 @@ def open_subject(settings: Settings) -> Subject:
   Raises:
     ConfigError: Something of it will not do. Nothing has been written.
   """
-  stored = find_checkpoint(settings.checkpoint)
+  stored = find_checkpoint(settings.checkpoint).at_one_step()
   cfg = ModelConfig(**stored.record['model'])
   settings = _filled_in(settings, stored, cfg)
   data = _data(settings, stored)
@@ -93,7 +96,9 @@ def open_subject(settings: Settings) -> Subject:
   mesh = make_mesh(**settings.mesh.sizes) if settings.mesh.n_devices > 1 else None
   source = data.rows(settings.context, 'validation')
   batches = first_batches(source, settings.batch_size, settings.rows // settings.batch_size, seed=0)
-  subject = Subject(settings, stored, cfg, data, batches, mesh, _identity(settings, stored, data))
+  identity = _identity(settings, stored, data)
+  moment = moment_of_job(read_object(settings.out / SETTINGS).get(BEGUN))
+  subject = Subject(settings, stored, cfg, data, batches, mesh, identity, moment)
   if not subject.n_visible.size:
     raise ConfigError('no token of the rows has a target: give longer documents.')
   _check_folder(subject)
@@ -112,7 +117,8 @@ def _check_vocabulary(data: DataConfig, cfg: ModelConfig, settings: Settings):
 def keep_settings(subject: Subject):
   """Writes what the scores depend on, so that only the same evaluation goes on in the folder."""
   wait_for_all('the folder of the results is as it was')
-  keep_bytes(subject.settings.out / SETTINGS, json.dumps(subject.identity, indent=2).encode())
+  kept = subject.identity | {BEGUN: subject.moment.isoformat()}
+  keep_bytes(subject.settings.out / SETTINGS, json.dumps(kept, indent=2).encode())
 
 
 def keep_bytes(path: pathlib.Path, data: bytes):
@@ -165,11 +171,11 @@ def _data(settings: Settings, stored: StoredModel) -> DataConfig:
 
 
 def _identity(settings: Settings, stored: StoredModel, data: DataConfig) -> dict[str, Any]:
-  steps = saved_steps(stored.folder)
   names = 'context', 'rows', 'packing', 'min_tokens', 'tokenizer', 'dtype', 'backend'
   return {
       'checkpoint': str(stored.folder.resolve()),
-      'step': int(stored.step.name) if stored.step else steps[-1] if steps else None,
+      'step': int(stored.step.name),
+      'weights': weights_of(stored.step),
       'model': _digest(stored.record['model']),
       'data': _digest([data.describe(), data.seed]),
       **{name: getattr(settings, name) for name in names},
@@ -194,13 +200,16 @@ def _check_folder(subject: Subject):
     if out.exists() and any(out.iterdir()):
       raise ConfigError(f'{out} holds something else: name a new folder for the results.')
     return
-  before = read_object(path)
+  before = {name: x for name, x in read_object(path).items() if name != BEGUN}
   if before.get('data') == _digest_without_order(subject.data):
     before = before | {'data': subject.identity['data']}
+  before = {'weights': subject.identity['weights']} | before  # An earlier version did not tell them.
   names = sorted(before.keys() | subject.identity.keys())
   both = {name: (before.get(name), subject.identity.get(name)) for name in names}
   differing = {name: pair for name, pair in both.items() if pair[0] != pair[1]}
   rows = [f'{name}: {there} there, {here} here' for name, (there, here) in differing.items()]
+  if differing.keys() == {'weights'}:
+    rows = ['the weights: another model lay at the same path, or this one was trained or converted anew']
   if rows:
     raise ConfigError(
         f'{out} holds the results of another evaluation; it differs in\n  '

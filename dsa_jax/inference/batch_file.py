@@ -2,9 +2,11 @@
 """Continues the prompts of a file; what was answered before a run was stopped is never lost."""
 
 from collections.abc import Iterator
+import contextlib
 import dataclasses
 import fcntl
 import hashlib
+import itertools
 import json
 import logging
 import os
@@ -20,11 +22,19 @@ from dsa_jax.inference.sampler import Sampler
 from dsa_jax.parallel.processes import are_same, is_first, wait_for_all
 
 
+KEYS = 'prompt', 'sample'  # What tells an answer from all others of a file.
+DATED = (
+    ' The chat template writes the date into prompts, and an earlier version did not keep it: what it began '
+    'on another day needs another file.'
+)
+
+
 class Prompt(NamedTuple):
   """A line of the file of prompts."""
 
   text: str
   name: Any  # The line's own 'id', which its answers carry along. None: it has none.
+  moment: str = ''  # What the chat template took for now, if it writes the date into the prompt.
 
 
 def read_prompts(path: pathlib.Path, chat: ChatTemplate | None) -> list[Prompt]:
@@ -60,6 +70,12 @@ def read_prompts(path: pathlib.Path, chat: ChatTemplate | None) -> list[Prompt]:
   return prompts
 
 
+def check_paths(prompts: pathlib.Path, out: pathlib.Path):
+  """Raises a ConfigError if the answers would be added to the prompts, under whatever names."""
+  if out.exists() and prompts.exists() and out.samefile(prompts):
+    raise ConfigError(f'--out={out} is the file of --prompts: name another file for the answers.')
+
+
 def _read_entry(entry: Any, chat: ChatTemplate | None) -> Prompt:
   keys = {*entry} & {'prompt', 'messages'} if isinstance(entry, dict) else set()
   if len(keys) != 1:
@@ -69,7 +85,17 @@ def _read_entry(entry: Any, chat: ChatTemplate | None) -> Prompt:
   text = entry['prompt'] if 'prompt' in keys else prompt_of(entry['messages'], chat)
   if not isinstance(text, str) or not text:
     raise ConfigError(f"'prompt' is {text!r}; it must be a text, and not an empty one.")
-  return Prompt(text, entry.get('id'))
+  moment = chat.moment if 'messages' in keys else None
+  return Prompt(text, entry.get('id'), moment.isoformat() if moment else '')
+
+
+def moment_of(path: pathlib.Path) -> str | None:
+  """Returns what a file of answers has kept of when it was begun; None if it does not matter."""
+  for line in path.read_bytes().splitlines() if path.exists() else ():
+    if b'"moment": ' in line:
+      with contextlib.suppress(ValueError, AttributeError):
+        return json.loads(line).get('moment')
+  return None
 
 
 class AnswerFile:
@@ -84,6 +110,7 @@ class AnswerFile:
       samples: int,
       checkpoint: str = '',
       earlier: str | None = None,
+      weights: str | None = None,
   ):
     """Reads what the file holds. A line whose writing was interrupted is dropped.
 
@@ -95,14 +122,16 @@ class AnswerFile:
       samples: How many answers each prompt gets.
       checkpoint: The name of the checkpoint. Answers of one with another name are refused.
       earlier: The name that an earlier version gave it, whose answers count too.
+      weights: What tells its weights from others that have lain there, if it is known. Answers that
+        are known to be of others are refused.
 
     Raises:
       ConfigError: The file holds something else than answers to these prompts, given in this way.
     """
     self._path, self._prompts, self._sampler = path, prompts, sampler
-    self._config, self._samples = config, samples
+    self._config, self._samples, self._weights = sampler.of_text(config), samples, weights
     selection = sampler.attention, sampler.rule, sampler.cfg.index_topk
-    settings = dataclasses.asdict(config), *selection, *sampler.formats
+    settings = dataclasses.asdict(self._config), *selection, *sampler.formats
     digest = lambda *known: hashlib.sha256(json.dumps(known).encode()).hexdigest()[:16]
     digests = lambda name: [digest(prompt.text, [name, *settings]) for prompt in prompts]
     self._digests, self._earlier = digests(checkpoint), digests(checkpoint if earlier is None else earlier)
@@ -110,24 +139,49 @@ class AnswerFile:
     content = path.read_bytes() if path.exists() else b''
     self._size, self._whole = len(content), content.rfind(b'\n') + 1
     for number, line in enumerate(content[: self._whole].splitlines(), 1):
-      if (answer := self._answer_of(line)) is None:
-        raise ConfigError(
-            f'{path}, line {number} answers no prompt of this file, or by another checkpoint or settings: '
-            'go on with the prompts and flags that it was begun with, or name another file.'
-        )
-      self.answered.add(answer)
+      try:
+        self.answered.add(self._answer_of(line))
+      except ConfigError as error:
+        is_dated = any(prompt.moment for prompt in prompts) and moment_of(path) is None
+        raise ConfigError(f'{path}, line {number} {error}{DATED * is_dated}') from error
+    if content and not self._whole and not self._has_begun(content):
+      raise ConfigError(f'{path} holds something else than answers: name another file.')
 
-  def _answer_of(self, line: bytes) -> tuple[int, int] | None:
-    """Returns which prompt a line answers, and as which sample; None if it answers none."""
+  def _has_begun(self, line: bytes) -> bool:
+    """Returns whether a line without an end is an answer, or may be the beginning of one."""
+    try:
+      json.loads(line)
+    except ValueError:
+      numbers = itertools.product(range(len(self._prompts)), range(self._samples))
+      heads = (self._as_line(at[0], dict(zip(KEYS, at)))[:-1] + b', "text": "' for at in numbers)
+      return any(head.startswith(line) or line.startswith(head) for head in heads)
+    with contextlib.suppress(ConfigError):
+      return bool(self._answer_of(line))
+    return False
+
+  def _answer_of(self, line: bytes) -> tuple[int, int]:
+    """Returns which prompt a line answers, and as which sample.
+
+    Raises:
+      ConfigError: It answers none, or in another way.
+    """
     try:
       entry = json.loads(line)
       prompt, sample, digest = entry['prompt'], entry['sample'], entry['digest']
       is_known = prompt >= 0 and digest in (self._digests[prompt], self._earlier[prompt])
-      if is_known and 0 <= sample < self._samples:
-        return prompt, sample
-    except (ValueError, TypeError, KeyError, IndexError):
-      pass
-    return None
+      if not (is_known and 0 <= sample < self._samples):
+        raise ValueError
+    except (ValueError, TypeError, KeyError, IndexError) as error:
+      raise ConfigError(
+          'answers no prompt of this file, or by another checkpoint or settings: go on with the prompts '
+          'and flags that it was begun with, or name another file.'
+      ) from error
+    if entry.get('weights', self._weights) != self._weights:  # An earlier version did not tell them.
+      raise ConfigError(
+          'is by other weights, which lay at the same path: the checkpoint was trained or converted anew. '
+          'Name another file.'
+      )
+    return prompt, sample
 
   @property
   def n_left(self) -> int:
@@ -156,7 +210,7 @@ class AnswerFile:
       self._claim(file)
       file.truncate(self._whole)
       for completion in completions:
-        file.write(json.dumps(self._line(completion), ensure_ascii=False).encode() + b'\n')
+        file.write(self._as_line(completion.prompt, self._known_of(completion)) + b'\n')
         file.flush()  # What a call of the system leaves unwritten of a line, the next one writes.
         yield completion
 
@@ -174,7 +228,15 @@ class AnswerFile:
           f'another process adds answers to {self._path}: wait until it ends, or name another file.'
       )
 
-  def _line(self, completion: Completion) -> dict[str, Any]:
-    name = self._prompts[completion.prompt].name
+  def _known_of(self, completion: Completion) -> dict[str, Any]:
+    prompt = self._prompts[completion.prompt]
     line = completion._asdict() | {'digest': self._digests[completion.prompt]}
-    return line if name is None else {'id': name} | line
+    line |= {'weights': self._weights} if self._weights else {}
+    line |= {'moment': prompt.moment} if prompt.moment else {}
+    return line
+
+  def _as_line(self, prompt: int, known: dict[str, Any]) -> bytes:
+    """Returns what is known of an answer as a line begins and ends, with the prompt's own 'id'."""
+    name = self._prompts[prompt].name
+    line = known if name is None else {'id': name} | known
+    return json.dumps(line, ensure_ascii=False).encode()

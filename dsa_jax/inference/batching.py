@@ -17,12 +17,13 @@ from dsa_jax.inference.drafts import Drafts, no_drafts, read_chunk_with_drafts
 from dsa_jax.inference.programs import Engine
 from dsa_jax.inference.sample_config import SampleConfig, padded
 from dsa_jax.inference.shares import make_texts, place_text, whole_rows
-from dsa_jax.inference.slots import Slots, Written, check_logits, copy_of, free_slots, join, write
+from dsa_jax.inference.slots import Slots, Written, copy_of, free_slots, join, not_finite, write
 from dsa_jax.inference.stopping import StopTexts
 from dsa_jax.parallel.mesh import MeshConfig
 
 LINE = 512  # The capacity of slots is a multiple of it, for few programs.
 CHUNKS = 4  # At most so many chunks of prompts are read between two steps.
+HOPELESS = 8  # After so many texts without finite logits, and none with, no more are begun.
 FEWEST = 32  # No chunk is shorter; it may be padding. Others are 4, 16, ... times as long.
 
 
@@ -49,13 +50,11 @@ class Text:
       self,
       place: int,
       sample: int,
-      samples: int,
       prompt: list[int],
       tokenizer: Tokenizer,
       config: SampleConfig,
   ):
-    self.place, self.sample, self.number = place, sample, place * samples + sample
-    self.prompt = prompt
+    self.place, self.sample, self.prompt = place, sample, prompt
     self.ids, self.log_probs, self.ended_by = list[int](), list[float](), ''
     self.n_steps, self.n_reused = 0, 0
     self._most = config.max_new_tokens
@@ -137,17 +136,26 @@ class Batch:
     self._held = [list[int]() for _ in range(n_slots)]  # The prompt that each slot last had.
     self._begun = collections.deque[tuple[list[Text | None], Written]]()
     self._reader = PromptReader(engine, capacity)
+    self._broken, self._has_ended = list[int](), False  # Prompts without logits; whether a text has.
 
   def run(self, texts: Iterator[Text]) -> Iterator[Text]:
-    """Yields texts as they end. Each step begins before the ids of the one before it are read."""
-    while True:
+    """Yields texts as they end. Each step begins before the ids of the one before it are read.
+
+    Raises:
+      ConfigError: The logits of some texts are not finite. The others have ended then, unless all that
+        were begun are so.
+    """
+    most = max(len(self._texts), HOPELESS)
+    while self._has_ended or len(self._broken) < most:
       self._read_prompts(texts)
       if any(self._texts):
         self._begin_step()
       if not self._begun:
-        return
+        break
       if len(self._begun) > 1 or not any(self._texts):
         yield from self._end_step()
+    if self._broken:
+      raise not_finite(self._broken[0], len(self._broken) - 1)
 
   def _read_prompts(self, texts: Iterator[Text]):
     """Reads a few chunks of the next prompts, as long as there are free slots."""
@@ -166,8 +174,8 @@ class Batch:
     self._texts[slot], self._held[slot] = text, text.prompt
     config = self._config
     self._slots = join(
-        self._slots, slot, cache, drafts, logits, np.uint32(config.seed), text.number,
-        config.max_new_tokens, shares=self._engine.reader.shares,
+        self._slots, slot, cache, drafts, logits, np.uint32(config.seed), text.place,
+        text.sample, config.max_new_tokens, shares=self._engine.reader.shares,
     )  # fmt: skip
 
   def _begin_step(self):
@@ -185,10 +193,13 @@ class Batch:
     for slot, text in enumerate(texts):
       if text is None or text.ended_by:
         continue
-      check_logits(float(log_probs[slot, 0]), text.place)
+      if np.isnan(log_probs[slot, 0]):
+        text.ended_by, self._texts[slot] = 'not finite', None
+        self._broken.append(text.place)
+        continue
       text.add_step(ids[slot], counts[slot], log_probs[slot], bool(ends[slot]))
       if text.ended_by:
-        self._texts[slot] = None
+        self._texts[slot], self._has_ended = None, True
         yield text
 
 

@@ -13,8 +13,9 @@ from dsa_jax.checkpoint_paths import readings
 from dsa_jax.config import ConfigError, ModelConfig, local_path
 from dsa_jax.inference.weights import load_weights
 from dsa_jax.nn.transformer import Transformer
+from dsa_jax.parallel.processes import of_first
 from dsa_jax.selection import check_rule
-from dsa_jax.training.checkpoint import saved_stage
+from dsa_jax.training.checkpoint import latest_checkpoint, saved_stage
 from dsa_jax.training.origin import ORIGIN
 from dsa_jax.training.recipe import Recipe, read_recipe
 from dsa_jax.training.state import model_graph
@@ -65,6 +66,19 @@ class StoredModel(NamedTuple):
       return any('indexer' in path for path in self.record['source']['dtypes'])
     entries, names = self.record.get('stages', {}), [x.folder.name for x in readings(self.folder)]
     return next((entries[name]['stage'] for name in names if name in entries), '') != 'dense'
+
+  def at_one_step(self) -> 'StoredModel':
+    """Returns the checkpoint with what is its latest step now, if none was asked for.
+
+    A training that goes on changes nothing then. All processes of a job call it, and get one step.
+
+    Raises:
+      ConfigError: There is no step.
+    """
+    if self.step:
+      return self
+    step = of_first(int(latest_checkpoint(self.folder).name))
+    return self._replace(step=self.folder / str(step))
 
 
 def load_checkpoint(

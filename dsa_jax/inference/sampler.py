@@ -193,10 +193,15 @@ class Sampler:
     """Yields the continuation of one text as it is written."""
     if not prompt:
       raise ConfigError(f'{prompt=} is empty: there must be something to continue.')
-    config = SampleConfig(**({'stop': self.tokenizer.stop} | kwargs))
+    config = self.of_text(SampleConfig(**kwargs))
     before = self.tokenizer.encode_prompt(prompt)
     steps = self._read_and_continue([before], config)
     return self._pieces((ids[0] for ids in steps if ids[0] is not None), before, config.stop_texts)
+
+  def of_text(self, config: SampleConfig) -> SampleConfig:
+    """Returns how a text is continued: up to the tokenizer's own ids, unless others are named."""
+    is_open = config.stop is None
+    return dataclasses.replace(config, stop=self.tokenizer.stop) if is_open else config
 
   def _pieces(
       self, ids: Iterator[int], before: list[int], stop_texts: tuple[str, ...]
@@ -234,17 +239,17 @@ class Sampler:
 
     Args:
       prompts: Texts or token ids.
-      config: How to continue them. None stands for the likeliest tokens, up to those ids that end a
-        text for the tokenizer.
+      config: How to continue them. None stands for the likeliest tokens.
       samples: How many continuations each prompt gets.
       slots: At most so many texts are written at the same time.
       without: Pairs of a prompt and a sample that are not asked for.
 
     Raises:
       ConfigError: A prompt is empty, too long, or holds an id that is no token; the slots do not fit
-        into memory; or an argument is out of range. Nothing has been read then.
+        into memory; or an argument is out of range. Nothing has been read then. Or the logits behind
+        a prompt are not finite; the others have been continued then.
     """
-    config = config or SampleConfig(stop=self.tokenizer.stop)
+    config = self.of_text(config or SampleConfig())
     if samples < 1 or slots < 1:
       raise ConfigError(f'{samples=} and {slots=} must be at least 1.')
     check_texts(self._engine.mesh, 'slots', slots)
@@ -254,7 +259,7 @@ class Sampler:
     for i, prompt in enumerate(ids):
       check_prompt(i, prompt, self.cfg, self.capacity, room=config.max_new_tokens)
     texts = [
-        Text(i, sample, samples, prompt, self.tokenizer, config)
+        Text(i, sample, prompt, self.tokenizer, config)
         for i, prompt in enumerate(ids)
         for sample in range(samples)
         if (i, sample) not in without

@@ -43,10 +43,16 @@ class Written(NamedTuple):
 def check_logits(log_prob: float, prompt: int):
   """Raises a ConfigError if the logits of a prompt's text are not finite, so that nothing is drawn."""
   if np.isnan(log_prob):
-    raise ConfigError(
-        f'the logits behind prompt {prompt} are not finite, so no token can be drawn: weights are '
-        'NaN or infinite, or numbers overflow. Look at the checkpoint, or load it in a wider dtype.'
-    )
+    raise not_finite(prompt)
+
+
+def not_finite(prompt: int, n_others: int = 0) -> ConfigError:
+  """Returns the error that says so of a prompt, and maybe of others."""
+  others = f', nor are those of {n_others} other texts' if n_others else ''
+  return ConfigError(
+      f'the logits behind prompt {prompt} are not finite{others}, so no token can be drawn: weights are '
+      'NaN or infinite, or numbers overflow. Look at the checkpoint, or load it in a wider dtype.'
+  )
 
 
 def free_slots(
@@ -72,7 +78,7 @@ def filled_slots(
     *,
     shares: Shares | None = None,
 ) -> Slots:
-  """Returns slots of texts that have been read together; text i is the one of this number.
+  """Returns slots of texts that have been read together; text i is the first of prompt i.
 
   `write` takes the arrays for its own.
   """
@@ -81,10 +87,15 @@ def filled_slots(
   return Slots(cache, logits, *make_texts(_begun, n, n_texts=n, shares=shares, numbers=numbers), None)
 
 
+def key_of(seed, prompt, sample) -> Key[Array, '']:
+  """Returns the random state of a text: it depends on these alone, whoever else is written."""
+  return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), prompt), sample)
+
+
 @functools.partial(jax.jit, static_argnames='n')
 def _begun(n: int, seed, left):
   """Returns the random states of texts, and how many tokens each may get."""
-  keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.arange(n))
+  keys = jax.vmap(key_of, (None, 0, None))(seed, jnp.arange(n), 0)
   return keys, jnp.full(n, left, jnp.int32)
 
 
@@ -96,7 +107,8 @@ def join(
     drafts: Drafts | None,
     logits: Float[Array, '1 W'],
     seed: UInt[Array, ''] | np.uint32,
-    number: Int[Array, ''] | int,
+    prompt: Int[Array, ''] | int,
+    sample: Int[Array, ''] | int,
     left: Int[Array, ''] | int,
     *,
     shares: Shares | None = None,
@@ -109,12 +121,13 @@ def join(
     cache: What was read of the text, alone.
     drafts: What the MTP layer has read of it, if there are drafts.
     logits: Those of its next token.
-    seed: Its random state depends on the seed and on `number`, and not on the slot.
-    number: What tells the text from all others with this seed.
+    seed: Its random state depends on the seed, its prompt and its sample, and not on the slot.
+    prompt: The number of its prompt.
+    sample: Its number among the texts of this prompt.
     left: How many tokens it may get.
     shares: What the devices of a mesh have of the slots, and of the text.
   """
-  key = jax.random.fold_in(jax.random.key(seed), number)
+  key = key_of(seed, prompt, sample)
   own = Slots(cache, logits, key[None], jnp.asarray(left, jnp.int32)[None], drafts)
   put = lambda every, one: jax.lax.dynamic_update_index_in_dim(every, one[0], slot, 0)
   if shares is None:

@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """A job of several processes: how they meet, which one writes, and what each of them reads."""
 
+import datetime
 import glob
 import importlib.util
 import logging
 import os
 import re
 import sys
+import time
 import traceback
 
 import jax
@@ -121,6 +123,23 @@ def are_same(x: int) -> bool:
   if jax.process_count() == 1:
     return True
   return len(set(multihost_utils.process_allgather(np.int32(x)).tolist())) == 1
+
+
+def of_first(x: int) -> int:
+  """Returns the number, below 2**32, that the first process has. All of them call it."""
+  return x if jax.process_count() == 1 else int(multihost_utils.broadcast_one_to_all(np.uint32(x)))
+
+
+def moment_of_job(kept: str | None) -> datetime.datetime:
+  """Returns when a job began: what it has kept of that, or the first process's now.
+
+  All processes call it.
+  """
+  now = datetime.datetime.fromtimestamp(of_first(int(time.time())))
+  try:
+    return datetime.datetime.fromisoformat(kept)
+  except (TypeError, ValueError):  # Nothing is kept.
+    return now
 
 
 def own_share(batch_size: int, mesh: Mesh | None) -> tuple[int, int]:

@@ -20,6 +20,7 @@ from dsa_jax.training.state import TrainState
 from dsa_jax.training.stored_arrays import (
     StoredArray,
     as_json,
+    digest_of_weights,
     open_tree,
     read_array,
     state_checksums,
@@ -203,6 +204,16 @@ def latest_checkpoint(folder: pathlib.Path) -> pathlib.Path:
   if not (steps := saved_steps(folder)):
     raise ConfigError(f'{folder} holds no checkpoint.')
   return folder / str(steps[-1])
+
+
+def weights_of(step: pathlib.Path) -> str | None:
+  """Returns a digest of a step's weights; None if an earlier version, without checksums, saved it.
+
+  Raises:
+    DamagedCheckpoint: Its checksums cannot be read.
+  """
+  with reading(step):
+    return digest_of_weights(step)
 
 
 def restore_params(folder: pathlib.Path, like: nnx.State) -> nnx.State:

@@ -9,6 +9,7 @@ import collections
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 import dataclasses
+import hashlib
 import itertools
 import json
 import math
@@ -178,6 +179,22 @@ def write_checksums(step: pathlib.Path, items: dict[str, dict[str, Checksums]]):
   """Writes the checksums of the items of a step, as `Checkpoints` does."""
   (step / CHECKSUMS).parent.mkdir()
   (step / CHECKSUMS).write_text(json.dumps({name: as_json(sums) for name, sums in items.items()}))
+
+
+def digest_of_weights(step: pathlib.Path) -> str | None:
+  """Returns what tells the weights of a step from all others; None if an earlier version saved it.
+
+  It is of the checksums of parameters and of their scales, and not of an optimiser's state.
+
+  Raises:
+    ValueError: The checksums are damaged.
+  """
+  if (state := _saved_checksums(step / 'state')) is None:
+    return None
+  weights = {name: sums for name, sums in state.items() if name.startswith('params.')}
+  scales = _saved_checksums(step / 'scales') if (step / 'scales').is_dir() else None
+  known = [as_json(weights), as_json(scales or {})]
+  return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def open_tree(folder: pathlib.Path) -> dict[Path, StoredArray]:

@@ -36,7 +36,7 @@ def main():
   rng = np.random.default_rng(0)
   lengths = rng.integers(20, 600, args.requests)
   prompts = [rng.integers(0, CFG.vocab_size, n).tolist() for n in lengths]
-  config = SampleConfig(max_new_tokens=128)
+  config = SampleConfig(max_new_tokens=128, stop=())
   sampler = Sampler(nnx.merge(model_graph(CFG), init_params(CFG, seed=0)), capacity=1024)
   ways = {
       'one after the other': lambda: [sampler.generate([prompt], config)[0] for prompt in prompts],

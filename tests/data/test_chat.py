@@ -38,6 +38,15 @@ def test_what_templates_may_use():
   )
 
 
+def test_a_job_has_one_date(tmp_path):
+  """Whatever the clock says; and only a template that asks for it has one."""
+  moment = datetime.datetime(2024, 2, 29, 23, 59, 58)
+  dated = ChatTemplate("{{ strftime_now('%d %b %Y, %S') }}", {}, moment)
+  assert dated(ASKED) == '29 Feb 2024, 58' and dated.moment == moment
+  (tmp_path / 'chat_template.jinja').write_text(CHAT_ML)
+  assert find_chat_template(tmp_path, moment).moment is None
+
+
 @pytest.mark.parametrize('place', ['jinja', 'text', 'list'])
 def test_where_checkpoints_keep_it(tmp_path, place):
   settings = {'eos_token': {'content': '</s>'}}

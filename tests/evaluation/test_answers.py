@@ -2,6 +2,7 @@
 """Arms answer tasks; what they have answered is kept, and scored by kind, length and depth."""
 
 import dataclasses
+import datetime
 import json
 import re
 
@@ -121,6 +122,10 @@ def test_an_instruct_model_is_asked_by_its_own_template(subject, tmp_path):
   stored = subject.stored._replace(folder=tmp_path)
   (tmp_path / 'config.json').write_text('{}')
   [instruct, *_] = make_quizzes(dataclasses.replace(asked, stored=stored))
+  (tmp_path / 'chat_template.jinja').write_text(template + "{{ strftime_now('%d %b %Y') }}")
+  begun = datetime.datetime(2024, 2, 29)
+  [dated, *_] = make_quizzes(dataclasses.replace(asked, stored=stored, moment=begun))
+  assert bytes(dated.prompts[0][1:]).decode().endswith('<bot>29 Feb 2024')
   (tmp_path / 'chat_template.jinja').write_text('{% for m in messages %}{{ m.content.text }}{% endfor %}')
   with pytest.raises(ConfigError, match='chat template drops a message of text'):
     make_quizzes(dataclasses.replace(asked, stored=stored))

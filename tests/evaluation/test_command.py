@@ -2,10 +2,12 @@
 """python -m dsa_jax.evaluate: dense beside sparse for any checkpoint, and what it refuses."""
 
 import dataclasses
+import datetime
 import hashlib
 import json
 import math
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -20,7 +22,8 @@ from dsa_jax.config import ConfigError
 from dsa_jax.data.text import VOCAB_SIZE
 from dsa_jax.evaluation import arms, page
 from dsa_jax.evaluation.settings import Settings
-from dsa_jax.evaluation.subject import open_subject
+from dsa_jax.evaluation.subject import keep_settings, open_subject
+from dsa_jax.reporting.progress import StepProgress
 
 CFG = dataclasses.replace(
     laws.CFG, vocab_size=VOCAB_SIZE, n_layers=1, n_dense_layers=1, max_seq_len=48, index_topk=16
@@ -91,6 +94,47 @@ def test_dense_beside_sparse(place, tmp_path, monkeypatch, capsys):
   open_subject(settings(place, out))
   with pytest.raises(ConfigError, match='of another evaluation(.|\n)*rows: 4 there, 6 here'):
     evaluate.evaluate(settings(place, out, rows=6))
+
+
+def test_other_rules_are_measured_beside_those_of_before(place, tmp_path, monkeypatch):
+  measured, measure = [], arms.measure
+  note = lambda *args, **kwargs: measured.append(args[3].measure) or measure(*args, **kwargs)
+  monkeypatch.setattr(arms, 'measure', note)
+  subjects = [
+      open_subject(settings(place, tmp_path / 'out', rows=2, rules=rules))
+      for rules in (('window_sinks',), ('indexer',), ('window_sinks',), ('indexer', 'window_sinks'))
+  ]
+  results = [arms.measure_budgets(subject, StepProgress(quiet=True))[16] for subject in subjects]
+  assert measured == [('window_sinks',), ('indexer', 'window_sinks')]
+  first, both, *again = results
+  assert both['everywhere'].keys() == {'indexer', 'window_sinks'} and again == [both, both]
+  mass = lambda kept, rule: kept['beyond'][rule]['captured_mass']
+  assert mass(both, 'window_sinks') == pytest.approx(mass(first, 'window_sinks'))
+  assert mass(both, 'indexer') != pytest.approx(mass(both, 'window_sinks'))
+
+
+def test_results_are_of_the_weights_of_one_step(tmp_path):
+  save_run(tmp_path, CFG)
+  (tmp_path / 'text.txt').write_text('The quick brown fox jumps over the lazy dog. ' * 20)
+  given = settings(tmp_path, tmp_path / 'out')
+  subject = dataclasses.replace(open_subject(given), moment=datetime.datetime(2024, 2, 29))
+  save_run(tmp_path, CFG, step=2, weights=7)  # Training goes on meanwhile.
+  assert subject.identity['step'] == 1
+  np.testing.assert_array_equal(subject.params['embed'][...], laws.weights(CFG)['embed'][...])
+  keep_settings(subject)
+
+  shutil.rmtree(tmp_path / 'checkpoints')
+  save_run(tmp_path, CFG)  # The same weights, saved anew.
+  again = open_subject(given)
+  assert again.identity == subject.identity and again.moment == subject.moment  # Of chat templates.
+  shutil.rmtree(tmp_path / 'checkpoints')
+  save_run(tmp_path, CFG, weights=1)
+  with pytest.raises(ConfigError, match='the weights: another model(.|\n)*Name another folder'):
+    open_subject(given)
+  kept = json.loads((tmp_path / 'out' / 'settings.json').read_text())
+  assert kept.pop('weights')
+  (tmp_path / 'out' / 'settings.json').write_text(json.dumps(kept))  # As of an earlier version.
+  open_subject(given)
 
 
 def test_grouped_queries_and_several_budgets(tmp_path):

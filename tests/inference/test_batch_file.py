@@ -2,19 +2,22 @@
 """A file of prompts is answered once, whatever interrupts it."""
 
 import dataclasses
+import datetime
 import errno
 import fcntl
 import json
 from unittest import mock
 
+import jax.numpy as jnp
 import laws
 import pytest
 
 from dsa_jax.config import ConfigError
 from dsa_jax.data.chat import ChatTemplate
 from dsa_jax.data.text import VOCAB_SIZE
-from dsa_jax.inference.batch_file import AnswerFile, read_prompts
+from dsa_jax.inference.batch_file import AnswerFile, check_paths, moment_of, read_prompts
 from dsa_jax.inference.sampler import SampleConfig, Sampler
+from dsa_jax.parallel.processes import moment_of_job
 
 CFG = dataclasses.replace(laws.CFG, vocab_size=VOCAB_SIZE, max_seq_len=64)
 DRAWN = SampleConfig(max_new_tokens=6, temperature=1.0)
@@ -96,6 +99,89 @@ def test_answers_to_something_else_are_not_mixed_in(tmp_path, sampler, prompts, 
   with pytest.raises(ConfigError, match='answers.jsonl, line [1-6] answers no prompt of this file'):
     AnswerFile(out, sampler, prompts, config, samples, checkpoint)
   assert out.read_bytes() == before
+
+
+def test_answers_of_other_weights_at_the_same_path_are_not_mixed_in(tmp_path, sampler, prompts):
+  out = tmp_path / 'answers.jsonl'
+  list(AnswerFile(out, sampler, prompts, DRAWN, 1, 'run/8', weights='of a run').answer(slots=3))
+  assert AnswerFile(out, sampler, prompts, DRAWN, 1, 'run/8', weights='of a run').n_left == 0
+  for weights in 'of another', None:
+    with pytest.raises(ConfigError, match='line 1 is by other weights.* Name another file'):
+      AnswerFile(out, sampler, prompts, DRAWN, 1, 'run/8', weights=weights)
+  lines = [json.loads(line) for line in out.read_text().splitlines()]
+  assert {line.pop('weights') for line in lines} == {'of a run'}
+  out.write_text(''.join(json.dumps(line) + '\n' for line in lines))  # As of an earlier version.
+  assert AnswerFile(out, sampler, prompts, DRAWN, 1, 'run/8', weights='of another').n_left == 0
+
+
+def test_a_job_goes_on_with_the_date_on_which_it_was_begun(tmp_path, sampler):
+  path, out = tmp_path / 'prompts.jsonl', tmp_path / 'answers.jsonl'
+  path.write_text('\n'.join(map(json.dumps, LINES)))
+  source = "{{ strftime_now('%d %b') }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
+  asked = lambda day: read_prompts(path, ChatTemplate(source, {}, datetime.datetime(2024, 2, day)))
+  assert moment_of(out) is None
+  list(AnswerFile(out, sampler, asked(28), DRAWN, 1).answer(slots=3))
+  kept = moment_of_job(moment_of(out))
+  assert kept == datetime.datetime(2024, 2, 28) and asked(kept.day)[2].text == '28 Febthree'
+  assert AnswerFile(out, sampler, asked(kept.day), DRAWN, 1).n_left == 0
+  assert {at: 'moment' in line for at, line in answers_in(out).items()} == {
+      (0, 0): False, (1, 0): False, (2, 0): True
+  }  # fmt: skip
+  lines = [{k: x for k, x in line.items() if k != 'moment'} for line in answers_in(out).values()]
+  out.write_text(''.join(json.dumps(line) + '\n' for line in lines))  # As of an earlier version.
+  assert AnswerFile(out, sampler, asked(28), DRAWN, 1).n_left == 0
+  with pytest.raises(ConfigError, match='writes the date .* what it began on another day needs another'):
+    AnswerFile(out, sampler, asked(29), DRAWN, 1)
+
+
+@pytest.mark.parametrize(
+    'content',
+    [
+        '{"my": "notes"}', '{"prompt": "one"}', '{"id": "b", "prompt": "and two"}', 'notes', '\0',
+        '{"prompt": 0, "sample": 0, "text": "of another file"}', '{"prompt": 3, "sample": 0, "te',
+    ],
+)  # fmt: skip
+def test_no_other_file_is_emptied(tmp_path, sampler, prompts, content):
+  """Nor one whose only line has no end, as if its writing had been interrupted."""
+  out = tmp_path / 'notes.json'
+  out.write_text(content)
+  with pytest.raises(ConfigError, match='notes.json holds something else than answers: name another'):
+    AnswerFile(out, sampler, prompts, DRAWN, 1)
+  assert out.read_text() == content
+
+
+def test_an_interrupted_first_line_is_dropped(tmp_path, sampler, prompts):
+  out = tmp_path / 'answers.jsonl'
+  list(AnswerFile(out, sampler, prompts, DRAWN, 1).answer(slots=1))
+  for line in out.read_bytes().splitlines():
+    for n in range(1, len(line) + 1):
+      out.write_bytes(line[:n])
+      assert AnswerFile(out, sampler, prompts, DRAWN, 1).n_left == 3
+
+
+def test_answers_are_not_added_to_the_prompts(tmp_path):
+  (tmp_path / 'prompts').write_text('{"prompt": "one"}')
+  (tmp_path / 'link').symlink_to(tmp_path / 'prompts')
+  for name in 'prompts', 'link':
+    with pytest.raises(ConfigError, match='is the file of --prompts: name another file'):
+      check_paths(tmp_path / 'prompts', tmp_path / name)
+  check_paths(tmp_path / 'prompts', tmp_path / 'answers')
+
+
+def test_a_prompt_without_finite_logits_is_the_only_one_without_an_answer(tmp_path, sampler, prompts):
+  model = laws.model_of(laws.weights(CFG), CFG)
+  model.embed[...] = model.embed[...].at[ord('w')].set(jnp.nan)
+  broken, config = Sampler(model), dataclasses.replace(DRAWN, temperature=0.0)
+  prompts = [prompts[0], prompts[1]._replace(text='and tw'), prompts[2]]
+  whole, out = tmp_path / 'whole.jsonl', tmp_path / 'answers.jsonl'
+  list(AnswerFile(whole, sampler, prompts, config, 1).answer(slots=1))
+  for n_left in 3, 1:
+    answers = AnswerFile(out, broken, prompts, config, 1)
+    assert answers.n_left == n_left
+    with pytest.raises(ConfigError, match='the logits behind prompt 1 are not finite'):
+      list(answers.answer(slots=1))
+  ids = lambda path: {at: line['ids'] for at, line in answers_in(path).items() if at != (1, 0)}
+  assert ids(out) == ids(whole) and len(answers_in(out)) == 2
 
 
 def test_a_prompt_that_is_too_long_writes_nothing(tmp_path, sampler, prompts):

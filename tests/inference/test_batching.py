@@ -13,7 +13,7 @@ from tokenizers import decoders
 
 from dsa_jax.config import ConfigError
 from dsa_jax.data.text import VOCAB_SIZE
-from dsa_jax.data.tokenizer import Pretrained
+from dsa_jax.data.tokenizer import Bytes, Pretrained
 from dsa_jax.inference import slots
 from dsa_jax.inference.batching import FEWEST, Text, chunk_width, n_common
 from dsa_jax.inference.sampler import SampleConfig, Sampler
@@ -54,6 +54,14 @@ def test_samples_differ_and_do_not_feel_who_is_missing(sampler):
   assert {(x.prompt, x.sample): x.ids for x in rest} == {at: drawn[at] for at in drawn.keys() - done}
 
 
+def test_more_samples_are_those_that_they_would_have_been_at_once(sampler):
+  prompts = [PROMPTS[1]] * 3  # Equal ones, so that equal draws would show.
+  drawn = lambda n: {(x.prompt, x.sample): x.ids for x in sampler.complete(prompts, DRAWN, samples=n)}
+  few, more = drawn(1), drawn(3)
+  assert {at: more[at] for at in few} == few
+  assert len(set(map(tuple, more.values()))) == 9
+
+
 def test_texts_end_by_an_id(sampler):
   [[*ids], *_] = sampler.generate(PROMPTS, GREEDY)
   config = dataclasses.replace(GREEDY, stop=(ids[4],))
@@ -61,6 +69,16 @@ def test_texts_end_by_an_id(sampler):
   assert ids_by_prompt(completions) == sampler.generate(PROMPTS, config)
   first = next(x for x in completions if x.prompt == 0)
   assert first.ended_by == 'stop' and first.ids == ids[: ids.index(ids[4])]
+
+
+def test_texts_end_by_an_id_of_the_tokenizer_unless_others_are_named(sampler, monkeypatch):
+  [[*ids], *_] = sampler.generate(PROMPTS, GREEDY)
+  ends = Bytes()
+  ends.stop = (ids[4],)
+  monkeypatch.setattr(sampler, 'tokenizer', ends)
+  [cut] = ids_by_prompt(sampler.complete(PROMPTS[:1], GREEDY))  # It names no ids.
+  assert cut == ids[: ids.index(ids[4])]
+  assert ids_by_prompt(sampler.complete(PROMPTS[:1], dataclasses.replace(GREEDY, stop=()))) == [ids]
 
 
 def test_texts_end_by_a_text_and_the_next_one_is_whole(sampler):

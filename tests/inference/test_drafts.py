@@ -20,8 +20,8 @@ from dsa_jax.nn.attention.types import Mode
 
 CFG = dataclasses.replace(laws.CFG, vocab_size=VOCAB_SIZE, max_seq_len=64, n_mtp_layers=1)
 PROMPTS = [[3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5], [2, 7], [1, 8, 2, 8, 1, 8] * 6, [5], [6, 6, 6]]
-GREEDY = SampleConfig(max_new_tokens=20)
-DRAWN = SampleConfig(max_new_tokens=15, temperature=1.5, seed=3)
+GREEDY = SampleConfig(max_new_tokens=20, stop=())
+DRAWN = SampleConfig(max_new_tokens=15, temperature=1.5, seed=3, stop=())
 
 
 def model_of(**changes):
