@@ -75,7 +75,7 @@ def paragraph(
     indexer = sum(of_indexer) / sparse
     start = crossover(curves['dense'][phase], curves['sparse'][phase])
     said.append(
-        f'On {serving.chip.name}, {phase} of a token that sees {context:,} tokens takes'
+        f'On {serving.chip.name}{_of_experts(cfg, serving)}, {phase} of a token that sees {context:,} tokens takes'
         f' {_number(1e6 * sparse)} µs sparse and {_number(1e6 * dense)} µs dense, a factor of'
         f' {dense / sparse:.1f} (${_dollars(sparse, price)} and ${_dollars(dense, price)} per'
         f' million tokens, ${price:g} per chip-hour);'
@@ -89,6 +89,11 @@ def paragraph(
   )
   said.append(_memory(cfg, serving, context))
   return ' '.join(said)
+
+
+def _of_experts(cfg: ModelConfig, serving: Serving) -> str:
+  has_experts = cfg.n_dense_layers < cfg.n_layers and serving.expert_chips > 1
+  return f', one of {serving.expert_chips} that share the experts' if has_experts else ''
 
 
 def _memory(cfg: ModelConfig, serving: Serving, context: int) -> str:
@@ -156,8 +161,9 @@ def main(_):
   try:
     cfg = read_model(MODEL.value)
     serving = Serving(
-        chip=CHIPS[CHIP.value], cache=CACHE.value, batch=BATCH.value, queries=QUERIES.value
-    )
+        chip=CHIPS[CHIP.value], cache=CACHE.value, batch=BATCH.value, queries=QUERIES.value,
+        expert_chips=EXPERT_CHIPS.value,
+    )  # fmt: skip
     answer = paragraph(
         cfg, serving, CONTEXT.value,
         price=PRICE.value, output_share=OUTPUT_SHARE.value, hit_share=HIT_SHARE.value,
@@ -189,6 +195,9 @@ if __name__ == '__main__':
   BATCH = flags.DEFINE_integer('batch', DEFAULTS.batch, 'Sequences per chip that decode together.')
   QUERIES = flags.DEFINE_integer(
       'queries', DEFAULTS.queries, 'Tokens per sequence and decode step; MTP gives more than 1.'
+  )
+  EXPERT_CHIPS = flags.DEFINE_integer(
+      'expert_chips', DEFAULTS.expert_chips, 'Chips that share the routed experts; 1 for a model on one chip.'
   )
   OUTPUT_SHARE = flags.DEFINE_float(
       'output_share', 0.1, "The share of a call's tokens that are generated."

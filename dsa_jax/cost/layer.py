@@ -116,7 +116,7 @@ def _sparse_ops(cfg: ModelConfig, n: int) -> dict[str, tuple[int, int]]:
   key = cfg.row_dim if cfg.attention == 'mla' else cfg.head_dim
   queries, outputs = HALF * heads * key, HALF * heads * value
   keys = HALF * cfg.row_heads * cfg.row_dim
-  lse, selection = WHOLE * heads, WHOLE * topk
+  lse, selection = WHOLE * heads, WHOLE * topk * cfg.index_n_selections
   index, index_key = _index_bytes(cfg)
   scores = 2 * heads * key  # FLOPs of the target, for each pair.
   return {

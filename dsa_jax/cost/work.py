@@ -241,8 +241,8 @@ def _index_works(
   return [
       _product('index projections', full * _index_weights(cfg), pass_tokens),
       Work('index scores', full * context * index_flops(cfg), keys, cache, scores),
-      # Each score is written and read once, in float32.
-      Work('selection', 0, full * context * 8, 'bf16', 'context'),
+      # Each score is written and read once, in float32; key heads that select have scores of their own.
+      Work('selection', 0, full * cfg.index_n_selections * context * 8, 'bf16', 'context'),
   ]
 
 

@@ -234,6 +234,13 @@ def test_selection_on_a_gpu(size):
   assert calls(lambda *x: topk_gpu.forward(*x, **options), *inputs) == programs(plan.kernels())
 
 
+def test_no_kernel_of_a_gpu_has_more_threads_than_there_are():
+  q, k = array(1, 8, 2, 64), array(1, 131_072, 64)
+  of = lambda topk: topk_gpu.plan(q, k, topk=topk, blocks=topk_gpu.BlockSizes())
+  assert of(8192).has_candidates and of(8192).groups == 512 * 32
+  assert not of(8193).has_candidates and not of(16_384).has_candidates
+
+
 def test_sizes_of_hopper():
   assert attention_gpu.HOPPER_HEADS == hopper.HEADS and attention_gpu.HOPPER_STEP == hopper.STEP
 

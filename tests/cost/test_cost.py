@@ -189,6 +189,13 @@ def test_a_model_of_windows_alone_has_a_paragraph():
   cfg = dataclasses.replace(V32, window_layers=range(61), sliding_window=4096)
   text = ' '.join(cost_command.paragraph(cfg, cost.Serving(), 8192, price=2.0, output_share=0.1, hit_share=0.0).split())
   assert 'scoring and selecting are 0% of the sparse time' in text
+  assert 'one of 144 that share the experts, prefill of a token' in text
+
+
+def test_key_heads_that_select_have_scores_of_their_own():
+  each = dataclasses.replace(SIZES['qwen3_0_6b'], index_n_heads=16, index_n_selections=8)
+  shared = dataclasses.replace(each, index_n_selections=1)
+  assert of('selection', each, sparse=True).bytes == 8 * of('selection', shared, sparse=True).bytes
 
 
 def of(part: str, cfg: ModelConfig, *, context=131_072, form='mqa', **kwargs) -> work.Work:

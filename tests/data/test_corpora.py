@@ -303,6 +303,21 @@ def test_ids_that_are_no_ids(tmp_path):
       cases.config(tmp_path, fields).rows(8, 'train')
 
 
+def test_ids_of_four_bytes_are_not_read_as_two(tmp_path):
+  """Every second token would be 0, and half of the loss with it."""
+  rng = np.random.default_rng(0)
+  for n_ids in 50_257, 256_000:
+    path = tmp_path / f'{n_ids}.bin'
+    np.append(rng.integers(2, n_ids, 100), 1).astype('uint32').tofile(path)
+    with pytest.raises(ConfigError, match="looks like ids of four bytes.*dtype='uint32'"):
+      tokens.FlatTokens(str(path), 'uint16', 1, tmp_path / 'index.npy')
+    assert tokens.FlatTokens(str(path), 'uint32', 1, tmp_path / f'{n_ids}.npy').vocab_size <= n_ids
+  few = rng.integers(0, 16, 100).astype('uint16')  # An alphabet of 16 letters.
+  few.tofile(tmp_path / 'few.bin')
+  stream = tokens.FlatTokens(str(tmp_path / 'few.bin'), 'uint16', 1, tmp_path / 'few.npy')
+  assert stream.read(0, 100).tolist() == few.tolist()
+
+
 @pytest.mark.parametrize('dtype', ['uint16', 'uint32'])
 def test_any_id_may_come_first(tmp_path, dtype):
   """Also those whose bytes begin lzma, gzip, a file of `compress` or UTF-16."""

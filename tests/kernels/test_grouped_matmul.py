@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from dsa_jax.kernels import grouped_matmul
-from dsa_jax.kernels.block_scaled import block_sizes, quantize
+from dsa_jax.kernels.block_scaled import BlockScaled, block_sizes, quantize
 from dsa_jax.kernels.grouped_matmul import turns
 
 SIZES = {
@@ -24,6 +24,21 @@ SIZES = {
 BEHIND = {'rows_behind_the_last_group': 212, 'no_rows_at_all': 1}
 BACKENDS = 'reference', 'xla', 'tpu', 'gpu'  # On a CPU, the TPU's is jax's own.
 WIDTHS = {'narrow': (8, 6), 'of_no_whole_tiles': (150, 300)}
+
+
+@pytest.mark.parametrize('n_groups', [128, 256, 384])
+def test_codes_whose_offsets_overflow_on_a_gpu_are_refused(n_groups):
+  """Pallas takes int64 above 4 GiB, but offsets are signed and count elements, of one byte here."""
+  of = jax.ShapeDtypeStruct
+  codes = of((n_groups, 7168, 2048), jnp.float8_e4m3fn)
+  weights = BlockScaled(codes, of((n_groups, 56, 16), jnp.float32), 'gpu')
+  product = lambda rows, sizes: grouped_matmul(rows, weights, sizes, backend='gpu')
+  call = lambda: jax.eval_shape(lambda *x: product(*x), of((8, 7168), jnp.bfloat16), of((n_groups,), jnp.int32))
+  if n_groups == 256:
+    with pytest.raises(ValueError, match='3,758,096,384 elements, whose offsets overflow'):
+      call()
+  else:
+    assert call().shape == (8, 2048)
 
 
 def by_loop(rows, weights, sizes):

@@ -5,6 +5,7 @@ import collections
 from collections.abc import Sequence
 import dataclasses
 import hashlib
+import itertools
 import json
 import os
 import pathlib
@@ -100,7 +101,8 @@ def open_format(
       streams = [make(name) for name in names]
   else:
     with tokenizing.kept_in(cache):
-      streams = [MegatronTokens(name, _index(cache, source, f'{name}.bin')) for name in names]
+      both = lambda name: _index(cache, source, f'{name}.bin', f'{name}.idx')
+      streams = [MegatronTokens(name, both(name)) for name in names]
   return streams[0] if len(streams) == 1 else Joined(streams)
 
 
@@ -121,10 +123,12 @@ def _prefixes(files: str | Sequence[str]) -> list[str]:
   return [name.removesuffix('.bin').removesuffix('.idx') for name in names]
 
 
-def _index(cache: pathlib.Path, source: Any, name: str) -> pathlib.Path:
-  """Returns where what is known of a token file's documents is kept."""
-  if not os.path.isfile(name):
-    raise ConfigError(f'there is no file {name} on this machine.')
-  state = [os.path.abspath(name), places.state_of(name), dataclasses.asdict(source)]
+def _index(cache: pathlib.Path, source: Any, *names: str) -> pathlib.Path:
+  """Returns where what is known of the documents of token files is kept."""
+  for name in names:
+    if not os.path.isfile(name):
+      raise ConfigError(f'there is no file {name} on this machine.')
+  states = [[os.path.abspath(name), places.state_of(name)] for name in names]
+  state = [*itertools.chain(*states), dataclasses.asdict(source)]
   digest = hashlib.sha256(json.dumps(state, default=list).encode()).hexdigest()[:24]
   return cache / f'{digest}.npy'

@@ -12,6 +12,7 @@ import pathlib
 import resource
 import struct
 from typing import Any
+import uuid
 
 import numpy as np
 
@@ -150,6 +151,8 @@ class FlatTokens(TokenStream):
     """
     self.place, self.tokenizer, self.left_out = name, '', collections.Counter()
     self._tokens = _flat(name, dtype)
+    if not name.endswith('.npy') and dtype == 'uint16':
+      _check_width(name, self._tokens)
     if not index.exists():
       save(index, _scan(self._tokens, separator))
     self.about = _mapped(index)
@@ -339,6 +342,16 @@ def _flat(name: str, dtype: str, *, is_known: bool = False) -> _Ids:
   return _Ids(tokens)
 
 
+def _check_width(name: str, tokens: _Ids):
+  """Raises ConfigError if ids of two bytes look like halves of ids of four, which nothing else tells."""
+  some = tokens[:SCANNED]
+  low, high = some[::2], some[1::2]
+  if len(tokens) % 2 == 0 and len(some) >= 16 and high.max() < 16 <= low.max():
+    raise ConfigError(
+        f"{name} looks like ids of four bytes: every second of two bytes is below 16. Set dtype='uint32'."
+    )
+
+
 def _check_kind(name: str):
   """Raises ConfigError if a file holds neither bare ids nor an array."""
   if name.endswith('.npy'):
@@ -409,7 +422,7 @@ def save(path: pathlib.Path, array: np.ndarray):
 
 def _fresh(path: pathlib.Path) -> pathlib.Path:
   """Returns a name beside a path that no other process uses."""
-  return path.with_name(f'{path.name}.{os.getpid()}')
+  return path.with_name(f'{path.name}.{uuid.uuid4().hex[:12]}')  # Containers have the same process ids.
 
 
 def _mapped(path: pathlib.Path) -> np.ndarray:

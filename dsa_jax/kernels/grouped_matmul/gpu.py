@@ -49,6 +49,11 @@ def scaled_product(rows, weights: BlockScaled, sizes):
   n_bands, n_blocks = weights.scale.shape[1:]
   if rows.shape[1] // n_bands < LEAST:  # A product has no smaller tile.
     return product(rows, weights.astype(rows.dtype), sizes, transposed=False)
+  if 2**31 < weights.codes.size <= 2**32:  # Pallas counts bytes to choose between int32 and int64.
+    raise ValueError(
+        f'codes of the shape {weights.shape} have {weights.codes.size:,} elements, whose offsets overflow on a '
+        'GPU: split experts over two devices (`mesh.expert`), or load weights in bfloat16.'
+    )
   scale = jnp.repeat(weights.scale, weights.shape[2] // n_blocks, axis=2)
   return _product(rows, weights.codes, scale, sizes, transposed=False)
 

@@ -50,8 +50,11 @@ class Plan(NamedTuple):
 
   @property
   def has_candidates(self) -> bool:
-    """Says whether rows have so many keys that groups of them are cut first."""
-    return self.n_keys > self.groups
+    """Says whether rows have so many keys that groups of them are cut first.
+
+    A block of the kernel that does so has 512 groups for each warp, and at most 32 warps.
+    """
+    return self.n_keys > self.groups and self.groups <= 512 * 32
 
   def kernels(self) -> dict[str, int]:
     """Returns the programs of each kernel."""
