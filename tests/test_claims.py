@@ -3,6 +3,7 @@
 
 import errno
 import fcntl
+import os
 import subprocess
 import sys
 from unittest import mock
@@ -74,4 +75,24 @@ def test_where_there_are_no_locks_nobody_is_kept_out(tmp_path, holder, monkeypat
   holder(tmp_path)
   monkeypatch.setattr(fcntl, 'flock', mock.Mock(side_effect=OSError(errno.ENOTSUP, 'no locks')))
   with claimed(tmp_path):
+    pass
+
+
+def test_a_file_beside_is_locked_where_folders_cannot_be(tmp_path, monkeypatch):
+  """As NFS does, which locks nothing that is open for reading alone."""
+  flock = fcntl.flock
+
+  def of_nfs(handle, how):
+    if fcntl.fcntl(handle, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+      raise OSError(errno.EBADF, 'not open for writing')
+    flock(handle, how)
+
+  monkeypatch.setattr(fcntl, 'flock', of_nfs)
+  with claimed(tmp_path / 'run'):
+    with pytest.raises(ConfigError, match='another process is writing to .*run: wait'):
+      with claimed(tmp_path / 'run'):
+        pass
+    with claimed(tmp_path / 'other'):
+      assert not [*(tmp_path / 'run').iterdir()]
+  with claimed(tmp_path / 'run'):
     pass
