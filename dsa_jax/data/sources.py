@@ -105,7 +105,8 @@ class DataConfig(PackingConfig):
     if self.source == 'text':
       return VOCAB_SIZE
     if self.source == 'recall':
-      return self._recall(seq_len=2 * self.tokens_per_query, split='train').vocab_size
+      shortest = 2 * max(self.tokens_per_query, self.tokens_per_pair)  # It has a pair and a query.
+      return self._recall(seq_len=shortest, split='train').vocab_size
     members = {name: read_member(name, fields) for name, fields in self.sources.items()}
     kinds = [self._tokenizer.vocab_size] if self.reads_text else []
     return max(

@@ -318,6 +318,15 @@ def test_ids_of_four_bytes_are_not_read_as_two(tmp_path):
   assert stream.read(0, 100).tolist() == few.tolist()
 
 
+@pytest.mark.parametrize('number, dtype', [(20240520, 'uint16'), (20240801, 'uint32')])
+def test_a_header_holds_no_ids(tmp_path, number, dtype):
+  header = np.zeros(256, np.int32)
+  header[:3] = number, 1, 100
+  (tmp_path / 'a.bin').write_bytes(header.tobytes() + np.arange(100).astype(dtype).tobytes())
+  with pytest.raises(ConfigError, match='a.bin has the header of llm.c: strip it'):
+    tokens.FlatTokens(str(tmp_path / 'a.bin'), dtype, 0, tmp_path / 'index.npy')
+
+
 @pytest.mark.parametrize('dtype', ['uint16', 'uint32'])
 def test_any_id_may_come_first(tmp_path, dtype):
   """Also those whose bytes begin lzma, gzip, a file of `compress` or UTF-16."""

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from dsa_jax.data.recall import N_NOISE, Recall
+from dsa_jax.data.sources import DataConfig
 
 TASK = Recall(seq_len=96, n_keys=40, n_values=10, n_pairs=12, n_queries=8, n_rows=1000, seed=0)
 CONTEXT = TASK.seq_len - TASK.n_queries
@@ -121,3 +122,10 @@ def test_the_number_of_rows_costs_nothing_and_bounds_the_index():
 def test_numbers_that_do_not_fit_are_named(change, message):
   with pytest.raises(ValueError, match=message):
     dataclasses.replace(TASK, **change)
+
+
+@pytest.mark.parametrize('per_pair, per_query', [(64, 8), (64, 32), (4, 64)])
+def test_few_pairs_or_few_queries_change_no_vocabulary(per_pair, per_query):
+  config = DataConfig(source='recall', tokens_per_pair=per_pair, tokens_per_query=per_query)
+  assert config.vocab_size == DataConfig(source='recall').vocab_size
+  assert len(config.rows(1024, 'train')) > 0

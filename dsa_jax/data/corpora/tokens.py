@@ -25,6 +25,7 @@ DOCUMENTS = 'documents.npy'
 VERSION = 1
 RECORD = 8192  # Tokens of a record.
 SCANNED = 2**24  # Tokens that are looked at at one time.
+OF_LLM_C = 20240520, 20240801  # Numbers that begin its files of two and of four bytes an id.
 PACKED = '.lz4', '.npz', '.zip'  # Endings of files without bare ids, beside those of `is_compressed`.
 MAGIC_BYTES = 6  # First bytes that tell a format. Fewer may be ids, such as 93 for lzma.
 # What is known of a document: its tokens, the bytes of its text, and a hash of its content.
@@ -357,7 +358,10 @@ def _check_kind(name: str):
   if name.endswith('.npy'):
     return
   with open(name, 'rb') as file:
-    kind = kind_of(file.read(64), MAGIC_BYTES)
+    head = file.read(64)
+  if int.from_bytes(head[:4], 'little') in OF_LLM_C:
+    raise ConfigError(f'{name} has the header of llm.c: strip it, its first 1,024 bytes are no ids.')
+  kind = kind_of(head, MAGIC_BYTES)
   if not kind and (is_compressed(name) or name.endswith(PACKED)):
     kind = 'compressed'
   if kind:
