@@ -42,7 +42,7 @@ def claimed(folder: pathlib.Path) -> Iterator[None]:
     yield
 
 
-def _lock(opened: contextlib.ExitStack, path: pathlib.Path, how: int):
-  handle = os.open(path, how, 0o666)
+def _lock(opened: contextlib.ExitStack, path: pathlib.Path, flags: int):
+  handle = os.open(path, flags, 0o666)
   opened.callback(os.close, handle)
   fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
