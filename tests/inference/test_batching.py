@@ -106,7 +106,7 @@ def test_a_stop_text_may_begin_a_text_or_be_the_last_of_it(tmp_path, stop, want)
   tokenizer.decoder = decoders.Sequence([space, fallback, decoders.Fuse(), decoders.Strip(' ', 1, 0)])
   tokenizer.save(str(tmp_path / 'tokenizer.json'))
   config = SampleConfig(max_new_tokens=2, stop_texts=(stop,))
-  text = Text(0, 0, 1, [1], Pretrained(tmp_path / 'tokenizer.json'), config)
+  text = Text(0, 0, [1], Pretrained(tmp_path / 'tokenizer.json'), config)
   for i in 2, 3:
     if not text.ended_by:
       text.add_step(np.array([i]), np.array([True]), np.zeros(1), ends=False)
