@@ -212,7 +212,7 @@ class ModelConfig:
       raise ConfigError(f'{self.window_layers=} must ascend.')
     if self.sliding_window < 0 or bool(self.sliding_window) != bool(self.window_layers):
       raise ConfigError(f'{self.sliding_window=} must be above 0 with window_layers, and 0 without.')
-    self._check_rope()
+    self._check_positions_and_norms()
     self._check_heads()
     self._check_gates()
     self._check_window_sizes()
@@ -237,8 +237,7 @@ class ModelConfig:
           f'{self.n_dense_layers=} counts the leading layers.'
       )
 
-  def _check_rope(self):
-    """Checks the numbers of rotary positions that count for their kind, and of norms."""
+  def _check_positions_and_norms(self):
     if not 1 < self.rope_theta < math.inf:
       raise ConfigError(f'{self.rope_theta=} must be above 1, and finite.')
     if self.window_rope_theta and not 1 < self.window_rope_theta < math.inf:

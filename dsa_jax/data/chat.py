@@ -73,7 +73,6 @@ class ChatTemplate:
     except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
       raise ConfigError(f'the chat template refuses the messages: {error}.') from error
 
-
   def _now(self, form: str) -> str:
     return (self.moment or datetime.datetime.now()).strftime(form)
 
@@ -137,4 +136,3 @@ def _refuse(message: str):
 
 def _to_json(value: Any, indent: int | None = None, ensure_ascii: bool = False, **options) -> str:
   return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **options)
-

@@ -24,7 +24,7 @@ from dsa_jax.inference.piece import Held, Piece, piece_of
 from dsa_jax.nn.attention.types import Attention
 from dsa_jax.nn.block import Block
 from dsa_jax.nn.scan import in_order, scan
-from dsa_jax.nn.transformer import Transformer, are_full
+from dsa_jax.nn.transformer import Transformer, are_full, look_up
 from dsa_jax.parallel import collectives, shard
 from dsa_jax.parallel.mesh import TOKENS
 
@@ -138,12 +138,8 @@ def embedded(model: Transformer, tokens: Int[Array, 'B T']) -> Float[Array, 'B T
   table, dtype = model.embed[...], model.cfg.dtype
   if collectives.axis_size('fsdp', 'tensor') == 1:
     return table[tokens].astype(dtype)
-  # Each device looks up its words and channels, for the tokens of all that share the channels.
-  words = collectives.all_gather(tokens, 'fsdp', dim=0)
-  words -= collectives.axis_index('tensor') * len(table)
-  here = (words >= 0) & (words < len(table))
-  x = jnp.where(here[..., None], table[words].astype(dtype), 0)
-  return collectives.all_to_all(collectives.psum(x, 'tensor'), 'fsdp', split=0, join=2)
+  x = collectives.psum(look_up(table, tokens, dtype), 'tensor')
+  return collectives.all_to_all(x, 'fsdp', split=0, join=2)
 
 
 def _nothing_selected(piece: Piece) -> Int[Array, 'B T *G K']:

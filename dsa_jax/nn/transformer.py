@@ -160,8 +160,8 @@ class Transformer(Configured):
     return self.embed[...].T if self.head is None else self.head[...]
 
   def embedded(self, tokens: Int[Array, 'B T']) -> Float[Array, 'B T D']:
-    look_up = functools.partial(_embed, dtype=self.cfg.dtype)
-    return shard.shard_mapped(look_up, (P('tensor', 'fsdp'), BATCH), BATCH)(self.embed[...], tokens)
+    embed = functools.partial(_embed, dtype=self.cfg.dtype)
+    return shard.shard_mapped(embed, (P('tensor', 'fsdp'), BATCH), BATCH)(self.embed[...], tokens)
 
   def into_streams(self, x: Float[Array, 'B T D']) -> Float[Array, 'B T *M D']:
     """Returns the input of the first layer: embeddings, in a copy for each stream."""
@@ -187,16 +187,28 @@ class Transformer(Configured):
 
 
 def _embed(embed, tokens, dtype):
-  """Returns embeddings that each device looks up in its words and channels, for all who share either.
-
-  What is read is cast, not the table: its gradient sums in the table's dtype, float32, over all
-  places of a word. In bfloat16 such a sum stops growing after a few hundred places.
-  """
-  words = collectives.all_gather(collectives.all_gather(tokens, 'tensor', dim=1), 'fsdp', dim=0)
-  words -= collectives.axis_index('tensor') * len(embed)
-  here = (words >= 0) & (words < len(embed))
-  x = jnp.where(here[..., None], embed[words].astype(dtype), 0)
+  x = look_up(embed, collectives.all_gather(tokens, 'tensor', dim=1), dtype)
   return collectives.all_to_all(collectives.psum_scatter(x, 'tensor', dim=1), 'fsdp', split=0, join=2)
+
+
+def look_up(
+    table: Float[Array, 'W D'], tokens: Int[Array, 'B T'], dtype: str
+) -> Float[Array, 'A T D']:
+  """Returns what this device knows of embeddings, for its own sequences and those of its `fsdp` group.
+
+  It knows its own words. Others are 0, and the sum over `tensor` has them all. What is read is cast,
+  not the table: the gradient sums in float32, as the table is, over all places of a word. In bfloat16
+  such a sum stops growing after a few hundred places.
+
+  Args:
+    table: This device's words and channels.
+    tokens: Those of its own sequences.
+    dtype: That of the result.
+  """
+  words = collectives.all_gather(tokens, 'fsdp', dim=0)
+  words -= collectives.axis_index('tensor') * len(table)
+  here = (words >= 0) & (words < len(table))
+  return jnp.where(here[..., None], table[words].astype(dtype), 0)
 
 
 def gather_head(
