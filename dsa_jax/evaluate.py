@@ -12,7 +12,9 @@ work among several devices, as in training and in sampling. On several hosts, ea
 command, and the first one writes; OUT must lie on a disk that all of them see.
 """
 
+from collections.abc import Sequence
 import contextlib
+import dataclasses
 import logging
 import pathlib
 import sys
@@ -24,15 +26,15 @@ import jax
 from dsa_jax.claims import claimed
 from dsa_jax.config import ConfigError
 from dsa_jax.data.packing import PACKINGS
-from dsa_jax.evaluation.answers import answer_quizzes, collect_answers, make_quizzes
+from dsa_jax.evaluation.answers import Quiz, answer_quizzes, collect_answers, make_quizzes
 from dsa_jax.evaluation.arms import measure_budgets, score_arms
 from dsa_jax.evaluation.page import write_page
 from dsa_jax.evaluation.results import collect
 from dsa_jax.evaluation.settings import DTYPES, FILE_FORMATS, PROMPTS, Settings
-from dsa_jax.evaluation.subject import keep_settings, open_subject
+from dsa_jax.evaluation.subject import Subject, keep_settings, open_subject
 from dsa_jax.evaluation.tasks import KINDS
 from dsa_jax.parallel.mesh import MeshConfig
-from dsa_jax.parallel.processes import end_process, is_first, join_job
+from dsa_jax.parallel.processes import check_same, end_process, is_first, join_job
 from dsa_jax.reporting.progress import StepProgress
 from dsa_jax.training.compilation_cache import compilation_cache
 
@@ -50,6 +52,7 @@ def evaluate(settings: Settings) -> dict[str, Any]:
   """
   subject = open_subject(settings)
   quizzes = make_quizzes(subject)
+  check_same(_of_job(subject, quizzes))
   with claimed(subject.settings.out) if is_first() else contextlib.nullcontext():
     keep_settings(subject)
     with StepProgress(quiet=not is_first()) as bar:
@@ -59,6 +62,19 @@ def evaluate(settings: Settings) -> dict[str, Any]:
     if is_first():
       write_page(subject.settings.out, results)
   return results
+
+
+def _of_job(subject: Subject, quizzes: Sequence[Quiz]) -> dict[str, Any]:
+  """Returns what all processes must agree on, or they would work at different arms."""
+  settings, out = dataclasses.asdict(subject.settings), subject.settings.out
+  own = 'checkpoint', 'out', 'files', 'tokenizer', 'haystack'  # Places, which tell nothing.
+  of_all = {f'--{name}': x for name, x in settings.items() if name not in own}
+  kept = sorted(str(path.relative_to(out)) for path in out.rglob('*') if path.is_file())
+  return of_all | {
+      'the checkpoint and the data': {k: v for k, v in subject.identity.items() if k not in own},
+      'the tasks': [quiz.digest for quiz in quizzes],
+      'what OUT holds, which must lie on a disk that all of them see': kept,
+  }
 
 
 def main(argv: list[str]):

@@ -12,6 +12,7 @@ A model that is too large for one device is split over several by `--mesh.expert
 training. On several hosts, each of them runs the same command.
 """
 
+import dataclasses
 import logging
 import pathlib
 import resource
@@ -37,7 +38,7 @@ from dsa_jax.inference.sampler import (
 from dsa_jax.inference.shares import check_texts
 from dsa_jax.inference.weights import FORMATS as WEIGHTS
 from dsa_jax.parallel.mesh import MeshConfig, make_mesh
-from dsa_jax.parallel.processes import end_process, is_first, join_job, moment_of_job
+from dsa_jax.parallel.processes import check_same, end_process, is_first, join_job, moment_of_job
 from dsa_jax.reporting.progress import StepProgress
 from dsa_jax.selection import RULES
 from dsa_jax.training.checkpoint import weights_of
@@ -94,6 +95,11 @@ def prepare(of_sampler: dict[str, Any], drawing: dict[str, Any]) -> Job:
   ids = [tokenizer.encode_prompt(prompt.text) for prompt in prompts]
   for i, prompt in enumerate(ids):
     check_prompt(i, prompt, cfg, capacity, room=config.max_new_tokens)
+  check_same({
+      'flags': [of_sampler, dataclasses.asdict(config), sizes.sizes, SAMPLES.value, SLOTS.value],
+      'prompts': ids,
+      'the checkpoint': [stored.record['model'], weights_of(stored.step)],
+  })
   texts = Texts(n=1, capacity=capacity)
   if PROMPTS.value:
     longest = max(map(len, ids)) + config.max_new_tokens

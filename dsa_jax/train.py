@@ -24,11 +24,12 @@ from dsa_jax.config import ConfigError, ModelConfig
 from dsa_jax.cost import training_flops
 from dsa_jax.parallel.processes import (
     LOST,
+    check_same,
     end_process,
     is_first,
     join_job,
+    of_first,
     place_batch,
-    wait_for_all,
 )
 from dsa_jax.reporting.compare import group_runs, print_table, read_run
 from dsa_jax.reporting.evaluate import look, look_batch
@@ -51,7 +52,7 @@ from dsa_jax.training.recipe import Recipe, read_recipe
 from dsa_jax.training.run import Run, open_run
 from dsa_jax.training.state import TrainState, abstract_params
 from dsa_jax.training.sweep import sweep_configs
-from dsa_jax.training.workdir import check_data, check_workdir, write_config
+from dsa_jax.training.workdir import check_data, check_workdir, of_job, write_config
 
 NO_ROOM = errno.ENOSPC, errno.EDQUOT, errno.EFBIG
 OF_THE_DISK = *NO_ROOM, errno.EROFS, errno.EIO
@@ -133,7 +134,7 @@ def run_recipe(config: ConfigDict, recipe: Recipe) -> dict[str, Any]:
 def run_entries(config: ConfigDict, run: Run, files: dict[str, str]) -> dict[str, Any]:
   """Runs all entries of a recipe in its workdir, which is this run's own, and writes the report."""
   recipe = run.recipe
-  wait_for_all('every process has checked the workdir')
+  check_same(of_job(config) | {'data': files})
   if is_first():
     write_config(config, recipe.workdir, files)
     keep_origin(recipe.workdir, recipe.origins)
@@ -211,11 +212,11 @@ def resume(run: Run, name: str, checkpoints: Checkpoints) -> tuple[int, TrainSta
   and there is an older one.
   """
   skips = run.recipe.resume == 'last_good'
-  while step := checkpoints.latest_step:
+  while step := of_first(checkpoints.latest_step or 0):
     if step == run.recipe.stages[name].steps and not skips:
       return step, None, 0.0
     try:
-      state, progress = checkpoints.restore(run.abstract_state(name))
+      state, progress = checkpoints.restore(step, run.abstract_state(name))
     except DamagedCheckpoint as error:
       if not skips or step == saved_steps(checkpoints.folder)[0]:
         raise

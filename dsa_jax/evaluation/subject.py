@@ -27,7 +27,7 @@ from dsa_jax.inference.load import StoredModel, find_checkpoint, load_checkpoint
 from dsa_jax.inference.shares import check_mesh
 from dsa_jax.kernels.backend import default_backend
 from dsa_jax.parallel.mesh import make_mesh
-from dsa_jax.parallel.processes import is_first, moment_of_job, wait_for_all
+from dsa_jax.parallel.processes import is_first, moment_of_job
 from dsa_jax.reporting.plots import replace_bytes
 from dsa_jax.selection import RULES
 from dsa_jax.training.checkpoint import weights_of
@@ -116,7 +116,6 @@ def _check_vocabulary(data: DataConfig, cfg: ModelConfig, settings: Settings):
 
 def keep_settings(subject: Subject):
   """Writes what the scores depend on, so that only the same evaluation goes on in the folder."""
-  wait_for_all('the folder of the results is as it was')
   kept = subject.identity | {BEGUN: subject.moment.isoformat()}
   keep_bytes(subject.settings.out / SETTINGS, json.dumps(kept, indent=2).encode())
 

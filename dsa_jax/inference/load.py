@@ -13,9 +13,8 @@ from dsa_jax.checkpoint_paths import readings
 from dsa_jax.config import ConfigError, ModelConfig, local_path
 from dsa_jax.inference.weights import load_weights
 from dsa_jax.nn.transformer import Transformer
-from dsa_jax.parallel.processes import of_first
 from dsa_jax.selection import check_rule
-from dsa_jax.training.checkpoint import latest_checkpoint, saved_stage
+from dsa_jax.training.checkpoint import latest_of_job, saved_stage
 from dsa_jax.training.origin import ORIGIN
 from dsa_jax.training.recipe import Recipe, read_recipe
 from dsa_jax.training.state import model_graph
@@ -77,8 +76,7 @@ class StoredModel(NamedTuple):
     """
     if self.step:
       return self
-    step = of_first(int(latest_checkpoint(self.folder).name))
-    return self._replace(step=self.folder / str(step))
+    return self._replace(step=self.folder / latest_of_job(self.folder).name)
 
 
 def load_checkpoint(

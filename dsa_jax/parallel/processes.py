@@ -1,15 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """A job of several processes: how they meet, which one writes, and what each of them reads."""
 
+import calendar
+from collections.abc import Mapping
 import datetime
 import glob
 import importlib.util
+import json
 import logging
 import os
 import re
 import sys
 import time
 import traceback
+from typing import Any
+import zlib
 
 import jax
 from jax.experimental import multihost_utils
@@ -125,17 +130,38 @@ def are_same(x: int) -> bool:
   return len(set(multihost_utils.process_allgather(np.int32(x)).tolist())) == 1
 
 
+def check_same(given: Mapping[str, Any]):
+  """Checks that all processes of the job, which all ask, were given the same, before any of them writes.
+
+  Args:
+    given: By the name that a message gives it, what JSON can hold.
+
+  Raises:
+    ConfigError: They were not. Every process raises it.
+  """
+  if jax.process_count() == 1:
+    return
+  digests = [zlib.crc32(json.dumps(x, sort_keys=True).encode()) for x in given.values()]
+  of_all = multihost_utils.process_allgather(np.array(digests, np.uint32))
+  if differing := [name for name, of_each in zip(given, of_all.T) if np.ptp(of_each)]:
+    raise ConfigError(
+        f'the processes of this job differ in {", ".join(differing)}: start all of them by one command, '
+        'where they find the same files.'
+    )
+
+
 def of_first(x: int) -> int:
   """Returns the number, below 2**32, that the first process has. All of them call it."""
   return x if jax.process_count() == 1 else int(multihost_utils.broadcast_one_to_all(np.uint32(x)))
 
 
 def moment_of_job(kept: str | None) -> datetime.datetime:
-  """Returns when a job began: what it has kept of that, or the first process's now.
+  """Returns when a job began: what it has kept of that, or now by the clock and zone of the first process.
 
   All processes call it.
   """
-  now = datetime.datetime.fromtimestamp(of_first(int(time.time())))
+  seconds = of_first(calendar.timegm(time.localtime()))
+  now = datetime.datetime(1970, 1, 1) + datetime.timedelta(seconds=seconds)
   try:
     return datetime.datetime.fromisoformat(kept)
   except (TypeError, ValueError):  # Nothing is kept.

@@ -15,7 +15,7 @@ import orbax.checkpoint as ocp
 
 from dsa_jax.checkpoint_paths import check_readable, is_step
 from dsa_jax.config import ConfigError
-from dsa_jax.parallel.processes import any_process, is_first, wait_for_all
+from dsa_jax.parallel.processes import any_process, is_first, of_first, wait_for_all
 from dsa_jax.training.state import TrainState
 from dsa_jax.training.stored_arrays import (
     StoredArray,
@@ -133,14 +133,14 @@ class Checkpoints:
           f'start the same command again: {kept}.'
       ) from error
 
-  def restore(self, like: TrainState) -> tuple[TrainState, Progress]:
-    """Returns the latest step, with the structure, dtypes and shardings of `like`.
+  def restore(self, step: int, like: TrainState) -> tuple[TrainState, Progress]:
+    """Returns a step, with the structure, dtypes and shardings of `like`.
 
     Raises:
       DamagedCheckpoint: It cannot be read, by this process or by another one.
       ConfigError: It is of another model, or of another optimiser.
     """
-    folder = self.folder.absolute() / str(self.latest_step)
+    folder = self.folder.absolute() / str(step)
     targets, treedef = _by_path(_shapes(like._asdict()))
     damage = None
     try:
@@ -206,6 +206,15 @@ def latest_checkpoint(folder: pathlib.Path) -> pathlib.Path:
   return folder / str(steps[-1])
 
 
+def latest_of_job(folder: pathlib.Path) -> pathlib.Path:
+  """Returns what `latest_checkpoint` is to the first process of the job; all of them call it.
+
+  On a disk that hosts see at different times, they would otherwise read parts of different steps.
+  """
+  latest = latest_checkpoint(folder)
+  return latest.with_name(str(of_first(int(latest.name))))
+
+
 def weights_of(step: pathlib.Path) -> str | None:
   """Returns a digest of a step's weights; None if an earlier version, without checksums, saved it.
 
@@ -217,15 +226,16 @@ def weights_of(step: pathlib.Path) -> str | None:
 
 
 def restore_params(folder: pathlib.Path, like: nnx.State) -> nnx.State:
-  """Returns the parameters of a step, or of the latest one in a stage's folder.
+  """Returns the parameters of a step, or of the latest one in a stage's folder; all processes call it.
 
   Raises:
     ConfigError: There is no checkpoint, or it is of a model with other shapes.
   """
-  stores = check_params(folder, like)
+  checkpoint = latest_of_job(folder)
+  stores = _open_params(checkpoint, like)
   check_wide(stores, folder)
   targets, treedef = _by_path(nnx.as_pure(like))
-  with reading(latest_checkpoint(folder)):
+  with reading(checkpoint):
     arrays = _read_all(stores, targets)
   return _with_structure(jax.tree.unflatten(treedef, arrays), like)
 
@@ -236,11 +246,14 @@ def check_params(folder: pathlib.Path, like: nnx.State) -> dict[tuple[str, ...],
   Raises:
     ConfigError: There is no checkpoint, or it is of a model with other shapes.
   """
-  checkpoint = latest_checkpoint(folder)
+  return _open_params(latest_checkpoint(folder), like)
+
+
+def _open_params(checkpoint: pathlib.Path, like: nnx.State) -> dict[tuple[str, ...], StoredArray]:
   with reading(checkpoint):
     stores = open_tree(checkpoint / 'state')
   stores = {path[1:]: store for path, store in stores.items() if path[0] == 'params'}
-  _check_shapes(stores, _by_path(nnx.as_pure(like))[0], folder)
+  _check_shapes(stores, _by_path(nnx.as_pure(like))[0], checkpoint)
   return stores
 
 

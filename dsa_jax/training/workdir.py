@@ -112,6 +112,14 @@ def write_config(config: ConfigDict, workdir: pathlib.Path, descriptions: dict[s
     ) from error
 
 
+def of_job(config: ConfigDict) -> dict[str, Any]:
+  """Returns the fields of a config by their names, but for those that each host may have its own of."""
+  values = json.loads(config.to_json())
+  values['data'] = {name: x for name, x in values['data'].items() if name != 'cache'}
+  own = 'workdir', 'compilation_cache', 'sweep'
+  return {f'config.{name}': value for name, value in values.items() if name not in own}
+
+
 def read_config(workdir: pathlib.Path) -> dict[str, Any]:
   """Returns the config.json of a run.
 

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Folders of tokens: whole or absent, the same after a kill, and refused where they are not whole."""
 
+import errno
+import fcntl
 import functools
 import json
 import os
@@ -201,6 +203,16 @@ def test_a_cache_that_cannot_be_written_is_named(source, tmp_path):
     config = DataConfig(source='mixture', sources={'x': fields}, cache=str(tmp_path / 'file/cache'))
     with pytest.raises(ConfigError, match='could not be kept in .*/file/cache.* by data.cache'):
       config.rows(8, 'train')
+
+
+def test_a_disk_without_locks_is_said_and_used(source, tmp_path, monkeypatch, caplog):
+  def refuse(handle, kind):
+    raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+  monkeypatch.setattr(fcntl, 'flock', refuse)
+  tokenize(source, tmp_path / 'out')
+  assert tokens.read_manifest(tmp_path / 'out')['documents'] == 100
+  assert 'No locks available: let no other process' in caplog.text
 
 
 def test_a_cache_that_is_whole_need_not_be_written(source, tmp_path, monkeypatch):

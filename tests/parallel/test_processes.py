@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """A job of two processes: its numbers, a kill of one of them, and how one goes on alone."""
 
+import calendar
+import datetime
+import json
 import os
 import pathlib
 import signal
@@ -9,6 +12,7 @@ import subprocess
 import sys
 import time
 from types import SimpleNamespace
+import zlib
 
 import jax
 import numpy as np
@@ -17,6 +21,7 @@ import simulated
 
 from configs import quickstart
 from dsa_jax import train
+from dsa_jax.config import ConfigError
 from dsa_jax.data.pipeline import make_iterator
 from dsa_jax.parallel import processes
 from dsa_jax.reporting.meter import OF_THE_MACHINE
@@ -38,15 +43,16 @@ def start(workdir, *flags, **variables):
   return subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-def start_two(workdir):
-  """Two processes of two devices each, which share sequences and tokens."""
+def start_two(workdir, *of_second):
+  """Two processes of two devices each, which share sequences and tokens, and flags of the second one."""
   with socket.socket() as s:
     s.bind(('localhost', 0))
     port = s.getsockname()[1]
   job = {'JAX_COORDINATOR_ADDRESS': f'localhost:{port}', 'JAX_NUM_PROCESSES': '2'}
   job |= simulated.devices(2)
   mesh = '--config.mesh.fsdp=2', '--config.mesh.context=2'
-  return [start(workdir, *mesh, **job, JAX_PROCESS_ID=str(i)) for i in range(2)]
+  flags = mesh, (*mesh, *of_second)
+  return [start(workdir, *flags[i], **job, JAX_PROCESS_ID=str(i)) for i in range(2)]
 
 
 def numbers(workdir):
@@ -79,6 +85,42 @@ def test_one_goes_on_where_a_killed_job_of_two_ended(tmp_path):
   assert found.keys() == wanted.keys() and ('dense', 40, 'lm_loss') in found
   for name in wanted:
     np.testing.assert_allclose(found[name], wanted[name], rtol=1e-4, atol=1e-5, err_msg=str(name))
+
+
+@pytest.mark.nightly
+def test_processes_of_two_configs_are_refused_before_anything_is_written(tmp_path):
+  workdir = tmp_path / 'run'
+  for process in start_two(workdir, '--config.optim.b2=0.9'):
+    output, _ = process.communicate()
+    assert process.returncode == 1 and 'processes of this job differ in config.optim: start' in output, output
+  assert not [path for path in workdir.rglob('*') if path.is_file()]
+
+
+def of_processes(monkeypatch, others):
+  """Makes this process the first of several, which gather what the others have."""
+  gather = lambda x: np.stack([x, *others])
+  monkeypatch.setattr(jax, 'process_count', lambda: 1 + len(others))
+  monkeypatch.setattr(processes.multihost_utils, 'process_allgather', gather)
+
+
+def test_what_processes_were_given_is_compared_part_by_part(monkeypatch):
+  crc = lambda x: zlib.crc32(json.dumps(x, sort_keys=True).encode())
+  given = {'seed': 1, 'data': {'a': 'b', 'c': [1, None]}}
+  same = [crc(1), crc({'c': [1, None], 'a': 'b'})]
+  of_processes(monkeypatch, [np.array(same, np.uint32)] * 2)
+  processes.check_same(given)
+  of_processes(monkeypatch, [np.array(x, np.uint32) for x in (same, [same[0], crc({})])])
+  with pytest.raises(ConfigError, match='differ in data: start'):
+    processes.check_same(given)
+
+
+def test_the_moment_of_a_job_is_by_one_clock_and_zone(monkeypatch):
+  morning = calendar.timegm((2026, 11, 30, 7, 5, 1))
+  monkeypatch.setattr(processes, 'of_first', lambda _: morning)
+  assert processes.moment_of_job(None) == datetime.datetime(2026, 11, 30, 7, 5, 1)
+  assert processes.moment_of_job('2026-11-29T23:00:00') == datetime.datetime(2026, 11, 29, 23)
+  monkeypatch.undo()
+  assert abs(processes.moment_of_job(None) - datetime.datetime.now()) < datetime.timedelta(minutes=1)
 
 
 def test_shares_make_up_the_batch(tmp_path):

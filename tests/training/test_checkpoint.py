@@ -44,15 +44,20 @@ def saved(state, tmp_path_factory):
   return folder
 
 
+def moved(state, by):
+  """Returns a state with another embedding."""
+  embed = state.params['embed']
+  return state._replace(params=state.params | {'embed': embed.replace(embed[...] + by)})
+
+
 def test_a_path_is_not_an_address(state, tmp_path):
   """As an address, `a%20b` is `a b`, and `100%` is none."""
   like = abstract_params(CFG)
   for i, name in enumerate(('a b', 'a%20b', '100%', 'a#b')):
     with Checkpoints(tmp_path / name) as checkpoints:
-      params = state.params | {'embed': state.params['embed'].replace(state.params['embed'][...] + i)}
-      checkpoints.save(1, state._replace(params=params), Progress({}, 0.0))
+      checkpoints.save(1, moved(state, i), Progress({}, 0.0))
     read = restore_params(tmp_path / name, like)['embed'][...]
-    np.testing.assert_array_equal(read, params['embed'][...], err_msg=name)
+    np.testing.assert_array_equal(read, moved(state, i).params['embed'][...], err_msg=name)
 
 
 def test_the_stage_lies_beside_the_weights(saved, state, tmp_path):
@@ -116,7 +121,7 @@ def damaged(request, saved, tmp_path):
 
 def test_everything_comes_back(saved, state):
   with Checkpoints(saved) as checkpoints:
-    restored, progress = checkpoints.restore(state)
+    restored, progress = checkpoints.restore(4, state)
     assert checkpoints.progress().seconds == 4.0
   assert progress == Progress({'next_index': 4}, 4.0)
   for ours, theirs in zip(jax.tree.leaves(state), jax.tree.leaves(restored), strict=True):
@@ -127,20 +132,30 @@ def test_a_checkpoint_without_checksums_is_read(saved, state, tmp_path):
   shutil.copytree(saved, tmp_path / 'dense')
   shutil.rmtree((tmp_path / 'dense' / '4' / CHECKSUMS).parent)
   with Checkpoints(tmp_path / 'dense') as checkpoints:
-    restored, _ = checkpoints.restore(state)
+    restored, _ = checkpoints.restore(4, state)
   for ours, theirs in zip(jax.tree.leaves(state), jax.tree.leaves(restored), strict=True):
     np.testing.assert_array_equal(ours, theirs)
+
+
+def test_every_process_reads_the_step_that_the_first_one_finds(state, tmp_path, monkeypatch):
+  with Checkpoints(tmp_path) as checkpoints:
+    for step in 1, 2:
+      checkpoints.save(step, moved(state, step), Progress({}, 0.0))
+  monkeypatch.setattr(checkpoint, 'of_first', lambda step: step - 1)
+  assert checkpoint.latest_of_job(tmp_path).name == '1'
+  params = restore_params(tmp_path, abstract_params(CFG))
+  np.testing.assert_array_equal(params['embed'][...], state.params['embed'][...] + 1)
 
 
 def test_damage_that_another_process_has_found_counts(saved, state, monkeypatch):
   monkeypatch.setattr(checkpoint, 'any_process', lambda found: True)
   with Checkpoints(saved) as checkpoints, pytest.raises(DamagedCheckpoint, match='another process'):
-    checkpoints.restore(state)
+    checkpoints.restore(4, state)
 
 
 def test_damage_is_named_with_the_way_out(damaged, state):
   with Checkpoints(damaged) as checkpoints, pytest.raises(DamagedCheckpoint) as raised:
-    checkpoints.restore(state)
+    checkpoints.restore(4, state)
   message = str(raised.value)
   assert f'{damaged}/4 is damaged' in message and '\n' not in message
   assert f'The one before it is {damaged}/2, from which --config.resume=last_good goes on.' in message

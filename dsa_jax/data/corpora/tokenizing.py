@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import concurrent.futures
 import contextlib
 import dataclasses
+import errno
 import functools
 import hashlib
 import json
@@ -33,6 +34,7 @@ from dsa_jax.data.tokenizer import Tokenizer, open_tokenizer
 BATCH = 2**20  # Bytes of text that are tokenized at one time.
 DAMAGED = ('stop', 'drop')
 SILENCE = 60  # Seconds after which a log has a line of progress.
+NO_LOCKS = errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF
 SHOWN = 10  # Damaged documents that a manifest names.
 
 
@@ -173,20 +175,24 @@ def kept_in(cache: pathlib.Path) -> Iterator[None]:
     yield
   except OSError as error:
     raise ConfigError(
-        f'what is known of the data could not be kept in {cache}: {error}. Make room there, or choose '
-        'another folder by data.cache.'
+        f'what is known of the data could not be kept in {cache}: {error}. Choose another folder by '
+        'data.cache, or make room there if it is full.'
     ) from error
 
 
 @contextlib.contextmanager
 def locked(path: pathlib.Path) -> Iterator[None]:
-  """Keeps other processes out, and says so where it is this one that has to wait."""
+  """Keeps other processes out, as far as the file system knows locks, and says if this one has to wait."""
   lock = filelock.FileLock(path)
   try:
     lock.acquire(timeout=1)
   except filelock.Timeout:
     logging.warning(f'{path.with_suffix("")}: another process tokenizes there; this one waits for it.')
     lock.acquire()
+  except OSError as error:
+    if error.errno not in NO_LOCKS:
+      raise
+    logging.warning(f'{path.parent}: {error.strerror}: let no other process tokenize there meanwhile.')
   try:
     yield
   finally:
