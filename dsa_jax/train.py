@@ -47,7 +47,7 @@ from dsa_jax.training.checkpoint import (
 )
 from dsa_jax.training.compilation_cache import compilation_cache
 from dsa_jax.training.flags import parse_flags
-from dsa_jax.training.origin import is_below, keep_origin, keep_tokenizer
+from dsa_jax.training.origin import is_below, keep_origin, keep_starts, keep_tokenizer
 from dsa_jax.training.recipe import Recipe, read_recipe
 from dsa_jax.training.run import Run, open_run
 from dsa_jax.training.state import TrainState, abstract_params
@@ -134,9 +134,11 @@ def run_recipe(config: ConfigDict, recipe: Recipe) -> dict[str, Any]:
 def run_entries(config: ConfigDict, run: Run, files: dict[str, str]) -> dict[str, Any]:
   """Runs all entries of a recipe in its workdir, which is this run's own, and writes the report."""
   recipe = run.recipe
-  check_same(of_job(config) | {'data': files})
+  starts = {'the checkpoints that it starts from': [start.weights for start in run.starts.values()]}
+  check_same(of_job(config) | {'data': files} | starts)
   if is_first():
     write_config(config, recipe.workdir, files)
+    keep_starts(recipe.workdir, run.starts)
     keep_origin(recipe.workdir, recipe.origins)
     keep_tokenizer(recipe.workdir, 'bytes' if recipe.data.source == 'text' else recipe.data.tokenizer)
   ahead = Ahead(all_programs(run), run.mesh)

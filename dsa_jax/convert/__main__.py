@@ -61,6 +61,7 @@ def main(argv: list[str]):
   if len(argv) != 3:
     sys.exit(f'usage: python -m dsa_jax.convert [--export] SOURCE TARGET; got {argv[1:]}.')
   try:
+    check_direction()
     target = local_path(argv[2], 'TARGET')
     if EXPORT.value:
       summary = run_export(local_path(argv[1], 'SOURCE'), target)
@@ -71,6 +72,15 @@ def main(argv: list[str]):
     sys.exit(f'error: {error}')
   print(summary)
   print(f'written to {target}')
+
+
+def check_direction():
+  """Raises a ConfigError for flags that would change nothing in the direction that was asked for."""
+  of_import, of_export = [MTP, DTYPE, SEED, *INDEXER.values()], [FAMILY, FP8, SHARD_GB]
+  others, of = (of_import, 'an import') if EXPORT.value else (of_export, '--export')
+  if given := [f'--{flag.name}' for flag in others if flag.present]:
+    advice = ': --dtype=fp8 keeps codes that are FP8' if FP8.present and not EXPORT.value else ''
+    raise ConfigError(f'{", ".join(given)} would change nothing: that is for {of}{advice}.')
 
 
 def run_import(folder: pathlib.Path, target: pathlib.Path):

@@ -228,6 +228,8 @@ def _config(source: Checkpoint, outs: list[Out]) -> dict[str, Any]:
   """Returns the config.json that fits the tensors."""
   base = source.origin.get('config') or dict(source.ids)
   config = write_config(source.family, source.model, base, has_indexer=source.has_indexer)
+  if source.family != source.origin.get('family') or not _has_code(source, config):
+    config.pop('auto_map', None)  # It names the classes of a model by files of code.
   before = config.pop('compression_config', None)  # Another name of the same section.
   before = config.pop('quantization_config', before)
   modules: dict[bool, list[str]] = {True: [], False: []}
@@ -238,6 +240,13 @@ def _config(source: Checkpoint, outs: list[Out]) -> dict[str, Any]:
     modules[False] += FAMILIES[source.family].tensors.never_quantized
     config['quantization_config'] = quantization.describe(before, modules[True], modules[False])
   return config
+
+
+def _has_code(source: Checkpoint, config: dict[str, Any]) -> bool:
+  """Returns whether all files of code that a config.json names were kept."""
+  classes = config.get('auto_map') or {}
+  names = {str(name).partition('.')[0] + '.py' for name in classes.values()}
+  return all((source.kept / name).is_file() for name in names)
 
 
 def export_bytes(source: Checkpoint, quantized: bool | None = None) -> int:

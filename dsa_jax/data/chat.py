@@ -68,9 +68,9 @@ class ChatTemplate:
     if not messages:
       raise ConfigError('there is no message: there must be one at least.')
     try:
-      given = self._tokens | choices
+      given = {'tools': None, 'documents': None} | self._tokens | choices
       return self._template.render(messages=messages, add_generation_prompt=True, **given)
-    except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
+    except (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError) as error:
       raise ConfigError(f'the chat template refuses the messages: {error}.') from error
 
   def _now(self, form: str) -> str:

@@ -148,10 +148,15 @@ class DataConfig(PackingConfig):
     files = {'train': train, 'validation': validation}[split]
     return PackedText.from_files(files, seq_len, self.seed)
 
-  def describe(self) -> dict[str, str]:
-    """Returns a description of every file, or of every source, that is read."""
+  def describe(self, *, trains: bool = True) -> dict[str, str]:
+    """Returns a description of every file, or of every source, that is read.
+
+    Args:
+      trains: Whether something is trained, which had better not read what validation scores.
+    """
     if self.source == 'mixture':
-      self._check_validation()
+      if trains:
+        self._check_validation()
       return {key: self._describe(key) for key in self._keys}
     return {} if self.source == 'recall' else describe_files(find_files(self.files))
 

@@ -122,14 +122,21 @@ class Pretrained(_Streaming):
     self.special_tokens = 'text'  # One of SPECIAL, for documents.
     self.bos: int | None = None  # The id that begins a text, if it is known.
     self.adds_bos: bool | None = None  # Whether a text gets one; None leaves it to tokenizer.json.
-    self._added: list[tokenizers.AddedToken] = []  # Tokens that tokenizer.json lacks.
+    self._added: list[tokenizers.AddedToken] = []  # Tokens that tokenizer.json does not cut texts at.
+    self._new: set[str] = set()  # Those of them that it lacks.
     self._reads_marks = True  # Whether the name of a mark in a prompt is the mark.
 
   def id_of(self, token: str) -> int | None:
     return self._tokenizer.token_to_id(token)
 
+  def is_mark(self, token: str) -> bool:
+    """Returns whether a token is found in a text before it is cut into pieces."""
+    return token in (added.content for added in self._tokenizer.get_added_tokens_decoder().values())
+
   def add(self, token: tokenizers.AddedToken):
-    """Adds a token behind the last id."""
+    """Makes a token one that texts are cut at; it keeps its id, or gets the next one."""
+    if self.id_of(token.content) is None:
+      self._new.add(token.content)
     self._tokenizer.add_tokens([token])
     self._added.append(token)
 
@@ -191,7 +198,7 @@ class Pretrained(_Streaming):
   @property
   def digest(self) -> str:
     """A hash of all that decides the ids of a document."""
-    was_added = self.bos in [self.id_of(token.content) for token in self._added]
+    was_added = self.bos in map(self.id_of, self._new)
     bos = self.bos if self.adds_bos or not was_added else None  # Else no document begins with it.
     settings = (bos, self.adds_bos, self.stop)
     if held := [self._fields(token) for token in self._added if self._is_held(token)]:
@@ -360,6 +367,9 @@ def find_tokenizer(folder: pathlib.Path) -> Tokenizer:
   token = lambda key: text_of_token(settings.get(key)) or text_of_token(tokens.get(key))
   for i, added in _described_tokens(folder, settings, tokens):
     _add_token(tokenizer, folder, i, added, released.get('vocab_size'))
+  for name in sorted(_special_names(settings) | _special_names(tokens)):
+    if tokenizer.id_of(name) is not None and not tokenizer.is_mark(name):
+      tokenizer.add(tokenizers.AddedToken(name, normalized=False, special=True))
   tokenizer.read_marks(not settings.get('split_special_tokens'))
   space, wanted = tokenizer.begins_with_space, settings.get('add_prefix_space')
   if None not in (space, wanted) and space != wanted:
@@ -413,7 +423,7 @@ def _special_names(fields: dict[str, Any]) -> set[str]:
 def _add_token(
     tokenizer: Pretrained, folder: pathlib.Path, i: int, token: tokenizers.AddedToken, n_ids: Any
 ):
-  """Adds a token that tokenizer.json lacks, unless the model has too few ids for it.
+  """Adds a token that tokenizer.json does not cut texts at, unless the model has too few ids for it.
 
   Args:
     tokenizer: The tokenizer. Where it knows the token by another id, that one holds.
@@ -422,7 +432,8 @@ def _add_token(
     token: The token.
     n_ids: The vocabulary of the model, None if it is not known.
   """
-  if tokenizer.id_of(token.content) is not None or (isinstance(n_ids, int) and i >= n_ids):
+  known = tokenizer.id_of(token.content)
+  if known not in (None, i) or tokenizer.is_mark(token.content) or (isinstance(n_ids, int) and i >= n_ids):
     return
   tokenizer.add(token)
   if tokenizer.id_of(token.content) != i:

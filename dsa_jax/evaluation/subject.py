@@ -176,7 +176,7 @@ def _identity(settings: Settings, stored: StoredModel, data: DataConfig) -> dict
       'step': int(stored.step.name),
       'weights': weights_of(stored.step),
       'model': _digest(stored.record['model']),
-      'data': _digest([data.describe(), data.seed]),
+      'data': _digest([data.describe(trains=False), data.seed]),
       **{name: getattr(settings, name) for name in names},
   }
 
@@ -187,7 +187,7 @@ def _digest(x: Any) -> str:
 
 def _digest_without_order(data: DataConfig) -> str:
   """Returns what an earlier version kept of the data: it did not tell the order of documents."""
-  texts = {name: text.partition(', in the order ')[0] for name, text in data.describe().items()}
+  texts = {name: text.partition(', in the order ')[0] for name, text in data.describe(trains=False).items()}
   return _digest([texts, data.seed])
 
 

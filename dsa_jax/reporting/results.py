@@ -15,7 +15,6 @@ import sys
 import time
 from typing import Any, NamedTuple
 
-from flax import nnx
 import jax
 import jax.numpy as jnp
 from jax.stages import Lowered
@@ -26,7 +25,7 @@ from dsa_jax.nn.attention.types import Mode
 from dsa_jax.reporting.checks import verdicts
 from dsa_jax.reporting.evaluate import Scores, evaluate, measure, measure_batch, score_batch
 from dsa_jax.selection import RULES
-from dsa_jax.training.checkpoint import Checkpoints, Progress, restore_params
+from dsa_jax.training.checkpoint import Checkpoints, Progress
 from dsa_jax.training.recipe import Recipe
 from dsa_jax.training.run import Run
 from dsa_jax.training.state import abstract_params
@@ -158,7 +157,7 @@ def _scores(run: Run) -> dict[str, Scores]:
   recipe, modes, scores = run.recipe, report_modes(run), {}
   rules = recipe.report.rules
   for name, entry in scored_entries(recipe).items():
-    params = _params(run, entry)
+    params = run.params(recipe.checkpoint_folder(entry))
     score = functools.partial(evaluate, run.graph, params, run.data.report)
     if recipe.stages[entry].stage == 'dense':
       scores[name] = score(modes.dense)
@@ -168,8 +167,7 @@ def _scores(run: Run) -> dict[str, Scores]:
     else:
       scores[name] = score(modes.sparse, choice=rules.index(recipe.selection))
   if recipe.teacher:
-    params = restore_params(recipe.teacher, abstract_params(recipe.model, mesh=run.mesh))
-    dense = evaluate(run.graph, params, run.data.report, modes.dense)
+    dense = evaluate(run.graph, run.params(recipe.teacher), run.data.report, modes.dense)
     return {'dense_before': dense} | scores
   return scores
 
@@ -181,18 +179,13 @@ def _captured_mass(run: Run) -> list[dict[str, list[float]]]:
   """
   if 'sparse' not in run.recipe.roles:
     return [{}, {}]
-  params, mode = _params(run, run.recipe.roles['sparse']), report_modes(run).measured
+  folder, mode = run.recipe.checkpoint_folder(run.recipe.roles['sparse']), report_modes(run).measured
   beyond = 0, run.recipe.model.index_topk
-  measured = measure(run.graph, params, run.data.report, mode, beyond=beyond)
+  measured = measure(run.graph, run.params(folder), run.data.report, mode, beyond=beyond)
   return [
       {rule: means['captured_mass'].tolist() for rule, means in (by_rule or {}).items()}
       for by_rule in measured
   ]
-
-
-def _params(run: Run, entry: str) -> nnx.State:
-  like = abstract_params(run.recipe.model, mesh=run.mesh)
-  return restore_params(run.recipe.checkpoint_folder(entry), like)
 
 
 def _attention_flops(recipe: Recipe) -> dict[str, dict[str, float]]:

@@ -8,20 +8,23 @@ import json
 import logging
 import pathlib
 import shutil
-from typing import Any
+from typing import Any, NamedTuple
 
 from flax import nnx
 
-from dsa_jax.checkpoint_paths import readings
+from dsa_jax.checkpoint_paths import is_step, readings
 from dsa_jax.config import ConfigError, ModelConfig
 from dsa_jax.data.text import BOS
 from dsa_jax.data.tokenizer import (
     TOKENIZER_FILES, Bytes, Tokenizer, find_tokenizer, kept_tokenizer, open_tokenizer, read_object,
     released_config, tokenizer_folder,
 )  # fmt: skip
-from dsa_jax.training.checkpoint import check_params, check_wide, saved_steps
+from dsa_jax.training.checkpoint import (
+    check_params, check_wide, latest_of_job, restore_params, saved_steps, weights_of,
+)  # fmt: skip
 from dsa_jax.training.recipe import Recipe
 
+STARTS = 'starts.json'  # The file of a run that holds the steps of other runs that it starts from.
 ORIGIN = 'origin'  # The folder of a run that holds what an import has kept of its release.
 # Fields that leave the function of given weights as it is: limits, budgets and initialisers.
 FREE = frozenset(('max_seq_len', 'rope_type', 'embed_init_std', 'dtype', 'index_topk'))
@@ -36,6 +39,52 @@ OF_EXPERTS = frozenset((
     'n_limited_groups', 'moe_inter_dim', 'route_scale', 'score_func', 'topk_method', 'norm_topk_prob',
     'zero_dropped_groups', 'swiglu_limit', 'shared_inter_dim',
 ))  # fmt: skip
+
+
+class Start(NamedTuple):
+  """A step of another run, or of a conversion, that entries start from."""
+
+  step: pathlib.Path
+  weights: str | None  # A digest. None: an earlier version saved it.
+
+  def params(self, like: nnx.State) -> nnx.State:
+    """Returns its weights, with the structure and shardings of `like`.
+
+    Raises:
+      ConfigError: It is not there any more, or holds other weights.
+    """
+    if not self.step.is_dir() or weights_of(self.step) != self.weights:
+      raise ConfigError(
+          f'{self.step}, which this run starts from, is gone or has other weights than when the run began. '
+          'Bring it back, or go on from what is the latest step there with '
+          '--config.on_changed_data=go_on.'
+      )
+    return restore_params(self.step, like)
+
+
+def find_starts(recipe: Recipe, before: Sequence[pathlib.Path] = ()) -> dict[pathlib.Path, Start]:
+  """Returns the step of each other checkpoint that a recipe starts from; all processes call it.
+
+  It is the one that was the latest when the run began, so that all entries have the same ancestor
+  although the other run may go on.
+  """
+  kept, starts = read_object(recipe.workdir / STARTS), {}
+  for folder in dict.fromkeys(recipe.origins):
+    step, weights = kept.get(str(folder.resolve()), (None, None))
+    if step and recipe.on_changed_data == 'stop':
+      starts[folder] = Start(pathlib.Path(step), weights)
+    elif (is_step(folder) or saved_steps(folder)) and not is_below(folder, before):
+      latest = latest_of_job(folder)
+      starts[folder] = Start(latest, weights_of(latest))
+  return starts
+
+
+def keep_starts(workdir: pathlib.Path, starts: Mapping[pathlib.Path, Start]):
+  """Writes down the steps that a run starts from."""
+  known = {str(folder.resolve()): (str(start.step), start.weights) for folder, start in starts.items()}
+  fresh = workdir / f'{STARTS}.tmp'
+  fresh.write_text(json.dumps(known, indent=2))
+  fresh.replace(workdir / STARTS)
 
 
 def check_origins(recipe: Recipe, like: nnx.State, before: Sequence[pathlib.Path] = ()):

@@ -25,7 +25,7 @@ from dsa_jax.nn.attention.types import Mode
 from dsa_jax.parallel.mesh import MeshConfig, make_mesh
 from dsa_jax.parallel.processes import own_share, place_batch
 from dsa_jax.training.checkpoint import restore_params, saved_steps
-from dsa_jax.training.origin import check_origins
+from dsa_jax.training.origin import Start, check_origins, find_starts
 from dsa_jax.training.recipe import Recipe
 from dsa_jax.training.state import (
     TrainState,
@@ -54,6 +54,7 @@ class Run(NamedTuple):
   backend: str  # The kernels that run, one of `kernels.backend.BACKENDS`.
   mesh: Mesh | None  # None: one device.
   data: Data
+  starts: dict[pathlib.Path, Start] = {}  # The steps of other runs that entries start from, by the folders named.
 
   def mode(self, name: str) -> Mode:
     """Returns how an entry of the recipe attends while it trains."""
@@ -104,11 +105,16 @@ class Run(NamedTuple):
     """Returns the state at step 0: fresh, or around the weights that `init_from` names."""
     recipe, entry = self.recipe, self.recipe.stages[name]
     if entry.init_from:
-      like = abstract_params(recipe.model, mesh=self.mesh)
-      params = restore_params(recipe.init_folder(entry), like)
+      params = self.params(recipe.init_folder(entry))
     else:
       params = init_params(recipe.model, seed=recipe.seed, mesh=self.mesh)
     return new_state(params, entry.trains, recipe.optim, seed=recipe.seed, mesh=self.mesh)
+
+
+  def params(self, folder: pathlib.Path) -> nnx.State:
+    """Returns the weights of one of its own entries, or of another run that it starts from."""
+    like = abstract_params(self.recipe.model, mesh=self.mesh)
+    return self.starts[folder].params(like) if folder in self.starts else restore_params(folder, like)
 
 
 def open_run(recipe: Recipe, before: Sequence[pathlib.Path] = ()) -> Run:
@@ -128,7 +134,8 @@ def open_run(recipe: Recipe, before: Sequence[pathlib.Path] = ()) -> Run:
   if recipe.backend and (reason := why_not_here(recipe.backend)):
     raise ConfigError(f'config.backend={recipe.backend!r}: {reason}')
   backend = recipe.backend or default_backend()
-  return Run(recipe, model_graph(recipe.model), backend, mesh, _open_data(recipe, mesh))
+  starts = find_starts(recipe, before)
+  return Run(recipe, model_graph(recipe.model), backend, mesh, _open_data(recipe, mesh), starts)
 
 
 def _check_disk(recipe: Recipe):

@@ -199,7 +199,56 @@ def test_small_disk(source, tmp_path, monkeypatch):
   monkeypatch.setattr(target_module.shutil, 'disk_usage', full)
   with pytest.raises(OSError, match='needs about .* its disk has 10 left'):
     import_checkpoint(open_source(source), tmp_path / 'ours', advance=quiet)
+  enough = open_source(source)
+  room = int(1.2 * enough.nbytes)  # For codes, but not for what they are widened to.
+  monkeypatch.setattr(target_module.shutil, 'disk_usage', lambda path: shutil._ntuple_diskusage(10**9, 0, room))
+  with pytest.raises(OSError, match=f'needs about .* its disk has {room:,} left'):
+    import_checkpoint(enough, tmp_path / 'ours', dtype='float32', advance=quiet)
   assert sorted(p.name for p in tmp_path.iterdir()) == ['source']
+
+
+@pytest.mark.parametrize('as_source', [False, True])
+def test_what_no_conversion_has_left_is_not_emptied(source, tmp_path, as_source):
+  partial = tmp_path / 'ours.partial'
+  if as_source:
+    source = source.rename(partial)
+  else:
+    partial.mkdir()
+  (partial / 'notes.txt').write_text('mine')
+  before = snapshot(partial)
+  with pytest.raises(ConfigError, match='ours.partial, where the target would be built, holds something else'):
+    import_checkpoint(open_source(source), tmp_path / 'ours', advance=quiet)
+  assert snapshot(partial) == before and not (tmp_path / 'ours').exists()
+
+
+def test_what_a_killed_conversion_has_left_is_emptied(tmp_path):
+  with pytest.raises(KeyboardInterrupt), target_module.building(tmp_path / 'ours', needs=0) as partial:
+    (partial / 'half').write_text('x')
+    shutil.copytree(partial, tmp_path / 'left')
+    raise KeyboardInterrupt
+  (tmp_path / 'left').rename(partial)
+  with target_module.building(tmp_path / 'ours', needs=0) as partial:
+    (partial / 'whole').write_text('x')
+  assert [path.name for path in (tmp_path / 'ours').iterdir()] == ['whole']
+
+
+@pytest.mark.parametrize(
+    'flags, message',
+    [
+        (['--fp8'], '--fp8 would change nothing: that is for --export: --dtype=fp8 keeps codes that are FP8'),
+        pytest.param(['--family=llama', '--shard_gb=2'], '--family, --shard_gb would change nothing: that is for --export', marks=pytest.mark.nightly),
+        pytest.param(['--export', '--nomtp', '--seed=5'], '--mtp, --seed would change nothing: that is for an import', marks=pytest.mark.nightly),
+    ],
+)
+def test_flags_of_the_other_direction_are_refused(flags, message, tmp_path):
+  done = subprocess.run([*COMMAND, *flags, 'a', str(tmp_path / 'b')], capture_output=True, text=True)
+  assert done.returncode == 1 and message in done.stderr
+
+
+def test_a_checkpoint_of_ours_is_no_release(source, tmp_path):
+  import_checkpoint(open_source(source), ours := tmp_path / 'ours', advance=quiet)
+  with pytest.raises(ConfigError, match='is a checkpoint of this package already; --export gives'):
+    open_source(ours)
 
 
 COMMAND = [sys.executable, '-m', 'dsa_jax.convert']

@@ -42,6 +42,7 @@ def test_a_name_is_downloaded(asked, tmp_path):
 def test_all_that_is_kept_is_downloaded_and_no_weight_twice():
   weights = ['model-00001-of-00002.safetensors', 'model.safetensors.index.json', 'config.json']
   twice = ['consolidated.safetensors', 'consolidated.safetensors.index.json', 'original/model.safetensors', 'onnx/config.json']
+  weights += ['modeling_deepseek.py']
   files = [*KEPT_FILES, *weights, *twice, 'pytorch_model.bin']
   chosen = huggingface_hub.utils.filter_repo_objects(files, allow_patterns=WANTED, ignore_patterns=UNWANTED)
   assert [*chosen] == [*KEPT_FILES, *weights]

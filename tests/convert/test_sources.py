@@ -276,3 +276,13 @@ def test_all_files_of_a_tokenizer_are_kept(tmp_path):
   export_checkpoint(open_checkpoint(tmp_path / 'ours'), tmp_path / 'out')
   for folder in ('ours', 'out'):
     assert {name: (tmp_path / folder / name).read_text() for name in KEPT_FILES} == content
+
+
+@pytest.mark.parametrize('family, code, is_kept', [('', 'model_x', True), ('', 'model_y', False), ('deepseek_v32', 'model_x', False)])
+def test_classes_of_code_are_named_where_the_code_is_and_fits(family, code, is_kept, tmp_path):
+  write(tmp_path / 'source', released.V3 | {'auto_map': {'AutoModel': 'model_x.Model'}})
+  (tmp_path / 'source' / f'{code}.py').write_text('raise RuntimeError')  # Nothing runs it.
+  import_checkpoint(open_source(tmp_path / 'source'), tmp_path / 'ours', advance=quiet)
+  export_checkpoint(open_checkpoint(tmp_path / 'ours', family), tmp_path / 'out')
+  assert ('auto_map' in json.loads((tmp_path / 'out' / 'config.json').read_text())) == is_kept
+  assert (tmp_path / 'out' / f'{code}.py').read_text() == 'raise RuntimeError'

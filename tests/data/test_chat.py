@@ -38,6 +38,13 @@ def test_what_templates_may_use():
   )
 
 
+def test_tools_and_documents_are_none():
+  source = "{{ tools is none }} {{ documents is none }}{% if tools is not none %}{{ tools[0] }}{% endif %}"
+  assert ChatTemplate(source, {})(ASKED) == 'True True'
+  with pytest.raises(ConfigError, match='refuses the messages: .*division'):
+    ChatTemplate('{{ 1 / 0 }}', {})(ASKED)
+
+
 def test_a_job_has_one_date(tmp_path):
   """Whatever the clock says; and only a template that asks for it has one."""
   moment = datetime.datetime(2024, 2, 29, 23, 59, 58)

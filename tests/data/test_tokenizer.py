@@ -143,6 +143,29 @@ def test_tokens_that_stand_beside_the_file_are_read(tmp_path):
     load(tmp_path)
 
 
+@pytest.mark.parametrize(
+    'settings',
+    [
+        {'added_tokens_decoder': {'5': {'content': '<x>', 'special': True}}},
+        {'additional_special_tokens': ['<x>']},
+        {'eos_token': '<x>'},
+    ],
+    ids=lambda settings: next(iter(settings)),
+)
+def test_a_mark_that_the_vocabulary_holds_as_a_word_is_not_cut(settings, tmp_path):
+  def change(tokenizer):
+    tokenizer.model = tokenizers.models.WordLevel(WORDS | {'<x>': 5}, '[UNK]')
+
+  write(tmp_path, change=change, tokenizer_config={})
+  before = load(tmp_path)
+  assert before.encode('a<x>b') == [A, UNK, UNK, UNK, B]  # Whitespace and punctuation cut it.
+  write(tmp_path, change=change, tokenizer_config=settings)
+  tokenizer = load(tmp_path)
+  assert tokenizer.encode('a<x>b') == [A, 5, B] and tokenizer.vocab_size == 6
+  tokenizer.special_tokens = before.special_tokens = 'ids'
+  assert tokenizer.digest != before.digest
+
+
 def test_a_digest_knows_added_tokens_that_a_document_can_hold(tmp_path):
   write(tmp_path)
   plain = load(tmp_path).digest

@@ -56,11 +56,12 @@ def describe(place) -> dict[str, str]:
   return open_subject(settings(place, place / 'none')).data.describe()
 
 
-def test_dense_beside_sparse(place, tmp_path, monkeypatch, capsys):
+def test_dense_beside_sparse(place, tmp_path, monkeypatch, capsys, caplog):
   out = tmp_path / 'out'
   results = evaluate.evaluate(settings(place, out))
   assert json.loads((out / 'evaluate.json').read_text())['arms'].keys() == results['arms'].keys()
   assert list(results['arms']) == ['dense', 'indexer@16', 'window_sinks@16']
+  assert 'training reads' not in caplog.text  # Nothing is trained.
   assert results['context'] == 48 and results['targets'] == 4 * 48
   dense = results['arms']['dense']
   np.testing.assert_allclose(dense['bits_per_byte'], dense['nats_per_token'] / math.log(2))

@@ -13,7 +13,9 @@ from configs import base
 from dsa_jax.config import ConfigError, ModelConfig
 from dsa_jax.data.text import BOS
 from dsa_jax.data.tokenizer import Bytes, find_tokenizer, open_tokenizer
-from dsa_jax.training.origin import check_origins, differing_fields, keep_origin, keep_tokenizer
+from dsa_jax.training.origin import (
+    check_origins, differing_fields, find_starts, keep_origin, keep_starts, keep_tokenizer,
+)  # fmt: skip
 from dsa_jax.training.recipe import read_recipe
 from dsa_jax.training.state import abstract_params
 
@@ -59,6 +61,28 @@ def test_another_function_is_refused_unless_it_is_named(old_run, tmp_path, name,
     check(recipe_from(old_run, tmp_path / 'new', source, **changes))
   changes['stages.warmup.init_may_differ'] = (name,)
   check(recipe_from(old_run, tmp_path / 'new', source, **changes))
+
+
+def test_all_entries_start_from_the_step_that_was_there_as_the_run_began(old_run, tmp_path):
+  source, new = old_run / 'checkpoints' / 'dense', tmp_path / 'new'
+  [step] = [path for path in source.iterdir() if path.name.isdigit()]
+  recipe, like = recipe_from(old_run, new, source), abstract_params(recipe_from(old_run, new, source).model)
+  starts = find_starts(recipe)
+  assert [(folder, start.step) for folder, start in starts.items()] == [(source, step.resolve())]
+  later = source / str(int(step.name) + 1)
+  shutil.copytree(step, later)  # The other run goes on.
+  new.mkdir()
+  keep_starts(new, starts)
+  assert find_starts(recipe) == starts
+  goes_on = recipe_from(old_run, new, source, on_changed_data='go_on')
+  assert find_starts(goes_on)[source].step == later.resolve()
+  [start] = starts.values()
+  start.params(like)
+  with pytest.raises(ConfigError, match='is gone or has other weights than when the run began'):
+    start._replace(weights='others').params(like)
+  shutil.rmtree(step)
+  with pytest.raises(ConfigError, match=f'{step.name}, which this run starts from, is gone'):
+    start.params(like)
 
 
 def test_a_checkpoint_knows_its_model_however_it_is_named(old_run, tmp_path):
