@@ -75,6 +75,7 @@ PARTS = {
             'tests/inference/test_extend.py', 'tests/inference/test_drafts.py',
             'tests/inference/test_batching.py', 'tests/reporting/test_inspect.py',
             'tests/compile/test_decode.py', 'tests/inference/test_weights.py',
+            'tests/reporting/test_evaluate.py',
         ),
         (*MODELS, 'dsa_jax/inference'),
     ),

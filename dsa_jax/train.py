@@ -124,6 +124,7 @@ def run_recipe(config: ConfigDict, recipe: Recipe) -> dict[str, Any]:
     check_workdir(config, recipe.workdir)
     print_report(recipe.workdir, results)
     return results
+  check_same(of_job(config))  # Before hours may go into tokens.
   check_workdir(config, recipe.workdir)
   run, files = open_run(recipe), recipe.data.describe()
   check_data(files, recipe.workdir, recipe.on_changed_data)
@@ -135,7 +136,7 @@ def run_entries(config: ConfigDict, run: Run, files: dict[str, str]) -> dict[str
   """Runs all entries of a recipe in its workdir, which is this run's own, and writes the report."""
   recipe = run.recipe
   starts = {'the checkpoints that it starts from': [start.weights for start in run.starts.values()]}
-  check_same(of_job(config) | {'data': files} | starts)
+  check_same({'data': files} | starts)
   if is_first():
     write_config(config, recipe.workdir, files)
     keep_starts(recipe.workdir, run.starts)

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Two tiers, compiled programs that are kept, and a limit on what a test may cost: see README.md."""
 
+import functools
+import gc
 import importlib.metadata
 import os
 import pathlib
@@ -24,10 +26,16 @@ os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
 if FLAGS not in os.environ.get('XLA_FLAGS', ''):
   os.environ['XLA_FLAGS'] = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}".strip()
 
+# Traces are many objects and few cycles. By Python's usual numbers, a tenth of the time would go into
+# looking for cycles among them.
+gc.set_threshold(20_000, 25, 25)
+
 LONGEST = (
-    'test_laws', 'test_extend', 'test_meshes', 'test_mistakes', 'test_golden', 'test_train', 'test_sample',
-    'test_parity', 'test_hostile', 'test_index_topk', 'test_index_kl', 'test_convert',
+    'test_laws', 'test_extend', 'test_meshes', 'test_sampler_meshes', 'test_sample', 'test_train', 'test_parity',
+    'test_convert', 'test_hostile', 'test_index_topk', 'test_own_tokens', 'test_index_kl',
 )  # fmt: skip
+# Files that run models operation by operation. One worker runs them all, and compiles these once.
+EAGER = 'test_laws', 'test_mistakes', 'test_golden', 'test_family_mistakes'
 KERNELS = pathlib.Path(__file__).parent / 'kernels'
 OLD_RUN = pathlib.Path(__file__).with_name('run_of_2026_11.tar.xz')
 
@@ -41,7 +49,7 @@ def pytest_addoption(parser):
 def pytest_collection_modifyitems(items):
   """Puts simulated TPU kernels into the nightly tier, and the longest files first.
 
-  Tests of a file share programs and so a worker; a long file that comes last would be left alone.
+  A long file that comes last would be left alone with one worker.
   """
   for item in items:
     backend = getattr(item, 'callspec', None) and item.callspec.params.get('backend')
@@ -49,6 +57,19 @@ def pytest_collection_modifyitems(items):
     if is_simulated and not item.get_closest_marker('hostile'):
       item.add_marker(pytest.mark.nightly)
   items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+  """Lets tests share a worker where they share programs."""
+  from xdist.scheduler import LoadFileScheduling
+
+  class ByPrograms(LoadFileScheduling):
+    def _split_scope(self, nodeid: str) -> str:
+      file = super()._split_scope(nodeid)
+      return 'eager' if pathlib.Path(file).stem in EAGER else file
+
+  return ByPrograms(config, log)
 
 
 @pytest.fixture
@@ -60,27 +81,31 @@ def old_run(tmp_path):
 
 
 @pytest.fixture(scope='module', autouse=True)
-def _forget_programs():
-  """Frees what a file has compiled; a worker would otherwise grow to several gigabytes."""
-  yield
-  if jax := sys.modules.get('jax'):
+def _forget_programs(request):
+  """Frees what other files have compiled; a worker would otherwise grow to several gigabytes."""
+  if (jax := sys.modules.get('jax')) and request.path.stem not in EAGER:
     jax.clear_caches()
 
 
 @pytest.fixture(scope='module')
 def eager():
-  """Runs models operation by operation, so that patches are seen and compilations shared.
-
-  The first pass compiles each operation, which is no test's own time.
-  """
-  import golden
+  """Runs models operation by operation, so that patches are seen and compilations shared."""
   import laws
 
   with laws.eager():
-    for attention in ('dense', 'sparse', 'masked'):
-      golden.check_forward(attention, 'xla')
-    laws.law_own_losses_only('xla', 'sparse')  # Gradients.
+    _compile_operations()
     yield
+
+
+@functools.cache
+def _compile_operations():
+  """Compiles most operations, once for all tests of a worker, so that it is no test's own time."""
+  import golden
+  import laws
+
+  for attention in ('dense', 'sparse', 'masked'):
+    golden.check_forward(attention, 'xla')
+  laws.law_own_losses_only('xla', 'sparse')  # Gradients.
 
 
 # What each test takes by itself: neither what fixtures do for several, nor the compilation of what is

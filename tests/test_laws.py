@@ -15,7 +15,7 @@ from dsa_jax.nn.attention import attend
 from dsa_jax.nn.attention.types import Mode
 from dsa_jax.training import step as train_step
 from dsa_jax.training.losses import shift_targets
-from dsa_jax.training.state import split_parts
+from dsa_jax.training.state import abstract_params, split_parts
 
 backends = pytest.mark.parametrize('backend', laws.BACKENDS)
 two_modes = pytest.mark.parametrize('attention', ['dense', 'sparse'])
@@ -71,7 +71,7 @@ def test_grouped_query_attention(law, arguments):
         pytest.param(laws.law_all_selected_is_dense, ('xla', 'sparse'), marks=NIGHTLY),
         pytest.param(laws.law_packed_is_alone, ('xla', 'sparse'), marks=NIGHTLY),
         pytest.param(laws.law_own_losses_only, ('xla', 'sparse'), marks=NIGHTLY),
-        (laws.law_only_trained_parts_move, ('warmup',)),
+        pytest.param(laws.law_only_trained_parts_move, ('warmup',), marks=NIGHTLY),
     ],
     ids=lambda x: getattr(x, '__name__', None),
 )
@@ -112,7 +112,7 @@ def test_layers_of_unlike_kinds(law, arguments):
     'law, arguments',
     [
         *ANY_LAYERS,
-        (laws.law_only_trained_parts_move, ('sparse',)),
+        pytest.param(laws.law_only_trained_parts_move, ('sparse',), marks=NIGHTLY),
         pytest.param(laws.law_only_trained_parts_move, ('warmup',), marks=NIGHTLY),
         pytest.param(laws.law_warmup_is_dense, (), marks=NIGHTLY),
         pytest.param(laws.law_bias_balances, (), marks=NIGHTLY),
@@ -129,7 +129,7 @@ def test_gates_sinks_and_streams(cfg, law, arguments):
     'law, arguments',
     [
         *ANY_LAYERS,
-        (laws.law_only_trained_parts_move, ('sparse',)),
+        pytest.param(laws.law_only_trained_parts_move, ('sparse',), marks=NIGHTLY),
         pytest.param(laws.law_only_trained_parts_move, ('warmup',), marks=NIGHTLY),
         pytest.param(laws.law_warmup_is_dense, (), marks=NIGHTLY),
         pytest.param(laws.law_windows_end_where_they_should, (), marks=NIGHTLY),
@@ -156,7 +156,7 @@ def test_layers_that_read_the_rows_of_others(law, arguments):
     'law, arguments',
     [
         *ANY_LAYERS,
-        (laws.law_only_trained_parts_move, ('warmup',)),
+        pytest.param(laws.law_only_trained_parts_move, ('warmup',), marks=NIGHTLY),
         pytest.param(laws.law_warmup_is_dense, (), marks=NIGHTLY),
         (laws.law_windows_end_where_they_should, ()),
     ],
@@ -229,6 +229,19 @@ def test_kl_target_is_constant(backend):
 
 def test_own_clipping():
   laws.law_own_clipping('sparse')
+
+
+@pytest.mark.parametrize(
+    'cfg',
+    [laws.CFG, laws.GQA, laws.GQA_EACH, laws.GATED, laws.SINKS, laws.MIXED, laws.WINDOWED, laws.TWO_SIZES, laws.READING],
+)
+def test_every_weight_is_of_the_part_that_its_name_says(cfg):
+  """So what holds of a part's weights in one model holds of every kind of layer."""
+  parts, rest = split_parts(abstract_params(cfg), ('backbone', 'indexer'))
+  names = lambda tree: [jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(tree)]
+  assert names(parts['indexer']) and all("'indexer'" in name for name in names(parts['indexer']))
+  assert not any("'indexer'" in name for name in names(parts['backbone']))
+  assert all(name.endswith("['ffn']['bias'].value") for name in names(rest))  # The router's.
 
 
 @pytest.mark.parametrize('stage', ['dense', 'warmup', 'sparse'])

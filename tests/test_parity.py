@@ -25,6 +25,7 @@ from dsa_jax.nn.transformer import Transformer
 from dsa_jax.training.state import model_graph
 
 GOLDEN = pathlib.Path(__file__).parent / 'parity'
+NIGHTLY = pytest.mark.nightly
 
 
 @functools.cache
@@ -104,6 +105,7 @@ def by_kind(cfg: ModelConfig) -> tuple[int, ...]:
   return tuple(sources)
 
 
+@NIGHTLY
 def test_sources_of_latents_by_number_and_by_kind(converted):
   """We read the layer that config.json names, and transformers that of its kind: families/mistral4.py."""
   case = 'mistral_large4_sources'
@@ -130,8 +132,8 @@ def _read(model, cache, tokens):
 @pytest.mark.parametrize(
     'case',
     [
-        'axk2', 'axk2_groups', 'hy_v4', pytest.param('hy_v4_vl', marks=pytest.mark.nightly), 'dots3_note',
-        'mistral_large4',
+        'axk2_groups',
+        *(pytest.param(case, marks=NIGHTLY) for case in ('axk2', 'hy_v4', 'hy_v4_vl', 'dots3_note', 'mistral_large4')),
     ],
 )
 def test_from_a_cache(converted, case):

@@ -554,7 +554,9 @@ def test_several_tokens_of_decoding_at_once(model, sampler):
 # What selects, and how much.
 
 
-@pytest.mark.parametrize('rule', RULES)
+@pytest.mark.parametrize(
+    'rule', ['indexer', *(pytest.param(rule, marks=pytest.mark.nightly) for rule in RULES if rule != 'indexer')]
+)
 def test_rule_and_budget_are_those_of_a_whole_pass(tmp_path, rule):
   folder, tokens = save_run(tmp_path), jnp.asarray([PROMPTS[0] * 3], jnp.int32)
   sampler = Sampler.load(folder, index_topk=3, rule=rule, capacity=40, chunk=4)

@@ -123,13 +123,13 @@ NIGHTLY = pytest.mark.nightly
 
 def chunkings():
   """One model is read in every way; some in chunks, and all in every way at night."""
-  by_day_in_chunks = 'glm', 'gqa', 'gqa_each', 'sinks', 'two_sizes'
-  others = 'mixed', 'gated', 'windows', 'some_nope', 'reading'  # Parity tests read such layers by day.
+  by_day_in_chunks = 'gqa', 'sinks', 'two_sizes'
+  others = 'glm', 'gqa_each', 'mixed', 'gated', 'windows', 'some_nope', 'reading'
   for name in ('deepseek', *by_day_in_chunks, *others, 'gqa_windows'):
     for attention in ('sparse', 'masked', 'dense'):
       for cuts in CUTS:
         by_day = {
-            'deepseek': attention == 'sparse' or cuts == 'chunks_then_tokens',
+            'deepseek': attention == 'sparse' or (attention, cuts) == ('dense', 'chunks_then_tokens'),
             'gqa_windows': (attention, cuts) == ('dense', 'chunks_then_tokens'),
         }.get(name, name in by_day_in_chunks and (attention, cuts) == ('sparse', 'chunks_then_tokens'))
         yield pytest.param(name, attention, cuts, marks=() if by_day else NIGHTLY)
@@ -148,7 +148,9 @@ def test_any_chunking(name, attention, cuts):
 @pytest.mark.parametrize(
     'name', ['deepseek', *(pytest.param(name, marks=NIGHTLY) for name in ('gqa_each', 'glm', 'some_nope'))]
 )
-@pytest.mark.parametrize('rule', [rule for rule in RULES if rule != 'indexer'])
+@pytest.mark.parametrize(
+    'rule', ['oracle', *(pytest.param(rule, marks=NIGHTLY) for rule in RULES if rule not in ('indexer', 'oracle'))]
+)
 def test_any_rule(name, rule):
   """Those that draw lots do so by position, and the oracle sees the attention as the cache has it."""
   want, want_selected = whole_pass(name, 'sparse', rule)
@@ -158,8 +160,9 @@ def test_any_rule(name, rule):
     np.testing.assert_allclose(logits[row, :n], want[row, :n], atol=1e-4, rtol=0)
 
 
+@NIGHTLY
 @pytest.mark.parametrize(
-    'rule', ['window_sinks', *(pytest.param(rule, marks=NIGHTLY) for rule in ('random', 'oracle'))]
+    'rule', ['window_sinks', 'random', 'oracle']
 )
 def test_any_rule_in_a_quantised_cache(rule):
   """Zeros behind the rows, as a TPU keeps them, change nothing; where all is selected, nor do rules."""
@@ -178,6 +181,7 @@ def test_a_window_in_a_quantised_cache_with_whole_lines():
     assert 1e-3 < error < 0.05, error
 
 
+@NIGHTLY
 def test_values_and_keys_of_unlike_widths_in_a_quantised_cache():
   """Together they are an odd number of channels, which does not halve."""
   cfg = CONFIGS['gqa_odd']
@@ -235,7 +239,7 @@ def test_any_batch(rows):
 
 @pytest.mark.parametrize(
     'name, attention, fmt',
-    [('deepseek', 'sparse', 'float32'), pytest.param('deepseek', 'dense', 'float32', marks=NIGHTLY),
+    [*(pytest.param('deepseek', attention, 'float32', marks=NIGHTLY) for attention in ('sparse', 'dense')),
      ('fp8', 'sparse', 'fp8'), pytest.param('gqa', 'sparse', 'float32', marks=NIGHTLY),
      pytest.param('gqa_each_fp8', 'sparse', 'fp8', marks=NIGHTLY)],
 )  # fmt: skip

@@ -124,6 +124,7 @@ def test_several_rules_are_not_measured_at_once():
     dataclasses.replace(SEVERAL, rule=('indexer', 'best'))
 
 
+@pytest.mark.nightly
 def test_a_selection_for_each_key_head_is_measured():
   """All rules, those that select once for all heads too; with the whole context as the budget, alike."""
   batch = laws.make_batch(laws.LENGTHS)

@@ -24,8 +24,7 @@ TEXT = 'what a model reads'
 )
 def model(request):
   cfg = dataclasses.replace(CFG, n_streams=request.param)
-  with laws.eager():
-    yield laws.model_of(laws.weights(cfg), cfg)
+  return laws.model_of(laws.weights(cfg), cfg)
 
 
 @pytest.fixture(scope='module')
@@ -51,13 +50,12 @@ def test_numbers_are_those_of_a_whole_pass(model, whole_pass):
 def test_each_key_head_captures_what_it_selects():
   """Not what any of them selects."""
   cfg = dataclasses.replace(laws.GQA_EACH, vocab_size=VOCAB_SIZE)
-  with laws.eager():
-    model = laws.model_of(laws.weights(cfg), cfg)
-    view = inspect(model, TEXT, 1)
-    ids = jnp.asarray(view.ids)[None]
-    end = jnp.arange(1, ids.shape[1] + 1, dtype=jnp.int32)[None]
-    mode = Mode(attention='dense', backend='xla', measure=('indexer',))
-    measures = model(ids, jnp.zeros_like(end), end, mode).measures('indexer')
+  model = laws.model_of(laws.weights(cfg), cfg)
+  view = inspect(model, TEXT, 1)
+  ids = jnp.asarray(view.ids)[None]
+  end = jnp.arange(1, ids.shape[1] + 1, dtype=jnp.int32)[None]
+  mode = Mode(attention='dense', backend='xla', measure=('indexer',))
+  measures = model(ids, jnp.zeros_like(end), end, mode).measures('indexer')
   np.testing.assert_allclose(view.mass, measures.captured_mass[1, 0], rtol=1e-5)
   assert np.all(view.selection.sum(axis=-1)[cfg.index_topk :] == pytest.approx(cfg.index_topk))
   assert 0 < np.sum((view.selection > 0) & (view.selection < 1))  # Key heads differ.

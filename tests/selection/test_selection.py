@@ -20,12 +20,6 @@ K = 5
 LENGTHS = ((17, 12), (21, 5))
 
 
-@pytest.fixture(autouse=True, scope='module')
-def eager():
-  with laws.eager():
-    yield
-
-
 def make_candidates(backend='xla', seed=0, key=0, topk=K) -> Candidates:
   rng = np.random.default_rng(seed)
   normal = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
