@@ -9,7 +9,7 @@ import pytest
 
 from dsa_jax.kernels import grouped_matmul
 from dsa_jax.kernels.block_scaled import BlockScaled, block_sizes, quantize
-from dsa_jax.kernels.grouped_matmul import turns
+from dsa_jax.kernels.grouped_matmul import gpu, turns
 
 SIZES = {
     'even': (128, 128, 128, 128),
@@ -26,19 +26,28 @@ BACKENDS = 'reference', 'xla', 'tpu', 'gpu'  # On a CPU, the TPU's is jax's own.
 WIDTHS = {'narrow': (8, 6), 'of_no_whole_tiles': (150, 300)}
 
 
-@pytest.mark.parametrize('n_groups', [128, 256, 384])
-def test_codes_whose_offsets_overflow_on_a_gpu_are_refused(n_groups):
+@pytest.mark.parametrize('n_groups, n_calls', [(128, 1), (256, 2), (384, 1)])
+def test_codes_whose_offsets_would_overflow_on_a_gpu_are_halved(n_groups, n_calls):
   """Pallas takes int64 above 4 GiB, but offsets are signed and count elements, of one byte here."""
   of = jax.ShapeDtypeStruct
   codes = of((n_groups, 7168, 2048), jnp.float8_e4m3fn)
   weights = BlockScaled(codes, of((n_groups, 56, 16), jnp.float32), 'gpu')
-  product = lambda rows, sizes: grouped_matmul(rows, weights, sizes, backend='gpu')
-  call = lambda: jax.eval_shape(lambda *x: product(*x), of((8, 7168), jnp.bfloat16), of((n_groups,), jnp.int32))
-  if n_groups == 256:
-    with pytest.raises(ValueError, match='3,758,096,384 elements, whose offsets overflow'):
-      call()
-  else:
-    assert call().shape == (8, 2048)
+  product = lambda rows, weights, sizes: grouped_matmul(rows, weights, sizes, backend='gpu')
+  program = jax.make_jaxpr(product)(of((8, 7168), jnp.bfloat16), weights, of((n_groups,), jnp.int32))
+  assert str(program).count('pallas_call') == n_calls
+  assert program.out_avals[0].shape == (8, 2048)
+
+
+@pytest.mark.parametrize('sizes', [(7, 0, 40, 13, 9), (0, 0, 0, 69, 0), (69, 0, 0, 0, 0), (0, 0, 0, 0, 0)], ids=str)
+def test_halves_make_up_the_whole(sizes, monkeypatch):
+  rows, weights, _ = draw(80, len(sizes), (64, 32))
+  codes = quantize(weights, block_sizes(weights.shape, ('expert', None, None)), 'float8_e4m3fn')
+  rows = rows.at[sum(sizes) :].set(jnp.nan)
+  monkeypatch.setattr(gpu, 'MOST_CODES', weights.size // 2)
+  with cases.interpreted('gpu'):
+    out = grouped_matmul(rows, codes, jnp.asarray(sizes, jnp.int32), backend='gpu')
+  want = by_loop(rows, codes.astype(jnp.float32), sizes)
+  np.testing.assert_allclose(out, want, rtol=1e-4, atol=1e-5 * np.abs(want).max())
 
 
 def by_loop(rows, weights, sizes):

@@ -21,6 +21,8 @@ from dsa_jax.kernels.grouped_matmul.turns import cut
 
 WARPS, STAGES = 8, 3
 CODES = (*triton.DTYPES, jnp.float8_e4m3fn)
+# Offsets count elements in int32, or in int64 above 2^32 bytes, so codes of one byte overflow in between.
+MOST_CODES = 2**31
 BESIDE = 8  # Tiles of rows whose programs run side by side, so that they share matrices in cache.
 
 
@@ -49,13 +51,19 @@ def scaled_product(rows, weights: BlockScaled, sizes):
   n_bands, n_blocks = weights.scale.shape[1:]
   if rows.shape[1] // n_bands < LEAST:  # A product has no smaller tile.
     return product(rows, weights.astype(rows.dtype), sizes, transposed=False)
-  if 2**31 < weights.codes.size <= 2**32:  # Pallas counts bytes to choose between int32 and int64.
-    raise ValueError(
-        f'codes of the shape {weights.shape} have {weights.codes.size:,} elements, whose offsets overflow on a '
-        'GPU: split experts over two devices (`mesh.expert`), or load weights in bfloat16.'
-    )
+  if MOST_CODES < weights.codes.size <= 2 * MOST_CODES:
+    return _product_of_halves(rows, weights, sizes)
   scale = jnp.repeat(weights.scale, weights.shape[2] // n_blocks, axis=2)
   return _product(rows, weights.codes, scale, sizes, transposed=False)
+
+
+def _product_of_halves(rows, weights: BlockScaled, sizes):
+  """Returns the products with the first half of the groups, and those with the second half."""
+  half = len(sizes) // 2
+  n_before = jnp.sum(sizes[:half])
+  first = scaled_product(rows, weights[:half], sizes[:half])
+  second = scaled_product(jnp.roll(rows, -n_before, axis=0), weights[half:], sizes[half:])
+  return first + jnp.roll(second, n_before, axis=0)  # Behind its groups, either is zero.
 
 
 def _product(rows, weights, scale, sizes, *, transposed: bool):
