@@ -121,6 +121,21 @@ def print_table(groups: Sequence[Group], console: rich.console.Console | None = 
   console.print(table, markup=False)
   if any(len(group.runs) > 1 for group in groups):
     console.print('Mean ± standard deviation of runs that differ in their seed alone.', markup=False)
+  for names in filter(None, map(equal_runs, groups)):
+    console.print(f'{names} have the same numbers: their seeds decided nothing.', markup=False)
+
+
+def equal_runs(group: Group) -> str:
+  """Returns the names of runs of a group whose results are equal to the last bit; '' if there are none.
+
+  A seed decides weights that are drawn. Where a run starts from a checkpoint, the rows are by `data_seed`.
+  """
+  by_numbers: dict[str, list[str]] = {}
+  for run in group.runs:
+    numbers = {title: x for title, x in run.numbers().items() if title not in ('tokens', 'seconds')}
+    if numbers:
+      by_numbers.setdefault(json.dumps(numbers), []).append(run.workdir.name)
+  return ', '.join(name for names in by_numbers.values() if len(names) > 1 for name in names)
 
 
 def draw_curves(groups: Sequence[Group], path: pathlib.Path):

@@ -64,6 +64,14 @@ def test_seeds_are_one_row_and_the_rest_says_what_differs(runs):
   assert f'2.2000 ± {spread:.4f}' in out.getvalue() and 'differ in their seed alone' in out.getvalue()
 
 
+def test_seeds_that_decided_nothing_are_told(runs, tmp_path):
+  several = [*runs[:3:2], save_run(tmp_path / 'c', 2.3, seed=2)]
+  groups = comparison.group_runs([comparison.read_run(run) for run in several])
+  comparison.print_table(groups, rich.console.Console(file=(out := io.StringIO()), width=200))
+  assert 'b, c have the same numbers: their seeds decided nothing.' in out.getvalue()
+  assert comparison.equal_runs(groups[0]._replace(runs=groups[0].runs[:2])) == ''
+
+
 def test_a_mean_says_how_many_runs_it_is_of(runs, tmp_path):
   several = [*runs[:3:2], save_run(tmp_path / 'c', seed=2)]  # The third has no report yet.
   [group] = comparison.group_runs([comparison.read_run(run) for run in several])
