@@ -224,7 +224,7 @@ def main(few: bool, part: int, n_parts: int):
   for case in STEPS[:1] if few else STEPS[part::n_parts]:
     (short, size), (long, _) = (step_bytes(n, *case) for n in (512, 4096))
     print_row(case=f'bytes, {case}', short=short, long=long, size=size)
-  for sizes, cfg, attention, texts, fmt, *rule in READ[-2:] if few else READ[part::n_parts]:
+  for sizes, cfg, attention, texts, fmt, *rule in READ[-1:] if few else READ[part::n_parts]:
     case = 'few' if few else 'all', cfg, attention, texts, fmt, *(rule or ['indexer'])
     wanted, (logits, selected) = read(*case), read(*case, make_mesh(**sizes))
     print_row(
