@@ -5,6 +5,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from dsa_jax.kernels.products import einsum
+
 
 def index_scores(
     q: Float[Array, 'B T I J'],
@@ -32,7 +34,7 @@ def index_scores(
     87e509a2, less its FP8 quantisation and Hadamard rotation. Earlier copies rotate q and k
     wrongly: do not compare with them.
   """
-  dots = jnp.einsum('BTIJ,BSJ->BTIS', q, k, preferred_element_type=jnp.float32)
+  dots = einsum('BTIJ,BSJ->BTIS', q, k)
   return weigh(dots, weights, axis=2)
 
 

@@ -5,6 +5,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from dsa_jax.kernels.products import einsum
+
 
 def mean_attention(
     q: Float[Array, 'B T H E'],
@@ -29,7 +31,7 @@ def mean_attention(
   lse = jnp.where(lse > -jnp.inf, lse, 0)
   if k.ndim == 5 and n_groups == 1:
     # XLA would turn the keys to pair an axis of one. Turned logits run along memory.
-    logits = jnp.einsum('BTSE,BTHE->BTSH', k[..., 0, :], q, preferred_element_type=jnp.float32)
+    logits = einsum('BTSE,BTHE->BTSH', k[..., 0, :], q)
     logits = jnp.swapaxes(jax.lax.optimization_barrier(logits), 2, 3)
     mask = jnp.where(seen, 0.0, -jnp.inf)[:, :, None]
     probs = jax.lax.optimization_barrier(jnp.exp(sm_scale * logits + mask - lse[..., None]))
@@ -37,9 +39,9 @@ def mean_attention(
   q = q.reshape(b, t, n_groups, -1, e)
   lse = lse.reshape(*q.shape[:-1])
   if k.ndim == 4:
-    logits = jnp.einsum('BTGME,BSGE->BTGMS', q, k, preferred_element_type=jnp.float32)
+    logits = einsum('BTGME,BSGE->BTGMS', q, k)
     logits = jnp.where(seen[:, :, None, None], sm_scale * logits - lse[..., None], -jnp.inf)
     return jnp.mean(jnp.exp(logits), axis=(2, 3))
-  logits = jnp.einsum('BTSGE,BTGME->BTSGM', k, q, preferred_element_type=jnp.float32)
+  logits = einsum('BTSGE,BTGME->BTSGM', k, q)
   logits = jnp.where(seen[..., None, None], sm_scale * logits - lse[:, :, None], -jnp.inf)
   return jnp.mean(jnp.exp(logits), axis=(3, 4))

@@ -132,6 +132,23 @@ def test_gradients_of_groups_on_a_tpu(model, n_wide, vmem):
   assert calls(lambda *x: op.function(*x), *op.shapes(dims)) == grids_of(of_set)
 
 
+@pytest.mark.parametrize(
+    'n_heads, n_groups, channels, wide', [(32, 8, 256, True), (96, 8, 256, True), (32, 32, 128, False), (40, 40, 256, False)]
+)
+def test_key_heads_lie_side_by_side_forward_where_vmem_holds_them(n_heads, n_groups, channels, wide, monkeypatch):
+  """The third is SmolLM2 1.7B, whose keys with all else were refused by the compiler of v6e."""
+  monkeypatch.setattr(chip, 'vmem_bytes', lambda: VMEM[1])
+  forward = functools.partial(
+      attention.forward, n_groups=n_groups, v_dim=channels, sm_scale=1.0, blocks=attention.BlockSizes()
+  )
+  n_keys = 8192
+  program = jax.make_jaxpr(forward)(
+      array(1, 1024, n_heads, channels), array(1, n_keys * n_groups, channels), i32(1, 1024, 2048)
+  )
+  maps = [eqn for eqn in program.eqns if eqn.primitive.name == 'scan' and eqn.params['length'] == n_groups]
+  assert bool(maps) != wide  # Otherwise one key head comes after the other.
+
+
 def test_many_key_heads_lie_side_by_side_in_sets():
   q, kv = array(1, 64, 48, 256), array(1, 128 * 12, 256)
   plan = functools.partial(attention.plan_wide, q, kv, 16, vmem=VMEM[0])

@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from dsa_jax.kernels.products import einsum
 from dsa_jax.kernels.visibility import selected_keys, visible_keys
 
 
@@ -27,7 +28,7 @@ def dense_attention_reference(
   dtype = q.dtype
   q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
   k, v = (jnp.repeat(x, per_group, axis=2) for x in (k, v))
-  logits = jnp.where(visible, sm_scale * jnp.einsum('BTHE,BSHE->BTHS', q, k), -jnp.inf)
+  logits = jnp.where(visible, sm_scale * einsum('BTHE,BSHE->BTHS', q, k), -jnp.inf)
   lse = jax.nn.logsumexp(logits, axis=-1, where=visible)
   probs = jnp.exp(logits - jnp.where(lse > -jnp.inf, lse, 0)[..., None])
-  return jnp.einsum('BTHS,BSHV->BTHV', probs, v).astype(dtype), lse
+  return einsum('BTHS,BSHV->BTHV', probs, v).astype(dtype), lse

@@ -7,10 +7,9 @@ import jax
 import jax.numpy as jnp
 
 from dsa_jax.kernels.backend import Blocks
+from dsa_jax.kernels.products import einsum
 from dsa_jax.kernels.visibility import selected_keys, visible_keys
 from dsa_jax.kernels.xla.rows import add_block, key_range, map_rows, pad_axis, scan_rows, take_block
-
-_f32 = {'preferred_element_type': jnp.float32}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,7 +38,7 @@ def forward(q, k, v, start, end, indices, *, sm_scale: float, blocks: BlockSizes
       safe = jnp.where(new_top > -jnp.inf, new_top, 0)
       shrink = jnp.exp(top - safe)
       weights = jnp.exp(logits - safe[..., None])
-      value = jnp.einsum('BGMTS,BSGV->BGMTV', weights, take_block(v, j, block_s), **_f32)
+      value = einsum('BGMTS,BSGV->BGMTV', weights, take_block(v, j, block_s))
       return (
           new_top,
           total * shrink + jnp.sum(weights, axis=-1),
@@ -78,11 +77,11 @@ def backward(residuals, dout, delta, *, sm_scale: float, blocks: BlockSizes):
       dk, dv, dq = state
       k_block, v_block = take_block(k, j, block_s), take_block(v, j, block_s)
       probs = jnp.exp(_logits(q, k, start, end, chosen, j, block_s, sm_scale) - lse)
-      dprobs = jnp.einsum('BGMTV,BSGV->BGMTS', dout, v_block, **_f32)
+      dprobs = einsum('BGMTV,BSGV->BGMTS', dout, v_block)
       dlogits = sm_scale * probs * (dprobs - delta)
-      dk = add_block(dk, j, jnp.einsum('BGMTS,BGMTE->BSGE', dlogits, q, **_f32))
-      dv = add_block(dv, j, jnp.einsum('BGMTS,BGMTV->BSGV', probs, dout, **_f32))
-      return dk, dv, dq + jnp.einsum('BGMTS,BSGE->BGMTE', dlogits, k_block, **_f32)
+      dk = add_block(dk, j, einsum('BGMTS,BGMTE->BSGE', dlogits, q))
+      dv = add_block(dv, j, einsum('BGMTS,BGMTV->BSGV', probs, dout))
+      return dk, dv, dq + einsum('BGMTS,BSGE->BGMTE', dlogits, k_block)
 
     first, last = key_range(start, end, n_keys, block_s)
     dq = jnp.zeros(q.shape, jnp.float32)
@@ -100,7 +99,7 @@ def _logits(q, k, start, end, chosen, j, block_s, sm_scale):
   visible = visible_keys(start, end, j * block_s + jnp.arange(block_s))
   if chosen is not None:
     visible &= jax.lax.dynamic_slice_in_dim(chosen, j * block_s, block_s, axis=2)
-  logits = jnp.einsum('BGMTE,BSGE->BGMTS', q, take_block(k, j, block_s), **_f32)
+  logits = einsum('BGMTE,BSGE->BGMTS', q, take_block(k, j, block_s))
   return jnp.where(visible[:, None, None], sm_scale * logits, -jnp.inf)
 
 

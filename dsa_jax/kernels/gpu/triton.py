@@ -14,6 +14,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 import jax.numpy as jnp
 
+from dsa_jax.kernels.products import precision_of
+
 DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
 LOG2_E = 1.4426950408889634
 LEAST = 16  # The least side of a product's tile.
@@ -116,10 +118,9 @@ def store(where, values: jax.Array, mask: jax.Array | None = None):
 
 def dot(a: jax.Array, b: jax.Array, a_axis: int, b_axis: int) -> jax.Array:
   """Returns a float32 product over an axis of each, to float32's rounding if they are float32."""
-  precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
   return jax.lax.dot_general(
       a, b, (((a_axis,), (b_axis,)), ((), ())),
-      precision=precision, preferred_element_type=jnp.float32,
+      precision=precision_of(a.dtype), preferred_element_type=jnp.float32,
   )  # fmt: skip
 
 

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 
 from dsa_jax.kernels.block_scaled import BlockScaled
 from dsa_jax.kernels.grouped_matmul import tpu_codes
+from dsa_jax.kernels.products import precision_of
 
 ROWS_IN_GROUPS = jax.lax.RaggedDotDimensionNumbers(
     dot_dimension_numbers=(((0,), (0,)), ((), ())),
@@ -21,7 +22,7 @@ def product(rows, weights, sizes, *, transposed: bool):
       lhs_ragged_dimensions=[0],
       rhs_group_dimensions=[0],
   )
-  return jax.lax.ragged_dot_general(rows, weights, sizes, numbers)
+  return jax.lax.ragged_dot_general(rows, weights, sizes, numbers, precision=precision_of(rows.dtype))
 
 
 def scaled_product(rows, weights: BlockScaled, sizes):
@@ -34,5 +35,5 @@ def scaled_product(rows, weights: BlockScaled, sizes):
 def weight_gradients(rows, dout, sizes):
   """Returns the float32 gradients of the matrices, [X, D, F]."""
   return jax.lax.ragged_dot_general(
-      rows, dout, sizes, ROWS_IN_GROUPS, preferred_element_type=jnp.float32
+      rows, dout, sizes, ROWS_IN_GROUPS, precision=precision_of(rows.dtype), preferred_element_type=jnp.float32
   )

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 
 from dsa_jax.kernels.block_scaled import BlockScaled
 from dsa_jax.kernels.grouped_matmul.turns import cut
+from dsa_jax.kernels.products import precision_of
 
 TILE = 256  # Rows of one product at most; fewer where groups are small.
 LEAST = 16
@@ -68,4 +69,4 @@ def _take(rows, turns, tile, i):
 
 def _dot(a, b, a_axis: int, b_axis: int):
   axes = ((a_axis,), (b_axis,)), ((), ())
-  return jax.lax.dot_general(a, b, axes, preferred_element_type=jnp.float32)
+  return jax.lax.dot_general(a, b, axes, precision=precision_of(a.dtype), preferred_element_type=jnp.float32)

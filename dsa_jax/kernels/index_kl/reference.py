@@ -7,6 +7,7 @@ from jaxtyping import Array, Float, Int
 
 from dsa_jax.kernels.groups import by_group
 from dsa_jax.kernels.index_scores import index_scores
+from dsa_jax.kernels.products import einsum
 from dsa_jax.kernels.visibility import selected_keys, visible_keys
 
 
@@ -39,7 +40,7 @@ def index_kl_reference(
   if indices is not None:
     visible &= selected_keys(indices, n_keys)
   q, k, lse = jax.lax.stop_gradient((q.astype(jnp.float32), k.astype(jnp.float32), lse))
-  logits = sm_scale * jnp.einsum('BTHE,BSHE->BTHS', q, jnp.repeat(k, per_group, axis=2))
+  logits = sm_scale * einsum('BTHE,BSHE->BTHS', q, jnp.repeat(k, per_group, axis=2))
   lse = jnp.where(lse > -jnp.inf, lse, 0)
   target = jnp.where(visible, jnp.mean(jnp.exp(logits - lse[..., None]), axis=2), 0)  # B T S
 

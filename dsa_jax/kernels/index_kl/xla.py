@@ -13,9 +13,8 @@ from dsa_jax.kernels.backend import Blocks
 from dsa_jax.kernels.groups import fold_heads, fold_indices, fold_keys
 from dsa_jax.kernels.index_scores import weigh
 from dsa_jax.kernels.mean_attention import mean_attention
+from dsa_jax.kernels.products import einsum
 from dsa_jax.kernels.xla.rows import gather_rows, map_rows, scan_rows, scatter_rows
-
-_f32 = {'preferred_element_type': jnp.float32}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,11 +65,11 @@ def backward(constants, residuals, dkl, *, sm_scale: float, blocks: BlockSizes):
     dots, scores = _scores(index_q, chosen, index_weights, seen)
     probs = jnp.exp(scores - scores_lse[..., None])
     dscores = dkl[..., None] * (mass[..., None] * probs - target)  # B T K
-    dweights = jnp.einsum('BTK,BTKI->BTI', dscores, jax.nn.relu(dots), **_f32)
+    dweights = einsum('BTK,BTKI->BTI', dscores, jax.nn.relu(dots))
     ddots = dscores[..., None] * index_weights.astype(jnp.float32)[:, :, None]
     ddots = jnp.where(dots > 0, ddots, 0)
-    dindex_q = jnp.einsum('BTKI,BTKJ->BTIJ', ddots, chosen, **_f32)
-    dchosen = jnp.einsum('BTKI,BTIJ->BTKJ', ddots, index_q, **_f32)
+    dindex_q = einsum('BTKI,BTKJ->BTIJ', ddots, chosen)
+    dchosen = einsum('BTKI,BTIJ->BTKJ', ddots, index_q)
     dindex_k = scatter_rows(dindex_k, indices, dchosen)
     return dindex_k, (dindex_q.astype(index_q.dtype), dweights.astype(index_weights.dtype))
 
@@ -108,5 +107,5 @@ def _seen(indices, start, end, n_keys: int):
 
 def _scores(q, chosen, weights, seen):
   """Returns the dots before the ReLU, [B, T, K, I], and the scores, -inf where not seen."""
-  dots = jnp.einsum('BTIJ,BTKJ->BTKI', q, chosen, **_f32)
+  dots = einsum('BTIJ,BTKJ->BTKI', q, chosen)
   return dots, jnp.where(seen, weigh(dots, weights, axis=3), -jnp.inf)

@@ -14,10 +14,9 @@ import jax.numpy as jnp
 from dsa_jax.kernels.backend import Blocks
 from dsa_jax.kernels.index_scores import weigh
 from dsa_jax.kernels.mean_attention import mean_attention
+from dsa_jax.kernels.products import einsum
 from dsa_jax.kernels.visibility import visible_keys
 from dsa_jax.kernels.xla.rows import add_block, key_range, map_rows, pad_axis, scan_rows, take_block
-
-_f32 = {'preferred_element_type': jnp.float32}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -84,11 +83,11 @@ def backward(constants, residuals, dkl, *, sm_scale: float, blocks: BlockSizes):
       dots, scores = _scores(index_q, keys, index_weights, seen)
       probs = jnp.exp(scores - scores_lse[..., None])
       dscores = dkl[..., None] * (mass[..., None] * probs - target)  # B T S
-      dweights += jnp.einsum('BTS,BTIS->BTI', dscores, jax.nn.relu(dots), **_f32)
+      dweights += einsum('BTS,BTIS->BTI', dscores, jax.nn.relu(dots))
       ddots = dscores[:, :, None] * index_weights.astype(jnp.float32)[..., None]
       ddots = jnp.where(dots > 0, ddots, 0)
-      dindex_q += jnp.einsum('BTIS,BSJ->BTIJ', ddots, keys, **_f32)
-      dkeys = jnp.einsum('BTIS,BTIJ->BSJ', ddots, index_q, **_f32)
+      dindex_q += einsum('BTIS,BSJ->BTIJ', ddots, keys)
+      dkeys = einsum('BTIS,BTIJ->BSJ', ddots, index_q)
       return add_block(dindex_k, j, dkeys), dindex_q, dweights
 
     state = dindex_k, jnp.zeros(index_q.shape), jnp.zeros(index_weights.shape)
@@ -110,5 +109,5 @@ def _seen(start, end, n_keys: int, j, block_s: int):
 
 def _scores(q, keys, weights, seen):
   """Returns the dots before the ReLU, [B, T, I, S], and the scores, -inf where not seen."""
-  dots = jnp.einsum('BTIJ,BSJ->BTIS', q, keys, **_f32)
+  dots = einsum('BTIJ,BSJ->BTIS', q, keys)
   return dots, jnp.where(seen, weigh(dots, weights, axis=2), -jnp.inf)

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from dsa_jax.kernels.backend import Blocks
 from dsa_jax.kernels.index_scores import weigh
+from dsa_jax.kernels.products import einsum
 from dsa_jax.kernels.select_topk import hide
 from dsa_jax.kernels.xla.rows import key_range, pad_axis, scan_rows
 from dsa_jax.kernels.xla.threshold import best_positions
@@ -108,7 +109,7 @@ def _score_interleaved(q, k, weights, first, step):
   """Returns scores [B, T, size, step] of groups from the first on, in the order of the keys."""
   keys = jax.lax.dynamic_index_in_dim(k, first // step, 1, keepdims=False)
   keys = keys.reshape(*keys.shape[:2], -1)
-  dots = jnp.einsum('BTIJ,BJS->BTIS', q, keys, preferred_element_type=jnp.float32)
+  dots = einsum('BTIJ,BJS->BTIS', q, keys)
   return weigh(dots, weights, axis=2).reshape(*q.shape[:2], -1, step)
 
 
@@ -116,8 +117,8 @@ def _score_as_they_lie(q, k, weights, first, step, *, first_key, size):
   """Returns the same of keys [B, S, J] as they lie: turning the scores of few rows takes less."""
   keys = jax.lax.dynamic_slice_in_dim(k, first_key + first * size, step * size, axis=1)
   keys = keys.reshape(k.shape[0], step, size, -1)
-  dots = jnp.einsum('BGSJ,BTIJ->BGSTI', keys, q, preferred_element_type=jnp.float32)
-  return jnp.einsum('BGSTI,BTI->BTSG', jax.nn.relu(dots), weights.astype(jnp.float32))
+  dots = einsum('BGSJ,BTIJ->BGSTI', keys, q)
+  return einsum('BGSTI,BTI->BTSG', jax.nn.relu(dots), weights.astype(jnp.float32))
 
 
 def _best_keys(scores, tops, topk):

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from dsa_jax.kernels.groups import by_group, join_groups
+from dsa_jax.kernels.products import einsum
 from dsa_jax.kernels.xla.rows import gather_rows
 
 
@@ -23,11 +24,11 @@ def sparse_attention_reference(
   def attend(q, k, v, indices):
     filled = ((indices >= 0) & (indices < k.shape[1]))[:, :, None]
     keys, values = (gather_rows(x, indices).astype(jnp.float32) for x in (k, v))
-    logits = sm_scale * jnp.einsum('BTHE,BTKE->BTHK', q.astype(jnp.float32), keys)
+    logits = sm_scale * einsum('BTHE,BTKE->BTHK', q.astype(jnp.float32), keys)
     logits = jnp.where(filled, logits, -jnp.inf)
     lse = jax.nn.logsumexp(logits, axis=-1, where=filled)
     probs = jnp.exp(logits - jnp.where(lse > -jnp.inf, lse, 0)[..., None])
-    return jnp.einsum('BTHK,BTKV->BTHV', probs, values).astype(q.dtype), lse
+    return einsum('BTHK,BTKV->BTHV', probs, values).astype(q.dtype), lse
 
   axes = 0, 2, 2, (2 if indices.ndim == 4 else None)
   out, lse = jax.vmap(attend, in_axes=axes)(by_group(q, n_groups), k, v, indices)

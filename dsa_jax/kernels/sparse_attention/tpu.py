@@ -25,6 +25,7 @@ from dsa_jax.kernels.sparse_attention.tpu_plan import (
     InVmem,
     Together,
     TogetherBackward,
+    fits,
     plan_backward,
     plan_forward,
     plan_wide,
@@ -52,8 +53,11 @@ def forward(
     indices = groups.fold_indices(indices, n_groups, n_keys)
     results = _attend(groups.fold_heads(q, n_groups), kv, indices, **options)
     return tuple(groups.unfold_heads(x, n_groups) for x in results)
+  wide_keys = kv.reshape(kv.shape[0], n_keys, -1)
   if indices.ndim == 3 and indices.shape[2] >= blocks.wide_slots:
-    return _attend(q, kv.reshape(kv.shape[0], n_keys, -1), indices, n_wide=n_groups, **options)
+    plan = _plan(q, wide_keys, indices, n_groups, v_dim, blocks)
+    if fits(plan, chip.vmem_bytes()):
+      return _attend(q, wide_keys, indices, n_wide=n_groups, **options)
   attend = functools.partial(_attend, **options)
   results = _map_groups(attend, q, kv, indices, n_groups)
   return tuple(map(groups.join_groups, results))
@@ -118,13 +122,17 @@ def _map_groups(f: Callable, of_queries, kv, indices, n_groups: int):
   return jax.lax.map(lambda x: f(*x), (of_queries, keys, jnp.moveaxis(indices, 2, 0)))
 
 
+def _plan(q, kv, indices, n_wide: int, v_dim: int, blocks: BlockSizes):
+  wide = jax.eval_shape(lambda x: groups.widen(x, n_wide), q)
+  width = v_dim if n_wide == 1 else kv.shape[2]
+  return plan_forward(wide, kv, indices.shape[2], v_dim=width, vmem=chip.vmem_bytes(), blocks=blocks)
+
+
 def _attend(
     q, kv, indices, *, n_wide: int = 1, v_dim: int, sm_scale: float, blocks: BlockSizes
 ):
   """Attends to rows of one key head, or to those of `n_wide` key heads side by side."""
-  vmem, wide = chip.vmem_bytes(), jax.eval_shape(lambda x: groups.widen(x, n_wide), q)
-  width = v_dim if n_wide == 1 else kv.shape[2]
-  plan = plan_forward(wide, kv, indices.shape[2], v_dim=width, vmem=vmem, blocks=blocks)
+  plan = _plan(q, kv, indices, n_wide, v_dim, blocks)
   sizes = dict(v_dim=v_dim, sm_scale=sm_scale)
   if isinstance(plan, Decode):
     return tpu_rows.decode(q, kv, indices, plan=plan, **sizes)

@@ -26,6 +26,10 @@ from dsa_jax.kernels.tpu.shards import (
 from dsa_jax.kernels.xla.rows import whole_block
 
 
+TOGETHER_BYTES = 2**33  # Rows of a block of queries take no more of HBM.
+FITTING = 0.88  # The part of VMEM that what is counted may take.
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BlockSizes(Blocks):
   """They change the speed, never the result beyond rounding."""
@@ -197,6 +201,23 @@ def plan_forward(
     gather, _ = gather_scatter.plan_gather(sizes.rows, sizes.n_keys, n_slots, vmem, blocks)
     return Together(sizes, blocks.block_t_compact, gather)
   return InVmem(sizes, 'sparse_attention_forward', blocks.block_t, keys, adds=False)
+
+
+def fits(plan: InVmem | Decode | Together, vmem: int) -> bool:
+  """Returns whether `forward` has room for key heads side by side.
+
+  In HBM that is for the rows that a block of queries has selected. In VMEM it is for a shard, two
+  windows of a step's queries and of their outputs, and the rows of its tiles, which count twice: of 32
+  key heads, the compiler asked for 126 MB where all of it was 102.
+  """
+  if isinstance(plan, Together):
+    return plan.block_t * plan.gather.own.n_rows * plan.sizes.rows.bytes <= TOGETHER_BYTES
+  if isinstance(plan, Decode):
+    return True
+  rows, keys = plan.sizes.rows, plan.keys
+  of_query = plan.sizes.n_heads * rows.channels * 2 * (rows.dtype.itemsize + 4)
+  of_step = keys.step_t * (2 * keys.tile * rows.bytes + of_query)
+  return keys.shards.stored * rows.bytes + of_step <= FITTING * vmem
 
 
 def plan_backward(

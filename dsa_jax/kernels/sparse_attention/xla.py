@@ -16,9 +16,8 @@ import jax.numpy as jnp
 
 from dsa_jax.kernels.backend import Blocks
 from dsa_jax.kernels.groups import fold_heads, fold_indices, unfold_heads
+from dsa_jax.kernels.products import einsum
 from dsa_jax.kernels.xla.rows import gather_rows, scan_rows, scatter_rows
-
-_f32 = {'preferred_element_type': jnp.float32}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,14 +39,14 @@ def forward(
   def attend(_, rows):
     q, indices = rows
     keys, values = _gather(kv, indices, q.shape[-1], v_dim)
-    logits = jnp.einsum('BTKE,BTHE->BTKH', keys, q, **_f32)
+    logits = einsum('BTKE,BTHE->BTKH', keys, q)
     # Logits are turned before the softmax, which then runs along memory; XLA would turn products.
     logits = jnp.swapaxes(sm_scale * logits + _mask(indices, kv)[..., None], 2, 3)
     logits = jax.lax.optimization_barrier(logits)
     top = jnp.max(logits, axis=3, keepdims=True)
     weights = jnp.exp(logits - jnp.where(top > -jnp.inf, top, 0))
     total = jnp.sum(weights, axis=3, keepdims=True)
-    out = jnp.einsum('BTHK,BTKE->BTHE', weights, values, **_f32)[..., :v_dim]
+    out = einsum('BTHK,BTKE->BTHE', weights, values)[..., :v_dim]
     out = out / jnp.where(total > 0, total, 1)
     return None, (out.astype(q.dtype), (top + jnp.log(total))[..., 0])
 
@@ -70,21 +69,21 @@ def backward(
     both = wide(q, kv.shape[-1] - q.shape[-1]), wide(dout, 0)
     both = jnp.concatenate(both, axis=2)  # The rows of q and of dout, as wide as those of keys.
     if keys is values:
-      dots = jnp.einsum('BTKE,BTHE->BTKH', keys, both, **_f32)
+      dots = einsum('BTKE,BTHE->BTKH', keys, both)
       logits, dprobs = jnp.split(dots, 2, axis=-1)
     else:
-      logits = jnp.einsum('BTKE,BTHE->BTKH', keys, q, **_f32)
-      dprobs = jnp.einsum('BTKV,BTHV->BTKH', values, dout, **_f32)
+      logits = einsum('BTKE,BTHE->BTKH', keys, q)
+      dprobs = einsum('BTKV,BTHV->BTKH', values, dout)
     logits = sm_scale * logits + _mask(indices, kv)[..., None]
     probs = jnp.exp(logits - lse[:, :, None])
     dlogits = sm_scale * probs * (dprobs - delta[:, :, None])
     if keys is values:
-      dq = jnp.einsum('BTKH,BTKE->BTHE', dlogits, keys, **_f32)
+      dq = einsum('BTKH,BTKE->BTHE', dlogits, keys)
     else:  # Of few heads, turned ones are the faster.
       turned = jax.lax.optimization_barrier(jnp.swapaxes(dlogits, 2, 3))
-      dq = jnp.einsum('BTHK,BTKE->BTHE', turned, keys, **_f32)
+      dq = einsum('BTHK,BTKE->BTHE', turned, keys)
     weights = jnp.concatenate([dlogits, probs], axis=-1)
-    drows = jnp.einsum('BTKH,BTHE->BTKE', weights, both, **_f32)
+    drows = einsum('BTKH,BTHE->BTKE', weights, both)
     return scatter_rows(dkv, indices, drows), dq.astype(q.dtype)
 
   dkv, rows = jnp.zeros(kv.shape, jnp.float32), (q, lse, dout, delta)

@@ -16,6 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 import jax.numpy as jnp
 
+from dsa_jax.kernels.products import precision_of
 from dsa_jax.kernels.tpu import chip
 from dsa_jax.kernels.tpu.layout import LANES, Rows, unpack
 from dsa_jax.kernels.tpu.shards import ADDED, ADDS, ShardPlan
@@ -176,9 +177,8 @@ def store_sums(shard, in_hbm, sums: Sums):
 
 def dot(x: jax.Array, y: jax.Array, x_axis: int, y_axis: int) -> jax.Array:
   """Returns a product over one axis of each, summed in float32."""
-  precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
   dims = ((x_axis,), (y_axis,)), ((), ())
-  return jax.lax.dot_general(x, y, dims, precision=precision, preferred_element_type=jnp.float32)
+  return jax.lax.dot_general(x, y, dims, precision=precision_of(x.dtype), preferred_element_type=jnp.float32)
 
 
 def copy_rows(lines: int, source, target, tables, n, between: int):

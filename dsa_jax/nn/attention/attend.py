@@ -130,10 +130,13 @@ def attend_dense(
       sm_scale=divergence.sm_scale, backend=divergence.mode.backend,
   )  # fmt: skip
   out = heads.own_tokens(layer.join_heads(out, q_latent, lse))
-  if not heads.is_split:
+  has_selected_heads = indices is not None and layer.cfg.attention == 'mla'
+  if not (heads.is_split or has_selected_heads):
     return out, divergence(views.q, views.k, lse, index, start, end, indices)
 
-  def compare_block(rows, keys):  # The queries of all heads are less to send than their keys.
+  # The queries of all heads are less to send than their keys; and of a token that a query selects, its
+  # row is less to read than the keys of all heads.
+  def compare_block(rows, keys):
     (q_latent, start, end, indices, index_rows, lse), (key_rows, index_k) = rows, keys
     q = heads.all_heads(layer.row_queries(*_of_all_tokens(layer, heads, q_latent, start, end)))
     return divergence(q, row_keys(key_rows, q), lse, _join(index_rows, index_k), start, end, indices)
