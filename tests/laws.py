@@ -243,7 +243,7 @@ def assert_differs(a, b, least: float = 1e-3):
 
 
 def law_masked_is_sparse(backend: str):
-  batch, params = make_batch(LENGTHS), weights()
+  batch, params = make_batch(LENGTHS, seed=1), weights()  # In the batch of seed 0 two scores all but tie.
   modes = [
       Mode(attention=attention, backend=backend, index_loss=True, measure=('indexer',))
       for attention in ('sparse', 'masked')
