@@ -31,7 +31,7 @@ from dsa_jax.kernels.gpu.triton import (
     store_tile,
 )
 from dsa_jax.kernels.groups import fold_heads, fold_indices, unfold_heads
-from dsa_jax.kernels.products import einsum
+from dsa_jax.kernels.products import precision_of
 from dsa_jax.kernels.xla.rows import map_rows, scan_rows, whole_block
 
 HOPPER_HEADS = 64  # `hopper.HEADS`; not every jaxlib can import that module.
@@ -233,8 +233,12 @@ def backward(
         stages=blocks.stages,
     )
     both = jnp.concatenate([flat(q), jnp.pad(flat(dout), _widths(q, dout))], axis=1)
-    # Added in float32, and rounded as their sum over queries will be.
-    drows = einsum('THK,THE->TKE', weights.reshape(n_rows, -1, n_slots), both)
+    drows = jnp.einsum(
+        'THK,THE->TKE',
+        weights.reshape(n_rows, -1, n_slots),
+        both,
+        precision=precision_of(q.dtype),  # Added in float32, and rounded as their sum over queries will be.
+    )
     drows = drows.reshape(-1, kv.shape[-1])
     dkv = add_rows(dkv, drows, jnp.where(selected.bias == 0, selected.rows, -1))
     return dkv, unfold_heads(dq.reshape(q.shape), n_groups)
