@@ -48,7 +48,8 @@ def building(target: pathlib.Path, *, needs: int) -> Iterator[pathlib.Path]:
   """Yields a folder to build in, which becomes `target` at the end or is removed.
 
   A process that is killed leaves the folder behind, with the suffix .partial and a mark in it; the next
-  run empties it. Of two at the same time, the second is refused. An error of the program itself passes through as it is.
+  run empties it. Of two at the same time, the second is refused. An error of the program itself passes
+  through as it is.
 
   Args:
     target: A path that must not exist. Where it is a link to nothing, the link's end is built.

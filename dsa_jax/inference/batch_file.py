@@ -12,14 +12,13 @@ import logging
 import os
 import pathlib
 from typing import Any, BinaryIO, NamedTuple
-import zlib
 
 from dsa_jax.config import ConfigError
 from dsa_jax.data.chat import ChatTemplate, prompt_of
 from dsa_jax.inference.batching import Completion
 from dsa_jax.inference.sample_config import SampleConfig
 from dsa_jax.inference.sampler import Sampler
-from dsa_jax.parallel.processes import are_same, is_first, wait_for_all
+from dsa_jax.parallel.processes import check_same, is_first, wait_for_all
 
 
 KEYS = 'prompt', 'sample'  # What tells an answer from all others of a file.
@@ -193,10 +192,7 @@ class AnswerFile:
     Raises:
       ConfigError: A prompt is too long; nothing has been written then.
     """
-    if not are_same(zlib.crc32(repr(sorted(self.answered)).encode()) >> 1):
-      raise ConfigError(
-          f'{self._path} must lie on a disk that all processes of the job see: they find other answers.'
-      )
+    check_same({f'what {self._path} holds, which must lie on a disk that all of them see': sorted(self.answered)})
     texts = [prompt.text for prompt in self._prompts]
     completions = self._sampler.complete(
         texts, self._config, samples=self._samples, slots=slots, without=self.answered

@@ -123,13 +123,6 @@ def any_process(x: bool) -> bool:
   return x if jax.process_count() == 1 else bool(multihost_utils.process_allgather(np.bool_(x)).any())
 
 
-def are_same(x: int) -> bool:
-  """Returns whether all processes of the job, which all ask, have the same number."""
-  if jax.process_count() == 1:
-    return True
-  return len(set(multihost_utils.process_allgather(np.int32(x)).tolist())) == 1
-
-
 def check_same(given: Mapping[str, Any]):
   """Checks that all processes of the job, which all ask, were given the same, before any of them writes.
 

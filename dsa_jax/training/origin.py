@@ -48,18 +48,18 @@ class Start(NamedTuple):
   weights: str | None  # A digest. None: an earlier version saved it.
 
   def params(self, like: nnx.State) -> nnx.State:
-    """Returns its weights, with the structure and shardings of `like`.
+    """Returns its weights, with the structure and shardings of `like`; see `check`."""
+    self.check()
+    return restore_params(self.step, like)
 
-    Raises:
-      ConfigError: It is not there any more, or holds other weights.
-    """
+  def check(self):
+    """Raises a ConfigError if it is not there any more, or holds other weights."""
     if not self.step.is_dir() or weights_of(self.step) != self.weights:
       raise ConfigError(
           f'{self.step}, which this run starts from, is gone or has other weights than when the run began. '
           'Bring it back, or go on from what is the latest step there with '
           '--config.on_changed_data=go_on.'
       )
-    return restore_params(self.step, like)
 
 
 def find_starts(recipe: Recipe, before: Sequence[pathlib.Path] = ()) -> dict[pathlib.Path, Start]:
@@ -67,12 +67,19 @@ def find_starts(recipe: Recipe, before: Sequence[pathlib.Path] = ()) -> dict[pat
 
   It is the one that was the latest when the run began, so that all entries have the same ancestor
   although the other run may go on.
+
+  Raises:
+    ConfigError: One that is still needed, for an entry to come or for the report, is not as it was.
   """
   kept, starts = read_object(recipe.workdir / STARTS), {}
+  to_come = [entry for name, entry in recipe.stages.items() if not saved_steps(recipe.checkpoint_folder(name))]
+  needed = {recipe.teacher} | {recipe.init_folder(entry) for entry in to_come if entry.init_from}
   for folder in dict.fromkeys(recipe.origins):
     step, weights = kept.get(str(folder.resolve()), (None, None))
     if step and recipe.on_changed_data == 'stop':
       starts[folder] = Start(pathlib.Path(step), weights)
+      if folder in needed:
+        starts[folder].check()
     elif (is_step(folder) or saved_steps(folder)) and not is_below(folder, before):
       latest = latest_of_job(folder)
       starts[folder] = Start(latest, weights_of(latest))

@@ -130,8 +130,8 @@ def attend_dense(
       sm_scale=divergence.sm_scale, backend=divergence.mode.backend,
   )  # fmt: skip
   out = heads.own_tokens(layer.join_heads(out, q_latent, lse))
-  has_selected_heads = indices is not None and layer.cfg.attention == 'mla'
-  if not (heads.is_split or has_selected_heads):
+  compares_rows = heads.is_split or (indices is not None and layer.cfg.attention == 'mla')
+  if not compares_rows:
     return out, divergence(views.q, views.k, lse, index, start, end, indices)
 
   # The queries of all heads are less to send than their keys; and of a token that a query selects, its
