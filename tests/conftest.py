@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Two tiers, compiled programs that are kept, and a limit on what a test may cost: see README.md."""
 
-import functools
 import gc
 import importlib.metadata
 import os
@@ -34,8 +33,6 @@ LONGEST = (
     'test_laws', 'test_extend', 'test_meshes', 'test_sampler_meshes', 'test_sample', 'test_train', 'test_parity',
     'test_convert', 'test_hostile', 'test_index_topk', 'test_own_tokens', 'test_index_kl',
 )  # fmt: skip
-# Files that run models operation by operation. One worker runs them all, and compiles these once.
-EAGER = 'test_laws', 'test_mistakes', 'test_golden', 'test_family_mistakes'
 KERNELS = pathlib.Path(__file__).parent / 'kernels'
 OLD_RUN = pathlib.Path(__file__).with_name('run_of_2026_11.tar.xz')
 
@@ -59,19 +56,6 @@ def pytest_collection_modifyitems(items):
   items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
 
 
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config, log):
-  """Lets tests share a worker where they share programs."""
-  from xdist.scheduler import LoadFileScheduling
-
-  class ByPrograms(LoadFileScheduling):
-    def _split_scope(self, nodeid: str) -> str:
-      file = super()._split_scope(nodeid)
-      return 'eager' if pathlib.Path(file).stem in EAGER else file
-
-  return ByPrograms(config, log)
-
-
 @pytest.fixture
 def old_run(tmp_path):
   """A run of this package as of November 2026, whose warm-up was stopped at step 2 of 4."""
@@ -81,31 +65,19 @@ def old_run(tmp_path):
 
 
 @pytest.fixture(scope='module', autouse=True)
-def _forget_programs(request):
+def _forget_programs():
   """Frees what other files have compiled; a worker would otherwise grow to several gigabytes."""
-  if (jax := sys.modules.get('jax')) and request.path.stem not in EAGER:
+  if jax := sys.modules.get('jax'):
     jax.clear_caches()
 
 
 @pytest.fixture(scope='module')
 def eager():
-  """Runs models operation by operation, so that patches are seen and compilations shared."""
+  """Runs models operation by operation, so that patches are seen and nothing is compiled."""
   import laws
 
   with laws.eager():
-    _compile_operations()
     yield
-
-
-@functools.cache
-def _compile_operations():
-  """Compiles most operations, once for all tests of a worker, so that it is no test's own time."""
-  import golden
-  import laws
-
-  for attention in ('dense', 'sparse', 'masked'):
-    golden.check_forward(attention, 'xla')
-  laws.law_own_losses_only('xla', 'sparse')  # Gradients.
 
 
 # What each test takes by itself: neither what fixtures do for several, nor the compilation of what is

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import functools
 
+import by_numpy
 from flax import nnx
 import jax
 import jax.numpy as jnp
@@ -94,8 +95,8 @@ OPTIM = OptimConfig(eps=1.0, bias_rate=0.01)  # A small eps divides the gradient
 
 @contextlib.contextmanager
 def eager():
-  """Operations run one by one, so that patches are seen and compilations shared."""
-  with jax.disable_jit(), _few_optimizations():
+  """Operations run one by one, most of them by NumPy, so that patches are seen and nothing is compiled."""
+  with jax.disable_jit(), by_numpy.operations(), _few_optimizations():
     yield
 
 

@@ -218,6 +218,17 @@ def test_selected_divergence_on_a_tpu(size, vmem):
   assert calls(backward, constants, (*index, row, row), row) == grids_of(plan)
 
 
+@pytest.mark.parametrize('n_groups, channels', [(8, 128), (16, 192), (32, 64), (40, 128), (128, 192)])
+@pytest.mark.parametrize('vmem', VMEM)
+def test_a_selected_divergence_leaves_room_for_the_tiles_of_many_key_heads(vmem, n_groups, channels):
+  keys = array(1, 32_768, n_groups, channels), array(1, 32_768, 128), i32(1, 1024, 2048)
+  for make_plan in tpu.plan_forward, tpu.plan_backward:
+    plan = make_plan(*keys, vmem=vmem, blocks=tpu.BlockSizes())
+    of_key = plan.rows.bytes + plan.index_rows.bytes + plan.index_rows.sum_bytes * plan.adds
+    shard, tiles = plan.keys.shards.stored * of_key, plan.keys.step_t * plan.keys.tile * of_key
+    assert tiles <= 0.13 * vmem and shard + tiles <= 0.93 * vmem, (shard / vmem, tiles / vmem)
+
+
 @pytest.mark.parametrize('size', SIZES, ids=str)
 def test_dense_divergence_on_a_tpu(size, vmem):
   _, (*index, _, _), _, constants = shapes(*size)

@@ -24,6 +24,7 @@ from dsa_jax.kernels.xla.rows import map_rows, scan_rows, whole_block
 
 TOP, TOTAL, MASS, ENTROPY, CROSS = range(5)  # The lane of each of a query's sums.
 SCORES_LSE, TARGET_MASS, DKL = range(3)  # The lane of each number that its gradient needs.
+BUFFERED = 0.1  # The part of VMEM that copied tiles may take.
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -79,11 +80,11 @@ def plan_backward(k, index_k, indices, *, vmem: int, blocks: BlockSizes) -> Plan
 
 
 def _plan(name, k, index_k, indices, vmem, blocks, *, adds) -> Plan:
-  blocks = fit_chip(blocks, vmem)
   head = Rows(k.shape[-1], k.dtype)
   rows = Rows(k.shape[2] * head.channels, k.dtype)
   index_rows = Rows(index_k.shape[-1], index_k.dtype)
   bytes_per_key = rows.bytes + index_rows.bytes + index_rows.sum_bytes * adds
+  blocks = _fit_tiles(fit_chip(blocks, vmem), bytes_per_key, vmem)
   return Plan(
       name=name,
       batch=k.shape[0],
@@ -95,6 +96,15 @@ def _plan(name, k, index_k, indices, vmem, blocks, *, adds) -> Plan:
       keys=plan_shards(k.shape[1], indices.shape[2], bytes_per_key, vmem, blocks),
       adds=adds,
   )
+
+
+def _fit_tiles(blocks: BlockSizes, bytes_per_key: int, vmem: int) -> BlockSizes:
+  """Makes tiles short enough for wide rows, of many key heads; then has fewer queries side by side."""
+  step_t = blocks.step_t
+  while (most := int(BUFFERED * vmem) // (step_t * bytes_per_key)) < blocks.line and step_t > 1:
+    step_t //= 2
+  whole_lines = max(most // blocks.line, 1) * blocks.line
+  return dataclasses.replace(blocks, step_t=step_t, tile=min(blocks.tile, whole_lines))
 
 
 def forward(constants, index_q, index_k, index_weights, *, sm_scale: float, blocks: BlockSizes):
