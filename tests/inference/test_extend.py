@@ -73,8 +73,8 @@ def whole_pass(name: str, attention: str, rule: str = 'indexer'):
   tokens = jnp.asarray(tokens_of(cfg))
   end = jnp.broadcast_to(jnp.arange(1, 28, dtype=jnp.int32), tokens.shape)
   mode = Mode(attention=attention, backend='xla', rule=rule, measure=(rule,))
-  forward = jax.jit(lambda params: laws.model_of(params, cfg)(tokens, jnp.zeros_like(tokens), end, mode))
-  out = forward(laws.weights(cfg))
+  with laws.eager():
+    out = laws.model_of(laws.weights(cfg), cfg)(tokens, jnp.zeros_like(tokens), end, mode)
   return np.asarray(out.logits), np.asarray(out.measures(rule).indices)
 
 

@@ -18,6 +18,8 @@ from dsa_jax.nn.layers import STACKS, Kind, kind_of, layers_of_stacks, plan, row
 from dsa_jax.nn.scan import cut, in_order, scan
 from dsa_jax.params import LayerFact
 
+pytestmark = pytest.mark.usefixtures('eager')
+
 D, M = (Kind(stack) for stack in STACKS[:2])
 KINDS = {'d': D, 'm': M, 'w': Kind(M.stack, 16)}
 

@@ -11,6 +11,8 @@ from dsa_jax.families import SIZES
 from dsa_jax.nn import moe
 from dsa_jax.nn.moe import MoE
 
+pytestmark = pytest.mark.usefixtures('eager')
+
 A, K, D = 6, 3, 4  # Tokens, choices, channels.
 
 

@@ -15,6 +15,8 @@ from dsa_jax.data.tokenizer import Bytes
 from dsa_jax.nn.attention.types import Mode
 from dsa_jax.reporting.inspect import _checked, inspect
 
+pytestmark = pytest.mark.usefixtures('eager')
+
 CFG = dataclasses.replace(laws.CFG, vocab_size=VOCAB_SIZE)
 TEXT = 'what a model reads'
 

@@ -16,6 +16,8 @@ from dsa_jax import selection
 from dsa_jax.kernels import dense_attention
 from dsa_jax.selection import RULES, Candidates, find_rule, measures
 
+pytestmark = pytest.mark.usefixtures('eager')
+
 K = 5
 LENGTHS = ((17, 12), (21, 5))
 

@@ -14,6 +14,8 @@ from dsa_jax.training.optim import OptimConfig, ScheduleConfig, learning_rates, 
 from dsa_jax.training.stages import StageConfig
 from dsa_jax.training.state import abstract_params, split_parts
 
+pytestmark = pytest.mark.usefixtures('eager')
+
 CFG = ModelConfig(**quickstart.get_config('tiny').model)
 
 
