@@ -226,7 +226,7 @@ def test_a_selected_divergence_leaves_room_for_the_tiles_of_many_key_heads(vmem,
     plan = make_plan(*keys, vmem=vmem, blocks=tpu.BlockSizes())
     of_key = plan.rows.bytes + plan.index_rows.bytes + plan.index_rows.sum_bytes * plan.adds
     shard, tiles = plan.keys.shards.stored * of_key, plan.keys.step_t * plan.keys.tile * of_key
-    assert tiles <= 0.13 * vmem and shard + tiles <= 0.93 * vmem, (shard / vmem, tiles / vmem)
+    assert tiles <= 0.13 * vmem and shard + 2 * tiles <= vmem, (shard / vmem, tiles / vmem)
 
 
 @pytest.mark.parametrize('size', SIZES, ids=str)

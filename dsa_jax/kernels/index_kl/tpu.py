@@ -24,7 +24,8 @@ from dsa_jax.kernels.xla.rows import map_rows, scan_rows, whole_block
 
 TOP, TOTAL, MASS, ENTROPY, CROSS = range(5)  # The lane of each of a query's sums.
 SCORES_LSE, TARGET_MASS, DKL = range(3)  # The lane of each number that its gradient needs.
-BUFFERED = 0.1  # The part of VMEM that copied tiles may take.
+BUFFERED = 0.1  # The part of VMEM that copied tiles may take, unless one line of slots takes more.
+FITTING = 0.995  # The part of a shard and of them twice, as they are copied and as they are read.
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -103,8 +104,9 @@ def _fit_tiles(blocks: BlockSizes, bytes_per_key: int, vmem: int) -> BlockSizes:
   step_t = blocks.step_t
   while (most := int(BUFFERED * vmem) // (step_t * bytes_per_key)) < blocks.line and step_t > 1:
     step_t //= 2
-  whole_lines = max(most // blocks.line, 1) * blocks.line
-  return dataclasses.replace(blocks, step_t=step_t, tile=min(blocks.tile, whole_lines))
+  tile = min(blocks.tile, max(most // blocks.line, 1) * blocks.line)
+  share = min(blocks.vmem_share, FITTING - 2 * step_t * tile * bytes_per_key / vmem)
+  return dataclasses.replace(blocks, step_t=step_t, tile=tile, vmem_share=share)
 
 
 def forward(constants, index_q, index_k, index_weights, *, sm_scale: float, blocks: BlockSizes):
