@@ -9,6 +9,7 @@ compiling whole programs: the second call of any law costs a fraction of a secon
 import contextlib
 import dataclasses
 import functools
+import unittest.mock
 
 import by_numpy
 from flax import nnx
@@ -19,7 +20,8 @@ import numpy as np
 from dsa_jax.config import ModelConfig
 from dsa_jax.data.batch import Batch
 from dsa_jax.kernels import index_kl
-from dsa_jax.nn.attention.types import Mode
+from dsa_jax.nn.attention import attend
+from dsa_jax.nn.attention.types import Measures, Mode
 from dsa_jax.nn.moe import balance, route
 from dsa_jax.nn.transformer import Transformer
 from dsa_jax.params import BackboneParam, IndexerParam
@@ -97,6 +99,18 @@ OPTIM = OptimConfig(eps=1.0, bias_rate=0.01)  # A small eps divides the gradient
 def eager():
   """Operations run one by one, most of them by NumPy, so that patches are seen and nothing is compiled."""
   with jax.disable_jit(), by_numpy.operations(), _few_optimizations():
+    yield
+
+
+@contextlib.contextmanager
+def unmeasured():
+  """Within it, `Mode.measure` gives the selections, and 0 for all that is measured of them."""
+
+  def select(layer, views, selections, start, end, key, mode):
+    zeros = [jnp.zeros(start.shape)] * (len(Measures._fields) - 1)
+    return {rule: Measures(selections[rule], *zeros) for rule in mode.measure}
+
+  with unittest.mock.patch.object(attend, 'measure_selections', select):
     yield
 
 

@@ -5,7 +5,6 @@ import dataclasses
 import functools
 import pathlib
 import tempfile
-import unittest.mock
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +18,7 @@ from dsa_jax.convert.importer import import_checkpoint, open_source
 from dsa_jax.inference.load import load_checkpoint
 from dsa_jax.nn import block, indexer, log_scale, mlp, moe, norms, rope, streams, transformer
 from dsa_jax.nn.attention import attend, gate, gqa, layer, mla
-from dsa_jax.nn.attention.types import Measures, Mode
+from dsa_jax.nn.attention.types import Mode
 from dsa_jax.nn.transformer import Transformer
 
 FRESH = {'index_n_heads': 2, 'index_head_dim': 8, 'index_rope_head_dim': 4, 'index_topk': 16}
@@ -55,18 +54,12 @@ def model_of(case: str) -> Transformer:
     return load_checkpoint(target)
 
 
-def unmeasured(layer, views, selections, start, *_) -> dict[str, Measures]:
-  """Stands for measures, of which only the selections are compared."""
-  zeros = jnp.zeros(start.shape)
-  return {'indexer': Measures(selections['indexer'], *[zeros] * (len(Measures._fields) - 1))}
-
-
 def check(case: str):
   """Compares logits and selections."""
   want, model = golden(case), model_of(case)
   tokens = jnp.asarray(want['tokens'])[:, :SHORT]
   end = jnp.broadcast_to(jnp.arange(1, SHORT + 1, dtype=jnp.int32), tokens.shape)
-  with laws.eager(), unittest.mock.patch.object(attend, 'measure_selections', unmeasured):
+  with laws.eager(), laws.unmeasured():
     mode = Mode(attention='dense', backend='xla')
     if case in SPARSE:  # The plain backend has fewer operations.
       mode = Mode(attention='sparse', backend='reference', measure=('indexer',))

@@ -24,9 +24,8 @@ from dsa_jax.params import IndexerParam
 from dsa_jax.selection import lightning
 from dsa_jax.training import stages, step as train_step
 
-sparse = functools.partial(golden.check_forward, 'sparse', 'xla')
-masked = functools.partial(golden.check_forward, 'masked', 'xla')
-dense = functools.partial(golden.check_forward, 'dense', 'xla')
+check = functools.partial(golden.check_forward, measured=False)  # Measures are no part of the model.
+sparse, masked, dense = (functools.partial(check, attention, 'xla') for attention in ('sparse', 'masked', 'dense'))
 
 
 pytestmark = pytest.mark.usefixtures('eager')
@@ -243,14 +242,14 @@ def index_query_from_the_raw_latent(patch):
   wrap(patch, indexer.LightningIndexer, '__call__', swap)
 
 
-@mistake(functools.partial(golden.check_forward, 'sparse', 'xla', laws.TWO_SIZES))
+@mistake(functools.partial(check, 'sparse', 'xla', laws.TWO_SIZES))
 def the_indexer_reads_the_latent_before_it_is_rescaled(patch):
   """All scores shrink alike, so the divergence alone can tell."""
   shorter = lambda self, q_latent: q_latent[..., : self.cfg.q_latent_dim] * (16 / 24) ** 0.5
   patch.setattr(mla.MLA, 'index_latent', shorter)
 
 
-@mistake(functools.partial(golden.check_forward, 'sparse', 'xla', laws.SINKS))
+@mistake(functools.partial(check, 'sparse', 'xla', laws.SINKS))
 def index_keys_have_the_usual_eps(patch):
   """All keys shrink alike, so again only the divergence can tell."""
 
@@ -267,7 +266,7 @@ def index_keys_have_the_usual_eps(patch):
 
 def named_sources():
   with laws.model(laws.TWO_SOURCES):
-    golden.check_forward('sparse', 'xla', laws.TWO_SOURCES)
+    check('sparse', 'xla', laws.TWO_SOURCES)
 
 
 @mistake(named_sources)
