@@ -2,7 +2,9 @@
 """Packs documents into rows, which are read from a stream of tokens when they are asked for."""
 
 import bisect
+from collections.abc import Sequence
 import dataclasses
+import math
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -84,6 +86,24 @@ class Rows:
     if not 0 <= i < len(self):
       raise IndexError(f'row {i} of {len(self)}')
     return self._fill(self.layout.pieces(i))
+
+  def text_of(self, rows: Sequence[int]) -> tuple[float, int]:
+    """Returns the bytes of text that the targets of rows stand for, and the number of targets.
+
+    All targets of a document have the same share of its text. The bytes are NaN where those of a
+    document are not known.
+    """
+    pieces = [self.layout.pieces(i) for i in rows]
+    at, n = (np.concatenate(x) for x in list(zip(*pieces))[:2])
+    n_targets = n - 1
+    n_targets[np.cumsum([len(x.n) for x in pieces]) - 1] += [x.goes_on for x in pieces]
+    at, n_targets = at[n_targets > 0], n_targets[n_targets > 0]
+    tokens = self.stream.about['tokens'].astype(np.int64)
+    documents = np.searchsorted(np.cumsum(tokens), at, side='right')
+    n_bytes = self.stream.about['bytes'][documents]
+    if not n_bytes.all():
+      return math.nan, int(n_targets.sum())
+    return float(np.sum(n_targets * n_bytes / (tokens[documents] - 1))), int(n_targets.sum())
 
   def _fill(self, pieces: Pieces) -> Batch:
     n = int(pieces.n.sum())

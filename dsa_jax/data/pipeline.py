@@ -9,7 +9,7 @@ import numpy as np
 
 from dsa_jax.config import ConfigError
 from dsa_jax.data.batch import Batch
-from dsa_jax.data.raw_rows import RawRows
+from dsa_jax.data.raw_rows import Picked, RawRows
 from dsa_jax.data.seeds import check_seed
 from dsa_jax.data.streaming import RowDataset, n_workers
 
@@ -82,9 +82,7 @@ def first_batches(
   """Returns `n_batches` fixed batches of rows drawn without repetition, for validation."""
   if n_batches < 1:
     raise ConfigError(f'{n_batches=} must be at least 1.')
-  if isinstance(source, Mixture) and source.raw:
-    some = lambda x: x.first(n_batches * batch_size) if isinstance(x, RawRows) else x
-    source = dataclasses.replace(source, sources=[some(x) for x in source.sources])
+  source = _with_length(source, n_batches * batch_size)
   _check(source, batch_size, seed)
   if n_batches * batch_size > len(source):
     raise ConfigError(
@@ -93,6 +91,27 @@ def first_batches(
     )
   batches = _once(source, seed, n_batches * batch_size).batch(batch_size, batch_fn=_stack)
   return [batches[i] for i in range(n_batches)]
+
+
+def first_rows(
+    source: grain.sources.RandomAccessDataSource | Mixture, n_rows: int, seed: int
+) -> list[tuple[grain.sources.RandomAccessDataSource, int]]:
+  """Returns the rows of `first_batches` unread, each as what holds it and its number there."""
+  source = _with_length(source, n_rows)
+  members = source.sources if isinstance(source, Mixture) else [source]
+  numbered = [_Numbers(x) for x in members]
+  weights = source.weights if isinstance(source, Mixture) else [1.0]
+  drawn = _once(Mixture(numbered, weights), seed, n_rows)
+  rows = [drawn[i] for i in range(n_rows)]
+  return [held.places[i] if isinstance(held, Picked) else (held, i) for held, i in rows]
+
+
+def _with_length(source: grain.sources.RandomAccessDataSource | Mixture, n_rows: int):
+  """Returns the source, with the first rows alone of what is tokenized while it is read."""
+  if not isinstance(source, Mixture) or not source.raw:
+    return source
+  some = lambda x: x.first(n_rows) if isinstance(x, RawRows) else x
+  return dataclasses.replace(source, sources=[some(x) for x in source.sources])
 
 
 def _check(source: grain.sources.RandomAccessDataSource | Mixture, batch_size: int, seed: int) -> None:

@@ -17,7 +17,7 @@ from dsa_jax.data import packing as packing_lib
 from dsa_jax.data.batch import Batch
 from dsa_jax.data.corpora import files as places, tokenizing
 from dsa_jax.data.corpora.raw import Damaged, Document, Piece, RawFormat
-from dsa_jax.data.corpora.tokens import ABOUT, TokenStream, describe, hash_of
+from dsa_jax.data.corpora.tokens import TokenStream, describe, hash_of
 from dsa_jax.data.packing import PackingConfig, Rows, fits, is_on_side, repeat_long
 from dsa_jax.data.tokenizer import Tokenizer
 
@@ -51,13 +51,13 @@ class Picked:
   """Rows of windows by their numbers, which are filled when they are asked for."""
 
   def __init__(self, places: Sequence[tuple[Rows, int]]):
-    self._places = places
+    self.places = places
 
   def __len__(self) -> int:
-    return len(self._places)
+    return len(self.places)
 
   def __getitem__(self, i: int) -> Batch:
-    rows, row = self._places[i]
+    rows, row = self.places[i]
     return rows[row]
 
 
@@ -151,12 +151,6 @@ class RawRows:
     window = next(window for window in self.kept if window.rows)
     counts = {name: sum(window.counts[name] for window in self.kept) for name in LEFT_OUT}
     return packing_lib.about(window.rows) | {'left_out': counts, 'is_sample': True}
-
-  def about_kept(self) -> np.ndarray:
-    """Returns what is known of the documents of the windows that `first` has read."""
-    known = [window.rows.stream.about for window in self.kept if window.rows]
-    known = np.concatenate([np.empty(0, ABOUT), *known])
-    return known[fits(known['tokens'], self.packing)]
 
   @property
   def error(self) -> ConfigError:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The sources of rows, by name."""
 
+import collections
 from collections.abc import Mapping, Sequence
 import dataclasses
 import functools
@@ -16,10 +17,10 @@ from dsa_jax.data import raw_rows
 from dsa_jax.data.corpora.raw import Piece, RawFormat
 from dsa_jax.data.corpora.sources import FORMATS, RAW, Format, names_of, open_format
 from dsa_jax.data.corpora.tokenizing import DAMAGED
-from dsa_jax.data.corpora.tokens import ABOUT, TokenStream
+from dsa_jax.data.corpora.tokens import TokenStream
 from dsa_jax.data.corpus import describe_files
 from dsa_jax.data.packing import PackingConfig, Rows, about, choose, count_left_out
-from dsa_jax.data.pipeline import Mixture
+from dsa_jax.data.pipeline import Mixture, first_rows
 from dsa_jax.data.raw_rows import RawRows, describe_raw
 from dsa_jax.data.recall import Recall
 from dsa_jax.data.seeds import check_seed
@@ -182,26 +183,23 @@ class DataConfig(PackingConfig):
       known[name]['left_out'] = dict(stream.left_out) | {'length': by_length}
     return known
 
-  def bytes_per_target(self, seq_len: int) -> float | None:
-    """Returns the bytes of text for each target of validation rows; None where that is not known.
+  def bytes_per_target(self, seq_len: int, n_rows: int) -> float | None:
+    """Returns the bytes of text for each target of the first validation rows, None where not known.
 
-    Of a source that is tokenized on the fly, they are those of the documents that were read so far.
+    Documents have more or fewer bytes for each token, so that of other rows may differ.
+
+    Args:
+      seq_len: Tokens of a row.
+      n_rows: How many rows are scored; see `pipeline.first_batches`.
     """
     if self.source != 'mixture':
       return 1.0 if self.unit == 'byte' else None
-    n_bytes = n_targets = 0
-    for name, fields in self.sources.items():
-      member = read_member(name, fields)
-      known = self._about_validation(name, member)
-      if not len(known) or not known['bytes'].all():
-        return None
-      rows = self._rows_of(name, member, seq_len, 'validation')
-      of_rows = rows.about() if isinstance(rows, RawRows) else about(rows)
-      # Weights are shares of rows, which packing fills more or less. The last token has no target.
-      targets = member.weight * (of_rows['tokens'] - of_rows['documents']) / of_rows['rows']
-      n_bytes += targets * known['bytes'].sum() / (known['tokens'] - 1).sum()
-      n_targets += targets
-    return float(n_bytes / n_targets)
+    by_holder = collections.defaultdict(list)
+    for held, i in first_rows(self.rows(seq_len, 'validation'), n_rows, seed=0):
+      by_holder[held].append(i)
+    known = [held.text_of(numbers) for held, numbers in by_holder.items()]
+    n_bytes, n_targets = map(sum, zip(*known))
+    return float(n_bytes / n_targets) if n_bytes > 0 else None
 
   @functools.cached_property
   def _keys(self) -> dict[str, Format]:
@@ -298,14 +296,6 @@ class DataConfig(PackingConfig):
     """Returns what holds a source's documents of a split, and the share that is for validation."""
     key, share = self._key(name, member, split)
     return self._open(key), share
-
-  def _about_validation(self, name: str, member: 'Member') -> np.ndarray:
-    """Returns what is known of the documents of a source that are for validation."""
-    if self._is_raw(member.source):
-      read = [raw for (of, _, split), raw in self._raw.items() if (of, split) == (name, 'validation')]
-      return max((raw.about_kept() for raw in read), key=len, default=np.empty(0, ABOUT))
-    stream, documents = self._documents(name, member, 'validation')
-    return stream.about[documents]
 
   def _documents(self, name: str, member: 'Member', split: str) -> tuple[TokenStream, np.ndarray]:
     stream, share = self._side(name, member, split)

@@ -33,7 +33,8 @@ def collect(
   seen = [2**i for i in range(context.bit_length()) if 2**i < context] + [context + 1]
   places = sorted({round(i * context / STRETCHES) for i in range(STRETCHES + 1)})
   by_place = {n: Scores(x, scored[n].scores.right, subject.positions) for n, x in nats.items()}
-  length = subject.data.bytes_per_target(context)
+  n_rows = sum(len(batch.tokens) for batch in subject.batches)
+  length = subject.data.bytes_per_target(context, n_rows)
   return {
       'checkpoint': subject.identity['checkpoint'],
       'step': subject.identity['step'],

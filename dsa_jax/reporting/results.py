@@ -108,7 +108,7 @@ def evaluate_recipe(run: Run) -> dict[str, Any]:
       'selection': recipe.selection,
       'report': dataclasses.asdict(report),
       'unit': recipe.data.unit,
-      'bytes_per_target': recipe.data.bytes_per_target(report.seq_len),
+      'bytes_per_target': recipe.data.bytes_per_target(report.seq_len, report.batches * report.batch_size),
       'documents': recipe.data.about_documents(report.seq_len, data_states),
       'context': report.seq_len,
       'index_topk': recipe.model.index_topk,

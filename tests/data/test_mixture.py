@@ -15,7 +15,7 @@ from dsa_jax.config import ConfigError
 from dsa_jax.data.corpora import tokenizing
 from dsa_jax.data.corpora.raw import Text
 from dsa_jax.data.corpus import changes
-from dsa_jax.data.pipeline import first_batches, make_iterator
+from dsa_jax.data.pipeline import first_batches, first_rows, make_iterator
 from dsa_jax.data.sources import DataConfig
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -108,7 +108,7 @@ def test_a_source_that_is_used_up_is_named(sources, tmp_path):
 
 def test_bytes_of_text_for_each_target(sources, tmp_path):
   data = cases.mixture(tmp_path, sources)
-  assert data.unit == 'byte' and data.bytes_per_target(32) == pytest.approx(1)
+  assert data.unit == 'byte' and data.bytes_per_target(32, 4) == pytest.approx(1)
   tokens = dict(format='flat', files='x.bin', separator=0)
   assert cases.mixture(tmp_path, {'x': tokens}).unit == 'token'
 
@@ -128,7 +128,40 @@ def test_bytes_for_each_target_where_rows_are_filled_unlike(sources, tmp_path):
   many = n_targets > n_targets.mean()  # Those rows are of `a`.
   want = (5 * n_targets[many].sum() + n_targets[~many].sum()) / n_targets.sum()
   assert many.sum() == len(many) / 2 and want > 3.2
-  assert data.bytes_per_target(33) == pytest.approx(want, rel=0.02)
+  assert data.bytes_per_target(33, 12) == pytest.approx(want, rel=0.06)  # And the share of the end.
+
+
+@pytest.mark.parametrize('packing', ['concat', 'best_fit'])
+def test_bytes_for_each_target_are_those_of_the_rows_that_are_scored(packing, tmp_path):
+  """Documents of all lengths have from one to nine bytes for each token, and some are cut."""
+  rng = np.random.default_rng(0)
+  texts = ['x' * int(n) for n in rng.integers(2, 90, size=40)]
+  (tmp_path / 'x.jsonl').write_text(''.join(json.dumps({'text': text}) + '\n' for text in texts))
+  fields = {'format': 'jsonl', 'files': str(tmp_path / 'x.jsonl'), 'validation_files': str(tmp_path / 'x.jsonl')}
+  data = cases.mixture(tmp_path, {'x': fields}, packing=packing)
+  rows = data.rows(32, 'validation')
+  [source] = rows.sources
+  about = data._open('x (validation)').about
+  factors = 1 + np.arange(len(about)) % 9
+  data._open('x (validation)').about = about = about.copy()
+  about['bytes'] = factors * (about['tokens'] - 1)  # Each target has so many bytes.
+  for n in 1, 7:
+    n_bytes = n_targets = 0
+    for held, i in first_rows(rows, n, seed=0):
+      assert held is source
+      pieces, firsts = held.layout.pieces(i), np.cumsum(about['tokens']) - about['tokens']
+      for at, size in zip(pieces.at, pieces.n):
+        document = np.flatnonzero(firsts <= at)[-1]
+        targets = min(size, firsts[document] + about['tokens'][document] - 1 - at)
+        n_bytes, n_targets = n_bytes + factors[document] * targets, n_targets + targets
+    got = data.bytes_per_target(32, n)
+    assert got == pytest.approx(float(n_bytes) / float(n_targets)) and got != pytest.approx(factors.mean(), rel=1e-3)
+    scored = first_batches(rows, 1, n, seed=0)
+    assert sum(batch.weights.sum() for batch in scored) == n_targets
+  [(held, i)] = first_rows(rows, 1, seed=0)
+  own = np.searchsorted(np.cumsum(about['tokens']), held.layout.pieces(i).at, side='right')
+  about['bytes'][np.setdiff1d(np.arange(len(about)), own)] = 0
+  assert [data.bytes_per_target(32, n) is None for n in (1, 7)] == [False, True]  # Only those of the rows count.
 
 
 def test_a_folder_of_another_tokenizer_is_refused(tmp_path):
