@@ -2,7 +2,7 @@
 r"""A dense model of any family becomes a sparse one.
 
 python -m dsa_jax.convert Qwen/Qwen3-0.6B checkpoints/qwen3
-python -m dsa_jax.train --config=configs/retrofit.py:checkpoints/qwen3 \\
+python -m dsa_jax.train --config=configs/retrofit.py:checkpoints/qwen3 \
     --config.data.sources.text.files='corpus/*.jsonl.zst' --config.data.sources.text.format=jsonl
 
 What stands behind the colon is the converted checkpoint: its sizes are the model's, its tokenizer reads

@@ -41,6 +41,15 @@ def local_path(name: str | os.PathLike, what: str) -> pathlib.Path:
   return pathlib.Path(text).expanduser()
 
 
+def check_no_words(argv: Sequence[str]):
+  """Checks that a command line has flags only, such as `--name=value`; the first word is the program."""
+  if argv[1:]:
+    raise ConfigError(
+        f'{" ".join(argv[1:])!r} are words that no flag takes: a flag is --name=value, and a value with spaces '
+        'needs quotes.'
+    )
+
+
 def user_cache(name: str) -> pathlib.Path:
   """Returns a folder of this package in the user's cache folder, which `XDG_CACHE_HOME` may name.
 

@@ -25,7 +25,7 @@ from absl import app, flags
 import jax
 import rich.console
 
-from dsa_jax.config import ConfigError, local_path
+from dsa_jax.config import ConfigError, check_no_words, local_path
 from dsa_jax.data.chat import ChatTemplate, find_chat_template, prompt_of
 from dsa_jax.inference.batch_file import AnswerFile, Prompt, check_paths, moment_of, read_prompts
 from dsa_jax.inference.batching import size_of_batch
@@ -60,13 +60,14 @@ class Job(NamedTuple):
   of_sampler: dict[str, Any]  # Arguments of `Sampler.load`.
 
 
-def main(_):
+def main(argv: list[str]):
   logging.getLogger('absl').setLevel(logging.ERROR)  # Silences orbax's INFO logs.
   of_sampler, drawing = (
       {name: flag.value for name, flag in flags_.items() if flag.value is not None}
       for flags_ in (SAMPLER, DRAWING)
   )
   try:
+    check_no_words(argv)
     check_flags()
     join_job()
     with compilation_cache(COMPILATION_CACHE.value):

@@ -20,7 +20,7 @@ from ml_collections import ConfigDict, config_flags
 import numpy as np
 
 from dsa_jax.claims import claimed
-from dsa_jax.config import ConfigError, ModelConfig
+from dsa_jax.config import ConfigError, ModelConfig, check_no_words
 from dsa_jax.cost import training_flops
 from dsa_jax.parallel.processes import (
     LOST,
@@ -317,11 +317,12 @@ def lower_look(run: Run, name: str) -> Lowered:
   return look_batch.lower(run.graph, params, run.data.look[name], run.look_mode(name))
 
 
-def main(_):
+def main(argv: list[str]):
   for name in 'absl', 'asyncio':  # orbax also raises the errors that they log.
     logging.getLogger(name).setLevel(logging.CRITICAL)
   sys.unraisablehook = _print_unraisable
   try:
+    check_no_words(argv)
     join_job()
     train_all(CONFIG.value)
   except (ConfigError, NotFiniteError) as error:

@@ -6,7 +6,10 @@ import pathlib
 
 import pytest
 
-from dsa_jax.config import ConfigError, ModelConfig, local_path
+import dsa_jax
+from dsa_jax.config import ConfigError, ModelConfig, check_no_words, local_path
+
+PACKAGE = pathlib.Path(dsa_jax.__file__).parent
 
 
 @pytest.mark.parametrize('name', ['gs://bucket/run', 's3://b/x', 'hf://org/model', 'gs:/bucket/run'])
@@ -106,3 +109,21 @@ def test_numbers_that_nothing_reads_do_not_count():
   ModelConfig(beta_fast=1.0)  # As in Kimi K2.
   ModelConfig(inter_dim=0, n_dense_layers=0)
   ModelConfig(moe_inter_dim=0, n_layers=2, n_dense_layers=2)
+
+
+def test_a_word_that_no_flag_takes_is_refused():
+  check_no_words(['sample'])
+  with pytest.raises(ConfigError, match="'is the sky' are words that no flag takes"):
+    check_no_words(['sample', 'is', 'the', 'sky'])
+
+
+def test_no_command_drops_words():
+  commands = [path for path in PACKAGE.rglob('*.py') if 'app.run(main' in path.read_text()]
+  assert len(commands) >= 7
+  assert not [path for path in commands if 'def main(argv: list[str])' not in path.read_text()]
+
+
+def test_commands_of_configs_can_be_pasted():
+  """Their docstrings are raw: one backslash ends a line that goes on."""
+  configs = [*PACKAGE.with_name('configs').glob('*.py')]
+  assert len(configs) > 8 and not [path for path in configs if '\\\\\n' in path.read_text()]

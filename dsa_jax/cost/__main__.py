@@ -18,7 +18,7 @@ import rich.box
 import rich.console
 import rich.table
 
-from dsa_jax.config import ConfigError, ModelConfig
+from dsa_jax.config import ConfigError, ModelConfig, check_no_words
 from dsa_jax.cost.calls import cheaper_from, crossover, model_curve
 from dsa_jax.cost.chips import CHIPS
 from dsa_jax.cost.serving import Part, Serving, dollars_per_million, token_parts
@@ -112,7 +112,9 @@ def _of_windows(cfg: ModelConfig) -> str:
   return ', also in layers with a window, as the sampler here keeps them all' if cfg.window_layers else ''
 
 
-def phase_table(cfg: ModelConfig, serving: Serving, context: int, phase: str, price: float):
+def phase_table(
+    cfg: ModelConfig, serving: Serving, context: int, phase: str, price: float
+) -> rich.table.Table:
   """Returns a table with the work and time of each part, dense and sparse."""
   table = rich.table.Table(
       title=f'{phase}, per token at context {context:,}, {serving.chip.name}',
@@ -156,9 +158,10 @@ def _from(context: float, limit: int) -> str:
   return f'from {context:,.0f} tokens on'
 
 
-def main(_):
+def main(argv: list[str]):
   console = rich.console.Console()
   try:
+    check_no_words(argv)
     cfg = read_model(MODEL.value)
     serving = Serving(
         chip=CHIPS[CHIP.value], cache=CACHE.value, batch=BATCH.value, queries=QUERIES.value,
@@ -171,6 +174,7 @@ def main(_):
     tables = [phase_table(cfg, serving, CONTEXT.value, p, PRICE.value) for p in PHASES]
   except ConfigError as error:
     sys.exit(f'error: {error}')
+  console.print(f'model: {MODEL.value}', markup=False, highlight=False)
   for table in tables:
     console.print(table)
   console.print(answer, markup=False, highlight=False)

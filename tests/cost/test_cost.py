@@ -554,7 +554,7 @@ def test_command_takes_the_name_of_a_family():
   done = command('--model=llama', '--context=8192', '--batch=8')
   assert done.returncode == 0, done.stderr
   per_token = 32 * (8 * (128 + 128) + 16 * 4 + 64 + 4)
-  assert f'{per_token:,} bytes' in ' '.join(done.stdout.split())
+  assert f'{per_token:,} bytes' in ' '.join(done.stdout.split()) and 'model: llama\n' in done.stdout
 
 
 def test_command_says_small_numbers():
@@ -573,6 +573,7 @@ def test_command_says_small_numbers():
         ([f'--model={TINY}', '--context=65'], 'context=65 must be within 1 and max_seq_len=64'),
         (['--output_share=2'], 'output_share=2.0 must be within 0 and 1'),
         (['--hit_share=2'], 'hit_share=2.0 must be within 0 and 1'),
+        (['qwen3_8b', '--context=4096'], "'qwen3_8b' are words that no flag takes: a flag is --name=value"),
     ],
 )
 def test_command_says_what_is_wrong(flags, message):
