@@ -50,7 +50,7 @@ def main():
     convert('each')
     for variant in 'shared', 'each':
       for context in 2048, 4096, 8192:
-        options = (f'--index_topk={BUDGETS}', '--rules=oracle,window_sinks', *held_out())
+        options = (f'--index_topk={BUDGETS}', '--rules=oracle,window_sinks', *held_out(context))
         rows = max(args.rows * 2048 // context, 1)
         evaluate(f'checkpoints/smollm2/{variant}', f'free_{variant}', context, rows, options)
   table()
@@ -88,9 +88,10 @@ def convert(variant: str):
     run('-m', 'dsa_jax.convert', GGUF, out, *sizes)
 
 
-def held_out() -> tuple[str, ...]:
+def held_out(context: int) -> tuple[str, ...]:
+  """Documents as long as a row, so that queries see as far as its tokens reach."""
   files = (f'--files=texts/held_out/{source}.jsonl' for source in recipe.SOURCES)
-  return (*files, '--format=jsonl', '--packing=best_fit', '--min_tokens=2048')
+  return (*files, '--format=jsonl', '--packing=best_fit', f'--min_tokens={max(context, 2048)}')
 
 
 def evaluate(checkpoint: str, name: str, context: int, rows: int, options: tuple[str, ...]):
@@ -105,13 +106,13 @@ def evaluate_run(scale: str, variant: str, rows: int):
   name = f'{scale}_{variant}'
   needles = '--tasks=single,multi_key', '--prompt=instruct', f'--haystack={HAYSTACK}'
   if variant != 'shared':
-    options = (topk, '--rules=indexer,oracle', *held_out())
+    options = (topk, '--rules=indexer,oracle', *held_out(2048))
     evaluate(f'{folder}/warmup', name, 2048, rows, options + (needles if variant == 'recall' else ()))
     return
   for context in 1024, 2048, 4096, 8192:
     scored = max(rows * 2048 // context, 1)
     for stage, rules in (('frozen', 'indexer,oracle,window_sinks'), ('sparse', 'indexer'), ('baseline', 'window_sinks')):
-      options = (topk, f'--rules={rules}', *held_out())
+      options = (topk, f'--rules={rules}', *held_out(context))
       if stage == 'frozen' and context in (2048, 4096):
         options += needles
       evaluate(f'{folder}/{stage}', f'{name}_{stage}', context, scored, options)
