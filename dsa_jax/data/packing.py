@@ -2,8 +2,9 @@
 """Packs documents into rows, which are read from a stream of tokens when they are asked for."""
 
 import bisect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import dataclasses
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ PACKINGS = ('concat', 'best_fit')
 WINDOW = 8192  # Pieces that are packed among each other.
 LOOKED_AT = 1000  # Rows.
 AT_ONCE = 2**20  # Documents that are looked at at one time.
+DECODED = 2**22  # Tokens of a document that is decoded to see which part has how much text.
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -87,23 +89,38 @@ class Rows:
       raise IndexError(f'row {i} of {len(self)}')
     return self._fill(self.layout.pieces(i))
 
-  def text_of(self, rows: Sequence[int]) -> tuple[float, int]:
+  def text_of(
+      self, rows: Sequence[int], decode: Callable[[list[int]], str] | None = None
+  ) -> tuple[float, int]:
     """Returns the bytes of text that the targets of rows stand for, and the number of targets.
 
-    All targets of a document have the same share of its text. The bytes are NaN where those of a
-    document are not known.
+    Args:
+      rows: The numbers of the rows.
+      decode: Returns the text of ids, by whose length a part of a document gets its share of the
+        document's bytes. Without it, and in a document of more than `DECODED` tokens, all targets have
+        the same share.
+
+    Returns:
+      The bytes, NaN where those of a document are not known; and the number of targets.
     """
     pieces = [self.layout.pieces(i) for i in rows]
-    at, n = (np.concatenate(x) for x in list(zip(*pieces))[:2])
-    n_targets = n - 1
+    at, n_targets = np.concatenate([x.at for x in pieces]), np.concatenate([x.n for x in pieces]) - 1
     n_targets[np.cumsum([len(x.n) for x in pieces]) - 1] += [x.goes_on for x in pieces]
     at, n_targets = at[n_targets > 0], n_targets[n_targets > 0]
     tokens = self.stream.about['tokens'].astype(np.int64)
-    documents = np.searchsorted(np.cumsum(tokens), at, side='right')
-    n_bytes = self.stream.about['bytes'][documents]
+    ends = np.cumsum(tokens)
+    documents = np.searchsorted(ends, at, side='right')
+    n_bytes, tokens, ends = self.stream.about['bytes'][documents], tokens[documents], ends[documents]
     if not n_bytes.all():
       return math.nan, int(n_targets.sum())
-    return float(np.sum(n_targets * n_bytes / (tokens[documents] - 1))), int(n_targets.sum())
+    read = lambda begin, end: self.stream.read(int(begin), int(end - begin)).tolist()
+    size = lambda begin, end: len(decode(read(begin, end)).encode())
+    of_whole = functools.cache(lambda n, end: size(end - n + 1, end))
+    shares = n_targets / (tokens - 1)
+    for i in np.flatnonzero((shares < 1) & (tokens <= DECODED)) if decode else ():
+      if whole := of_whole(tokens[i], ends[i]):
+        shares[i] = size(at[i] + 1, at[i] + 1 + n_targets[i]) / whole
+    return float(np.sum(shares * n_bytes)), int(n_targets.sum())
 
   def _fill(self, pieces: Pieces) -> Batch:
     n = int(pieces.n.sum())

@@ -197,7 +197,9 @@ class DataConfig(PackingConfig):
     by_holder = collections.defaultdict(list)
     for held, i in first_rows(self.rows(seq_len, 'validation'), n_rows, seed=0):
       by_holder[held].append(i)
-    known = [held.text_of(numbers) for held, numbers in by_holder.items()]
+    has_tokenizer = self.unit != 'byte' and (self.reads_text or self.tokenizer)
+    decode = self._tokenizer.decode if has_tokenizer else None
+    known = [held.text_of(numbers, decode) for held, numbers in by_holder.items()]
     n_bytes, n_targets = map(sum, zip(*known))
     return float(n_bytes / n_targets) if n_bytes > 0 else None
 

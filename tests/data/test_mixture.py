@@ -164,6 +164,17 @@ def test_bytes_for_each_target_are_those_of_the_rows_that_are_scored(packing, tm
   assert [data.bytes_per_target(32, n) is None for n in (1, 7)] == [False, True]  # Only those of the rows count.
 
 
+def test_a_part_of_a_document_has_the_bytes_of_its_own_text(tmp_path):
+  (tmp_path / 'x.jsonl').write_text(json.dumps({'text': 'a' * 40 + 'z' * 30}) + '\n')
+  fields = {'format': 'jsonl', 'files': str(tmp_path / 'x.jsonl'), 'validation_files': str(tmp_path / 'x.jsonl')}
+  [rows] = cases.mixture(tmp_path, {'x': fields}).rows(32, 'validation').sources
+  decode = lambda ids: ''.join('é' if i == ord('z') else 'e' for i in ids)  # As if a z stood for two bytes.
+  known = [rows.text_of([i], decode) for i in range(3)]
+  assert [n for _, n in known] == [32, 32, 6]  # Targets. The first 40 of 70 are of one byte, of 100.
+  np.testing.assert_allclose([n_bytes for n_bytes, _ in known], [70 * x / 100 for x in (32, 8 + 48, 12)])
+  np.testing.assert_allclose([rows.text_of([i])[0] for i in range(3)], [32, 32, 6])
+
+
 def test_a_folder_of_another_tokenizer_is_refused(tmp_path):
   texts = cases.documents(20)
   fields = cases.write(tmp_path, texts)['tokens']
