@@ -2,7 +2,7 @@
 r"""Prints what a token costs on a chip, dense and sparse, by part.
 
 python -m dsa_jax.cost --model=configs/deepseek_v32.py --chip=h800 --context=131072
-python -m dsa_jax.cost --model=qwen3_30b_a3b
+python -m dsa_jax.cost --model=qwen3_30b_a3b --weights=bf16 --cache=bf16 --queries=1
 python -m dsa_jax.cost --model=hy_v4 --context=131072
 """
 
@@ -26,6 +26,7 @@ from dsa_jax.cost.work import cache_bytes
 from dsa_jax.families import FAMILIES, SIZES
 
 PHASES = 'prefill', 'decode'
+FORMATS = {'fp8': 'FP8', 'bf16': 'bfloat16'}
 
 
 def read_model(name: str) -> ModelConfig:
@@ -59,7 +60,10 @@ def paragraph(
     hit_share: float,
 ) -> str:
   """Returns the answer in words."""
-  said = []
+  said = [
+      f'Weights are in {FORMATS[serving.weights]}, stored keys in {FORMATS[serving.cache]}; a decode step takes'
+      f' {serving.queries} of the tokens of each of {serving.batch} sequences.'
+  ]
   curves = {'dense': {}, 'sparse': {}}
   for phase in PHASES:
     parts = {
@@ -123,7 +127,7 @@ def phase_table(
   table.add_column('', no_wrap=True)
   for unit in ('GFLOP', 'MB', 'µs'):
     for kind in ('dense', 'sparse'):
-      table.add_column(f'{unit}\n{kind}', justify='right', no_wrap=True)
+      table.add_column(f'{unit}\n{kind}', justify='right', overflow='fold')
   table.add_column('\nbound by', no_wrap=True)
   both = [token_parts(cfg, context, phase, sparse=kind, serving=serving) for kind in (False, True)]
   for name in both[1]:
@@ -159,13 +163,13 @@ def _from(context: float, limit: int) -> str:
 
 
 def main(argv: list[str]):
-  console = rich.console.Console()
+  console = rich.console.Console(width=None if sys.stdout.isatty() else 120)  # No number is cut off.
   try:
     check_no_words(argv)
     cfg = read_model(MODEL.value)
     serving = Serving(
-        chip=CHIPS[CHIP.value], cache=CACHE.value, batch=BATCH.value, queries=QUERIES.value,
-        expert_chips=EXPERT_CHIPS.value,
+        chip=CHIPS[CHIP.value], cache=CACHE.value, weights=WEIGHTS.value, batch=BATCH.value,
+        queries=QUERIES.value, expert_chips=EXPERT_CHIPS.value,
     )  # fmt: skip
     answer = paragraph(
         cfg, serving, CONTEXT.value,
@@ -195,10 +199,11 @@ if __name__ == '__main__':
       'context', 131_072, 'The number of tokens that a token sees, itself included.'
   )
   PRICE = flags.DEFINE_float('price', 2.0, 'Dollars per chip and hour.', lower_bound=0)
-  CACHE = flags.DEFINE_enum('cache', DEFAULTS.cache, ['fp8', 'bf16'], 'The format of stored keys.')
+  CACHE = flags.DEFINE_enum('cache', DEFAULTS.cache, [*FORMATS], 'The format of stored keys.')
+  WEIGHTS = flags.DEFINE_enum('weights', DEFAULTS.weights, [*FORMATS], 'The format of weights.')
   BATCH = flags.DEFINE_integer('batch', DEFAULTS.batch, 'Sequences per chip that decode together.')
   QUERIES = flags.DEFINE_integer(
-      'queries', DEFAULTS.queries, 'Tokens per sequence and decode step; MTP gives more than 1.'
+      'queries', DEFAULTS.queries, 'Tokens per sequence and decode step: 1 without MTP.'
   )
   EXPERT_CHIPS = flags.DEFINE_integer(
       'expert_chips', DEFAULTS.expert_chips, 'Chips that share the routed experts; 1 for a model on one chip.'

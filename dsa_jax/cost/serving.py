@@ -9,7 +9,7 @@ import numpy as np
 
 from dsa_jax.config import ConfigError, ModelConfig
 from dsa_jax.cost.chips import CHIPS, FITTED, Chip, Efficiency
-from dsa_jax.cost.work import Work, token_work
+from dsa_jax.cost.work import BYTES, Work, token_work
 
 Numbers = int | float | Sequence | np.ndarray  # One number, or an array of numbers.
 
@@ -25,6 +25,7 @@ class Serving:
 
   chip: Chip = CHIPS['h800']
   cache: str = 'fp8'  # The format of stored keys: 'fp8' or 'bf16'.
+  weights: str = 'fp8'  # The format of weights, and of what is multiplied with them.
   batch: int = 128  # The number of sequences per chip that decode together.
   queries: int = 2  # The tokens per sequence and decode step, which read its cache together.
   chunk: int = 8192  # The number of prompt tokens per chip in one forward pass.
@@ -36,8 +37,9 @@ class Serving:
     for name in ('batch', 'queries', 'chunk', 'expert_chips'):
       if getattr(self, name) < 1:
         raise ConfigError(f'{name}={getattr(self, name)} must be at least 1.')
-    if self.cache not in ('fp8', 'bf16'):
-      raise ConfigError(f"{self.cache=} must be 'fp8' or 'bf16'.")
+    for name in ('cache', 'weights'):
+      if getattr(self, name) not in BYTES:
+        raise ConfigError(f'{name}={getattr(self, name)!r} must be one of {tuple(BYTES)}.')
 
 
 class Part(NamedTuple):
@@ -70,7 +72,7 @@ def token_parts(
   """
   if not 1 <= context <= cfg.max_seq_len:
     raise ConfigError(f'{context=} must be within 1 and max_seq_len={cfg.max_seq_len} of the model.')
-  shared = dict(sparse=sparse, cache=serving.cache, chips=serving.expert_chips)
+  shared = dict(sparse=sparse, cache=serving.cache, chips=serving.expert_chips, weights=serving.weights)
   if phase == 'prefill':
     shared |= dict(readers=serving.chunk, pass_tokens=serving.chunk, logits=False, scores='weights')
     forms, efficiency = ('mha', 'mqa') if sparse else ('mha',), serving.prefill

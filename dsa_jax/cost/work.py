@@ -12,6 +12,9 @@ import numpy as np
 from dsa_jax.config import ModelConfig
 
 
+BYTES = {'fp8': 1, 'bf16': 2}  # Of a number of each format.
+
+
 class Work(NamedTuple):
   """What one part of the model does for one token, in all layers."""
 
@@ -149,11 +152,11 @@ def token_work(
     chips: int = 1,
     logits: bool = True,
     scores: Literal['weights', 'context'] = 'context',
+    weights: Literal['fp8', 'bf16'] = 'fp8',
 ) -> list[Work]:
   """Returns the work of one token, part by part.
 
-  Products with weights have FP8 inputs, as in the released model; attention, router and head are
-  bfloat16. MTP, norms, embedding and communication are left out.
+  Attention, router and head are bfloat16 in any case. MTP, norms, embedding and communication are left out.
 
   Args:
     cfg: The model.
@@ -167,10 +170,11 @@ def token_work(
     chips: The number of chips that share the routed experts; each has all other weights.
     logits: Whether this token's logits are wanted. Of a prompt, only the last token's are.
     scores: The efficiency that applies to index scores.
+    weights: The format of the weights and of what is multiplied with them; V3.2's is FP8.
   """
-  works = _weight_works(cfg, pass_tokens, chips, logits)
+  works = _weight_works(cfg, pass_tokens, chips, logits, weights)
   if sparse:
-    works += _index_works(cfg, context, cache, readers, pass_tokens, scores)
+    works += _index_works(cfg, context, cache, readers, pass_tokens, scores, weights)
   entry, pair_flops = row_bytes(cfg, cache), mha_flops if form == 'mha' else row_flops
   n_windows, window = len(cfg.window_layers), cfg.sliding_window
   selecting = cfg.n_layers - n_windows
@@ -189,7 +193,9 @@ def token_work(
   return [work for work in works if work.flops or work.bytes]
 
 
-def _weight_works(cfg: ModelConfig, pass_tokens: int, chips: int, logits: bool) -> list[Work]:
+def _weight_works(
+    cfg: ModelConfig, pass_tokens: int, chips: int, logits: bool, weights: str = 'fp8'
+) -> list[Work]:
   """Returns the products with weights, except those of the indexer."""
   dense = len(cfg.dense_layers)
   moe = cfg.n_layers - dense
@@ -207,14 +213,15 @@ def _weight_works(cfg: ModelConfig, pass_tokens: int, chips: int, logits: bool) 
   attention += n_nope * _attention_weights(cfg.of_nope_layers)
   readers = [cfg.of_layer(i) for i in range(cfg.n_layers) if cfg.reads_rows(i)]
   attention -= sum(cfg.dim * sizes.row_dim for sizes in readers)  # They make no rows.
+  used_bytes = moe * used * expert * BYTES[weights]
   return [
-      _product('projections', attention, pass_tokens),
+      _product('projections', attention, pass_tokens, weights),
       _product('gated norms', (cfg.n_layers + moe) * gates, pass_tokens, 'bf16'),
       _product('streams', streams, pass_tokens, 'bf16'),
-      _product('dense MLPs', dense * 3 * cfg.dim * cfg.inter_dim, pass_tokens),
+      _product('dense MLPs', dense * 3 * cfg.dim * cfg.inter_dim, pass_tokens, weights),
       _product('router', moe * cfg.dim * experts, pass_tokens, 'bf16'),
-      _product('shared experts', moe * 3 * cfg.dim * cfg.shared_experts_dim, pass_tokens),
-      Work('routed experts', routed, moe * used * expert / chips / pass_tokens, 'fp8', 'weights'),
+      _product('shared experts', moe * 3 * cfg.dim * cfg.shared_experts_dim, pass_tokens, weights),
+      Work('routed experts', routed, used_bytes / chips / pass_tokens, weights, 'weights'),
       _product('head', cfg.dim * cfg.vocab_size if logits else 0, pass_tokens, 'bf16'),
   ]
 
@@ -233,13 +240,13 @@ def _attention_weights(cfg: ModelConfig) -> int:
 
 
 def _index_works(
-    cfg: ModelConfig, context: int, cache: str, readers: int, pass_tokens: int, scores: str
+    cfg: ModelConfig, context: int, cache: str, readers: int, pass_tokens: int, scores: str, weights: str
 ) -> list[Work]:
   """Returns the indexer's products with weights, its scores, and the selection."""
   full = len(cfg.full_layers)
   keys = full * context * index_key_bytes(cfg, cache) / readers
   return [
-      _product('index projections', full * _index_weights(cfg), pass_tokens),
+      _product('index projections', full * _index_weights(cfg), pass_tokens, weights),
       Work('index scores', full * context * index_flops(cfg), keys, cache, scores),
       # Each score is written and read once, in float32; key heads that select have scores of their own.
       Work('selection', 0, full * cfg.index_n_selections * context * 8, 'bf16', 'context'),
@@ -252,7 +259,6 @@ def _index_weights(cfg: ModelConfig) -> int:
   return queries + cfg.dim * (cfg.index_head_dim + cfg.index_n_heads)
 
 
-def _product(part: str, size: int, pass_tokens: int, unit: str = 'fp8') -> Work:
+def _product(part: str, size: int, pass_tokens: int, unit: str) -> Work:
   """Returns the product of one token with weights of this size, which all tokens read together."""
-  width = 1 if unit == 'fp8' else 2
-  return Work(part, 2 * size, size * width / pass_tokens, unit, 'weights')
+  return Work(part, 2 * size, size * BYTES[unit] / pass_tokens, unit, 'weights')

@@ -514,7 +514,7 @@ def test_refuses_nonsense():
     cost.token_seconds(V32, 1, 'train', sparse=True)
   with pytest.raises(ValueError, match='batch=0 must be at least 1'):
     cost.Serving(batch=0)
-  with pytest.raises(ValueError, match="self.cache='int8' must be 'fp8' or 'bf16'"):
+  with pytest.raises(ValueError, match="cache='int8' must be one of .'fp8', 'bf16'"):
     cost.Serving(cache='int8')
   with pytest.raises(ValueError, match=r'weights=1.2 must be in \(0, 1\]'):
     cost.Efficiency(weights=1.2, context=0.5)
@@ -557,10 +557,30 @@ def test_command_takes_the_name_of_a_family():
   assert f'{per_token:,} bytes' in ' '.join(done.stdout.split()) and 'model: llama\n' in done.stdout
 
 
+def test_weights_of_two_bytes_are_read_and_multiplied_as_such():
+  """All but what is bfloat16 anyway: router, head, and attention, which reads the cache."""
+  def parts(**options):
+    return {work.part: work for work in cost.token_work(V32, 4096, sparse=True, form='mqa', **options)}
+
+  narrow, wide = parts(), parts(weights='bf16')
+  twice = {'projections', 'dense MLPs', 'shared experts', 'routed experts', 'index projections'}
+  assert narrow.keys() == wide.keys() and twice < narrow.keys()
+  for name, work in wide.items():
+    unit, factor = ('bf16', 2) if name in twice else (narrow[name].unit, 1)
+    assert work == narrow[name]._replace(bytes=factor * narrow[name].bytes, unit=unit)
+  with pytest.raises(ValueError, match="weights='int4' must be one of .'fp8', 'bf16'"):
+    cost.Serving(weights='int4')
+  serving = cost.Serving(weights='bf16', cache='bf16', queries=1, batch=8)
+  text = cost_command.paragraph(V32, serving, 4096, price=2.0, output_share=0.1, hit_share=0.0)
+  wanted = 'Weights are in bfloat16, stored keys in bfloat16; a decode step takes 1 of the tokens of each of 8 sequences.'
+  assert text.startswith(wanted)
+
+
 def test_command_says_small_numbers():
   done = command(f'--model={TINY}', '--chip=v6e', '--context=64', '--output_share=0.5')
   assert done.returncode == 0, done.stderr
   assert ' 0 µs' not in done.stdout and '$0.000' not in done.stdout and ' 0 GB' not in done.stdout
+  assert '…' not in done.stdout  # No number is cut off, where there is no terminal either.
   assert '50% of its tokens generated' in ' '.join(done.stdout.split())
 
 
