@@ -454,6 +454,20 @@ def test_measured_table_is_of_the_measured_figures():
   assert f"{share.rstrip('%')} % of what a token's time grows by" in readme
 
 
+@pytest.mark.parametrize('name', ['measured', 'one_device', 'one_device_gqa', 'mesh', 'mesh_gqa'])
+def test_predictions_beside_what_was_measured_are_those_of_today(name):
+  sys.path.insert(0, str(EXPERIMENT))
+  import measure
+
+  report = json.loads((EXPERIMENT / f'{name}.json').read_text())
+  peak = 1e9 * report['gflops']
+  chip = cost.Chip(name='', bf16=peak, fp8=peak, bandwidth=1e9 * report['gbytes'], memory=0.0)
+  case = measure.Case('small', report['model']['attention'], report['contexts'], report['batch'], None)
+  for phase, kinds in measure.predict(case, chip).items():
+    for kind, seconds in kinds.items():
+      assert seconds == pytest.approx(report['predicted'][phase][kind]), (phase, kind)
+
+
 # Calls
 
 
