@@ -20,6 +20,7 @@ from dsa_jax.training.workdir import CHANGEABLE, complete, read_config
 
 SCORES = {'dense_before': 'dense', 'dense_baseline': 'dense baseline', 'sparse': 'sparse'}
 CURVES = {'lm_loss': 'language-model loss', 'index_kl': 'divergence of the indexer'}
+LONG = 60  # Characters of what runs differ in, beyond which it stands apart.
 STYLES = ('-', '--', ':', '-.')  # So that each of several curves is seen where they coincide.
 COLOURS = ('#0072B2', '#E69F00', '#009E73', '#CC79A7', '#404040', '#56B4E9', '#D55E00')
 
@@ -110,7 +111,12 @@ def compare_table(groups: Sequence[Group]) -> tuple[list[str], list[list[str]]]:
 
 
 def print_table(groups: Sequence[Group], console: rich.console.Console | None = None):
+  """Prints a table; what runs differ in comes below it where it is long."""
   header, rows = compare_table(groups)
+  below = []
+  if 'differs in' in header and max(len(row[1]) for row in rows) > LONG:
+    header, below = [header[0], *header[2:]], [f'{name}: {differs}' for name, differs, *_ in rows]
+    rows = [[row[0], *row[2:]] for row in rows]
   table = rich.table.Table(box=rich.box.SIMPLE_HEAD, pad_edge=False)
   for i, column in enumerate(header):
     left = i == 0 or column == 'differs in'
@@ -119,6 +125,8 @@ def print_table(groups: Sequence[Group], console: rich.console.Console | None = 
     table.add_row(*row)
   console = console or rich.console.Console()
   console.print(table, markup=False)
+  if below:
+    console.print('They differ in', *below, sep='\n', markup=False, highlight=False)
   if any(len(group.runs) > 1 for group in groups):
     console.print('Mean ± standard deviation of runs that differ in their seed alone.', markup=False)
   for names in filter(None, map(equal_runs, groups)):
@@ -163,11 +171,16 @@ def draw_curves(groups: Sequence[Group], path: pathlib.Path):
         for run in group.runs:
           style = {'ls': STYLES[k % len(STYLES)], 'alpha': 0.7 if len(group.runs) > 1 else 1}
           x, y = curve(curves[run.workdir], entry, name)
-          axes.plot(x, y, color=COLOURS[k % len(COLOURS)], label=group.differs or group.name, **style)
+          axes.plot(x, y, color=COLOURS[k % len(COLOURS)], label=label(group), **style)
     plots.legend_below(figure, 1)
     png = io.BytesIO()
     figure.savefig(png, format='png')
   plots.replace_bytes(path, png.getvalue())
+
+
+def label(group: Group) -> str:
+  """Returns the names of a group's runs and, if it is short, what they differ in."""
+  return f'{group.name}: {group.differs}' if 0 < len(group.differs) <= LONG else group.name
 
 
 def curve(curves: plots.Curves, entry: str, name: str) -> tuple[np.ndarray, np.ndarray]:

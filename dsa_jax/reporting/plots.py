@@ -2,6 +2,7 @@
 """The pictures of a report."""
 
 from collections.abc import Iterable, Mapping, Sequence
+import functools
 import io
 import itertools
 import math
@@ -38,6 +39,7 @@ RULES = {
 USUAL = {'dense_before': 'dense', 'dense_baseline': 'baseline', 'sparse': 'sparse'}
 STAGE_COLOURS = {'dense': '#404040', 'warmup': '#009E73', 'sparse': '#0072B2'}
 OTHER_COLOURS = ('#E69F00', '#CC79A7', '#56B4E9', '#D55E00', '#F0E442')  # Of further entries.
+_COLOURS, _MARKS = itertools.cycle(OTHER_COLOURS), itertools.cycle('.vDP*X')  # Of models not known here.
 # The baseline lies on top, dashed, so that both show where another curve coincides with it.
 BASELINE = {'linestyle': (0, (4, 3)), 'zorder': 4}
 SELECTION_PANELS = {
@@ -238,14 +240,14 @@ def _draw_layers(axes: Any, results: Mapping[str, Any], curves: Curves, name: st
 
 
 def legend_below(figure: Any, columns: int) -> None:
-  """Draws one legend for all axes, with some of the labels if there are many."""
+  """Draws one legend for all axes, with some of the layers if there are many."""
   by_label = {}
   for axes in figure.axes:
     for handle, text in zip(*axes.get_legend_handles_labels(), strict=True):
       by_label.setdefault(text, handle)
-  labels = list(by_label)
-  if len(labels) > 9:
-    labels = [labels[round(i)] for i in np.linspace(0, len(labels) - 1, 9)]
+  layers = [text for text in by_label if text.startswith('layer ')]
+  shown = {layers[round(i)] for i in np.linspace(0, len(layers) - 1, min(len(layers), 9))}
+  labels = [text for text in by_label if text in shown or text not in layers]
   handles = [by_label[text] for text in labels]
   figure.legend(handles, labels, loc='outside lower center', ncols=columns)
 
@@ -307,7 +309,13 @@ def stage_colours(lineage: Lineage, names: Sequence[str]) -> dict[str, str]:
 
 
 def look(model: str) -> Look:
-  return MODELS.get(model, Look(model, '#56B4E9', '.'))
+  return MODELS.get(model) or _other_look(model)
+
+
+@functools.cache
+def _other_look(model: str) -> Look:
+  """Returns a look that no other model has that is not known here, in the order in which they come."""
+  return Look(model, next(_COLOURS), next(_MARKS))
 
 
 def unit(results: Mapping[str, Any]) -> str:

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 
+from matplotlib import figure as mpl_figure
 import numpy as np
 import pytest
 import rich.console
@@ -13,7 +14,7 @@ import rich.console
 from configs import quickstart
 from dsa_jax.compare import compare
 from dsa_jax.config import ConfigError
-from dsa_jax.reporting import compare as comparison
+from dsa_jax.reporting import compare as comparison, plots
 from dsa_jax.reporting.metrics import MetricsWriter
 from dsa_jax.reporting.plots import Curves
 from dsa_jax.training.workdir import write_config
@@ -62,6 +63,32 @@ def test_seeds_are_one_row_and_the_rest_says_what_differs(runs):
   out = io.StringIO()
   comparison.print_table(groups, rich.console.Console(file=out, width=200))
   assert f'2.2000 ± {spread:.4f}' in out.getvalue() and 'differ in their seed alone' in out.getvalue()
+
+
+def test_what_many_fields_differ_in_is_below_the_table_and_not_in_the_picture(tmp_path):
+  """So that a narrow terminal has a table, and a curve a name."""
+  many = {f'model.{name}': 64 for name in ('dim', 'inter_dim', 'kv_lora_rank', 'q_lora_rank')}
+  runs = [save_run(tmp_path / 'a', 2.1), save_run(tmp_path / 'wide', 2.0, **many)]
+  groups = comparison.group_runs([comparison.read_run(run) for run in runs])
+  comparison.print_table(groups, rich.console.Console(file=(out := io.StringIO()), width=80))
+  lines = out.getvalue().splitlines()
+  assert 'differs in' not in lines[1] and len(lines) < 16
+  assert groups[1].differs in ' '.join(' '.join(lines[lines.index('They differ in') :]).split())
+  assert [comparison.label(group) for group in groups] == ['a', 'wide']
+  short = groups[0]._replace(differs='seed=1')
+  assert comparison.label(short) == 'a: seed=1'
+
+
+def test_every_run_is_in_the_legend_and_rules_of_ones_own_look_unlike():
+  figure = mpl_figure.Figure()
+  axes = figure.add_subplot()
+  for name in [*(f'run {i}' for i in range(15)), *(f'layer {i}' for i in range(30))]:
+    axes.plot([0, 1], label=name)
+  plots.legend_below(figure, 3)
+  labels = [text.get_text() for text in figure.legends[0].get_texts()]
+  assert labels[:15] == [f'run {i}' for i in range(15)] and len(labels) == 24
+  looks = {plots.look(rule)[1:] for rule in ('nearest', 'every_other', 'first')}
+  assert len(looks) == 3
 
 
 def test_seeds_that_decided_nothing_are_told(runs, tmp_path):
