@@ -3,7 +3,7 @@ r"""The recipe on a mixture of three sources of one's own, by a tokenizer of one
 
 python -m dsa_jax.train --config=configs/own_tokens.py --config.data.tokenizer=FOLDER
 
-Copy it and change the mixture: the sources' names are free, `weight` is the share of the tokens, and
+Copy it and change the mixture: the sources' names are free, `weight` is the share of the rows, and
 each file is tokenized once, before the first step. Where a recipe starts from a converted checkpoint
 (see configs/deepseek_v32.py), that one's tokenizer is the default. Variant `:tiny` is for tests.
 """

@@ -50,11 +50,16 @@ def test_unknown_variant_is_refused(name):
 
 
 @pytest.mark.parametrize('name', RELEASED)
-def test_a_released_model_does_not_learn_bytes(name):
+def test_a_released_model_does_not_learn_bytes(name, tmp_path):
   config = importlib.import_module(f'configs.{name}').get_config()
   assert ModelConfig(**config.model) == RELEASED[name]
   size = RELEASED[name].vocab_size
-  with pytest.raises(ConfigError, match=f'vocab_size={size} is of another alphabet than the mixture'):
+  of_bytes = f'vocab_size={size} is of another alphabet than the mixture'
+  with pytest.raises(ConfigError, match=f'{of_bytes}.* There is no checkpoints/.*: convert the release to it'):
+    read_recipe(config)
+  for entry in config.stages.values():
+    entry.init_from = str(tmp_path) if entry.init_from and entry.init_from not in config.stages else entry.init_from
+  with pytest.raises(ConfigError, match=f'{of_bytes}.* {tmp_path} has no tokenizer: set config.data.tokenizer'):
     read_recipe(config)
 
 

@@ -39,8 +39,10 @@ def read_model(name: str) -> ModelConfig:
     module = runpy.run_path(file)
     if 'get_config' not in module:
       raise ConfigError(f'--model={name}: {file} must have a function get_config, as files of configs/ do.')
-    config = module['get_config'](*[variant] if variant else [])
-    return ModelConfig(**config.model)
+    try:
+      return ModelConfig(**module['get_config'](*[variant] if variant else []).model)
+    except (TypeError, ValueError) as error:  # An unknown variant, or a field that is none.
+      raise ConfigError(f'--model={name}: {error}') from error
   of_families = {family: [*x.sizes.values()][0] for family, x in FAMILIES.items() if x.sizes}
   if name not in SIZES | of_families:
     raise ConfigError(

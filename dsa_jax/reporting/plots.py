@@ -259,7 +259,7 @@ def _training(figure: Any, results: Mapping[str, Any], curves: Curves) -> None:
   tokens, lineage = results.get('tokens_by_stage') or {}, Lineage.of(results)
   known = all(stage in tokens for stage in stages)
   length = {s: tokens[s] if known else curves.last_step[s] for s in stages}
-  starts = lineage.starts(length)
+  starts = lineage.starts(tokens if known else length)  # Of entries too short for a row of losses, too.
   if {'dense_baseline', 'sparse'} <= lineage.roles.keys():  # Both go on from one dense model.
     starts[lineage.roles['dense_baseline']] = starts.get(lineage.roles['sparse'], 0)
   colours = stage_colours(lineage, stages)

@@ -267,12 +267,14 @@ def _how_to_read(results: Mapping[str, Any]) -> str:
         ' sure the model is of the right one: lower is better.'
     ]
   if 'dense_baseline' in names:
+    has_stage = 'dense_before' in (results.get('roles') or {})
+    dense = f'Dense is the model {"after the dense stage" if has_stage else "that the run began with"}.'
     sentences.append(
-        'Dense is the model after the dense stage. The fair baseline is that model, trained on'
-        ' for as many tokens as the sparse stage, and what every row is compared with.'
+        f'{dense} The fair baseline is that model, trained on for as many tokens as the sparse stage, and'
+        ' what every row is compared with.'
         if plots.is_fair(results)
-        else 'Dense is the model after the dense stage. The baseline is that model, trained on, and what'
-        ' every row is compared with: for other tokens than the sparse stage, so it is not a fair one.'
+        else f'{dense} The baseline is that model, trained on, and what every row is compared with: for other'
+        ' tokens than the sparse stage, so it is not a fair one.'
     )
   if 'sparse' in names:
     sentences.append(

@@ -222,7 +222,23 @@ def _check(recipe: Recipe):
       raise ConfigError(f'{name}={getattr(recipe, name)!r} must be one of {values}.')
   if recipe.selection not in RULES:
     raise ConfigError(f'selection={recipe.selection!r} must be one of {tuple(RULES)}.')
-  recipe.data.check_vocabulary(recipe.model.vocab_size)
+  try:
+    recipe.data.check_vocabulary(recipe.model.vocab_size)
+  except ConfigError as error:
+    raise ConfigError(f'{error}{_why_bytes(recipe)}') from error
+
+
+def _why_bytes(recipe: Recipe) -> str:
+  """Says why no tokenizer of a checkpoint reads the data; '' where none was to."""
+  if recipe.data.source != 'mixture' or recipe.data.tokenizer or not recipe.origins:
+    return ''
+  folder = next((folder for folder in recipe.origins if not folder.exists()), recipe.origins[0])
+  if folder.exists():
+    return f' {folder} has no tokenizer: set config.data.tokenizer to the folder of one.'
+  return (
+      f' There is no {folder}, whose tokenizer would read the data: convert the release to it '
+      '(python -m dsa_jax.convert), or correct init_from.'
+  )
 
 
 def _check_stages(recipe: Recipe):

@@ -65,8 +65,8 @@ def run(*arguments: str | pathlib.Path):
 
 def fetch():
   """Gets the texts and the model, unless they are there."""
-  texts = (pathlib.Path('texts', side, f'{x}.jsonl') for side in ('train', 'held_out') for x in recipe.SOURCES)
-  if not all(path.exists() for path in texts):
+  texts = [pathlib.Path('texts', side, f'{x}.jsonl') for side in ('train', 'held_out') for x in recipe.SOURCES]
+  if not all(path.exists() for path in [*texts, pathlib.Path('texts/train/recall.jsonl')]):
     run(HERE / 'texts.py', 'texts')
   if not pathlib.Path(HAYSTACK).exists():  # Prose: among lines of code, dense attention finds little, too.
     novels = pathlib.Path('texts/held_out/novels.jsonl').read_text().splitlines()

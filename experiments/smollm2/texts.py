@@ -51,9 +51,16 @@ def main():
         if len(text) >= SHORTEST:
           documents[side_of(name)].append(json.dumps(dict(name=name, text=text)) + '\n')
       for side, lines in documents.items():
-        (out / side / f'{source}.jsonl').write_text(''.join(lines))
-        print(f'{side:9} {source:8} {len(lines):5} documents, {sum(map(len, lines)) / 1e6:6.1f} MB')
+        keep(out / side / f'{source}.jsonl', lines)
   write_recall(out / 'train')
+
+
+def keep(path: pathlib.Path, lines: list[str]):
+  """Writes a whole file or none."""
+  new = path.with_suffix('.new')
+  new.write_text(''.join(lines))
+  new.replace(path)
+  print(f'{path.parent.name:9} {path.stem:8} {len(lines):5} documents, {sum(map(len, lines)) / 1e6:6.1f} MB')
 
 
 def write_recall(train: pathlib.Path):
@@ -68,8 +75,7 @@ def write_recall(train: pathlib.Path):
         again = rng.sample(sentences, len(sentences))
         pair = dict(name=f'{document["name"]}, from {at}', text=' '.join([*sentences, *again]))
         lines.append(json.dumps(pair) + '\n')
-  (train / 'recall.jsonl').write_text(''.join(lines))
-  print(f'{"train":9} {"recall":8} {len(lines):5} documents, {sum(map(len, lines)) / 1e6:6.1f} MB')
+  keep(train / 'recall.jsonl', lines)
 
 
 def side_of(name: str) -> str:

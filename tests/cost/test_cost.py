@@ -603,6 +603,7 @@ def test_command_says_small_numbers():
     [
         (['--chip=a100'], 'should be one of <h100|h800|h200|v5p|v6e|tpu7x>'),
         (['--model=gpt'], '--model=gpt must be a file such as configs/deepseek_v32.py, a model (v32, '),
+        ([f'--model={ROOT}/configs/quickstart.py:foo'], "--model="),
         (['--context=0'], 'context=0 must be within 1 and max_seq_len=163840'),
         ([f'--model={TINY}', '--context=65'], 'context=65 must be within 1 and max_seq_len=64'),
         (['--output_share=2'], 'output_share=2.0 must be within 0 and 1'),
