@@ -97,23 +97,24 @@ def write_report(
 
 
 def main_table(results: Mapping[str, Any]) -> Table:
-  """Returns one row per model, with its quality beside that of the fair baseline."""
+  """Returns one row per model, with its quality beside the fair baseline's or, without one, dense's."""
   bits, beyond = (results.get(k, {}) for k in ('validation_bits', 'bits_beyond_budget'))
   accuracy = results.get('accuracy') or {}
   unit = f'bits per {plots.unit(results)}'
+  reference = 'baseline' if 'dense_baseline' in bits else 'dense'
   columns = []
   if accuracy:
-    columns += [('accuracy', accuracy, '{:.2%}'), ('of baseline', _share(accuracy), '{:.1%}')]
+    columns += [('accuracy', accuracy, '{:.2%}'), (f'of {reference}', _share(accuracy), '{:.1%}')]
   columns.append((unit, bits, '{:.4f}'))
   if results.get('unit') == 'token':
     columns.append(('nats per token', _scaled(bits, math.log(2)), '{:.4f}'))
     if plots.is_number(length := results.get('bytes_per_target')):
       columns.append(('bits per byte', _scaled(bits, 1 / length), '{:.4f}'))
   if not accuracy:
-    columns.append(('vs baseline', _excess(bits), '{:+.2%}'))
+    columns.append((f'vs {reference}', _excess(bits), '{:+.2%}'))
   columns.append(('beyond budget', beyond, '{:.4f}'))
   if not accuracy:
-    columns.append(('vs baseline', _excess(beyond), '{:+.2%}'))
+    columns.append((f'vs {reference}', _excess(beyond), '{:+.2%}'))
   columns = [column for column in columns if column[1]]
   rows = [
       [plots.label(name, results), *(number(values.get(name), form) for _, values, form in columns)]
@@ -127,10 +128,11 @@ def _scaled(values: Mapping[str, float], factor: float) -> dict[str, float]:
 
 
 def _share(values: Mapping[str, float]) -> dict[str, float]:
-  baseline = values.get('dense_baseline')
-  if not plots.is_number(baseline) or not baseline:
+  """Returns each value as a share of the fair baseline's or, without one, of the dense model's."""
+  reference = values.get('dense_baseline', values.get('dense_before'))
+  if len(values) < 2 or not plots.is_number(reference) or not reference:
     return {}
-  return {name: value / baseline for name, value in values.items() if plots.is_number(value)}
+  return {name: value / reference for name, value in values.items() if plots.is_number(value)}
 
 
 def _excess(values: Mapping[str, float]) -> dict[str, float]:

@@ -212,7 +212,8 @@ def test_without_metrics_or_baseline(tmp_path):
     results[key] = {n: v for n, v in results[key].items() if n != 'dense_baseline'}
   report.write_report(tmp_path, results, rich.console.Console(file=io.StringIO()))
   text = (tmp_path / 'report.md').read_text()
-  assert 'vs baseline' not in text
+  assert 'vs baseline' not in text and '| model | bits per byte | vs dense |' in text.replace('token |', 'byte |')
+  assert f'| sparse, indexer | 2.0060 | {2.006 / 2.16 - 1:+.2%} |' in text
   assert (tmp_path / 'overview.png').exists()
   assert not (tmp_path / 'training.png').exists()
 
