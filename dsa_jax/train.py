@@ -167,9 +167,9 @@ def run_stage(run: Run, name: str, writer: MetricsWriter, bar: StepProgress, ahe
     if first_step == entry.steps:
       return
     ahead.wait(f'{name}/step')
-    sparse = entry.stage == 'sparse'
+    sparse, form = entry.stage == 'sparse', 'mha' if run.mode(name).attention == 'masked' else 'mqa'
     flops = lambda batch: training_flops(
-        recipe.model, entry.trains, batch.end - batch.start, sparse=sparse
+        recipe.model, entry.trains, batch.end - batch.start, sparse=sparse, form=form
     )
     meter = Meter(batch_tokens, first_step, flops, recipe.mesh.n_devices)
 

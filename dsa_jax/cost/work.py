@@ -49,7 +49,12 @@ def _mean_up_to(most: int, context: int) -> float:
 
 
 def training_flops(
-    cfg: ModelConfig, trains: Collection[str], n_visible: np.ndarray, *, sparse: bool
+    cfg: ModelConfig,
+    trains: Collection[str],
+    n_visible: np.ndarray,
+    *,
+    sparse: bool,
+    form: Literal['mha', 'mqa'] = 'mqa',
 ) -> float:
   """Returns the FLOPs of a training step on these queries, as model FLOPs are counted.
 
@@ -63,6 +68,7 @@ def training_flops(
     trains: The parts that learn, keys of `training.stages.PARTS`.
     n_visible: The number of keys that each query sees, of any shape.
     sparse: Whether attention is to selected keys.
+    form: The form of sparse attention: that of rows, or 'mha' where other keys are masked.
   """
   backbone, indexer = 'backbone' in trains, 'indexer' in trains
   limits = np.inf, cfg.index_topk, cfg.sliding_window
@@ -77,7 +83,7 @@ def training_flops(
     weights += last + 2 * cfg.dim * (2 * cfg.dim + cfg.vocab_size)
   n_windows, n_indexers = len(cfg.window_layers), len(cfg.full_layers) + cfg.n_mtp_layers
   heads = (cfg.n_layers + cfg.n_mtp_layers - n_windows) * mha_flops(cfg)
-  rows = all_row_flops(cfg) + cfg.n_mtp_layers * row_flops(cfg)
+  rows = heads if form == 'mha' else all_row_flops(cfg) + cfg.n_mtp_layers * row_flops(cfg)
   pairs = rows * chosen if sparse else heads * seen
   pairs += n_windows * mha_flops(cfg.of_windows) * near
   flops = (3 if backbone else 1) * (np.size(n_visible) * weights + pairs)

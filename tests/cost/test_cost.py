@@ -244,6 +244,9 @@ def test_training_is_three_forward_passes_of_what_learns():
   learns = 3 * (weights + sparse - index)
   scores = index + 3 * chosen * work.index_flops(V32)
   assert of('backbone', 'indexer') == pytest.approx(learns + 2 * index_products + scores)
+  masked = cost.training_flops(V32, ('backbone', 'indexer'), visible, sparse=True, form='mha') / n
+  fewer = 3 * chosen * (work.row_flops(V32) - work.mha_flops(V32))  # Of the same pairs.
+  assert masked == pytest.approx(of('backbone', 'indexer') - fewer)
 
 
 def test_an_mtp_layer_costs_a_layer_a_projection_and_a_head():
