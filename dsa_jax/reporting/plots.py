@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import functools
 import io
 import itertools
+import logging
 import math
 import os
 import pathlib
@@ -124,7 +125,10 @@ def smooth(values: np.ndarray, windows: int = 20) -> np.ndarray:
 
 
 def draw(workdir: pathlib.Path, results: Mapping[str, Any], curves: Curves) -> list[str]:
-  """Draws what there is data for and returns the names of these files."""
+  """Draws what there is data for and returns the names of these files.
+
+  A picture that cannot be drawn is logged, and costs nobody the numbers.
+  """
   import matplotlib  # Here, because it is slow to import.
   from matplotlib import figure as mpl_figure
 
@@ -135,11 +139,15 @@ def draw(workdir: pathlib.Path, results: Mapping[str, Any], curves: Curves) -> l
   with matplotlib.rc_context(RC | {'axes.prop_cycle': cycle}):
     for name, draw in figures.items():
       (workdir / name).unlink(missing_ok=True)
-      figure = mpl_figure.Figure(dpi=150, layout='constrained')
-      draw(figure, results, curves)
-      if figure.get_axes():
-        png = io.BytesIO()
-        figure.savefig(png, format='png')
+      figure, png = mpl_figure.Figure(dpi=150, layout='constrained'), io.BytesIO()
+      try:
+        draw(figure, results, curves)
+        if figure.get_axes():
+          figure.savefig(png, format='png')
+      except Exception:  # Whatever matplotlib raises.
+        logging.exception(f'{name} could not be drawn.')
+        continue
+      if png.getvalue():
         replace_bytes(workdir / name, png.getvalue())
         drawn.append(name)
   return drawn

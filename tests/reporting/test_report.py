@@ -218,6 +218,17 @@ def test_without_metrics_or_baseline(tmp_path):
   assert not (tmp_path / 'training.png').exists()
 
 
+def test_a_picture_that_cannot_be_drawn_costs_no_number(tmp_path, monkeypatch, caplog):
+  def fail(*_):
+    raise RuntimeError('no room for the legend')
+
+  monkeypatch.setattr(plots, '_overview', fail)
+  report.write_report(tmp_path, full_results(), rich.console.Console(file=io.StringIO()))
+  assert json.loads((tmp_path / 'report.json').read_text())['validation_bits'] == BITS
+  assert not (tmp_path / 'overview.png').exists() and 'overview.png' not in (tmp_path / 'report.md').read_text()
+  assert 'overview.png could not be drawn' in caplog.text and 'no room for the legend' in caplog.text
+
+
 def test_accuracy_is_the_main_number(tmp_path):
   results = full_results()
   results['accuracy'] = {'dense_baseline': 0.98, 'sparse': 0.9702, 'window_sinks': 0.049}
