@@ -77,7 +77,7 @@ def parse():
   parser.add_argument('--sizes', type=int, nargs='+', help='keys; 32K by default')
   parser.add_argument('--models', nargs='+', choices=[*HEADS, *GROUPED])
   parser.add_argument('--ops', nargs='+', help="all of the chips' but baselines by default")
-  parser.add_argument('--all', action='store_true', help='4K, 32K and 128K keys, both models')
+  parser.add_argument('--all', action='store_true', help='also 4K and 128K keys, where --sizes names none')
   parser.add_argument('--check', action='store_true', help=f'fail where worse than in {FOLDER}')
   parser.add_argument('--part', type=part, metavar='K/N', help='see above')
   parser.add_argument('--json', type=pathlib.Path, help='also put the rows there, among others')
@@ -99,11 +99,9 @@ def part(text: str) -> tuple[int, int]:
 
 def models_and_sizes(args) -> list[tuple[str, int]]:
   """Returns the models and sizes to compile at."""
-  if args.all:
-    return [(model, size) for model in HEADS for size in (4096, 32_768, 131_072)]
-  if not (args.models or args.sizes):
+  if not (args.models or args.sizes or args.all):
     return DEFAULT
-  sizes = args.sizes or [32_768]
+  sizes = args.sizes or ([4096, 32_768, 131_072] if args.all else [32_768])
   return [(model, size) for model in args.models or HEADS for size in sizes]
 
 
