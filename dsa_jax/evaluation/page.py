@@ -246,7 +246,8 @@ def _markdown(results: Mapping[str, Any], drawn: Sequence[str]) -> str:
   parts = [
       '# Dense and sparse',
       f'{where}: {results["targets"]:,} targets in {settings["rows"]} rows of'
-      f' {results["context"]:,} tokens. {results["machine"]}, {results["date"]} ({versions}).'
+      f' {results["context"]:,} tokens, whose queries see {results["seen"]["mean"]:,.0f} tokens on average and'
+      f' {results["seen"]["most"]:,} at most. {results["machine"]}, {results["date"]} ({versions}).'
       f' {settings["batch_size"]} rows at a time{_devices(settings["mesh"])} took {memory}.',
   ]
   parts += [] if results['has_trained_indexer'] else [NOT_TRAINED]

@@ -48,6 +48,7 @@ def collect(
       'window_layers': list(subject.cfg.window_layers),
       'context': context,
       'targets': len(n_visible),
+      'seen': {'mean': float(n_visible.mean()), 'most': int(n_visible.max())},  # Tokens, by their queries.
       'unit': subject.data.unit,
       'bytes_per_target': length,
       'arms': {n: _numbers(arms[n], scored[n], scored['dense'], length) for n in arms},

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The compile report reads schedules as they are, and notices what got worse."""
 
+import argparse
 import json
 import pathlib
 import subprocess
@@ -213,6 +214,13 @@ def test_an_aborted_compiler_leaves_a_row_for_each_op(monkeypatch):
   fine, lost = compile_report.rows_of(args, ('v6e', 'v32', 4096))
   assert 'error' not in fine
   assert lost['op'] == 'sparse_attention_forward' and 'Check failed: x' in lost['error']
+
+
+def test_all_sizes_are_of_the_models_that_are_named():
+  named = lambda **given: compile_report.models_and_sizes(argparse.Namespace(**({'all': True, 'models': None, 'sizes': None} | given)))
+  assert named(models=['v32']) == [('v32', 4096), ('v32', 32_768), ('v32', 131_072)]
+  assert named(models=['glm5'], sizes=[4096]) == [('glm5', 4096)]
+  assert len(named()) == 6 and len(named(all=False)) == 2
 
 
 @pytest.mark.parametrize('series, sizes', [('0.10', ['--all']), ('0.12', [])])

@@ -63,6 +63,8 @@ def test_dense_beside_sparse(place, tmp_path, monkeypatch, capsys, caplog):
   assert list(results['arms']) == ['dense', 'indexer@16', 'window_sinks@16']
   assert 'training reads' not in caplog.text  # Nothing is trained.
   assert results['context'] == 48 and results['targets'] == 4 * 48
+  assert results['seen'] == {'mean': 24.5, 'most': 48}
+  assert 'queries see 24 tokens on average and 48 at most' in (out / 'evaluate.md').read_text()
   dense = results['arms']['dense']
   np.testing.assert_allclose(dense['bits_per_byte'], dense['nats_per_token'] / math.log(2))
   for name in 'indexer@16', 'window_sinks@16':
