@@ -550,6 +550,16 @@ def warmup_trains_everything(patch):
   patch.setitem(stages.STAGES, 'warmup', stages.Stage(('dense',), ('indexer', 'backbone')))
 
 
+ALL = {id(check): check for _, checks in MISTAKES.values() for check in checks}
+GOLDEN = [check for check in ALL.values() if not getattr(check, 'func', check).__name__.startswith('law_')]
+
+
+@pytest.mark.parametrize('check', GOLDEN)
+def test_without_a_mistake(check):
+  """A check that fails anyway catches nothing. Laws have tests of their own."""
+  check()
+
+
 @pytest.mark.parametrize('check', [sparse, dense], ids=['sparse', 'dense'])
 def test_loss_by_hand_is_no_mistake(check, monkeypatch):
   kl_as_it_is(monkeypatch)

@@ -114,7 +114,8 @@ class Rows:
     if not n_bytes.all():
       return math.nan, int(n_targets.sum())
     read = lambda begin, end: self.stream.read(int(begin), int(end - begin)).tolist()
-    size = lambda begin, end: len(decode(read(begin, end)).encode())
+    # Decoders write U+FFFD for each byte of a character that is cut.
+    size = lambda begin, end: len(decode(read(begin, end)).replace('\ufffd', '?').encode())
     of_whole = functools.cache(lambda n, end: size(end - n + 1, end))
     shares = n_targets / (tokens - 1)
     for i in np.flatnonzero((shares < 1) & (tokens <= DECODED)) if decode else ():

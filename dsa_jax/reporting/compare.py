@@ -164,7 +164,8 @@ def draw_curves(groups: Sequence[Group], path: pathlib.Path):
   with matplotlib.rc_context(plots.RC):
     columns = min(len(panels), 4)
     n_rows = -(-len(panels) // columns)
-    figure = mpl_figure.Figure(figsize=(4 * columns, 3.2 * n_rows + 0.5), dpi=150, layout='constrained')
+    height = 3.2 * n_rows + 0.3 + 0.22 * len(groups)  # With a line of the legend for each group.
+    figure = mpl_figure.Figure(figsize=(4 * columns, height), dpi=150, layout='constrained')
     for i, (name, entry) in enumerate(panels):
       axes = figure.add_subplot(n_rows, columns, i + 1, title=f'{entry}: {CURVES[name]}', xlabel='step')
       for k, group in enumerate(groups):

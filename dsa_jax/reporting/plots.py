@@ -53,7 +53,7 @@ SELECTION_PANELS = {
 }
 RC = {
     'figure.constrained_layout.h_pad': 0.08, 'figure.constrained_layout.w_pad': 0.08,
-    'font.size': 10, 'axes.titlesize': 10.5, 'axes.titlelocation': 'left',
+    'font.size': 10, 'text.parse_math': False, 'axes.titlesize': 10.5, 'axes.titlelocation': 'left',
     'axes.spines.top': False, 'axes.spines.right': False, 'axes.edgecolor': '#888888',
     'axes.grid': True, 'axes.axisbelow': True, 'grid.color': '#e6e6e6', 'grid.linewidth': 0.7,
     'lines.linewidth': 1.6, 'legend.frameon': False, 'xtick.color': '#444444',

@@ -173,6 +173,9 @@ def test_a_part_of_a_document_has_the_bytes_of_its_own_text(tmp_path):
   assert [n for _, n in known] == [32, 32, 6]  # Targets. The first 40 of 70 are of one byte, of 100.
   np.testing.assert_allclose([n_bytes for n_bytes, _ in known], [70 * x / 100 for x in (32, 8 + 48, 12)])
   np.testing.assert_allclose([rows.text_of([i])[0] for i in range(3)], [32, 32, 6])
+  # As tokenizers of bytes do with what begins or ends within a character: one mark for each byte.
+  cut = lambda ids: '\ufffd' * len(ids) if len(ids) < 70 else 'x' * len(ids)
+  np.testing.assert_allclose([rows.text_of([i], cut)[0] for i in range(3)], [32, 32, 6])
 
 
 def test_a_folder_of_another_tokenizer_is_refused(tmp_path):

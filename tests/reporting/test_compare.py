@@ -91,6 +91,15 @@ def test_every_run_is_in_the_legend_and_rules_of_ones_own_look_unlike():
   assert len(looks) == 3
 
 
+@pytest.mark.filterwarnings('error')
+def test_many_runs_leave_room_for_their_curves(tmp_path):
+  """And a dollar in a path is no formula."""
+  runs = [save_run(tmp_path / f'run{i}', 2.1, **{'model.rope_theta': 10.0 + i, 'data.files': f'$A{i}$_$'}) for i in range(25)]
+  groups = comparison.group_runs([comparison.read_run(run) for run in runs])
+  comparison.draw_curves(groups, tmp_path / 'compare.png')
+  assert len(groups) == 25 and (tmp_path / 'compare.png').stat().st_size > 10_000
+
+
 def test_seeds_that_decided_nothing_are_told(runs, tmp_path):
   several = [*runs[:3:2], save_run(tmp_path / 'c', 2.3, seed=2)]
   groups = comparison.group_runs([comparison.read_run(run) for run in several])

@@ -93,7 +93,7 @@ def test_a_rule_that_takes_a_name_over_is_compiled_anew(change):
   n = lambda value: lambda c: jnp.full((1, 1, 1), value, jnp.int32)
   selected = jax.jit(lambda: find_rule('mine')(make_candidates('xla', topk=1)))
   RULES['mine'] = n(1)
-  try:
+  with laws.compiled():
     assert selected() == 1
     if change == 'update':
       RULES.update(mine=n(2))
@@ -102,8 +102,7 @@ def test_a_rule_that_takes_a_name_over_is_compiled_anew(change):
         del RULES['mine']
       RULES['mine'] = n(2)
     assert selected() == 2
-  finally:
-    del RULES['mine']
+  del RULES['mine']
 
 
 def test_rules_differ():
