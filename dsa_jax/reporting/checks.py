@@ -19,8 +19,15 @@ class Verdict(NamedTuple):
 
 def verdicts(results: Mapping[str, Any], bars: Mapping[str, float]) -> list[dict[str, Any]]:
   """Returns the verdicts of all checks that have a bar."""
+  if never_acted(results):
+    return [Verdict(name, None, 'no query had to leave anything out')._asdict() for name in bars]
   judged = ((name, JUDGES[name](results, bar)) for name, bar in bars.items())
   return [(verdict or _not_judged(name))._asdict() for name, verdict in judged]
+
+
+def never_acted(results: Mapping[str, Any]) -> bool:
+  """Returns whether no query saw more than it may select, so that nothing tells sparse from dense."""
+  return results.get('left_out') == 0 and 'sparse' in results['validation_bits']
 
 
 def _not_judged(name: str) -> Verdict:

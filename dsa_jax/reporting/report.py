@@ -13,6 +13,7 @@ import rich.console
 import rich.table
 
 from dsa_jax.reporting import metrics, plots
+from dsa_jax.reporting.checks import never_acted
 
 TITLES = {
     'overview.png': 'The result in one picture',
@@ -65,6 +66,10 @@ DOCUMENTS_CAPTION = (
 SAMPLE_CAPTION = (
     ' Of {names}, which is tokenized while it is read, the table describes the first documents alone, and'
     ' the last columns count what all stages have left out, each time that they read it.'
+)
+NEVER_ACTED = (
+    'Selection never acted, because no query sees more tokens than it may select: what is called sparse is'
+    ' dense attention. Give longer documents, or a smaller model.index_topk.'
 )
 # Reasons why documents are left out, and what the report calls such documents.
 VERDICTS = {True: 'pass', False: 'FAIL', None: 'n/a'}
@@ -278,6 +283,11 @@ def _how_to_read(results: Mapping[str, Any]) -> str:
         else f'{dense} The baseline is that model, trained on, and what every row is compared with: for other'
         ' tokens than the sparse stage, so it is not a fair one.'
     )
+  elif {'dense_before', 'sparse'} <= names.keys():
+    sentences.append(
+        'Dense is the model that the sparse one started from. What this one has learned since and what'
+        ' sparse attention costs are one difference here: a dense baseline of as many tokens would tell them apart.'
+    )
   if 'sparse' in names:
     sentences.append(
         'The sparse rows are one trained model, in which a token attends to'
@@ -285,6 +295,8 @@ def _how_to_read(results: Mapping[str, Any]) -> str:
         ' selects them differs. The oracle selects by the true attention, which a real model cannot'
         ' know in advance.'
     )
+    if plots.is_number(left_out := results.get('left_out')):
+      sentences.append(NEVER_ACTED if never_acted(results) else f'{left_out:.0%} of the queries see more than that.')
   if results.get('bits_beyond_budget'):
     sentences.append(
         f'Beyond budget means bits only at positions that see more than {results["index_topk"]}'
@@ -336,6 +348,8 @@ def print_report(
   """Prints the main table, the checks, and where the report is."""
   console = console or rich.console.Console()
   print_table(console, results['title'], main_table(results))
+  if never_acted(results):
+    console.print(f'WARNING: {NEVER_ACTED}', style='bold red', markup=False, highlight=False)
   for check in results.get('checks') or []:
     console.print(f'{VERDICTS[check["passed"]]}  {check["name"]}: {check["detail"]}', markup=False, highlight=False)
   console.print(f'report: {workdir / "report.md"}', markup=False, highlight=False, soft_wrap=True)

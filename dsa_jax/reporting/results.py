@@ -112,6 +112,7 @@ def evaluate_recipe(run: Run) -> dict[str, Any]:
       'documents': recipe.data.about_documents(report.seq_len, data_states),
       'context': report.seq_len,
       'index_topk': recipe.model.index_topk,
+      'left_out': _left_out(run),
       'n_layers': recipe.model.n_layers,
       'window_layers': list(recipe.model.window_layers),
       'validation_bits': {n: s.bits() for n, s in scores.items()},
@@ -170,6 +171,12 @@ def _scores(run: Run) -> dict[str, Scores]:
     dense = evaluate(run.graph, run.params(recipe.teacher), run.data.report, modes.dense)
     return {'dense_before': dense} | scores
   return scores
+
+
+def _left_out(run: Run) -> float:
+  """Returns the share of the report's queries that see more than the budget."""
+  n_visible = np.concatenate([(x.end - x.start)[x.weights > 0] for x in run.data.report])
+  return float(np.mean(n_visible > run.recipe.model.index_topk))
 
 
 def _captured_mass(run: Run) -> list[dict[str, list[float]]]:

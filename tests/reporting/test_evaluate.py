@@ -83,6 +83,13 @@ def test_recall_is_judged_by_accuracy():
   assert judged(window_sinks=0.6) == [True, False]
 
 
+def test_nothing_is_judged_where_selection_never_acted():
+  bars = {name: 0.5 for name in JUDGES}
+  assert {v['passed'] for v in verdicts(results(left_out=0.0), bars)} == {None}
+  acted = [v['passed'] for v in verdicts(results(left_out=0.1), bars)]
+  assert acted == [v['passed'] for v in verdicts(results(), bars)] and True in acted
+
+
 def test_what_has_no_number_is_not_judged():
   nan = dict.fromkeys(results()['bits_beyond_budget'], math.nan)
   assert passed(results(bits_beyond_budget=nan), {'order_of_rules': 0.0}) == [None]

@@ -218,6 +218,14 @@ def test_without_metrics_or_baseline(tmp_path):
   assert not (tmp_path / 'training.png').exists()
 
 
+@pytest.mark.parametrize('left_out, words', [(0.0, 'Selection never acted, because no'), (0.25, '25% of the queries see more than that.')])
+def test_it_says_how_often_selection_acted(left_out, words, tmp_path):
+  results = full_results() | {'left_out': left_out}
+  report.write_report(tmp_path, results, rich.console.Console(file=(out := io.StringIO()), width=300))
+  assert words in (tmp_path / 'report.md').read_text()
+  assert ('WARNING: Selection never acted' in out.getvalue()) == (left_out == 0)
+
+
 def test_a_picture_that_cannot_be_drawn_costs_no_number(tmp_path, monkeypatch, caplog):
   def fail(*_):
     raise RuntimeError('no room for the legend')
