@@ -7,6 +7,7 @@ import math
 import os
 import pathlib
 import re
+import sys
 
 
 ATTENTION = 'mla', 'gqa'
@@ -48,6 +49,13 @@ def check_no_words(argv: Sequence[str]):
         f'{" ".join(argv[1:])!r} are words that no flag takes: a flag is --name=value, and a value with spaces '
         'needs quotes.'
     )
+
+
+def find_configs():
+  """Lets a config import the checkout's `configs`, which lie beside the package, from any folder."""
+  checkout = pathlib.Path(__file__).parents[1]
+  if (checkout / 'configs').is_dir() and str(checkout) not in sys.path:
+    sys.path.append(str(checkout))
 
 
 def user_cache(name: str) -> pathlib.Path:

@@ -18,7 +18,7 @@ import rich.box
 import rich.console
 import rich.table
 
-from dsa_jax.config import ConfigError, ModelConfig, check_no_words
+from dsa_jax.config import ConfigError, ModelConfig, check_no_words, find_configs
 from dsa_jax.cost.calls import cheaper_from, crossover, model_curve
 from dsa_jax.cost.chips import CHIPS
 from dsa_jax.cost.serving import Part, Serving, dollars_per_million, token_parts
@@ -36,6 +36,7 @@ def read_model(name: str) -> ModelConfig:
   """
   file, _, variant = name.partition(':')
   if pathlib.Path(file).is_file() and file.endswith('.py'):
+    find_configs()
     module = runpy.run_path(file)
     if 'get_config' not in module:
       raise ConfigError(f'--model={name}: {file} must have a function get_config, as files of configs/ do.')

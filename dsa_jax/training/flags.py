@@ -6,12 +6,15 @@ import traceback
 
 from absl import app
 
+from dsa_jax.config import find_configs
+
 
 def parse_flags(argv: list[str]) -> list[str]:
   """Returns what is no flag; a `--config.FIELD` that the config does not have ends in one line.
 
   An error in a file of configs keeps its traceback.
   """
+  find_configs()
   try:
     return app.parse_flags_with_usage(argv)
   except (AttributeError, IndexError, KeyError, TypeError) as error:
