@@ -3,11 +3,12 @@
 
 import dataclasses
 import pathlib
+import sys
 
 import pytest
 
 import dsa_jax
-from dsa_jax.config import ConfigError, ModelConfig, check_no_words, local_path
+from dsa_jax.config import ConfigError, ModelConfig, check_no_words, find_configs, local_path
 
 PACKAGE = pathlib.Path(dsa_jax.__file__).parent
 
@@ -121,6 +122,15 @@ def test_no_command_drops_words():
   commands = [path for path in PACKAGE.rglob('*.py') if 'app.run(main' in path.read_text()]
   assert len(commands) >= 7
   assert not [path for path in commands if 'def main(argv: list[str])' not in path.read_text()]
+
+
+def test_configs_are_found_from_any_folder(monkeypatch):
+  """An editable install puts the package on the path, and not the configs beside it."""
+  root = str(PACKAGE.parent)
+  monkeypatch.setattr(sys, 'path', [entry for entry in sys.path if entry not in ('', root)])
+  for _ in range(2):
+    find_configs()
+  assert sys.path.count(root) == 1
 
 
 def test_commands_of_configs_can_be_pasted():
