@@ -44,7 +44,9 @@ def _run(primitive, operation, impl, *args, **params):
     return impl(*args, **params)
   outs = _abstract(primitive, tuple(avals), tuple(params.items()))
   with np.errstate(all='ignore'):
-    arrays = [np.asarray(x, aval.dtype) for x, aval in zip(args, avals)]
+    # What is given as NumPy's own array is copied: it may change, and jax's must not.
+    arrays = [np.array(x, aval.dtype) if isinstance(x, np.ndarray) else np.asarray(x, aval.dtype)
+              for x, aval in zip(args, avals)]  # fmt: skip
     results = operation(*arrays, **params) if outs else NotImplemented
   if results is NotImplemented:
     return impl(*args, **params)

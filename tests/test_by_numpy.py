@@ -113,3 +113,11 @@ def test_xla_does_the_rest():
     assert lax.convert_element_type(jnp.float32(2.7), jnp.int32) == 2
     assert lax.div(jnp.int32(7), jnp.int32(0)) == -1
   assert lax.add_p.impl.args == (lax.add_p,)  # As before.
+
+
+def test_an_array_does_not_change_with_what_it_was_made_of():
+  with jax.disable_jit(), by_numpy.operations():
+    numbers = np.zeros(4096, np.float32)
+    copy = jnp.array(numbers)
+    numbers[:] = 7
+    assert not copy.any()

@@ -227,6 +227,7 @@ def test_a_selected_divergence_leaves_room_for_the_tiles_of_many_key_heads(vmem,
     of_key = plan.rows.bytes + plan.index_rows.bytes + plan.index_rows.sum_bytes * plan.adds
     shard, tiles = plan.keys.shards.stored * of_key, plan.keys.step_t * plan.keys.tile * of_key
     assert tiles <= 0.13 * vmem and shard + 2 * tiles <= vmem, (shard / vmem, tiles / vmem)
+    assert all(n >= 0 for kernel in plan.kernels().values() for _, n in kernel.loops)
 
 
 @pytest.mark.parametrize('size', SIZES, ids=str)

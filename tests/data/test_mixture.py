@@ -178,6 +178,22 @@ def test_a_part_of_a_document_has_the_bytes_of_its_own_text(tmp_path):
   np.testing.assert_allclose([rows.text_of([i], cut)[0] for i in range(3)], [32, 32, 6])
 
 
+@pytest.mark.parametrize('family', ['qwen', 'llama_2'])
+def test_bytes_are_shared_out_by_the_tokenizer(family, tmp_path):
+  """Words come first, of several bytes for each token, and then letters that it lacks, of one."""
+  FAMILIES[family][0]().save(str(tmp_path / 'tokenizer.json'))
+  (tmp_path / 'x.jsonl').write_text(json.dumps({'text': 'the tree of the house ' * 20 + '\u1000\u1005' * 60}) + '\n')
+  fields = {'format': 'jsonl', 'files': str(tmp_path / 'x.jsonl'), 'validation_files': str(tmp_path / 'x.jsonl')}
+  data = cases.mixture(tmp_path, {'x': fields}, tokenizer=str(tmp_path))
+  [rows] = data.rows(48, 'validation').sources
+  of_rows = [rows.text_of([i], data._tokenizer.decode) for i in range(len(rows))]
+  known = [n_bytes / n for n_bytes, n in of_rows if n]
+  assert known[0] > 1.05 * known[-1]
+  np.testing.assert_allclose(sum(n_bytes for n_bytes, _ in of_rows), rows.stream.about['bytes'].sum(), rtol=0.02)
+  [(_, first)] = first_rows(data.rows(48, 'validation'), 1, seed=0)
+  assert data.bytes_per_target(48, 1) == pytest.approx(of_rows[first][0] / of_rows[first][1])
+
+
 def test_a_folder_of_another_tokenizer_is_refused(tmp_path):
   texts = cases.documents(20)
   fields = cases.write(tmp_path, texts)['tokens']

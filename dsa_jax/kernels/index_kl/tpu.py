@@ -24,7 +24,7 @@ from dsa_jax.kernels.xla.rows import map_rows, scan_rows, whole_block
 
 TOP, TOTAL, MASS, ENTROPY, CROSS = range(5)  # The lane of each of a query's sums.
 SCORES_LSE, TARGET_MASS, DKL = range(3)  # The lane of each number that its gradient needs.
-BUFFERED = 0.1  # The part of VMEM that copied tiles may take, unless one line of slots takes more.
+BUFFERED = 0.106  # The part of VMEM that copied tiles may take, unless one line of slots takes more.
 FITTING = 0.995  # The part of a shard and of them twice, as they are copied and as they are read.
 
 

@@ -75,7 +75,7 @@ class ShardPlan:
     All queries of a step copy as many groups as the one that needs most.
     """
     n = self.shards.n
-    slots, group = self.n_slots / n, self.copied / self.step_t
+    slots, group = self.n_slots / n, math.gcd(max(self.copied // self.step_t, 1), self.tile)
     most = slots + math.sqrt(slots * (1 - 1 / n)) * self.shards.loose
     copied, all_groups = math.ceil(most / group), math.ceil(slots / self.tile) * self.tile / group
     return [(3, n * groups / self.step_t) for groups in (copied, all_groups - copied)]
