@@ -436,20 +436,20 @@ def test_a_programming_error_keeps_its_traceback(tmp_path, monkeypatch, capsys):
   monkeypatch.setattr(train, 'join_job', lambda: None)
   monkeypatch.setattr(train, 'train', fail)
   with pytest.raises(ValueError, match='broadcast'):
-    train.main(None)
+    train.main(['train'])
   monkeypatch.setattr(os, '_exit', mock.Mock(side_effect=SystemExit))
   kinds = {errno.ENOSPC: SystemExit, errno.ENOENT: FileNotFoundError, errno.EIO: SystemExit}
   for number, kind in kinds.items():
     monkeypatch.setattr(train, 'train', mock.Mock(side_effect=OSError(number, 'full', 'metrics.csv')))
     with pytest.raises(kind):
-      train.main(None)
+      train.main(['train'])
   lines = capsys.readouterr().err.splitlines()
   assert lines[0].startswith('error: metrics.csv could not be written: full. Make room')
   assert lines[1].startswith('error: metrics.csv: full. Start the same command again')
   monkeypatch.setattr(train, 'train', lambda config: check_workdir(config, tmp_path))
   (tmp_path / 'config.json').write_text('{')
   with pytest.raises(SystemExit, match='^error: .*config.json is no JSON'):
-    train.main(None)
+    train.main(['train'])
 
 
 @pytest.mark.parametrize('topk, want', [(8, 'sparse'), (32, 'masked')])

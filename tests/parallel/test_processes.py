@@ -162,7 +162,7 @@ def test_a_process_is_called_gone_only_where_it_is(message, gone, monkeypatch, c
   monkeypatch.setattr(train, 'train_all', fail)
   monkeypatch.setattr(jax, 'process_count', lambda: 2)
   monkeypatch.setattr(processes.os, '_exit', codes.append)
-  train.main(None)
+  train.main(['train'])
   shown = capsys.readouterr().err
   assert 'Traceback' in shown and message in shown and codes == [1]
   assert (processes.LOST in shown) == gone
