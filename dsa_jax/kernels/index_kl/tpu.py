@@ -100,7 +100,7 @@ def _plan(name, k, index_k, indices, vmem, blocks, *, adds) -> Plan:
 
 
 def _fit_tiles(blocks: BlockSizes, bytes_per_key: int, vmem: int) -> BlockSizes:
-  """Makes tiles short enough for wide rows, of many key heads; then has fewer queries side by side."""
+  """Makes tiles shorter where rows are wide, of many key heads; with fewer queries if a line is too long."""
   step_t = blocks.step_t
   while (most := int(BUFFERED * vmem) // (step_t * bytes_per_key)) < blocks.line and step_t > 1:
     step_t //= 2
