@@ -7,7 +7,6 @@ import math
 import os
 import pathlib
 import re
-import sys
 
 
 ATTENTION = 'mla', 'gqa'
@@ -40,22 +39,6 @@ def local_path(name: str | os.PathLike, what: str) -> pathlib.Path:
         f'{what}={text!r} must be a local path: mount the bucket (gcsfuse, mountpoint-s3), or copy it.'
     )
   return pathlib.Path(text).expanduser()
-
-
-def check_no_words(argv: Sequence[str]):
-  """Checks that a command line has flags only, such as `--name=value`; the first word is the program."""
-  if argv[1:]:
-    raise ConfigError(
-        f'{" ".join(argv[1:])!r} are words that no flag takes: a flag is --name=value, and a value with spaces '
-        'needs quotes.'
-    )
-
-
-def find_configs():
-  """Lets a config import the checkout's `configs`, which lie beside the package, from any folder."""
-  checkout = pathlib.Path(__file__).parents[1]
-  if (checkout / 'configs').is_dir() and str(checkout) not in sys.path:
-    sys.path.append(str(checkout))
 
 
 def user_cache(name: str) -> pathlib.Path:

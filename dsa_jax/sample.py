@@ -25,7 +25,8 @@ from absl import app, flags
 import jax
 import rich.console
 
-from dsa_jax.config import ConfigError, check_no_words, local_path
+from dsa_jax.command_line import check_no_words
+from dsa_jax.config import ConfigError, local_path
 from dsa_jax.data.chat import ChatTemplate, find_chat_template, prompt_of
 from dsa_jax.inference.batch_file import AnswerFile, Prompt, check_paths, moment_of, read_prompts
 from dsa_jax.inference.batching import size_of_batch

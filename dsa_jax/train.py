@@ -20,7 +20,8 @@ from ml_collections import ConfigDict, config_flags
 import numpy as np
 
 from dsa_jax.claims import claimed
-from dsa_jax.config import ConfigError, ModelConfig, check_no_words
+from dsa_jax.command_line import check_no_words
+from dsa_jax.config import ConfigError, ModelConfig
 from dsa_jax.cost import training_flops
 from dsa_jax.parallel.processes import (
     LOST,

@@ -22,9 +22,9 @@ def operations():
   """Within it, operations that run one by one are NumPy's."""
   before = {}
   for name, operation in OPERATIONS.items():
-    if primitive := primitive_of(name):
-      before[primitive] = primitive.impl
-      primitive.impl = functools.partial(_run, primitive, operation, primitive.impl)
+    primitive = primitive_of(name)
+    before[primitive] = primitive.impl
+    primitive.impl = functools.partial(_run, primitive, operation, primitive.impl)
   try:
     yield
   finally:
@@ -33,8 +33,8 @@ def operations():
 
 
 def primitive_of(name: str):
-  """Returns jax's primitive of this name, None where this jax has none."""
-  return getattr(lax, f'{name}_p', None) or getattr(internal, f'{name}_p', None)
+  """Returns jax's primitive of this name. `jax.lax` does not name all of them."""
+  return getattr(lax, f'{name}_p', None) or getattr(internal, f'{name}_p')
 
 
 def _run(primitive, operation, impl, *args, **params):

@@ -18,7 +18,8 @@ import rich.box
 import rich.console
 import rich.table
 
-from dsa_jax.config import ConfigError, ModelConfig, check_no_words, find_configs
+from dsa_jax.command_line import check_no_words, find_configs
+from dsa_jax.config import ConfigError, ModelConfig
 from dsa_jax.cost.calls import cheaper_from, crossover, model_curve
 from dsa_jax.cost.chips import CHIPS
 from dsa_jax.cost.serving import Part, Serving, dollars_per_million, token_parts
@@ -64,8 +65,8 @@ def paragraph(
 ) -> str:
   """Returns the answer in words."""
   said = [
-      f'Weights are in {FORMATS[serving.weights]}, stored keys in {FORMATS[serving.cache]}; a decode step takes'
-      f' {serving.queries} of the tokens of each of {serving.batch} sequences.'
+      f'Weights are in {FORMATS[serving.weights]}, stored keys in {FORMATS[serving.cache]}; a decode step has'
+      f' {serving.batch} x {serving.queries} tokens (sequences x tokens of each).'
   ]
   curves = {'dense': {}, 'sparse': {}}
   for phase in PHASES:

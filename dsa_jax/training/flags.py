@@ -6,7 +6,7 @@ import traceback
 
 from absl import app
 
-from dsa_jax.config import find_configs
+from dsa_jax.command_line import find_configs
 
 
 def parse_flags(argv: list[str]) -> list[str]:

@@ -589,7 +589,7 @@ def test_weights_of_two_bytes_are_read_and_multiplied_as_such():
     cost.Serving(weights='int4')
   serving = cost.Serving(weights='bf16', cache='bf16', queries=1, batch=8)
   text = cost_command.paragraph(V32, serving, 4096, price=2.0, output_share=0.1, hit_share=0.0)
-  wanted = 'Weights are in bfloat16, stored keys in bfloat16; a decode step takes 1 of the tokens of each of 8 sequences.'
+  wanted = 'Weights are in bfloat16, stored keys in bfloat16; a decode step has 8 x 1 tokens (sequences x tokens of each).'
   assert text.startswith(wanted)
 
 
