@@ -15,7 +15,7 @@ from dsa_jax.data.batch import Batch
 from dsa_jax.data.corpora.tokens import TokenStream
 from dsa_jax.data.seeds import check_seed
 
-PACKINGS = ('concat', 'best_fit')
+PACKINGS = ('concat', 'best_fit', 'full')
 WINDOW = 8192  # Pieces that are packed among each other.
 LOOKED_AT = 1000  # Rows.
 AT_ONCE = 2**20  # Documents that are looked at at one time.
@@ -27,7 +27,9 @@ class PackingConfig:
   """Which documents are read, and how they share rows."""
 
   # 'concat' lays documents end to end and cuts the stream into rows. 'best_fit' cuts only documents
-  # that are longer than a row, and puts the others together so that little space is left.
+  # that are longer than a row, and puts the others together so that little space is left. 'full'
+  # reads each row from one document, so every query sees as far as its row reaches, and leaves out
+  # what fills no row: shorter documents, and the ends of longer ones.
   packing: str = 'concat'
   min_tokens: int = 0  # Shorter documents are left out.
   max_tokens: int = 0  # Longer documents are left out; 0 sets no limit.
@@ -45,6 +47,18 @@ class PackingConfig:
     if self.max_tokens and self.max_tokens < self.min_tokens:
       raise ConfigError(f'{self.max_tokens=} must not be below {self.min_tokens=}.')
 
+  def of_rows(self, seq_len: int) -> 'PackingConfig':
+    """Returns which documents rows of `seq_len` tokens are made of."""
+    fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(PackingConfig)}
+    if self.packing == 'full':
+      if 0 < self.max_tokens < seq_len:
+        raise ConfigError(
+            f"packing='full' fills each row of {seq_len} tokens from one document, but "
+            f'max_tokens={self.max_tokens} leaves all such documents out.'
+        )
+      fields['min_tokens'] = max(self.min_tokens, seq_len)
+    return PackingConfig(**fields)
+
 
 class Pieces(NamedTuple):
   """Parts of documents that share a row, in their order."""
@@ -59,7 +73,7 @@ class Rows:
 
   Documents of a row do not see each other. A document that is cut goes on in another row as a new
   one, and no target is lost: that of the last token before a cut is the first one after it. The last
-  token of a document has no target.
+  token of a document has no target. 'full' leaves out what fills no row, and cuts nothing else.
   """
 
   def __init__(self, stream: TokenStream, documents: np.ndarray, seq_len: int, packing: str):
@@ -79,7 +93,8 @@ class Rows:
     first -= lengths
     first, self.lengths = first[documents], lengths[documents]  # Of the documents.
     del lengths  # Of millions of documents, each such array counts.
-    self.layout = (BestFit if packing == 'best_fit' else Concat)(first, self.lengths, seq_len)
+    layout = {'concat': Concat, 'best_fit': BestFit, 'full': Full}[packing]
+    self.layout = layout(first, self.lengths, seq_len)
 
   def __len__(self) -> int:
     return self.layout.n_rows
@@ -158,11 +173,12 @@ class Concat:
     for i in range(0, len(lengths), AT_ONCE):
       ends, n = self._ends[i : i + AT_ONCE], lengths[i : i + AT_ONCE]
       self.n_cut += int(np.sum((ends - n) // seq_len != (ends - 1) // seq_len))
-    self.n_rows = -(-int(self._ends[-1]) // seq_len)
+    self.n_tokens = int(self._ends[-1])
+    self.n_rows = -(-self.n_tokens // seq_len)
 
   def pieces(self, i: int) -> Pieces:
     begin = i * self._seq_len
-    end = min(begin + self._seq_len, int(self._ends[-1]))
+    end = min(begin + self._seq_len, self.n_tokens)
     a = int(np.searchsorted(self._ends, begin, side='right'))
     b = int(np.searchsorted(self._ends, end, side='left')) + 1
     ends = self._ends[a:b]
@@ -187,11 +203,25 @@ class BestFit:
       goes_on.append(np.array([row[-1][2] for row in rows]))
     self._at, self._n, self._goes_on = map(np.concatenate, (at, n, goes_on))
     self._rows = np.append(0, np.cumsum(np.concatenate(sizes)))
-    self.n_rows = len(self._goes_on)
+    self.n_rows, self.n_tokens = len(self._goes_on), int(self._n.sum())
 
   def pieces(self, i: int) -> Pieces:
     own = slice(self._rows[i], self._rows[i + 1])
     return Pieces(self._at[own], self._n[own], bool(self._goes_on[i]))
+
+
+class Full:
+  """Rows that one document fills each, in the order of the documents."""
+
+  def __init__(self, first: np.ndarray, lengths: np.ndarray, seq_len: int):
+    n = lengths // seq_len
+    self._at = np.repeat(first - seq_len * (np.cumsum(n) - n), n) + seq_len * np.arange(n.sum())
+    self._goes_on = self._at + seq_len < np.repeat(first + lengths, n)
+    self._seq_len, self.n_rows, self.n_tokens = seq_len, len(self._at), len(self._at) * seq_len
+    self.n_cut = int(np.sum(lengths > seq_len))
+
+  def pieces(self, i: int) -> Pieces:
+    return Pieces(self._at[i : i + 1], np.array([self._seq_len]), bool(self._goes_on[i]))
 
 
 def _pack(first: np.ndarray, lengths: np.ndarray, seq_len: int) -> list[list[tuple[int, int, bool]]]:
@@ -243,8 +273,8 @@ def choose(
     which = 'document of two tokens or more' if len(documents) else 'document'
     raise ConfigError(
         f'{stream.place} has no {which} for {split}, of {len(lengths)}: data.{validation_share=}, '
-        f'min_tokens={packing.min_tokens}, max_tokens={packing.max_tokens}. Give more documents, '
-        'another share, or validation files of their own.'
+        f'min_tokens={packing.min_tokens}, max_tokens={packing.max_tokens}, {packing.packing=}. Give '
+        'more or longer documents, another share, or validation files of their own.'
     )
   return repeat_long(documents, lengths, split, packing)
 
@@ -299,7 +329,7 @@ def about(rows: Rows) -> dict[str, Any]:
   seen = np.maximum(np.minimum(pieces[:, None], 2 * low - 1) - low + 1, 0).sum(axis=0)
   return {
       'documents': len(rows.lengths),
-      'tokens': int(rows.lengths.sum()),
+      'tokens': rows.layout.n_tokens,
       'rows': len(rows),
       'cut': rows.layout.n_cut,
       'filled': float(pieces.sum() / (len(sample) * rows.seq_len)),

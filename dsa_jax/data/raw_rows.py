@@ -159,8 +159,8 @@ class RawRows:
     return ConfigError(
         f'{self.source.files} has no document of two tokens or more for {self.split}: '
         f'data.validation_share={share}, min_tokens={packing.min_tokens}, '
-        f'max_tokens={packing.max_tokens}. Give more documents, another share, or validation '
-        'files of their own.'
+        f'max_tokens={packing.max_tokens}, {packing.packing=}. Give more or longer documents, another '
+        'share, or validation files of their own.'
     )
 
   def _cut(self, pieces: Sequence[Piece]) -> Iterator['_Texts']:

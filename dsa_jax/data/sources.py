@@ -179,7 +179,7 @@ class DataConfig(PackingConfig):
         continue
       known[name] = about(rows)
       stream, share = self._side(name, member, 'train')
-      by_length = count_left_out(stream, 'train', share, self.seed, self)
+      by_length = count_left_out(stream, 'train', share, self.seed, self.of_rows(seq_len))
       known[name]['left_out'] = dict(stream.left_out) | {'length': by_length}
     return known
 
@@ -299,10 +299,6 @@ class DataConfig(PackingConfig):
     key, share = self._key(name, member, split)
     return self._open(key), share
 
-  def _documents(self, name: str, member: 'Member', split: str) -> tuple[TokenStream, np.ndarray]:
-    stream, share = self._side(name, member, split)
-    return stream, choose(stream, split, share, self.seed, self)
-
   def _rows_of(self, name: str, member: 'Member', seq_len: int, split: str) -> Rows | RawRows:
     key = name, seq_len, split
     if self._is_raw(member.source) and key not in self._raw:
@@ -310,11 +306,12 @@ class DataConfig(PackingConfig):
       self._raw[key].first(1)  # So that a corpus that will not do says so at once.
     if key in self._raw:
       return self._raw[key]
-    return Rows(*self._documents(name, member, split), seq_len, self.packing)
+    stream, share = self._side(name, member, split)
+    documents = choose(stream, split, share, self.seed, self.of_rows(seq_len))
+    return Rows(stream, documents, seq_len, self.packing)
 
   def _raw_rows(self, name: str, member: 'Member', seq_len: int, split: str) -> RawRows:
     key, share = self._key(name, member, split)
-    names = [field.name for field in dataclasses.fields(PackingConfig)]
     return RawRows(
         source=self._keys[key],
         pieces=self._pieces(key),
@@ -325,7 +322,7 @@ class DataConfig(PackingConfig):
         split=split,
         validation_share=share,
         seed=self.seed,
-        packing=PackingConfig(**{name: getattr(self, name) for name in names}),
+        packing=self.of_rows(seq_len),
         seq_len=seq_len,
         window_bytes=max(raw_rows.WINDOW, raw_rows.WINDOW_ROWS * seq_len),
     )

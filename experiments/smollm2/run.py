@@ -89,9 +89,10 @@ def convert(variant: str):
 
 
 def held_out(context: int) -> tuple[str, ...]:
-  """Documents as long as a row, so that queries see as far as its tokens reach."""
+  """Documents as long as a row; beyond the length of training, each row is of one document."""
   files = (f'--files=texts/held_out/{source}.jsonl' for source in recipe.SOURCES)
-  return (*files, '--format=jsonl', '--packing=best_fit', f'--min_tokens={max(context, 2048)}')
+  packing = ('--packing=full',) if context > 2048 else ('--packing=best_fit', '--min_tokens=2048')
+  return (*files, '--format=jsonl', *packing)
 
 
 def evaluate(checkpoint: str, name: str, context: int, rows: int, options: tuple[str, ...]):
