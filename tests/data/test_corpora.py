@@ -16,6 +16,7 @@ import pytest
 
 from dsa_jax.config import ConfigError
 from dsa_jax.data.corpora import files, raw, tokens
+from dsa_jax.data.packing import PACKINGS
 
 TEXTS = cases.documents()
 
@@ -40,7 +41,7 @@ def assert_same(left, right):
       assert x.dtype == y.dtype
 
 
-@pytest.mark.parametrize('packing', ['concat', 'best_fit'])
+@pytest.mark.parametrize('packing', PACKINGS)
 def test_every_format_gives_the_same_rows(corpora, tmp_path, packing):
   by_format = {
       name: rows_of(tmp_path, fields, packing=packing, validation_share=0.0)

@@ -15,6 +15,7 @@ from dsa_jax.config import ConfigError
 from dsa_jax.data.corpora import tokenizing
 from dsa_jax.data.corpora.raw import Text
 from dsa_jax.data.corpus import changes
+from dsa_jax.data.packing import PACKINGS
 from dsa_jax.data.pipeline import first_batches, first_rows, make_iterator
 from dsa_jax.data.sources import DataConfig
 
@@ -131,7 +132,7 @@ def test_bytes_for_each_target_where_rows_are_filled_unlike(sources, tmp_path):
   assert data.bytes_per_target(33, 12) == pytest.approx(want, rel=0.06)  # And the share of the end.
 
 
-@pytest.mark.parametrize('packing', ['concat', 'best_fit'])
+@pytest.mark.parametrize('packing', PACKINGS)
 def test_bytes_for_each_target_are_those_of_the_rows_that_are_scored(packing, tmp_path):
   """Documents of all lengths have from one to nine bytes for each token, and some are cut."""
   rng = np.random.default_rng(0)

@@ -15,6 +15,7 @@ from dsa_jax.config import ConfigError
 from dsa_jax.data import pipeline, raw_rows, streaming
 from dsa_jax.data.batch import Batch
 from dsa_jax.data.corpora import raw
+from dsa_jax.data.packing import PACKINGS
 from dsa_jax.data.pipeline import first_batches, make_iterator
 from dsa_jax.data.raw_rows import Place
 from dsa_jax.data.sources import DataConfig
@@ -66,7 +67,7 @@ def documents_of(batches: list[Batch]) -> collections.Counter:
   return counts
 
 
-@pytest.mark.parametrize('packing', ['concat', 'best_fit'])
+@pytest.mark.parametrize('packing', PACKINGS)
 def test_one_window_has_the_rows_of_tokenizing_ahead(tmp_path, packing):
   fields = write_lines(tmp_path / 'a.jsonl', TEXTS)
   others = dict(packing=packing, min_tokens=20, long_tokens=200, long_times=2, validation_share=0.3)
