@@ -129,6 +129,14 @@ def lower_for(chip: str, f, *shapes: Any) -> jax.stages.Lowered:
     return jax.jit(f).lower(*jax.tree.map(put, shapes))
 
 
+def check_compiler(chip: str):
+  """Raises ValueError if a chip is not known, or its compiler is not installed."""
+  if chip in GPUS:
+    ptxas.toolkit()
+  else:
+    _checked(chip)
+
+
 def _checked(chip: str) -> Chip:
   if chip not in CHIPS:
     raise ValueError(f'{chip=} must be one of {(*CHIPS, *GPUS)}.')

@@ -45,7 +45,7 @@ from types import ModuleType
 import jax
 
 from dsa_jax.compile.cases import GROUPED, HEADS, Dims, Op
-from dsa_jax.compile.chips import CHIPS, GPUS, environment, lower_for, make_mesh
+from dsa_jax.compile.chips import CHIPS, GPUS, check_compiler, environment, lower_for, make_mesh
 from dsa_jax.compile.fingerprint import fingerprint
 from dsa_jax.versions import JAX_SERIES
 
@@ -59,6 +59,11 @@ def main():
   committed = read_committed(args.chips) if args.check else []
   if args.worker:
     return work(args, committed)
+  try:
+    for chip in args.chips:
+      check_compiler(chip)
+  except ValueError as error:
+    sys.exit(f'error: {error}')
   jobs = [(chip, *case) for chip in args.chips for case in models_and_sizes(args)]
   with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
     rows = sum(pool.map(functools.partial(rows_of, args), jobs), [])
@@ -72,7 +77,7 @@ def main():
 
 
 def parse():
-  parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
+  parser = argparse.ArgumentParser('python -m dsa_jax.compile', description=__doc__.split('\n')[0])
   parser.add_argument('--chips', nargs='+', default=list(CHIPS), choices=[*CHIPS, *GPUS])
   parser.add_argument('--sizes', type=int, nargs='+', help='keys; 32K by default')
   parser.add_argument('--models', nargs='+', choices=[*HEADS, *GROUPED])

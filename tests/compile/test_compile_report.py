@@ -252,11 +252,24 @@ def test_says_that_nothing_was_committed_for_this_jax(monkeypatch):
     compile_report.read_committed(['h200'])
 
 
-@pytest.mark.parametrize('wrong', ['--chips=v9', '--ops=x', '--models=x', '--sizes=x', '--part=6/5'])
-def test_refuses_what_it_does_not_know(wrong, monkeypatch):
+@pytest.mark.parametrize(
+    'wrong, message',
+    [
+        ('--chips=v9', "invalid choice: 'v9'"),
+        ('--ops=x', "--ops: ['x'] must be among"),
+        ('--models=x', "invalid choice: 'x'"),
+        ('--sizes=x', "invalid int value: 'x'"),
+        ('--part=6/5', "invalid part value: '6/5'"),
+        ('--chips=v6e', 'error: libtpu is not installed: pip install'),
+        ('--chips=h200', 'error: ptxas and nvdisasm are not installed: pip install'),
+    ],
+)
+def test_refuses_what_it_does_not_know_or_have(wrong, message, monkeypatch, capsys):
+  monkeypatch.setattr(targets.importlib.util, 'find_spec', lambda name: None)
   monkeypatch.setattr(sys, 'argv', ['compile_report', wrong])
-  with pytest.raises(SystemExit):
+  with pytest.raises(SystemExit) as exit:
     compile_report.main()
+  assert message in f'{exit.value} {capsys.readouterr().err}'
 
 
 def test_says_what_is_wrong(tmp_path, monkeypatch):

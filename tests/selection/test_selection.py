@@ -151,6 +151,10 @@ def test_window_sinks_by_hand():
   np.testing.assert_array_equal(indices[1, 28], [-1] * 5)
   indices = choose('window_sinks', topk=3)
   np.testing.assert_array_equal(indices[0, 16], [14, 15, 16])
+  indices = choose('window_sinks', topk=4)
+  np.testing.assert_array_equal(indices[0, 16], [0, 14, 15, 16])
+  indices = choose('window_sinks', topk=9)  # Two of them.
+  np.testing.assert_array_equal(indices[0, 16], [0, 1, 10, 11, 12, 13, 14, 15, 16])
 
 
 def test_random_goes_by_position():
@@ -161,12 +165,23 @@ def test_random_goes_by_position():
   np.testing.assert_array_equal(RULES['random'](piece), choose('random')[:, 9:14])
 
 
+def test_random_goes_by_the_row():
+  """Rows of the same lengths differ, and each goes by its number in the batch, wherever it lies."""
+  c = make_candidates()
+  same = c._replace(start=c.start[:1].repeat(2, 0), end=c.end[:1].repeat(2, 0))
+  first, second = np.asarray(RULES['random'](same))
+  assert (first != second).any()
+  swapped = np.asarray(RULES['random'](same._replace(row=jnp.array([1, 0]))))
+  np.testing.assert_array_equal(swapped, [second, first])
+
+
 def test_random_goes_by_its_key():
   a, b = choose('random', key=0), choose('random', key=1)
   assert (a != b).any()
   few = np.asarray(make_candidates().end - make_candidates().start) <= K
   np.testing.assert_array_equal(a[few], b[few])
-  first = np.stack([choose('random', key=key)[0, 16] for key in range(30)])
+  zeros = jnp.zeros((30, 1), jnp.int32)  # A query of each of 30 rows.
+  first = np.asarray(RULES['random'](make_candidates()._replace(start=zeros, end=zeros + 17)))
   count = np.bincount(first.ravel(), minlength=17)
   assert count.min() > 0 and count.max() < 25, count  # 150 draws from 17 keys.
 
