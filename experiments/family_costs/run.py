@@ -111,9 +111,10 @@ def draw(models: dict, path: pathlib.Path):
       bars = ax.bar(at, ratios, 0.36, label=f'{context} tokens')
       shares = [x['contexts'][context][phase]['scoring'] for x in models.values()]
       ax.bar_label(bars, [f'{share:.0%}' for share in shares], fontsize=7)
-    ax.set_xticks(range(len(models)), list(models), fontsize=8)
+    ax.set_xticks(range(len(models)), list(models), fontsize=8, rotation=20, ha='right')
     ax.set_title(f'{phase}: dense / sparse; labels: share of scoring and selecting', fontsize=9)
     ax.set_yscale('log')
+    ax.yaxis.set_major_formatter('{x:g}')
     ax.axhline(1, color='grey', linewidth=0.8)
   figure.legend(*axes[0].get_legend_handles_labels(), loc='outside lower center', ncols=2, fontsize=8)
   figure.savefig(path, dpi=130)

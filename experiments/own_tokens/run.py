@@ -57,7 +57,7 @@ print(json.dumps([len(order) * seq_len / seconds, int(peak) / 1024, int(anonymou
 
 
 STREAM = """
-import json, pathlib, re, resource, sys, time
+import json, multiprocessing, pathlib, re, resource, sys, time
 from dsa_jax.data.sources import DataConfig
 from dsa_jax.data.pipeline import make_iterator
 files, tokenizer, seq_len = sys.argv[1], sys.argv[2], int(sys.argv[3])
@@ -74,7 +74,10 @@ while iterator.get_state()['epoch'] == 0:
   next(iterator)
   n += 1
 seconds = time.perf_counter() - began
+workers = multiprocessing.active_children()
 iterator.close()
+for worker in workers:
+  worker.join()
 peak = re.search(r'VmHWM:\\s+(\\d+)', pathlib.Path('/proc/self/status').read_text())[1]
 child = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
 print(json.dumps([first, seconds, n * 8 * seq_len / seconds, int(peak) / 1024, child / 1024]))
@@ -83,6 +86,8 @@ print(json.dumps([first, seconds, n * 8 * seq_len / seconds, int(peak) / 1024, c
 
 def main():
   folder = pathlib.Path(sys.argv[1] if len(sys.argv) > 1 else tempfile.mkdtemp())
+  if folder.exists() and any(folder.iterdir()):
+    sys.exit(f'error: {folder} must be empty: what an earlier run left there would be measured, too.')
   texts = corpus()
   tokenizer = train(texts)
   (folder / 'tokenizer').mkdir(parents=True)
