@@ -3,7 +3,7 @@
 """Runs what is slow by nature: the parts whose files have changed, and one part in turn.
 
 python .ci/nightly.py               # what is due
-python .ci/nightly.py --minutes=8   # what is due, as far as it fits; the rest comes first next time
+python .ci/nightly.py --minutes=6   # what is due, as far as it fits; the rest comes first next time
 python .ci/nightly.py --all         # everything
 python .ci/nightly.py --list        # says what is due, and why, and runs nothing
 python .ci/nightly.py --turn=40     # the number of this run, from 1 to 40 and again
@@ -12,7 +12,8 @@ A part is due where this machine has never seen it pass, where its files have ch
 commit at which it last passed here, and where it has sat out four runs. A fifth of the parts runs
 each time, those that have sat out longest first. So each part runs at least once in five runs, if
 the minutes are at least a fifth of what all parts take. What this machine has seen is kept in the
-user's cache folder.
+user's cache folder. A machine that has seen nothing begins with another part each hour, so that new
+machines, too, come to all of them.
 """
 
 import argparse
@@ -171,7 +172,8 @@ def remember(seen: dict):
 def due_parts(seen: dict) -> dict[str, str]:
   """Returns the parts to run, each with the reason; those that have sat out longest come first."""
   sat_out = lambda name: seen[name]['sat_out'] if name in seen else float('inf')
-  in_turn = sorted(PARTS, key=sat_out, reverse=True)
+  first = int(time.time() / 3600) % len(PARTS)
+  in_turn = sorted([*PARTS][first:] + [*PARTS][:first], key=sat_out, reverse=True)
   reasons = {name: reason(seen.get(name), PARTS[name]) for name in in_turn}
   n_due = sum(map(bool, reasons.values()))
   fair_share = -(-len(PARTS) // (SITS_OUT + 1))

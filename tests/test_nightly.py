@@ -63,6 +63,7 @@ class Repository:
     monkeypatch.setattr(nightly, 'PARTS', {name: nightly.Part((f'{name}.py',), ()) for name in names})
     monkeypatch.setattr(nightly, 'run', self._pass_test)
     monkeypatch.setattr(nightly.time, 'monotonic', lambda: self._clock)
+    monkeypatch.setattr(nightly.time, 'time', lambda: 0.0)  # The hour at which a first run begins at the first part.
     self._clock, self._monkeypatch = 0, monkeypatch
     self._git('init')
     for name in names:
@@ -109,6 +110,17 @@ def test_each_part_runs_once_in_five_runs_and_where_its_files_change(nightly, tm
   for first in range(len(repository.ran) - 4):
     assert set(''.join(repository.ran[first : first + 5])) == set('abcdefg'), (first, repository.ran)
   assert max(map(len, repository.ran[3:])) <= 3
+
+
+@needs_git
+def test_new_machines_begin_with_other_parts(nightly, tmp_path, monkeypatch):
+  repository = Repository(nightly, tmp_path, monkeypatch, 'abcdefg')
+  repository.seconds = 120
+  for hour in range(7):
+    monkeypatch.setattr(nightly.time, 'time', lambda hour=hour: 3600.0 * hour)
+    nightly.SEEN.unlink(missing_ok=True)
+    repository.run('--minutes=7')  # Nothing is known of others, so one alone is sure to fit.
+  assert sorted(x[0] for x in repository.ran) == sorted('abcdefg')
 
 
 @needs_git
