@@ -48,7 +48,7 @@ from dsa_jax.training.checkpoint import (
 )
 from dsa_jax.training.compilation_cache import compilation_cache
 from dsa_jax.training.flags import parse_flags
-from dsa_jax.training.origin import is_below, keep_origin, keep_starts, keep_tokenizer
+from dsa_jax.training.origin import Start, is_below, keep_origin, keep_starts, keep_tokenizer
 from dsa_jax.training.recipe import Recipe, read_recipe
 from dsa_jax.training.run import Run, open_run
 from dsa_jax.training.state import TrainState, abstract_params
@@ -82,34 +82,40 @@ def train_all(config: ConfigDict):
   """Trains a config, or every run of its sweep, which it then compares."""
   configs = sweep_configs(config)
   workdirs = [pathlib.Path(one.workdir).expanduser() for one in configs]
-  for i, one in enumerate(configs if len(configs) > 1 else []):
-    check(one, workdirs[:i])
+  starts = [check(one, workdirs[:i]) for i, one in enumerate(configs if len(configs) > 1 else [])]
+  for workdir, of_run in zip(workdirs, starts):
+    if is_first() and of_run:  # All runs have the same teachers, although those may go on meanwhile.
+      keep_starts(workdir, of_run)
   for one in configs:
     train(one)
   if len(configs) > 1 and is_first():
     print_table(group_runs([read_run(workdir) for workdir in workdirs]))
 
 
-def check(config: ConfigDict, before: Sequence[pathlib.Path] = ()):
+def check(config: ConfigDict, before: Sequence[pathlib.Path] = ()) -> dict[pathlib.Path, Start]:
   """Looks at all that a run needs, so that none of several fails after others have been trained.
 
   Args:
     config: Its config.
     before: The workdirs of the runs that are trained before it, whose checkpoints may not exist yet.
 
+  Returns:
+    The steps of other runs that it starts from, as far as they are known, but for a run that has ended.
+
   Raises:
     ConfigError: The config, the data or the workdir will not do.
   """
   if waits_for_tokenizer(config, before):
-    return
+    return {}
   recipe = read_recipe(config)
   check_workdir(config, recipe.workdir)
   if jax.process_count() == 1 and kept_results(recipe):
-    return
+    return {}
   run, files = open_run(recipe, before), recipe.data.describe()
   for batches in run.data.train.values():
     batches.close()
   check_data(files, recipe.workdir, recipe.on_changed_data)
+  return run.starts
 
 
 def waits_for_tokenizer(config: ConfigDict, before: Sequence[pathlib.Path]) -> bool:

@@ -89,6 +89,7 @@ def find_starts(recipe: Recipe, before: Sequence[pathlib.Path] = ()) -> dict[pat
 def keep_starts(workdir: pathlib.Path, starts: Mapping[pathlib.Path, Start]):
   """Writes down the steps that a run starts from."""
   known = {str(folder.resolve()): (str(start.step), start.weights) for folder, start in starts.items()}
+  workdir.mkdir(parents=True, exist_ok=True)
   fresh = workdir / f'{STARTS}.tmp'
   fresh.write_text(json.dumps(known, indent=2))
   fresh.replace(workdir / STARTS)

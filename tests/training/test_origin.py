@@ -10,6 +10,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from configs import base
+from dsa_jax import train
 from dsa_jax.config import ConfigError, ModelConfig
 from dsa_jax.data.text import BOS
 from dsa_jax.data.tokenizer import Bytes, find_tokenizer, open_tokenizer
@@ -20,8 +21,12 @@ from dsa_jax.training.recipe import read_recipe
 from dsa_jax.training.state import abstract_params
 
 
-def recipe_from(old_run, folder, init_from, **changes):
-  """Returns a recipe of one warm-up, with the model of the old run but for the changes."""
+def recipe_from(*args, **changes):
+  return read_recipe(config_from(*args, **changes))
+
+
+def config_from(old_run, folder, init_from, **changes):
+  """Returns the config of one warm-up, with the model of the old run but for the changes."""
   config, old = base.get_config(), json.loads((old_run / 'config.json').read_text())
   for name in ('data', 'model'):
     config[name].update(old[name])
@@ -30,7 +35,7 @@ def recipe_from(old_run, folder, init_from, **changes):
   config.report.update(seq_len=64)
   with config.unlocked():
     config.update_from_flattened_dict(changes)
-  return read_recipe(config)
+  return config
 
 
 def check(recipe):
@@ -71,7 +76,6 @@ def test_all_entries_start_from_the_step_that_was_there_as_the_run_began(old_run
   assert [(folder, start.step) for folder, start in starts.items()] == [(source, step.resolve())]
   later = source / str(int(step.name) + 1)
   shutil.copytree(step, later)  # The other run goes on.
-  new.mkdir()
   keep_starts(new, starts)
   assert find_starts(recipe) == starts
   goes_on = recipe_from(old_run, new, source, on_changed_data='go_on')
@@ -84,6 +88,24 @@ def test_all_entries_start_from_the_step_that_was_there_as_the_run_began(old_run
   for ask in (lambda: start.params(like), lambda: find_starts(recipe)):  # Before a step is trained, too.
     with pytest.raises(ConfigError, match=f'{step.name}, which this run starts from, is gone'):
       ask()
+
+
+def test_all_runs_of_a_sweep_start_from_the_step_that_was_there_as_it_began(old_run, tmp_path, monkeypatch):
+  source, steps = old_run / 'checkpoints' / 'dense', []
+  [step] = [path for path in source.iterdir() if path.name.isdigit()]
+
+  def train_one(config):
+    [start] = find_starts(read_recipe(config)).values()
+    steps.append(start.step.name)
+    shutil.copytree(step, source / str(int(step.name) + len(steps)))  # The other run goes on.
+
+  monkeypatch.setattr(train, 'train', train_one)
+  for name in 'read_run', 'group_runs', 'print_table':
+    monkeypatch.setattr(train, name, lambda _: None)
+  config = config_from(old_run, tmp_path / 'new', source)
+  config.sweep = tuple({'stages.warmup.data_seed': seed} for seed in (3, 4, 5))
+  train.train_all(config)
+  assert steps == [step.name] * 3
 
 
 def test_a_checkpoint_knows_its_model_however_it_is_named(old_run, tmp_path):
