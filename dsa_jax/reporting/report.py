@@ -21,14 +21,6 @@ TITLES = {
     'selection.png': 'What the indexer selects while training',
 }
 CAPTIONS = {
-    'overview.png': (
-        'Bits by position: right of the dashed line a token sees more than it may select, so look'
-        ' there at how close the indexer stays to dense attention and to the oracle (random'
-        ' selection may leave the frame of the difference). The bars are the share of the true'
-        ' attention that each rule captures: higher is better. The divergence says how far the'
-        ' indexer is from the true attention: lower is better (the sparse stage measures it over'
-        ' the selected tokens only, so it may jump there).'
-    ),
     'training.png': 'Lower is better. Faint lines are the raw values; dots are validation rows.',
     'selection.png': (
         'One line per layer. The divergence should fall; captured attention and recall should'
@@ -232,7 +224,7 @@ def number(value: float | int | None, form: str) -> str:
 def _markdown(results: Mapping[str, Any], drawn: Sequence[str], curves: plots.Curves) -> str:
   parts = [f'# {results["title"]}', *_what_was_run(results)]
   parts += ['## Result', markdown_table(main_table(results)), _how_to_read(results)]
-  parts += _picture('overview.png', drawn, CAPTIONS['overview.png'])
+  parts += _picture('overview.png', drawn, _about_overview(results, curves))
   parts += _checks_section(results)
   parts += _mass_section(results)
   flops = results.get('attention_flops_per_token')
@@ -290,7 +282,7 @@ def _how_to_read(results: Mapping[str, Any]) -> str:
     )
   if 'sparse' in names:
     sentences.append(
-        'The sparse rows are one trained model, in which a token attends to'
+        f'The sparse rows are one trained model, in which {_what_selects(results)} attends to'
         f' {results["index_topk"]} of at most {results["context"]} tokens; only the rule that'
         ' selects them differs. The oracle selects by the true attention, which a real model cannot'
         ' know in advance.'
@@ -301,6 +293,30 @@ def _how_to_read(results: Mapping[str, Any]) -> str:
     sentences.append(
         f'Beyond budget means bits only at positions that see more than {results["index_topk"]}'
         ' tokens: before them nothing has to be left out.'
+    )
+  return ' '.join(sentences)
+
+
+def _what_selects(results: Mapping[str, Any]) -> str:
+  return 'each key head of a token' if results.get('index_n_selections', 1) > 1 else 'a token'
+
+
+def _about_overview(results: Mapping[str, Any], curves: plots.Curves) -> str:
+  """Says how to read those panels that there are."""
+  sentences, lines = [], results.get('bits_by_position') or {}
+  if lines:
+    position = 'Bits by position: right of the dashed line a token sees more than it may select'
+    if 'oracle' in lines:
+      position += ', so look there at how close the indexer stays to dense attention and to the oracle'
+    if 'random' in lines and 'dense_baseline' in lines:
+      position += ' (random selection may leave the frame of the difference)'
+    sentences.append(position + '.')
+  if plots.captured_mass(results):
+    sentences.append('The bars are the share of the true attention that each rule captures: higher is better.')
+  if curves.layers('index_kl'):
+    sentences.append(
+        'The divergence says how far the indexer is from the true attention: lower is better'
+        ' (a sparse stage measures it over the selected tokens only, so it may jump there).'
     )
   return ' '.join(sentences)
 

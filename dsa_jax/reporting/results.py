@@ -112,6 +112,7 @@ def evaluate_recipe(run: Run) -> dict[str, Any]:
       'documents': recipe.data.about_documents(report.seq_len, data_states),
       'context': report.seq_len,
       'index_topk': recipe.model.index_topk,
+      'index_n_selections': recipe.model.index_n_selections,
       'left_out': _left_out(run),
       'n_layers': recipe.model.n_layers,
       'window_layers': list(recipe.model.window_layers),
