@@ -6,7 +6,7 @@ python .ci/nightly.py               # what is due
 python .ci/nightly.py --minutes=6   # what is due, as far as it fits; the rest comes first next time
 python .ci/nightly.py --all         # everything
 python .ci/nightly.py --list        # says what is due, and why, and runs nothing
-python .ci/nightly.py --turn=40     # the number of this run, from 1 to 40 and again
+python .ci/nightly.py --turn=100    # the number of this run, from 1 to 100 and again
 
 A part is due where this machine has never seen it pass, where its files have changed since the
 commit at which it last passed here, and where it has sat out four runs. A fifth of the parts runs
