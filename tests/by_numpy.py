@@ -123,8 +123,9 @@ def _dot(x, y, *, dimension_numbers, **_):
     return NotImplemented
   x, x_free = _as_matrices(x, x_batch, x_axes)
   y, y_free = _as_matrices(y, y_batch, y_axes)
-  batch = x.shape[0]
-  return (x @ y.transpose(0, 2, 1)).reshape(batch, *x_free, *y_free)
+  # By float32, rows would differ in their last bits by where they stand in their matrix, on many processors.
+  exact = np.float64(x) @ np.float64(y).transpose(0, 2, 1)
+  return np.float32(exact).reshape(x.shape[0], *x_free, *y_free)
 
 
 def _as_matrices(x, batch, axes):

@@ -292,20 +292,19 @@ def law_packed_is_alone(backend: str, attention: str):
   mode = Mode(attention=attention, backend=backend, index_loss=True, measure=('indexer',))
   batch, params = make_batch(LENGTHS), weights()
   packed = forward(params, batch, mode)
-  for row, documents in enumerate(LENGTHS):
-    at = 0
-    for length in documents:
-      alone = make_batch(((length,),) * 2)
-      tokens = np.array(alone.tokens)
-      tokens[:, :length] = batch.tokens[row, at : at + length]
-      out = forward(params, alone._replace(tokens=jnp.asarray(tokens)), mode)
-      here, there = np.s_[row, at : at + length], np.s_[0, :length]
+  for row, lengths in enumerate(LENGTHS):
+    alone = make_batch([(length,) for length in lengths])  # Each in a row of its own.
+    tokens, begins = np.array(alone.tokens), np.cumsum((0, *lengths))
+    for i, length in enumerate(lengths):
+      tokens[i, :length] = batch.tokens[row, begins[i] : begins[i] + length]
+    out = forward(params, alone._replace(tokens=jnp.asarray(tokens)), mode)
+    for i, length in enumerate(lengths):
+      here, there = np.s_[row, begins[i] : begins[i] + length], np.s_[i, :length]
       assert_close(packed.logits[here], out.logits[there])
       assert_close(packed.index_kl[:, *here], out.index_kl[:, *there])
       shifted = selected(packed)[:, *here]
-      shifted = np.where(shifted < 0, -1, shifted - at)
+      shifted = np.where(shifted < 0, -1, shifted - begins[i])
       assert_same(shifted, selected(out)[:, *there])
-      at += length
 
 
 def law_positions_restart():
