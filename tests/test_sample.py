@@ -33,6 +33,7 @@ from dsa_jax.inference.sampler import SampleConfig, Sampler
 from dsa_jax.inference.slots import write
 from dsa_jax.nn.attention.types import Mode
 from dsa_jax.parallel.mesh import MeshConfig
+from dsa_jax.reporting.inspect import inspect
 from dsa_jax.selection import RULES
 from dsa_jax.training.checkpoint import Checkpoints, Progress
 from dsa_jax.training.optim import OptimConfig
@@ -599,6 +600,20 @@ def test_a_run_is_loaded_with_another_rule_and_budget(tmp_path):
   assert load_model(tmp_path, 'sparse')[1].selection == 'indexer'
   with pytest.raises(ConfigError, match="rule 'best' must be one of"):
     load_model(tmp_path, 'sparse', rule='best')
+
+
+def test_a_model_of_words_takes_ids_alone_until_it_has_a_tokenizer():
+  cfg = dataclasses.replace(CFG, vocab_size=600)
+  words = laws.model_of(laws.weights(cfg), cfg)
+  sampler = Sampler(words, capacity=24)
+  for ask in lambda: sampler('def'), lambda: list(sampler.complete(['def'])), lambda: inspect(words, 'def', 1):
+    with pytest.raises(ConfigError, match="'def': no tokenizer was given, and the 600 ids of the model are no bytes"):
+      ask()
+  [completion] = sampler.complete([[3, 1, 4]], SampleConfig(max_new_tokens=2))
+  assert len(completion.ids) == 2 and completion.text == ''
+  assert sampler.of_text(SampleConfig()).stop == ()  # No id of bytes ends a text.
+  assert inspect(words, [3, 1, 4], 1).ids.tolist() == [3, 1, 4]
+  assert isinstance(Sampler(words, Bytes()).tokenizer, Bytes)
 
 
 def test_what_would_be_ignored_is_refused(model, tmp_path):

@@ -96,6 +96,29 @@ class Bytes(_Streaming):
     return Steps(step, lambda: decoder.decode(b'', final=True))
 
 
+class Absent(_Streaming):
+  """What a model of words has until it is given a tokenizer: its ids have no text."""
+
+  stop = ()
+  vocab_size = 0
+  digest = ''
+
+  def __init__(self, n_ids: int):
+    self._n_ids = n_ids
+
+  def encode(self, text: str) -> list[int]:
+    raise ConfigError(
+        f'{text[:20]!r}: no tokenizer was given, and the {self._n_ids} ids of the model are no bytes. Give ids in '
+        'place of text, or tokenizer=open_tokenizer(FOLDER), which can be imported from dsa_jax.'
+    )
+
+  def decode(self, ids: Sequence[int]) -> str:
+    return ''
+
+  def steps(self, before: Sequence[int] = ()) -> Steps:
+    return Steps(lambda i: '', lambda: '')
+
+
 class Pretrained(_Streaming):
   """A tokenizer that the `tokenizers` library reads from a tokenizer.json.
 
@@ -266,7 +289,7 @@ class Pretrained(_Streaming):
     return Steps(decoding.step, decoding.end)
 
 
-Tokenizer = Bytes | Pretrained
+Tokenizer = Bytes | Pretrained | Absent
 
 
 def check_alphabet(vocab_size: int, n_ids: int, what: str, *, is_bytes: bool):
@@ -289,6 +312,11 @@ def check_alphabet(vocab_size: int, n_ids: int, what: str, *, is_bytes: bool):
         f'model.vocab_size={vocab_size} is of another alphabet than {what}, which has {n_ids} ids: '
         f'they are noise to the model. Only padding, fewer than {PADDING} ids, may be left over.'
     )
+
+
+def usual_tokenizer(vocab_size: int) -> Tokenizer:
+  """Returns what reads a model's texts if no tokenizer is given: bytes, or nothing where it has words."""
+  return Bytes() if vocab_size - VOCAB_SIZE < PADDING else Absent(vocab_size)
 
 
 def check_tokenizer(tokenizer: Tokenizer, vocab_size: int):

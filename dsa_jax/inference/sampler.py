@@ -18,7 +18,7 @@ import numpy as np
 from dsa_jax.config import ConfigError, ModelConfig
 from dsa_jax.data.chat import ChatTemplate, Message, find_chat_template, prompt_of
 from dsa_jax.data.text import VOCAB_SIZE
-from dsa_jax.data.tokenizer import Bytes, Tokenizer, find_tokenizer
+from dsa_jax.data.tokenizer import Bytes, Tokenizer, find_tokenizer, usual_tokenizer
 from dsa_jax.inference.batching import Completion, Text, complete, size_of_batch
 from dsa_jax.inference.cache import Cache
 from dsa_jax.inference.load import StoredModel, config_of, find_checkpoint, load_checkpoint
@@ -82,7 +82,8 @@ class Sampler:
 
     Args:
       model: From `load_checkpoint`, or in training.
-      tokenizer: Turns text into ids and back. None reads bytes.
+      tokenizer: Turns text into ids and back. None reads bytes, where those are what the model knows,
+        and ids alone elsewhere.
       chat: Turns a conversation into text. None: the model knows none.
       capacity: Tokens that a sequence may have, its prompt included. 0 stands for the model's
         `max_seq_len`.
@@ -104,7 +105,8 @@ class Sampler:
       raise ConfigError(
           f'a Sampler takes a model, not {type(model).__name__}: Sampler.load(FOLDER) makes one.'
       )
-    self.cfg, self.tokenizer, self.chat = model.cfg, tokenizer or Bytes(), chat
+    self.cfg, self.chat = model.cfg, chat
+    self.tokenizer = tokenizer or usual_tokenizer(model.cfg.vocab_size)
     self.attention, self.rule = attention, rule
     self.capacity = check_capacity(model.cfg, capacity, mesh)
     self._engine = make_engine(

@@ -2,6 +2,7 @@
 """Several runs side by side: a table of their results, and their training curves in one picture."""
 
 from collections.abc import Mapping, Sequence
+import hashlib
 import io
 import json
 import pathlib
@@ -20,6 +21,8 @@ from dsa_jax.training.workdir import CHANGEABLE, complete, read_config
 
 SCORES = {'dense_before': 'dense', 'dense_baseline': 'dense baseline', 'sparse': 'sparse'}
 CURVES = {'lm_loss': 'language-model loss', 'index_kl': 'divergence of the indexer'}
+# What a run has kept of what lies outside its config, by the titles of their digests.
+KEPT = {'the data': 'data.json', 'the weights it starts from': 'starts.json'}
 LONG = 60  # Characters of what runs differ in, beyond which it stands apart.
 STYLES = ('-', '--', ':', '-.')  # So that each of several curves is seen where they coincide.
 COLOURS = ('#0072B2', '#E69F00', '#009E73', '#CC79A7', '#404040', '#56B4E9', '#D55E00')
@@ -79,6 +82,9 @@ def read_run(workdir: pathlib.Path) -> FinishedRun:
   scored = results.get('report') or whole['report']  # Other rows, lengths or entries have other numbers.
   config['report'] = {name: scored.get(name, '') for name in ('seq_len', *SCORES)}
   config['report']['rows'] = scored['batch_size'] * scored['batches']
+  for title, name in KEPT.items():
+    if (workdir / name).is_file():
+      config[title] = _digest(read_object(workdir / name))
   rows = metrics.read_metrics(csv) if csv.is_file() else []
   return FinishedRun(workdir, dict(_flat(config)), results, rows)
 
@@ -207,6 +213,12 @@ def _names(folders: Sequence[pathlib.Path]) -> dict[pathlib.Path, str]:
   """Returns the name of each folder or, where two have the same, the paths."""
   unique = len({folder.name for folder in folders}) == len(folders)
   return {folder: folder.name if unique else str(folder) for folder in folders}
+
+
+def _digest(kept: Mapping[str, Any]) -> str:
+  """Returns a digest of what is kept of each file or folder, wherever it lies."""
+  what = [x[-1] if isinstance(x, list) else x for x in kept.values()]  # Of a start, its weights, not its path.
+  return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:8]
 
 
 def _flat(tree: Mapping[str, Any], where: str = ''):

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dsa_jax.config import ConfigError
-from dsa_jax.data.tokenizer import Bytes, Tokenizer
+from dsa_jax.data.tokenizer import Tokenizer, usual_tokenizer
 from dsa_jax.kernels import dense_attention, index_scores
 from dsa_jax.kernels.groups import by_group
 from dsa_jax.kernels.mean_attention import mean_attention
@@ -76,15 +76,15 @@ def inspect(
     text: One document, or its ids.
     layer: The number of the layer.
     rule: What selects, a key of `dsa_jax.selection.RULES`.
-    tokenizer: Turns text into ids. None reads bytes.
+    tokenizer: Turns text into ids. None reads bytes, where those are what the model knows.
     backend: Which kernels run.
 
   Raises:
     ConfigError: There is no such layer or rule, the layer has no indexer, or the text is empty, too
-      long, or holds an id that is no token.
+      long, holds an id that is no token, or needs a tokenizer.
   """
   check_rule(rule)
-  ids = (tokenizer or Bytes()).encode(text) if isinstance(text, str) else text
+  ids = (tokenizer or usual_tokenizer(model.cfg.vocab_size)).encode(text) if isinstance(text, str) else text
   ids = _checked(model, np.asarray(ids))
   c = _candidates(model, jnp.asarray(ids)[None], layer, backend)
   visible = visible_keys(c.start, c.end, jnp.arange(len(ids)))

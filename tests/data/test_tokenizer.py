@@ -7,7 +7,7 @@ import pytest
 import tokenizers
 
 from dsa_jax.config import ConfigError
-from dsa_jax.data.tokenizer import Bytes, check_tokenizer, find_tokenizer
+from dsa_jax.data.tokenizer import Absent, Bytes, check_tokenizer, find_tokenizer, usual_tokenizer
 
 BOS, EOS, UNK, A, B = range(5)
 WORDS = {'<s>': BOS, '</s>': EOS, '[UNK]': UNK, 'a': A, 'b': B}
@@ -268,3 +268,8 @@ def test_any_of_several_ends_ends_a_document(tmp_path):
   write(tmp_path, template='$A </s>')
   [ids] = load(tmp_path, eos_token_id=[B, EOS]).encode_documents([b'a'])
   assert ids.tolist() == [A, EOS]
+
+
+@pytest.mark.parametrize('vocab_size, kind', [(258, Bytes), (384, Bytes), (513, Bytes), (514, Absent), (129_280, Absent)])
+def test_bytes_stand_in_only_where_the_vocabulary_is_that_of_bytes(vocab_size, kind):
+  assert type(usual_tokenizer(vocab_size)) is kind

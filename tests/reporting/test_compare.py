@@ -65,6 +65,22 @@ def test_seeds_are_one_row_and_the_rest_says_what_differs(runs):
   assert f'2.2000 ± {spread:.4f}' in out.getvalue() and 'differ in their seed alone' in out.getvalue()
 
 
+def test_runs_on_other_data_or_from_other_weights_are_in_no_mean(tmp_path):
+  """Although their configs name the same files and folders."""
+  runs = [save_run(tmp_path / f'{i}', 2.0 + i, seed=i) for i in range(4)]
+  write = lambda i, name, kept: (runs[i] / name).write_text(json.dumps(kept))
+  write(1, 'data.json', {'a.txt': '10 bytes, 01234567'})
+  for i in 2, 3:
+    write(i, 'starts.json', {f'/place{i}/checkpoints/dense': [f'/place{i}/checkpoints/dense/{i}', 'weights']})
+  groups = comparison.group_runs([comparison.read_run(run) for run in runs])
+  assert [group.name for group in groups] == ['0', '1', '2, 3']
+  differ = 'the data=', 'the weights it starts from='
+  assert all(x in group.differs for group in groups for x in differ)
+  assert 'the weights it starts from=absent' in groups[0].differs and 'absent' not in groups[2].differs
+  write(3, 'starts.json', {'/place2/checkpoints/dense': ['/place2/checkpoints/dense/2', 'others']})
+  assert len(comparison.group_runs([comparison.read_run(run) for run in runs])) == 4
+
+
 def test_what_many_fields_differ_in_is_below_the_table_and_not_in_the_picture(tmp_path):
   """So that a narrow terminal has a table, and a curve a name."""
   many = {f'model.{name}': 64 for name in ('dim', 'inter_dim', 'kv_lora_rank', 'q_lora_rank')}
