@@ -155,8 +155,9 @@ def run_entries(config: ConfigDict, run: Run, files: dict[str, str]) -> dict[str
     with writer, StepProgress(quiet=not is_first()) as bar:
       for name in recipe.stages:
         run_stage(run, name, writer, bar, ahead)
+    began = time.monotonic()
     ahead.wait()
-    results = evaluate_recipe(run)
+    results = evaluate_recipe(run, began)
   if is_first():
     write_report(recipe.workdir, results)
   return results
@@ -186,7 +187,7 @@ def run_stage(run: Run, name: str, writer: MetricsWriter, bar: StepProgress, ahe
       placed = place_batch(rows, entry.batch_size, run.mesh)
       return placed if run.mesh else jax.device_put(placed)
 
-    pending, text, batch, loop_began = None, '', take(first_step + 1), time.monotonic()
+    pending, text, batch, loop_began, paused = None, '', take(first_step + 1), time.monotonic(), 0.0
     for step in range(first_step + 1, entry.steps + 1):
       now = {part: of_step[step - 1] for part, of_step in rates.items()}
       state, metrics = train_step(state, batch, now)
@@ -202,6 +203,7 @@ def run_stage(run: Run, name: str, writer: MetricsWriter, bar: StepProgress, ahe
       if save or looks:
         text = record(*pending, name, checkpoints, writer, recipe, meter)
         pending = None
+      paused -= time.monotonic()  # What follows is no training.
       if looks:
         ahead.wait(f'{name}/look')
         seen = look(run.graph, state.params, run.data.look[name], run.look_mode(name))
@@ -211,8 +213,9 @@ def run_stage(run: Run, name: str, writer: MetricsWriter, bar: StepProgress, ahe
         checkpoints.save(step, state, Progress(batches.get_state(), seconds, entry.stage))
         if step < entry.steps:  # Only now: what is wrong with it must not cost the steps until here.
           batch = take(step + 1)
-      speed = batch_tokens * (step - first_step) / (time.monotonic() - loop_began)
-      bar.update(step, speed, text)
+      paused += time.monotonic()
+      done = step - first_step - (pending is not None)  # The device may still be at work.
+      bar.update(step, batch_tokens * done / (time.monotonic() - loop_began - paused), text)
 
 
 def resume(run: Run, name: str, checkpoints: Checkpoints) -> tuple[int, TrainState | None, float]:

@@ -35,10 +35,12 @@ class Summary(NamedTuple):
   n_layers: int
   n_parameters: int
   nbytes: int  # The size of all arrays, before any compression.
+  n_fresh: int = 0  # Of the parameters, those of indexers that the checkpoint did not have.
 
   def __str__(self) -> str:
+    fresh = f' and {self.n_fresh:,} of new indexers, which know nothing yet' if self.n_fresh else ''
     return (
-        f'{self.family}: {self.n_layers} layers, {self.n_parameters:,} parameters, '
+        f'{self.family}: {self.n_layers} layers, {self.n_parameters - self.n_fresh:,} parameters{fresh}, '
         f'{self.nbytes:,} bytes'
     )
 

@@ -325,11 +325,11 @@ def import_checkpoint(
     record = {'model': dataclasses.asdict(source.model), 'source': origin}
     (partial / 'config.json').write_text(json.dumps(record, indent=2))
   return Summary(
-      family=source.family,
-      n_layers=source.model.n_layers,
+      source.family, source.model.n_layers,
       n_parameters=sum(array.size for array in params.values()),
       nbytes=sum(array.nbytes for array in params.values()),
-  )
+      n_fresh=sum(array.size for path, array in params.items() if path not in source.arrays),
+  )  # fmt: skip
 
 
 def _disk_bytes(source: Source, params: dict[Path, Streamed]) -> int:

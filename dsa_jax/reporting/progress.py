@@ -41,8 +41,8 @@ class StepProgress:
       self.print(f'{name}: {total_steps} steps{start}')
 
   def update(self, step: int, tokens_per_second: float, text: str = '') -> None:
-    """Shows that `step` steps are done, and `text`, such as the loss, beside them."""
-    speed = f'{tokens_per_second:,.0f} tokens/s'
+    """Shows that `step` steps are done, and `text`, such as the loss, beside them; a speed of 0 is not shown."""
+    speed = f'{tokens_per_second:,.0f} tokens/s' if tokens_per_second else ''
     if self._bars:
       self._bars.update(self._task, completed=step, speed=speed, text=text)
       return
@@ -104,9 +104,9 @@ class ByteProgress:
     if self._console.is_terminal or not (finished or now - self._printed_at >= PLAIN_LINE_SECONDS):
       return
     self._printed_at, seconds = now, now - self._began
-    left = datetime.timedelta(seconds=round(seconds * (self._total / max(self._done, 1) - 1)))
-    speed = self._done / max(seconds, 1e-9) / 1e6
-    line = f'{self._name} {self._done:,}/{self._total:,} bytes, {speed:,.0f} MB/s, {left} left'
+    line = f'{self._name} {self._done:,}/{self._total:,} bytes, {self._done / max(seconds, 1e-9) / 1e6:,.0f} MB/s'
+    if 100 * self._done >= self._total:  # What the first bytes took says little.
+      line += f', {datetime.timedelta(seconds=round(seconds * (self._total / max(self._done, 1) - 1)))} left'
     self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 

@@ -81,9 +81,13 @@ def report_programs(run: Run) -> dict[str, Callable[[], Lowered]]:
   return programs
 
 
-def evaluate_recipe(run: Run) -> dict[str, Any]:
-  """Evaluates the models that a recipe left behind; see `report.write_report` for the fields."""
-  began = time.monotonic()
+def evaluate_recipe(run: Run, began: float) -> dict[str, Any]:
+  """Evaluates the models that a recipe left behind; see `report.write_report` for the fields.
+
+  Args:
+    run: The run.
+    began: When the last entry had ended, by `time.monotonic`; its programs may have been compiled since.
+  """
   recipe, report = run.recipe, run.recipe.report
   scores, (captured, captured_beyond) = _scores(run), _captured_mass(run)
   edges = [2**i for i in range(report.seq_len.bit_length())]

@@ -13,7 +13,7 @@ from tensorboardX.proto import event_pb2
 from dsa_jax.chips import DEVICES
 from dsa_jax.data.batch import Batch
 from dsa_jax.reporting import meter, metrics
-from dsa_jax.reporting.progress import StepProgress
+from dsa_jax.reporting.progress import ByteProgress, StepProgress
 
 
 def train(workdir, stage, steps, seed=0):
@@ -158,12 +158,28 @@ def test_progress_in_a_log_is_a_line_now_and_then(monkeypatch):
       progress.update(step, 12_345.6, 'loss [2.5]')
     progress.start_stage('sparse', 50, 40)
     progress.update(41, 10.0)
+    progress.start_stage('fresh', 50)
+    progress.update(1, 0.0, 'loss')  # Nothing is known yet.
   lines = out.getvalue().splitlines()
   assert lines[0] == 'dense: 30 steps'
   assert lines[1] == 'dense 10/30, 12,346 tokens/s, loss [2.5], 0:00:20 left'
-  assert lines[-3] == 'dense 30/30, 12,346 tokens/s, loss [2.5]'
-  assert lines[-2:] == ['sparse: 50 steps, continues after step 40', 'sparse 41/50, 10 tokens/s']
-  assert len(lines) < 9
+  assert lines[-5] == 'dense 30/30, 12,346 tokens/s, loss [2.5]'
+  assert lines[-4:-2] == ['sparse: 50 steps, continues after step 40', 'sparse 41/50, 10 tokens/s']
+  assert lines[-2:] == ['fresh: 50 steps', 'fresh 1/50, loss']
+  assert len(lines) < 11
+
+
+def test_progress_in_bytes_says_what_is_left_when_it_can_know(monkeypatch):
+  clock = iter([0.0, 20.0, 40.0, 60.0])
+  monkeypatch.setattr(metrics.time, 'monotonic', lambda: next(clock))
+  with ByteProgress('convert', 200_000_000, rich.console.Console(file=(out := io.StringIO()))) as progress:
+    for nbytes in 64, 99_999_936, 100_000_000:
+      progress.advance(nbytes)
+  assert out.getvalue().splitlines() == [
+      'convert 64/200,000,000 bytes, 0 MB/s',
+      'convert 100,000,000/200,000,000 bytes, 2 MB/s, 0:00:40 left',
+      'convert 200,000,000/200,000,000 bytes, 3 MB/s, 0:00:00 left',
+  ]
 
 
 def test_progress_on_a_terminal_is_a_bar():
