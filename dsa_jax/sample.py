@@ -218,7 +218,7 @@ def read_prompt(prompt: str) -> str:
     return prompt
   path = local_path(prompt[1:], '--prompt')
   try:
-    return path.read_text(encoding='utf-8')
+    return path.read_bytes().decode('utf-8-sig')  # With its line ends, as documents have them.
   except UnicodeDecodeError as error:
     raise ConfigError(f'{path} is no UTF-8 text: {error}.') from error
 

@@ -292,6 +292,8 @@ def test_prompt_from_a_file(tmp_path):
   (tmp_path / 'prompt.txt').write_text('text\n')
   assert sample.read_prompt(f'@{tmp_path}/prompt.txt') == 'text\n'
   assert sample.read_prompt('text') == 'text'
+  (tmp_path / 'prompt.txt').write_bytes('\ufeffa\r\nb'.encode())
+  assert sample.read_prompt(f'@{tmp_path}/prompt.txt') == 'a\r\nb'  # As a document of that file is read.
   (tmp_path / 'no.txt').write_bytes(b'a\xff')
   with pytest.raises(ValueError, match='no.txt is no UTF-8 text'):
     sample.read_prompt(f'@{tmp_path}/no.txt')

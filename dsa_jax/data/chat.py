@@ -9,13 +9,13 @@ from typing import Any
 
 import jinja2
 import jinja2.ext
+import jinja2.nodes
 import jinja2.sandbox
 
 from dsa_jax.config import ConfigError
-from dsa_jax.data.tokenizer import read_object, text_of_token
+from dsa_jax.data.tokenizer import Rendered, read_object, text_of_token
 
 Message = Mapping[str, Any]  # 'role', such as 'user', and 'content'.
-ROLES = 'bos_token', 'eos_token', 'unk_token', 'pad_token'  # Templates know these tokens by name.
 
 
 class ChatTemplate:
@@ -52,12 +52,12 @@ class ChatTemplate:
     except jinja2.TemplateError as error:
       raise ConfigError(f'the chat template is no Jinja template: {error}.') from error
 
-  def __call__(self, messages: Sequence[Message], **choices: bool) -> str:
+  def __call__(self, messages: Sequence[Message], **choices: Any) -> Rendered:
     """Returns the text that the assistant is to continue.
 
     Args:
-      messages: The conversation.
-      **choices: What some templates let one choose, such as `enable_thinking`.
+      messages: The conversation. What is None in one counts as absent.
+      **choices: What else a template may read, such as `tools`, or `enable_thinking`.
 
     Raises:
       ConfigError: The template refuses the messages, or they are no messages.
@@ -69,7 +69,8 @@ class ChatTemplate:
       raise ConfigError('there is no message: there must be one at least.')
     try:
       given = {'tools': None, 'documents': None} | self._tokens | choices
-      return self._template.render(messages=messages, add_generation_prompt=True, **given)
+      messages = [{key: x for key, x in message.items() if x is not None} for message in messages]
+      return Rendered(self._template.render(messages=messages, add_generation_prompt=True, **given))
     except (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError) as error:
       raise ConfigError(f'the chat template refuses the messages: {error}.') from error
 
@@ -77,8 +78,8 @@ class ChatTemplate:
     return (self.moment or datetime.datetime.now()).strftime(form)
 
 
-def prompt_of(messages: Sequence[Message], chat: ChatTemplate | None) -> str:
-  """Returns the text by which a model goes on with a conversation.
+def prompt_of(messages: Sequence[Message], chat: ChatTemplate | None, **choices: Any) -> Rendered:
+  """Returns the text by which a model goes on with a conversation; see `ChatTemplate`.
 
   Raises:
     ConfigError: There is no template, or it refuses the messages.
@@ -88,7 +89,7 @@ def prompt_of(messages: Sequence[Message], chat: ChatTemplate | None) -> str:
         'the checkpoint has no chat template (chat_template.jinja, or chat_template in '
         'tokenizer_config.json): give a prompt in place of messages.'
     )
-  return chat(messages)
+  return chat(messages, **choices)
 
 
 def find_chat_template(
@@ -115,8 +116,8 @@ def find_chat_template(
   if not isinstance(source, str):
     raise ConfigError(f'{folder}: the chat template is a {type(source).__name__}; it must be a text.')
   others = read_object(folder / 'special_tokens_map.json')
-  tokens = {role: text_of_token(settings.get(role) or others.get(role)) for role in ROLES}
-  tokens = {role: token for role, token in tokens.items() if token is not None}
+  named = {name: text_of_token(token) for name, token in (others | settings).items() if name.endswith('_token')}
+  tokens = {name: token for name, token in named.items() if token is not None}  # Templates know them by name.
   return ChatTemplate(source, tokens, moment)
 
 
@@ -126,8 +127,9 @@ class _Generation(jinja2.ext.Extension):
   tags = {'generation'}
 
   def parse(self, parser: Any) -> Any:
-    next(parser.stream)
-    return parser.parse_statements(('name:endgeneration',), drop_needle=True)
+    line = next(parser.stream).lineno
+    body = parser.parse_statements(('name:endgeneration',), drop_needle=True)
+    return jinja2.nodes.Scope(body, lineno=line)
 
 
 def _refuse(message: str):

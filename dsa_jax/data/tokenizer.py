@@ -9,6 +9,7 @@ import hashlib
 import json
 import logging
 import pathlib
+import re
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -30,6 +31,13 @@ PADDING = 256  # A vocabulary may be this much larger than its alphabet, so that
 SPECIAL = 'text', 'ids'  # What the name of a special token in a document stands for.
 
 
+class Rendered(str):
+  """A prompt that a chat template has written, with whatever begins a text: a tokenizer adds nothing to it."""
+
+  def replace(self, *args) -> 'Rendered':
+    return Rendered(super().replace(*args))
+
+
 class Steps(NamedTuple):
   """Turns the ids of one text into text, as soon as later ones cannot change it."""
 
@@ -45,7 +53,10 @@ class _Streaming(abc.ABC):
     """Returns the ids of a text, between those that begin and end one."""
 
   def encode_prompt(self, text: str) -> list[int]:
-    """Returns the ids of a text that goes on, so that nothing ends it."""
+    """Returns the ids of a text that goes on, so that nothing ends it.
+
+    One that is `Rendered` has what its template has written, and no mark more, as in `transformers`.
+    """
     return self.encode(text)
 
   @abc.abstractmethod
@@ -185,6 +196,8 @@ class Pretrained(_Streaming):
     return self._begun_once(encoding.ids, encoding.special_tokens_mask)
 
   def encode_prompt(self, text: str) -> list[int]:
+    if isinstance(text, Rendered):
+      return self._tokenizer.encode(text, add_special_tokens=False).ids
     encoding = self._tokenizer.encode(text)
     ids, is_added = encoding.ids, encoding.special_tokens_mask
     n_after = is_added[::-1].index(0) if 0 in is_added else self._n_after
@@ -253,15 +266,36 @@ class Pretrained(_Streaming):
       texts: UTF-8.
     """
     before, after = self._around()
-    self._tokenizer.encode_special_tokens = self.special_tokens == 'text'
+    is_text, strings = self.special_tokens == 'text', [text.decode() for text in texts]
+    self._tokenizer.encode_special_tokens = is_text
     try:
-      strings = [text.decode() for text in texts]
       encodings = self._tokenizer.encode_batch_fast(strings, add_special_tokens=False)
+      ids, names = [encoding.ids for encoding in encodings], self._names_of_marks() if is_text else {}
+      ids = [self._without_marks(*pair, names) for pair in zip(strings, ids)]
     finally:
       self._tokenizer.encode_special_tokens = not self._reads_marks
-    if self.special_tokens == 'text':
-      return [np.asarray([*before, *encoding.ids, *after], np.uint32) for encoding in encodings]
-    return [np.asarray(self._once(before, encoding.ids, after), np.uint32) for encoding in encodings]
+    if is_text:
+      return [np.asarray([*before, *of_text, *after], np.uint32) for of_text in ids]
+    return [np.asarray(self._once(before, of_text, after), np.uint32) for of_text in ids]
+
+  def _names_of_marks(self) -> dict[int, str]:
+    """Returns the names of special tokens, but those of one character, by their ids."""
+    added = self._tokenizer.get_added_tokens_decoder().items()
+    return {i: token.content for i, token in added if token.special and len(token.content) > 1}
+
+  def _without_marks(self, text: str, ids: list[int], names: dict[int, str]) -> list[int]:
+    """Returns the ids of a text that holds no mark, although it may name one.
+
+    Models of words and unigrams find the names of marks in their own vocabulary, whatever they are told. A
+    text in which they have is cut within each name, and its parts are read by themselves.
+    """
+    taken = [names[i] for i in {*ids} & names.keys() if names[i] in text]
+    if not taken:
+      return ids
+    cuts = [place.start() + 1 for place in re.finditer('|'.join(map(re.escape, taken)), text)]
+    parts = [text[begin:end] for begin, end in zip([0, *cuts], [*cuts, len(text)])]
+    encode = lambda part: self._tokenizer.encode(part, add_special_tokens=False).ids
+    return [i for part in parts for i in self._without_marks(part, encode(part), names)]
 
   def _once(self, before: list[int], ids: list[int], after: list[int]) -> list[int]:
     """Returns ids between others, but what they begin or end with themselves."""
@@ -443,7 +477,9 @@ def _special_names(fields: dict[str, Any]) -> set[str]:
   names = set[str]()
   for key, value in fields.items():
     if key.endswith(('_token', '_special_tokens')):
-      texts = map(text_of_token, value if isinstance(value, list) else [value])
+      is_named = isinstance(value, dict) and 'content' not in value  # As {"image_token": "<img>"}.
+      values = value.values() if is_named else value if isinstance(value, list) else [value]
+      texts = map(text_of_token, values)
       names |= {text for text in texts if text is not None}
   return names
 

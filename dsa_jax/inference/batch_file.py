@@ -28,6 +28,9 @@ DATED = (
 )
 
 
+OF_LINE = {'id', 'prompt', 'messages', 'tools', 'documents', 'chat_template_kwargs'}  # Of a line.
+
+
 class Prompt(NamedTuple):
   """A line of the file of prompts."""
 
@@ -40,12 +43,13 @@ def read_prompts(path: pathlib.Path, chat: ChatTemplate | None) -> list[Prompt]:
   """Reads one prompt of each line of a JSONL file.
 
   A line is an object with a 'prompt', which is a text, or with 'messages', which the checkpoint's
-  chat template makes into one; and maybe an 'id', which had better be no other line's.
+  chat template makes into one, by 'tools', 'documents' and 'chat_template_kwargs' where the line has
+  them; and maybe an 'id', which had better be no other line's.
 
   Raises:
     ConfigError: A line is something else.
   """
-  prompts, names, repeated = [], dict[str, int](), list[int]()
+  prompts, names, repeated, unread = [], dict[str, int](), list[int](), set[str]()
   for number, line in enumerate(path.read_bytes().splitlines(), 1):
     if not line.strip():
       continue
@@ -53,6 +57,7 @@ def read_prompts(path: pathlib.Path, chat: ChatTemplate | None) -> list[Prompt]:
       entry = json.loads(line)
       json.dumps(entry, ensure_ascii=False).encode()  # Refuses half a character.
       prompts.append(_read_entry(entry, chat))
+      unread |= entry.keys() - OF_LINE
       if (name := prompts[-1].name) is not None:
         if names.setdefault(json.dumps(name, sort_keys=True), number) != number:
           repeated.append(number)
@@ -60,6 +65,8 @@ def read_prompts(path: pathlib.Path, chat: ChatTemplate | None) -> list[Prompt]:
       raise ConfigError(f'{path}, line {number}: {error}') from error
   if not prompts:
     raise ConfigError(f'{path} holds no prompt.')
+  if unread:
+    logging.warning('%s: %s of its lines change nothing; those that do are %s.', path, sorted(unread), sorted(OF_LINE))
   if repeated:
     logging.warning(
         "%s: %d lines have an 'id' of a line before, the first of them line %d: 'prompt', the number "
@@ -81,7 +88,14 @@ def _read_entry(entry: Any, chat: ChatTemplate | None) -> Prompt:
     raise ConfigError("expected an object with either a 'prompt' or 'messages'.")
   if 'messages' in keys and not isinstance(entry['messages'], list):
     raise ConfigError(f"'messages' is {entry['messages']!r}; it must be a list.")
-  text = entry['prompt'] if 'prompt' in keys else prompt_of(entry['messages'], chat)
+  choices = {name: entry[name] for name in ('tools', 'documents') if entry.get(name) is not None}
+  more = entry.get('chat_template_kwargs') or {}
+  if not isinstance(more, dict):
+    raise ConfigError(f"'chat_template_kwargs' is {more!r}; it must be an object.")
+  choices |= more
+  if 'prompt' in keys and choices:
+    raise ConfigError(f"{sorted(choices)} are for 'messages': a 'prompt' has no template that would write them.")
+  text = entry['prompt'] if 'prompt' in keys else prompt_of(entry['messages'], chat, **choices)
   if not isinstance(text, str) or not text:
     raise ConfigError(f"'prompt' is {text!r}; it must be a text, and not an empty one.")
   moment = chat.moment if 'messages' in keys else None

@@ -18,7 +18,7 @@ import numpy as np
 from dsa_jax.config import ConfigError, ModelConfig
 from dsa_jax.data.chat import ChatTemplate, Message, find_chat_template, prompt_of
 from dsa_jax.data.text import VOCAB_SIZE
-from dsa_jax.data.tokenizer import Bytes, Tokenizer, find_tokenizer, usual_tokenizer
+from dsa_jax.data.tokenizer import Bytes, Rendered, Tokenizer, find_tokenizer, usual_tokenizer
 from dsa_jax.inference.batching import Completion, Text, complete, size_of_batch
 from dsa_jax.inference.cache import Cache
 from dsa_jax.inference.load import StoredModel, config_of, find_checkpoint, load_checkpoint
@@ -216,13 +216,15 @@ class Sampler:
         break
     yield stops.end(steps.end())
 
-  def prompt_of(self, messages: Sequence[Message]) -> str:
-    """Returns the text by which the model goes on with a conversation.
+  def prompt_of(self, messages: Sequence[Message], **choices: Any) -> Rendered:
+    """Returns the text by which the model goes on with a conversation; see `ChatTemplate`.
+
+    Give it to the sampler as it is: it brings along what begins a text, and nothing is added to it.
 
     Raises:
       ConfigError: The checkpoint has no chat template, or its template refuses the messages.
     """
-    return prompt_of(messages, self.chat)
+    return prompt_of(messages, self.chat, **choices)
 
   def complete(
       self,

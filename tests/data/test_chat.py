@@ -38,6 +38,27 @@ def test_what_templates_may_use():
   )
 
 
+def test_what_is_none_in_a_message_is_absent():
+  """As in `transformers` 5: a call of a tool has no content."""
+  template = ChatTemplate("{% for m in messages %}{{ m.content }}{{ 'content' in m }}{{ m.calls }};{% endfor %}", {})
+  said = [{'role': 'assistant', 'content': None, 'calls': 1}, {'role': 'user', 'content': 'a'}]
+  assert template(said) == 'False1;aTrue;' and 'content' in said[0]
+
+
+def test_what_is_set_in_a_generation_stays_there():
+  source = "{% set x = 'out' %}{% generation %}{% set x = 'in' %}{{ x }}{% endgeneration %}{{ x }}"
+  assert ChatTemplate(source, {})(ASKED) == 'inout'
+
+
+def test_templates_know_every_token_that_has_a_name(tmp_path):
+  tokens = {'sep_token': '<sep>', 'image_token': {'content': '<image>'}, 'add_bos_token': True}
+  files = {'tokenizer_config': tokens | {'chat_template': '{{ sep_token }}{{ image_token }}{{ cls_token }}'},
+           'special_tokens_map': {'cls_token': '<cls>', 'sep_token': '<other>'}}
+  for name, values in files.items():
+    (tmp_path / f'{name}.json').write_text(json.dumps(values))
+  assert find_chat_template(tmp_path)(ASKED) == '<sep><image><cls>'
+
+
 def test_tools_and_documents_are_none():
   source = "{{ tools is none }} {{ documents is none }}{% if tools is not none %}{{ tools[0] }}{% endif %}"
   assert ChatTemplate(source, {})(ASKED) == 'True True'

@@ -7,7 +7,7 @@ import pytest
 import tokenizers
 
 from dsa_jax.config import ConfigError
-from dsa_jax.data.tokenizer import Absent, Bytes, check_tokenizer, find_tokenizer, usual_tokenizer
+from dsa_jax.data.tokenizer import Absent, Bytes, Rendered, check_tokenizer, find_tokenizer, usual_tokenizer
 
 BOS, EOS, UNK, A, B = range(5)
 WORDS = {'<s>': BOS, '</s>': EOS, '[UNK]': UNK, 'a': A, 'b': B}
@@ -148,6 +148,7 @@ def test_tokens_that_stand_beside_the_file_are_read(tmp_path):
     [
         {'added_tokens_decoder': {'5': {'content': '<x>', 'special': True}}},
         {'additional_special_tokens': ['<x>']},
+        {'extra_special_tokens': {'image_token': '<x>'}},
         {'eos_token': '<x>'},
     ],
     ids=lambda settings: next(iter(settings)),
@@ -273,3 +274,38 @@ def test_any_of_several_ends_ends_a_document(tmp_path):
 @pytest.mark.parametrize('vocab_size, kind', [(258, Bytes), (384, Bytes), (513, Bytes), (514, Absent), (129_280, Absent)])
 def test_bytes_stand_in_only_where_the_vocabulary_is_that_of_bytes(vocab_size, kind):
   assert type(usual_tokenizer(vocab_size)) is kind
+
+
+@pytest.mark.parametrize('template', ['', '<s> $A', '<s> $A </s>'])
+@pytest.mark.parametrize('adds', [None, True, False])
+def test_nothing_is_added_to_what_a_chat_template_has_written(tmp_path, template, adds):
+  write(tmp_path, template=template, tokenizer_config={'add_bos_token': adds, 'bos_token': '<s>'})
+  tokenizer = load(tmp_path)
+  assert tokenizer.encode_prompt(Rendered('a b')) == [A, B]
+  assert tokenizer.encode_prompt(Rendered('<s>a b')) == tokenizer.encode_prompt(Rendered('<s>{b}').replace('{b}', 'a b')) == [BOS, A, B]
+
+
+@pytest.mark.parametrize('text', ['a </s> b', '</s>', 'x</s>', '</s></s>', '<</s>s>', 'a <unk> b'])
+@pytest.mark.parametrize('kind', ['unigram', 'words'])
+def test_a_document_that_names_a_mark_has_none(tmp_path, kind, text):
+  """Although such models find the name in their own vocabulary."""
+  marks = ['<unk>', '</s>', '<s>']
+  words = [*marks, *'ab<>/sxunk', '\u2581', '\u2581a', '\u2581b']
+  if kind == 'unigram':
+    model = tokenizers.models.Unigram([(word, -1.0 * (word not in marks)) for word in words], 0)
+    pre = tokenizers.pre_tokenizers.Metaspace()
+  else:
+    model = tokenizers.models.WordLevel({word: i for i, word in enumerate(words)}, '<unk>')
+    pre = tokenizers.pre_tokenizers.WhitespaceSplit()
+  tokenizer = tokenizers.Tokenizer(model)
+  tokenizer.pre_tokenizer = pre
+  tokenizer.add_special_tokens(marks)
+  tokenizer.encode_special_tokens = True
+  assert '</s>' not in text or words.index('</s>') in tokenizer.encode('</s>').ids  # The library's way.
+  tokenizer.encode_special_tokens = False
+  tokenizer.save(str(tmp_path / 'tokenizer.json'))
+  (tmp_path / 'tokenizer_config.json').write_text(json.dumps({'eos_token': '</s>', 'unk_token': '<unk>'}))
+  [ids] = find_tokenizer(tmp_path).encode_documents([text.encode()])
+  assert ids[-1] == words.index('</s>') and not {1, 2} & {*ids[:-1].tolist()}
+  if kind == 'unigram':
+    assert 0 not in ids and ''.join(words[i] for i in ids[:-1]).replace('\u2581', '') == text.replace(' ', '')

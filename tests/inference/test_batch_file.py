@@ -15,6 +15,7 @@ import pytest
 from dsa_jax.config import ConfigError
 from dsa_jax.data.chat import ChatTemplate
 from dsa_jax.data.text import VOCAB_SIZE
+from dsa_jax.data.tokenizer import Rendered
 from dsa_jax.inference.batch_file import AnswerFile, check_paths, moment_of, read_prompts
 from dsa_jax.inference.sampler import SampleConfig, Sampler
 from dsa_jax.parallel.processes import moment_of_job
@@ -201,6 +202,8 @@ def test_a_prompt_that_is_too_long_writes_nothing(tmp_path, sampler, prompts):
         (r'{"prompt": "a", "id": "\ud800"}', 'line 2: .*surrogates not allowed'),
         ('{"prompt": ""}', "line 2: 'prompt' is ''; it must be a text"),
         ('{"prompt": 3}', "line 2: 'prompt' is 3; it must be a text"),
+        ('{"prompt": "a", "tools": [{}]}', r"line 2: \['tools'\] are for 'messages'"),
+        ('{"messages": [], "chat_template_kwargs": 3}', "line 2: 'chat_template_kwargs' is 3; it must be an object"),
         ('{"messages": 3}', "line 2: 'messages' is 3; it must be a list"),
         ('{"messages": [{"content": "a"}]}', "line 2: message 0 is .* must have a 'role'"),
     ],
@@ -210,6 +213,17 @@ def test_lines_that_are_no_prompts(tmp_path, sampler, line, message):
   path.write_text('{"prompt": "a", "id": [1]}\n' + line + '\n')
   with pytest.raises(ConfigError, match=message):
     read_prompts(path, sampler.chat)
+
+
+def test_a_line_gives_the_template_what_it_reads(tmp_path, caplog):
+  chat = ChatTemplate('{{ messages[0].content }}{{ tools }}{{ documents }}{{ deep }}', {})
+  message = {'messages': [{'role': 'user', 'content': 'a'}]}
+  lines = message, message | {'tools': [1], 'documents': [2], 'chat_template_kwargs': {'deep': 3}, 'top_p': 1}
+  path = tmp_path / 'prompts.jsonl'
+  path.write_text('\n'.join(map(json.dumps, lines)))
+  assert [prompt.text for prompt in read_prompts(path, chat)] == ['aNoneNone', 'a[1][2]3']
+  assert all(isinstance(prompt.text, Rendered) for prompt in read_prompts(path, chat))
+  assert "['top_p'] of its lines change nothing" in caplog.text
 
 
 def test_prompts_with_one_id_are_answered(tmp_path, caplog):
