@@ -187,7 +187,7 @@ def test_running_again_changes_nothing_and_prints_the_report(undisturbed, monkey
   before, report = ((workdir / name).read_text() for name in ('metrics.csv', 'report.json'))
   runs = []
 
-  def evaluate(run):
+  def evaluate(run, began):
     runs.append(run)
     return json.loads(report) | {'report': dataclasses.asdict(run.recipe.report)}
 

@@ -10,7 +10,7 @@ from dsa_jax.config import ConfigError, local_path
 
 NAME = re.compile(r'([\w.-]+/[\w.-]+)(?:@([\w./-]+))?')
 # What a conversion reads and keeps. Weights in other formats stay where they are.
-WANTED = ['*.json', '*.safetensors', '*.jinja', '*.model', 'merges.txt', '*.py']
+WANTED = ['*.json', '*.safetensors', '*.jinja', '*.model', '*.model.v3', 'merges.txt', 'vocab.txt', '*.py']
 UNWANTED = ['*/*', 'consolidated*']  # The same weights once more, in other formats.
 
 
