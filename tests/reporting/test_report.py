@@ -219,21 +219,21 @@ def test_without_metrics_or_baseline(tmp_path):
 
 
 def test_it_explains_what_is_drawn(tmp_path):
-  def written(drop=(), **changes):
+  def explained(drop=(), rows=(), **changes):
     results = {name: x for name, x in full_results().items() if name not in drop} | changes
-    report.write_report(tmp_path, results, rich.console.Console(file=io.StringIO()))
-    return (tmp_path / 'report.md').read_text()
+    return report._markdown(results, ['overview.png'], plots.Curves(rows))
 
   marks = 'the dashed line', 'to the oracle', 'leave the frame', 'The bars are', 'The divergence says'
-  assert [x in written() for x in marks] == [True] * 4 + [False]
+  assert [x in explained() for x in marks] == [True] * 4 + [False]
   lines = bits_by_position()
   few = {name: lines[name] for name in ('dense_before', 'random')}
   mass = 'captured_mass', 'captured_mass_by_rule', 'captured_mass_beyond_budget'
-  assert [x in written(mass, bits_by_position=few) for x in marks] == [True] + [False] * 4
+  assert [x in explained(mass, bits_by_position=few) for x in marks] == [True] + [False] * 4
   write_metrics(tmp_path, {'warmup': 4})
-  assert [x in written(('bits_by_position',)) for x in marks] == [False] * 3 + [True] * 2
-  assert 'in which a token attends to' in written(index_n_selections=1)
-  assert 'in which each key head of a token attends to' in written(index_n_selections=3)
+  rows = metrics.read_metrics(tmp_path / 'metrics.csv')
+  assert [x in explained(('bits_by_position',), rows) for x in marks] == [False] * 3 + [True] * 2
+  assert 'in which a token attends to' in explained(index_n_selections=1)
+  assert 'in which each key head of a token attends to' in explained(index_n_selections=3)
 
 
 @pytest.mark.parametrize('left_out, words', [(0.0, 'Selection never acted, because no'), (0.25, '25% of the queries see more than that.')])
