@@ -116,8 +116,10 @@ def find_chat_template(
   if not isinstance(source, str):
     raise ConfigError(f'{folder}: the chat template is a {type(source).__name__}; it must be a text.')
   others = read_object(folder / 'special_tokens_map.json')
-  named = {name: text_of_token(token) for name, token in (others | settings).items() if name.endswith('_token')}
-  tokens = {name: token for name, token in named.items() if token is not None}  # Templates know them by name.
+  tokens = {}  # Templates know them by name; what tokenizer_config.json leaves open, the other file says.
+  for name, value in (*others.items(), *settings.items()):
+    if name.endswith('_token') and (token := text_of_token(value)):
+      tokens[name] = token
   return ChatTemplate(source, tokens, moment)
 
 

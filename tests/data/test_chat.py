@@ -51,7 +51,7 @@ def test_what_is_set_in_a_generation_stays_there():
 
 
 def test_templates_know_every_token_that_has_a_name(tmp_path):
-  tokens = {'sep_token': '<sep>', 'image_token': {'content': '<image>'}, 'add_bos_token': True}
+  tokens = {'sep_token': '<sep>', 'image_token': {'content': '<image>'}, 'add_bos_token': True, 'cls_token': None}
   files = {'tokenizer_config': tokens | {'chat_template': '{{ sep_token }}{{ image_token }}{{ cls_token }}'},
            'special_tokens_map': {'cls_token': '<cls>', 'sep_token': '<other>'}}
   for name, values in files.items():
