@@ -18,7 +18,7 @@ _HOMES = {
     'load_checkpoint': 'inference.load',
     'load_model': 'inference.load',
     'make_mesh': 'parallel.mesh',
-    'open_tokenizer': 'data.tokenizer',
+    'open_tokenizer': 'data.tokenizer_files',
 }
 
 

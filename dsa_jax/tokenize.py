@@ -21,7 +21,8 @@ from dsa_jax.data.corpora.raw import RawFormat
 from dsa_jax.data.corpora.sources import RAW
 from dsa_jax.data.corpora.tokens import read_manifest
 from dsa_jax.data.sources import DataConfig, read_member
-from dsa_jax.data.tokenizer import SPECIAL, open_tokenizer
+from dsa_jax.data.tokenizer import SPECIAL
+from dsa_jax.data.tokenizer_files import open_tokenizer
 from dsa_jax.training.flags import parse_flags
 from dsa_jax.training.recipe import read_recipe
 

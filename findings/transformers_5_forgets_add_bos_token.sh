@@ -11,7 +11,7 @@
 #   no such key                                 <s> a text     a text
 #   false, where tokenizer.json adds <s>        a text         <s> a text
 #
-# Here: `dsa_jax/data/tokenizer.py` obeys `add_bos_token` both ways, and a text begins once.
+# Here: `dsa_jax/data/tokenizer_files.py` obeys `add_bos_token` both ways, and a text begins once.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT

@@ -10,7 +10,10 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parents[1] / 'dsa_jax'
 RANKS = [
-    {'config', 'command_line', 'claims', 'checkpoint_paths', 'chips', 'shapes', 'params', 'versions', 'data'},
+    {
+        'config', 'command_line', 'claims', 'checkpoint_paths', 'chips', 'json_files', 'shapes', 'params',
+        'versions', 'data',
+    },
     {'families', 'kernels', 'cost'},
     {'parallel', 'selection'},
     {'nn'},

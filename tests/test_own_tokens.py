@@ -19,7 +19,8 @@ from dsa_jax.data import pipeline, raw_rows
 from dsa_jax.data.corpora import tokenizing
 from dsa_jax.data.corpora.raw import JsonLines
 from dsa_jax.data.corpora.tokens import read_manifest
-from dsa_jax.data.tokenizer import Pretrained, open_tokenizer
+from dsa_jax.data.tokenizer import Pretrained
+from dsa_jax.data.tokenizer_files import open_tokenizer
 from dsa_jax.inference.sampler import Sampler
 from dsa_jax.reporting.metrics import read_metrics
 from dsa_jax.train import train

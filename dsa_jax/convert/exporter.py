@@ -20,7 +20,8 @@ from dsa_jax.convert.problems import first_ten
 from dsa_jax.convert.tensors import Array, Path, Tensor, arrays_of, copies_of
 from dsa_jax.data.corpora.sources import RAW
 from dsa_jax.data.text import BOS, VOCAB_SIZE
-from dsa_jax.data.tokenizer import Bytes, find_tokenizer
+from dsa_jax.data.tokenizer import Bytes
+from dsa_jax.data.tokenizer_files import find_tokenizer
 from dsa_jax.families import FAMILIES
 from dsa_jax.inference.load import StoredModel, find_checkpoint
 from dsa_jax.training.checkpoint import latest_checkpoint, reading

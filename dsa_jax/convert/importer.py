@@ -25,10 +25,11 @@ from dsa_jax.convert.problems import Problems
 from dsa_jax.convert.stream import Streamed, write_step
 from dsa_jax.convert.tensors import Array, Path, Tensor, arrays_of, copies_of, weight_shapes
 from dsa_jax.data.seeds import check_seed
-from dsa_jax.data.tokenizer import TOKENIZER_FILES, read_object, released_config, stop_ids
+from dsa_jax.data.tokenizer_files import TOKENIZER_FILES, released_config, stop_ids
 from dsa_jax.families import FAMILIES
 from dsa_jax.families.family import TensorNames
 from dsa_jax.inference.released import equation_of
+from dsa_jax.json_files import read_object
 from dsa_jax.nn.indexer import LightningIndexer
 from dsa_jax.nn.layers import STACKS
 

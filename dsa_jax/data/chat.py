@@ -13,7 +13,9 @@ import jinja2.nodes
 import jinja2.sandbox
 
 from dsa_jax.config import ConfigError
-from dsa_jax.data.tokenizer import Rendered, read_object, text_of_token
+from dsa_jax.data.tokenizer import Rendered
+from dsa_jax.data.tokenizer_files import text_of_token
+from dsa_jax.json_files import read_object
 
 Message = Mapping[str, Any]  # 'role', such as 'user', and 'content'.
 

@@ -10,7 +10,6 @@ import os
 import re
 from typing import Any, NamedTuple
 
-import numpy as np
 
 from dsa_jax.config import ConfigError, local_path, user_cache
 from dsa_jax.data import raw_rows
@@ -26,7 +25,8 @@ from dsa_jax.data.recall import Recall
 from dsa_jax.data.seeds import check_seed
 from dsa_jax.data.streaming import left_out
 from dsa_jax.data.text import VOCAB_SIZE, PackedText, find_files, split_files
-from dsa_jax.data.tokenizer import SPECIAL, Bytes, Tokenizer, check_alphabet, open_tokenizer
+from dsa_jax.data.tokenizer import SPECIAL, Bytes, Tokenizer, check_alphabet
+from dsa_jax.data.tokenizer_files import open_tokenizer
 
 SOURCES = ('text', 'recall', 'mixture')
 SPLITS = ('train', 'validation')

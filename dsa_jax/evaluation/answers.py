@@ -13,9 +13,8 @@ import numpy as np
 from dsa_jax.config import ConfigError
 from dsa_jax.data.chat import find_chat_template
 from dsa_jax.data.text import find_files, read_text, refuse_others
-from dsa_jax.data.tokenizer import (
-    Tokenizer, check_tokenizer, find_tokenizer, open_tokenizer, tokenizer_folder,
-)  # fmt: skip
+from dsa_jax.data.tokenizer import Tokenizer, check_tokenizer
+from dsa_jax.data.tokenizer_files import find_tokenizer, open_tokenizer, tokenizer_folder
 from dsa_jax.evaluation.arms import Arm, arms_of, read_kept
 from dsa_jax.evaluation.subject import Subject, keep_bytes
 from dsa_jax.evaluation.tasks import ROOM, Haystack, Task, make_task, score

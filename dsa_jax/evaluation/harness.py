@@ -15,7 +15,8 @@ import numpy as np
 
 from dsa_jax.config import ConfigError, ModelConfig
 from dsa_jax.data.batch import Batch
-from dsa_jax.data.tokenizer import check_tokenizer, find_tokenizer
+from dsa_jax.data.tokenizer import check_tokenizer
+from dsa_jax.data.tokenizer_files import find_tokenizer
 from dsa_jax.inference.load import config_of, find_checkpoint, load_checkpoint
 from dsa_jax.inference.sampler import SampleConfig, Sampler
 from dsa_jax.kernels.backend import BACKENDS, default_backend, why_not_here

@@ -21,10 +21,11 @@ from dsa_jax.config import ConfigError, ModelConfig
 from dsa_jax.data.batch import Batch
 from dsa_jax.data.pipeline import first_batches
 from dsa_jax.data.sources import DataConfig
-from dsa_jax.data.tokenizer import kept_tokenizer, read_object
+from dsa_jax.data.tokenizer_files import kept_tokenizer
 from dsa_jax.evaluation.settings import CONTEXT, Settings
 from dsa_jax.inference.load import StoredModel, find_checkpoint, load_checkpoint
 from dsa_jax.inference.shares import check_mesh
+from dsa_jax.json_files import read_object
 from dsa_jax.kernels.backend import default_backend
 from dsa_jax.parallel.mesh import make_mesh
 from dsa_jax.parallel.processes import is_first, moment_of_job

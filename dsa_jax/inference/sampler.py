@@ -18,7 +18,8 @@ import numpy as np
 from dsa_jax.config import ConfigError, ModelConfig
 from dsa_jax.data.chat import ChatTemplate, Message, find_chat_template, prompt_of
 from dsa_jax.data.text import VOCAB_SIZE
-from dsa_jax.data.tokenizer import Bytes, Rendered, Tokenizer, find_tokenizer, usual_tokenizer
+from dsa_jax.data.tokenizer import Bytes, Rendered, Tokenizer, usual_tokenizer
+from dsa_jax.data.tokenizer_files import find_tokenizer
 from dsa_jax.inference.batching import Completion, Text, complete, size_of_batch
 from dsa_jax.inference.cache import Cache
 from dsa_jax.inference.load import StoredModel, config_of, find_checkpoint, load_checkpoint

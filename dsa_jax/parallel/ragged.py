@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from dsa_jax.parallel import collectives, shard
+from dsa_jax.parallel import collectives
 
 
 class Slices(NamedTuple):

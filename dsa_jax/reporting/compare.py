@@ -14,7 +14,7 @@ import rich.console
 import rich.table
 
 from dsa_jax.config import ConfigError
-from dsa_jax.data.tokenizer import read_object
+from dsa_jax.json_files import read_object
 from dsa_jax.reporting import metrics, plots
 from dsa_jax.reporting.report import mean_of_selecting
 from dsa_jax.training.workdir import CHANGEABLE, complete, read_config

@@ -15,10 +15,11 @@ from flax import nnx
 from dsa_jax.checkpoint_paths import is_step, readings
 from dsa_jax.config import ConfigError, ModelConfig
 from dsa_jax.data.text import BOS
-from dsa_jax.data.tokenizer import (
-    TOKENIZER_FILES, Bytes, Tokenizer, find_tokenizer, kept_tokenizer, open_tokenizer, read_object,
-    released_config, tokenizer_folder,
+from dsa_jax.data.tokenizer import Bytes, Tokenizer
+from dsa_jax.data.tokenizer_files import (
+    TOKENIZER_FILES, find_tokenizer, kept_tokenizer, open_tokenizer, released_config, tokenizer_folder,
 )  # fmt: skip
+from dsa_jax.json_files import read_object
 from dsa_jax.training.checkpoint import (
     check_params, check_wide, latest_of_job, restore_params, saved_steps, weights_of,
 )  # fmt: skip

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from dsa_jax.config import ConfigError, ModelConfig, local_path
 from dsa_jax.data.sources import DataConfig
-from dsa_jax.data.tokenizer import kept_tokenizer
+from dsa_jax.data.tokenizer_files import kept_tokenizer
 from dsa_jax.kernels.backend import BACKENDS
 from dsa_jax.nn.remat import check_policy
 from dsa_jax.parallel.mesh import MeshConfig

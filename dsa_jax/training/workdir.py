@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from dsa_jax.checkpoint_paths import UNREADABLE, check_readable
 from dsa_jax.config import ConfigError, ModelConfig
 from dsa_jax.data.corpus import changes
-from dsa_jax.data.tokenizer import read_object
+from dsa_jax.json_files import read_object
 from dsa_jax.training.checkpoint import saved_steps
 from dsa_jax.training.recipe import ADDED, SECTIONS
 from dsa_jax.training.stages import StageConfig

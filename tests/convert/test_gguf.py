@@ -28,7 +28,7 @@ from dsa_jax.convert.gguf_file import read_header
 from dsa_jax.convert.gguf_tokenizer import PRE_TOKENIZERS, read_tokenizer
 from dsa_jax.convert.hub import find_source
 from dsa_jax.convert.importer import import_checkpoint, open_source
-from dsa_jax.data.tokenizer import find_tokenizer, open_tokenizer
+from dsa_jax.data.tokenizer_files import find_tokenizer, open_tokenizer
 from dsa_jax.inference.load import load_checkpoint
 
 ARCHITECTURES = {'qwen3_moe': 'qwen3moe', 'mistral': 'llama'}  # Others have the same name in both.

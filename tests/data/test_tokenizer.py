@@ -7,7 +7,8 @@ import pytest
 import tokenizers
 
 from dsa_jax.config import ConfigError
-from dsa_jax.data.tokenizer import Absent, Bytes, Rendered, check_tokenizer, find_tokenizer, usual_tokenizer
+from dsa_jax.data.tokenizer import Absent, Bytes, Rendered, check_tokenizer, usual_tokenizer
+from dsa_jax.data.tokenizer_files import find_tokenizer
 
 BOS, EOS, UNK, A, B = range(5)
 WORDS = {'<s>': BOS, '</s>': EOS, '[UNK]': UNK, 'a': A, 'b': B}
@@ -130,7 +131,7 @@ def test_bytes_are_no_ids_of_a_larger_vocabulary(tmp_path):
 
 
 def test_tokens_that_stand_beside_the_file_are_read(tmp_path):
-  """As loaders do, which add them; tokenizer.json decides where it knows a token."""
+  """As loaders do, which add them; tokenizer.json decides on ids where it knows a token."""
   token = {'content': '<x>', 'special': True, 'normalized': False}
   write(tmp_path)
   write(tmp_path, tokenizer_config={'added_tokens_decoder': {'5': token, '1': {'content': '<s>'}}})
@@ -165,6 +166,26 @@ def test_a_mark_that_the_vocabulary_holds_as_a_word_is_not_cut(settings, tmp_pat
   assert tokenizer.encode('a<x>b') == [A, 5, B] and tokenizer.vocab_size == 6
   tokenizer.special_tokens = before.special_tokens = 'ids'
   assert tokenizer.digest != before.digest
+
+
+@pytest.mark.parametrize('name', ['a mark', 'the beginning'])
+def test_flags_of_a_mark_are_those_beside_the_file(name, tmp_path):
+  """tokenizer.json says that spaces before the mark are text, and the file beside it that they are its own."""
+  mark, i = ('<x>', 5) if name == 'a mark' else ('<s>', BOS)
+  change = lambda tokenizer: tokenizer.add_tokens([tokenizers.AddedToken(mark, normalized=False)])
+  write(tmp_path, change=change)
+  before = load(tmp_path)
+  flags = {'content': mark, 'lstrip': True, 'normalized': False, 'special': name == 'a mark'}
+  settings = {'added_tokens_decoder': {str(i): flags}, 'bos_token': '<s>'}
+  write(tmp_path, change=change, tokenizer_config=settings)
+  tokenizer = load(tmp_path)
+  assert tokenizer.marks_alike(tokenizers.AddedToken(mark, lstrip=True, normalized=False, special=True))
+  assert tokenizer.is_special(i) and not before.is_special(i)
+  assert tokenizer.encode(f'a  {mark}b')[-3:] == [A, i, B]
+  tokenizer.special_tokens = before.special_tokens = 'ids'
+  assert tokenizer.digest != before.digest
+  (tmp_path / 'tokenizer_config.json').unlink()
+  assert load(tmp_path).digest != tokenizer.digest
 
 
 def test_a_digest_knows_added_tokens_that_a_document_can_hold(tmp_path):

@@ -8,7 +8,8 @@ import pytest
 from tokenizer_families import FAMILIES
 
 from dsa_jax.config import ConfigError
-from dsa_jax.data.tokenizer import Pretrained, open_tokenizer
+from dsa_jax.data.tokenizer import Pretrained
+from dsa_jax.data.tokenizer_files import open_tokenizer
 
 TEXTS = [
     'The indexer of 2,048 tokens',

@@ -13,7 +13,8 @@ from configs import base
 from dsa_jax import train
 from dsa_jax.config import ConfigError, ModelConfig
 from dsa_jax.data.text import BOS
-from dsa_jax.data.tokenizer import Bytes, find_tokenizer, open_tokenizer
+from dsa_jax.data.tokenizer import Bytes
+from dsa_jax.data.tokenizer_files import find_tokenizer, open_tokenizer
 from dsa_jax.training.origin import (
     check_origins, differing_fields, find_starts, keep_origin, keep_starts, keep_tokenizer,
 )  # fmt: skip

@@ -29,7 +29,8 @@ import rich.progress
 from dsa_jax.config import ConfigError
 from dsa_jax.data.corpora import files as places, tokens
 from dsa_jax.data.corpora.raw import Damaged, Document, Piece, RawFormat
-from dsa_jax.data.tokenizer import Tokenizer, open_tokenizer
+from dsa_jax.data.tokenizer import Tokenizer
+from dsa_jax.data.tokenizer_files import open_tokenizer
 
 BATCH = 2**20  # Bytes of text that are tokenized at one time.
 DAMAGED = ('stop', 'drop')
