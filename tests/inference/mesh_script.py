@@ -74,7 +74,7 @@ READ = [  # Mesh, model, attention, texts, format of the cache; and the rule, if
 ]  # fmt: skip
 STEPS = ('sparse', 'indexer'), ('dense', 'indexer'), ('sparse', 'window_sinks')
 WRITTEN = [(DATA, False, 'random')]
-WRITTEN += [(sizes, drafts, 'indexer') for sizes in (MIXED, DATA, OWNERS) for drafts in (False, True)]
+WRITTEN += [(sizes, drafts, 'indexer') for sizes in (MIXED, DATA, OWNERS) for drafts in (True, False)]
 LENGTHS = (26, 3, 26, 21)
 PIECES = {'all': (0, 15, 19, 20, 26), 'few': (0, 16, 20)}  # Of many tokens, few, and one.
 CAPACITY = 32

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """One step, and one layer, on meshes of eight simulated devices: prints how far each is from one device.
 
-Run by test_meshes.py in a process of its own, which has the devices. `--few` takes the last two
-steps, and a mixed mesh for the layers.
+Run by test_meshes.py in a process of its own, which has the devices. `--few` takes the last step, and
+a mixed mesh for the layers.
 """
 
 import dataclasses
@@ -121,7 +121,7 @@ def main(few: bool):
     latent, index_key = CFG.kv_lora_rank + CFG.qk_rope_head_dim, CFG.index_head_dim
     arithmetic = 4 * 4 * 32 * (latent + index_key)
     print_row(case=f'bytes, {stage}', bytes=layer_bytes(stage, {'context': 8}), arithmetic=arithmetic)
-  for stage, sizes, micro_batches, cfg, remat in STEPS[-2:] if few else STEPS:
+  for stage, sizes, micro_batches, cfg, remat in STEPS[-1:] if few else STEPS:
     wanted = step(stage, None, micro_batches, cfg)
     with jax.set_mesh(mesh := make_mesh(**sizes)):
       found = step(stage, mesh, micro_batches, cfg, remat)
