@@ -98,10 +98,7 @@ def find_tokenizer(folder: pathlib.Path) -> Tokenizer:
         f'{folder}: add_prefix_space={wanted!r} of tokenizer_config.json contradicts {space} of '
         'tokenizer.json, which is obeyed: texts may get other ids in other loaders.'
     )
-  tokenizer.stop = stop_ids(folder, released)
-  if not tokenizer.stop and token('eos_token'):
-    ended = tokenizer.id_of(token('eos_token'))
-    tokenizer.stop = () if ended is None else (ended,)
+  tokenizer.stop = _known_stops(tokenizer, folder, stop_ids(folder, released), token('eos_token'))
   adds, where = settings.get('add_bos_token'), f'{folder}/tokenizer_config.json'
   if adds not in (None, True, False):
     raise ConfigError(f'{where}: add_bos_token={adds!r} must be true or false.')
@@ -113,6 +110,37 @@ def find_tokenizer(folder: pathlib.Path) -> Tokenizer:
     )
   tokenizer.adds_bos = adds
   return tokenizer
+
+
+def _known_stops(
+    tokenizer: Pretrained, folder: pathlib.Path, ids: tuple[int, ...], eos_token: str | None
+) -> tuple[int, ...]:
+  """Returns the ids that end a text: those of a model's files, or its eos_token where they name none.
+
+  Args:
+    tokenizer: The tokenizer, with all its tokens.
+    folder: Where it lies.
+    ids: What config.json and generation_config.json say.
+    eos_token: What the files of the tokenizer say.
+
+  Raises:
+    ConfigError: The model's files name ids, and the tokenizer has none of them.
+  """
+  named = None if eos_token is None else tokenizer.id_of(eos_token)
+  if not ids:
+    return () if named is None else (named,)
+  known = tuple(i for i in ids if i < tokenizer.vocab_size)
+  says = f'{folder}: config.json or generation_config.json says that a text ends with eos_token_id={[*ids]}'
+  if not known:
+    raise ConfigError(
+        f'{says}, but its tokenizer has ids below {tokenizer.vocab_size} only: the files are of different models.'
+    )
+  if named is not None and named not in ids and not any(map(tokenizer.is_special, known)):
+    logging.warning(
+        f'{says}, which is no special token, and the files of its tokenizer say that eos_token={eos_token!r} is '
+        f'{named}. The former is obeyed.'
+    )
+  return known
 
 
 def _described_tokens(

@@ -304,7 +304,7 @@ def test_ids_that_are_no_ids(tmp_path):
       cases.config(tmp_path, fields).rows(8, 'train')
 
 
-def test_ids_of_four_bytes_are_not_read_as_two(tmp_path):
+def test_ids_are_not_read_as_narrower_ones(tmp_path):
   """Every second token would be 0, and half of the loss with it."""
   rng = np.random.default_rng(0)
   for n_ids in 50_257, 256_000:
@@ -313,10 +313,21 @@ def test_ids_of_four_bytes_are_not_read_as_two(tmp_path):
     with pytest.raises(ConfigError, match="looks like ids of four bytes.*dtype='uint32'"):
       tokens.FlatTokens(str(path), 'uint16', 1, tmp_path / 'index.npy')
     assert tokens.FlatTokens(str(path), 'uint32', 1, tmp_path / f'{n_ids}.npy').vocab_size <= n_ids
+    path = tmp_path / f'{n_ids}_of_eight.bin'
+    np.append(rng.integers(2, n_ids, 99), 1).astype('int64').tofile(path)
+    for dtype in 'uint16', 'uint32':
+      with pytest.raises(ConfigError, match='looks like ids of eight bytes.*save them as .npy'):
+        tokens.FlatTokens(str(path), dtype, 1, tmp_path / 'index.npy')
   few = rng.integers(0, 16, 100).astype('uint16')  # An alphabet of 16 letters.
   few.tofile(tmp_path / 'few.bin')
   stream = tokens.FlatTokens(str(tmp_path / 'few.bin'), 'uint16', 1, tmp_path / 'few.npy')
   assert stream.read(0, 100).tolist() == few.tolist()
+
+
+def test_an_id_that_does_not_fit_is_not_written_as_another(tmp_path):
+  with pytest.raises(ConfigError, match='gave a document the id 65543, which exceeds'):
+    tokens.write_part(tmp_path / 'part', [np.array([1, 65543], np.uint32)], 'uint16')
+  assert not [*tmp_path.iterdir()]
 
 
 @pytest.mark.parametrize('number, dtype', [(20240520, 'uint16'), (20240801, 'uint32')])

@@ -188,6 +188,17 @@ def test_flags_of_a_mark_are_those_beside_the_file(name, tmp_path):
   assert load(tmp_path).digest != tokenizer.digest
 
 
+def test_ids_that_end_a_text_are_of_the_tokenizer(tmp_path, caplog):
+  """A tokenizer of one's own may stand beside the config.json of another model."""
+  write(tmp_path, tokenizer_config={'eos_token': '</s>'})
+  with pytest.raises(ConfigError, match=r'eos_token_id=\[128001\], but its tokenizer has ids below 5 only'):
+    load(tmp_path, eos_token_id=128001)
+  assert load(tmp_path, eos_token_id=[128001, EOS]).stop == (EOS,)  # The model may have more ids.
+  assert load(tmp_path, eos_token_id=[A, EOS]).stop == (A, EOS) and not caplog.text
+  assert load(tmp_path, eos_token_id=A).stop == (A,)
+  assert f"eos_token_id=[{A}], which is no special token" in caplog.text and "'</s>' is 1" in caplog.text
+
+
 def test_a_digest_knows_added_tokens_that_a_document_can_hold(tmp_path):
   write(tmp_path)
   plain = load(tmp_path).digest

@@ -152,8 +152,8 @@ class FlatTokens(TokenStream):
     """
     self.place, self.tokenizer, self.left_out = name, '', collections.Counter()
     self._tokens = _flat(name, dtype)
-    if not name.endswith('.npy') and dtype == 'uint16':
-      _check_width(name, self._tokens)
+    if not name.endswith('.npy'):
+      _check_width(name, self._tokens, dtype)
     if not index.exists():
       save(index, _scan(self._tokens, separator))
     self.about = _mapped(index)
@@ -244,8 +244,10 @@ def write_part(path: pathlib.Path, documents: Iterable[np.ndarray], dtype: str) 
 
 def _records(documents: Iterable[np.ndarray], dtype: str) -> Iterator[np.ndarray]:
   """Yields the tokens of documents, `RECORD` at a time."""
-  waiting, n = [], 0
+  waiting, n, most = [], 0, np.iinfo(dtype).max
   for document in documents:
+    if document.max(initial=0) > most:
+      raise ConfigError(f'the tokenizer gave a document the id {document.max()}, which exceeds its own highest one.')
     waiting.append(document.astype(dtype))
     n += len(document)
     if n >= RECORD:
@@ -343,14 +345,17 @@ def _flat(name: str, dtype: str, *, is_known: bool = False) -> _Ids:
   return _Ids(tokens)
 
 
-def _check_width(name: str, tokens: _Ids):
-  """Raises ConfigError if ids of two bytes look like halves of ids of four, which nothing else tells."""
+def _check_width(name: str, tokens: _Ids, dtype: str):
+  """Raises ConfigError if ids look like parts of wider ones, which nothing else tells."""
   some = tokens[:SCANNED]
-  low, high = some[::2], some[1::2]
-  if len(tokens) % 2 == 0 and len(some) >= 16 and high.max() < 16 <= low.max():
+  odd = some[1::2]
+  if len(tokens) % 2 or len(some) < 16 or not odd.max() < 16 <= some[::2].max():
+    return
+  if dtype == 'uint16' and (odd[1::2].any() or some[2::4].any()):
     raise ConfigError(
         f"{name} looks like ids of four bytes: every second of two bytes is below 16. Set dtype='uint32'."
     )
+  raise ConfigError(f'{name} looks like ids of eight bytes, most of which are 0: save them as .npy, or as uint32.')
 
 
 def _check_kind(name: str):
