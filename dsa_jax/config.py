@@ -155,6 +155,10 @@ class ModelConfig:
   # Whether the indexer's rotary embedding pairs neighbouring channels, as GLM-5's does.
   indexer_rope_interleave: bool = False
   index_rope_last: bool = False  # Whether it rotates its last channels, in place of its first ones.
+  # By how much the indexer's slow frequencies are divided, as YaRN does it, so that rows may be longer than
+  # those of `index_original_seq_len` tokens that it learned from. 1: they are as they are.
+  index_rope_factor: float = 1.0
+  index_original_seq_len: int = 0  # 0 where `index_rope_factor` is 1.
   index_norm_eps: float = 1e-6  # The eps of the norm of index keys. 0: `norm_eps`.
   # Whether the indexer norms what its queries are projected from, as it norms its keys.
   index_query_norm: bool = False
@@ -242,12 +246,19 @@ class ModelConfig:
       raise ConfigError(f'{self.rope_theta=} must be above 1, and finite.')
     if self.window_rope_theta and not 1 < self.window_rope_theta < math.inf:
       raise ConfigError(f'{self.window_rope_theta=} must be 0, or above 1 and finite.')
+    if not 1 <= self.index_rope_factor < math.inf:
+      raise ConfigError(f'{self.index_rope_factor=} must be at least 1, and finite.')
+    if self.index_original_seq_len < 0 or bool(self.index_original_seq_len) != (self.index_rope_factor > 1):
+      raise ConfigError(
+          f'{self.index_original_seq_len=} must be above 0 with an index_rope_factor above 1, and 0 without: '
+          'it is the length of the rows that the indexer learned from.'
+      )
     if not 0 <= self.norm_eps < math.inf:
       raise ConfigError(f'{self.norm_eps=} must be at least 0, and finite.')
     kind = self.rope_kind
     if kind != 'default' and not 1 <= self.rope_factor < math.inf:
       raise ConfigError(f'{self.rope_factor=} must be at least 1, and finite, with {kind!r} positions.')
-    if kind == 'yarn' and not 0 < self.beta_slow <= self.beta_fast < math.inf:
+    if (kind == 'yarn' or self.index_rope_factor > 1) and not 0 < self.beta_slow <= self.beta_fast < math.inf:
       raise ConfigError(f'{self.beta_slow=} must be above 0 and at most {self.beta_fast=}, which is finite.')
     if kind == 'yarn' and not math.isfinite(self.mscale):
       raise ConfigError(f'{self.mscale=} must be finite.')

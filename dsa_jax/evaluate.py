@@ -132,6 +132,11 @@ if __name__ == '__main__':
       'index_topk': flags.DEFINE_list(
           'index_topk', None, "Budgets, separated by commas; default: the model's own."
       ),
+      'index_rope_factor': flags.DEFINE_float(
+          'index_rope_factor', None,
+          "How many times as long as the rows from which a run's indexer learned those to score are; default: the "
+          "model's.",
+      ),
       'rules': flags.DEFINE_list(
           'rules', None, 'What selects, separated by commas; default: all but an untrained indexer.'
       ),

@@ -88,7 +88,7 @@ def prepare(of_sampler: dict[str, Any], drawing: dict[str, Any]) -> Job:
   mesh = make_mesh(**sizes.sizes) if sizes.n_devices > 1 else None
   named = find_checkpoint(CHECKPOINT.value)
   stored = named.at_one_step()
-  cfg = config_of(stored, of_sampler.get('index_topk'))
+  cfg = config_of(stored, of_sampler.get('index_topk'), of_sampler.get('index_rope_factor'))
   capacity = check_capacity(cfg, of_sampler['capacity'], mesh)
   tokenizer, chat = tokenizer_of(stored, cfg), chat_of(stored)
   config = SampleConfig(**({'stop': tokenizer.stop} | drawing))
@@ -245,6 +245,10 @@ if __name__ == '__main__':
       ),
       'index_topk': flags.DEFINE_integer(
           'index_topk', None, "How many tokens each token selects; default: the model's budget."
+      ),
+      'index_rope_factor': flags.DEFINE_float(
+          'index_rope_factor', None,
+          "How many times as long as the rows from which a run's indexer learned a text may be; default: the model's.",
       ),
       'rule': flags.DEFINE_enum(
           'rule', None, list(RULES), "What selects them; default: the rule of the run, or 'indexer'."

@@ -202,7 +202,7 @@ def index_rope_on_the_last_channels(patch):
   def wrong(self, x, positions):
     width = self.cfg.index_rope_dim
     nope, rope = jnp.split(x, [x.shape[-1] - width], axis=-1)
-    frequencies = indexer.rope_frequencies(self.cfg, width)
+    frequencies = indexer.index_rope_frequencies(self.cfg, width)
     rope = indexer.apply_rope(rope, positions, frequencies, interleaved=False)
     return jnp.concatenate([nope, rope], axis=-1)
 

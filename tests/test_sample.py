@@ -572,6 +572,28 @@ def test_rule_and_budget_are_those_of_a_whole_pass(tmp_path, rule):
   assert np.abs(Sampler.load(folder, capacity=40).read(tokens.tolist()).logits[0] - want).max() > 1e-3
 
 
+def test_a_run_is_sampled_in_longer_texts_than_it_has_learned_from(tmp_path):
+  stages = {'warmup': {'stage': 'warmup', 'seq_len': 12}, 'dense': {'stage': 'dense', 'seq_len': 48}}
+  folder, tokens = save_run(tmp_path), jnp.asarray([PROMPTS[0] * 3], jnp.int32)
+  with pytest.raises(ConfigError, match='does not say how long the rows were from which its indexer learned'):
+    load_checkpoint(folder, index_rope_factor=4.0)
+  record = json.loads((tmp_path / 'config.json').read_text())
+  (tmp_path / 'config.json').write_text(json.dumps(record | {'stages': stages}))
+  saved = load_checkpoint(folder)
+  cfg = dataclasses.replace(saved.cfg, index_rope_factor=4.0, index_original_seq_len=12)
+  model = load_checkpoint(folder, index_rope_factor=4.0)
+  assert model.cfg == cfg and load_checkpoint(folder, index_rope_factor=1.0).cfg == saved.cfg
+  end = jnp.arange(1, tokens.shape[1] + 1, dtype=jnp.int32)[None]
+  run = jax.jit(lambda m, mode: m(tokens, jnp.zeros_like(end), end, mode).logits[0], static_argnums=1)
+  dense, sparse = (Mode(attention=attention, backend='xla') for attention in ('dense', 'sparse'))
+  np.testing.assert_array_equal(run(model, dense), run(saved, dense))
+  assert np.abs(run(model, sparse) - run(saved, sparse)).max() > 1e-3
+  sampler = Sampler.load(folder, index_rope_factor=4.0, capacity=40, chunk=4)
+  np.testing.assert_allclose(sampler.read(tokens.tolist()).logits[0], run(model, sparse)[-1], atol=1e-5)
+  with pytest.raises(ConfigError, match='would change nothing, because attention is dense'):
+    Sampler.load(folder, index_rope_factor=4.0, attention='dense')
+
+
 def test_a_run_is_sampled_by_its_own_rule(tmp_path):
   folder = save_run(tmp_path)
   record = json.loads((tmp_path / 'config.json').read_text())

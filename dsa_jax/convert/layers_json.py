@@ -9,7 +9,9 @@ from dsa_jax.convert.windows_json import read_windows, write_windows
 from dsa_jax.families.family import Family
 
 # Keys of our own, which are also fields, with the values that DeepSeek's indexers have.
-ADDED_INDEX_KEYS = {'index_rope_head_dim': 0, 'index_n_selections': 1}
+ADDED_INDEX_KEYS = {
+    'index_rope_head_dim': 0, 'index_n_selections': 1, 'index_rope_factor': 1.0, 'index_original_seq_len': 0,
+}  # fmt: skip
 INDEXER_KEYS = (
     'indexer_rope_interleave', 'indexer_types', 'index_topk_pattern', 'index_topk_freq',
     'index_skip_topk_offset',

@@ -45,6 +45,7 @@ class Harness:
       *,
       attention: Attention | None = None,
       index_topk: int | None = None,
+      index_rope_factor: float | None = None,
       rule: str | None = None,
       batch_size: int = 4,
       max_length: int | None = None,
@@ -58,6 +59,7 @@ class Harness:
       attention: 'dense', 'sparse' or 'masked'. None stands for 'sparse', but for 'dense' if what
         selects is an indexer that was never trained.
       index_topk: Tokens that each token selects. None stands for the model's own budget.
+      index_rope_factor: See `load_checkpoint`.
       rule: What selects them. None stands for the rule of the run, or else the indexer.
       batch_size: Texts that are in memory at a time.
       max_length: The longest text; the beginning of others is left out. None stands for all that
@@ -72,11 +74,12 @@ class Harness:
     learned = (rule or stored.rule) == 'indexer'
     if attention is None:
       attention = 'dense' if learned and not stored.has_trained_indexer else 'sparse'
-    if attention == 'dense' and (index_topk is not None or rule is not None):
+    changes = dict(index_topk=index_topk, index_rope_factor=index_rope_factor)
+    if attention == 'dense' and {*changes.values(), rule} != {None}:
       raise ConfigError(
-          f'{index_topk=} and {rule=} would change nothing, because attention is dense.'
+          f'{index_topk=}, {index_rope_factor=} and {rule=} would change nothing, because attention is dense.'
       )
-    cfg = config_of(stored, index_topk)
+    cfg = config_of(stored, **changes)
     if backend and backend not in BACKENDS:
       raise ConfigError(f'{backend=} must be one of {BACKENDS}.')
     if backend and (reason := why_not_here(backend)):
@@ -91,7 +94,7 @@ class Harness:
       )
     self._mesh = make_mesh(**mesh.sizes) if mesh.n_devices > 1 else None
     self._shares = mesh.context * mesh.tensor  # As many devices share the tokens of a row.
-    self._model = load_checkpoint(checkpoint, index_topk=index_topk, mesh=self._mesh)
+    self._model = load_checkpoint(checkpoint, **changes, mesh=self._mesh)
     selects = 'indexer' if attention == 'dense' else rule or stored.rule
     self._mode = Mode(attention=attention, rule=selects, backend=backend or default_backend())
     self._graph, self._params = nnx.split(self._model)

@@ -34,6 +34,7 @@ class Settings:
   rows: int = 64  # Rows that are scored.
   batch_size: int = 4  # Rows that are in memory at a time.
   index_topk: tuple[int, ...] = ()  # Budgets, in turn. () stands for the model's own.
+  index_rope_factor: float | None = None  # See `load_checkpoint`.
   rules: tuple[str, ...] = ()  # () stands for all, but for an indexer that was never trained.
   dtype: str = 'float32'  # The dtype of the model's matrices.
   backend: str = ''  # The kernels that run. '' stands for the platform's default.

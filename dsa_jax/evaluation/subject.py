@@ -23,7 +23,7 @@ from dsa_jax.data.pipeline import first_batches
 from dsa_jax.data.sources import DataConfig
 from dsa_jax.data.tokenizer_files import kept_tokenizer
 from dsa_jax.evaluation.settings import CONTEXT, Settings
-from dsa_jax.inference.load import StoredModel, find_checkpoint, load_checkpoint
+from dsa_jax.inference.load import StoredModel, config_of, find_checkpoint, load_checkpoint
 from dsa_jax.inference.shares import check_mesh
 from dsa_jax.json_files import read_object
 from dsa_jax.kernels.backend import default_backend
@@ -85,7 +85,7 @@ def open_subject(settings: Settings) -> Subject:
     ConfigError: Something of it will not do. Nothing has been written.
   """
   stored = find_checkpoint(settings.checkpoint).at_one_step()
-  cfg = ModelConfig(**stored.record['model'])
+  cfg = config_of(stored, index_rope_factor=settings.index_rope_factor)
   settings = _filled_in(settings, stored, cfg)
   data = _data(settings, stored)
   _check_vocabulary(data, cfg, settings)
@@ -179,6 +179,7 @@ def _identity(settings: Settings, stored: StoredModel, data: DataConfig) -> dict
       'model': _digest(stored.record['model']),
       'data': _digest([data.describe(trains=False), data.seed]),
       **{name: getattr(settings, name) for name in names},
+      **({'index_rope_factor': factor} if (factor := settings.index_rope_factor) is not None else {}),
   }
 
 

@@ -53,6 +53,14 @@ class StoredModel(NamedTuple):
     return 'F8_E4M3' in self.record.get('source', {}).get('dtypes', {}).values()
 
   @property
+  def index_seq_len(self) -> int:
+    """The length of the longest rows from which the indexer of a run learned; 0 if that is not known."""
+    if length := self.record['model'].get('index_original_seq_len', 0):
+      return length
+    learns = lambda entry: entry['stage'] != 'dense'
+    return max((x['seq_len'] for x in self.record.get('stages', {}).values() if learns(x)), default=0)
+
+  @property
   def has_trained_indexer(self) -> bool:
     """Whether a converted checkpoint had an indexer, or what a run saved is not of the stage `dense`.
 
@@ -83,6 +91,7 @@ def load_checkpoint(
     folder: Folder,
     *,
     index_topk: int | None = None,
+    index_rope_factor: float | None = None,
     mesh: Mesh | None = None,
     dtype: str = 'float32',
 ) -> Transformer:
@@ -91,6 +100,8 @@ def load_checkpoint(
   Args:
     folder: The checkpoint, or one step of it.
     index_topk: How many tokens each token selects. None stands for what the model was trained with.
+    index_rope_factor: By how much texts are longer than the rows from which the indexer of a run learned; see
+      `ModelConfig`. None stands for what the model was trained with.
     mesh: Devices to split the weights over. Each reads its own share only. None stands for the
       first device.
     dtype: The dtype of matrices, whatever they are stored in: 'float32' or 'bfloat16'. Or 'fp8' or
@@ -102,14 +113,19 @@ def load_checkpoint(
       is out of range.
   """
   stored = find_checkpoint(folder)
-  cfg = config_of(stored, index_topk)
+  cfg = config_of(stored, index_topk, index_rope_factor)
   family = stored.source.get('family', '')
   params = load_weights(stored.step or stored.folder, cfg, dtype, mesh=mesh, family=family)
   return nnx.merge(model_graph(cfg), params)
 
 
 def load_model(
-    workdir: Folder, entry: str, *, index_topk: int | None = None, rule: str | None = None
+    workdir: Folder,
+    entry: str,
+    *,
+    index_topk: int | None = None,
+    index_rope_factor: float | None = None,
+    rule: str | None = None,
 ) -> tuple[Transformer, Recipe]:
   """Returns the model as one entry of a finished recipe left it, and the recipe.
 
@@ -117,6 +133,7 @@ def load_model(
     workdir: The folder of a run.
     entry: A name in its recipe, such as 'dense', 'warmup' or 'sparse'.
     index_topk: How many tokens each token selects. None stands for what the model was trained with.
+    index_rope_factor: See `load_checkpoint`.
     rule: What selects them, a key of `dsa_jax.selection.RULES`. None stands for the run's own. It is
       the `selection` of the recipe that is returned.
 
@@ -129,7 +146,8 @@ def load_model(
     raise ConfigError(f'{entry=} must be one of the recipe, {tuple(recipe.stages)}.')
   if rule is not None:
     check_rule(rule)
-  model = load_checkpoint(recipe.checkpoint_folder(entry), index_topk=index_topk)
+  changes = dict(index_topk=index_topk, index_rope_factor=index_rope_factor)
+  model = load_checkpoint(recipe.checkpoint_folder(entry), **changes)
   return model, dataclasses.replace(recipe, model=model.cfg, selection=rule or recipe.selection)
 
 
@@ -174,13 +192,23 @@ def _refuse_run(folder: pathlib.Path) -> NoReturn:
   )
 
 
-def config_of(stored: StoredModel, index_topk: int | None) -> ModelConfig:
-  """Returns the config of a checkpoint's model, with another budget if one is given.
+def config_of(
+    stored: StoredModel, index_topk: int | None = None, index_rope_factor: float | None = None
+) -> ModelConfig:
+  """Returns the config of a checkpoint's model, with another budget or other positions if they are given.
 
   Raises:
-    ConfigError: The budget is out of range.
+    ConfigError: One is out of range, or it is not known at which length the indexer has learned.
   """
   cfg = ModelConfig(**stored.record['model'])
+  if index_rope_factor is not None:
+    length = stored.index_seq_len if index_rope_factor != 1 else 0
+    if index_rope_factor > 1 and not length:
+      raise ConfigError(
+          f'{index_rope_factor=}: {stored.folder} does not say how long the rows were from which its indexer '
+          'learned. A run does, or its config.model.index_original_seq_len.'
+      )
+    cfg = dataclasses.replace(cfg, index_rope_factor=index_rope_factor, index_original_seq_len=length)
   if index_topk is None:
     return cfg
   if not 1 <= index_topk <= cfg.max_seq_len:

@@ -129,6 +129,7 @@ class Sampler:
       folder: str | pathlib.Path,
       *,
       index_topk: int | None = None,
+      index_rope_factor: float | None = None,
       rule: str | None = None,
       attention: Attention | None = None,
       capacity: int = 0,
@@ -145,6 +146,7 @@ class Sampler:
     Args:
       folder: The checkpoint.
       index_topk: How many tokens each token selects. None stands for the model's own budget.
+      index_rope_factor: See `load_checkpoint`.
       rule: What selects them. None stands for the rule of the run, or else the indexer.
       attention: None stands for 'sparse', but for 'dense' if what selects is an indexer that was
         never trained.
@@ -167,15 +169,16 @@ class Sampler:
     if attention is None:
       attention = 'dense' if learned and not stored.has_trained_indexer else 'sparse'
     if attention == 'dense':
-      _check_unused(folder, index_topk=index_topk, rule=rule)
+      _check_unused(folder, index_topk=index_topk, index_rope_factor=index_rope_factor, rule=rule)
     selects = 'indexer' if attention == 'dense' else rule or stored.rule
-    cfg = config_of(stored, index_topk)
+    changes = dict(index_topk=index_topk, index_rope_factor=index_rope_factor)
+    cfg = config_of(stored, **changes)
     weights, cache = weights or _usual_format(stored), kwargs.get('cache') or cfg.dtype
     texts = texts or Texts(n=n_texts, capacity=check_capacity(cfg, capacity, mesh))
     check_memory(cfg, texts, weights=weights, cache=cache, mesh=mesh)
     tokenizer = tokenizer or tokenizer_of(stored, cfg)
     chat = chat or find_chat_template(stored.origin)
-    model = load_checkpoint(folder, index_topk=index_topk, mesh=mesh, dtype=weights)
+    model = load_checkpoint(folder, **changes, mesh=mesh, dtype=weights)
     return cls(
         model, tokenizer, chat=chat, rule=selects, attention=attention, capacity=capacity, mesh=mesh,
         **kwargs,

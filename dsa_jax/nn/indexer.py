@@ -14,7 +14,7 @@ from dsa_jax.nn.fixed import Configured
 from dsa_jax.nn.log_scale import LogScale
 from dsa_jax.nn.norms import LayerNorm
 from dsa_jax.nn.project import in_float32, project
-from dsa_jax.nn.rope import apply_rope, rope_frequencies, scaled
+from dsa_jax.nn.rope import apply_rope, index_rope_frequencies, scaled
 from dsa_jax.params import IndexerParam, param
 
 
@@ -77,7 +77,7 @@ class LightningIndexer(Configured):
       return x
     parts = jnp.split(x, [x.shape[-1] - width if is_last else width], axis=-1)
     nope, rope = parts if is_last else reversed(parts)
-    frequencies = rope_frequencies(self.cfg, width)
+    frequencies = index_rope_frequencies(self.cfg, width)
     if rope_factors is not None:
       frequencies = scaled(frequencies, rope_factors)
     rope = apply_rope(rope, positions, frequencies, interleaved=self.cfg.indexer_rope_interleave)

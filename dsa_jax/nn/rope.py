@@ -27,6 +27,19 @@ def rope_frequencies(cfg: ModelConfig, width: int) -> np.ndarray:
   return frequencies * (1 - slow) + frequencies / cfg.rope_factor * slow
 
 
+def index_rope_frequencies(cfg: ModelConfig, width: int) -> np.ndarray:
+  """Returns those of the indexer, the slow ones of which `index_rope_factor` divides once more.
+
+  An indexer has seen how pairs of channels that turn less than once in a row change within the rows that it
+  learned from, and no more. In longer rows, the factor keeps their angles within these.
+  """
+  frequencies = rope_frequencies(cfg, width)
+  if cfg.index_rope_factor == 1:
+    return frequencies
+  slow = _yarn_slowness(cfg, frequencies, cfg.index_original_seq_len)
+  return frequencies * (1 - slow) + frequencies / cfg.index_rope_factor * slow
+
+
 def _all_slow(cfg: ModelConfig, frequencies: np.ndarray) -> np.ndarray:
   return np.ones_like(frequencies)
 
@@ -37,13 +50,13 @@ def _llama3_slowness(cfg: ModelConfig, frequencies: np.ndarray) -> np.ndarray:
   return np.clip((cfg.high_freq_factor - turns) / (cfg.high_freq_factor - cfg.low_freq_factor), 0, 1)
 
 
-def _yarn_slowness(cfg: ModelConfig, frequencies: np.ndarray) -> np.ndarray:
-  """Blends by the number of the channel pair, as YaRN does."""
-  width = 2 * len(frequencies)
+def _yarn_slowness(cfg: ModelConfig, frequencies: np.ndarray, original_seq_len: int = 0) -> np.ndarray:
+  """Blends by the number of the channel pair, as YaRN does. The length is the model's, unless it is given."""
+  width, length = 2 * len(frequencies), original_seq_len or cfg.original_seq_len
 
   def channel_of(turns: float) -> float:
     """Returns the channel pair that makes `turns` turns over the original length."""
-    wavelength = cfg.original_seq_len / (2 * math.pi * turns)
+    wavelength = length / (2 * math.pi * turns)
     return width * math.log(wavelength) / (2 * math.log(cfg.rope_theta))
 
   low = min(max(math.floor(channel_of(cfg.beta_fast)), 0), width - 1)
