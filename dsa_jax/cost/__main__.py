@@ -100,8 +100,8 @@ def paragraph(
 
 
 def _of_experts(cfg: ModelConfig, serving: Serving) -> str:
-  has_experts = cfg.n_dense_layers < cfg.n_layers and serving.expert_chips > 1
-  return f', one of {serving.expert_chips} that share the experts' if has_experts else ''
+  has_experts = cfg.n_dense_layers < cfg.n_layers and serving.chips_of(cfg) > 1
+  return f', one of {serving.chips_of(cfg)} that share the experts' if has_experts else ''
 
 
 def _memory(cfg: ModelConfig, serving: Serving, context: int) -> str:
@@ -210,7 +210,7 @@ if __name__ == '__main__':
       'queries', DEFAULTS.queries, 'Tokens per sequence and decode step: 1 without MTP.'
   )
   EXPERT_CHIPS = flags.DEFINE_integer(
-      'expert_chips', DEFAULTS.expert_chips, 'Chips that share the routed experts; 1 for a model on one chip.'
+      'expert_chips', DEFAULTS.expert_chips, 'Chips that share the routed experts, no more than there are; 1 for a model on one chip.'
   )
   OUTPUT_SHARE = flags.DEFINE_float(
       'output_share', 0.1, "The share of a call's tokens that are generated."

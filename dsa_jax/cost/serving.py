@@ -29,9 +29,13 @@ class Serving:
   batch: int = 128  # The number of sequences per chip that decode together.
   queries: int = 2  # The tokens per sequence and decode step, which read its cache together.
   chunk: int = 8192  # The number of prompt tokens per chip in one forward pass.
-  expert_chips: int = 144  # The number of chips that share the routed experts.
+  expert_chips: int = 144  # The number of chips that share the routed experts, of which each has one at least.
   prefill: Efficiency = FITTED['prefill']
   decode: Efficiency = FITTED['decode']
+
+  def chips_of(self, cfg: ModelConfig) -> int:
+    """Returns how many chips share a model's routed experts; there are no more than experts."""
+    return min(self.expert_chips, max(cfg.n_routed_experts, 1))
 
   def __post_init__(self):
     for name in ('batch', 'queries', 'chunk', 'expert_chips'):
@@ -57,7 +61,7 @@ def token_parts(
   """Returns what one token costs, by part.
 
   Attention runs in MHA form in dense prefill, and in MQA form in decode; sparse prefill takes the
-  faster of masked MHA and gathered MQA. Index scores of a prompt are one large FP8 product and
+  faster of masked MHA and gathered MQA, but layers with a window do what they do in dense prefill. Index scores of a prompt are one large FP8 product and
   reach the share of products with weights; in decode they read a cache, as attention does.
 
   Args:
@@ -72,7 +76,7 @@ def token_parts(
   """
   if not 1 <= context <= cfg.max_seq_len:
     raise ConfigError(f'{context=} must be within 1 and max_seq_len={cfg.max_seq_len} of the model.')
-  shared = dict(sparse=sparse, cache=serving.cache, chips=serving.expert_chips, weights=serving.weights)
+  shared = dict(sparse=sparse, cache=serving.cache, chips=serving.chips_of(cfg), weights=serving.weights)
   if phase == 'prefill':
     shared |= dict(readers=serving.chunk, pass_tokens=serving.chunk, logits=False, scores='weights')
     forms, efficiency = ('mha', 'mqa') if sparse else ('mha',), serving.prefill
@@ -83,7 +87,7 @@ def token_parts(
     raise ConfigError(f"{phase=} must be 'prefill' or 'decode'.")
   candidates = []
   for form in forms:
-    works = token_work(cfg, context, form=form, **shared)
+    works = token_work(cfg, context, form=form, window_form=forms[0], **shared)
     candidates.append({work.part: _roofline(work, serving.chip, efficiency) for work in works})
   return min(candidates, key=_total)
 

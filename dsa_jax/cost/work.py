@@ -152,6 +152,7 @@ def token_work(
     *,
     sparse: bool,
     form: Literal['mha', 'mqa'],
+    window_form: Literal['mha', 'mqa'] | None = None,
     cache: str = 'fp8',
     readers: int = 1,
     pass_tokens: int = 1,
@@ -170,6 +171,7 @@ def token_work(
     sparse: Whether an indexer selects among them.
     form: The form of attention. Sparse attention in MHA form computes every visible pair under a
       mask.
+    window_form: That of layers with a window, which do the same whatever the others do. None: the same.
     cache: The format of stored keys.
     readers: The number of a sequence's query tokens that read its cache together.
     pass_tokens: The tokens per chip in one forward pass, which read the weights together.
@@ -181,12 +183,12 @@ def token_work(
   works = _weight_works(cfg, pass_tokens, chips, logits, weights)
   if sparse:
     works += _index_works(cfg, context, cache, readers, pass_tokens, scores, weights)
-  entry, pair_flops = row_bytes(cfg, cache), mha_flops if form == 'mha' else row_flops
+  entry, near_flops = row_bytes(cfg, cache), mha_flops if (window_form or form) == 'mha' else row_flops
   n_windows, window = len(cfg.window_layers), cfg.sliding_window
   selecting = cfg.n_layers - n_windows
   rows = n_windows * min(context, window + readers - 1) * row_bytes(cfg.of_windows, cache) / readers
   near = n_windows * min(context, window)
-  works.append(Work('windows', near * pair_flops(cfg.of_windows), rows, 'bf16', 'context'))
+  works.append(Work('windows', near * near_flops(cfg.of_windows), rows, 'bf16', 'context'))
   if sparse and form == 'mqa':  # Each query gathers its own keys.
     seen = selecting * min(context, cfg.index_topk)
     kind = 'gather' if cache == 'fp8' else 'context'

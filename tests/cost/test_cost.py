@@ -192,6 +192,25 @@ def test_a_model_of_windows_alone_has_a_paragraph():
   assert 'one of 144 that share the experts, prefill of a token' in text
 
 
+@pytest.mark.parametrize('phase', ['prefill', 'decode'])
+def test_what_sparsity_does_not_touch_costs_the_same(phase):
+  """Layers with a window, and all products but the indexer's, at every length."""
+  for cfg in SIZES['dots3_note'], SIZES['qwen3_30b_a3b'], V32:
+    for context in 1000, 4096, 40_000:
+      dense, sparse = (cost.token_parts(cfg, context, phase, sparse=sparse) for sparse in (False, True))
+      others = sparse.keys() - {'attention', 'index projections', 'index scores', 'selection'}
+      assert {name: sparse[name] for name in others} == {name: dense[name] for name in dense.keys() - {'attention'}}
+  assert 'windows' in cost.token_parts(SIZES['dots3_note'], 9, phase, sparse=True)
+
+
+def test_no_more_chips_share_the_experts_than_there_are():
+  cfg = dataclasses.replace(V32, n_routed_experts=16, n_expert_groups=1, n_limited_groups=1)
+  at = lambda n: cost.token_parts(cfg, 4096, 'decode', sparse=True, serving=cost.Serving(expert_chips=n))
+  assert at(16) == at(144) != at(1)
+  say = lambda n: cost_command._of_experts(cfg, cost.Serving(expert_chips=n))
+  assert say(144) == ', one of 16 that share the experts' and say(1) == ''
+
+
 def test_key_heads_that_select_have_scores_of_their_own():
   each = dataclasses.replace(SIZES['qwen3_0_6b'], index_n_heads=16, index_n_selections=8)
   shared = dataclasses.replace(each, index_n_selections=1)
