@@ -288,7 +288,10 @@ def _outs(source: Checkpoint, quantized: bool | None) -> Iterator[Out]:
 
 
 def _code(source: Checkpoint, path: Path, array: Array, quantized: bool | None) -> str:
-  """Returns the dtype of an array's tensors, by its name in safetensors files."""
+  """Returns the dtype of an array's tensors, by its name in safetensors files.
+
+  What an import has not recorded, such as indexers that training added, is as narrow as the model computes.
+  """
   recorded = source.origin.get('dtypes', {}).get('/'.join(path))
   if quantized is None:
     quantized = recorded == 'F8_E4M3' or (recorded is None and source.was_fp8)
@@ -297,6 +300,8 @@ def _code(source: Checkpoint, path: Path, array: Array, quantized: bool | None) 
   if recorded not in (None, 'F8_E4M3'):
     return recorded
   is_matrix = len(array.tensors[0].shape) > 1
+  if source.model.dtype == 'float32':
+    return 'F32'
   if is_matrix:
     return 'BF16'
   return 'F32' if path[-1:] == ('bias',) and 'ffn' in path else FAMILIES[source.family].norms
