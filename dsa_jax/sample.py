@@ -78,6 +78,8 @@ def main(argv: list[str]):
     sys.exit(f'error: {error}')
   except jax.errors.JaxRuntimeError as error:
     end_process(error, LOST)
+  except KeyboardInterrupt:
+    sys.exit('stopped; the same command goes on' if PROMPTS.value else 'stopped')
 
 
 def prepare(of_sampler: dict[str, Any], drawing: dict[str, Any]) -> Job:

@@ -349,6 +349,8 @@ def main(argv: list[str]):
     os._exit(1)  # At a usual end, TensorBoard's writers would try again, and print what they raise.
   except jax.errors.JaxRuntimeError as error:
     end_process(error, LOST)
+  except KeyboardInterrupt:
+    sys.exit('stopped; the same command goes on from the last checkpoint')
 
 
 def _print_unraisable(unraisable: Any):

@@ -70,6 +70,8 @@ def main(argv: list[str]):
       summary = run_import(find_source(argv[1]), target)
   except (ConfigError, OSError) as error:
     sys.exit(f'error: {error}')
+  except KeyboardInterrupt:
+    sys.exit(f'stopped; nothing was written to {argv[2]}')
   print(summary)
   print(f'written to {target}')
 

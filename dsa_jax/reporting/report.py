@@ -376,8 +376,10 @@ def print_table(console: rich.console.Console, title: str, table: Table) -> None
   printed = rich.table.Table(
       title=title, title_justify='left', box=rich.box.SIMPLE_HEAD, pad_edge=False
   )
-  for i, column in enumerate(header):
-    printed.add_column(column, justify='right' if i else 'left', no_wrap=not i)
+  for i, column in enumerate(header):  # Names and headers are folded where there is little room, numbers are not.
+    longest = max((len(row[i]) for row in rows), default=0)
+    justify, width = ('right', longest) if i else ('left', None)
+    printed.add_column(column, justify=justify, min_width=width, overflow='fold')
   for row in rows:
     printed.add_row(*row)
   console.print(printed)

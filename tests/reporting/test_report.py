@@ -136,6 +136,17 @@ def full(tmp_path_factory):
   return workdir, out.getvalue()
 
 
+@pytest.mark.parametrize('width', [60, 80])
+def test_a_narrow_terminal_cuts_no_number(width):
+  header = ['model', 'nats per token', 'bits per token', 'bits per byte', 'against the baseline', 'beyond the budget']
+  numbers = ['20.6433', '14.3112', '1.0025', '+16.29%', '23.4041']
+  out = io.StringIO()
+  table = header, [['dense', *numbers], ['sparse_warm, window + sinks', *numbers]]
+  report.print_table(rich.console.Console(file=out, width=width), 'a mixture', table)
+  assert all(out.getvalue().count(number) == 2 for number in numbers) and '…' not in out.getvalue()
+  assert max(map(len, out.getvalue().splitlines())) <= width
+
+
 def test_full_report_has_every_section_and_plot(full):
   workdir, _ = full
   text = (workdir / 'report.md').read_text()
