@@ -120,8 +120,11 @@ def check_quantization(config: dict[str, Any]):
         f"config.json: {key}: quant_method={method!r} must be 'fp8', with scales of 128 x 128 "
         'blocks: take the released FP8 or bfloat16 checkpoint, or dequantise this one.'
     )
+  if not isinstance(section, dict):
+    raise ConfigError(f'config.json: {key}={section!r} must be a section, which says how blocks are scaled.')
   for name, value in (
-      ('weight_block_size', [128, 128]), ('fmt', 'e4m3'), ('activation_scheme', 'dynamic')
+      ('weight_block_size', [128, 128]), ('fmt', 'e4m3'), ('activation_scheme', 'dynamic'),
+      ('is_checkpoint_fp8_serialized', True), ('weight_per_tensor', False),
   ):  # fmt: skip
     if section.get(name) not in (None, value):
       raise ConfigError(f'config.json: {key}: {name}={section[name]!r} must be {value!r}.')

@@ -11,6 +11,7 @@ from dsa_jax.families import FAMILIES
 from dsa_jax.families.family import Family
 
 USUAL_NAMES = {other: name for name, family in FAMILIES.items() for other in family.other_names}
+OF_ONE = 'model_type', 'architectures', 'transformers_version', 'auto_map', '_name_or_path', 'use_cache'
 OF_HEADS = 'head_dim', 'num_key_value_heads'  # What follows from other sizes of a layer.
 
 
@@ -31,6 +32,7 @@ def plain_keys(config: Mapping[str, Any], problems: list[str]) -> dict[str, Any]
   family, plain = FAMILIES[name], {**config, 'model_type': name}
   text = plain.pop('text_config', None) if family.towers else None
   if isinstance(text, dict):
+    problems += _contradictions(plain, text)
     plain = text | {key: value for key, value in plain.items() if value is not None}
   elif text is not None:
     problems.append(f'text_config={text!r} must be a section.')
@@ -46,6 +48,19 @@ def plain_keys(config: Mapping[str, Any], problems: list[str]) -> dict[str, Any]
     if plain.get('rope_parameters') is None:
       plain.pop('rope_parameters', None)
   return plain
+
+
+def _contradictions(whole: Mapping[str, Any], text: Mapping[str, Any]) -> list[str]:
+  """Returns a line for each key of the text that has another value beside its section.
+
+  Ids may differ: a model of several towers ends a text by more of them.
+  """
+  both = [key for key in text if whole.get(key) is not None and not key.endswith('_token_id')]
+  return [
+      f'{key}={whole[key]!r} contradicts {key}={text[key]!r} of text_config.'
+      for key in both
+      if key not in OF_ONE and whole[key] != text[key]
+  ]
 
 
 def _sizes(

@@ -55,6 +55,9 @@ def _window(config: dict, family: Family, problems: list[str]) -> int:
       problems.append(f'use_sliding_window={used!r} must be true or false.')
     if not (family.usual_window if used is None else used):
       return 0
+    if used and key not in config:
+      problems.append(f'use_sliding_window is true, but there is no {key}: say how many tokens, as loaders differ.')
+      return 0
   window = config.get(key, family.usual_window)
   if window is not None and (type(window) is not int or window < (key in config)):
     problems.append(f'{key}={window!r} must be a count of tokens, or null.')

@@ -12,7 +12,7 @@ import sysconfig
 
 import numpy as np
 
-from dsa_jax.config import ConfigError
+from dsa_jax.config import ConfigError, local_path
 from dsa_jax.data.batch import Batch
 from dsa_jax.data.formats import recognise_in_any_encoding
 from dsa_jax.data.seeds import check_seed
@@ -41,6 +41,7 @@ def find_files(pattern: str | None) -> list[pathlib.Path]:
     ConfigError: Nothing matches.
   """
   if pattern:
+    local_path(pattern, 'files')
     names = glob.glob(os.path.expanduser(pattern), recursive=True)
     wanted = _better_pattern(os.path.expanduser(pattern))
   else:

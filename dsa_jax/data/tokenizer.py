@@ -210,11 +210,13 @@ class Pretrained(_Streaming):
       rest = rest[len(before) :]
     if self.bos is None:
       return before + rest
-    wants = self.bos in before or self.adds_bos or rest[:1] == [self.bos]
+    wants = self.adds_bos or rest[:1] == [self.bos]
     while rest[:1] == [self.bos]:
       rest = rest[1:]
-    before = [i for i in before if i != self.bos]
-    return ([self.bos] if wants else []) + before + rest
+    if self.bos not in before:
+      return ([self.bos] if wants else []) + before + rest
+    first = before.index(self.bos)  # Where the tokenizer puts it: another mark may come before it.
+    return before[: first + 1] + [i for i in before[first:] if i != self.bos] + rest
 
   @functools.cached_property
   def _n_after(self) -> int:

@@ -3,6 +3,7 @@
 
 import dataclasses
 import importlib
+import logging
 
 from flax import nnx
 import jax
@@ -48,7 +49,7 @@ class OptimConfig:
 class ScheduleConfig:
   """The learning rate of every step of a stage, as shares of its peak."""
 
-  kind: str  # One of SCHEDULES, or 'MODULE:FUNCTION', a function of step, steps and peak.
+  kind: str  # One of SCHEDULES, or 'MODULE:FUNCTION', a function of step, steps and peak: it decides every rate.
   warmup_steps: int  # The rate rises to its peak in this many steps.
   steps: int
   end_share: float  # The share of the peak at which 'cosine' and 'wsd' end.
@@ -90,6 +91,8 @@ def _own_rates(schedule: ScheduleConfig, peak: float) -> np.ndarray:
     raise ConfigError(
         f'schedule={schedule.kind!r} must be one of {SCHEDULES}, or MODULE:FUNCTION ({error}).'
     ) from error
+  if schedule.warmup_steps:
+    logging.warning(f'schedule={schedule.kind!r} decides every rate: warmup_steps={schedule.warmup_steps} changes none.')
   rates = [float(function(step, schedule.steps, peak)) for step in range(schedule.steps)]
   if not all(0 <= rate < float('inf') for rate in rates):
     raise ConfigError(f'schedule={schedule.kind!r} must give rates of 0 or more; it gave {min(rates)}.')

@@ -178,6 +178,7 @@ INDEXED = {'index_n_heads': 4, 'index_head_dim': 32, 'index_topk': 64}
         ('dots3_note', DOTS_LAYERS | {'per_layer_config': {str(i): {'rank': 2} for i in range(2, 46)}}, 'must give all layers'),
         ('dots3_note', {'rope_parameters': {'indexed_attention': {'rope_theta': 5.0, 'rope_type': 'yarn'}}},
          "rope_parameters: 'indexed_attention'"),
+        ('dots3_note', {'text_config': {'rms_norm_eps': 0.5}}, 'rms_norm_eps=.* contradicts rms_norm_eps=0.5 of text_config'),
         ('dots3_note', {'text_config': [1]}, 'text_config=.1. must be a section'),
         ('dots3_note', {'rope_parameters': {'full_attention': {'rope_theta': 5.0, 'partial_rotary_factor': 'a'}}},
          "'full_attention': .* must be of layers that select"),
@@ -399,6 +400,8 @@ def test_neutral_values_change_nothing(changes):
         ({'quantization_config': {'quant_method': 'awq', 'bits': 4}}, "quant_method='awq' must be 'fp8'"),
         ({'quantization_config': {'quant_method': 'compressed-tensors'}}, 'compressed-tensors'),
         ({'quantization_config': {'quant_method': 'fp8', 'weight_block_size': [1, 32]}}, r'\[1, 32\]'),
+        ({'quantization_config': {'quant_method': 'fp8', 'weight_per_tensor': True}}, 'weight_per_tensor=True must be False'),
+        ({'quantization_config': 'fp8'}, "quantization_config='fp8' must be a section"),
     ],
     ids=repr,
 )
@@ -422,6 +425,14 @@ def test_layers_with_an_mlp_in_any_order(config, first):
     assert written['mlp_layer_types'] == types
   usual = read_config(config | {'mlp_layer_types': None, 'first_k_dense_replace': 1})[1]
   assert 'mlp_layer_types' not in write_config(family, usual, {})
+
+
+def test_a_window_has_a_length():
+  config = released.CONFIGS['qwen25_0_5b'] | WINDOWS
+  assert not read_config(config | {'sliding_window': None})[1].window_layers
+  del config['sliding_window']
+  with pytest.raises(ConfigError, match='use_sliding_window is true, but there is no sliding_window'):
+    read_config(config)
 
 
 def test_a_source_keeps_its_words_for_kinds_of_layers():

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every format gives the same rows, and names what is wrong with a file."""
 
+import bz2
 import gzip
 import json
 import os
@@ -322,6 +323,16 @@ def test_ids_are_not_read_as_narrower_ones(tmp_path):
   few.tofile(tmp_path / 'few.bin')
   stream = tokens.FlatTokens(str(tmp_path / 'few.bin'), 'uint16', 1, tmp_path / 'few.npy')
   assert stream.read(0, 100).tolist() == few.tolist()
+
+
+@pytest.mark.parametrize('kind, pack', [('gzip', gzip.compress), ('bzip2', bz2.compress)])
+def test_lines_that_are_packed_are_named(tmp_path, kind, pack):
+  """Although damaged lines may be dropped: all would be."""
+  (tmp_path / 'a.jsonl').write_bytes(pack(b'{"text": "one"}\n' * 100))
+  fields = dict(format='jsonl', files=str(tmp_path / 'a.jsonl'))
+  for tokenized in 'ahead', 'on_the_fly':
+    with pytest.raises(ConfigError, match=f'a.jsonl holds no lines of JSON, but {kind}'):
+      cases.config(tmp_path, fields, damaged='drop', tokenized=tokenized).rows(8, 'train')
 
 
 def test_an_id_that_does_not_fit_is_not_written_as_another(tmp_path):

@@ -80,6 +80,11 @@ def test_a_beginning_of_two_marks_is_kept_whole(tmp_path):
   assert load(tmp_path).encode('a') == load(tmp_path).encode('</s><s>a') == [EOS, BOS, A]
   write(tmp_path, template='</s> $A', tokenizer_config={'add_bos_token': True, 'bos_token': '<s>'})
   assert load(tmp_path).encode('a') == [BOS, EOS, A]
+  for adds in None, True:  # Where the beginning stands is the tokenizer's matter.
+    write(tmp_path, template='</s> <s> $A', tokenizer_config={'add_bos_token': adds, 'bos_token': '<s>'})
+    for text in 'a', '<s>a', '</s><s>a':
+      assert load(tmp_path).encode(text) == load(tmp_path).encode_prompt(text) == [EOS, BOS, A]
+    assert load(tmp_path).encode_documents([b'a'])[0].tolist() == [EOS, BOS, A]
 
 
 def test_the_name_of_the_beginning_may_stand_elsewhere(tmp_path):

@@ -103,6 +103,8 @@ class JsonLines(Records):
     """Yields the text of each line; empty lines are none."""
     (name,) = piece.names
     for at, line in _lines(name, piece.first, piece.end):
+      if at == 0 and (kind := recognise(line)) and not kind.startswith('binary data'):
+        raise ConfigError(f'{name} holds no lines of JSON, but {kind}: unpack it, or name it by its usual ending.')
       if line.strip():
         yield self._document(f'{name}, the line at byte {at}', line)
 
