@@ -647,10 +647,14 @@ def test_what_would_be_ignored_is_refused(model, tmp_path):
       module.cfg = dataclasses.replace(CFG, index_topk=8)
     with pytest.raises(ConfigError, match='index_topk of a model is fixed'):
       module.index_topk = 8
+    with pytest.raises(ConfigError, match=r'rule of a model is fixed.* Sampler.load\(..., rule=...\)'):
+      module.rule = 'oracle'
     assert module.cfg == CFG
   sampler = Sampler(model, capacity=40)
   with pytest.raises(ConfigError, match='rule of a sampler is fixed'):
     sampler.rule = 'oracle'
+  with pytest.raises(ConfigError, match='a sampler has no temperature: .* an argument of the call'):
+    sampler.temperature = 1.0
   for topk in 0, -1, CFG.max_seq_len + 1:
     with pytest.raises(ConfigError, match=f'index_topk={topk} must be within 1 and cfg.max_seq_len=48'):
       load_checkpoint(folder, index_topk=topk)

@@ -31,6 +31,12 @@ from dsa_jax.data.tokenizer_files import open_tokenizer
 SOURCES = ('text', 'recall', 'mixture')
 SPLITS = ('train', 'validation')
 TOKENIZED = ('ahead', 'on_the_fly')
+# The fields that one source reads, and no other.
+OF_SOURCE = {
+    'text': ('files',),
+    'recall': ('n_keys', 'n_values', 'tokens_per_pair', 'tokens_per_query'),
+    'mixture': ('tokenizer', 'damaged', 'cache', *(field.name for field in dataclasses.fields(PackingConfig))),
+}
 Source = PackedText | Recall | Rows | Mixture
 
 
@@ -124,6 +130,13 @@ class DataConfig(PackingConfig):
   def _is_tokenized(self) -> bool:
     """Whether a source is text that a tokenizer reads, or has read."""
     return self.reads_text or any(fields['format'] == 'tokens' for fields in self.sources.values())
+
+  @property
+  def unused(self) -> list[str]:
+    """The fields that have been set although another source reads them."""
+    usual = {field.name: field.default for field in dataclasses.fields(self)}
+    others = [name for source, names in OF_SOURCE.items() if source != self.source for name in names]
+    return [name for name in others if getattr(self, name) != usual[name]]
 
   def check_vocabulary(self, vocab_size: int):
     """Raises ConfigError unless a model's vocabulary is that of the data."""

@@ -36,9 +36,10 @@ from dsa_jax.parallel.processes import to_host
 
 
 FIXED = (  # A sampler's programs are made for these.
-    'model', 'cfg', 'index_topk', 'attention', 'rule', 'capacity', 'cache', 'chunk', 'backend', 'drafts',
-    'mesh', 'weights',
+    'model', 'cfg', 'index_topk', 'index_rope_factor', 'attention', 'rule', 'capacity', 'cache', 'chunk', 'backend',
+    'drafts', 'mesh', 'weights',
 )  # fmt: skip
+FREE = 'tokenizer', 'chat'
 
 
 @functools.partial(
@@ -82,7 +83,7 @@ class Sampler:
     """Makes a sampler. Samplers of models with one structure share their compiled programs.
 
     Args:
-      model: From `load_checkpoint`, or in training.
+      model: From `load_checkpoint`, or in training: then the weights of now, and of another sampler those of then.
       tokenizer: Turns text into ids and back. None reads bytes, where those are what the model knows,
         and ids alone elsewhere.
       chat: Turns a conversation into text. None: the model knows none.
@@ -121,6 +122,8 @@ class Sampler:
           f'{name} of a sampler is fixed: its programs are made for it. Sampler.load(..., {name}=...) '
           'makes another one, where that is an argument.'
       )
+    if '_engine' in vars(self) and name not in FREE:
+      raise ConfigError(f'a sampler has no {name}: how a text is drawn is an argument of the call that draws it.')
     super().__setattr__(name, value)
 
   @classmethod

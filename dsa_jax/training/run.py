@@ -131,6 +131,7 @@ def open_run(recipe: Recipe, before: Sequence[pathlib.Path] = ()) -> Run:
   _check_processes(recipe.mesh)
   check_origins(recipe, abstract_params(recipe.model, mesh=mesh), before)
   _check_disk(recipe)
+  _check_fields_of_data(recipe)
   if recipe.backend and (reason := why_not_here(recipe.backend)):
     raise ConfigError(f'config.backend={recipe.backend!r}: {reason}')
   backend = recipe.backend or default_backend()
@@ -152,6 +153,17 @@ def _check_disk(recipe: Recipe):
         f'workdir {recipe.workdir}: its disk has {free / 2**30:.1f} GiB left; the checkpoints of '
         f'{len(sizes)} entries need {needed / 2**30:.1f}.'
     )
+
+
+def _check_fields_of_data(recipe: Recipe):
+  """Checks that no field of the data is without effect; a run that has begun with one goes on."""
+  if not (names := recipe.data.unused):
+    return
+  values = ', '.join(f'data.{name}={getattr(recipe.data, name)!r}' for name in names)
+  message = f'{values} would change nothing: data.source={recipe.data.source!r} does not read it.'
+  if not (recipe.workdir / 'config.json').exists():
+    raise ConfigError(message)
+  logging.warning(message)
 
 
 def _check_processes(mesh: MeshConfig):

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a recipe's report compares, whatever its entries are called."""
+"""What a recipe's report compares, whatever its entries are called, and what it refuses."""
 
 import pytest
 
-from configs import base
+from configs import base, quickstart
 from dsa_jax.config import ConfigError
 from dsa_jax.reporting.results import scored_entries
 from dsa_jax.training.recipe import read_recipe
+from dsa_jax.training.run import open_run
 from dsa_jax.training.stages import StageConfig
 
 SIZE = {'steps': 1, 'batch_size': 2, 'seq_len': 64}
@@ -69,3 +70,20 @@ def test_a_stage_trains_some_of_its_parts():
   for stage, trains in ('dense', ('indexer',)), ('sparse', ('experts',)), ('sparse', ('indexer',) * 2):
     with pytest.raises(ConfigError, match=f'of a {stage} stage must be of'):
       StageConfig(stage=stage, trains=trains, backbone_lr=1e-3, indexer_lr=1e-3, **fields)
+
+
+@pytest.mark.parametrize(
+    'field, value', [('tokenizer', 'somewhere'), ('packing', 'full'), ('min_tokens', 4), ('n_keys', 9), ('cache', 'x')]
+)
+def test_a_field_of_another_source_is_named_before_a_run_begins(tmp_path, field, value, caplog):
+  config = quickstart.get_config('tiny')
+  config.workdir = str(tmp_path / 'run')
+  config.data[field] = value
+  recipe = read_recipe(config)
+  says = rf"data.{field}={value!r} would change nothing: data.source='text' does not read it"
+  with pytest.raises(ConfigError, match=says):
+    open_run(recipe)
+  recipe.workdir.mkdir()
+  (recipe.workdir / 'config.json').write_text('{}')  # A run that has begun with it is not lost.
+  open_run(recipe)
+  assert says in caplog.text
