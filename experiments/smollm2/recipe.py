@@ -7,7 +7,7 @@ Each query selects 128 of the 2,048 tokens of a row. `warmup` teaches the indexe
 dense, `frozen` goes on with sparse attention, and neither changes the model. `sparse` then trains
 all of it, beside the fair dense baseline on the same tokens. `:cpu` is for two cores, `:hopper` for one
 GPU with 80 GB. A variant, such as `:cpu,each`, has a quarter of the warm-up, after which it ends, and
-differs from `quarter` in one thing. Two, `more` and `recall`, go on from the main line's warm-up.
+differs from `quarter` in one thing. `more`, `recall` and `longer` go on from the main line's warm-up.
 """
 
 from configs import base, retrofit
@@ -28,8 +28,9 @@ VARIANTS = {
     'length_512': dict(seq_len=512),  # Of rows in warm-up, with as many tokens.
     'more': {},  # A quarter more of warm-up.
     'recall': {},  # As much, but a third of the rows say everything twice.
+    'longer': dict(seq_len=8192, packing='full'),  # As much, in rows of one long document each.
 }
-GO_ON = 'more', 'recall'  # Variants that begin from the main line's warm-up.
+GO_ON = 'more', 'recall', 'longer'  # Variants that begin from the main line's warm-up.
 
 
 def indexer_of(variant: str) -> dict[str, int]:
@@ -68,10 +69,15 @@ def get_config(names: str = 'cpu'):
   warmup = size | dict(steps=steps[0] if variant == 'shared' else steps[0] // 4, data_seed=1)
   if variant in GO_ON:
     warmup.update(init_from=f'runs/smollm2/{scale}_shared/checkpoints/warmup', data_seed=4)
-  if length := others.get('seq_len'):
-    warmup.update(seq_len=length, batch_size=size['batch_size'] * 2048 // length)
+  if length := others.get('seq_len'):  # As many tokens in all.
+    rows = size['batch_size'] * 2048 / length
+    warmup.update(seq_len=length, batch_size=max(int(rows), 1), steps=int(warmup['steps'] * min(rows, 1)))
+  if length and length > 2048:
+    c.model.update(index_rope_factor=length / 2048, index_original_seq_len=2048)
+    c.data.packing = others['packing']
+    warmup.update(init_may_differ=('index_rope_factor', 'index_original_seq_len'))
   c.stages = dict(
-      warmup=base.stage(stage='warmup', warmup_steps=10, indexer_lr=3e-3, **warmup),
+      warmup=base.stage(stage='warmup', warmup_steps=min(10, warmup['steps'] // 4), indexer_lr=3e-3, **warmup),
       frozen=base.stage(
           stage='sparse', trains=('indexer',), steps=steps[1], warmup_steps=4, indexer_lr=1e-3,
           data_seed=2, **size | dict(init_from='warmup'),

@@ -107,8 +107,10 @@ def evaluate_run(scale: str, variant: str, rows: int):
   name = f'{scale}_{variant}'
   needles = '--tasks=single,multi_key', '--prompt=instruct', f'--haystack={HAYSTACK}'
   if variant != 'shared':
-    options = (topk, '--rules=indexer,oracle', *held_out(2048))
-    evaluate(f'{folder}/warmup', name, 2048, rows, options + (needles if variant == 'recall' else ()))
+    for context in (2048, 8192) if variant == 'longer' else (2048,):
+      options = (topk, '--rules=indexer,oracle', *held_out(context))
+      scored = max(rows * 2048 // context, 1)
+      evaluate(f'{folder}/warmup', name, context, scored, options + (needles if variant == 'recall' else ()))
     return
   for context in 1024, 2048, 4096, 8192:
     scored = max(rows * 2048 // context, 1)
@@ -116,6 +118,9 @@ def evaluate_run(scale: str, variant: str, rows: int):
       options = (topk, f'--rules={rules}', *held_out(context))
       if stage == 'frozen' and context in (2048, 4096):
         options += needles
+      if stage == 'frozen' and context > 2048:
+        slow = (f'--index_rope_factor={context // 2048}', topk, '--rules=indexer', *held_out(context))
+        evaluate(f'{folder}/{stage}', f'{name}_{stage}_slowed', context, scored, slow)
       evaluate(f'{folder}/{stage}', f'{name}_{stage}', context, scored, options)
 
 
