@@ -99,13 +99,16 @@ def run_export(folder: pathlib.Path, target: pathlib.Path):
     raise ConfigError(f'--shard_gb={SHARD_GB.value} must be below {2**20}.')
   source = open_checkpoint(folder, FAMILY.value)
   with ByteProgress('export', export_bytes(source, FP8.value)) as bar:
-    return export_checkpoint(
+    summary = export_checkpoint(
         source,
         target,
         quantized=FP8.value,
         shard_bytes=int(SHARD_GB.value * 2**30),
         advance=bar.advance,
     )
+  if source.has_indexer and not FAMILIES[source.family].has_indexer:
+    print(f'Other loaders of {source.family} models leave the indexers out, and attend densely.')
+  return summary
 
 
 if __name__ == '__main__':
