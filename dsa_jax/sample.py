@@ -31,7 +31,7 @@ from dsa_jax.data.chat import ChatTemplate, find_chat_template, prompt_of
 from dsa_jax.inference.batch_file import AnswerFile, Prompt, check_paths, moment_of, read_prompts
 from dsa_jax.inference.batching import size_of_batch
 from dsa_jax.inference.cache import FORMATS
-from dsa_jax.inference.load import StoredModel, config_of, find_checkpoint
+from dsa_jax.inference.load import StoredModel, config_of, find_checkpoint, warn_of_length
 from dsa_jax.inference.memory import Texts
 from dsa_jax.inference.sampler import (
     SampleConfig, Sampler, check_capacity, check_drawing, check_prompt, tokenizer_of,
@@ -99,6 +99,9 @@ def prepare(of_sampler: dict[str, Any], drawing: dict[str, Any]) -> Job:
   ids = [tokenizer.encode_prompt(prompt.text) for prompt in prompts]
   for i, prompt in enumerate(ids):
     check_prompt(i, prompt, cfg, capacity, room=config.max_new_tokens)
+  is_sparse = stored.has_trained_indexer and of_sampler.get('attention') != 'dense'
+  if is_sparse and of_sampler.get('rule', stored.rule) == 'indexer':
+    warn_of_length(stored, cfg, max(map(len, ids)) + config.max_new_tokens)
   check_same({
       'flags': [of_sampler, dataclasses.asdict(config), sizes.sizes, SAMPLES.value, SLOTS.value],
       'prompts': ids,

@@ -27,7 +27,7 @@ from dsa_jax.data.text import BOS, VOCAB_SIZE
 from dsa_jax.data.tokenizer import Bytes, Pretrained
 from dsa_jax.inference.draw import draw
 from dsa_jax.inference.extend import extend
-from dsa_jax.inference.load import StoredModel, config_of, find_checkpoint, load_checkpoint, load_model
+from dsa_jax.inference.load import StoredModel, config_of, find_checkpoint, load_checkpoint, load_model, warn_of_length
 from dsa_jax.inference.programs import read_chunk
 from dsa_jax.inference.sampler import SampleConfig, Sampler
 from dsa_jax.inference.slots import write
@@ -572,7 +572,7 @@ def test_rule_and_budget_are_those_of_a_whole_pass(tmp_path, rule):
   assert np.abs(Sampler.load(folder, capacity=40).read(tokens.tolist()).logits[0] - want).max() > 1e-3
 
 
-def test_a_run_is_sampled_in_longer_texts_than_it_has_learned_from(tmp_path):
+def test_a_run_is_sampled_in_longer_texts_than_it_has_learned_from(tmp_path, caplog):
   stages = {'warmup': {'stage': 'warmup', 'seq_len': 12}, 'dense': {'stage': 'dense', 'seq_len': 48}}
   folder, tokens = save_run(tmp_path), jnp.asarray([PROMPTS[0] * 3], jnp.int32)
   with pytest.raises(ConfigError, match='does not say how long the rows were from which its indexer learned'):
@@ -590,6 +590,11 @@ def test_a_run_is_sampled_in_longer_texts_than_it_has_learned_from(tmp_path):
   assert np.abs(run(model, sparse) - run(saved, sparse)).max() > 1e-3
   sampler = Sampler.load(folder, index_rope_factor=4.0, capacity=40, chunk=4)
   np.testing.assert_allclose(sampler.read(tokens.tolist()).logits[0], run(model, sparse)[-1], atol=1e-5)
+  for known, n_tokens in (saved.cfg, 12), (cfg, 48):
+    warn_of_length(find_checkpoint(folder), known, n_tokens)
+  assert not caplog.text
+  warn_of_length(find_checkpoint(folder), saved.cfg, 48)
+  assert 'learned from rows of 12, and selects badly beyond 12. index_rope_factor=4 would help' in caplog.text
   with pytest.raises(ConfigError, match='would change nothing, because attention is dense'):
     Sampler.load(folder, index_rope_factor=4.0, attention='dense')
 

@@ -165,9 +165,13 @@ class Pretrained(_Streaming):
 
   def add(self, token: tokenizers.AddedToken):
     """Makes a token one that texts are cut at; it keeps its id, or gets the next one."""
-    if self.id_of(token.content) is None:
+    known = self.id_of(token.content)
+    if known is None:
       self._new.add(token.content)
+    was_special = self.is_special(known)
     self._tokenizer.add_tokens([token])
+    if was_special and not token.special:  # The library goes on to take it for one until it is read again.
+      self._tokenizer = tokenizers.Tokenizer.from_str(self._tokenizer.to_str())
     self._added.append(token)
 
   def read_marks(self, reads: bool):

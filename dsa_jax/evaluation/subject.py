@@ -23,7 +23,7 @@ from dsa_jax.data.pipeline import first_batches
 from dsa_jax.data.sources import DataConfig
 from dsa_jax.data.tokenizer_files import kept_tokenizer
 from dsa_jax.evaluation.settings import CONTEXT, Settings
-from dsa_jax.inference.load import StoredModel, config_of, find_checkpoint, load_checkpoint
+from dsa_jax.inference.load import StoredModel, config_of, find_checkpoint, load_checkpoint, warn_of_length
 from dsa_jax.inference.shares import check_mesh
 from dsa_jax.json_files import read_object
 from dsa_jax.kernels.backend import default_backend
@@ -141,6 +141,8 @@ def _filled_in(settings: Settings, stored: StoredModel, cfg: ModelConfig) -> Set
   rules = settings.rules or tuple(r for r in RULES if r != 'indexer' or stored.has_trained_indexer)
   if 'indexer' in rules and not stored.has_trained_indexer:
     logging.warning('the indexer of %s was never trained: it selects by chance.', stored.folder)
+  elif 'indexer' in rules:
+    warn_of_length(stored, cfg, max((context, *lengths)))
   backend = settings.backend or default_backend()
   return dataclasses.replace(
       settings, context=context, lengths=lengths, index_topk=budgets, rules=rules, backend=backend

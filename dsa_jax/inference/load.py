@@ -2,6 +2,7 @@
 """Loads a model in one call, from a converted checkpoint or from a run."""
 
 import dataclasses
+import logging
 import pathlib
 from typing import Any, NamedTuple, NoReturn
 
@@ -190,6 +191,16 @@ def _refuse_run(folder: pathlib.Path) -> NoReturn:
   raise ConfigError(
       f'{folder} is a run: choose {folder}/checkpoints/ENTRY, ENTRY one of {entries}.'
   )
+
+
+def warn_of_length(stored: StoredModel, cfg: ModelConfig, n_tokens: int):
+  """Warns of texts that are longer than those for which a run's indexer is good."""
+  good = stored.index_seq_len * cfg.index_rope_factor
+  if 0 < good < n_tokens:
+    logging.warning(
+        f'texts of {n_tokens:,} tokens: the indexer of {stored.folder} learned from rows of {stored.index_seq_len:,}, '
+        f'and selects badly beyond {good:,.0f}. index_rope_factor={n_tokens / stored.index_seq_len:.3g} would help.'
+    )
 
 
 def config_of(

@@ -193,6 +193,18 @@ def test_flags_of_a_mark_are_those_beside_the_file(name, tmp_path):
   assert load(tmp_path).digest != tokenizer.digest
 
 
+def test_a_mark_may_be_no_special_token_beside_the_file(tmp_path):
+  """As words of a model's thoughts, which a reader wants to see."""
+  change = lambda tokenizer: tokenizer.add_special_tokens([tokenizers.AddedToken('<x>', normalized=False)])
+  write(tmp_path, change=change)
+  assert load(tmp_path).decode([A, 5, B]) == 'a b'
+  described = {'5': {'content': '<x>', 'normalized': False, 'special': False}}
+  write(tmp_path, change=change, tokenizer_config={'added_tokens_decoder': described})
+  tokenizer = load(tmp_path)
+  assert tokenizer.decode([A, 5, B]) == 'a <x> b' and tokenizer.encode('a<x>b') == [A, 5, B]
+  assert tokenizer.encode_documents([b'a<x>b'])[0].tolist() == [A, 5, B]  # It is a word as any other.
+
+
 def test_ids_that_end_a_text_are_of_the_tokenizer(tmp_path, caplog):
   """A tokenizer of one's own may stand beside the config.json of another model."""
   write(tmp_path, tokenizer_config={'eos_token': '</s>'})
