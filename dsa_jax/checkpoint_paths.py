@@ -43,7 +43,12 @@ def check_readable(path: pathlib.Path, what: str, unusable: frozenset[str] = UNR
 
 def is_step(folder: pathlib.Path) -> bool:
   """Returns whether a folder holds one step of a checkpoint."""
-  return folder.name.isdigit() and (folder / 'state').is_dir()
+  return is_step_name(folder.name) and (folder / 'state').is_dir()
+
+
+def is_step_name(name: str) -> bool:
+  """Returns whether orbax gives a step this name: digits, without zeros in front."""
+  return name.isdecimal() and str(int(name)) == name
 
 
 def _spellings(path: pathlib.Path) -> Iterator[pathlib.Path]:

@@ -13,7 +13,7 @@ from flax import nnx
 import jax
 import orbax.checkpoint as ocp
 
-from dsa_jax.checkpoint_paths import check_readable, is_step
+from dsa_jax.checkpoint_paths import check_readable, is_step, is_step_name
 from dsa_jax.config import ConfigError
 from dsa_jax.parallel.processes import any_process, is_first, of_first, wait_for_all
 from dsa_jax.training.state import TrainState
@@ -225,17 +225,22 @@ def weights_of(step: pathlib.Path) -> str | None:
     return digest_of_weights(step)
 
 
-def restore_params(folder: pathlib.Path, like: nnx.State) -> nnx.State:
+def restore_params(folder: pathlib.Path, like: nnx.State, *, resumes: bool = False) -> nnx.State:
   """Returns the parameters of a step, or of the latest one in a stage's folder; all processes call it.
+
+  Args:
+    folder: The folder of the step, or of the stage.
+    like: Their shapes, dtypes and shardings.
+    resumes: Whether the checkpoint is of the run that asks, which may go on from the one before it.
 
   Raises:
     ConfigError: There is no checkpoint, or it is of a model with other shapes.
   """
   checkpoint = latest_of_job(folder)
-  stores = _open_params(checkpoint, like)
+  stores = _open_params(checkpoint, like, resumes=resumes)
   check_wide(stores, folder)
   targets, treedef = _by_path(nnx.as_pure(like))
-  with reading(checkpoint):
+  with reading(checkpoint, resumes=resumes):
     arrays = _read_all(stores, targets)
   return _with_structure(jax.tree.unflatten(treedef, arrays), like)
 
@@ -249,8 +254,10 @@ def check_params(folder: pathlib.Path, like: nnx.State) -> dict[tuple[str, ...],
   return _open_params(latest_checkpoint(folder), like)
 
 
-def _open_params(checkpoint: pathlib.Path, like: nnx.State) -> dict[tuple[str, ...], StoredArray]:
-  with reading(checkpoint):
+def _open_params(
+    checkpoint: pathlib.Path, like: nnx.State, *, resumes: bool = False
+) -> dict[tuple[str, ...], StoredArray]:
+  with reading(checkpoint, resumes=resumes):
     stores = open_tree(checkpoint / 'state')
   stores = {path[1:]: store for path, store in stores.items() if path[0] == 'params'}
   _check_shapes(stores, _by_path(nnx.as_pure(like))[0], checkpoint)
@@ -270,7 +277,7 @@ def saved_steps(folder: pathlib.Path) -> list[int]:
   """Returns the steps that a stage's folder holds, in ascending order, without opening them."""
   if not folder.is_dir():
     return []
-  return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit())
+  return sorted(int(path.name) for path in folder.iterdir() if is_step_name(path.name) and path.is_dir())
 
 
 def _by_path(tree: Any) -> tuple[dict[tuple[str, ...], Any], Any]:

@@ -114,7 +114,10 @@ class Run(NamedTuple):
   def params(self, folder: pathlib.Path) -> nnx.State:
     """Returns the weights of one of its own entries, or of another run that it starts from."""
     like = abstract_params(self.recipe.model, mesh=self.mesh)
-    return self.starts[folder].params(like) if folder in self.starts else restore_params(folder, like)
+    if folder in self.starts:
+      return self.starts[folder].params(like)
+    own = folder.is_relative_to(self.recipe.workdir)
+    return restore_params(folder, like, resumes=own)
 
 
 def open_run(recipe: Recipe, before: Sequence[pathlib.Path] = ()) -> Run:

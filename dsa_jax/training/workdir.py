@@ -37,14 +37,20 @@ def check_workdir(config: ConfigDict, workdir: pathlib.Path):
   they existed (see `recipe.ADDED`).
 
   Raises:
-    ConfigError: The workdir belongs to another config, or cannot be written.
+    ConfigError: The workdir belongs to another config, holds a checkpoint that no start with this
+      config has written, or cannot be written.
   """
   check_readable(workdir, 'workdir', UNUSABLE)
   parent = next(path for path in (workdir, *workdir.absolute().parents) if path.exists())
   if not parent.is_dir() or not os.access(parent, os.W_OK):
     raise ConfigError(f'workdir {workdir} cannot be written; choose another with --config.workdir=...')
-  if not (workdir / 'config.json').exists():
-    return
+  if (workdir / 'config.json').exists():
+    _check_config(config, workdir)
+  for name in config.recipe:
+    _check_last_step(workdir / 'checkpoints' / name, f'stages.{name}.steps', config.stages[name].steps)
+
+
+def _check_config(config: ConfigDict, workdir: pathlib.Path):
   theirs, ours = complete(read_config(workdir)), complete(_kept(config))
   begun = [name for name in theirs['recipe'] if saved_steps(workdir / 'checkpoints' / name)]
   rows = _differences(_fixed(theirs), _fixed(ours)) + _changed_entries(theirs, ours, begun)
@@ -53,6 +59,15 @@ def check_workdir(config: ConfigDict, workdir: pathlib.Path):
         f'workdir {workdir} belongs to another config; it differs in\n  '
         + '\n  '.join(rows)
         + '\nChoose another with --config.workdir=..., or delete this one.'
+    )
+
+
+def _check_last_step(folder: pathlib.Path, field: str, steps: int):
+  """Checks that an entry's folder holds no step beyond its last one, such as a copy of another step."""
+  if beyond := [step for step in saved_steps(folder) if step > steps]:
+    raise ConfigError(
+        f'checkpoint {folder / str(beyond[-1])} is beyond {field}={steps}, so no start with this config has '
+        'written it. Move it out of the workdir.'
     )
 
 

@@ -184,6 +184,17 @@ def test_the_last_good_one_can_go_on(damaged, state, monkeypatch):
   assert saved_steps(damaged) == [2] and (damaged / '4.damaged').is_dir()
 
 
+def test_what_is_no_folder_of_a_step_is_no_checkpoint(saved, state, tmp_path):
+  folder = tmp_path / 'dense'
+  shutil.copytree(saved, folder)
+  for name in '12', '²':
+    (folder / name).touch()
+  (folder / '007').mkdir()
+  with Checkpoints(folder) as checkpoints:
+    assert saved_steps(folder) == [2, 4] and checkpoints.latest_step == 4
+  np.testing.assert_array_equal(restore_params(folder, abstract_params(CFG))['embed'][...], state.params['embed'][...])
+
+
 def test_nothing_begins_anew_if_none_is_good(damaged, state, monkeypatch):
   damage_array(damaged / '2')
   monkeypatch.setattr(Run, 'abstract_state', lambda self, name: state)
@@ -211,6 +222,15 @@ def test_damaged_parameters_are_named(saved, tmp_path):
   damage_array(folder / '4')
   with pytest.raises(ConfigError, match='4 is damaged'):
     restore_params(folder, abstract_params(CFG))
+
+
+def test_the_report_names_the_way_out_of_damage_too(saved, tmp_path):
+  """It reads the weights of entries that have ended, which nothing else reads."""
+  folder = tmp_path / 'checkpoints' / 'dense'
+  shutil.copytree(saved, folder)
+  (folder / '4' / CHECKSUMS).write_text('{')
+  with pytest.raises(DamagedCheckpoint, match='2, from which --config.resume=last_good goes on'):
+    run_of(folder, []).params(folder)
 
 
 @pytest.mark.parametrize(

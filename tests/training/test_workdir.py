@@ -88,6 +88,22 @@ def test_a_run_of_which_nothing_is_saved_may_change_its_entries(tmp_path):
   check_workdir(config_of(tmp_path, **changed), begun(tmp_path))
 
 
+@pytest.mark.parametrize('has_config', [True, False])
+def test_a_checkpoint_beyond_the_steps_is_named(tmp_path, has_config):
+  """Such as a copy of an earlier one, which would else end the entry."""
+  begun(tmp_path, 'dense')
+  if not has_config:
+    (tmp_path / 'config.json').unlink()
+  dense = tmp_path / 'checkpoints' / 'dense'
+  (dense / '8').mkdir()  # The last step.
+  (dense / '10').touch()
+  check_workdir(config_of(tmp_path), tmp_path)
+  (dense / '9').mkdir()
+  with pytest.raises(ConfigError, match=r'dense/9 is beyond stages.dense.steps=8, .* Move it out'):
+    check_workdir(config_of(tmp_path), tmp_path)
+  check_workdir(config_of(tmp_path, **{'stages.dense.steps': 9}), tmp_path)
+
+
 def test_a_changed_corpus_is_named(tmp_path):
   folder, run = tmp_path / 'texts', tmp_path / 'run'
   folder.mkdir()
