@@ -210,11 +210,16 @@ class RawRows:
 
 
 def describe_raw(source: RawFormat, pieces: Sequence[Piece], tokenizer: Tokenizer) -> str:
-  """Returns what tells other files or another tokenizer, by the size and the ends of each file."""
+  """Returns what tells other files or another tokenizer, by the size, the ends and some blocks of each file.
+
+  Descriptions of earlier versions end before the blocks.
+  """
   names = dict.fromkeys(name for piece in pieces for name in piece.names)
   fields = dataclasses.asdict(source) | {'files': [places.ends_of(name) for name in names]}
   known = json.dumps([type(source).__name__, fields, tokenizer.digest])
-  return f'files: {len(names)}, {hashlib.sha256(known.encode()).hexdigest()[:24]}'
+  blocks = json.dumps([places.middle_of(name) for name in names])
+  digests = [hashlib.sha256(text.encode()).hexdigest()[:24] for text in (known, blocks)]
+  return f'files: {len(names)}, {digests[0]}, with blocks {digests[1]}'
 
 
 class _Texts(NamedTuple):

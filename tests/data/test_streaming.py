@@ -14,7 +14,8 @@ import pytest
 from dsa_jax.config import ConfigError
 from dsa_jax.data import pipeline, raw_rows, streaming
 from dsa_jax.data.batch import Batch
-from dsa_jax.data.corpora import raw
+from dsa_jax.data.corpora import files as places, raw
+from dsa_jax.data.corpus import changes
 from dsa_jax.data.packing import PACKINGS
 from dsa_jax.data.pipeline import first_batches, make_iterator
 from dsa_jax.data.raw_rows import Place
@@ -273,6 +274,34 @@ def test_a_description_tells_content_and_not_where_it_lies(tmp_path):
   assert describe('b.jsonl') == before and not (tmp_path / 'cache').exists()
   write_lines(tmp_path / 'b.jsonl', [*TEXTS[:-1], TEXTS[-1][::-1]])
   assert describe('b.jsonl') != before
+
+
+def test_a_description_tells_what_has_changed_in_the_middle(tmp_path):
+  """And still fits those of earlier versions, which knew the ends alone."""
+  path, text = tmp_path / 'a.txt', ''.join(f'{i} words of a document\n' for i in range(20_000))
+  describe = lambda: on_the_fly(tmp_path, dict(format='text', files=str(path))).describe()
+  path.write_text(text)
+  before = describe()
+  assert describe() == before
+  for a, b in (120_000, 320_000), (250_000, 250_010):
+    path.write_text(text[:a] + text[a:b].swapcase() + text[b:])
+    assert path.stat().st_size == len(text) and changes(before, describe(), 'source')
+  of_ends = {name: known.split(', with blocks')[0] for name, known in before.items()}
+  assert not changes(of_ends, describe(), 'source')
+  path.write_text(text[::-1])
+  assert changes(of_ends, describe(), 'source')
+
+
+@pytest.mark.parametrize('size', [places.END, 2 * places.END, 2 * places.END + 1, 3 * places.END, 2**21 + 7])
+def test_every_part_of_a_file_is_looked_at(tmp_path, size):
+  """Up to about a megabyte every byte, and beyond that blocks from one end to the other."""
+  path, content = tmp_path / 'a.txt', bytearray(size)
+  path.write_bytes(content)
+  before = places.ends_of(str(path)), places.middle_of(str(path))
+  length = 1 if size < 2**20 else 2 * places.BLOCK
+  for i in [*range(0, size - length, size // 50), size - length]:
+    path.write_bytes(content[:i] + b'x' * length + content[i + length :])
+    assert (places.ends_of(str(path)), places.middle_of(str(path))) != before, i
 
 
 def test_the_field_is_checked(tmp_path):
