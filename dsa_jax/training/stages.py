@@ -47,7 +47,9 @@ class StageConfig:
   steps: int
   batch_size: int
   seq_len: int
-  micro_batches: int = 1  # Gradients are accumulated over this many; the numbers stay the same.
+  # Gradients are accumulated over this many. The numbers stay the same but for their last bits, and
+  # for what the rule 'random' draws.
+  micro_batches: int = 1
   data_seed: int = 0  # Entries with the same seed, batch size and length read the same batches.
   attention: str = ''  # '' means the stage's default, 'auto' the cheaper of 'sparse' and 'masked'.
   backbone_lr: float = 0.0

@@ -23,6 +23,9 @@ from dsa_jax.training.stages import StageConfig
 ELSEWHERE = ('workdir', 'mesh', 'compilation_cache', 'resume', 'on_changed_data', 'sweep')
 # These change nothing that is trained. A run may go on with others, which its config.json then keeps.
 CHANGEABLE = ('report', 'log_every', 'measure_every', 'measure_rows', 'save_every')
+# So may these, as for want of memory: they change what is trained in the last bits alone.
+ROUNDING = ('remat', 'backend')
+ROUNDING_OF_ENTRIES = ('micro_batches', 'attention')
 
 # A checkpoint in a folder with `[` in its path cannot be read: orbax takes it for a pattern.
 UNUSABLE = UNREADABLE | {'['}
@@ -31,9 +34,9 @@ UNUSABLE = UNREADABLE | {'['}
 def check_workdir(config: ConfigDict, workdir: pathlib.Path):
   """Checks that a workdir is empty or this config's own; writes nothing.
 
-  A run may go on with fields that change nothing which is trained, with entries that have not begun
-  changed, added or left out, and with more steps of an entry from which none that has begun
-  descends. A config.json of an earlier version may lack fields; they count as what was done before
+  A run may go on with fields that change nothing which is trained, or its last bits alone, with
+  entries that have not begun changed, added or left out, and with more steps of an entry from which
+  none that has begun descends. A config.json of an earlier version may lack fields; they count as what was done before
   they existed (see `recipe.ADDED`).
 
   Raises:
@@ -72,7 +75,7 @@ def _check_last_step(folder: pathlib.Path, field: str, steps: int):
 
 
 def _fixed(config: dict[str, Any]) -> dict[str, Any]:
-  free = (*CHANGEABLE, 'recipe', 'stages')
+  free = (*CHANGEABLE, *ROUNDING, 'recipe', 'stages')
   return {name: value for name, value in config.items() if name not in free}
 
 
@@ -86,6 +89,9 @@ def _changed_entries(theirs: dict, ours: dict, begun: list[str]) -> list[str]:
     has_heirs = any(theirs['stages'][other]['init_from'] == name for other in begun)
     if not has_heirs and now['steps'] > before['steps']:
       before = before | {'steps': now['steps']}
+    draws = ours['selection'] == 'random' and before['stage'] == 'sparse'  # For each micro-batch anew.
+    free = [field for field in ROUNDING_OF_ENTRIES if not (draws and field == 'micro_batches')]
+    before = before | {field: now[field] for field in free}
     rows += _differences(before, now, f'stages.{name}')
   return rows
 

@@ -36,6 +36,8 @@ def begun(folder, *entries):
         {'stages.baseline.steps': 20},  # It has begun, and nothing that has descends from it.
         {'recipe': ('dense', 'baseline', 'warmup')},
         {'mesh.fsdp': 2, 'compilation_cache': 'off', 'resume': 'last_good'},
+        {'remat': 'selection', 'backend': 'xla'},  # Such as for want of memory.
+        {'stages.dense.micro_batches': 2, 'stages.warmup.micro_batches': 4},
         {'model.rope_type': ''},  # As configs had it before; with 256 positions it is the same.
     ],
 )
@@ -58,6 +60,22 @@ def test_these_may_change(tmp_path, changed):
 def test_these_may_not(tmp_path, changed, message):
   with pytest.raises(ConfigError, match=f'(?s)belongs to another config.*{message}'):
     check_workdir(config_of(tmp_path, **changed), begun(tmp_path, 'dense', 'baseline', 'warmup'))
+
+
+@pytest.mark.parametrize('rule', ['indexer', 'random'])
+def test_how_a_sparse_entry_is_computed_may_change(tmp_path, rule):
+  """Except in what is drawn for each micro-batch."""
+  write_config(config_of(tmp_path, selection=rule), tmp_path)
+  for entry in 'dense', 'baseline', 'warmup', 'sparse':
+    (tmp_path / 'checkpoints' / entry / '4').mkdir(parents=True)
+  may = {'selection': rule, 'stages.sparse.attention': 'masked', 'stages.dense.micro_batches': 2}
+  check_workdir(config_of(tmp_path, **may), tmp_path)
+  config = config_of(tmp_path, **may | {'stages.sparse.micro_batches': 2})
+  if rule == 'random':
+    with pytest.raises(ConfigError, match='stages.sparse.micro_batches: 1 there, 2 here'):
+      check_workdir(config, tmp_path)
+  else:
+    check_workdir(config, tmp_path)
 
 
 def test_more_positions_do_not_change_the_rotation(tmp_path):
