@@ -108,13 +108,13 @@ def check(config: ConfigDict, before: Sequence[pathlib.Path] = ()) -> dict[pathl
   if waits_for_tokenizer(config, before):
     return {}
   recipe = read_recipe(config)
-  check_workdir(config, recipe.workdir)
-  if jax.process_count() == 1 and kept_results(recipe):
+  moved = check_workdir(config, recipe.workdir)
+  if jax.process_count() == 1 and kept_results(recipe) and not moved:
     return {}
   run, files = open_run(recipe, before), recipe.data.describe()
   for batches in run.data.train.values():
     batches.close()
-  check_data(files, recipe.workdir, recipe.on_changed_data)
+  check_data(files, recipe.workdir, recipe.on_changed_data, moved)
   return run.starts
 
 
@@ -128,13 +128,13 @@ def waits_for_tokenizer(config: ConfigDict, before: Sequence[pathlib.Path]) -> b
 
 def run_recipe(config: ConfigDict, recipe: Recipe) -> dict[str, Any]:
   if jax.process_count() == 1 and (results := kept_results(recipe)):
-    check_workdir(config, recipe.workdir)
-    print_report(recipe.workdir, results)
-    return results
+    if not check_workdir(config, recipe.workdir):
+      print_report(recipe.workdir, results)
+      return results
   check_same(of_job(config))  # Before hours may go into tokens.
-  check_workdir(config, recipe.workdir)
+  moved = check_workdir(config, recipe.workdir)
   run, files = open_run(recipe), recipe.data.describe()
-  check_data(files, recipe.workdir, recipe.on_changed_data)
+  check_data(files, recipe.workdir, recipe.on_changed_data, moved)
   with claimed(recipe.workdir) if is_first() else contextlib.nullcontext():
     return run_entries(config, run, files)
 

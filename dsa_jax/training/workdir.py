@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The folder of a run: it belongs to one config, and says so if another comes along."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 import dataclasses
+import glob
 import json
 import os
 import pathlib
@@ -31,13 +32,16 @@ ROUNDING_OF_ENTRIES = ('micro_batches', 'attention')
 UNUSABLE = UNREADABLE | {'['}
 
 
-def check_workdir(config: ConfigDict, workdir: pathlib.Path):
+def check_workdir(config: ConfigDict, workdir: pathlib.Path) -> list[str]:
   """Checks that a workdir is empty or this config's own; writes nothing.
 
   A run may go on with fields that change nothing which is trained, or its last bits alone, with
   entries that have not begun changed, added or left out, and with more steps of an entry from which
-  none that has begun descends. A config.json of an earlier version may lack fields; they count as what was done before
-  they existed (see `recipe.ADDED`).
+  none that has begun descends. A config.json of an earlier version may lack fields; they count as
+  what was done before they existed (see `recipe.ADDED`).
+
+  Returns:
+    The fields that name files of the corpus at another place than before, which `check_data` takes.
 
   Raises:
     ConfigError: The workdir belongs to another config, holds a checkpoint that no start with this
@@ -47,22 +51,60 @@ def check_workdir(config: ConfigDict, workdir: pathlib.Path):
   parent = next(path for path in (workdir, *workdir.absolute().parents) if path.exists())
   if not parent.is_dir() or not os.access(parent, os.W_OK):
     raise ConfigError(f'workdir {workdir} cannot be written; choose another with --config.workdir=...')
-  if (workdir / 'config.json').exists():
-    _check_config(config, workdir)
+  moved = _check_config(config, workdir) if (workdir / 'config.json').exists() else []
   for name in config.recipe:
     _check_last_step(workdir / 'checkpoints' / name, f'stages.{name}.steps', config.stages[name].steps)
+  return moved
 
 
-def _check_config(config: ConfigDict, workdir: pathlib.Path):
+def _check_config(config: ConfigDict, workdir: pathlib.Path) -> list[str]:
   theirs, ours = complete(read_config(workdir)), complete(_kept(config))
   begun = [name for name in theirs['recipe'] if saved_steps(workdir / 'checkpoints' / name)]
-  rows = _differences(_fixed(theirs), _fixed(ours)) + _changed_entries(theirs, ours, begun)
-  if rows:
-    raise ConfigError(
-        f'workdir {workdir} belongs to another config; it differs in\n  '
-        + '\n  '.join(rows)
-        + '\nChoose another with --config.workdir=..., or delete this one.'
-    )
+  before, now = _take_places(theirs['data']), _take_places(ours['data'])
+  moved = _differences(before, now)
+  rows, why = _differences(_fixed(theirs), _fixed(ours)) + _changed_entries(theirs, ours, begun), ''
+  names = read_object(workdir / 'data.json')
+  if ours['data']['source'] == 'text' and not _keep_sides(before['data.files'], now['data.files'], names):
+    why = 'Text files are split by the last two parts of their paths, so their folder must keep its name. '
+  if rows or why:
+    _refuse(workdir, rows + moved, why)
+  return moved
+
+
+def _refuse(workdir: pathlib.Path, rows: list[str], why: str = ''):
+  raise ConfigError(
+      f'workdir {workdir} belongs to another config; it differs in\n  '
+      + '\n  '.join(rows)
+      + f'\n{why}Choose another with --config.workdir=..., or delete this one.'
+  )
+
+
+def _take_places(data: dict[str, Any]) -> dict[str, Any]:
+  """Takes the fields that say where files lie out of the data of a config; returns them by dotted names."""
+  places = {'data.files': data.pop('files')}
+  for name, source in data['sources'].items():
+    for field in 'files', 'validation_files':
+      places[f'data.sources.{name}.{field}'] = source.pop(field, None)
+  return places
+
+
+def _keep_sides(before: str, now: str, names: Collection[str]) -> bool:
+  """Returns whether text files at another place are on the sides of the split that they were on.
+
+  The last two parts of their paths decide that, see `split_files`.
+
+  Args:
+    before: The glob of the files as it was.
+    now: The same as it is.
+    names: Their paths below their common folder.
+  """
+  if before == now or _same_path(before, now) or all('/' in name for name in names):
+    return True
+  folders = [os.path.dirname(os.path.expanduser(pattern or '')) for pattern in (before, now)]
+  if any(glob.has_magic(folder) for folder in folders) or '**' in f'{before}{now}':
+    return False  # The files may lie deeper than that.
+  there, here = map(os.path.basename, folders)
+  return there == here and here not in ('', '.', '..')
 
 
 def _check_last_step(folder: pathlib.Path, field: str, steps: int):
@@ -96,13 +138,23 @@ def _changed_entries(theirs: dict, ours: dict, begun: list[str]) -> list[str]:
   return rows
 
 
-def check_data(descriptions: dict[str, str], workdir: pathlib.Path, on_changed: str):
+def check_data(
+    descriptions: dict[str, str], workdir: pathlib.Path, on_changed: str, moved: Sequence[str] = ()
+):
   """Compares the files or sources of a corpus with those that the run began with, which data.json describes.
 
+  Args:
+    descriptions: What describes them now.
+    workdir: The run's.
+    on_changed: What to do if they have changed: 'stop' or 'go_on'.
+    moved: The fields that name another place than before, where they must be the same in any case.
+
   Raises:
-    ConfigError: They have changed, and `on_changed` is 'stop'.
+    ConfigError: They have changed, and `on_changed` is 'stop', or they are elsewhere.
   """
   path = workdir / 'data.json'
+  if moved and read_object(path) != descriptions:
+    _refuse(workdir, moved, 'What lies there is not what the data.json of the run describes. ')
   if not path.exists() or on_changed == 'go_on':
     return
   of_mixture = read_object(workdir / 'config.json').get('data', {}).get('source') == 'mixture'

@@ -156,6 +156,53 @@ def test_a_corpus_that_moves_as_a_whole_is_the_same(tmp_path):
   assert describe('here') == describe('there') != {}
 
 
+def corpus_of(folder, names):
+  for name in names:
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_text(name)
+  return describe_files(sorted(path for path in folder.rglob('*') if path.is_file()))
+
+
+@pytest.mark.parametrize('names, place, fits', [
+    (['a.txt', 'b.txt'], 'new/texts', True),
+    (['a.txt', 'b.txt'], 'new/others', False),  # A side goes by the name of the folder, too.
+    (['a.txt', 'c/b.txt'], 'new/others', False),
+    (['c/a.txt', 'd/b.txt'], 'new/others', True),
+    (['a.txt', 'b.txt'], 'new/texts', None),  # With `**`, they may have been in another folder below it.
+])  # fmt: skip
+def test_a_corpus_may_lie_elsewhere_if_it_is_the_same(tmp_path, names, place, fits):
+  run, end = tmp_path / 'run', '/*.txt' if names[1] == 'b.txt' and fits is not None else '/**'
+  known = corpus_of(tmp_path / 'texts', names)
+  write_config(config_of(run, **{'data.files': f'{tmp_path}/texts{end}'}), run, known)
+  config = config_of(run, **{'data.files': f'{tmp_path / place}{end}'})
+  if not fits:
+    with pytest.raises(ConfigError, match=r'(?s)data.files: .*their folder must keep its name'):
+      check_workdir(config, run)
+    return
+  moved = check_workdir(config, run)
+  [row] = moved
+  assert row.startswith(f'data.files: {tmp_path}/texts')
+  check_data(corpus_of(tmp_path / place, names), run, 'stop', moved)
+  (tmp_path / place / names[0]).write_text('other')
+  for on_changed in 'stop', 'go_on':  # That is for a corpus in its own place.
+    with pytest.raises(ConfigError, match=r'(?s)belongs to another config.*data.json of the run describes'):
+      check_data(describe_files([tmp_path / place / name for name in names]), run, on_changed, moved)
+
+
+def test_the_files_of_sources_may_lie_elsewhere_too(tmp_path):
+  changes = {'data.source': 'mixture', 'data.sources': {'a': {'format': 'text', 'files': 'x/*.txt'}}}
+  write_config(config_of(tmp_path, **changes), tmp_path, {'a': '2 documents'})
+  changes['data.sources'] = {'a': {'format': 'text', 'files': ['y/a.txt', 'z/b.txt']}}
+  moved = check_workdir(config_of(tmp_path, **changes), tmp_path)
+  assert moved == ["data.sources.a.files: x/*.txt there, ['y/a.txt', 'z/b.txt'] here"]
+  check_data({'a': '2 documents'}, tmp_path, 'stop', moved)
+  with pytest.raises(ConfigError, match='belongs to another config'):
+    check_data({'a': '2 documents, in the order 1'}, tmp_path, 'stop', moved)
+  changes['data.sources']['a']['format'] = 'jsonl'
+  with pytest.raises(ConfigError, match='data.sources.a.format: text there, jsonl here'):
+    check_workdir(config_of(tmp_path, **changes), tmp_path)
+
+
 def test_a_run_of_an_earlier_version_has_no_description(tmp_path):
   write_config(config_of(tmp_path), tmp_path)
   (tmp_path / 'data.json').unlink()
