@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import json
 import logging
+import os
 import pathlib
 import shutil
 from typing import Any, NamedTuple
@@ -72,24 +73,76 @@ def find_starts(recipe: Recipe, before: Sequence[pathlib.Path] = ()) -> dict[pat
   Raises:
     ConfigError: One that is still needed, for an entry to come or for the report, is not as it was.
   """
-  kept, starts = read_object(recipe.workdir / STARTS), {}
   to_come = [entry for name, entry in recipe.stages.items() if not saved_steps(recipe.checkpoint_folder(name))]
   needed = {recipe.teacher} | {recipe.init_folder(entry) for entry in to_come if entry.init_from}
+  is_known, starts = recipe.on_changed_data == 'stop' and (recipe.workdir / STARTS).exists(), {}
   for folder in dict.fromkeys(recipe.origins):
-    step, weights = kept.get(str(folder.resolve()), (None, None))
-    if step and recipe.on_changed_data == 'stop':
-      starts[folder] = Start(pathlib.Path(step), weights)
+    if is_known and (start := _kept_start(recipe.workdir, folder)):
+      starts[folder] = start
       if folder in needed:
-        starts[folder].check()
+        start.check()
     elif (is_step(folder) or saved_steps(folder)) and not is_below(folder, before):
-      latest = latest_of_job(folder)
-      starts[folder] = Start(latest, weights_of(latest))
+      heirs = _heirs(recipe, folder) if is_known else []
+      if not heirs:
+        latest = latest_of_job(folder)
+        starts[folder] = Start(latest, weights_of(latest))
+      elif start := _start_by_weights(recipe.workdir, folder):
+        starts[folder] = start
+      elif folder in needed:
+        _refuse(recipe, folder, heirs)
   return starts
 
 
+def _kept_start(workdir: pathlib.Path, folder: pathlib.Path) -> Start | None:
+  """Returns the step that starts.json names for a folder, if it does; see `keep_starts`.
+
+  Earlier versions had absolute paths of folders and steps only, which the joins below leave as they are.
+  """
+  home, folder = workdir.resolve(), folder.resolve()
+  for place, (step, *same_place, weights) in read_object(workdir / STARTS).items():
+    if any((home / path).resolve() == folder for path in (place, *same_place)):
+      return Start(folder / step, weights)
+  return None
+
+
+def _start_by_weights(workdir: pathlib.Path, folder: pathlib.Path) -> Start | None:
+  """Returns the one step in a folder whose weights starts.json knows from elsewhere; None if not just one.
+
+  That is the case where what this run started from has been moved or copied.
+  """
+  known = {weights for *_, weights in read_object(workdir / STARTS).values() if weights}
+  folder = folder.resolve()
+  steps = [folder] if is_step(folder) else [folder / str(step) for step in saved_steps(folder)]
+  same = [start for step in steps if (start := Start(step, weights_of(step))).weights in known]
+  return same[0] if len(same) == 1 else None
+
+
+def _heirs(recipe: Recipe, folder: pathlib.Path) -> list[str]:
+  """Returns the entries that have begun from a folder."""
+  from_there = [name for name, entry in recipe.stages.items()
+                if entry.init_from and recipe.init_folder(entry).resolve() == folder.resolve()]  # fmt: skip
+  return [name for name in from_there if saved_steps(recipe.checkpoint_folder(name))]
+
+
+def _refuse(recipe: Recipe, folder: pathlib.Path, heirs: Sequence[str]):
+  """Says that it is not known which step entries have begun from."""
+  raise ConfigError(
+      f'{recipe.workdir / STARTS} does not say from which step of {folder} the entries {heirs} have '
+      'begun, and it does not know the weights of exactly one step there. Bring back the folder that the '
+      'run began with, or go on from what is the latest step there with --config.on_changed_data=go_on.'
+  )
+
+
 def keep_starts(workdir: pathlib.Path, starts: Mapping[pathlib.Path, Start]):
-  """Writes down the steps that a run starts from."""
-  known = {str(folder.resolve()): (str(start.step), start.weights) for folder, start in starts.items()}
+  """Writes down the steps that a run starts from.
+
+  Their folders are named by paths from the workdir, which hold when a project is moved or copied as a
+  whole, and by absolute ones, which hold when the workdir alone is moved.
+  """
+  home, known = workdir.resolve(), {}
+  for folder, (step, weights) in starts.items():
+    place = folder.resolve()
+    known[os.path.relpath(place, home)] = os.path.relpath(step, place), str(place), weights
   workdir.mkdir(parents=True, exist_ok=True)
   fresh = workdir / f'{STARTS}.tmp'
   fresh.write_text(json.dumps(known, indent=2))

@@ -192,7 +192,8 @@ def test_what_is_no_folder_of_a_step_is_no_checkpoint(saved, state, tmp_path):
   (folder / '007').mkdir()
   with Checkpoints(folder) as checkpoints:
     assert saved_steps(folder) == [2, 4] and checkpoints.latest_step == 4
-  np.testing.assert_array_equal(restore_params(folder, abstract_params(CFG))['embed'][...], state.params['embed'][...])
+  read = restore_params(folder, abstract_params(CFG))['embed'][...]
+  np.testing.assert_array_equal(read, state.params['embed'][...])
 
 
 def test_nothing_begins_anew_if_none_is_good(damaged, state, monkeypatch):

@@ -15,11 +15,13 @@ from dsa_jax.config import ConfigError, ModelConfig
 from dsa_jax.data.text import BOS
 from dsa_jax.data.tokenizer import Bytes
 from dsa_jax.data.tokenizer_files import find_tokenizer, open_tokenizer
+from dsa_jax.training.checkpoint import saved_steps
 from dsa_jax.training.origin import (
     check_origins, differing_fields, find_starts, keep_origin, keep_starts, keep_tokenizer,
 )  # fmt: skip
 from dsa_jax.training.recipe import read_recipe
 from dsa_jax.training.state import abstract_params
+from dsa_jax.training.stored_arrays import Checksums, write_checksums
 
 
 def recipe_from(*args, **changes):
@@ -89,6 +91,76 @@ def test_all_entries_start_from_the_step_that_was_there_as_the_run_began(old_run
   for ask in (lambda: start.params(like), lambda: find_starts(recipe)):  # Before a step is trained, too.
     with pytest.raises(ConfigError, match=f'{step.name}, which this run starts from, is gone'):
       ask()
+
+
+def two_entries_from(old_run, project, **changes):
+  """Returns the recipe of a run in a project, whose two entries start from the project's other run."""
+  config = config_from(old_run, project / 'new', project / 'old' / 'checkpoints' / 'dense')
+  with config.unlocked():
+    config.stages.again = config.stages.warmup.copy_and_resolve_references()
+    config.recipe = ('warmup', 'again')
+    config.update_from_flattened_dict(changes)
+  return read_recipe(config)
+
+
+@pytest.fixture(params=[True, False], ids=['now', 'as earlier versions wrote it'])
+def project(old_run, tmp_path, request):
+  """A run of which one of two entries has begun from a step of another, which has gone on to the next."""
+  project = tmp_path / 'project'
+  shutil.copytree(old_run, project / 'old')
+  [step] = saved_steps(entry := project / 'old' / 'checkpoints' / 'dense')
+  shutil.copytree(entry / str(step), entry / str(step + 1))
+  for number in step, step + 1:
+    sums = dict.fromkeys(Checksums._fields, (number,))  # Of other weights in each.
+    write_checksums(entry / str(number), {'state': {'params.embed': Checksums(**sums)}})
+  (entry / str(step + 1)).rename(tmp_path / 'later')
+  recipe = two_entries_from(old_run, project)
+  keep_starts(recipe.workdir, starts := find_starts(recipe))
+  if not request.param:
+    known = {str(folder.resolve()): [str(start.step), start.weights] for folder, start in starts.items()}
+    (recipe.workdir / 'starts.json').write_text(json.dumps(known))
+  [start] = starts.values()
+  (recipe.checkpoint_folder('warmup') / '4').mkdir(parents=True)
+  (tmp_path / 'later').rename(entry / str(step + 1))
+  return project, start
+
+
+@pytest.mark.parametrize('move', [shutil.move, shutil.copytree])
+def test_a_project_that_is_elsewhere_keeps_the_steps_it_started_from(old_run, project, tmp_path, move):
+  project, start = project
+  move(project, tmp_path / 'elsewhere')
+  recipe, before = two_entries_from(old_run, tmp_path / 'elsewhere'), tmp_path / 'project'
+  elsewhere = tmp_path / 'elsewhere' / start.step.relative_to(before)
+  for _ in range(2):  # As it was kept, and as it is kept now.
+    assert list(find_starts(recipe).values()) == [start._replace(step=elsewhere)]
+    keep_starts(recipe.workdir, find_starts(recipe))
+
+
+def test_a_run_goes_on_from_where_it_started(old_run, project, tmp_path):
+  project, start = project
+  assert list(find_starts(two_entries_from(old_run, project)).values()) == [start]
+  moved = tmp_path / 'deeper' / 'elsewhere'  # The run alone; where it started from is as it was.
+  shutil.copytree(project / 'new', moved)
+  shutil.rmtree(moved / 'checkpoints')
+  assert list(find_starts(two_entries_from(old_run, project, workdir=str(moved))).values()) == [start]
+
+
+def test_a_step_that_nothing_tells_is_not_guessed(old_run, project):
+  project, start = project
+  recipe, [source] = two_entries_from(old_run, project), {start.step.parent}
+  later = source / str(int(start.step.name) + 1)
+  for known in {}, {'gone': ['8', 'other weights']}, {'gone': ['8', None]}:
+    (recipe.workdir / 'starts.json').write_text(json.dumps(known))
+    with pytest.raises(ConfigError, match=r"from which step of .*dense the entries \['warmup'\] have begun"):
+      find_starts(recipe)
+  goes_on = two_entries_from(old_run, project, on_changed_data='go_on')
+  assert [x.step for x in find_starts(goes_on).values()] == [later]
+  (recipe.checkpoint_folder('again') / '4').mkdir(parents=True)
+  dense = {'stage': 'dense', 'trains': ('backbone',), 'backbone_lr': 0.1}
+  changes = {f'stages.{name}.{field}': x for name in recipe.stages for field, x in dense.items()}
+  assert find_starts(two_entries_from(old_run, project, **changes)) == {}  # Not even the report needs it.
+  shutil.rmtree(recipe.workdir / 'checkpoints')  # Now nothing has begun from another step.
+  assert [x.step for x in find_starts(recipe).values()] == [later]
 
 
 def test_all_runs_of_a_sweep_start_from_the_step_that_was_there_as_it_began(old_run, tmp_path, monkeypatch):
