@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 import json
 import math
 import pathlib
+import textwrap
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ import rich.table
 from dsa_jax.reporting import metrics, plots
 from dsa_jax.reporting.checks import never_acted
 
+SHORTEST = 8  # Letters of a header's line, at least.
 TITLES = {
     'overview.png': 'The result in one picture',
     'training.png': 'Language-model loss while training',
@@ -372,14 +374,16 @@ def print_report(
 
 
 def print_table(console: rich.console.Console, title: str, table: Table) -> None:
+  """Prints a table. Where there is little room, headers are folded first, then names; numbers never are."""
   header, rows = table
+  longest = [max((len(row[i]) for row in rows), default=0) for i in range(len(header))]
+  if sum(map(max, longest, map(len, header))) + 3 * len(header) > console.width:
+    header = ['\n'.join(textwrap.wrap(x, max(n, SHORTEST))) for x, n in zip(header, longest)]
   printed = rich.table.Table(
       title=title, title_justify='left', box=rich.box.SIMPLE_HEAD, pad_edge=False
   )
-  for i, column in enumerate(header):  # Names and headers are folded where there is little room, numbers are not.
-    longest = max((len(row[i]) for row in rows), default=0)
-    justify, width = ('right', longest) if i else ('left', None)
-    printed.add_column(column, justify=justify, min_width=width, overflow='fold')
+  for i, column in enumerate(header):
+    printed.add_column(column, justify='right' if i else 'left', no_wrap=i > 0, overflow='fold')
   for row in rows:
     printed.add_row(*row)
   console.print(printed)

@@ -136,7 +136,7 @@ def full(tmp_path_factory):
   return workdir, out.getvalue()
 
 
-@pytest.mark.parametrize('width', [60, 80])
+@pytest.mark.parametrize('width', [66, 80, 120])
 def test_a_narrow_terminal_cuts_no_number(width):
   header = ['model', 'nats per token', 'bits per token', 'bits per byte', 'against the baseline', 'beyond the budget']
   numbers = ['20.6433', '14.3112', '1.0025', '+16.29%', '23.4041']
