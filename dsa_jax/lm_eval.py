@@ -47,7 +47,8 @@ def register() -> type:
       known = {*inspect.signature(Harness).parameters} - {'mesh'}
       if unknown := kwargs.keys() - known:
         raise ConfigError(f'--model_args has no {sorted(unknown)}; it has {sorted(known)}.')
-      if wrong := [x for x in ('index_topk', 'max_length') if not isinstance(kwargs.get(x), int | None)]:
+      numbers = {'index_topk': int, 'max_length': int, 'index_rope_factor': int | float}
+      if wrong := [x for x, kind in numbers.items() if not isinstance(kwargs.get(x), kind | None)]:
         raise ConfigError(f'--model_args: {wrong[0]}={kwargs[wrong[0]]!r} must be a number.')
       self._harness = Harness(checkpoint, batch_size=int(batch_size), mesh=mesh, **kwargs)
 

@@ -144,6 +144,8 @@ class AnswerFile:
     self._path, self._prompts, self._sampler = path, prompts, sampler
     self._config, self._samples, self._weights = sampler.of_text(config), samples, weights
     selection = sampler.attention, sampler.rule, sampler.cfg.index_topk
+    if (factor := sampler.cfg.index_rope_factor) != 1:  # Earlier versions had none.
+      selection += factor, sampler.cfg.index_original_seq_len
     settings = dataclasses.asdict(self._config), *selection, *sampler.formats
     digest = lambda *known: hashlib.sha256(json.dumps(known).encode()).hexdigest()[:16]
     digests = lambda name: [digest(prompt.text, [name, *settings]) for prompt in prompts]

@@ -81,7 +81,7 @@ def test_what_was_answered_is_kept_and_the_rest_is_the_same(tmp_path, sampler, p
   assert done.n_left == 0 and not list(done.answer(slots=2)) and texts(out) == texts(whole)
 
 
-@pytest.mark.parametrize('change', ['config', 'prompt', 'samples', 'checkpoint', 'other'])
+@pytest.mark.parametrize('change', ['config', 'prompt', 'samples', 'checkpoint', 'rotation', 'other'])
 def test_answers_to_something_else_are_not_mixed_in(tmp_path, sampler, prompts, change):
   out = tmp_path / 'answers.jsonl'
   list(AnswerFile(out, sampler, prompts, DRAWN, 2).answer(slots=3))
@@ -94,6 +94,9 @@ def test_answers_to_something_else_are_not_mixed_in(tmp_path, sampler, prompts, 
     samples = 1
   elif change == 'checkpoint':
     checkpoint = 'another'
+  elif change == 'rotation':
+    cfg = dataclasses.replace(sampler.cfg, index_rope_factor=2.0, index_original_seq_len=8)
+    sampler = Sampler(laws.model_of(laws.weights(cfg), cfg))
   else:
     before = b'{"something": "else"}\n'
     out.write_bytes(before)
