@@ -58,8 +58,8 @@ class StoredModel(NamedTuple):
     """The length of the longest rows from which the indexer of a run learned; 0 if that is not known."""
     if length := self.record['model'].get('index_original_seq_len', 0):
       return length
-    learns = lambda entry: entry['stage'] != 'dense'
-    return max((x['seq_len'] for x in self.record.get('stages', {}).values() if learns(x)), default=0)
+    entries = self.record.get('stages', {}).values()
+    return max((x.get('seq_len', 0) for x in entries if x.get('stage') != 'dense'), default=0)
 
   @property
   def has_trained_indexer(self) -> bool:
