@@ -145,11 +145,13 @@ class Pretrained(_Streaming):
     if getattr(model, 'nbest_size', None) is not None:
       model.nbest_size, model.alpha = None, None
     self.stop = stop
+    self.named_stops = stop  # The same, and ids that the tokenizer lacks, behind the one that ends a document.
     self.special_tokens = 'text'  # One of SPECIAL, for documents.
     self.bos: int | None = None  # The id that begins a text, if it is known.
     self.adds_bos: bool | None = None  # Whether a text gets one; None leaves it to tokenizer.json.
     self._added: list[tokenizers.AddedToken] = []  # Tokens that tokenizer.json does not cut texts at.
     self._new: set[str] = set()  # Those of them that it lacks.
+    self._was_special = False  # Whether one of them was special before.
     self._reads_marks = True  # Whether the name of a mark in a prompt is the mark.
 
   def id_of(self, token: str) -> int | None:
@@ -161,18 +163,21 @@ class Pretrained(_Streaming):
 
   def marks_alike(self, token: tokenizers.AddedToken) -> bool:
     """Returns whether texts are cut at a token already, in the same way."""
-    return repr(token) in map(repr, self._tokenizer.get_added_tokens_decoder().values())
+    return repr(token) == repr(self._tokenizer.get_added_tokens_decoder().get(self.id_of(token.content)))
 
   def add(self, token: tokenizers.AddedToken):
     """Makes a token one that texts are cut at; it keeps its id, or gets the next one."""
     known = self.id_of(token.content)
     if known is None:
       self._new.add(token.content)
-    was_special = self.is_special(known)
+    self._was_special |= self.is_special(known) and not token.special
     self._tokenizer.add_tokens([token])
-    if was_special and not token.special:  # The library goes on to take it for one until it is read again.
-      self._tokenizer = tokenizers.Tokenizer.from_str(self._tokenizer.to_str())
     self._added.append(token)
+
+  def read_again(self):
+    """Reads the tokenizer as it is now: the library goes on to take for special what has been one before."""
+    if self._was_special:
+      self._tokenizer, self._was_special = tokenizers.Tokenizer.from_str(self._tokenizer.to_str()), False
 
   def read_marks(self, reads: bool):
     """Sets whether the name of a mark in a prompt is that mark, or text as in a document."""
@@ -238,7 +243,7 @@ class Pretrained(_Streaming):
     """A hash of all that decides the ids of a document."""
     was_added = self.bos in map(self.id_of, self._new)
     bos = self.bos if self.adds_bos or not was_added else None  # Else no document begins with it.
-    settings = (bos, self.adds_bos, self.stop)
+    settings = (bos, self.adds_bos, self.named_stops)
     if held := [self._fields(token) for token in self._added if self._is_held(token)]:
       settings += (held,)
     special = b'' if self.special_tokens == 'text' else self.special_tokens.encode()

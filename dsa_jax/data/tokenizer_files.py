@@ -91,6 +91,7 @@ def find_tokenizer(folder: pathlib.Path) -> Tokenizer:
   for name in sorted(_special_names(settings) | _special_names(tokens)):
     if tokenizer.id_of(name) is not None and not tokenizer.is_mark(name):
       tokenizer.add(tokenizers.AddedToken(name, normalized=False, special=True))
+  tokenizer.read_again()
   tokenizer.read_marks(not settings.get('split_special_tokens'))
   space, wanted = tokenizer.begins_with_space, settings.get('add_prefix_space')
   if None not in (space, wanted) and space != wanted:
@@ -98,7 +99,9 @@ def find_tokenizer(folder: pathlib.Path) -> Tokenizer:
         f'{folder}: add_prefix_space={wanted!r} of tokenizer_config.json contradicts {space} of '
         'tokenizer.json, which is obeyed: texts may get other ids in other loaders.'
     )
-  tokenizer.stop = _known_stops(tokenizer, folder, stop_ids(folder, released), token('eos_token'))
+  named = stop_ids(folder, released)
+  tokenizer.stop = _known_stops(tokenizer, folder, named, token('eos_token'))
+  tokenizer.named_stops = named if named[:1] == tokenizer.stop[:1] else tokenizer.stop
   adds, where = settings.get('add_bos_token'), f'{folder}/tokenizer_config.json'
   if adds not in (None, True, False):
     raise ConfigError(f'{where}: add_bos_token={adds!r} must be true or false.')

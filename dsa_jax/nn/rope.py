@@ -36,7 +36,10 @@ def index_rope_frequencies(cfg: ModelConfig, width: int) -> np.ndarray:
   frequencies = rope_frequencies(cfg, width)
   if cfg.index_rope_factor == 1:
     return frequencies
-  slow = _yarn_slowness(cfg, frequencies, cfg.index_original_seq_len)
+  turns = cfg.index_original_seq_len * frequencies / (2 * math.pi)
+  first = max(np.count_nonzero(turns >= cfg.beta_fast) - 1, 0)  # From here on a pair is slowed a little,
+  last = np.count_nonzero(turns > cfg.beta_slow)  # and from here on by all of the factor, as in YaRN.
+  slow = np.clip((np.arange(width // 2) - first) / max(last - first, 0.001), 0, 1)
   return frequencies * (1 - slow) + frequencies / cfg.index_rope_factor * slow
 
 
@@ -50,13 +53,13 @@ def _llama3_slowness(cfg: ModelConfig, frequencies: np.ndarray) -> np.ndarray:
   return np.clip((cfg.high_freq_factor - turns) / (cfg.high_freq_factor - cfg.low_freq_factor), 0, 1)
 
 
-def _yarn_slowness(cfg: ModelConfig, frequencies: np.ndarray, original_seq_len: int = 0) -> np.ndarray:
-  """Blends by the number of the channel pair, as YaRN does. The length is the model's, unless it is given."""
-  width, length = 2 * len(frequencies), original_seq_len or cfg.original_seq_len
+def _yarn_slowness(cfg: ModelConfig, frequencies: np.ndarray) -> np.ndarray:
+  """Blends by the number of the channel pair, as YaRN does."""
+  width = 2 * len(frequencies)
 
   def channel_of(turns: float) -> float:
     """Returns the channel pair that makes `turns` turns over the original length."""
-    wavelength = length / (2 * math.pi * turns)
+    wavelength = cfg.original_seq_len / (2 * math.pi * turns)
     return width * math.log(wavelength) / (2 * math.log(cfg.rope_theta))
 
   low = min(max(math.floor(channel_of(cfg.beta_fast)), 0), width - 1)

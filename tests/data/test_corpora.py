@@ -319,6 +319,9 @@ def test_ids_are_not_read_as_narrower_ones(tmp_path):
     for dtype in 'uint16', 'uint32':
       with pytest.raises(ConfigError, match='looks like ids of eight bytes.*save them as .npy'):
         tokens.FlatTokens(str(path), dtype, 1, tmp_path / 'index.npy')
+  pairs = np.stack([rng.integers(100, 900, 50), rng.integers(1, 10, 50)], 1).astype('uint32')  # A word and a digit.
+  pairs.tofile(tmp_path / 'pairs.bin')
+  assert tokens.FlatTokens(str(tmp_path / 'pairs.bin'), 'uint32', 9, tmp_path / 'pairs.npy').read(0, 2).tolist() == pairs[0].tolist()
   few = rng.integers(0, 16, 100).astype('uint16')  # An alphabet of 16 letters.
   few.tofile(tmp_path / 'few.bin')
   stream = tokens.FlatTokens(str(tmp_path / 'few.bin'), 'uint16', 1, tmp_path / 'few.npy')

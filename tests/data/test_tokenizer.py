@@ -211,6 +211,9 @@ def test_ids_that_end_a_text_are_of_the_tokenizer(tmp_path, caplog):
   with pytest.raises(ConfigError, match=r'eos_token_id=\[128001\], but its tokenizer has ids below 5 only'):
     load(tmp_path, eos_token_id=128001)
   assert load(tmp_path, eos_token_id=[128001, EOS]).stop == (EOS,)  # The model may have more ids.
+  more, fewer = (load(tmp_path, eos_token_id=ids) for ids in ([EOS, 128001], [EOS]))  # Documents are the same.
+  assert more.stop == fewer.stop and more.named_stops == (EOS, 128001) and fewer.named_stops == (EOS,)
+  assert load(tmp_path, eos_token_id=[128001, EOS]).digest == fewer.digest
   assert load(tmp_path, eos_token_id=[A, EOS]).stop == (A, EOS) and not caplog.text
   assert load(tmp_path, eos_token_id=A).stop == (A,)
   assert f"eos_token_id=[{A}], which is no special token" in caplog.text and "'</s>' is 1" in caplog.text

@@ -5,6 +5,7 @@ import dataclasses
 import math
 
 import numpy as np
+import pytest
 
 from dsa_jax.config import ModelConfig
 from dsa_jax.nn.rope import index_rope_frequencies, rope_frequencies
@@ -30,5 +31,17 @@ def test_an_indexer_keeps_within_the_angles_that_it_has_learned():
 def test_it_is_what_a_model_with_yarn_does_at_that_length():
   yarn = dataclasses.replace(CFG, rope_type='yarn', rope_factor=4.0, original_seq_len=2048)
   np.testing.assert_array_equal(index_rope_frequencies(LONG, 64), rope_frequencies(yarn, 64))
-  both = dataclasses.replace(yarn, index_rope_factor=2.0, index_original_seq_len=4096)
-  assert index_rope_frequencies(both, 64)[-1] == CFG.rope_theta ** (-62 / 64) / 8
+
+
+@pytest.mark.parametrize('length', [2048, 32_768])
+@pytest.mark.parametrize('kind', ['default', 'linear', 'llama3', 'yarn'])
+def test_it_goes_by_how_often_pairs_turn_in_the_model_at_hand(kind, length):
+  """Which may have slowed them down itself, so that more of them never turn once in a row."""
+  model = dataclasses.replace(CFG, rope_type=kind, rope_factor=8.0, original_seq_len=4096, max_seq_len=131_072)
+  longer = dataclasses.replace(model, index_rope_factor=4.0, index_original_seq_len=length)
+  before, after = rope_frequencies(model, 128), index_rope_frequencies(longer, 128)
+  turns = length * before / (2 * math.pi)
+  assert (turns < 1).any() and (turns > 32).any()
+  np.testing.assert_allclose(after[turns < 1], before[turns < 1] / 4, rtol=1e-12)
+  np.testing.assert_array_equal(after[turns > 32], before[turns > 32])
+  assert np.all((after <= before) & (after >= before / 4))

@@ -104,7 +104,7 @@ class JsonLines(Records):
     (name,) = piece.names
     for at, line in _lines(name, piece.first, piece.end):
       if at == 0 and (kind := recognise(line)) and not kind.startswith('binary data'):
-        raise ConfigError(f'{name} holds no lines of JSON, but {kind}: unpack it, or name it by its usual ending.')
+        raise ConfigError(f'{name} holds no lines of JSON, but {kind}.')
       if line.strip():
         yield self._document(f'{name}, the line at byte {at}', line)
 

@@ -349,7 +349,8 @@ def _check_width(name: str, tokens: _Ids, dtype: str):
   """Raises ConfigError if ids look like parts of wider ones, which nothing else tells."""
   some = tokens[:SCANNED]
   odd = some[1::2]
-  if len(tokens) % 2 or len(some) < 16 or not odd.max() < 16 <= some[::2].max():
+  most = {'uint16': 15, 'uint32': 0}[dtype]  # The upper half of an id of four bytes, and of eight.
+  if len(tokens) % 2 or len(some) < 16 or not odd.max() <= most < some[::2].max():
     return
   if dtype == 'uint16' and (odd[1::2].any() or some[2::4].any()):
     raise ConfigError(
