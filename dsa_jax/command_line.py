@@ -4,6 +4,7 @@
 from collections.abc import Sequence
 import pathlib
 import sys
+from typing import NoReturn
 
 from dsa_jax.config import ConfigError
 
@@ -15,6 +16,16 @@ def check_no_words(argv: Sequence[str]):
         f'{" ".join(argv[1:])!r} are words that no flag takes: a flag is --name=value, and a value with spaces '
         'needs quotes.'
     )
+
+
+def end_stopped(says: str) -> NoReturn:
+  """Says in a line what a command does that Ctrl-C has stopped, in place of a traceback.
+
+  The process ends by the signal all the same, so that a shell's loop over commands ends with it.
+  """
+  print(says, file=sys.stderr, flush=True)
+  sys.excepthook = lambda *_: None
+  raise KeyboardInterrupt
 
 
 def find_configs():

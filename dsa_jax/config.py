@@ -158,7 +158,7 @@ class ModelConfig:
   # By how much the indexer's slow frequencies are divided, as YaRN does it, so that rows may be longer than
   # those of `index_original_seq_len` tokens that it learned from. 1: they are as they are.
   index_rope_factor: float = 1.0
-  index_original_seq_len: int = 0  # 0 where `index_rope_factor` is 1.
+  index_original_seq_len: int = 0  # 0: it is not known.
   index_norm_eps: float = 1e-6  # The eps of the norm of index keys. 0: `norm_eps`.
   # Whether the indexer norms what its queries are projected from, as it norms its keys.
   index_query_norm: bool = False
@@ -248,10 +248,10 @@ class ModelConfig:
       raise ConfigError(f'{self.window_rope_theta=} must be 0, or above 1 and finite.')
     if not 1 <= self.index_rope_factor < math.inf:
       raise ConfigError(f'{self.index_rope_factor=} must be at least 1, and finite.')
-    if self.index_original_seq_len < 0 or bool(self.index_original_seq_len) != (self.index_rope_factor > 1):
+    if self.index_original_seq_len < (self.index_rope_factor > 1):
       raise ConfigError(
-          f'{self.index_original_seq_len=} must be above 0 with an index_rope_factor above 1, and 0 without: '
-          'it is the length of the rows that the indexer learned from.'
+          f'{self.index_original_seq_len=} must be the length of the rows that the indexer learned from, as '
+          'index_rope_factor goes by it. It may be 0 where that is 1.'
       )
     if not 0 <= self.norm_eps < math.inf:
       raise ConfigError(f'{self.norm_eps=} must be at least 0, and finite.')

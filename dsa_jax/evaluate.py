@@ -24,6 +24,7 @@ from absl import app, flags
 import jax
 
 from dsa_jax.claims import claimed
+from dsa_jax.command_line import end_stopped
 from dsa_jax.config import ConfigError
 from dsa_jax.data.packing import PACKINGS
 from dsa_jax.evaluation.answers import Quiz, answer_quizzes, collect_answers, make_quizzes
@@ -90,7 +91,7 @@ def main(argv: list[str]):
   except jax.errors.JaxRuntimeError as error:
     end_process(error, LOST)
   except KeyboardInterrupt:
-    sys.exit('stopped; the same command goes on')
+    end_stopped('stopped; the same command goes on')
 
 
 def read_flags(checkpoint: str, out: str) -> Settings:

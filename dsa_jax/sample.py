@@ -25,7 +25,7 @@ from absl import app, flags
 import jax
 import rich.console
 
-from dsa_jax.command_line import check_no_words
+from dsa_jax.command_line import check_no_words, end_stopped
 from dsa_jax.config import ConfigError, local_path
 from dsa_jax.data.chat import ChatTemplate, find_chat_template, prompt_of
 from dsa_jax.inference.batch_file import AnswerFile, Prompt, check_paths, moment_of, read_prompts
@@ -79,7 +79,7 @@ def main(argv: list[str]):
   except jax.errors.JaxRuntimeError as error:
     end_process(error, LOST)
   except KeyboardInterrupt:
-    sys.exit('stopped; the same command goes on' if PROMPTS.value else 'stopped')
+    end_stopped('stopped; the same command goes on' if PROMPTS.value else 'stopped')
 
 
 def prepare(of_sampler: dict[str, Any], drawing: dict[str, Any]) -> Job:

@@ -15,6 +15,7 @@ import sys
 from absl import app, flags
 from ml_collections import config_flags
 
+from dsa_jax.command_line import end_stopped
 from dsa_jax.config import ConfigError, local_path
 from dsa_jax.data.corpora import files as places, tokenizing
 from dsa_jax.data.corpora.raw import RawFormat
@@ -60,7 +61,7 @@ def main(argv: list[str]):
   except (ConfigError, OSError) as error:
     sys.exit(f'error: {error}')
   except KeyboardInterrupt:
-    sys.exit('stopped; the same command goes on')
+    end_stopped('stopped; the same command goes on')
 
 
 def write_mixture(data: DataConfig, out: pathlib.Path):

@@ -20,7 +20,7 @@ from ml_collections import ConfigDict, config_flags
 import numpy as np
 
 from dsa_jax.claims import claimed
-from dsa_jax.command_line import check_no_words
+from dsa_jax.command_line import check_no_words, end_stopped
 from dsa_jax.config import ConfigError, ModelConfig
 from dsa_jax.cost import training_flops
 from dsa_jax.parallel.processes import (
@@ -350,7 +350,7 @@ def main(argv: list[str]):
   except jax.errors.JaxRuntimeError as error:
     end_process(error, LOST)
   except KeyboardInterrupt:
-    sys.exit('stopped; the same command goes on from the last checkpoint')
+    end_stopped('stopped; the same command goes on from the last checkpoint')
 
 
 def _print_unraisable(unraisable: Any):

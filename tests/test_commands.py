@@ -2,6 +2,8 @@
 """What a command says when Ctrl-C stops it: whether it goes on."""
 
 import logging
+import signal
+import subprocess
 import sys
 
 import pytest
@@ -19,19 +21,27 @@ STOPPED = {
 
 
 @pytest.mark.parametrize('command', STOPPED, ids=lambda command: command.__name__)
-def test_ctrl_c_ends_a_command_in_one_line(command, monkeypatch):
+def test_ctrl_c_ends_a_command_in_one_line(command, monkeypatch, capsys):
   step, words, says = STOPPED[command]
 
   def stop(*_):
     raise KeyboardInterrupt
 
   monkeypatch.setattr(command, step, stop)
-  monkeypatch.setattr(sys, 'unraisablehook', sys.unraisablehook)
+  for name in 'unraisablehook', 'excepthook':
+    monkeypatch.setattr(sys, name, getattr(sys, name))
   levels = {name: logging.getLogger(name).level for name in ('absl', 'asyncio')}
   try:
-    with pytest.raises(SystemExit) as stopped:
+    with pytest.raises(KeyboardInterrupt):
       command.main(['command', *words.split()])
   finally:
     for name, level in levels.items():
       logging.getLogger(name).setLevel(level)
-  assert stopped.value.code == says
+  assert capsys.readouterr().err == f'{says}\n'
+
+
+def test_a_command_ends_by_the_signal():
+  """So that a loop of a shell ends, too."""
+  script = 'from dsa_jax.command_line import end_stopped; end_stopped("stopped")'
+  done = subprocess.run([sys.executable, '-c', script], capture_output=True, text=True)
+  assert done.returncode == -signal.SIGINT and done.stderr == 'stopped\n'

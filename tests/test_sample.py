@@ -573,16 +573,22 @@ def test_rule_and_budget_are_those_of_a_whole_pass(tmp_path, rule):
 
 
 def test_a_run_is_sampled_in_longer_texts_than_it_has_learned_from(tmp_path, caplog):
-  stages = {'warmup': {'stage': 'warmup', 'seq_len': 12}, 'dense': {'stage': 'dense', 'seq_len': 48}}
+  entry = lambda stage, seq_len, init_from: dict(stage=stage, seq_len=seq_len, init_from=init_from)
+  stages = {'warmup': entry('warmup', 12, 'dense'), 'sparse': entry('sparse', 9, 'warmup')}
+  stages |= {'dense': entry('dense', 48, ''), 'later': entry('sparse', 48, 'sparse')}
   folder, tokens = save_run(tmp_path), jnp.asarray([PROMPTS[0] * 3], jnp.int32)
   with pytest.raises(ConfigError, match='does not say how long the rows were from which its indexer learned'):
     load_checkpoint(folder, index_rope_factor=4.0)
   record = json.loads((tmp_path / 'config.json').read_text())
   (tmp_path / 'config.json').write_text(json.dumps(record | {'stages': stages}))
+  backbone = stages | {'sparse': stages['sparse'] | {'trains': ['backbone'], 'init_from': 'dense'}}
+  for entries, length in ({}, 0), (backbone, 0), (stages, 12):  # Of the entries that led here.
+    (tmp_path / 'config.json').write_text(json.dumps(record | {'stages': entries}))
+    assert find_checkpoint(folder).index_seq_len == length
   saved = load_checkpoint(folder)
   cfg = dataclasses.replace(saved.cfg, index_rope_factor=4.0, index_original_seq_len=12)
   model = load_checkpoint(folder, index_rope_factor=4.0)
-  assert model.cfg == cfg and load_checkpoint(folder, index_rope_factor=1.0).cfg == saved.cfg
+  assert model.cfg == cfg and load_checkpoint(folder, index_rope_factor=1.0).cfg.index_rope_factor == 1
   end = jnp.arange(1, tokens.shape[1] + 1, dtype=jnp.int32)[None]
   run = jax.jit(lambda m, mode: m(tokens, jnp.zeros_like(end), end, mode).logits[0], static_argnums=1)
   dense, sparse = (Mode(attention=attention, backend='xla') for attention in ('dense', 'sparse'))
@@ -590,6 +596,8 @@ def test_a_run_is_sampled_in_longer_texts_than_it_has_learned_from(tmp_path, cap
   assert np.abs(run(model, sparse) - run(saved, sparse)).max() > 1e-3
   sampler = Sampler.load(folder, index_rope_factor=4.0, capacity=40, chunk=4)
   np.testing.assert_allclose(sampler.read(tokens.tolist()).logits[0], run(model, sparse)[-1], atol=1e-5)
+  with pytest.raises(ConfigError, match="would change nothing: what selects is the rule 'oracle'"):
+    Sampler.load(folder, index_rope_factor=4.0, rule='oracle')
   for known, n_tokens in (saved.cfg, 12), (cfg, 48):
     warn_of_length(find_checkpoint(folder), known, n_tokens)
   assert not caplog.text

@@ -14,6 +14,7 @@ import sys
 from absl import app, flags
 
 from dsa_jax.checkpoint_paths import check_readable
+from dsa_jax.command_line import end_stopped
 from dsa_jax.config import ConfigError, local_path
 from dsa_jax.convert.exporter import export_bytes, export_checkpoint, open_checkpoint
 from dsa_jax.convert.hub import find_source
@@ -71,7 +72,7 @@ def main(argv: list[str]):
   except (ConfigError, OSError) as error:
     sys.exit(f'error: {error}')
   except KeyboardInterrupt:
-    sys.exit(f'stopped; nothing was written to {argv[2]}')
+    end_stopped(f'stopped; nothing was written to {argv[2]}')
   print(summary)
   print(f'written to {target}')
 
@@ -108,6 +109,8 @@ def run_export(folder: pathlib.Path, target: pathlib.Path):
     )
   if source.has_indexer and not FAMILIES[source.family].has_indexer:
     print(f'Other loaders of {source.family} models leave the indexers out, and attend densely.')
+  elif source.has_indexer and source.model.index_rope_factor > 1:
+    print('Other loaders know no index_rope_factor: their indexers select otherwise.')
   return summary
 
 

@@ -85,6 +85,8 @@ def open_checkpoint(folder: pathlib.Path, family: str = '') -> Checkpoint:
   model, origin = ModelConfig(**stored.record['model']), stored.source
   family = _choose_family(family or _imported_family(stored), model, stored)
   has_indexer = _has_indexer(family, stored.has_trained_indexer)
+  if has_indexer and not FAMILIES[family].has_indexer:  # So that its reader may ask for another factor.
+    model = dataclasses.replace(model, index_original_seq_len=stored.index_seq_len)
   step = latest_checkpoint(stored.step or stored.folder)
   with reading(step):
     flat = open_tree(step / 'state')

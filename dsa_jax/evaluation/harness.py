@@ -17,7 +17,7 @@ from dsa_jax.config import ConfigError, ModelConfig
 from dsa_jax.data.batch import Batch
 from dsa_jax.data.tokenizer import check_tokenizer
 from dsa_jax.data.tokenizer_files import find_tokenizer
-from dsa_jax.inference.load import config_of, find_checkpoint, load_checkpoint
+from dsa_jax.inference.load import check_factor, config_of, find_checkpoint, load_checkpoint
 from dsa_jax.inference.sampler import SampleConfig, Sampler
 from dsa_jax.kernels.backend import BACKENDS, default_backend, why_not_here
 from dsa_jax.nn.attention.types import Attention, Mode
@@ -79,6 +79,7 @@ class Harness:
       raise ConfigError(
           f'{index_topk=}, {index_rope_factor=} and {rule=} would change nothing, because attention is dense.'
       )
+    check_factor(index_rope_factor, rule or stored.rule)
     cfg = config_of(stored, **changes)
     if backend and backend not in BACKENDS:
       raise ConfigError(f'{backend=} must be one of {BACKENDS}.')

@@ -139,6 +139,8 @@ def _filled_in(settings: Settings, stored: StoredModel, cfg: ModelConfig) -> Set
   if wrong := [k for k in budgets if not 1 <= k <= cfg.max_seq_len]:
     raise ConfigError(f'index_topk={wrong} must be within 1 and {cfg.max_seq_len=}.')
   rules = settings.rules or tuple(r for r in RULES if r != 'indexer' or stored.has_trained_indexer)
+  if settings.index_rope_factor is not None and 'indexer' not in rules:
+    raise ConfigError(f'{settings.index_rope_factor=} would change nothing: the rules are {rules}.')
   if 'indexer' in rules and not stored.has_trained_indexer:
     logging.warning('the indexer of %s was never trained: it selects by chance.', stored.folder)
   elif 'indexer' in rules:

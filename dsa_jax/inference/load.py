@@ -3,6 +3,7 @@
 
 import dataclasses
 import logging
+import math
 import pathlib
 from typing import Any, NamedTuple, NoReturn
 
@@ -18,6 +19,7 @@ from dsa_jax.selection import check_rule
 from dsa_jax.training.checkpoint import latest_of_job, saved_stage
 from dsa_jax.training.origin import ORIGIN
 from dsa_jax.training.recipe import Recipe, read_recipe
+from dsa_jax.training.stages import STAGES
 from dsa_jax.training.state import model_graph
 from dsa_jax.training.workdir import read_config
 
@@ -55,11 +57,23 @@ class StoredModel(NamedTuple):
 
   @property
   def index_seq_len(self) -> int:
-    """The length of the longest rows from which the indexer of a run learned; 0 if that is not known."""
+    """The length of the longest rows from which its indexer learned, in the entries that led here.
+
+    0 if that is not known, as of a release or of what another run has trained before.
+    """
     if length := self.record['model'].get('index_original_seq_len', 0):
       return length
-    entries = self.record.get('stages', {}).values()
-    return max((x.get('seq_len', 0) for x in entries if x.get('stage') != 'dense'), default=0)
+    if any('indexer' in path for path in self.source.get('dtypes', {})):
+      return 0  # It had learned before.
+    lengths, entries = [0], dict(self.record.get('stages', {}))
+    name = next((x.folder.name for x in readings(self.folder) if x.folder.name in entries), '')
+    while entry := entries.pop(name, None):
+      if 'indexer' in (entry.get('trains') or STAGES[entry['stage']].trains):
+        lengths.append(entry.get('seq_len', 0))
+      name = entry.get('init_from', '')
+    if name and (other := _found(name)) and other.has_trained_indexer:  # That of another run goes on.
+      lengths = [0] if not other.index_seq_len else [*lengths, other.index_seq_len]
+    return max(lengths)
 
   @property
   def has_trained_indexer(self) -> bool:
@@ -193,13 +207,28 @@ def _refuse_run(folder: pathlib.Path) -> NoReturn:
   )
 
 
+def _found(folder: Folder) -> StoredModel | None:
+  """Returns what a path names, None where there is nothing any more."""
+  try:
+    return find_checkpoint(folder)
+  except ConfigError:
+    return None
+
+
+def check_factor(index_rope_factor: float | None, rule: str):
+  """Raises a ConfigError if a factor is given where no indexer selects."""
+  if index_rope_factor is not None and rule != 'indexer':
+    raise ConfigError(f'{index_rope_factor=} would change nothing: what selects is the rule {rule!r}.')
+
+
 def warn_of_length(stored: StoredModel, cfg: ModelConfig, n_tokens: int):
   """Warns of texts that are longer than those for which a run's indexer is good."""
   good = stored.index_seq_len * cfg.index_rope_factor
   if 0 < good < n_tokens:
     logging.warning(
         f'texts of {n_tokens:,} tokens: the indexer of {stored.folder} learned from rows of {stored.index_seq_len:,}, '
-        f'and selects badly beyond {good:,.0f}. index_rope_factor={n_tokens / stored.index_seq_len:.3g} would help.'
+        f'and selects badly beyond {good:,.0f}. index_rope_factor={math.ceil(10 * n_tokens / stored.index_seq_len) / 10:g} '
+        'would help.'
     )
 
 
@@ -213,7 +242,9 @@ def config_of(
   """
   cfg = ModelConfig(**stored.record['model'])
   if index_rope_factor is not None:
-    length = stored.index_seq_len if index_rope_factor != 1 else 0
+    length = stored.index_seq_len or cfg.index_original_seq_len
+    if not cfg.index_rope_dim:
+      raise ConfigError(f'{index_rope_factor=} would change nothing: the indexer does not rotate.')
     if index_rope_factor > 1 and not length:
       raise ConfigError(
           f'{index_rope_factor=}: {stored.folder} does not say how long the rows were from which its indexer '

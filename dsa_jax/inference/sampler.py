@@ -22,7 +22,9 @@ from dsa_jax.data.tokenizer import Bytes, Rendered, Tokenizer, usual_tokenizer
 from dsa_jax.data.tokenizer_files import find_tokenizer
 from dsa_jax.inference.batching import Completion, Text, complete, size_of_batch
 from dsa_jax.inference.cache import Cache
-from dsa_jax.inference.load import StoredModel, config_of, find_checkpoint, load_checkpoint
+from dsa_jax.inference.load import (
+    StoredModel, check_factor, config_of, find_checkpoint, load_checkpoint,
+)  # fmt: skip
 from dsa_jax.inference.memory import Texts, check_memory
 from dsa_jax.inference.programs import make_engine
 from dsa_jax.inference.sample_config import SampleConfig, are_whole, padded
@@ -122,7 +124,7 @@ class Sampler:
           f'{name} of a sampler is fixed: its programs are made for it. Sampler.load(..., {name}=...) '
           'makes another one, where that is an argument.'
       )
-    if '_engine' in vars(self) and name not in FREE:
+    if '_engine' in vars(self) and name not in FREE and not hasattr(type(self), name):
       raise ConfigError(f'a sampler has no {name}: how a text is drawn is an argument of the call that draws it.')
     super().__setattr__(name, value)
 
@@ -174,6 +176,7 @@ class Sampler:
     if attention == 'dense':
       _check_unused(folder, index_topk=index_topk, index_rope_factor=index_rope_factor, rule=rule)
     selects = 'indexer' if attention == 'dense' else rule or stored.rule
+    check_factor(index_rope_factor, selects)
     changes = dict(index_topk=index_topk, index_rope_factor=index_rope_factor)
     cfg = config_of(stored, **changes)
     weights, cache = weights or _usual_format(stored), kwargs.get('cache') or cfg.dtype

@@ -299,6 +299,8 @@ def differing_fields(
   """Returns the fields in which two models differ and which their functions depend on."""
   skipped, kinds = set(may_differ), {theirs.rope_kind, ours.rope_kind}
   skipped |= {field for field, used_by in OF_ROPE_KINDS.items() if not kinds & set(used_by)}
+  if theirs.index_rope_factor == ours.index_rope_factor == 1:
+    skipped.add('index_original_seq_len')
   if theirs.n_dense_layers == theirs.n_layers == ours.n_dense_layers:
     skipped |= OF_EXPERTS
   names = [field.name for field in dataclasses.fields(ModelConfig) if field.name not in skipped]
