@@ -205,7 +205,7 @@ def test_bits_per_byte_count_the_bytes_of_tokens(tmp_path):
         ({'rows': 0}, 'rows=0 must be at least 1'),
         ({'context': 49}, 'context=49 exceeds the cfg.max_seq_len=48'),
         ({'context': 1}, 'context=1 must be at least 2'),
-        ({'index_rope_factor': 2.0, 'rules': ('oracle',)}, 'would change nothing: the rules are'),
+        ({'index_rope_factor': 1.0, 'rules': ('oracle',)}, 'would change nothing: the rules are'),
         ({'index_topk': (49,)}, r'index_topk=\[49\] must be within 1 and'),
         ({'files': ()}, 'is of no run, so it has no data of its own: give --files'),
         ({'files': ('nothing/*.txt',)}, 'nothing'),
