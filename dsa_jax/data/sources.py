@@ -172,7 +172,15 @@ class DataConfig(PackingConfig):
       if trains:
         self._check_validation()
       return {key: self._describe(key) for key in self._keys}
-    return {} if self.source == 'recall' else describe_files(find_files(self.files))
+    if self.source == 'recall':
+      return {}
+    files = find_files(self.files)
+    known = describe_files(files)
+    if not trains:
+      return known
+    _, validation = split_files(files, self.validation_share, self.seed)  # By names of folders, too.
+    side = lambda file: 'validation' if file in validation else 'training'
+    return {name: f'{text}, for {side(file)}' for file, (name, text) in zip(files, known.items(), strict=True)}
 
   def about_documents(
       self, seq_len: int, states: Sequence[Mapping[str, Any]] = ()

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The folder of a run: it belongs to one config, and says so if another comes along."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 import dataclasses
-import glob
 import json
 import os
 import pathlib
@@ -62,12 +61,8 @@ def _check_config(config: ConfigDict, workdir: pathlib.Path) -> list[str]:
   begun = [name for name in theirs['recipe'] if saved_steps(workdir / 'checkpoints' / name)]
   before, now = _take_places(theirs['data']), _take_places(ours['data'])
   moved = _differences(before, now)
-  rows, why = _differences(_fixed(theirs), _fixed(ours)) + _changed_entries(theirs, ours, begun), ''
-  names = read_object(workdir / 'data.json')
-  if ours['data']['source'] == 'text' and not _keep_sides(before['data.files'], now['data.files'], names):
-    why = 'Text files are split by the last two parts of their paths, so their folder must keep its name. '
-  if rows or why:
-    _refuse(workdir, rows + moved, why)
+  if rows := _differences(_fixed(theirs), _fixed(ours)) + _changed_entries(theirs, ours, begun):
+    _refuse(workdir, rows + moved)
   return moved
 
 
@@ -86,25 +81,6 @@ def _take_places(data: dict[str, Any]) -> dict[str, Any]:
     for field in 'files', 'validation_files':
       places[f'data.sources.{name}.{field}'] = source.pop(field, None)
   return places
-
-
-def _keep_sides(before: str, now: str, names: Collection[str]) -> bool:
-  """Returns whether text files at another place are on the sides of the split that they were on.
-
-  The last two parts of their paths decide that, see `split_files`.
-
-  Args:
-    before: The glob of the files as it was.
-    now: The same as it is.
-    names: Their paths below their common folder.
-  """
-  if before == now or _same_path(before, now) or all('/' in name for name in names):
-    return True
-  folders = [os.path.dirname(os.path.expanduser(pattern or '')) for pattern in (before, now)]
-  if any(glob.has_magic(folder) for folder in folders) or '**' in f'{before}{now}':
-    return False  # The files may lie deeper than that.
-  there, here = map(os.path.basename, folders)
-  return there == here and here not in ('', '.', '..')
 
 
 def _check_last_step(folder: pathlib.Path, field: str, steps: int):
@@ -154,7 +130,8 @@ def check_data(
   """
   path = workdir / 'data.json'
   if moved and read_object(path) != descriptions:
-    _refuse(workdir, moved, 'What lies there is not what the data.json of the run describes. ')
+    why = 'What lies there, or which of it is for validation, is not what the data.json of the run describes. '
+    _refuse(workdir, moved, why)
   if not path.exists() or on_changed == 'go_on':
     return
   of_mixture = read_object(workdir / 'config.json').get('data', {}).get('source') == 'mixture'

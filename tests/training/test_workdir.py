@@ -8,6 +8,7 @@ import pytest
 from configs import quickstart
 from dsa_jax.config import ConfigError
 from dsa_jax.data.corpus import changes, describe_files
+from dsa_jax.data.sources import DataConfig
 from dsa_jax.training.recipe import read_recipe
 from dsa_jax.training.workdir import check_data, check_workdir, write_config
 
@@ -156,37 +157,45 @@ def test_a_corpus_that_moves_as_a_whole_is_the_same(tmp_path):
   assert describe('here') == describe('there') != {}
 
 
-def corpus_of(folder, names):
+def corpus_of(pattern):
+  """What describes the text files of a glob, and which of them are for validation."""
+  return DataConfig(files=str(pattern), validation_share=0.5).describe()
+
+
+def write_texts(folder, names='abcdefgh'):
+  folder.mkdir(parents=True)
   for name in names:
-    (folder / name).parent.mkdir(parents=True, exist_ok=True)
-    (folder / name).write_text(name)
-  return describe_files(sorted(path for path in folder.rglob('*') if path.is_file()))
+    (folder / f'{name}.txt').write_text(name)
+  return folder / '*.txt'
 
 
-@pytest.mark.parametrize('names, place, fits', [
-    (['a.txt', 'b.txt'], 'new/texts', True),
-    (['a.txt', 'b.txt'], 'new/others', False),  # A side goes by the name of the folder, too.
-    (['a.txt', 'c/b.txt'], 'new/others', False),
-    (['c/a.txt', 'd/b.txt'], 'new/others', True),
-    (['a.txt', 'b.txt'], 'new/texts', None),  # With `**`, they may have been in another folder below it.
-])  # fmt: skip
-def test_a_corpus_may_lie_elsewhere_if_it_is_the_same(tmp_path, names, place, fits):
-  run, end = tmp_path / 'run', '/*.txt' if names[1] == 'b.txt' and fits is not None else '/**'
-  known = corpus_of(tmp_path / 'texts', names)
-  write_config(config_of(run, **{'data.files': f'{tmp_path}/texts{end}'}), run, known)
-  config = config_of(run, **{'data.files': f'{tmp_path / place}{end}'})
-  if not fits:
-    with pytest.raises(ConfigError, match=r'(?s)data.files: .*their folder must keep its name'):
-      check_workdir(config, run)
-    return
-  moved = check_workdir(config, run)
+def test_a_corpus_may_lie_elsewhere_if_it_is_the_same(tmp_path):
+  run, here = tmp_path / 'run', write_texts(tmp_path / 'texts')
+  write_config(config_of(run, **{'data.files': str(here)}), run, corpus_of(here))
+  there, other = write_texts(tmp_path / 'new/texts'), write_texts(tmp_path / 'new/others')
+  moved = check_workdir(config_of(run, **{'data.files': str(there)}), run)
   [row] = moved
-  assert row.startswith(f'data.files: {tmp_path}/texts')
-  check_data(corpus_of(tmp_path / place, names), run, 'stop', moved)
-  (tmp_path / place / names[0]).write_text('other')
-  for on_changed in 'stop', 'go_on':  # That is for a corpus in its own place.
-    with pytest.raises(ConfigError, match=r'(?s)belongs to another config.*data.json of the run describes'):
-      check_data(describe_files([tmp_path / place / name for name in names]), run, on_changed, moved)
+  assert row.startswith(f'data.files: {here} there')
+  check_data(corpus_of(there), run, 'stop', moved)
+  sides = lambda pattern: [text.partition(', for ')[2] for text in corpus_of(pattern).values()]
+  assert sides(here) == sides(there) != sides(other) and {*sides(here)} == {'training', 'validation'}
+  (tmp_path / 'new/texts/a.txt').write_text('other')
+  for pattern in there, other:  # A side goes by the name of the folder, too.
+    for on_changed in 'stop', 'go_on':  # That is for a corpus in its own place.
+      with pytest.raises(ConfigError, match=r'(?s)belongs to another config.*for validation, is not what'):
+        check_data(corpus_of(pattern), run, on_changed, moved)
+
+
+def test_a_folder_of_another_name_has_another_split(tmp_path):
+  """Where the config names it by a relative path, which does not change with it."""
+  run, here = tmp_path / 'run', write_texts(tmp_path / 'texts')
+  write_config(config_of(run), run, corpus_of(here))
+  (tmp_path / 'texts').rename(tmp_path / 'others')
+  with pytest.raises(ConfigError, match='the data has changed .* files are different'):
+    check_data(corpus_of(tmp_path / 'others/*.txt'), run, 'stop')
+  earlier = {name: text.partition(', for ')[0] for name, text in corpus_of(tmp_path / 'others/*.txt').items()}
+  write_config(config_of(run), run, earlier)  # An earlier version did not say which were for validation.
+  check_data(corpus_of(tmp_path / 'others/*.txt'), run, 'stop')
 
 
 def test_the_files_of_sources_may_lie_elsewhere_too(tmp_path):
