@@ -149,8 +149,8 @@ class Pretrained(_Streaming):
     self.special_tokens = 'text'  # One of SPECIAL, for documents.
     self.bos: int | None = None  # The id that begins a text, if it is known.
     self.adds_bos: bool | None = None  # Whether a text gets one; None leaves it to tokenizer.json.
-    self._added: list[tokenizers.AddedToken] = []  # Tokens that tokenizer.json does not cut texts at.
-    self._new: set[str] = set()  # Those of them that it lacks.
+    self._added: list[tokenizers.AddedToken] = []  # Tokens that tokenizer.json does not cut texts at, or otherwise.
+    self._new: set[str] = set()  # Those of them that it does not have.
     self._was_special = False  # Whether one of them was special before.
     self._reads_marks = True  # Whether the name of a mark in a prompt is the mark.
 

@@ -71,7 +71,7 @@ class StoredModel(NamedTuple):
       if 'indexer' in (entry.get('trains') or STAGES[entry['stage']].trains):
         lengths.append(entry.get('seq_len', 0))
       name = entry.get('init_from', '')
-    if name and (other := _found(name)) and other.has_trained_indexer:  # That of another run goes on.
+    if name and (other := _if_there(name)) and other.has_trained_indexer:  # That of another run goes on.
       lengths = [0] if not other.index_seq_len else [*lengths, other.index_seq_len]
     return max(lengths)
 
@@ -207,7 +207,7 @@ def _refuse_run(folder: pathlib.Path) -> NoReturn:
   )
 
 
-def _found(folder: Folder) -> StoredModel | None:
+def _if_there(folder: Folder) -> StoredModel | None:
   """Returns what a path names, None where there is nothing any more."""
   try:
     return find_checkpoint(folder)
@@ -242,7 +242,7 @@ def config_of(
   """
   cfg = ModelConfig(**stored.record['model'])
   if index_rope_factor is not None:
-    length = stored.index_seq_len or cfg.index_original_seq_len
+    length = stored.index_seq_len
     if not cfg.index_rope_dim:
       raise ConfigError(f'{index_rope_factor=} would change nothing: the indexer does not rotate.')
     if index_rope_factor > 1 and not length:
