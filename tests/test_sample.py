@@ -585,6 +585,11 @@ def test_a_run_is_sampled_in_longer_texts_than_it_has_learned_from(tmp_path, cap
   for entries, length in ({}, 0), (backbone, 0), (stages, 12):  # Of the entries that led here.
     (tmp_path / 'config.json').write_text(json.dumps(record | {'stages': entries}))
     assert find_checkpoint(folder).index_seq_len == length
+  for factor, length, known in (1.0, 8, 12), (1.0, 16, 16), (2.0, 8, 8):  # An import may have learned before.
+    changes = {'index_rope_factor': factor, 'index_original_seq_len': length}
+    (tmp_path / 'config.json').write_text(json.dumps({'model': record['model'] | changes, 'stages': stages}))
+    assert find_checkpoint(folder).index_seq_len == known
+  (tmp_path / 'config.json').write_text(json.dumps(record | {'stages': stages}))
   saved = load_checkpoint(folder)
   cfg = dataclasses.replace(saved.cfg, index_rope_factor=4.0, index_original_seq_len=12)
   model = load_checkpoint(folder, index_rope_factor=4.0)

@@ -61,11 +61,12 @@ class StoredModel(NamedTuple):
 
     0 if that is not known, as of a release or of what another run has trained before.
     """
-    if length := self.record['model'].get('index_original_seq_len', 0):
+    length = self.record['model'].get('index_original_seq_len', 0)
+    if self.record['model'].get('index_rope_factor', 1) > 1:
       return length
-    if any('indexer' in path for path in self.source.get('dtypes', {})):
+    if not length and any('indexer' in path for path in self.source.get('dtypes', {})):
       return 0  # It had learned before.
-    lengths, entries = [0], dict(self.record.get('stages', {}))
+    lengths, entries = [length], dict(self.record.get('stages', {}))
     name = next((x.folder.name for x in readings(self.folder) if x.folder.name in entries), '')
     while entry := entries.pop(name, None):
       if 'indexer' in (entry.get('trains') or STAGES[entry['stage']].trains):
